@@ -1,0 +1,100 @@
+"""Model folders with random weights: real architectures in miniature, and a Llama-3-style tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llama3_circuit_tracing import FORBID, MENTIONS, PEOPLE, QUESTIONS, REFUSAL_PAIRS
+
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIALS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+WIDTHS: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # not 48 // 4
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 400},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 400, "query_pre_attn_scalar": 16},
+}
+
+
+def build_tokenizer(folder: Path, vocab_size: int = 400) -> int:
+    """Save a byte-level BPE tokenizer with Llama-3's template; returns the vocabulary's size."""
+    people = [n for group in PEOPLE.values() for names in group.values() for n in names]
+    texts = [*QUESTIONS, FORBID, *MENTIONS, *people]
+    texts += [request for pair in REFUSAL_PAIRS for request in pair]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens(SPECIALS)
+    bos = tokenizer.token_to_id(SPECIALS[0])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{SPECIALS[0]} $A", special_tokens=[(SPECIALS[0], bos)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIALS[0],
+        "eos_token": "<|eot_id|>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer.get_vocab_size()
+
+
+def build_model(folder: Path, architecture: str = "llama", seed: int = 0, **widths: Any) -> Path:
+    """Save a model folder whose random weights are large enough for heads to have effects."""
+    vocab = build_tokenizer(folder)
+    settings = {**WIDTHS, **ARCHITECTURES.get(architecture, {}), "vocab_size": vocab, **widths}
+    config = AutoConfig.for_model(architecture, pad_token_id=None, **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.0 if "embed" in name else 1.3 * parameter.shape[-1] ** -0.5)
+    model.generation_config.eos_token_id = [1]
+    model.save_pretrained(folder)
+    return folder
