@@ -67,7 +67,9 @@ class RunError(Exception):
 def index_ranges(text: str) -> str:
     """Check the form of `all`, `7`, `0,5,9`, `8-15` and mixtures; the model's size comes later."""
     if text != "all" and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not 'all', '7', '0,5,9', '8-15' or a mixture")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not 'all', '7', '0,5,9', '8-15' or a mixture"
+        )
     return text
 
 
@@ -105,7 +107,9 @@ def finite_number(text: str) -> float:
 def option(group: str, default: Any, text: str, shown: str | None = None, **argument: Any) -> Any:
     """One field of `Config` together with its command-line flag."""
     shown = shown or ("none" if default is None else "off" if default is False else str(default))
-    return field(default=default, metadata={"group": group, "shown": shown, "help": text, **argument})
+    return field(
+        default=default, metadata={"group": group, "shown": shown, "help": text, **argument}
+    )
 
 
 @dataclass(frozen=True)
@@ -224,17 +228,16 @@ def contradictions(config: Config) -> list[tuple[bool, str]]:
 if __name__ == "__main__":
     parse_args()  # --help and usage errors answer before the seconds that the next imports take
 
-import pandas as pd  # noqa: E402
-import torch  # noqa: E402
-from accelerate import PartialState, init_empty_weights  # noqa: E402
-from accelerate.utils import broadcast_object_list  # noqa: E402
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-
+import pandas as pd
+import torch
+from accelerate import PartialState, init_empty_weights
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 log = logging.getLogger("circuit")
 
@@ -388,7 +391,9 @@ class Sample:
         return f"{self.origin or 'sample'} ({self.sample_id})"
 
 
-def build_suppression(count: int, rng: random.Random, tokens_in: Callable[[str], int]) -> list[Sample]:
+def build_suppression(
+    count: int, rng: random.Random, tokens_in: Callable[[str], int]
+) -> list[Sample]:
     """Questions in random order, each forbidding 1, 2, 3, 1, ... of its answers, never twice alike."""
     order = rng.sample(sorted(QUESTIONS), len(QUESTIONS))
     used: set[tuple[str, frozenset[str]]] = set()
@@ -405,14 +410,18 @@ def build_suppression(count: int, rng: random.Random, tokens_in: Callable[[str],
     return samples
 
 
-def suppression_sample(sample_id: str, sentence: str, words: Sequence[str], origin: str = "") -> Sample:
+def suppression_sample(
+    sample_id: str, sentence: str, words: Sequence[str], origin: str = ""
+) -> Sample:
     prompt_a = instruct(FORBID, words, sentence)
     return Sample(sample_id, prompt_a, sentence, tuple(words), origin=origin)
 
 
 def build_refusal(count: int, rng: random.Random, tokens_in: Callable[[str], int]) -> list[Sample]:
     if count > len(REFUSAL_PAIRS):
-        log.warning("%d samples asked for; %d refusal pairs are built in", count, len(REFUSAL_PAIRS))
+        log.warning(
+            "%d samples asked for; %d refusal pairs are built in", count, len(REFUSAL_PAIRS)
+        )
     pairs = rng.sample(REFUSAL_PAIRS, min(count, len(REFUSAL_PAIRS)))
     return [
         Sample(f"s{i:04d}", harmful, harmless, REFUSAL_OPENINGS, COMPLIANT_OPENINGS)
@@ -423,7 +432,9 @@ def build_refusal(count: int, rng: random.Random, tokens_in: Callable[[str], int
 NO_ODD_ONE = "none"
 
 
-def build_odd_one_out(count: int, rng: random.Random, tokens_in: Callable[[str], int]) -> list[Sample]:
+def build_odd_one_out(
+    count: int, rng: random.Random, tokens_in: Callable[[str], int]
+) -> list[Sample]:
     """Clean and corrupt triples that differ in one name of equal token length, so that the odd one changes.
 
     The grid is majority profession x odd profession of another class; every fifth sample is a
@@ -437,7 +448,9 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: Callable[[str],
             return samples
         negative = len(samples) % 5 == 4
         odd, twin = rng.sample(many if negative else few, 2)
-        same = [n for n in many if n not in (odd, twin) and tokens_in(f" {n}") == tokens_in(f" {twin}")]
+        same = [
+            n for n in many if n not in (odd, twin) and tokens_in(f" {n}") == tokens_in(f" {twin}")
+        ]
         rest = [n for n in many if n not in (odd, twin, *same[:1])]
         if not same or not rest:
             continue
@@ -495,7 +508,9 @@ def read_jsonl(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
         try:
             record = json.loads(content)
         except json.JSONDecodeError as error:
-            raise UsageError(f"{path}, line {line}: not JSON ({error.msg}): {content[:80]!r}") from error
+            raise UsageError(
+                f"{path}, line {line}: not JSON ({error.msg}): {content[:80]!r}"
+            ) from error
         if not isinstance(record, dict):
             raise UsageError(f"{path}, line {line}: not a JSON object: {content[:80]!r}")
         records.append((line, record))
@@ -513,8 +528,14 @@ def read_csv_records(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
                     f"{path}, line {reader.line_num}: not {len(reader.fieldnames or [])} fields: "
                     f"{[v for v in row.values() if v is not None]!r}"
                 )
-            lists = {k: v.split(";") for k, v in row.items() if k in ("targets", "foils") and v.strip()}
-            kept = {k: v for k, v in row.items() if v.strip() or k in ("targets", "prompt_a", "prompt_b")}
+            lists = {
+                k: v.split(";") for k, v in row.items() if k in ("targets", "foils") and v.strip()
+            }
+            kept = {
+                k: v
+                for k, v in row.items()
+                if v.strip() or k in ("targets", "prompt_a", "prompt_b")
+            }
             records.append((reader.line_num, {**kept, **lists}))
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
@@ -680,7 +701,9 @@ class Writer:
                 messages, add_generation_prompt=True, tokenize=False, **pinned
             )
         except Exception as error:  # jinja2 errors are no type that transformers exports
-            raise UsageError(f"the chat template failed ({error}); use an Instruct model") from error
+            raise UsageError(
+                f"the chat template failed ({error}); use an Instruct model"
+            ) from error
         return chat + self.stem.strip()
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -701,7 +724,9 @@ class Writer:
         ids = self.encode(context + form)
         n = len(context_ids)
         if ids[:n] != context_ids or len(ids) == n:
-            raise UsageError(f"the form {form!r} merges with the tokens before it: {context[-40:]!r}")
+            raise UsageError(
+                f"the form {form!r} merges with the tokens before it: {context[-40:]!r}"
+            )
         return ids[n : n + 1] if self.target_form == "literal" else ids[n:]
 
     def write(self, sample: Sample, role: str, user_text: str) -> Prompt:
@@ -753,7 +778,9 @@ def write_prompts(samples: Sequence[Sample], writer: Writer, config: Config) -> 
     return all_prompts
 
 
-def control_texts(sample: Sample, samples: Sequence[Sample], writer: Writer, seed: int) -> dict[str, str]:
+def control_texts(
+    sample: Sample, samples: Sequence[Sample], writer: Writer, seed: int
+) -> dict[str, str]:
     """Prompt a with as many other words forbidden, and with the same words mentioned affirmatively.
 
     The other words are targets of other samples that do not answer this sentence, with the
@@ -764,7 +791,9 @@ def control_texts(sample: Sample, samples: Sequence[Sample], writer: Writer, see
         return {}
     texts = {}
     own = {word.casefold() for word in (*plausible_answers(sample), *sample.targets)}
-    pool = sorted({w for s in samples if s.unit != sample.unit for w in s.targets if w.casefold() not in own})
+    pool = sorted(
+        {w for s in samples if s.unit != sample.unit for w in s.targets if w.casefold() not in own}
+    )
     random.Random(f"{seed} {sample.sample_id}").shuffle(pool)
     if len(pool) >= len(sample.targets):
         others: list[str] = []
@@ -785,6 +814,7 @@ def control_texts(sample: Sample, samples: Sequence[Sample], writer: Writer, see
 # --------------------------------------------------------------------------------------------
 # The prompt tree
 # --------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -853,7 +883,9 @@ class Trie:
             self.parents.append(parent)
         return self.children[key]
 
-    def grow_path(self, parent: int, tokens: Sequence[int], owner: object, private: int) -> list[int]:
+    def grow_path(
+        self, parent: int, tokens: Sequence[int], owner: object, private: int
+    ) -> list[int]:
         path = []
         for i, token in enumerate(tokens):
             parent = self.grow(parent, token, owner if i >= private else None)
@@ -877,7 +909,9 @@ def common_ends(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
     return prefix, suffix
 
 
-def edited_positions(own: Sequence[int], partner: Sequence[int], config: Config) -> dict[int, int] | None:
+def edited_positions(
+    own: Sequence[int], partner: Sequence[int], config: Config
+) -> dict[int, int] | None:
     """The positions of a prompt that edits touch, each with its aligned position in the partner.
 
     None stands for all tokens, forms included. A patch touches aligned positions only: from the
@@ -936,7 +970,9 @@ def build_tree(samples: Sequence[Sequence[Prompt]], bos: int | None, config: Con
         paths=tuple(paths),
         where=where,
         source=source,
-        b_weight=torch.tensor([float(weight[i]) for i in range(len(trie.tokens))], dtype=torch.float64),
+        b_weight=torch.tensor(
+            [float(weight[i]) for i in range(len(trie.tokens))], dtype=torch.float64
+        ),
         **scoring_nodes(prompts, paths, branches),
     )
 
@@ -955,9 +991,7 @@ def scoring_nodes(
         for forms, of_word in zip(prompt.forms, of_prompt, strict=True):
             words.append(list(range(n_forms, n_forms + len(forms))))
             for form, nodes in zip(forms, of_word, strict=True):
-                entries += [
-                    (n, t, n_forms) for n, t in zip([path[-1], *nodes], form, strict=True)
-                ]
+                entries += [(n, t, n_forms) for n, t in zip([path[-1], *nodes], form, strict=True)]
                 n_forms += 1
     scored = sorted({node for node, _, _ in entries} | {path[-1] for path in paths})
     place = {node: i for i, node in enumerate(scored)}
@@ -1094,10 +1128,14 @@ def explain_load_error(config: Config, error: BaseException) -> str:
 def read_outline(config: Config) -> Outline:
     """Shape of the model from its config alone; `UsageError` for a model that cannot be traced."""
     model_config = from_hub(AutoConfig.from_pretrained, config)
-    wanted = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    wanted = (
+        {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    )
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False, **wanted)
+            model = AutoModelForCausalLM.from_config(
+                model_config, trust_remote_code=False, **wanted
+            )
     except (ValueError, ImportError) as error:
         raise UsageError(f"{config.model_id}: {str(error).splitlines()[0]}") from error
     return outline(model, resolve_dtype(config))
@@ -1118,7 +1156,10 @@ def outline(model: nn.Module, dtype: torch.dtype) -> Outline:
             f"self_attn.o_proj whose input divides into {n_heads} heads"
         )
     layers_path = next(iter(found)).rsplit(".", 1)[0]
-    mlps = [getattr(getattr(block, "mlp", None), "down_proj", None) for block in model.get_submodule(layers_path)]
+    mlps = [
+        getattr(getattr(block, "mlp", None), "down_proj", None)
+        for block in model.get_submodule(layers_path)
+    ]
     windows = [text.max_position_embeddings]
     if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
         windows.append(text.sliding_window)
@@ -1141,16 +1182,23 @@ def outline(model: nn.Module, dtype: torch.dtype) -> Outline:
 
 def load_model(config: Config, shape: Outline, device: torch.device | None = None) -> nn.Module:
     """The model itself. `device` is this process's own where several run one replica each."""
-    options: dict[str, Any] = {"dtype": shape.dtype, "device_map": parse_device_map(config.device_map)}
+    options: dict[str, Any] = {
+        "dtype": shape.dtype,
+        "device_map": parse_device_map(config.device_map),
+    }
     if device is not None and config.device_map == "auto":
         options["device_map"] = {"": device}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     with tempfile.TemporaryDirectory() as folder:  # only non-safetensors weights are ever written
-        model = from_hub(AutoModelForCausalLM.from_pretrained, config, offload_folder=folder, **options)
+        model = from_hub(
+            AutoModelForCausalLM.from_pretrained, config, offload_folder=folder, **options
+        )
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if places & {"cpu", "disk"} and places - {"cpu"}:
-        log.warning("some layers are offloaded (%s): this is exact but slow", ", ".join(sorted(places)))
+        log.warning(
+            "some layers are offloaded (%s): this is exact but slow", ", ".join(sorted(places))
+        )
     return model.eval()
 
 
@@ -1257,7 +1305,9 @@ class Subject:
         self.n_forwards = 0
         self.n_tokens = 0
         if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise UsageError(f"{shape.name} is split by a tensor-parallel plan; its heads are not whole")
+            raise UsageError(
+                f"{shape.name} is split by a tensor-parallel plan; its heads are not whole"
+            )
 
     def must_use_own_logits(self) -> bool:
         """Whether the logits are more than a product with weights that are at hand."""
@@ -1328,7 +1378,9 @@ def recording(modules: Mapping[Any, nn.Module], outputs: bool = False) -> Iterat
     """Collect the first input (or the output) of each module's last call."""
     seen: dict[Any, Any] = {}
 
-    def keep_input(key: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep_input(
+        key: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         seen[key] = args[0] if args else kwargs["hidden_states"]
 
     def keep_output(key: Any, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -1502,7 +1554,9 @@ def check_unembedding(subject: Subject, log_probs: Tensor, own: Tensor, logits: 
         )
 
 
-def run_rows(subject: Subject, base: Base, rows: Sequence[Row], means: Mapping[Site, Tensor]) -> Tensor:
+def run_rows(
+    subject: Subject, base: Base, rows: Sequence[Row], means: Mapping[Site, Tensor]
+) -> Tensor:
     """Log-probabilities [row, entry] of a tree with rows[r] edited in row r of one batch.
 
     Starts at the lowest edited layer; what is `given` in the base is edited in every row too.
@@ -1543,12 +1597,15 @@ class RowBatches:
         self.size = size
         self.halvings = 0
 
-    def run(self, subject: Subject, base: Base, rows: Sequence[Row], means: Mapping[Site, Tensor]) -> Tensor:
+    def run(
+        self, subject: Subject, base: Base, rows: Sequence[Row], means: Mapping[Site, Tensor]
+    ) -> Tensor:
         """`run_rows` of any number of rows; `RunError` where one row does not fit alone."""
         done: list[Tensor] = []
         first = 0
         while first < len(rows):
-            batch = rows[first : first + self.size]
+            left = len(rows) - first
+            batch = rows[first : first + -(-left // -(-left // self.size))]  # even batches
             try:
                 done.append(run_rows(subject, base, batch, means))
                 first += len(batch)
@@ -1561,14 +1618,18 @@ class RowBatches:
                         f"out of memory with one row of {base.tree.n_tokens} tokens: lower "
                         f"--tree_tokens, or use shorter prompts"
                     ) from error
-            self.size = max(1, min(self.size, len(batch)) // 2)  # outside except: the traceback is freed
+            self.size = max(
+                1, min(self.size, len(batch)) // 2
+            )  # outside except: the traceback is freed
             self.halvings += 1
             clear_device_cache(garbage_collection=True)
             log.warning("out of memory: continuing with %d rows per forward", self.size)
         return torch.cat(done)
 
 
-def collect_means(subject: Subject, trees: Sequence[Tree], given: Row, sites: Sequence[Site]) -> dict[Site, Tensor]:
+def collect_means(
+    subject: Subject, trees: Sequence[Tree], given: Row, sites: Sequence[Site]
+) -> dict[Site, Tensor]:
     """Mean input [width] of each site over the tokens of all prompt_b, each prompt counted, BOS out."""
     sums: dict[Site, Tensor] = {}
     for tree in trees:
@@ -1640,7 +1701,9 @@ class RunFolder:
             if (self.path / "run.json").exists():
                 self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except OSError as error:
-            raise UsageError(f"--output_dir {self.path} cannot be used: {error.strerror}") from error
+            raise UsageError(
+                f"--output_dir {self.path} cannot be used: {error.strerror}"
+            ) from error
         except ValueError as error:
             raise UsageError(
                 f"{self.path / 'run.json'} is not a record of this script; give another --output_dir or --overwrite"
@@ -1655,7 +1718,9 @@ class RunFolder:
         before = self.record.get("fingerprint")
         if before is not None and before != fingerprint:
             keys = [k for k in {**before, **fingerprint} if before.get(k) != fingerprint.get(k)]
-            said = "; ".join(f"{k}: {before.get(k)!r} there, {fingerprint.get(k)!r} now" for k in keys)
+            said = "; ".join(
+                f"{k}: {before.get(k)!r} there, {fingerprint.get(k)!r} now" for k in keys
+            )
             raise UsageError(
                 f"{self.path} holds a run that differs in {said}; give another --output_dir or --overwrite"
             )
@@ -1722,7 +1787,7 @@ def model_identity(config: Config) -> str:
 # Plan
 # --------------------------------------------------------------------------------------------
 
-ROW_TOKENS = {"cpu": 2048, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
+ROW_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
 
 
@@ -1775,7 +1840,9 @@ def select(text: str, count: int, what: str) -> list[int]:
         first, _, last = part.partition("-")
         low, high = int(first), int(last or first)
         if low > high or high >= count:
-            raise UsageError(f"--{what} {part} is out of range: this model has {what} 0-{count - 1}")
+            raise UsageError(
+                f"--{what} {part} is out of range: this model has {what} 0-{count - 1}"
+            )
         chosen.update(range(low, high + 1))
     return sorted(chosen)
 
@@ -1807,7 +1874,9 @@ def choose_components(config: Config, shape: Outline) -> list[Component]:
     if n_all < 2 * config.confirm:
         raise UsageError(f"--confirm {config.confirm} needs as many other components at random; this model has {n_all} in all")  # fmt: skip
     if len(swept) < config.confirm:
-        raise UsageError(f"--confirm {config.confirm} is more than the {len(swept)} components swept")
+        raise UsageError(
+            f"--confirm {config.confirm} is more than the {len(swept)} components swept"
+        )
     return swept
 
 
@@ -1881,7 +1950,9 @@ def free_gpu_memory() -> float | None:
 def load_writer(config: Config) -> Writer:
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config)
     if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(f"the tokenizer of {config.model_id} has no chat template; use an Instruct model")
+        raise UsageError(
+            f"the tokenizer of {config.model_id} has no chat template; use an Instruct model"
+        )
     return Writer(tokenizer, config.answer_prefix, config.target_form)
 
 
@@ -2025,7 +2096,9 @@ def share_units(exp: Experiment, units: Sequence[Unit], n_processes: int) -> lis
     """Units for each process, balanced by the blocks that they pass through."""
     shares: list[list[Unit]] = [[] for _ in range(n_processes)]
     loads = [0] * n_processes
-    cost = {u: (exp.shape.n_layers - u.layer) * u.n_rows * exp.trees[u.tree].n_tokens for u in units}
+    cost = {
+        u: (exp.shape.n_layers - u.layer) * u.n_rows * exp.trees[u.tree].n_tokens for u in units
+    }
     for unit in sorted(units, key=lambda u: -cost[u]):
         least = loads.index(min(loads))
         shares[least].append(unit)
@@ -2054,7 +2127,9 @@ def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder, batches: Ro
                 scores = exp.trees[tree].scores(log_probs, exp.task).tolist()
                 draws = [-1] * len(unit.components) + list(range(len(unit.jittered)))
                 measured = zip(unit.components + unit.jittered, draws, scores, strict=True)
-                folder.write_part(unit.name, [(tree, c.layer, c.index, d, s) for c, d, s in measured])
+                folder.write_part(
+                    unit.name, [(tree, c.layer, c.index, d, s) for c, d, s in measured]
+                )
                 base.residuals.pop(unit.layer)
                 bar.update(len(rows))
 
@@ -2113,7 +2188,9 @@ def report_baseline(exp: Experiment, baselines: Sequence[dict[str, Any]]) -> lis
 
 def likeliest(record: dict[str, Any]) -> str:
     roles = record["prompts"].items()
-    return "  ".join(f"{role}: {' '.join(repr(t) for t, _ in entry['likeliest'])}" for role, entry in roles)
+    return "  ".join(
+        f"{role}: {' '.join(repr(t) for t, _ in entry['likeliest'])}" for role, entry in roles
+    )
 
 
 def sample_record(task: Task, sample: Sample, roles: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -2122,7 +2199,9 @@ def sample_record(task: Task, sample: Sample, roles: dict[str, dict[str, Any]]) 
     delta = roles["a"]["score"] - roles["b"]["score"]
     flags = []
     if p_target < 1e-3:
-        flags.append(f"P(target) is {p_target:.2g} after prompt {task.natural}: the targets are no natural reply")
+        flags.append(
+            f"P(target) is {p_target:.2g} after prompt {task.natural}: the targets are no natural reply"
+        )
     if delta * task.sign <= 0 and sample.group != NO_ODD_ONE:
         flags.append(f"delta {delta:+.3f} has not the sign of {task.name}")
     return {
@@ -2163,7 +2242,9 @@ def self_test(exp: Experiment) -> None:
     checks += check_tree(exp.subject, base)
     if exp.config.check_attentions:
         checks += check_attentions(exp)
-    checks.append(Check("hooks and replaced forwards left behind", count_hooks(exp.subject) - before, 0))
+    checks.append(
+        Check("hooks and replaced forwards left behind", count_hooks(exp.subject) - before, 0)
+    )
     for check in checks:
         log.info("self-test: %-58s %.2e (bound %.0e)", check.name, check.error, check.bound)
     failed = [f"{c.name}: {c.error:.3g}, bound {c.bound:.3g}" for c in checks if not c.passed]
@@ -2208,7 +2289,10 @@ def check_starts(subject: Subject, base: Base) -> list[Check]:
     """Edits that change nothing, from the first block and from a later one, give the base."""
     bound = score_bound(subject.shape.dtype)
     checks = []
-    for name, layer in (("an empty edit", 0), ("starting at a later block", subject.shape.n_layers // 2)):
+    for name, layer in (
+        ("an empty edit", 0),
+        ("starting at a later block", subject.shape.n_layers // 2),
+    ):
         rows = [(Edit(Component(layer, kind), "scale", 1.0),) for kind in ("attn", "resid")]
         error = largest_error(run_rows(subject, base, rows, {}), base.log_probs)
         checks.append(Check(f"{name} reproduces the log-probabilities (nats)", error, bound))
@@ -2228,9 +2312,13 @@ def check_tree(subject: Subject, base: Base) -> list[Check]:
         if prompt.sample.sample_id not in ends:
             continue
         with recording({"x": subject.module(site)}) as seen:
-            logits = subject.model(torch.tensor([prompt.ids], device=subject.device), use_cache=False).logits
+            logits = subject.model(
+                torch.tensor([prompt.ids], device=subject.device), use_cache=False
+            ).logits
         packed, alone = base.site_inputs[site][list(path)].float(), seen["x"][0].float()
-        attention = max(attention, float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max()))
+        attention = max(
+            attention, float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
+        )
         node = int((tree.scored == path[-1]).nonzero())
         likely = logits[0, -1].float().topk(50).indices
         plain = logits[0, -1].float().log_softmax(-1)[likely]
@@ -2277,7 +2365,9 @@ NORMAL = statistics.NormalDist()
 Interval = tuple[Tensor, Tensor]
 
 
-def bootstrap_interval(sums: Tensor, counts: Tensor, draws: int, seed: int, level: float = 0.95) -> Interval:
+def bootstrap_interval(
+    sums: Tensor, counts: Tensor, draws: int, seed: int, level: float = 0.95
+) -> Interval:
     """BCa interval [column] of the mean, resampling units (Efron 1987, doi:10.2307/2289144).
 
     sums, counts: [unit, column], of each unit's samples. A single unit has no interval: NaN.
@@ -2287,7 +2377,9 @@ def bootstrap_interval(sums: Tensor, counts: Tensor, draws: int, seed: int, leve
         return torch.full((n_columns,), math.nan), torch.full((n_columns,), math.nan)
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(n, (draws, n), generator=generator)
-    times = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(1, picks, torch.ones(draws, n, dtype=torch.float64))
+    times = torch.zeros(draws, n, dtype=torch.float64).scatter_add_(
+        1, picks, torch.ones(draws, n, dtype=torch.float64)
+    )
     mean = sums.sum(0) / counts.sum(0)
     drawn = (times @ sums) / (times @ counts)  # [draw, column]
     drawn = torch.where(drawn.isnan(), mean, drawn).sort(dim=0).values
@@ -2368,7 +2460,9 @@ def noise_floor(exp: Experiment, measured: Measured, baselines: Sequence[dict[st
         for a, b in prompt_pairs(exp.trees[tree]):
             effects[component, draw].append((scores[a] - scores[b]) - (base[a] - base[b]))
     n_samples = len(exp.prompts)
-    means = [abs(statistics.fmean(values)) for values in effects.values() if len(values) == n_samples]
+    means = [
+        abs(statistics.fmean(values)) for values in effects.values() if len(values) == n_samples
+    ]
     return float(torch.tensor(means, dtype=torch.float64).quantile(0.95)) if means else math.nan
 
 
@@ -2386,7 +2480,9 @@ SEVEN = ("sample_id", "n_constraints", "layer", "head", "delta_logit_base", "del
 KEY = ["layer", "kind", "index"]
 
 
-def results_table(exp: Experiment, measured: Measured, baselines: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def results_table(
+    exp: Experiment, measured: Measured, baselines: Sequence[dict[str, Any]]
+) -> pd.DataFrame:
     """One row per sample and component, sorted; every number recomputes from the raw scores."""
     rows = []
     for (tree, component), scores in measured.edited.items():
@@ -2397,7 +2493,11 @@ def results_table(exp: Experiment, measured: Measured, baselines: Sequence[dict[
 
 
 def component_rows(
-    exp: Experiment, tree: Tree, component: Component, base: Sequence[float], edited: Sequence[float]
+    exp: Experiment,
+    tree: Tree,
+    component: Component,
+    base: Sequence[float],
+    edited: Sequence[float],
 ) -> Iterator[dict[str, Any]]:
     """The results of one component for every sample of a tree."""
     samples = {prompt.sample.sample_id: prompt.sample for prompt in tree.prompts}
@@ -2469,7 +2569,9 @@ def read_results(path: Path) -> pd.DataFrame:
     twice = table.duplicated(["sample_id", *KEY])
     if twice.any():
         line = int(twice.idxmax()) + 2
-        raise UsageError(f"{path}, line {line}: column 'head': the same sample and component as before")
+        raise UsageError(
+            f"{path}, line {line}: column 'head': the same sample and component as before"
+        )
     return table
 
 
@@ -2478,7 +2580,13 @@ TEXT_COLUMNS = ("sample_id", "unit", "group", "kind", "op", "positions")
 
 def parse_result(record: dict[str, str], path: Path, line: int) -> dict[str, Any]:
     """One row of a results CSV with its types; columns that it lacks get what the default run has."""
-    known = {"unit": record["sample_id"], "group": "", "kind": "head", "op": "zero", "positions": "all"}
+    known = {
+        "unit": record["sample_id"],
+        "group": "",
+        "kind": "head",
+        "op": "zero",
+        "positions": "all",
+    }
     known |= {name: record[name] for name in TEXT_COLUMNS if record.get(name)}
     whole = {"n_constraints", "layer", "head", "index"}
     for name, text in record.items():
@@ -2492,7 +2600,9 @@ def parse_result(record: dict[str, str], path: Path, line: int) -> dict[str, Any
         except ValueError:
             if name not in SEVEN and name != "index" and not name.startswith(("score_", "effect_")):
                 continue  # a column that is not ours
-            raise UsageError(f"{path}, line {line}: column {name!r}: {text!r} is not a number") from None
+            raise UsageError(
+                f"{path}, line {line}: column {name!r}: {text!r} is not a number"
+            ) from None
         known[name] = value
     index = known.get("index", math.nan)
     if known["kind"] == "head":
@@ -2541,7 +2651,9 @@ def find(table: pd.DataFrame, config: Config, floor: float) -> Findings:
     per_sample = real.drop_duplicates("sample_id")
     base_mean = float(per_sample["delta_logit_base"].mean())
     by_unit = per_sample.groupby("unit")["delta_logit_base"].agg(["sum", "count"])
-    sums, counts = (torch.tensor(by_unit[[c]].to_numpy(), dtype=torch.float64) for c in ("sum", "count"))
+    sums, counts = (
+        torch.tensor(by_unit[[c]].to_numpy(), dtype=torch.float64) for c in ("sum", "count")
+    )
     low, high = bootstrap_interval(sums, counts, config.num_bootstrap, config.seed)
     found = Findings(pd.DataFrame(), base_mean, float(low), float(high), floor, len(by_unit))
 
@@ -2593,7 +2705,9 @@ def compare_runs(table: pd.DataFrame, found: Findings, config: Config) -> pd.Dat
     sign = -math.copysign(1.0, found.base_mean)
     pairs["growth"] = sign * (pairs["head_effect"] - pairs["head_effect_before"])
     growth = component_statistics(pairs, "growth", config)[["mean", "ci_low", "ci_high", "p", "q"]]
-    growth["flag"] = (growth["q"] < 0.05) & (growth["mean"] > (0 if math.isnan(found.floor) else found.floor))
+    growth["flag"] = (growth["q"] < 0.05) & (
+        growth["mean"] > (0 if math.isnan(found.floor) else found.floor)
+    )
     heads = found.heads.join(growth.add_prefix("growth_"), on=KEY)
     flagged = heads[heads["growth_flag"].fillna(False)]["label"]
     log.info("role grew beyond the floor (possible backups): %s", ", ".join(flagged) or "none")
@@ -2639,9 +2753,13 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     figure = Figure(figsize=(5.5, 4.0), layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(base, color="black", linewidth=0.8, linestyle="--", label="nothing ablated")
-    axes.fill_between(low.index, low, high, color="tab:gray", alpha=0.3, label="random, same layers (5-95 %)")
+    axes.fill_between(
+        low.index, low, high, color="tab:gray", alpha=0.3, label="random, same layers (5-95 %)"
+    )
     axes.plot(middle.index, middle, color="tab:gray", linewidth=1.0)
-    axes.plot(chosen["n_ablated"], chosen["mean_delta"], marker="o", label="chosen on the other half")
+    axes.plot(
+        chosen["n_ablated"], chosen["mean_delta"], marker="o", label="chosen on the other half"
+    )
     axes.set_xscale("log", base=2)
     sizes = chosen["n_ablated"].tolist()
     axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -2661,18 +2779,27 @@ def draw_heatmap(found: Findings, path: Path) -> None:
     bound = float(grid.abs().max().max()) or 1.0
     if grid.shape[1] == 1:
         return draw_layer_bars(grid.iloc[:, 0], quiet.iloc[:, 0], heads["kind"].iloc[0], path)
-    figure = Figure(figsize=(min(20, 2.5 + 0.3 * grid.shape[1]), min(20, 1.5 + 0.3 * len(grid))), layout="constrained")
+    figure = Figure(
+        figsize=(min(20, 2.5 + 0.3 * grid.shape[1]), min(20, 1.5 + 0.3 * len(grid))),
+        layout="constrained",
+    )
     axes = figure.add_subplot()
     axes.set_facecolor("lightgray")
     edges = [range(n + 1) for n in shown.shape]
-    image = axes.pcolormesh(edges[1], edges[0], shown.to_numpy(dtype=float), cmap="RdBu_r", vmin=-bound, vmax=bound)
+    image = axes.pcolormesh(
+        edges[1], edges[0], shown.to_numpy(dtype=float), cmap="RdBu_r", vmin=-bound, vmax=bound
+    )
     for axis, names in ((axes.xaxis, list(grid.columns)), (axes.yaxis, list(grid.index))):
         step = -(-len(names) // 16)
-        axis.set_ticks([i + 0.5 for i in range(0, len(names), step)], [str(n) for n in names[::step]])
+        axis.set_ticks(
+            [i + 0.5 for i in range(0, len(names), step)], [str(n) for n in names[::step]]
+        )
     axes.set_xlabel(str(heads["kind"].iloc[0]))
     axes.set_ylabel("layer")
     axes.set_title("Mean role (grey: below the noise floor)")
-    figure.colorbar(image, ax=axes, label="role in nats: > 0 carries the task, < 0 works against it")
+    figure.colorbar(
+        image, ax=axes, label="role in nats: > 0 carries the task, < 0 works against it"
+    )
     save_figure(figure, path)
 
 
@@ -2752,7 +2879,9 @@ def confirm_sets(chosen: Sequence[Component], exp: Experiment) -> list[JointSet]
         moved += sum(d.layer != c.layer for d, c in zip(drawn, chosen, strict=True))
         sets += [JointSet("random", draw, tuple(drawn[:n])) for n in sizes]
     if moved:
-        log.warning("%d random components come from a neighbouring layer: theirs had none left", moved)
+        log.warning(
+            "%d random components come from a neighbouring layer: theirs had none left", moved
+        )
     return sets
 
 
@@ -2790,7 +2919,11 @@ def measure_sets(
 
 
 def joint_rows(
-    exp: Experiment, folder: RunFolder, sets: Sequence[JointSet], prompts: Sequence[list[Prompt]], samples: str
+    exp: Experiment,
+    folder: RunFolder,
+    sets: Sequence[JointSet],
+    prompts: Sequence[list[Prompt]],
+    samples: str,
 ) -> list[dict[str, Any]]:
     """`measure_sets`, or what the folder already holds of it."""
     labels = [[c.label for c in joint.components] for joint in sets]
@@ -2813,7 +2946,9 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
         rows += joint_rows(exp, folder, [JointSet("none", 0, ()), joint], exp.prompts, "all")
     if rows:
         results = pd.DataFrame(rows)
-        write_atomically(folder.path / "circuit_confirm.csv", lambda draft: results.to_csv(draft, index=False))
+        write_atomically(
+            folder.path / "circuit_confirm.csv", lambda draft: results.to_csv(draft, index=False)
+        )
         report_joint(results)
     if chosen:
         draw_confirm(results, config, folder.path / "circuit_confirm.png")
@@ -2822,14 +2957,22 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
 
 def report_joint(rows: pd.DataFrame) -> None:
     for row in rows[rows["set"].isin(("chosen", "ablate"))].itertuples():
-        same = rows[(rows["set"] == "random") & (rows["n_ablated"] == row.n_ablated)]["share_removed"]
-        beside = f", random sets {same.quantile(0.05):.0%} to {same.quantile(0.95):.0%}" if len(same) else ""
+        same = rows[(rows["set"] == "random") & (rows["n_ablated"] == row.n_ablated)][
+            "share_removed"
+        ]
+        beside = (
+            f", random sets {same.quantile(0.05):.0%} to {same.quantile(0.95):.0%}"
+            if len(same)
+            else ""
+        )
         if row.set == "ablate":
             beside = ""
         log.info("%s samples, %d jointly (%s): mean delta %+.3f, %.0f %% removed%s", row.samples, row.n_ablated, row.components, row.mean_delta, 100 * row.share_removed, beside)  # fmt: skip
 
 
-def greedy_reply(exp: Experiment, prompt: Prompt, components: Sequence[Component], n_tokens: int) -> str:
+def greedy_reply(
+    exp: Experiment, prompt: Prompt, components: Sequence[Component], n_tokens: int
+) -> str:
     """The reply of at most n_tokens with the components edited at every token, replies included."""
     tokenizer, model, subject = exp.writer.tokenizer, exp.subject.model, exp.subject
     configured = model.generation_config.eos_token_id
@@ -2853,7 +2996,10 @@ def greedy_reply(exp: Experiment, prompt: Prompt, components: Sequence[Component
 
 
 def replies(
-    exp: Experiment, folder: RunFolder, components: Sequence[Component], prompts: Sequence[list[Prompt]]
+    exp: Experiment,
+    folder: RunFolder,
+    components: Sequence[Component],
+    prompts: Sequence[list[Prompt]],
 ) -> list[dict[str, Any]]:
     """Greedy replies to prompts a and b of each sample, and whether they show the behaviour."""
 
@@ -2864,11 +3010,17 @@ def replies(
             for prompt in of_sample[:2]
         ]
 
-    key = [[c.label for c in components], [p[0].sample.sample_id for p in prompts], exp.config.max_new_tokens]
+    key = [
+        [c.label for c in components],
+        [p[0].sample.sample_id for p in prompts],
+        exp.config.max_new_tokens,
+    ]
     return folder.part(f"replies-{digest(key)[:16]}", compute)
 
 
-def reply_record(exp: Experiment, prompt: Prompt, components: Sequence[Component]) -> dict[str, Any]:
+def reply_record(
+    exp: Experiment, prompt: Prompt, components: Sequence[Component]
+) -> dict[str, Any]:
     reply = greedy_reply(exp, prompt, components, exp.config.max_new_tokens)
     return {
         "sample_id": prompt.sample.sample_id,
@@ -2881,7 +3033,9 @@ def reply_record(exp: Experiment, prompt: Prompt, components: Sequence[Component
     }
 
 
-def check_behaviour(exp: Experiment, chosen: Sequence[Component], table: pd.DataFrame, folder: RunFolder) -> None:
+def check_behaviour(
+    exp: Experiment, chosen: Sequence[Component], table: pd.DataFrame, folder: RunFolder
+) -> None:
     """Write generations.jsonl: replies of the unedited model to every sample and, beside them on
     the held-out sentences, with the top 1, 2, 4, ... K ablated."""
     records = replies(exp, folder, (), exp.prompts)
@@ -2893,7 +3047,9 @@ def check_behaviour(exp: Experiment, chosen: Sequence[Component], table: pd.Data
     for size in joint_sizes(len(chosen)) if chosen else ():
         records = records + replies(exp, folder, chosen[:size], prompts)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_atomically(folder.path / "generations.jsonl", lambda draft: draft.write_text(lines, encoding="utf-8"))
+    write_atomically(
+        folder.path / "generations.jsonl", lambda draft: draft.write_text(lines, encoding="utf-8")
+    )
     rates = behaviour_rates(records, {p[0].sample.sample_id for p in prompts})
     for rate in rates:
         log.info("replies (%(samples)s, %(n_ablated)d ablated): %(a).0f %% show it after prompt a, %(b).0f %% after b; %(answers_b).0f %% of those to b are answers", rate)  # fmt: skip
@@ -2903,8 +3059,15 @@ def check_behaviour(exp: Experiment, chosen: Sequence[Component], table: pd.Data
 def behaviour_rates(records: Sequence[dict[str, Any]], held_out: set[str]) -> list[dict[str, Any]]:
     """Percentages over all samples, and over the held-out ones by number of components ablated."""
     rates = []
-    for samples, n_ablated in [("all", 0), *(("held-out", n) for n in sorted({r["n_ablated"] for r in records}))]:
-        mine = [r for r in records if r["n_ablated"] == n_ablated and (samples == "all" or r["sample_id"] in held_out)]
+    for samples, n_ablated in [
+        ("all", 0),
+        *(("held-out", n) for n in sorted({r["n_ablated"] for r in records})),
+    ]:
+        mine = [
+            r
+            for r in records
+            if r["n_ablated"] == n_ablated and (samples == "all" or r["sample_id"] in held_out)
+        ]
         if not mine:
             continue
         rate: dict[str, Any] = {"samples": samples, "n_ablated": n_ablated}
@@ -2971,7 +3134,9 @@ def run_sweep(exp: Experiment, folder: RunFolder, state: PartialState) -> Measur
         units = plan_units(exp, done)
         for unit in units:  # whatever lies there is no part of this run
             (folder.parts / f"{unit.name}.json").unlink(missing_ok=True)
-    units, folder.key, exp.rows_per_forward = agree(state, (units, folder.key, exp.rows_per_forward))
+    units, folder.key, exp.rows_per_forward = agree(
+        state, (units, folder.key, exp.rows_per_forward)
+    )
     if units:
         log.info("%d units to do, %d components measured before", len(units), len(done.edited))
         self_test(exp)
@@ -2997,9 +3162,13 @@ def report_findings(found: Findings, task: Task, config: Config) -> None:
     if lone_q >= 0.05:
         log.info("%d sentences are too few: a lone component among %d cannot reach q below %.2g", found.n_units, n_tests, lone_q)  # fmt: skip
     if not found.base_is_clear:
-        log.info("the base's interval covers 0: there is nothing to explain, and no component contributes")
+        log.info(
+            "the base's interval covers 0: there is nothing to explain, and no component contributes"
+        )
         return
-    doing = {"zero": "removing", "mean": "mean-ablating", "patch": "patching", "scale": "scaling"}[config.op]
+    doing = {"zero": "removing", "mean": "mean-ablating", "patch": "patching", "scale": "scaling"}[
+        config.op
+    ]
     natural = found.base_mean * task.sign > 0
     for head in found.heads.sort_values("role", ascending=False).head(5).itertuples():
         reading = task.readings[0 if head.mean * task.sign < 0 else 1]
@@ -3029,7 +3198,9 @@ def redraw(config: Config) -> None:
     record = source.with_name("run.json")
     floor = json.loads(record.read_text()).get("noise_floor") if record.exists() else None
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
-        raise UsageError(f"--output_dir {path} holds another run; give another folder for the redrawn files")
+        raise UsageError(
+            f"--output_dir {path} holds another run; give another folder for the redrawn files"
+        )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -3083,7 +3254,9 @@ def finish(exp: Experiment, measured: Measured, folder: RunFolder, started: floa
     config = exp.config
     baselines = measure_baseline(exp, folder)
     table = results_table(exp, measured, baselines)
-    write_atomically(folder.path / "circuit_results.csv", lambda draft: table.to_csv(draft, index=False))
+    write_atomically(
+        folder.path / "circuit_results.csv", lambda draft: table.to_csv(draft, index=False)
+    )
     floor = noise_floor(exp, measured, baselines)
     folder.note(config=asdict(config), noise_floor=None if math.isnan(floor) else floor)
     table["index"] = table["index"].fillna(-1).astype(int)

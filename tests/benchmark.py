@@ -1,0 +1,338 @@
+"""How fast the sweep is against the loop that everyone writes, on random weights, in one run.
+
+  python tests/benchmark.py mid --pairs 2
+  python tests/benchmark.py mid --pairs 8
+  python tests/benchmark.py 8b --pairs 16          (one large GPU)
+  python tests/benchmark.py growth                 (double layers, heads, samples; time against work)
+
+The naive loop runs as the protocol reads (one pre-hook, two full forwards per head and sample,
+`model(ids).logits`) on a stated subset of heads spread over the layers, and is scaled to all of
+them. The sweep runs whole, with its jittered rows, its parts on disk, and no self-test. Ratios of
+CPU seconds are what holds on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import llama3_circuit_tracing as tracing
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "mid": {
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "vocab_size": 32000,
+        "dtype": torch.float32,
+    },
+    "8b": {
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "dtype": torch.bfloat16,
+    },
+}
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def wait_for_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@dataclasses.dataclass
+class Clock:
+    """Wall and CPU seconds of a block."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+
+@contextmanager
+def timed() -> Iterator[Clock]:
+    clock = Clock()
+    wait_for_device()
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield clock
+    wait_for_device()
+    clock.wall, clock.cpu = time.perf_counter() - wall, time.process_time() - cpu
+
+
+def random_model(shape: dict[str, Any], seed: int) -> Any:
+    """A Llama of a preset's shape whose weights are large enough for heads to have effects."""
+    shape = dict(shape)
+    dtype = shape.pop("dtype")
+    config = LlamaConfig(**shape, rope_theta=500000.0, max_position_embeddings=8192)
+    torch.manual_seed(seed)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(dtype).to_empty(device=device())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = parameter.shape[-1] ** -0.5
+            parameter.normal_(0, scale) if parameter.ndim > 1 else parameter.fill_(1.0)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
+    return model.eval()
+
+
+def random_prompts(pairs: int, lengths: tuple[int, int], vocab: int) -> list[list[tracing.Prompt]]:
+    """Pairs of prompts as chats are: a shared beginning, a prohibition in prompt a, a sentence."""
+    shared, sentence_length = lengths
+    rng = random.Random(0)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(1, vocab) for _ in range(n))
+
+    start, end = tokens(shared), tokens(5)  # the end of the chat follows every sentence
+    prompts = []
+    for i in range(pairs):
+        sample = tracing.Sample(f"s{i:04d}", f"a{i}", f"b{i}", ("word",))
+        sentence, form = tokens(sentence_length - 5), ((tokens(1),),)
+        a = start + tokens(rng.randint(12, 17)) + sentence + end
+        b = start + sentence + end
+        prompts.append(
+            [tracing.Prompt(sample, "a", "", a, form), tracing.Prompt(sample, "b", "", b, form)]
+        )
+    return prompts
+
+
+class NoTokenizer:
+    """Stands where the baseline report names the likeliest tokens."""
+
+    def decode(self, ids: list[int]) -> str:
+        return str(ids)
+
+
+def build_experiment(model: Any, prompts: list[list[tracing.Prompt]], rows: int | None) -> Any:
+    config = tracing.Config()
+    shape = tracing.outline(model, model.dtype)
+    trees = tracing.plant_trees(prompts, None, config)
+    components = tracing.choose_components(config, shape)
+    rows = rows or tracing.resolve_rows(shape, trees, tracing.free_gpu_memory())
+    writer = tracing.Writer(NoTokenizer(), "", "word")
+    task = tracing.TASKS["suppression"]
+    experiment = tracing.Experiment(
+        config, task, shape, writer, prompts, trees, components, (), rows
+    )
+    experiment.subject = tracing.Subject(model, shape)
+    return experiment
+
+
+# ----- the two ways
+
+
+@torch.inference_mode()
+def naive_loop(
+    model: Any, prompts: list[list[tracing.Prompt]], heads: list[tuple[int, int]]
+) -> dict[tuple[str, int, int], float]:
+    """The protocol: (sample, layer, head) -> effect, two full forwards for each."""
+
+    def score(prompt: tracing.Prompt) -> float:
+        ids = torch.tensor([prompt.ids], device=model.device)
+        logits = model(ids, use_cache=False).logits
+        log_probs = torch.log_softmax(logits[0, -1].float(), dim=-1)
+        return float(log_probs[prompt.forms[0][0][0]])
+
+    def delta(pair: list[tracing.Prompt]) -> float:
+        return score(pair[0]) - score(pair[1])
+
+    base = {pair[0].sample.sample_id: delta(pair) for pair in prompts}
+    effects = {}
+    for layer, head in heads:
+        module = model.model.layers[layer].self_attn.o_proj
+        width = module.in_features // model.config.num_attention_heads
+
+        def hook(
+            _: Any, args: tuple[Tensor], head: int = head, width: int = width
+        ) -> tuple[Tensor]:
+            x = args[0].clone()
+            x[..., head * width : (head + 1) * width] = 0
+            return (x,)
+
+        handle = module.register_forward_pre_hook(hook)
+        for pair in prompts:
+            sample_id = pair[0].sample.sample_id
+            effects[sample_id, layer, head] = delta(pair) - base[sample_id]
+        handle.remove()
+    return effects
+
+
+@torch.inference_mode()
+def our_sweep(experiment: Any) -> dict[tuple[str, int, int], float]:
+    with tempfile.TemporaryDirectory() as path:
+        folder = tracing.RunFolder(Path(path))
+        folder.create(overwrite=False)
+        units = tracing.plan_units(experiment, tracing.Measured())
+        batches = tracing.RowBatches(experiment.rows_per_forward)
+        baselines = tracing.measure_baseline(experiment, folder)
+        tracing.sweep(experiment, units, folder, batches)
+        measured = tracing.read_measured(experiment, folder)
+        table = tracing.results_table(experiment, measured, baselines)
+    rows = table[["sample_id", "layer", "head", "head_effect"]].itertuples(index=False)
+    return {(row[0], row[1], row[2]): row[3] for row in rows}
+
+
+# ----- what it is held against
+
+
+def flops_per_token(shape: dict[str, Any]) -> float:
+    """Multiply-adds times two of one block's matrices for one token."""
+    d, width = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"]
+    attention = d * (2 * d + 2 * width * shape["num_key_value_heads"])
+    return 2.0 * (attention + 3 * d * shape["intermediate_size"])
+
+
+def matrix_rate(shape: dict[str, Any], n_rows: int) -> float:
+    """FLOP/s of a plain matrix product of as many rows, the MLP's shape."""
+    d, d_mlp = shape["hidden_size"], shape["intermediate_size"]
+    a = torch.randn(n_rows, d, device=device(), dtype=shape["dtype"])
+    b = torch.randn(d, d_mlp, device=device(), dtype=shape["dtype"])
+    rates = []
+    for _ in range(7):
+        with timed() as clock:
+            for _ in range(4):
+                a @ b
+        rates.append(4 * 2.0 * n_rows * d * d_mlp / clock.wall)
+    return sorted(rates)[len(rates) // 2]
+
+
+def peak_memory() -> float:
+    """Bytes: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def spread_heads(shape: dict[str, Any], per_layer: int, n_layers: int) -> list[tuple[int, int]]:
+    """A subset of heads, evenly over the layers."""
+    total, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
+    layers = sorted({round(i * (total - 1) / max(1, n_layers - 1)) for i in range(n_layers)})
+    return [(layer, (3 * layer + 5 * i) % heads) for layer in layers for i in range(per_layer)]
+
+
+def compare(shape: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print everything, and last the line `ratio R, cpu ratio C, largest difference D`."""
+    model = random_model(shape, options.seed)
+    prompts = random_prompts(options.pairs, (options.shared, options.sentence), shape["vocab_size"])
+    experiment = build_experiment(model, prompts, options.rows_per_forward)
+    n_heads = shape["num_hidden_layers"] * shape["num_attention_heads"]
+    subset = spread_heads(shape, options.naive_per_layer, options.naive_layers)
+    ids = torch.tensor([prompts[0][0].ids], device=device())
+    with torch.inference_mode():
+        model(ids)
+        with timed() as bare:
+            for _ in range(5):
+                model(ids)
+    with timed() as slow:
+        expected = naive_loop(model, prompts, subset)
+    n_forwards = 2 * len(prompts) * (len(subset) + 1)
+    scale = n_heads * 2 * len(prompts) / n_forwards
+    before = (experiment.subject.n_forwards, experiment.subject.n_tokens)
+    with timed() as fast:
+        found = our_sweep(experiment)
+    forwards = experiment.subject.n_forwards - before[0]
+    tokens = experiment.subject.n_tokens - before[1]
+    naive_tokens = (
+        n_heads * sum(len(p.ids) for pair in prompts for p in pair) * shape["num_hidden_layers"]
+    )
+    rate = tokens * flops_per_token(shape) / fast.wall
+    n_rows = experiment.rows_per_forward * experiment.trees[0].n_tokens
+    plain = matrix_rate(shape, n_rows)
+    print(
+        f"{len(prompts)} pairs, {len(experiment.trees)} trees of {experiment.trees[0].n_tokens} tokens, {experiment.rows_per_forward} rows per forward, {torch.get_num_threads()} threads"
+    )
+    print(
+        f"naive: {len(subset)} of {n_heads} heads, {1e3 * slow.wall / n_forwards:.1f} ms per forward (bare model(ids): {1e3 * bare.wall / 5:.1f}); all heads: {slow.wall * scale:.1f} s wall, {slow.cpu * scale:.1f} s CPU"
+    )
+    print(
+        f"sweep: {fast.wall:.1f} s wall, {fast.cpu:.1f} s CPU, {forwards} forwards, {tokens} tokens through a block against {naive_tokens}"
+    )
+    print(
+        f"rate: {rate / 1e9:.1f} GFLOP/s against {plain / 1e9:.1f} of a matrix product of {n_rows} rows; peak memory {peak_memory() / 1e9:.2f} GB"
+    )
+    largest = max(abs(found[key] - effect) for key, effect in expected.items())
+    print(
+        f"ratio {slow.wall * scale / fast.wall:.2f}, cpu ratio {slow.cpu * scale / fast.cpu:.2f}, largest difference {largest:.2e}"
+    )
+
+
+def growth(options: argparse.Namespace) -> None:
+    """The sweep's seconds as layers, heads and samples double, beside the work that is done."""
+    small = PRESETS["mid"] | {
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+    }
+    doubled: list[tuple[str, dict[str, Any], int]] = [
+        ("base", small, 8),
+        ("layers x2", small | {"num_hidden_layers": 12}, 8),
+        (
+            "heads x2 (same d_model)",
+            small | {"num_attention_heads": 16, "num_key_value_heads": 4},
+            8,
+        ),
+        ("samples x2", small, 16),
+    ]
+    first: tuple[float, float] | None = None
+    print("what, CPU seconds, against base, tokens through a block against base")
+    for name, shape, pairs in doubled:
+        model = random_model(shape, options.seed)
+        prompts = random_prompts(pairs, (options.shared, options.sentence), shape["vocab_size"])
+        experiment = build_experiment(model, prompts, options.rows_per_forward)
+        with timed() as clock:
+            our_sweep(experiment)
+        first = first or (clock.cpu, experiment.subject.n_tokens)
+        print(
+            f"{name}, {clock.cpu:.1f}, {clock.cpu / first[0]:.2f}, {experiment.subject.n_tokens / first[1]:.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", choices=[*PRESETS, "growth"])
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--shared", type=int, default=25, help="tokens that all prompts share")
+    parser.add_argument("--sentence", type=int, default=20, help="tokens of a sentence")
+    parser.add_argument("--naive_layers", type=int, default=6, help="layers of the naive subset")
+    parser.add_argument("--naive_per_layer", type=int, default=2, help="heads of each of them")
+    parser.add_argument("--rows_per_forward", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.preset == "growth":
+        growth(options)
+    else:
+        compare(PRESETS[options.preset], options)
+
+
+if __name__ == "__main__":
+    main()
