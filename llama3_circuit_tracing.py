@@ -2234,19 +2234,17 @@ class Check:
 
 def self_test(exp: Experiment) -> None:
     """Check the loaded model through the context managers of the sweep; `RunError` if one fails."""
+    # the library leaves hooks of its own behind when it returns attentions, hence first
+    checks = check_attentions(exp) if exp.config.check_attentions else []
     before = count_hooks(exp.subject)
-    tree = exp.trees[0]
     layers = range(exp.shape.n_layers)
-    base = run_base(exp.subject, tree, (), layers, [(0, KINDS["head"])])
-    checks = [check_ablation(exp.subject, base), *check_starts(exp.subject, base)]
-    checks += check_tree(exp.subject, base)
-    if exp.config.check_attentions:
-        checks += check_attentions(exp)
-    checks.append(
-        Check("hooks and replaced forwards left behind", count_hooks(exp.subject) - before, 0)
-    )
+    base = run_base(exp.subject, exp.trees[0], (), layers, [(0, KINDS["head"])])
+    checks += [check_ablation(exp.subject, base)]
+    checks += check_starts(exp.subject, base) + check_tree(exp.subject, base)
+    left = count_hooks(exp.subject) - before
+    checks.append(Check("hooks and replaced forwards left behind", left, 0))
     for check in checks:
-        log.info("self-test: %-58s %.2e (bound %.0e)", check.name, check.error, check.bound)
+        log.info("self-test: %-72s %.2e (bound %.0e)", check.name, check.error, check.bound)
     failed = [f"{c.name}: {c.error:.3g}, bound {c.bound:.3g}" for c in checks if not c.passed]
     if failed:
         raise RunError(f"the self-test failed; {'; '.join(failed)}")
@@ -2267,9 +2265,13 @@ def check_ablation(subject: Subject, base: Base) -> Check:
     shape = subject.shape
     outputs = {layer: subject.module((layer, KINDS["head"])) for layer in range(shape.n_layers)}
     heads = [Component(layer, "head", (7 * layer + 1) % shape.n_heads) for layer in outputs]
-    with recording(outputs) as x, recording(outputs, outputs=True) as y:
-        with editing(subject, [tuple(Edit(head) for head in heads)], Values()):
-            subject.body(**base.inputs)
+    row = tuple(Edit(head) for head in heads)
+    with (
+        recording(outputs) as x,  # entered first, so that it sees the input before the edit
+        recording(outputs, outputs=True) as y,
+        editing(subject, [row], Values()),
+    ):
+        subject.body(**base.inputs)
     worst = 0.0
     for head in heads:
         module, own = outputs[head.layer], x[head.layer]
