@@ -230,6 +230,7 @@ if __name__ == "__main__":
 
 import pandas as pd
 import torch
+import transformers
 from accelerate import PartialState, init_empty_weights
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -238,6 +239,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar
 
 log = logging.getLogger("circuit")
 
@@ -947,12 +950,13 @@ def build_tree(samples: Sequence[Sequence[Prompt]], bos: int | None, config: Con
     trie = Trie()
     prompts = [prompt for of_sample in samples for prompt in of_sample]
     plans = [plan for of_sample in samples for plan in plan_edits(of_sample, config)]
-    paths, branches = [], []
+    paths: list[tuple[int, ...]] = []
+    branches: Branches = []
     for prompt, plan in zip(prompts, plans, strict=True):
         private = min(plan, default=len(prompt.ids)) if plan is not None else len(prompt.ids)
         owner = (prompt.sample.sample_id, prompt.role)
-        path = trie.grow_path(-1, prompt.ids, owner, private)
-        paths.append(tuple(path))
+        path = tuple(trie.grow_path(-1, prompt.ids, owner, private))
+        paths.append(path)
         branches.append(
             [[trie.grow_path(path[-1], f[:-1], None, 0) for f in forms] for forms in prompt.forms]
         )
@@ -1141,7 +1145,7 @@ def read_outline(config: Config) -> Outline:
     return outline(model, resolve_dtype(config))
 
 
-def outline(model: nn.Module, dtype: torch.dtype) -> Outline:
+def outline(model: Any, dtype: torch.dtype) -> Outline:
     name, text = type(model).__name__, model.config.get_text_config()
     found = {
         m[1]: module
@@ -1170,7 +1174,7 @@ def outline(model: nn.Module, dtype: torch.dtype) -> Outline:
         n_heads=n_heads,
         d_head=widths.pop() // n_heads,
         d_model=text.hidden_size,
-        d_mlp=mlps[0].in_features if all(isinstance(m, nn.Linear) for m in mlps) else 0,
+        d_mlp=min(m.in_features if isinstance(m, nn.Linear) else 0 for m in mlps),
         n_kv_heads=getattr(text, "num_key_value_heads", None) or n_heads,
         vocab=text.vocab_size,
         n_parameters=sum(p.numel() for p in model.parameters()),
@@ -1293,14 +1297,14 @@ class Values:
 class Subject:
     """The model under study: its blocks, its unembedding, and a count of what it was asked."""
 
-    def __init__(self, model: nn.Module, shape: Outline) -> None:
-        self.model: Any = model
+    def __init__(self, model: Any, shape: Outline) -> None:
+        self.model = model
         self.shape = shape
         blocks = model.get_submodule(shape.layers_path)
         assert isinstance(blocks, nn.ModuleList)
         self.layers = blocks
-        self.body: Any = model.get_submodule(shape.layers_path.rpartition(".")[0])
-        self.head: Any = self.model.get_output_embeddings()
+        self.body = model.get_submodule(shape.layers_path.rpartition(".")[0])
+        self.head = model.get_output_embeddings()
         self.own_logits = self.must_use_own_logits()
         self.n_forwards = 0
         self.n_tokens = 0
@@ -1318,12 +1322,12 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        device = self.model.get_input_embeddings().weight.device
-        return torch.device("cpu") if device.type == "meta" else device
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
     def module(self, site: Site) -> nn.Module:
         layer, name = site
-        return self.layers[layer].get_submodule(name) if name else self.layers[layer]
+        return self.layers[layer].get_submodule(name)
 
     def width(self, site: Site) -> int:
         shape = self.shape
@@ -1765,8 +1769,6 @@ def model_identity(config: Config) -> str:
     """The commit on the hub; of a local folder a hash of config, tokenizer and the weights' ends."""
     folder = Path(config.model_id).expanduser()
     if not folder.is_dir():
-        from transformers.utils import cached_file
-
         found = cached_file(config.model_id, "config.json", revision=config.revision or "main", local_files_only=True)  # fmt: skip
         return f"{config.model_id}@{Path(str(found)).parent.name}"
     sha = hashlib.sha256()
@@ -1960,7 +1962,10 @@ def prepare(config: Config, folder: RunFolder) -> Experiment:
     """Everything that is known before the weights: samples, prompts, trees, components."""
     task = TASKS[config.task]
     samples = load_samples(Path(config.samples), task) if config.samples else []
+    if config.compare:
+        read_results(Path(config.compare))  # malformed input is told before the work, not after
     shape = read_outline(config)
+    warn_of_float32(config, shape)
     components = choose_components(config, shape)
     writer = load_writer(config)
     if not config.samples:
@@ -1981,10 +1986,17 @@ def prepare(config: Config, folder: RunFolder) -> Experiment:
     return Experiment(config, task, shape, writer, prompts, trees, components, given, rows)
 
 
+def warn_of_float32(config: Config, shape: Outline) -> None:
+    """Say what float32 costs where it was not asked for."""
+    if config.bf16 is None and shape.dtype == torch.float32:
+        log.warning(
+            "no GPU with native bfloat16: float32 weights, %.3g GB here; an 8B model needs 32 GB",
+            4 * shape.n_parameters / BYTES_PER_GB,
+        )
+
+
 def fingerprint(exp: Experiment) -> dict[str, Any]:
     """All that results depend on. Layers, heads and what is made of the results are left out."""
-    import transformers
-
     config = exp.config
     told = {
         name: getattr(config, name)
@@ -2260,6 +2272,11 @@ def largest_error(one: Tensor, other: Tensor) -> float:
     return float((one.double().cpu() - other.double().cpu()).abs().max())
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    scale = max(float(expected.abs().max()), torch.finfo(torch.float32).tiny)
+    return largest_error(found, expected) / scale
+
+
 def check_ablation(subject: Subject, base: Base) -> Check:
     """In every block at once: zeroing head h moves o_proj's output by exactly -x_h W_h^T."""
     shape = subject.shape
@@ -2278,7 +2295,7 @@ def check_ablation(subject: Subject, base: Base) -> Check:
         only = torch.zeros_like(own)
         only[..., head.span(shape.d_head)] = own[..., head.span(shape.d_head)]
         expected = module(own).float() - (module(only) - module(torch.zeros_like(own))).float()
-        worst = max(worst, largest_error(y[head.layer], expected) / float(expected.abs().max()))
+        worst = max(worst, relative_error(y[head.layer], expected))
     return Check("ablating a head moves o_proj by -x_h W_h^T (relative)", worst, 4 * torch.finfo(shape.dtype).eps + 1e-5)  # fmt: skip
 
 
@@ -2337,7 +2354,7 @@ def check_attentions(exp: Experiment) -> list[Check]:
     subject, shape = exp.subject, exp.shape
     ids = torch.tensor([exp.prompts[0][0].ids], device=subject.device)
     layers = range(shape.n_layers)
-    values = {("v", layer): subject.layers[layer].self_attn.v_proj for layer in layers}
+    values = {("v", layer): subject.module((layer, "self_attn.v_proj")) for layer in layers}
     slices = {("x", layer): subject.module((layer, KINDS["head"])) for layer in layers}
     subject.model.set_attn_implementation("eager")
     try:
@@ -2354,7 +2371,7 @@ def check_attentions(exp: Experiment) -> list[Check]:
         value = v["v", layer].view(n, shape.n_kv_heads, shape.d_head).transpose(0, 1)
         value = value.repeat_interleave(shape.n_heads // shape.n_kv_heads, 0)  # [head, tok, d_head]
         z = (weights[0].float() @ value.float()).transpose(0, 1).reshape(n, -1)
-        worst = max(worst, largest_error(z, x["x", layer][0]) / float(z.abs().max()))
+        worst = max(worst, relative_error(z, x["x", layer][0]))
     bound = 4 * torch.finfo(shape.dtype).eps + 1e-5
     return [*checks, Check("attention times values gives o_proj's input (relative)", worst, bound)]
 
@@ -2486,7 +2503,7 @@ def results_table(
     exp: Experiment, measured: Measured, baselines: Sequence[dict[str, Any]]
 ) -> pd.DataFrame:
     """One row per sample and component, sorted; every number recomputes from the raw scores."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for (tree, component), scores in measured.edited.items():
         rows += component_rows(exp, exp.trees[tree], component, baselines[tree]["scores"], scores)
     table = pd.DataFrame(rows)
@@ -2538,7 +2555,7 @@ def component_rows(
 
 def control_columns(old: dict[str, float], new: dict[str, float]) -> dict[str, float]:
     """Scores of the control prompts, and the effect on the pair less that on control and b."""
-    columns = {}
+    columns: dict[str, float] = {}
     for role in ("other", "affirm"):
         base, edited = old.get(role, math.nan), new.get(role, math.nan)
         columns |= {f"score_{role}_base": base, f"score_{role}_head": edited}
@@ -2582,7 +2599,7 @@ TEXT_COLUMNS = ("sample_id", "unit", "group", "kind", "op", "positions")
 
 def parse_result(record: dict[str, str], path: Path, line: int) -> dict[str, Any]:
     """One row of a results CSV with its types; columns that it lacks get what the default run has."""
-    known = {
+    known: dict[str, Any] = {
         "unit": record["sample_id"],
         "group": "",
         "kind": "head",
@@ -2722,8 +2739,8 @@ def compare_runs(table: pd.DataFrame, found: Findings, config: Config) -> pd.Dat
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    options = {"dpi": 300, "format": "png", "metadata": {"Software": None}}
-    write_atomically(path, lambda draft: figure.savefig(draft, **options))
+    metadata = {"Software": None}  # the same data give the same bytes
+    write_atomically(path, lambda p: figure.savefig(p, dpi=300, format="png", metadata=metadata))
 
 
 def draw_summary(found: Findings, config: Config, path: Path) -> None:
@@ -2936,7 +2953,8 @@ def joint_rows(
 
 def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Component]:
     """Write circuit_confirm.csv and .png; returns the chosen components, best first."""
-    config, rows = exp.config, []
+    config = exp.config
+    rows: list[dict[str, Any]] = []
     chosen: list[Component] = []
     if config.confirm:
         choosing, held_out = split_units(table, config.seed)
@@ -2978,9 +2996,9 @@ def greedy_reply(
     """The reply of at most n_tokens with the components edited at every token, replies included."""
     tokenizer, model, subject = exp.writer.tokenizer, exp.subject.model, exp.subject
     configured = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")}
-    ends |= set(configured if isinstance(configured, list) else [configured])
-    ends = sorted(end for end in ends if isinstance(end, int))
+    known = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+    known += configured if isinstance(configured, list) else [configured]
+    ends = sorted({end for end in known if isinstance(end, int)})
     ids = torch.tensor([prompt.ids], device=subject.device)
     row = (*(exp.edit(c) for c in components), *exp.given)
     with editing(subject, [row], Values(means=exp.means)):
@@ -3231,6 +3249,7 @@ def run(config: Config) -> None:
     """The whole job, stage by stage."""
     started = time.time()
     torch.manual_seed(config.seed)
+    disable_progress_bar()  # one bar is enough
     if config.from_csv:
         with logging_to(None, speaks=True):
             return redraw(config)
