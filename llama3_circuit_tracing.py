@@ -228,10 +228,11 @@ def contradictions(config: Config) -> list[tuple[bool, str]]:
 if __name__ == "__main__":
     parse_args()  # --help and usage errors answer before the seconds that the next imports take
 
+import accelerate
 import pandas as pd
 import torch
 import transformers
-from accelerate import PartialState, init_empty_weights
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from matplotlib.figure import Figure
@@ -1136,7 +1137,7 @@ def read_outline(config: Config) -> Outline:
         {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
     )
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 model_config, trust_remote_code=False, **wanted
             )
@@ -1807,12 +1808,22 @@ class Experiment:
     given: Row
     rows_per_forward: int
     device: torch.device | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Tell a stage in the log and add up its seconds."""
+        log.info("----- %s", name)
+        started = time.perf_counter()
+        yield
+        taken = time.perf_counter() - started
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + taken, 3)
 
     @functools.cached_property
     def subject(self) -> Subject:
         shape = self.shape
-        log.info("loading %s (%.2fB parameters, %s)", self.config.model_id, shape.n_parameters / 1e9, shape.dtype)  # fmt: skip
-        subject = Subject(load_model(self.config, shape, self.device), shape)
+        with self.stage(f"loading {self.config.model_id}, {shape.n_parameters:,} parameters"):
+            subject = Subject(load_model(self.config, shape, self.device), shape)
         if subject.own_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
         return subject
@@ -2187,8 +2198,14 @@ def report_baseline(exp: Experiment, baselines: Sequence[dict[str, Any]]) -> lis
         words = iter(base["words"])
         for prompt, score, top in zip(tree.prompts, base["scores"], base["top"], strict=True):
             log_probs = {word: next(words) for word in prompt.sample.words}
-            entry = {"score": score, "log_probs": log_probs, "likeliest": top, "text": prompt.text}
-            by_sample[prompt.sample.sample_id][prompt.role] = entry
+            by_sample[prompt.sample.sample_id][prompt.role] = {
+                "text": prompt.text,
+                "n_tokens": len(prompt.ids),
+                "form_ids": dict(zip(prompt.sample.words, prompt.forms, strict=True)),
+                "log_probs": log_probs,
+                "score": score,
+                "likeliest": top,
+            }
         samples = {prompt.sample.sample_id: prompt.sample for prompt in tree.prompts}
         records += [sample_record(exp.task, samples[i], roles) for i, roles in by_sample.items()]
     for record in records:
@@ -2649,44 +2666,51 @@ def component_statistics(table: pd.DataFrame, column: str, config: Config) -> pd
 
 @dataclass(frozen=True)
 class Findings:
-    """What the statistics say of a results table."""
+    """What the statistics say of a results table: the base, and a row per component."""
 
-    heads: pd.DataFrame  # circuit_heads.csv
     base_mean: float
     base_low: float
     base_high: float
-    floor: float
+    floor: float  # NaN where it is not known
     n_units: int
+    heads: pd.DataFrame = field(default_factory=pd.DataFrame)  # circuit_heads.csv
 
     @property
     def base_is_clear(self) -> bool:
         """Whether there is something to explain: the base's interval does not cover 0."""
         return self.base_low > 0 or self.base_high < 0
 
+    def judge(self, stats: pd.DataFrame) -> pd.DataFrame:
+        """Statistics of an effect with its role, and whether it can be told from noise and from 0."""
+        mean = stats["mean"]
+        known = not math.isnan(self.floor)
+        role = -math.copysign(1.0, self.base_mean) * mean
+        loud = (mean.abs() > self.floor).astype("boolean").where(pd.Series(known, index=mean.index))
+        counted = (stats["q"] < 0.05) & loud.fillna(True) & self.base_is_clear
+        carries = role.gt(0).map({True: "contributes", False: "works against"})
+        return stats.assign(role=role, above_noise=loud, verdict=carries.where(counted, ""))
+
+
+def summarize_base(table: pd.DataFrame, config: Config, floor: float) -> Findings:
+    """Mean and interval of delta_logit_base, one number per sample."""
+    per_sample = table[table["group"] != NO_ODD_ONE].drop_duplicates("sample_id")
+    by_unit = per_sample.groupby("unit")["delta_logit_base"].agg(["sum", "count"])
+    sums, counts = (torch.tensor(by_unit[[c]].to_numpy()).double() for c in ("sum", "count"))
+    low, high = bootstrap_interval(sums, counts, config.num_bootstrap, config.seed)
+    mean = float(per_sample["delta_logit_base"].mean())
+    return Findings(mean, float(low), float(high), floor, len(by_unit))
+
 
 def find(table: pd.DataFrame, config: Config, floor: float) -> Findings:
     """The table of components, and the base that it is measured against."""
-    real = table[table["group"] != NO_ODD_ONE]
-    per_sample = real.drop_duplicates("sample_id")
-    base_mean = float(per_sample["delta_logit_base"].mean())
-    by_unit = per_sample.groupby("unit")["delta_logit_base"].agg(["sum", "count"])
-    sums, counts = (
-        torch.tensor(by_unit[[c]].to_numpy(), dtype=torch.float64) for c in ("sum", "count")
-    )
-    low, high = bootstrap_interval(sums, counts, config.num_bootstrap, config.seed)
-    found = Findings(pd.DataFrame(), base_mean, float(low), float(high), floor, len(by_unit))
-
-    heads = component_statistics(table, "head_effect", config)
-    heads["role"] = -math.copysign(1.0, base_mean) * heads["mean"]
-    measurable = abs(base_mean) > (0 if math.isnan(floor) else floor)
-    heads["share_moved"] = -heads["mean"] / base_mean if measurable else math.nan
-    heads["above_noise"] = pd.array([pd.NA if math.isnan(floor) else abs(m) > floor for m in heads["mean"]], dtype="boolean")  # fmt: skip
-    counted = (heads["q"] < 0.05) & heads["above_noise"].fillna(True) & found.base_is_clear
-    heads["verdict"] = ["" if not c else "contributes" if r > 0 else "works against" for c, r in zip(counted, heads["role"], strict=True)]  # fmt: skip
+    found = summarize_base(table, config, floor)
+    heads = found.judge(component_statistics(table, "head_effect", config))
+    measurable = not abs(found.base_mean) <= floor
+    heads["share_moved"] = -heads["mean"] / found.base_mean if measurable else math.nan
     for role in ("other", "affirm"):
         if f"effect_minus_{role}" in table and table[f"effect_minus_{role}"].notna().any():
-            extra = component_statistics(table, f"effect_minus_{role}", config)
-            heads = heads.join(extra.drop(columns="n_sentences").add_prefix(f"minus_{role}_"))
+            stats = component_statistics(table, f"effect_minus_{role}", config)
+            heads = heads.join(found.judge(stats).add_prefix(f"minus_{role}_"))
     heads = heads.reset_index()
     heads.insert(0, "label", [Component(*key).label for key in heads[KEY].itertuples(index=False)])
     return replace(found, heads=heads)
@@ -3048,7 +3072,7 @@ def reply_record(
         "ablated": " ".join(c.label for c in components),
         "n_ablated": len(components),
         "reply": reply,
-        "shows": exp.task.shows(prompt.sample, reply),
+        "mentions": exp.task.shows(prompt.sample, reply),
         "answers": exp.task.answers(prompt.sample, reply),
     }
 
@@ -3058,6 +3082,8 @@ def check_behaviour(
 ) -> None:
     """Write generations.jsonl: replies of the unedited model to every sample and, beside them on
     the held-out sentences, with the top 1, 2, 4, ... K ablated."""
+    if not exp.config.max_new_tokens:
+        return
     records = replies(exp, folder, (), exp.prompts)
     held_out = split_units(table, exp.config.seed)[1]
     prompts = [p for p in exp.prompts if p[0].sample.unit in held_out]
@@ -3072,7 +3098,11 @@ def check_behaviour(
     )
     rates = behaviour_rates(records, {p[0].sample.sample_id for p in prompts})
     for rate in rates:
-        log.info("replies (%(samples)s, %(n_ablated)d ablated): %(a).0f %% show it after prompt a, %(b).0f %% after b; %(answers_b).0f %% of those to b are answers", rate)  # fmt: skip
+        log.info(
+            "replies (%(samples)s, %(n_ablated)d ablated): %(mentions_a).0f %% show the behaviour "
+            "after prompt a, %(mentions_b).0f %% after b; %(answers_b).0f %% to b are answers",
+            rate,
+        )
     folder.note(behaviour=rates)
 
 
@@ -3093,7 +3123,7 @@ def behaviour_rates(records: Sequence[dict[str, Any]], held_out: set[str]) -> li
         rate: dict[str, Any] = {"samples": samples, "n_ablated": n_ablated}
         for role in ("a", "b"):
             of_role = [r for r in mine if r["prompt"] == role]
-            rate[role] = 100 * statistics.fmean(bool(r["shows"]) for r in of_role)
+            rate[f"mentions_{role}"] = 100 * statistics.fmean(bool(r["mentions"]) for r in of_role)
             rate[f"answers_{role}"] = 100 * statistics.fmean(r["answers"] for r in of_role)
         rates.append(rate)
     return rates
@@ -3158,14 +3188,16 @@ def run_sweep(exp: Experiment, folder: RunFolder, state: PartialState) -> Measur
         state, (units, folder.key, exp.rows_per_forward)
     )
     if units:
-        log.info("%d units to do, %d components measured before", len(units), len(done.edited))
-        self_test(exp)
+        with exp.stage("self-test"):
+            self_test(exp)
     if state.is_main_process:
-        folder.note(samples=report_baseline(exp, measure_baseline(exp, folder)))
+        with exp.stage("unedited model"):
+            folder.note(samples=report_baseline(exp, measure_baseline(exp, folder)))
     mine = share_units(exp, units, state.num_processes)[state.process_index]
     batches = RowBatches(folder.record.get("rows_after_halving") or exp.rows_per_forward)
     if mine:
-        sweep(exp, mine, folder, batches)
+        with exp.stage(f"sweep of {len(units)} units, {len(done.edited)} components done before"):
+            sweep(exp, mine, folder, batches)
     if not state.is_main_process:
         return None
     if batches.halvings:
@@ -3239,8 +3271,10 @@ def describe_run(exp: Experiment, started: float) -> dict[str, Any]:
         "logits": "the model's own" if subject.own_logits else "float32 unembedding",
         "forwards": subject.n_forwards,
         "tokens_through_a_block": subject.n_tokens,
-        "seconds": round(time.time() - started, 2),
+        "seconds": {**exp.seconds, "all": round(time.time() - started, 3)},
         "python": sys.version.split()[0],
+        "accelerate": accelerate.__version__,
+        "pandas": pd.__version__,
     }  # fmt: skip
 
 
@@ -3281,9 +3315,11 @@ def finish(exp: Experiment, measured: Measured, folder: RunFolder, started: floa
     floor = noise_floor(exp, measured, baselines)
     folder.note(config=asdict(config), noise_floor=None if math.isnan(floor) else floor)
     table["index"] = table["index"].fillna(-1).astype(int)
-    write_findings(table, config, floor, folder.path)
-    chosen = confirm(exp, table, folder)
-    if config.max_new_tokens:
+    with exp.stage("statistics"):
+        write_findings(table, config, floor, folder.path)
+    with exp.stage("joint ablation"):
+        chosen = confirm(exp, table, folder)
+    with exp.stage("replies"):
         check_behaviour(exp, chosen, table, folder)
     if "subject" in vars(exp):
         folder.note(run=describe_run(exp, started))
@@ -3293,6 +3329,8 @@ def finish(exp: Experiment, measured: Measured, folder: RunFolder, started: floa
 def sentence_of(error: Exception) -> str:
     if isinstance(error, UsageError | RunError):
         return str(error)
+    if is_out_of_memory(error):
+        return "out of memory: lower --tree_tokens or --rows_per_forward, or use shorter prompts"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
