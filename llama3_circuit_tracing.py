@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import ctypes
 import functools
 import hashlib
 import itertools
@@ -2129,6 +2130,19 @@ def share_units(exp: Experiment, units: Sequence[Unit], n_processes: int) -> lis
     return [sorted(share, key=lambda u: (u.tree, u.layer)) for share in shares]
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for reuse.
+
+    It gives blocks above 32 MB back to the kernel, which zeroes and maps them anew for every
+    activation of the next layer: about a tenth of a CPU sweep's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_threshold, 2**30)
+
+
 def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder, batches: RowBatches) -> None:
     """Measure every component of the units and write each unit when it is done.
 
@@ -2136,6 +2150,7 @@ def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder, batches: Ro
     2. The components of a layer are the rows of a batch that starts at that layer.
     3. The scoring nodes' log-probabilities make the score of every prompt in every row.
     """
+    keep_freed_memory()
     jitter = 1 + 2 * torch.finfo(exp.shape.dtype).eps
     total = sum(unit.n_rows for unit in units)
     with tqdm(total=total, unit="row", desc="sweep", disable=None) as bar:

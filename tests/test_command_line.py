@@ -152,7 +152,9 @@ def test_rows_per_forward_is_a_number_or_auto() -> None:
     assert parse_args(["--rows_per_forward", "3"]).rows_per_forward == 3
 
 
-@pytest.mark.parametrize("argv", [["--layer", "3"], ["--max_new", "3"], ["--dry"], ["--model", "x"]])
+@pytest.mark.parametrize(
+    "argv", [["--layer", "3"], ["--max_new", "3"], ["--dry"], ["--model", "x"]]
+)
 def test_abbreviations_are_refused(answer: Answer, argv: list[str]) -> None:
     code, _, err = answer(*argv)
     assert code == 2
@@ -474,9 +476,9 @@ def test_a_dry_run_prints_prompts_forms_with_ids_components_forwards_and_memory(
                 {"role": "system", "content": "You are an assistant."},
                 {"role": "user", "content": user},
             ]
-            ids = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
             assert f"({len(ids)} tokens): {text!r}" in out
         for word in sample.targets:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import llama3_circuit_tracing as script
 import naive
 import pandas as pd
 import pytest
@@ -20,13 +19,15 @@ import random_models
 import torch
 from torch import Tensor
 
+import llama3_circuit_tracing as script
+
 CLOSE = 2e-5
 FACTOR = -1.5
 KINDS = ("head", "attn", "mlp", "resid", "neuron")
 INDICES = {"head": "1,3", "neuron": "5,78"}
 RAW = ["score_a_base", "score_b_base", "score_a_head", "score_b_head"]
-VERBS = "steal paint rob feed poison open design charge visit greet call help".split()
-THINGS = "car dog bank boss store cake bomb phone person ticket friend weed".split()
+VERBS = ["steal", "paint", "rob", "feed", "poison", "open", "design", "charge", "visit", "greet"]
+THINGS = ["car", "dog", "bank", "boss", "store", "cake", "bomb", "phone", "ticket", "weed"]
 
 
 # --------------------------------------------------------------------------------------------
@@ -158,11 +159,17 @@ class Oracle:
             }
 
 
+def agreement(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens agree from the start on."""
+    pairs = zip(one, other, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
 def touched(own: list[int], other: list[int], n_tail: int, ask: Ask) -> list[tuple[int, int]]:
     """(position, position of the partner) of every edited token; the alignment, written anew."""
     n, shift = len(own), len(other) - len(own)
-    before = len(os.path.commonprefix([own, other]))
-    after = len(os.path.commonprefix([own[::-1], other[::-1]]))
+    before = agreement(own, other)
+    after = agreement(own[::-1], other[::-1])
     last_differing = max(before, n - min(after, min(n, len(other)) - before))
     tail = [(n + i, len(other) + i) for i in range(n_tail)]
     aligned = {i: i + shift for i in range(before if shift == 0 else n - after, n)}
@@ -524,10 +531,10 @@ def test_the_mean_of_a_constant_changes_nothing(
             block.self_attn.v_proj.bias.normal_()
     for kind in ("head", "attn"):
         flags = ["--kind", kind, "--op"]
-        meant = constant.table(*flags, "mean", samples=constant.samples())
-        zeroed = constant.table(*flags, "zero", samples=constant.samples())
-        assert meant["head_effect"].abs().max() < CLOSE
-        assert zeroed["head_effect"].abs().max() > 1e-3
+        for op, changes in (("mean", False), ("zero", True)):
+            table = constant.table(*flags, op, samples=constant.samples())
+            moved = (table["score_a_head"] - table["score_a_base"]).abs()
+            assert moved.min() > 1e-3 if changes else moved.max() < CLOSE
 
 
 @pytest.mark.parametrize("kind", ["attn", "mlp"])

@@ -165,16 +165,19 @@ def test_people_are_of_five_classes_and_ten_professions_or_more() -> None:
     assert len(CLASS) == n_names  # nobody has two professions
 
 
+@pytest.mark.parametrize("by", ["tokens", "letters"])
 def test_clean_and_corrupt_triples_differ_in_one_name_of_equal_token_length(
-    tokens_in: Callable[[str], int],
+    tokens_in: Callable[[str], int], by: str
 ) -> None:
-    for sample in build("odd_one_out", 60, tokens_in=tokens_in):
+    """By letters too, since a small tokenizer may give every name as many tokens."""
+    length = tokens_in if by == "tokens" else len
+    for sample in build("odd_one_out", 60, tokens_in=length):
         clean, corrupt = names_in(sample.prompt_a), names_in(sample.prompt_b)
         assert len(set(clean)) == len(set(corrupt)) == 3
         changed = [(a, b) for a, b in zip(clean, corrupt, strict=True) if a != b]
         assert len(changed) == 1
-        assert tokens_in(f" {changed[0][0]}") == tokens_in(f" {changed[0][1]}")
-        assert tokens_in(sample.prompt_a) == tokens_in(sample.prompt_b)
+        assert length(f" {changed[0][0]}") == length(f" {changed[0][1]}")
+        assert length(sample.prompt_a) == length(sample.prompt_b)
         assert sample.prompt_a.replace(*changed[0]) == sample.prompt_b
 
 
@@ -252,7 +255,7 @@ def test_the_long_form_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_csv_and_jsonl_give_the_same_samples(tmp_path: Path) -> None:
-    short = "sentence,targets,sample_id\nName a fruit.,apple;pear,q1\n\"Well, name\na pet.\",cat,q2\n"
+    short = 'sentence,targets,sample_id\nName a fruit.,apple;pear,q1\n"Well, name\na pet.",cat,q2\n'
     records = [{**SHORT, "sample_id": "q1"}, {"sentence": "Well, name\na pet.", "targets": ["cat"], "sample_id": "q2"}]  # fmt: skip
     assert load(write(tmp_path / "a.csv", short)) == load(write(tmp_path / "a.jsonl", records))
     long = (
