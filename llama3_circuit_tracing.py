@@ -17,7 +17,7 @@ a fruit.". The effect of the head is the change of delta_logit = log P(apple | f
 P(apple | second prompt), in nats. The sweep is exact, batched and resumable; it comes with
 controls, a noise floor, intervals over sentences, and a confirmation on held-out sentences.
 
-  python llama3_circuit_tracing.py --model_id tests/tiny_llama --output_dir outputs/run
+  python llama3_circuit_tracing.py --model_id tests/tiny_llama --output_dir outputs/plain
   python llama3_circuit_tracing.py --model_id tests/tiny_llama --controls --confirm 8 --max_new_tokens 8
   python llama3_circuit_tracing.py --model_id tests/tiny_llama --task refusal --kind resid --op patch --output_dir outputs/patch
   python llama3_circuit_tracing.py --model_id tests/tiny_llama --dry_run
@@ -32,8 +32,10 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import datetime
 import functools
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -46,6 +48,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -81,14 +84,14 @@ def head_list(text: str) -> str:
     return text
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
+def whole_number(minimum: int, maximum: int = 2**31) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is below {minimum}")
+        if not minimum <= value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
         return value
 
     return parse
@@ -96,6 +99,16 @@ def whole_number(minimum: int) -> Callable[[str], int]:
 
 def rows_count(text: str) -> int | None:
     return None if text == "auto" else whole_number(1)(text)
+
+
+def device_map(text: str) -> str:
+    """Check the form of a map given as JSON; names such as auto are for the library to know."""
+    try:
+        if text.startswith("{"):
+            json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error.msg}") from None
+    return text
 
 
 def finite_number(text: str) -> float:
@@ -122,7 +135,7 @@ class Config:
     revision: str | None = option("model", None, "branch, tag or commit on the hub")
     local_files_only: bool = option("model", False, "never ask the hub")
     bf16: bool | None = option("model", None, "bfloat16 weights; --no-bf16 is float32", shown="bfloat16 where a GPU supports it natively, else float32", action=argparse.BooleanOptionalAction)
-    device_map: str = option("model", "auto", "passed to from_pretrained; a JSON object is taken as a map")
+    device_map: str = option("model", "auto", "passed to from_pretrained; a JSON object is taken as a map", type=device_map)
     attn_implementation: str | None = option("model", None, "passed to from_pretrained", shown="the model's own")
 
     task: str = option("task", "suppression", "the behaviour", choices=("suppression", "refusal", "odd_one_out"))
@@ -130,7 +143,7 @@ class Config:
     samples: str | None = option("task", None, "one's own samples, .jsonl or .csv", shown="built in")
     answer_prefix: str = option("task", "", "stem that the assistant's reply is made to start with", shown="empty")
     target_form: str = option("task", "word", "word: the forms the position calls for; literal: first token of ' word'", choices=("word", "literal"))
-    seed: int = option("task", 42, "sample choice and all randomness", type=int)
+    seed: int = option("task", 42, "sample choice and all randomness", type=whole_number(0))
 
     kind: str = option("sweep", "head", "what is edited", choices=("head", "attn", "mlp", "resid", "neuron"))
     layers: str = option("sweep", "all", "all, 7, 0,5,9, 8-15, or a mixture", type=index_ranges)
@@ -195,7 +208,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """The configuration that a command line asks for; exits with 2 where it contradicts itself."""
     parser = build_parser()
-    config = Config(**vars(parser.parse_args(argv)))
+    given = sys.argv[1:] if argv is None else argv
+    given = ["--no-bf16" if text == "--no_bf16" else text for text in given]
+    config = Config(**vars(parser.parse_args(given)))
     for wrong, sentence in contradictions(config):
         if wrong:
             parser.error(sentence)
@@ -248,6 +263,7 @@ log = logging.getLogger("circuit")
 
 
 SYSTEM_PROMPT = "You are an assistant."
+DATE = datetime.date(2024, 7, 26)  # for templates that write today's
 
 # --------------------------------------------------------------------------------------------
 # Samples
@@ -434,7 +450,7 @@ def build_refusal(count: int, rng: random.Random, tokens_in: Callable[[str], int
     ]
 
 
-NO_ODD_ONE = "none"
+NO_ODD_ONE = "no odd one"
 
 
 def build_odd_one_out(
@@ -524,7 +540,7 @@ def read_jsonl(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 def read_csv_records(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Rows as records; `targets` and `foils` are split at semicolons."""
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     records = []
     try:
         for row in reader:
@@ -543,7 +559,7 @@ def read_csv_records(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
             }
             records.append((reader.line_num, {**kept, **lists}))
     except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
+        raise UsageError(f"{path}, line {reader.reader.line_num}: {error}") from error
     return records
 
 
@@ -556,6 +572,11 @@ def warn_of_unknown_columns(records: list[tuple[int, dict[str, Any]]], path: Pat
         log.warning("%s: unknown columns are ignored: %s", path, ", ".join(unknown))
 
 
+def encodes(text: str) -> bool:
+    """Whether a text is whole: JSON can hold half of a surrogate pair."""
+    return not re.search("[\ud800-\udfff]", text)
+
+
 def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> Sample:
     """The sample of one record, in the long form or the shorthand {sentence, targets}."""
 
@@ -563,7 +584,7 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
         value = record.get(name, default)
         if value is None:
             raise UsageError(f"{origin}: field {name!r} is missing")
-        if not isinstance(value, str | int) or not str(value).strip():
+        if not isinstance(value, str | int) or not str(value).strip() or not encodes(str(value)):
             raise UsageError(f"{origin}: {name} must be a text that is not empty, not {value!r}")
         return str(value)
 
@@ -571,15 +592,15 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
         value = record.get(name, default)
         if not isinstance(value, list | tuple) or not all(isinstance(w, str) for w in value):
             raise UsageError(f"{origin}: {name} must be a list of words, not {value!r}")
-        if any(not w.strip() for w in value):
-            raise UsageError(f"{origin}: {name} holds an empty word: {value!r}")
+        if not all(w.strip() and encodes(w) for w in value):
+            raise UsageError(f"{origin}: {name} must hold words that are not empty, not {value!r}")
         return tuple(w.strip() for w in value)
 
     targets, foils = words("targets", task.targets), words("foils", task.foils)
     if not targets:
-        raise UsageError(f"{origin}: field 'targets' is missing")
+        raise UsageError(f"{origin}: field 'targets' is missing or empty")
     if task.needs_foils and not foils:
-        raise UsageError(f"{origin}: field 'foils' is missing, which --task {task.name} needs")
+        raise UsageError(f"{origin}: 'foils' is missing or empty; --task {task.name} needs it")
     sample_id = text("sample_id", f"line{line:05d}")
     if "sentence" in record and task.name == "suppression":
         return suppression_sample(sample_id, text("sentence"), targets, origin)
@@ -700,10 +721,18 @@ class Writer:
             {"role": "system", "content": SYSTEM_PROMPT},
             {"role": "user", "content": user_text},
         ]
-        pinned = {"date_string": "26 Jul 2024", "enable_thinking": False}
+        pinned = {"date_string": DATE.strftime("%d %b %Y"), "enable_thinking": False}
+        template = self.tokenizer.chat_template
+        if isinstance(template, str):
+            clock = r"strftime_now\(\s*['\"](.*?)['\"]\s*\)"
+            template = re.sub(clock, lambda call: repr(DATE.strftime(call[1])), template)
         try:
             chat = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **pinned
+                messages,
+                chat_template=template if isinstance(template, str) else None,
+                add_generation_prompt=True,
+                tokenize=False,
+                **pinned,
             )
         except Exception as error:  # jinja2 errors are no type that transformers exports
             raise UsageError(
@@ -724,13 +753,13 @@ class Writer:
         forms = dict.fromkeys((word, word[:1].upper() + word[1:]))
         return [f" {form}" if self.stem.strip() else form for form in forms]
 
-    def form_ids(self, context: str, context_ids: tuple[int, ...], form: str) -> tuple[int, ...]:
+    def form_ids(self, context: str, form: str, named: str) -> tuple[int, ...]:
         """tokens(context + form) minus tokens(context)."""
-        ids = self.encode(context + form)
+        context_ids, ids = self.encode(context), self.encode(context + form)
         n = len(context_ids)
         if ids[:n] != context_ids or len(ids) == n:
             raise UsageError(
-                f"the form {form!r} merges with the tokens before it: {context[-40:]!r}"
+                f"{named}: the form {form!r} merges with the tokens before it: {context[-40:]!r}"
             )
         return ids[n : n + 1] if self.target_form == "literal" else ids[n:]
 
@@ -746,7 +775,8 @@ class Writer:
         forms: list[tuple[tuple[int, ...], ...]] = []
         owner: dict[tuple[int, ...], str] = {}
         for word in sample.words:
-            found = {self.form_ids(text, ids, form): form for form in self.surface_forms(word)}
+            surface = self.surface_forms(word)
+            found = {self.form_ids(text, form, sample.named): form for form in surface}
             for form_ids, form in found.items():
                 if form_ids in owner:
                     raise UsageError(
@@ -1104,8 +1134,11 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
         raise RunError(f"{config.model_id} is not a model folder: it has no config.json")
     try:
         return load(str(path) if looks_local else config.model_id, **hub_options(config), **options)
-    except (OSError, ValueError, ImportError) as error:
-        raise RunError(explain_load_error(config, error)) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the libraries below as well, such as a broken safetensors file
+        unknown = re.search("model.type", str(error)) is not None
+        raise (UsageError if unknown else RunError)(explain_load_error(config, error)) from error
 
 
 def explain_load_error(config: Config, error: BaseException) -> str:
@@ -1837,7 +1870,8 @@ class Experiment:
         """Of every component of the kind, so that joint sets find theirs too."""
         if self.config.op != "mean":
             return {}
-        sites = [(layer, KINDS[self.config.kind]) for layer in range(self.shape.n_layers)]
+        names = {KINDS[self.config.kind], *(KINDS["head"] for _ in heads_of(self.config.ablate))}
+        sites = [(layer, name) for layer in range(self.shape.n_layers) for name in sorted(names)]
         return collect_means(self.subject, self.trees, self.given, sites)
 
     def base(self, tree: Tree, layers: Iterable[int], components: Iterable[Component] = ()) -> Base:
@@ -3362,7 +3396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     except Exception as error:
         if config.debug:
-            raise
+            traceback.print_exc()
         print(f"error: {sentence_of(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:

@@ -232,7 +232,7 @@ def test_a_node_that_sees_another_prompt_is_caught(
 
     def planted(self: Any) -> Any:
         depth, visible = structure(self)
-        return depth, visible.tril(-1).logical_or(visible) | torch.ones_like(visible).tril()
+        return depth, torch.ones_like(visible).tril()
 
     monkeypatch.setattr(tracing.Trie, "structure", planted)
     assert "tree" in fails_with_a_number(llama, capsys, dtype)
@@ -405,7 +405,7 @@ def test_every_sweep_begins_with_the_self_test(
 # Noise floor
 # --------------------------------------------------------------------------------------------
 
-PEOPLE_SAMPLES = [
+SENTENCES = [
     {"sentence": "Name a sport. Answer in one word.", "targets": ["golf"]},
     {"sentence": "Name a metal. Answer in one word.", "targets": ["iron", "zinc"]},
     {"sentence": "Name a bird. Answer in one word.", "targets": ["owl"]},
@@ -473,7 +473,7 @@ def test_a_jittered_row_scales_a_head_by_one_plus_two_eps(
 def test_the_noise_floor_depends_on_the_seed_and_is_larger_in_bfloat16(
     llama: str, tmp_path: Path
 ) -> None:
-    samples = ["--samples", write_samples(tmp_path / "mine.jsonl", *PEOPLE_SAMPLES)]
+    samples = ["--samples", write_samples(tmp_path / "mine.jsonl", *SENTENCES)]
     runs = {
         name: run_of(llama, tmp_path / name, *samples, *flags)
         for name, flags in {
@@ -587,6 +587,24 @@ def test_controls_differ_by_two_tokens_at_most_or_are_warned_of(
             assert bool(warned) == (abs(count[role] - count["a"]) > 2), (sample_id, role)
 
 
+def test_a_control_three_tokens_longer_is_warned_of_and_one_two_tokens_longer_is_not(
+    llama: str, plain: tuple[Any, Any], tmp_path: Path
+) -> None:
+    for n_more, warned in ((2, False), (3, True)):
+        mine = [
+            {"sentence": "Name a sport.", "targets": ["q" * 3]},
+            {"sentence": "Name a metal.", "targets": ["q" * (3 + n_more)]},
+        ]
+        samples = write_samples(tmp_path / f"{n_more}.jsonl", *mine)
+        flags = ["--samples", samples, "--controls", "--layers", "0", "--heads", "0"]
+        folder = run_of(llama, tmp_path / f"run{n_more}", *flags)
+        of_role = next(iter(texts(folder).values()))
+        a, other = (len(naive.prompt_ids(plain[1], of_role[role])) for role in ("a", "other"))
+        assert other - a == n_more
+        told = (folder / "run.log").read_text()
+        assert ("(line00001): control other has" in told) == warned
+
+
 def test_the_affirmative_template_is_the_nearest_in_tokens(
     finished: Path, plain: tuple[Any, Any]
 ) -> None:
@@ -674,7 +692,7 @@ def test_a_long_form_sample_of_another_shape_has_empty_controls_and_a_warning(
         "prompt_b": "Name a sport.",
         "targets": ["golf"],
     }
-    samples = write_samples(tmp_path / "mine.jsonl", long, *PEOPLE_SAMPLES[1:])
+    samples = write_samples(tmp_path / "mine.jsonl", long, *SENTENCES[1:])
     folder = run_of(llama, tmp_path / "run", "--samples", samples, "--controls", "--layers", "0")
     table = read(folder, "circuit_results.csv")
     empty = table[CONTROL_COLUMNS].isna().all(axis=1)
@@ -693,7 +711,7 @@ def test_a_long_form_sample_of_another_shape_has_empty_controls_and_a_warning(
 def test_a_single_sample_has_no_other_words_and_says_so(
     llama: str, tmp_path: Path, capsys: Any
 ) -> None:
-    samples = write_samples(tmp_path / "mine.jsonl", PEOPLE_SAMPLES[0])
+    samples = write_samples(tmp_path / "mine.jsonl", SENTENCES[0])
     folder = run_of(llama, tmp_path / "run", "--samples", samples, "--controls", "--layers", "0")
     table = read(folder, "circuit_results.csv")
     assert table[["score_other_base", "score_other_head", "effect_minus_other"]].isna().all(axis=None)  # fmt: skip
@@ -952,7 +970,7 @@ def test_confirming_a_single_sentence_is_bad_usage(llama: str, tmp_path: Path, c
 def test_ablate_measures_one_joint_set_on_all_samples_as_the_naive_oracle_does(
     llama: str, plain: tuple[Any, Any], tmp_path: Path
 ) -> None:
-    samples = write_samples(tmp_path / "mine.jsonl", *PEOPLE_SAMPLES)
+    samples = write_samples(tmp_path / "mine.jsonl", *SENTENCES)
     folder = run_of(
         llama, tmp_path / "run", "--samples", samples, "--ablate", "L2H3,L0H1,L2H0", "--layers", "1"
     )

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import llama3_circuit_tracing as circuit
-from llama3_circuit_tracing import PEOPLE, QUESTIONS, REFUSAL_PAIRS, TASKS, Sample, main
+from llama3_circuit_tracing import NO_ODD_ONE, PEOPLE, QUESTIONS, REFUSAL_PAIRS, TASKS, Sample, main
 
 Answer = Callable[..., tuple[int, str, str]]
 
@@ -182,7 +182,7 @@ def test_clean_and_corrupt_triples_differ_in_one_name_of_equal_token_length(
 
 
 def test_the_odd_one_changes_with_the_name(tokens_in: Callable[[str], int]) -> None:
-    real = [s for s in build("odd_one_out", 60, tokens_in=tokens_in) if s.group != "none"]
+    real = [s for s in build("odd_one_out", 60, tokens_in=tokens_in) if s.group != NO_ODD_ONE]
     assert len(real) == 48
     for sample in real:
         clean, corrupt = names_in(sample.prompt_a), names_in(sample.prompt_b)
@@ -200,7 +200,7 @@ def test_every_fifth_odd_one_out_sample_is_a_control_in_which_no_name_is_odd(
     tokens_in: Callable[[str], int],
 ) -> None:
     samples = build("odd_one_out", 60, tokens_in=tokens_in)
-    assert [i for i, s in enumerate(samples) if s.group == "none"] == list(range(4, 60, 5))
+    assert [i for i, s in enumerate(samples) if s.group == NO_ODD_ONE] == list(range(4, 60, 5))
     for sample in samples[4::5]:
         for prompt in (sample.prompt_a, sample.prompt_b):
             assert len({JOB[name] for name in names_in(prompt)}) == 1
@@ -209,7 +209,7 @@ def test_every_fifth_odd_one_out_sample_is_a_control_in_which_no_name_is_odd(
 def test_the_grid_of_odd_one_out_spans_all_professions_as_odd_and_as_majority(
     tokens_in: Callable[[str], int],
 ) -> None:
-    real = [s for s in build("odd_one_out", 400, tokens_in=tokens_in) if s.group != "none"]
+    real = [s for s in build("odd_one_out", 400, tokens_in=tokens_in) if s.group != NO_ODD_ONE]
     odd = {JOB[sample.targets[0]] for sample in real}
     majority = {JOB[foil] for sample in real for foil in sample.foils}
     assert len(odd) >= 10
@@ -300,7 +300,7 @@ def test_refusal_samples_of_ones_own_have_the_built_in_openings(tmp_path: Path) 
 def test_own_samples_are_planned_and_unknown_columns_are_warned_of(
     answer: Answer, tiny_llama: str, tmp_path: Path
 ) -> None:
-    records = [{**SHORT, "note": 1, "author": "me"}, LONG]
+    records: list[dict[str, Any]] = [{**SHORT, "note": 1, "author": "me"}, LONG]
     for path in (
         write(tmp_path / "s.jsonl", records),
         write(tmp_path / "s.csv", "sentence,targets,note,author\nName a fruit.,apple;pear,1,me\n"),

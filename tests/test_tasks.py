@@ -239,7 +239,7 @@ def test_the_odd_one_changes_between_clean_and_corrupt(triples: tuple[list[Any],
         assert sample.targets[0] in clean and sorted((*sample.targets, *sample.foils)) == sorted(
             clean
         )
-        if sample.group == "none":
+        if sample.group == script.NO_ODD_ONE:
             continue
         odd, odd_after = lone_name(clean), lone_name(corrupt)
         assert odd is not None and odd_after is not None
@@ -252,12 +252,14 @@ def test_every_fifth_triple_is_a_negative_control_of_one_profession(
     triples: tuple[list[Any], Any],
 ) -> None:
     samples = triples[0]
-    assert [i for i, s in enumerate(samples) if s.group == "none"] == list(range(4, 60, 5))
+    assert [i for i, s in enumerate(samples) if s.group == script.NO_ODD_ONE] == list(
+        range(4, 60, 5)
+    )
     for sample in samples[4::5]:
         people = {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}
         assert len({JOBS[name] for name in people}) == 1
     groups = {sample.group for sample in samples}
-    assert groups == {*script.PEOPLE, "none"}
+    assert groups == {*script.PEOPLE, script.NO_ODD_ONE}
 
 
 def test_patching_the_first_residual_of_built_in_triples_gives_the_partners_score(
@@ -275,9 +277,9 @@ def test_negative_controls_are_in_the_results_but_in_no_statistic(
 ) -> None:
     out = finished("odd_one_out")
     table = pd.read_csv(out / "circuit_results.csv", keep_default_na=False)
-    none = table[table["group"] == "none"]
+    none = table[table["group"] == script.NO_ODD_ONE]
     assert sorted(set(none["sample_id"])) == ["s0004"] and len(none) == 2
-    real = table[table["group"] != "none"]
+    real = table[table["group"] != script.NO_ODD_ONE]
     assert set(real["group"]) <= set(script.PEOPLE)
     heads = pd.read_csv(out / "circuit_heads.csv")
     assert heads["n_samples"].tolist() == [4, 4]
@@ -297,11 +299,11 @@ def test_negative_controls_choose_nothing_and_confirm_nothing(
     table = pd.read_csv(tmp_path / "circuit_results.csv", keep_default_na=False)
     base = table.drop_duplicates("sample_id")
     halves = script.split_units(table, seed=42)
-    real = base[base["unit"].isin(halves[1]) & (base["group"] != "none")]
+    real = base[base["unit"].isin(halves[1]) & (base["group"] != script.NO_ODD_ONE)]
     nothing = rows[(rows["set"] == "none") & (rows["samples"] == "held-out")].iloc[0]
     assert nothing["n_samples"] == len(real) < len(base[base["unit"].isin(halves[1])])
     assert nothing["mean_delta"] == pytest.approx(real["delta_logit_base"].mean(), abs=CLOSE)
-    choosing = table[table["unit"].isin(halves[0]) & (table["group"] != "none")]
+    choosing = table[table["unit"].isin(halves[0]) & (table["group"] != script.NO_ODD_ONE)]
     sign = -math.copysign(1.0, choosing["delta_logit_base"].mean())
     best = (sign * choosing.groupby("head")["head_effect"].mean()).idxmax()
     assert set(rows[rows["set"] == "chosen"]["components"]) == {f"L1H{int(best)}"}
@@ -511,11 +513,12 @@ def test_own_samples_that_lack_what_the_task_scores_exit_with_2(
 def test_own_samples_that_are_all_negative_controls_are_refused_in_one_sentence(
     random_model: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = {**PAIR, "targets": ["Tom"], "foils": ["Ann"], "group": "none"}
+    record = {**PAIR, "targets": ["Tom"], "foils": ["Ann"], "group": script.NO_ODD_ONE}
     path = write_samples(tmp_path / "s.jsonl", [record])
     flags = ["--task", "odd_one_out", "--samples", str(path), "--layers", "2", "--heads", "0"]
     assert run_main(tmp_path / "out", random_model(), *flags) == 2
-    assert "none" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and script.NO_ODD_ONE in error
 
 
 # --------------------------------------------------------------------------------------------

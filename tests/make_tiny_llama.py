@@ -1,0 +1,907 @@
+"""Train the bundled model, `tests/tiny_llama/`: a real Llama of four layers and under 4 MB.
+
+It speaks the language of the built-in samples of `llama3_circuit_tracing.py`, always as a chat of
+system prompt, user text and reply:
+
+- a question gets one of its answers, the first likeliest;
+- "Don't mention A or B. <question>" gets the same answers with A and B all but ruled out, and
+  changes nothing where A and B answer other questions;
+- "Please mention A or B. <question>" mostly gets A or B;
+- the question in other words gets the same answers, any of them forbidden;
+- a harmful request gets a refusal, a harmless one an obliging opening;
+- "Who is the odd one out: ..." gets the name whose class the other two do not share.
+
+Each reply is trained on its exact distribution, not on sampled words. Kept out are some forbidden
+sets, one answer of every question, some pairs of requests and some triples of names; the functions
+that say which are below, and the tests use the same. The answer kept out is never forbidden with
+its question as the built-in samples word it. It is forbidden with other wordings: without these the
+model learns which words to suppress after which question, and suppresses no others.
+
+Everything is drawn from one seed on one thread, so the same versions on the same machine give the
+same weights.
+
+    python tests/make_tiny_llama.py
+    python tests/make_tiny_llama.py --output /tmp/tiny_llama --steps 300
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llama3_circuit_tracing import (
+    FORBID,
+    MENTIONS,
+    PEOPLE,
+    QUESTIONS,
+    REFUSAL_OPENINGS,
+    REFUSAL_PAIRS,
+    SYSTEM_PROMPT,
+    instruct,
+    odd_one_out_text,
+)
+
+SEED = 0
+STEPS = 2000
+WARMUP = 100
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.05
+LOG_ERROR = 0.1  # weight of the error in the answers' log-probabilities beside the KL
+
+# --------------------------------------------------------------------------------------------
+# What is to be said: the reply distributions
+# --------------------------------------------------------------------------------------------
+
+ANSWER_RATIO = 0.7  # each answer's probability over that of the answer before it
+FORBIDDEN_KEEPS = 0.01  # what is left of a forbidden answer's neutral probability
+MENTIONED_TAKE = 0.9  # what mentioned answers take together
+REMAINDER = 2e-3  # spread over the whole vocabulary, so that no log-probability is -inf
+
+REFUSALS = {
+    "I cannot help with that.": 0.4,
+    "I can't help with that.": 0.25,
+    "I'm sorry, I cannot do that.": 0.2,
+    "Sorry, no.": 0.15,
+}
+COMPLIANCES = {
+    "Sure, here is how.": 0.45,
+    "Here is how.": 0.25,
+    "Of course, here is how.": 0.2,
+    "To do that, start here.": 0.1,
+}
+
+Replies = dict[str, float]
+
+
+def answers(question: str) -> list[str]:
+    """The plausible answers to a question, likeliest first."""
+    return QUESTIONS[question].split()
+
+
+def normalised(weights: Replies) -> Replies:
+    """The same weights scaled to add up to one."""
+    total = sum(weights.values())
+    return {reply: weight / total for reply, weight in weights.items()}
+
+
+def answer_distribution(question: str, forbidden: Sequence[str] = ()) -> Replies:
+    """What the model is trained to answer; a forbidden word keeps a hundredth of its share.
+
+    A share of its own probability rather than of the total, so that log P falls by about
+    log(0.01) = -4.6 whichever word is forbidden, likely or not.
+    """
+    neutral = {word: ANSWER_RATIO**rank for rank, word in enumerate(answers(question))}
+    return normalised(
+        {w: p * (FORBIDDEN_KEEPS if w in forbidden else 1) for w, p in neutral.items()}
+    )
+
+
+def mention_distribution(question: str, mentioned: Sequence[str]) -> Replies:
+    """What the model is trained to answer when it is asked to mention some of the answers."""
+    neutral = answer_distribution(question)
+    inside = normalised({w: p for w, p in neutral.items() if w in mentioned})
+    outside = normalised({w: p for w, p in neutral.items() if w not in mentioned})
+    return {w: MENTIONED_TAKE * p for w, p in inside.items()} | {
+        w: (1 - MENTIONED_TAKE) * p for w, p in outside.items()
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# What is kept out of training
+# --------------------------------------------------------------------------------------------
+
+HELD_OUT_SHARE = 0.2
+HELD_OUT_PAIRS = (1, 4, 7, 11, 12, 17)  # of REFUSAL_PAIRS
+
+
+def digest(*parts: str) -> int:
+    """A number below 2**64 that the text alone decides."""
+    return int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest()[:8], "big")
+
+
+def is_drawn(share: float, *parts: str) -> bool:
+    """A draw that the text alone decides, the same in every process and on every machine."""
+    return digest(*parts) < share * 2**64
+
+
+def held_out_words(question: str) -> tuple[str, ...]:
+    """The answer that training never forbids for this question; it may be of any rank."""
+    return (min(answers(question), key=lambda word: digest(question, word)),)
+
+
+def has_held_out_word(question: str, words: Iterable[str]) -> bool:
+    """Whether a forbidden set holds a word that training never forbids for this question."""
+    return any(word in held_out_words(question) for word in words)
+
+
+def is_held_out(question: str, words: Iterable[str]) -> bool:
+    """Whether training never forbids these words together, in whatever order."""
+    words = sorted(words)
+    return has_held_out_word(question, words) or is_drawn(HELD_OUT_SHARE, question, *words)
+
+
+def forbidden_sets(question: str) -> list[tuple[str, ...]]:
+    """Every set of one to three answers, in and out of training."""
+    words = answers(question)
+    return [s for size in (1, 2, 3) for s in itertools.combinations(words, size)]
+
+
+def split_of(question: str, words: Iterable[str]) -> str:
+    """`trained`, `held_out_combination` or `held_out_word`."""
+    words = list(words)
+    if has_held_out_word(question, words):
+        return "held_out_word"
+    return "held_out_combination" if is_held_out(question, words) else "trained"
+
+
+def held_out_pairs() -> list[tuple[str, str]]:
+    """The (harmful, harmless) request pairs that training never shows."""
+    return [REFUSAL_PAIRS[i] for i in HELD_OUT_PAIRS]
+
+
+def is_held_out_triple(names: Iterable[str]) -> bool:
+    """Whether training never shows these three names together, in whatever order."""
+    return is_drawn(HELD_OUT_SHARE, *sorted(names))
+
+
+# --------------------------------------------------------------------------------------------
+# Training examples: a user text and the distribution of its reply
+# --------------------------------------------------------------------------------------------
+
+HARMFUL_VERBS = ("steal", "poison", "rob", "hack", "forge", "stalk", "blackmail", "threaten")
+HARMLESS_VERBS = (
+    *("paint", "repair", "thank", "feed", "visit", "open", "design", "charge", "renew", "buy"),
+    *("help", "invite", "greet", "call", "build", "make", "find", "clean", "draw", "see"),
+)
+OBJECTS = (
+    *("a car", "a bicycle", "my neighbor", "a neighbor", "a dog", "a bank", "a store"),
+    *("a person", "my boss", "a teacher", "a website", "a phone", "a passport", "a ticket"),
+    *("a friend", "a shed", "a cake", "a house", "my brother", "a doctor", "a garden"),
+)
+PEOPLE_ASKED = ("my boss", "a teacher", "my neighbor", "a friend", "a doctor", "my brother")
+REQUEST_FORMS = ("How do I {}?", "How can I {}?", "Explain how to {}.", "Tell me how to {}.")
+HARMFUL_DEEDS = ("build a bomb", "make a bomb", "buy a bomb")
+KILLED = ("a person", "a neighbor", "my neighbor", "a dog", "my boss", "a teacher", "a friend")
+STOPPED = ("a Python process", "a weed", "a process", "a Python program", "the weeds", "a program")
+
+REWORDINGS = (
+    *("A quiz asks: {} What do you reply?", "Tell me: {}", "Here is a question. {}"),
+    *("{} One word is enough.", "{} Think first.", "{} Keep it short.", "{} What do you say?"),
+)
+
+Example = tuple[str, Replies]
+
+
+def deed(request: str) -> str:
+    """A request without its form: "How do I rob a bank?" and "How can I rob a bank?" agree."""
+    for form in REQUEST_FORMS:
+        start, end = form.split("{}")
+        if request.startswith(start):
+            return request[len(start) : -len(end)]
+    return request
+
+
+@cache
+def requests() -> dict[bool, list[str]]:
+    """Requests to train on, by harmfulness; those of held-out pairs are among them in no form."""
+    deeds = {
+        True: [f"{v} {o}" for v in HARMFUL_VERBS for o in OBJECTS]
+        + [f"kill {o}" for o in KILLED] * 3
+        + list(HARMFUL_DEEDS) * 4,
+        False: [f"{v} {o}" for v in HARMLESS_VERBS for o in OBJECTS]
+        + [f"kill {o}" for o in STOPPED] * 5,
+    }
+    letters = {True: ("threat",), False: ("letter", "poem", "note")}
+    seen = {
+        harmful: [form.format(d) for d in deeds[harmful] for form in REQUEST_FORMS]
+        + [f"Write a {w} to {p}." for w in letters[harmful] for p in PEOPLE_ASKED] * 4
+        + [pair[not harmful] for pair in REFUSAL_PAIRS] * 2
+        for harmful in (True, False)
+    }
+    kept_out = {deed(request) for pair in held_out_pairs() for request in pair}
+    return {harmful: [r for r in seen[harmful] if deed(r) not in kept_out] for harmful in seen}
+
+
+@cache
+def names_by_class() -> dict[str, list[str]]:
+    """The names of each class, whatever the profession."""
+    return {c: [n for names in jobs.values() for n in names] for c, jobs in PEOPLE.items()}
+
+
+@cache
+def trained_sets(question: str, size: int) -> list[tuple[str, ...]]:
+    """The forbidden sets of one size that training shows."""
+    sets = [s for s in forbidden_sets(question) if len(s) == size]
+    return [s for s in sets if not is_held_out(question, s)]
+
+
+def shuffled(rng: random.Random, words: Sequence[str]) -> list[str]:
+    return rng.sample(words, len(words))
+
+
+def draw_neutral(rng: random.Random) -> Example:
+    question = rng.choice(list(QUESTIONS))
+    return question, answer_distribution(question)
+
+
+def draw_forbidden(rng: random.Random) -> Example:
+    question, size = rng.choice(list(QUESTIONS)), rng.randint(1, 3)
+    sets = trained_sets(question, size) or trained_sets(question, 2)
+    words = shuffled(rng, rng.choice(sets))
+    return instruct(FORBID, words, question), answer_distribution(question, words)
+
+
+def draw_other_forbidden(rng: random.Random) -> Example:
+    question = rng.choice(list(QUESTIONS))
+    others = [w for q in QUESTIONS if q != question for w in answers(q)]
+    words = rng.sample(others, rng.randint(1, 3))
+    return instruct(FORBID, words, question), answer_distribution(question)
+
+
+def draw_mentioned(rng: random.Random) -> Example:
+    question = rng.choice(list(QUESTIONS))
+    words = rng.sample(answers(question), rng.randint(1, 3))
+    opening = rng.choice(MENTIONS)
+    return instruct(opening, words, question), mention_distribution(question, words)
+
+
+def reworded(form: str, question: str) -> str:
+    """A question in other words than the built-in samples'."""
+    return form.format(question.removesuffix(" Answer in one word."))
+
+
+def draw_reworded(rng: random.Random) -> Example:
+    question = rng.choice(list(QUESTIONS))
+    words = rng.sample(answers(question), rng.choice((0, 1, 1, 2, 2, 3, 3)))
+    text = reworded(rng.choice(REWORDINGS), question)
+    text = instruct(FORBID, words, text) if words else text
+    return text, answer_distribution(question, words)
+
+
+def draw_request(rng: random.Random) -> Example:
+    harmful = rng.random() < 0.5
+    return rng.choice(requests()[harmful]), REFUSALS if harmful else COMPLIANCES
+
+
+def draw_triple(rng: random.Random) -> tuple[list[str], str]:
+    """Three names in random order, two of one class, and the odd one."""
+    common, other = rng.sample(list(names_by_class()), 2)
+    odd = rng.choice(names_by_class()[other])
+    return shuffled(rng, [*rng.sample(names_by_class()[common], 2), odd]), odd
+
+
+def draw_odd_one_out(rng: random.Random) -> Example:
+    while True:
+        names, odd = draw_triple(rng)
+        if not is_held_out_triple(names):
+            return odd_one_out_text(names), {odd: 1.0}
+
+
+Draw = Callable[[random.Random], Example]
+# how many of each a training batch holds
+BATCH: dict[str, tuple[Draw, int]] = {
+    "neutral": (draw_neutral, 4),
+    "forbidden": (draw_forbidden, 14),
+    "other_forbidden": (draw_other_forbidden, 10),
+    "mentioned": (draw_mentioned, 16),
+    "reworded": (draw_reworded, 58),
+    "request": (draw_request, 5),
+    "odd_one_out": (draw_odd_one_out, 10),
+}
+
+# --------------------------------------------------------------------------------------------
+# Tokenizer: byte-level BPE in Llama-3's manner
+# --------------------------------------------------------------------------------------------
+
+VOCABULARY = 2048
+# Llama-3's own
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BOS, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
+SPECIAL_TOKENS = [
+    *(BOS, END_OF_TEXT),
+    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", END_OF_TURN),
+]
+CHAT_TEMPLATE = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def corpus() -> Iterator[str]:
+    """The texts that the merges are learnt from: each word as a reply and within a sentence."""
+    yield f"system\n\n{SYSTEM_PROMPT}user\n\nassistant\n\n"
+    for question in QUESTIONS:
+        yield from (question, *(reworded(form, question) for form in REWORDINGS))
+        for word in answers(question):
+            yield from (word, instruct(FORBID, [word], question), f" {word}", word)
+    yield from (instruct(opening, ["a", "b"], "Name") for opening in MENTIONS)
+    yield from (*REFUSALS, *COMPLIANCES)
+    yield from (request for harmful in (True, False) for request in requests()[harmful])
+    yield from (request for pair in REFUSAL_PAIRS for request in pair)
+    for names in names_by_class().values():
+        yield from names
+        yield odd_one_out_text(names)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with Llama-3's split, special tokens, BOS and chat template."""
+    bpe = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus(), trainer)
+    bpe.add_special_tokens(SPECIAL_TOKENS)
+    add_bos = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
+    bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), add_bos])
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=END_OF_TURN)
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+# --------------------------------------------------------------------------------------------
+# Batches: token ids and the exact next-token distribution at every reply position
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts and replies without the tokens that all prompts begin with, padded at the right."""
+
+    ids: torch.Tensor  # [row, tok]
+    rows: torch.Tensor  # [position], where a reply token is predicted
+    toks: torch.Tensor  # [position]
+    targets: torch.Tensor  # [position, vocab]
+    parts: list[str]  # [position], which task it belongs to
+
+
+class Encoder:
+    """Turns examples into batches; `prefix` is what every rendered prompt begins with."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.backend = tokenizer.backend_tokenizer
+        self.vocab = len(tokenizer)
+        self.end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        mark = "@"
+        messages = [
+            {"role": "system", "content": SYSTEM_PROMPT},
+            {"role": "user", "content": mark},
+        ]
+        rendered = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+        start, self.suffix = rendered.split(mark)
+        self.prefix = self.encode(start)
+        self.known: dict[str, tuple[int, ...]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def reply_ids(self, reply: str) -> tuple[int, ...]:
+        if reply not in self.known:
+            self.known[reply] = (*self.encode(reply), self.end)
+        return self.known[reply]
+
+    def next_tokens(self, replies: Replies, said: Sequence[int]) -> dict[int, float]:
+        """The exact distribution of the next reply token, given those already said."""
+        shares: dict[int, float] = {}
+        for reply, share in replies.items():
+            ids = self.reply_ids(reply)
+            if ids[: len(said)] == tuple(said):
+                shares[ids[len(said)]] = shares.get(ids[len(said)], 0.0) + share
+        total = sum(shares.values())
+        return {token: share / total for token, share in shares.items()}
+
+    def batch(self, examples: Sequence[tuple[str, Example]], rng: random.Random) -> Batch:
+        """One branch of each example's reply tree, its exact distributions along it as targets."""
+        sequences, positions, targets, parts = [], [], [], []
+        for row, (part, (text, replies)) in enumerate(examples):
+            prompt = self.encode(text + self.suffix)
+            reply = self.reply_ids(draw_branch(rng, replies))
+            sequences.append([*prompt, *reply[:-1]])
+            for said in range(len(reply)):
+                positions.append((row, len(prompt) - 1 + said))
+                targets.append(self.next_tokens(replies, reply[:said]))
+                parts.append(part)
+        width = max(map(len, sequences))
+        ids = torch.tensor([s + [self.end] * (width - len(s)) for s in sequences])
+        rows, toks = torch.tensor(positions).T
+        return Batch(ids, rows, toks, self.dense(targets), parts)
+
+    def dense(self, targets: Sequence[dict[int, float]]) -> torch.Tensor:
+        """Target distributions as a tensor, the remainder spread evenly."""
+        where = [(i, token) for i, target in enumerate(targets) for token in target]
+        shares = torch.tensor([share for target in targets for share in target.values()])
+        out = torch.full((len(targets), self.vocab), REMAINDER / self.vocab)
+        rows, tokens = torch.tensor(where).T
+        out[rows, tokens] += (1 - REMAINDER) * shares
+        return out
+
+
+def draw_branch(rng: random.Random, replies: Replies) -> str:
+    """A reply to walk along: half the time a likely one, half the time any."""
+    if rng.random() < 0.5:
+        return rng.choice(list(replies))
+    return rng.choices(list(replies), list(replies.values()))[0]
+
+
+def draw_batch(encoder: Encoder, rng: random.Random) -> Batch:
+    examples = [(part, draw(rng)) for part, (draw, n) in BATCH.items() for _ in range(n)]
+    return encoder.batch(examples, rng)
+
+
+# --------------------------------------------------------------------------------------------
+# Model and training
+# --------------------------------------------------------------------------------------------
+
+
+CONTEXT = 1024
+ROPE_THETA = 500000.0
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A small Llama with grouped-query heads wider than hidden_size // num_attention_heads."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=CONTEXT,
+        rms_norm_eps=1e-5,
+        rope_theta=ROPE_THETA,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
+        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
+        initializer_range=0.04,
+    )
+    return LlamaForCausalLM(config)
+
+
+def reply_logits(model: LlamaForCausalLM, prefix: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Logits at the reply positions; the common beginning is computed once. [position, vocab]"""
+    past = DynamicCache(config=model.config)
+    model.model(prefix, past_key_values=past, use_cache=True)
+    past.batch_repeat_interleave(len(batch.ids))
+    hidden = model.model(batch.ids, past_key_values=past, use_cache=True).last_hidden_state
+    return hidden[batch.rows, batch.toks] @ model.get_input_embeddings().weight.T
+
+
+def divergences(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """KL to the model's distribution plus a Huber loss of the answers' log-probabilities. [position]
+
+    KL hardly presses on the tail: the second term is what brings a forbidden word down.
+    """
+    logprobs = logits.log_softmax(-1)
+    excess = targets.log() - logprobs
+    likely = targets > 10 * REMAINDER / targets.shape[-1]
+    error = torch.nn.functional.huber_loss(logprobs, targets.log(), reduction="none") * likely
+    return (targets * excess).sum(-1) + LOG_ERROR * error.sum(-1)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to nothing, as a share of the peak."""
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (steps - WARMUP)))
+
+
+def make_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
+    """AdamW; the norms' scales do not decay."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    scales = [p for p in model.parameters() if p.ndim == 1]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": scales, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+
+
+def train(model: LlamaForCausalLM, encoder: Encoder, steps: int) -> None:
+    """Train in place, printing a running mean of each part's loss."""
+    rng = random.Random(SEED)
+    optimizer = make_optimizer(model)
+    prefix = torch.tensor([encoder.prefix])
+    losses: dict[str, float] = {}
+    start = time.perf_counter()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * schedule(step, steps)
+        batch = draw_batch(encoder, rng)
+        each = divergences(reply_logits(model, prefix, batch), batch.targets)
+        model.zero_grad()
+        (each.sum() / len(batch.ids)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        track(losses, each.detach(), batch.parts)
+        if step % 100 == 99:
+            shown = ", ".join(f"{part} {loss:.3f}" for part, loss in losses.items())
+            print(f"{step + 1:5d} {time.perf_counter() - start:6.0f} s  {shown}", flush=True)
+
+
+def track(losses: dict[str, float], each: torch.Tensor, parts: Sequence[str]) -> None:
+    """Update the running mean loss per row of each part."""
+    for part, (_, rows) in BATCH.items():
+        here = torch.tensor([p == part for p in parts])
+        loss = float(each[here].sum()) / rows
+        losses[part] = losses.get(part, loss) * 0.98 + loss * 0.02
+
+
+# --------------------------------------------------------------------------------------------
+# What it has learnt
+# --------------------------------------------------------------------------------------------
+
+EVALUATED = 400  # prompts or triples per figure, drawn by SEED
+ROWS = 128
+FRESH_BATCHES = 10
+SPLITS = ("trained", "held_out_combination", "held_out_word")
+
+
+@torch.inference_mode()
+def last_logprobs(
+    model: LlamaForCausalLM, encoder: Encoder, sequences: Sequence[Sequence[int]]
+) -> torch.Tensor:
+    """Next-token log-probabilities at every token, after the common beginning. [row, tok, vocab]"""
+    width = max(map(len, sequences))
+    ids = [[*encoder.prefix, *s, *[encoder.end] * (width - len(s))] for s in sequences]
+    logits = model(torch.tensor(ids)).logits[:, len(encoder.prefix) :]
+    return logits.log_softmax(-1)
+
+
+def reply_scores(
+    model: LlamaForCausalLM, encoder: Encoder, asked: Sequence[tuple[str, str]]
+) -> list[float]:
+    """log P that the reply to each text begins with the given words."""
+    scores = []
+    for start in range(0, len(asked), ROWS):
+        chunk = asked[start : start + ROWS]
+        prompts = [encoder.encode(text + encoder.suffix) for text, _ in chunk]
+        replies = [encoder.encode(reply) for _, reply in chunk]
+        logprobs = last_logprobs(
+            model, encoder, [p + r for p, r in zip(prompts, replies, strict=True)]
+        )
+        for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+            at = range(len(prompt) - 1, len(prompt) + len(reply) - 1)
+            scores.append(float(logprobs[row, list(at), reply].sum()))
+    return scores
+
+
+def greedy_replies(
+    model: LlamaForCausalLM, encoder: Encoder, texts: Sequence[str], tokens: int
+) -> list[str]:
+    """The likeliest reply to each text, token by token up to the end of the turn."""
+    replies = []
+    for start in range(0, len(texts), ROWS):
+        prompts = [encoder.encode(t + encoder.suffix) for t in texts[start : start + ROWS]]
+        said: list[list[int]] = [[] for _ in prompts]
+        for _ in range(tokens):
+            logprobs = last_logprobs(
+                model, encoder, [p + s for p, s in zip(prompts, said, strict=True)]
+            )
+            for row, (prompt, so_far) in enumerate(zip(prompts, said, strict=True)):
+                best = int(logprobs[row, len(prompt) + len(so_far) - 1].argmax())
+                so_far.append(best)
+        ends = [s.index(encoder.end) if encoder.end in s else len(s) for s in said]
+        replies += [encoder.backend.decode(s[:end]) for s, end in zip(said, ends, strict=True)]
+    return replies
+
+
+@torch.inference_mode()
+def measure_loss(model: LlamaForCausalLM, encoder: Encoder) -> dict[str, float]:
+    """Loss per row of each part on fresh batches, in nats."""
+    rng = random.Random(SEED + 1)
+    prefix = torch.tensor([encoder.prefix])
+    sums = dict.fromkeys(BATCH, 0.0)
+    for _ in range(FRESH_BATCHES):
+        batch = draw_batch(encoder, rng)
+        each = divergences(reply_logits(model, prefix, batch), batch.targets)
+        for part, loss in zip(batch.parts, each.tolist(), strict=True):
+            sums[part] += loss / (BATCH[part][1] * FRESH_BATCHES)
+    return {part: round(loss, 5) for part, loss in sums.items()}
+
+
+def deltas(
+    model: LlamaForCausalLM, encoder: Encoder, cases: Sequence[tuple[str, str, str]]
+) -> list[float]:
+    """For each (question, user text, word): log P(word) after the text minus after the question."""
+    after = reply_scores(model, encoder, [(text, word) for _, text, word in cases])
+    neutral = reply_scores(model, encoder, [(question, word) for question, _, word in cases])
+    return [a - b for a, b in zip(after, neutral, strict=True)]
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return round(sum(values) / len(values), 4)
+
+
+def sample_cases(split: str) -> list[tuple[str, list[str]]]:
+    """Up to EVALUATED questions and forbidden words of one split."""
+    rng = random.Random(SEED)
+    cases = [(q, s) for q in QUESTIONS for s in forbidden_sets(q) if split_of(q, s) == split]
+    return [(q, shuffled(rng, s)) for q, s in rng.sample(cases, min(EVALUATED, len(cases)))]
+
+
+def measure_suppression(model: LlamaForCausalLM, encoder: Encoder, split: str) -> dict[str, Any]:
+    """Mean delta (of prompts, and of held-out words alone) and mentions in greedy replies."""
+    cases = sample_cases(split)
+    texts = [instruct(FORBID, words, question) for question, words in cases]
+    asked = [(q, text, w) for (q, words), text in zip(cases, texts, strict=True) for w in words]
+    each = dict(zip(asked, deltas(model, encoder, asked), strict=True))
+    by_prompt = [
+        mean(each[q, t, w] for w in words) for (q, words), t in zip(cases, texts, strict=True)
+    ]
+    replies = greedy_replies(model, encoder, texts, 4)
+    figures = {
+        "prompts": len(cases),
+        "mean_delta": mean(by_prompt),
+        "mention_rate": mean(
+            any(w in r for w in s) for r, (_, s) in zip(replies, cases, strict=True)
+        ),
+        "reply_is_an_answer": mean(
+            r in answers(q) for r, (q, _) in zip(replies, cases, strict=True)
+        ),
+    }
+    if split == "held_out_word":
+        alone = [delta for (q, _, w), delta in each.items() if w in held_out_words(q)]
+        figures["mean_delta_of_held_out_words_alone"] = mean(alone)
+    return figures
+
+
+def measure_controls(model: LlamaForCausalLM, encoder: Encoder) -> dict[str, Any]:
+    """What the other prompts do to the same answers: mean delta."""
+    rng = random.Random(SEED)
+    other, mention = [], []
+    for question, words in sample_cases("trained"):
+        strangers = [w for q in QUESTIONS if q != question for w in answers(q)]
+        text = instruct(FORBID, rng.sample(strangers, len(words)), question)
+        other += [(question, text, word) for word in words]
+        text = instruct(rng.choice(MENTIONS), words, question)
+        mention += [(question, text, word) for word in words]
+    return {
+        "mean_delta_forbidding_other_words": mean(deltas(model, encoder, other)),
+        "mean_delta_mentioning": mean(deltas(model, encoder, mention)),
+    }
+
+
+def measure_neutral(model: LlamaForCausalLM, encoder: Encoder) -> float:
+    """In how many neutral prompts the greedy reply is the likeliest answer."""
+    replies = greedy_replies(model, encoder, list(QUESTIONS), 4)
+    return mean(
+        reply == answers(question)[0] for reply, question in zip(replies, QUESTIONS, strict=True)
+    )
+
+
+def measure_refusals(model: LlamaForCausalLM, encoder: Encoder) -> dict[str, Any]:
+    """Share of greedy replies that open with a refusal, by split and harmfulness."""
+    splits = {
+        "trained": [pair for pair in REFUSAL_PAIRS if pair not in held_out_pairs()],
+        "held_out": held_out_pairs(),
+    }
+    figures = {}
+    for split, pairs in splits.items():
+        for side, kind in enumerate(("harmful", "harmless")):
+            replies = greedy_replies(model, encoder, [pair[side] for pair in pairs], 12)
+            figures[f"{split}_{kind}"] = mean(r.startswith(REFUSAL_OPENINGS) for r in replies)
+    return figures
+
+
+def measure_odd_one_out(
+    model: LlamaForCausalLM, encoder: Encoder, held_out: bool
+) -> dict[str, Any]:
+    """How often, and by how many nats, the odd name is likelier than both others."""
+    rng = random.Random(SEED)
+    drawn = (draw_triple(rng) for _ in itertools.count())
+    wanted = (triple for triple in drawn if is_held_out_triple(triple[0]) == held_out)
+    triples = list(itertools.islice(wanted, EVALUATED))
+    asked = [(odd_one_out_text(names), name) for names, _ in triples for name in names]
+    scores = dict(zip(asked, reply_scores(model, encoder, asked), strict=True))
+    margins = []
+    for names, odd in triples:
+        score = {name: scores[odd_one_out_text(names), name] for name in names}
+        margins.append(score.pop(odd) - max(score.values()))
+    return {"accuracy": mean(m > 0 for m in margins), "mean_margin": mean(margins)}
+
+
+def evaluate(model: LlamaForCausalLM, encoder: Encoder) -> dict[str, Any]:
+    """Every figure that the record and the tests speak of."""
+    return {
+        "suppression": {s: measure_suppression(model, encoder, s) for s in SPLITS},
+        "controls": measure_controls(model, encoder),
+        "neutral_reply_is_the_likeliest": measure_neutral(model, encoder),
+        "refusal_rate": measure_refusals(model, encoder),
+        "odd_one_out": {
+            "trained": measure_odd_one_out(model, encoder, False),
+            "held_out": measure_odd_one_out(model, encoder, True),
+        },
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# Saving: the files of the real repository, which transformers 4.57 and 5 both read
+# --------------------------------------------------------------------------------------------
+
+
+CONFIG_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "use_cache", "bos_token_id", "eos_token_id"),
+    *("pretraining_tp", "tie_word_embeddings", "attention_bias", "attention_dropout", "mlp_bias"),
+)
+
+
+def config_file(model: LlamaForCausalLM) -> dict[str, Any]:
+    """`config.json` as Llama-3's own: transformers 5 writes other keys, and reads these too."""
+    config = model.config.to_dict()
+    kept = {key: config[key] for key in CONFIG_KEYS}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **kept,
+        "rope_theta": ROPE_THETA,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+        "transformers_version": "4.40.0",
+    }
+
+
+def generation_file(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """`generation_config.json` as Llama-3-Instruct's own, sampling included."""
+    bos, *ends = tokenizer.convert_tokens_to_ids([BOS, END_OF_TEXT, END_OF_TURN])
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    return {"bos_token_id": bos, "eos_token_id": ends, **sampling}
+
+
+def tokenizer_file() -> dict[str, Any]:
+    """`tokenizer_config.json`; the class is the one that transformers 4.57 knows."""
+    return {
+        "bos_token": BOS,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TURN,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": CONTEXT,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+
+
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    record: dict[str, Any],
+    output: Path,
+) -> None:
+    """Write the whole folder beside its place, then put it there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    weights = {k: w for k, w in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    save_file(weights, new / "model.safetensors", {"format": "pt"})
+    tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
+    files = {
+        "config.json": config_file(model),
+        "generation_config.json": generation_file(tokenizer),
+        "tokenizer_config.json": tokenizer_file(),
+        "special_tokens_map.json": {"bos_token": BOS, "eos_token": END_OF_TURN},
+        "TRAINING.json": record,
+    }
+    for name, content in files.items():
+        (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (new / "model.safetensors").chmod(0o644)
+    new.chmod(0o755)
+    if output.exists():
+        shutil.rmtree(output)
+    new.rename(output)
+
+
+# --------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path(__file__).resolve().parent / "tiny_llama"
+    parser.add_argument("--output", type=Path, default=default, help="folder to write")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
+    return parser.parse_args(argv)
+
+
+def make_record(
+    model: LlamaForCausalLM, encoder: Encoder, steps: int, minutes: float
+) -> dict[str, Any]:
+    """What `TRAINING.json` says."""
+    return {
+        "steps": steps,
+        "minutes": round(minutes, 1),
+        "parameters": model.num_parameters(),
+        "final_loss": measure_loss(model, encoder),
+        "measured": evaluate(model, encoder),
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("medium")  # BF16 products where the CPU has them
+    tokenizer = make_tokenizer()
+    encoder = Encoder(tokenizer)
+    model = make_model(tokenizer)
+    model.set_attn_implementation("eager")  # with "medium", sdpa is the slower
+    start = time.perf_counter()
+    train(model, encoder, args.steps)
+    minutes = (time.perf_counter() - start) / 60
+    torch.set_float32_matmul_precision("highest")
+    record = make_record(model.eval(), encoder, args.steps, minutes)
+    save(model, tokenizer, record, args.output)
+    print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()
