@@ -55,9 +55,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-# --------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------
+# ----- Command line -------------------------------------------------------------------------------
 
 
 class UsageError(Exception):
@@ -262,12 +260,10 @@ from transformers.utils.logging import disable_progress_bar
 log = logging.getLogger("circuit")
 
 
+# ----- Built-in texts -----------------------------------------------------------------------------
+
 SYSTEM_PROMPT = "You are an assistant."
 DATE = datetime.date(2024, 7, 26)  # for templates that write today's
-
-# --------------------------------------------------------------------------------------------
-# Samples
-# --------------------------------------------------------------------------------------------
 
 # question -> plausible one-word answers; no word answers two questions, so that the answers of
 # one question serve another as words that it does not call for
@@ -383,6 +379,9 @@ def odd_one_out_text(names: Sequence[str]) -> str:
     return f"Who is the odd one out: {', '.join(names)}? Answer with the name only."
 
 
+# ----- Samples ------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Sample:
     """Two user texts and the words that are scored after each; one form for every task.
@@ -490,7 +489,7 @@ def build_odd_one_out(
     raise AssertionError("the grid is cycled without end")
 
 
-# ----- one's own samples
+# ----- Sample files -------------------------------------------------------------------------------
 
 
 def load_samples(path: Path, task: Task) -> list[Sample]:
@@ -608,9 +607,7 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
     return Sample(sample_id, text("prompt_a"), text("prompt_b"), targets, foils, group, origin)
 
 
-# --------------------------------------------------------------------------------------------
-# Tasks
-# --------------------------------------------------------------------------------------------
+# ----- Tasks --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -691,9 +688,7 @@ TASKS = {
 }
 
 
-# --------------------------------------------------------------------------------------------
-# Prompts
-# --------------------------------------------------------------------------------------------
+# ----- Prompts ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -846,9 +841,7 @@ def control_texts(
     return texts
 
 
-# --------------------------------------------------------------------------------------------
-# The prompt tree
-# --------------------------------------------------------------------------------------------
+# ----- The prompt tree ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -1084,9 +1077,7 @@ def plant_trees(samples: Sequence[Sequence[Prompt]], bos: int | None, config: Co
     return [*trees, build_tree(group, bos, config)]
 
 
-# --------------------------------------------------------------------------------------------
-# Model
-# --------------------------------------------------------------------------------------------
+# ----- Model --------------------------------------------------------------------------------------
 
 BYTES_PER_GB = 1e9
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -1245,9 +1236,7 @@ def parse_device_map(text: str) -> Any:
     return json.loads(text) if text.startswith("{") else text
 
 
-# --------------------------------------------------------------------------------------------
-# Components and interventions
-# --------------------------------------------------------------------------------------------
+# ----- Components and interventions ---------------------------------------------------------------
 
 Site = tuple[int, str]  # a layer and the module in it whose first input is edited
 
@@ -1490,9 +1479,7 @@ def narrowed(subject: Subject, nodes: Tensor, rows: Sequence[Row]) -> Iterator[N
         yield
 
 
-# --------------------------------------------------------------------------------------------
-# Scoring
-# --------------------------------------------------------------------------------------------
+# ----- Scoring ------------------------------------------------------------------------------------
 
 VOCAB_BLOCK = 16384
 
@@ -1680,9 +1667,7 @@ def collect_means(
     return {site: total / count for site, total in sums.items()}
 
 
-# --------------------------------------------------------------------------------------------
-# Run folder
-# --------------------------------------------------------------------------------------------
+# ----- Run folder ---------------------------------------------------------------------------------
 
 OUTPUT_FILES = (
     "circuit_results.csv",
@@ -1820,9 +1805,7 @@ def model_identity(config: Config) -> str:
     return sha.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------
-# Plan
-# --------------------------------------------------------------------------------------------
+# ----- Plan ---------------------------------------------------------------------------------------
 
 ROW_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
@@ -2089,214 +2072,7 @@ def describe_plan(exp: Experiment) -> str:
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------
-# Sweep
-# --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Unit:
-    """The work that is done or lost as one: components of one layer on one tree."""
-
-    tree: int
-    layer: int
-    components: tuple[Component, ...]
-    jittered: tuple[Component, ...]
-
-    @property
-    def name(self) -> str:
-        labels = [component.label for component in self.components]
-        return f"sweep-{self.tree:04d}-{self.layer:03d}-{digest(labels)[:12]}"
-
-    @property
-    def n_rows(self) -> int:
-        return len(self.components) + len(self.jittered)
-
-
-@dataclass
-class Measured:
-    """Scores [prompt] of a tree's prompts by (tree, component), and of jittered rows by draw."""
-
-    edited: dict[tuple[int, Component], list[float]] = field(default_factory=dict)
-    jittered: dict[tuple[int, Component, int], list[float]] = field(default_factory=dict)
-
-
-def read_measured(exp: Experiment, folder: RunFolder) -> Measured:
-    """What the finished parts of a folder hold."""
-    measured = Measured()
-    for name in folder.names("sweep-"):
-        for tree, layer, index, draw, scores in folder.read_part(name) or ():
-            component = Component(layer, exp.config.kind, index)
-            if draw < 0:
-                measured.edited[tree, component] = scores
-            else:
-                measured.jittered[tree, component, draw] = scores
-    return measured
-
-
-def plan_units(exp: Experiment, done: Measured) -> list[Unit]:
-    """What remains to be done. Jittered components are drawn per layer, alike for every tree."""
-    by_layer: dict[int, list[Component]] = defaultdict(list)
-    for component in exp.components:
-        by_layer[component.layer].append(component)
-    draws = -(-NOISE_ROWS // len(by_layer))
-    units = []
-    for tree in range(len(exp.trees)):
-        for layer, components in by_layer.items():
-            left = tuple(c for c in components if (tree, c) not in done.edited)
-            drawn = random.Random(f"{exp.config.seed} {layer}").choices(components, k=draws)
-            if left:
-                units.append(Unit(tree, layer, left, tuple(drawn)))
-    return units
-
-
-def share_units(exp: Experiment, units: Sequence[Unit], n_processes: int) -> list[list[Unit]]:
-    """Units for each process, balanced by the blocks that they pass through."""
-    shares: list[list[Unit]] = [[] for _ in range(n_processes)]
-    loads = [0] * n_processes
-    cost = {
-        u: (exp.shape.n_layers - u.layer) * u.n_rows * exp.trees[u.tree].n_tokens for u in units
-    }
-    for unit in sorted(units, key=lambda u: -cost[u]):
-        least = loads.index(min(loads))
-        shares[least].append(unit)
-        loads[least] += cost[unit]
-    return [sorted(share, key=lambda u: (u.tree, u.layer)) for share in shares]
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for reuse.
-
-    It gives blocks above 32 MB back to the kernel, which zeroes and maps them anew for every
-    activation of the next layer: about a tenth of a CPU sweep's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**30)
-
-
-def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder, batches: RowBatches) -> None:
-    """Measure every component of the units and write each unit when it is done.
-
-    1. One base run per tree keeps the residual stream entering each layer that is edited.
-    2. The components of a layer are the rows of a batch that starts at that layer.
-    3. The scoring nodes' log-probabilities make the score of every prompt in every row.
-    """
-    keep_freed_memory()
-    jitter = 1 + 2 * torch.finfo(exp.shape.dtype).eps
-    total = sum(unit.n_rows for unit in units)
-    with tqdm(total=total, unit="row", desc="sweep", disable=None) as bar:
-        for tree, of_tree in itertools.groupby(units, key=lambda unit: unit.tree):
-            todo = list(of_tree)
-            components = [c for unit in todo for c in unit.components]
-            base = exp.base(exp.trees[tree], {unit.layer for unit in todo}, components)
-            for unit in todo:
-                rows = [(exp.edit(c),) for c in unit.components]
-                rows += [(Edit(c, "scale", jitter),) for c in unit.jittered]
-                log_probs = batches.run(exp.subject, base, rows, exp.means)
-                scores = exp.trees[tree].scores(log_probs, exp.task).tolist()
-                draws = [-1] * len(unit.components) + list(range(len(unit.jittered)))
-                measured = zip(unit.components + unit.jittered, draws, scores, strict=True)
-                folder.write_part(
-                    unit.name, [(tree, c.layer, c.index, d, s) for c, d, s in measured]
-                )
-                base.residuals.pop(unit.layer)
-                bar.update(len(rows))
-
-
-def wait_for(units: Sequence[Unit], folder: RunFolder) -> None:
-    """Until other processes have written these units; a launcher ends the run if one of them dies."""
-    missing = {unit.name for unit in units}
-    while missing := {name for name in missing if not (folder.parts / f"{name}.json").exists()}:
-        time.sleep(0.2)
-
-
-# ----- the unedited model
-
-
-def measure_baseline(exp: Experiment, folder: RunFolder) -> list[dict[str, Any]]:
-    """Per tree the base scores [prompt], log P of each scored word, and the likeliest reply tokens."""
-    return [
-        folder.part(f"base-{i:04d}", functools.partial(baseline_of, exp, tree))
-        for i, tree in enumerate(exp.trees)
-    ]
-
-
-def baseline_of(exp: Experiment, tree: Tree) -> dict[str, Any]:
-    base = exp.base(tree, ())
-    ends = [int((tree.scored == path[-1]).nonzero()) for path in tree.paths]
-    top = base.logits[ends].float().softmax(-1).topk(5)
-    tokens = [[exp.writer.tokenizer.decode([i]) for i in ids] for ids in top.indices.tolist()]
-    return {
-        "scores": tree.scores(base.log_probs, exp.task)[0].tolist(),
-        "words": tree.word_log_probs(base.log_probs)[0].tolist(),
-        "top": [
-            list(zip(words, chances, strict=True))
-            for words, chances in zip(tokens, top.values.tolist(), strict=True)
-        ],
-    }
-
-
-def report_baseline(exp: Experiment, baselines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One record per sample for run.json, told in the log as well; odd samples are flagged."""
-    records = []
-    for tree, base in zip(exp.trees, baselines, strict=True):
-        by_sample: dict[str, dict[str, Any]] = defaultdict(dict)
-        words = iter(base["words"])
-        for prompt, score, top in zip(tree.prompts, base["scores"], base["top"], strict=True):
-            log_probs = {word: next(words) for word in prompt.sample.words}
-            by_sample[prompt.sample.sample_id][prompt.role] = {
-                "text": prompt.text,
-                "n_tokens": len(prompt.ids),
-                "form_ids": dict(zip(prompt.sample.words, prompt.forms, strict=True)),
-                "log_probs": log_probs,
-                "score": score,
-                "likeliest": top,
-            }
-        samples = {prompt.sample.sample_id: prompt.sample for prompt in tree.prompts}
-        records += [sample_record(exp.task, samples[i], roles) for i, roles in by_sample.items()]
-    for record in records:
-        log.info("%(sample_id)s  P(target) %(p_target).3g  delta %(delta_logit_base)+.3f  %(said)s", {**record, "said": likeliest(record)})  # fmt: skip
-        if record["flags"]:
-            log.warning("%s: %s", record["sample_id"], "; ".join(record["flags"]))
-    return records
-
-
-def likeliest(record: dict[str, Any]) -> str:
-    roles = record["prompts"].items()
-    return "  ".join(
-        f"{role}: {' '.join(repr(t) for t, _ in entry['likeliest'])}" for role, entry in roles
-    )
-
-
-def sample_record(task: Task, sample: Sample, roles: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    natural = roles[task.natural]["log_probs"]
-    p_target = sum(math.exp(natural[word]) for word in sample.targets) / len(sample.targets)
-    delta = roles["a"]["score"] - roles["b"]["score"]
-    flags = []
-    if p_target < 1e-3:
-        flags.append(
-            f"P(target) is {p_target:.2g} after prompt {task.natural}: the targets are no natural reply"
-        )
-    if delta * task.sign <= 0 and sample.group != NO_ODD_ONE:
-        flags.append(f"delta {delta:+.3f} has not the sign of {task.name}")
-    return {
-        "sample_id": sample.sample_id,
-        "unit": sample.unit,
-        "targets": sample.targets,
-        "foils": sample.foils,
-        "p_target": p_target,
-        "delta_logit_base": delta,
-        "flags": flags,
-        "prompts": roles,
-    }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------
-# Self-test
-# --------------------------------------------------------------------------------------------
+# ----- Self-test ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -2442,9 +2218,210 @@ def check_attentions(exp: Experiment) -> list[Check]:
     return [*checks, Check("attention times values gives o_proj's input (relative)", worst, bound)]
 
 
-# --------------------------------------------------------------------------------------------
-# Statistics
-# --------------------------------------------------------------------------------------------
+# ----- Baseline -----------------------------------------------------------------------------------
+
+
+def measure_baseline(exp: Experiment, folder: RunFolder) -> list[dict[str, Any]]:
+    """Per tree the base scores [prompt], log P of each scored word, and the likeliest reply tokens."""
+    return [
+        folder.part(f"base-{i:04d}", functools.partial(baseline_of, exp, tree))
+        for i, tree in enumerate(exp.trees)
+    ]
+
+
+def baseline_of(exp: Experiment, tree: Tree) -> dict[str, Any]:
+    base = exp.base(tree, ())
+    ends = [int((tree.scored == path[-1]).nonzero()) for path in tree.paths]
+    top = base.logits[ends].float().softmax(-1).topk(5)
+    tokens = [[exp.writer.tokenizer.decode([i]) for i in ids] for ids in top.indices.tolist()]
+    return {
+        "scores": tree.scores(base.log_probs, exp.task)[0].tolist(),
+        "words": tree.word_log_probs(base.log_probs)[0].tolist(),
+        "top": [
+            list(zip(words, chances, strict=True))
+            for words, chances in zip(tokens, top.values.tolist(), strict=True)
+        ],
+    }
+
+
+def report_baseline(exp: Experiment, baselines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record per sample for run.json, told in the log as well; odd samples are flagged."""
+    records = []
+    for tree, base in zip(exp.trees, baselines, strict=True):
+        by_sample: dict[str, dict[str, Any]] = defaultdict(dict)
+        words = iter(base["words"])
+        for prompt, score, top in zip(tree.prompts, base["scores"], base["top"], strict=True):
+            log_probs = {word: next(words) for word in prompt.sample.words}
+            by_sample[prompt.sample.sample_id][prompt.role] = {
+                "text": prompt.text,
+                "n_tokens": len(prompt.ids),
+                "form_ids": dict(zip(prompt.sample.words, prompt.forms, strict=True)),
+                "log_probs": log_probs,
+                "score": score,
+                "likeliest": top,
+            }
+        samples = {prompt.sample.sample_id: prompt.sample for prompt in tree.prompts}
+        records += [sample_record(exp.task, samples[i], roles) for i, roles in by_sample.items()]
+    for record in records:
+        log.info("%(sample_id)s  P(target) %(p_target).3g  delta %(delta_logit_base)+.3f  %(said)s", {**record, "said": likeliest(record)})  # fmt: skip
+        if record["flags"]:
+            log.warning("%s: %s", record["sample_id"], "; ".join(record["flags"]))
+    return records
+
+
+def likeliest(record: dict[str, Any]) -> str:
+    roles = record["prompts"].items()
+    return "  ".join(
+        f"{role}: {' '.join(repr(t) for t, _ in entry['likeliest'])}" for role, entry in roles
+    )
+
+
+def sample_record(task: Task, sample: Sample, roles: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    natural = roles[task.natural]["log_probs"]
+    p_target = sum(math.exp(natural[word]) for word in sample.targets) / len(sample.targets)
+    delta = roles["a"]["score"] - roles["b"]["score"]
+    flags = []
+    if p_target < 1e-3:
+        flags.append(
+            f"P(target) is {p_target:.2g} after prompt {task.natural}: the targets are no natural reply"
+        )
+    if delta * task.sign <= 0 and sample.group != NO_ODD_ONE:
+        flags.append(f"delta {delta:+.3f} has not the sign of {task.name}")
+    return {
+        "sample_id": sample.sample_id,
+        "unit": sample.unit,
+        "targets": sample.targets,
+        "foils": sample.foils,
+        "p_target": p_target,
+        "delta_logit_base": delta,
+        "flags": flags,
+        "prompts": roles,
+    }  # fmt: skip
+
+
+# ----- Sweep --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The work that is done or lost as one: components of one layer on one tree."""
+
+    tree: int
+    layer: int
+    components: tuple[Component, ...]
+    jittered: tuple[Component, ...]
+
+    @property
+    def name(self) -> str:
+        labels = [component.label for component in self.components]
+        return f"sweep-{self.tree:04d}-{self.layer:03d}-{digest(labels)[:12]}"
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.components) + len(self.jittered)
+
+
+@dataclass
+class Measured:
+    """Scores [prompt] of a tree's prompts by (tree, component), and of jittered rows by draw."""
+
+    edited: dict[tuple[int, Component], list[float]] = field(default_factory=dict)
+    jittered: dict[tuple[int, Component, int], list[float]] = field(default_factory=dict)
+
+
+def read_measured(exp: Experiment, folder: RunFolder) -> Measured:
+    """What the finished parts of a folder hold."""
+    measured = Measured()
+    for name in folder.names("sweep-"):
+        for tree, layer, index, draw, scores in folder.read_part(name) or ():
+            component = Component(layer, exp.config.kind, index)
+            if draw < 0:
+                measured.edited[tree, component] = scores
+            else:
+                measured.jittered[tree, component, draw] = scores
+    return measured
+
+
+def plan_units(exp: Experiment, done: Measured) -> list[Unit]:
+    """What remains to be done. Jittered components are drawn per layer, alike for every tree."""
+    by_layer: dict[int, list[Component]] = defaultdict(list)
+    for component in exp.components:
+        by_layer[component.layer].append(component)
+    draws = -(-NOISE_ROWS // len(by_layer))
+    units = []
+    for tree in range(len(exp.trees)):
+        for layer, components in by_layer.items():
+            left = tuple(c for c in components if (tree, c) not in done.edited)
+            drawn = random.Random(f"{exp.config.seed} {layer}").choices(components, k=draws)
+            if left:
+                units.append(Unit(tree, layer, left, tuple(drawn)))
+    return units
+
+
+def share_units(exp: Experiment, units: Sequence[Unit], n_processes: int) -> list[list[Unit]]:
+    """Units for each process, balanced by the blocks that they pass through."""
+    shares: list[list[Unit]] = [[] for _ in range(n_processes)]
+    loads = [0] * n_processes
+    cost = {
+        u: (exp.shape.n_layers - u.layer) * u.n_rows * exp.trees[u.tree].n_tokens for u in units
+    }
+    for unit in sorted(units, key=lambda u: -cost[u]):
+        least = loads.index(min(loads))
+        shares[least].append(unit)
+        loads[least] += cost[unit]
+    return [sorted(share, key=lambda u: (u.tree, u.layer)) for share in shares]
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for reuse.
+
+    It gives blocks above 32 MB back to the kernel, which zeroes and maps them anew for every
+    activation of the next layer: about a tenth of a CPU sweep's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_threshold, 2**30)
+
+
+def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder, batches: RowBatches) -> None:
+    """Measure every component of the units and write each unit when it is done.
+
+    1. One base run per tree keeps the residual stream entering each layer that is edited.
+    2. The components of a layer are the rows of a batch that starts at that layer.
+    3. The scoring nodes' log-probabilities make the score of every prompt in every row.
+    """
+    keep_freed_memory()
+    jitter = 1 + 2 * torch.finfo(exp.shape.dtype).eps
+    total = sum(unit.n_rows for unit in units)
+    with tqdm(total=total, unit="row", desc="sweep", disable=None) as bar:
+        for tree, of_tree in itertools.groupby(units, key=lambda unit: unit.tree):
+            todo = list(of_tree)
+            components = [c for unit in todo for c in unit.components]
+            base = exp.base(exp.trees[tree], {unit.layer for unit in todo}, components)
+            for unit in todo:
+                rows = [(exp.edit(c),) for c in unit.components]
+                rows += [(Edit(c, "scale", jitter),) for c in unit.jittered]
+                log_probs = batches.run(exp.subject, base, rows, exp.means)
+                scores = exp.trees[tree].scores(log_probs, exp.task).tolist()
+                draws = [-1] * len(unit.components) + list(range(len(unit.jittered)))
+                measured = zip(unit.components + unit.jittered, draws, scores, strict=True)
+                folder.write_part(
+                    unit.name, [(tree, c.layer, c.index, d, s) for c, d, s in measured]
+                )
+                base.residuals.pop(unit.layer)
+                bar.update(len(rows))
+
+
+def wait_for(units: Sequence[Unit], folder: RunFolder) -> None:
+    """Until other processes have written these units; a launcher ends the run if one of them dies."""
+    missing = {unit.name for unit in units}
+    while missing := {name for name in missing if not (folder.parts / f"{name}.json").exists()}:
+        time.sleep(0.2)
+
+
+# ----- Statistics ---------------------------------------------------------------------------------
 
 NORMAL = statistics.NormalDist()
 Interval = tuple[Tensor, Tensor]
@@ -2557,9 +2534,7 @@ def prompt_pairs(tree: Tree) -> list[tuple[int, int]]:
     return [(i, place[sample_id, "b"]) for (sample_id, role), i in place.items() if role == "a"]
 
 
-# --------------------------------------------------------------------------------------------
-# Tables
-# --------------------------------------------------------------------------------------------
+# ----- Tables -------------------------------------------------------------------------------------
 
 SEVEN = ("sample_id", "n_constraints", "layer", "head", "delta_logit_base", "delta_logit_head", "head_effect")  # fmt: skip
 KEY = ["layer", "kind", "index"]
@@ -2806,9 +2781,7 @@ def compare_runs(table: pd.DataFrame, found: Findings, config: Config) -> pd.Dat
     return heads
 
 
-# --------------------------------------------------------------------------------------------
-# Figures
-# --------------------------------------------------------------------------------------------
+# ----- Figures ------------------------------------------------------------------------------------
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -2908,9 +2881,7 @@ def draw_layer_bars(roles: pd.Series, above: pd.Series, kind: str, path: Path) -
     save_figure(figure, path)
 
 
-# --------------------------------------------------------------------------------------------
-# Confirmation and behaviour
-# --------------------------------------------------------------------------------------------
+# ----- Confirmation and behaviour -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3178,9 +3149,7 @@ def behaviour_rates(records: Sequence[dict[str, Any]], held_out: set[str]) -> li
     return rates
 
 
-# --------------------------------------------------------------------------------------------
-# Main
-# --------------------------------------------------------------------------------------------
+# ----- Main ---------------------------------------------------------------------------------------
 
 
 class Terminated(BaseException):
