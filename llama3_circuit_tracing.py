@@ -492,21 +492,23 @@ def build_odd_one_out(
 # ----- Sample files -------------------------------------------------------------------------------
 
 
+def read_text(path: Path) -> str:
+    """The text of a file; `UsageError` where it cannot be read or is not UTF-8."""
+    try:
+        data = path.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line, byte = data[: error.start].count(b"\n") + 1, data[error.start : error.start + 1]
+        raise UsageError(f"{path}, line {line}: byte {byte!r} is not UTF-8") from error
+
+
 def load_samples(path: Path, task: Task) -> list[Sample]:
     """Samples of a .jsonl or .csv file; `UsageError` names file, line and value of what is wrong."""
     if path.suffix not in (".jsonl", ".csv"):
         raise UsageError(f"--samples {path}: the name must end in .jsonl or .csv")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"--samples {path} cannot be read: {error.strerror}") from error
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UsageError(
-            f"{path}, line {line}: byte {data[error.start : error.start + 1]!r} is not UTF-8"
-        ) from error
+    text = read_text(path)
     records = (read_jsonl if path.suffix == ".jsonl" else read_csv_records)(text, path)
     samples = [parse_sample(record, f"{path}, line {line}", task, line) for line, record in records]
     if not samples:
@@ -856,6 +858,7 @@ class Tree:
     depth: Tensor  # [1, tok], the position id
     visible: Tensor  # [tok, tok] bool, ancestor or self
     paths: tuple[tuple[int, ...], ...]  # per prompt the node of each of its tokens
+    lines: tuple[tuple[int, ...], ...]  # per prompt and form the nodes from BOS to the form's end
     scored: Tensor  # [node], the nodes whose next token is scored
     entry_node: Tensor  # [entry], index into `scored`
     entry_token: Tensor  # [entry], the next token there
@@ -997,6 +1000,12 @@ def build_tree(samples: Sequence[Sequence[Prompt]], bos: int | None, config: Con
         depth=depth,
         visible=visible,
         paths=tuple(paths),
+        lines=tuple(
+            (*path, *nodes)
+            for path, words in zip(paths, branches, strict=True)
+            for forms in words
+            for nodes in forms
+        ),
         where=where,
         source=source,
         b_weight=torch.tensor(
@@ -2003,7 +2012,7 @@ def prepare(config: Config, folder: RunFolder) -> Experiment:
         log.warning("%s holds %d samples; the first %d are used (--num_samples)", config.samples, len(samples), config.num_samples)  # fmt: skip
         samples = samples[: config.num_samples]
     check_control_tokens(samples, config.answer_prefix, writer.tokenizer)
-    if config.confirm and len({sample.unit for sample in samples}) < 2:
+    if config.confirm and len({s.unit for s in samples if s.group != NO_ODD_ONE}) < 2:
         raise UsageError("--confirm needs at least two different sentences")
     prompts = write_prompts(samples, writer, config)
     check_positions(prompts, config)
@@ -2094,7 +2103,7 @@ def self_test(exp: Experiment) -> None:
     layers = range(exp.shape.n_layers)
     base = run_base(exp.subject, exp.trees[0], (), layers, [(0, KINDS["head"])])
     checks += [check_ablation(exp.subject, base)]
-    checks += check_starts(exp.subject, base) + check_tree(exp.subject, base)
+    checks += check_rows(exp.subject, base) + check_tree(exp.subject, base)
     left = count_hooks(exp.subject) - before
     checks.append(Check("hooks and replaced forwards left behind", left, 0))
     for check in checks:
@@ -2119,26 +2128,37 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return largest_error(found, expected) / scale
 
 
+def largest(errors: Iterable[float]) -> float:
+    """The largest error; NaN if one is NaN, unlike `max`."""
+    return float(torch.tensor([0.0, *errors], dtype=torch.float64).max())
+
+
+def scattered_heads(shape: Outline) -> list[Component]:
+    """One head in every block."""
+    return [Component(i, "head", (7 * i + 1) % shape.n_heads) for i in range(shape.n_layers)]
+
+
 def check_ablation(subject: Subject, base: Base) -> Check:
     """In every block at once: zeroing head h moves o_proj's output by exactly -x_h W_h^T."""
     shape = subject.shape
-    outputs = {layer: subject.module((layer, KINDS["head"])) for layer in range(shape.n_layers)}
-    heads = [Component(layer, "head", (7 * layer + 1) % shape.n_heads) for layer in outputs]
-    row = tuple(Edit(head) for head in heads)
+    heads = scattered_heads(shape)
+    outputs = {head.layer: subject.module(head.site) for head in heads}
     with (
         recording(outputs) as x,  # entered first, so that it sees the input before the edit
         recording(outputs, outputs=True) as y,
-        editing(subject, [row], Values()),
+        editing(subject, [tuple(Edit(head) for head in heads)], Values()),
     ):
         subject.body(**base.inputs)
-    worst = 0.0
+    errors = []
     for head in heads:
         module, own = outputs[head.layer], x[head.layer]
-        only = torch.zeros_like(own)
-        only[..., head.span(shape.d_head)] = own[..., head.span(shape.d_head)]
-        expected = module(own).float() - (module(only) - module(torch.zeros_like(own))).float()
-        worst = max(worst, relative_error(y[head.layer], expected))
-    return Check("ablating a head moves o_proj by -x_h W_h^T (relative)", worst, 4 * torch.finfo(shape.dtype).eps + 1e-5)  # fmt: skip
+        by_head = own.unflatten(-1, (shape.n_heads, shape.d_head))  # [1, tok, head, d_head]
+        only = torch.zeros_like(by_head)
+        only[..., head.index, :] = by_head[..., head.index, :]
+        moved = module(only.flatten(-2)).float() - module(torch.zeros_like(own)).float()
+        errors.append(relative_error(y[head.layer], module(own).float() - moved))
+    bound = 4 * torch.finfo(shape.dtype).eps + 1e-5
+    return Check("ablating a head moves o_proj by -x_h W_h^T (relative)", largest(errors), bound)
 
 
 def score_bound(dtype: torch.dtype) -> float:
@@ -2146,18 +2166,37 @@ def score_bound(dtype: torch.dtype) -> float:
     return 1e-4 if dtype == torch.float32 else 0.5
 
 
-def check_starts(subject: Subject, base: Base) -> list[Check]:
-    """Edits that change nothing, from the first block and from a later one, give the base."""
-    bound = score_bound(subject.shape.dtype)
-    checks = []
-    for name, layer in (
-        ("an empty edit", 0),
-        ("starting at a later block", subject.shape.n_layers // 2),
-    ):
+def check_rows(subject: Subject, base: Base) -> list[Check]:
+    """Edits that change nothing give the base, from whichever block they start; and a row is not
+    touched by the edits of another."""
+    n_layers, bound = subject.shape.n_layers, score_bound(subject.shape.dtype)
+
+    def error_from(layer: int) -> float:
         rows = [(Edit(Component(layer, kind), "scale", 1.0),) for kind in ("attn", "resid")]
-        error = largest_error(run_rows(subject, base, rows, {}), base.log_probs)
-        checks.append(Check(f"{name} reproduces the log-probabilities (nats)", error, bound))
-    return checks
+        return largest_error(run_rows(subject, base, rows, {}), base.log_probs)
+
+    later = sorted({1, n_layers // 2, n_layers - 1} - {0})
+    ablated = tuple(Edit(head) for head in scattered_heads(subject.shape))
+    kept = tuple(replace(edit, op="scale", factor=1.0) for edit in ablated)
+    beside, alone = (run_rows(subject, base, [row, ()], {})[1] for row in (ablated, kept))
+    return [
+        Check("an empty edit reproduces the log-probabilities (nats)", error_from(0), bound),
+        Check("starting at a later block reproduces them (nats)", largest(map(error_from, later)), bound),
+        Check("a row is not touched by another's edits (nats)", largest_error(beside, alone), bound / 10),
+    ]  # fmt: skip
+
+
+def check_mask(base: Base) -> Check:
+    """In the mask that the model is given, every token of a prompt and of its forms sees exactly
+    the tokens before it there, and itself."""
+    seen = base.inputs["attention_mask"][0, 0] == 0
+    wrong = 0
+    for line in base.tree.lines:
+        expected = torch.zeros(len(line), seen.shape[0], dtype=torch.bool)
+        expected[:, list(line)] = torch.ones(len(line), len(line), dtype=torch.bool).tril()
+        wrong += int((seen[list(line)].cpu() != expected).sum())
+        wrong += int((base.tree.depth[0, list(line)] != torch.arange(len(line))).sum())
+    return Check("tokens that see others than those before them", wrong, 0)
 
 
 def check_tree(subject: Subject, base: Base) -> list[Check]:
@@ -2168,26 +2207,25 @@ def check_tree(subject: Subject, base: Base) -> list[Check]:
     """
     tree, site = base.tree, (0, KINDS["head"])
     ends = {tree.prompts[0].sample.sample_id, tree.prompts[-1].sample.sample_id}
-    attention, score = 0.0, 0.0
+    attention, scores = [], []
     for prompt, path in zip(tree.prompts, tree.paths, strict=True):
         if prompt.sample.sample_id not in ends:
             continue
+        ids = torch.tensor([prompt.ids], device=subject.device)
         with recording({"x": subject.module(site)}) as seen:
-            logits = subject.model(
-                torch.tensor([prompt.ids], device=subject.device), use_cache=False
-            ).logits
+            logits = subject.model(ids, use_cache=False).logits
         packed, alone = base.site_inputs[site][list(path)].float(), seen["x"][0].float()
-        attention = max(
-            attention, float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max())
-        )
+        attention.append(float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max()))
         node = int((tree.scored == path[-1]).nonzero())
-        likely = logits[0, -1].float().topk(50).indices
-        plain = logits[0, -1].float().log_softmax(-1)[likely]
-        score = max(score, largest_error(base.logits[node].float().log_softmax(-1)[likely], plain))
-    exact = subject.shape.dtype == torch.float32
+        plain, ours = (z.float().log_softmax(-1) for z in (logits[0, -1], base.logits[node]))
+        likely = plain.topk(50).indices
+        scores.append(largest_error(ours[likely], plain[likely]))
+    dtype = subject.shape.dtype
+    bound = 1e-4 if dtype == torch.float32 else 0.01
     return [
-        Check("tree against plain forwards: attention in block 0 (relative)", attention, 1e-4 if exact else 0.03),
-        Check("tree against plain forwards: top log-probabilities (nats)", score, score_bound(subject.shape.dtype)),
+        check_mask(base),
+        Check("tree against plain forwards: attention in block 0 (relative)", largest(attention), bound),
+        Check("tree against plain forwards: log-probabilities (nats)", largest(scores), score_bound(dtype)),
     ]  # fmt: skip
 
 
@@ -2208,14 +2246,15 @@ def check_attentions(exp: Experiment) -> list[Check]:
     wanted = (1, shape.n_heads, n, n)
     wrong = sum(tuple(m.shape) != wanted for m in maps) + abs(len(maps) - shape.n_layers)
     checks = [Check(f"attention maps that are not {wanted}", wrong, 0)]
-    worst = 0.0
+    errors = []
     for layer, weights in enumerate(maps if not wrong else ()):
         value = v["v", layer].view(n, shape.n_kv_heads, shape.d_head).transpose(0, 1)
         value = value.repeat_interleave(shape.n_heads // shape.n_kv_heads, 0)  # [head, tok, d_head]
         z = (weights[0].float() @ value.float()).transpose(0, 1).reshape(n, -1)
-        worst = max(worst, relative_error(z, x["x", layer][0]))
+        errors.append(relative_error(z, x["x", layer][0]))
     bound = 4 * torch.finfo(shape.dtype).eps + 1e-5
-    return [*checks, Check("attention times values gives o_proj's input (relative)", worst, bound)]
+    name = "attention times values gives o_proj's input (relative)"
+    return [*checks, Check(name, largest(errors), bound)]
 
 
 # ----- Baseline -----------------------------------------------------------------------------------
@@ -2452,11 +2491,12 @@ def bootstrap_interval(
     slack = 1e-12 * mean.abs()  # draws equal to the mean up to rounding are ties, and count half
     below = ((drawn < mean - slack).double() + (drawn <= mean + slack).double()).mean(0) / 2
     bias = quantiles_of_normal(below.clamp(1 / (2 * draws), 1 - 1 / (2 * draws)))
+    lone = (counts > 0).sum(0) < 2
     ends = []
     for tail in ((1 - level) / 2, (1 + level) / 2):
         z = bias + NORMAL.inv_cdf(tail)
         share = torch.special.ndtr(bias + z / (1 - skew * z))
-        ends.append(value_at(drawn, share))
+        ends.append(value_at(drawn, share).masked_fill(lone, math.nan))
     return ends[0], ends[1]
 
 
@@ -2609,26 +2649,31 @@ def control_columns(old: dict[str, float], new: dict[str, float]) -> dict[str, f
 def read_results(path: Path) -> pd.DataFrame:
     """A results CSV, of this script or another's with the seven columns; `UsageError` names line
     and column of what is malformed."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    records: list[dict[str, Any]] = []
+    lines: list[int] = []
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-    header = rows[0] if rows else []
-    missing = [name for name in SEVEN if name not in header]
-    if missing:
-        raise UsageError(f"{path}, line 1: column {missing[0]!r} is missing")
-    records = []
-    for line, row in enumerate(rows[1:], start=2):
-        if len(row) != len(header):
-            raise UsageError(f"{path}, line {line}: {len(row)} fields, not {len(header)}")
-        records.append(parse_result(dict(zip(header, row, strict=True)), path, line))
+        header = next(reader, [])
+        for name in SEVEN:
+            if header.count(name) != 1:
+                raise UsageError(
+                    f"{path}, line 1: column {name!r} is there {header.count(name)} times"
+                )
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise UsageError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields, not {len(header)}"
+                )
+            lines.append(reader.line_num)
+            records.append(parse_result(dict(zip(header, row, strict=True)), path, lines[-1]))
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
     if not records:
         raise UsageError(f"{path} has no rows")
     table = pd.DataFrame(records)
     twice = table.duplicated(["sample_id", *KEY])
     if twice.any():
-        line = int(twice.idxmax()) + 2
+        line = lines[int(twice.to_numpy().argmax())]
         raise UsageError(
             f"{path}, line {line}: column 'head': the same sample and component as before"
         )
@@ -2640,34 +2685,33 @@ TEXT_COLUMNS = ("sample_id", "unit", "group", "kind", "op", "positions")
 
 def parse_result(record: dict[str, str], path: Path, line: int) -> dict[str, Any]:
     """One row of a results CSV with its types; columns that it lacks get what the default run has."""
-    known: dict[str, Any] = {
-        "unit": record["sample_id"],
-        "group": "",
-        "kind": "head",
-        "op": "zero",
-        "positions": "all",
-    }
+    known: dict[str, Any] = {"unit": record["sample_id"], "group": "", "kind": "head"}
+    known |= {"op": "zero", "positions": "all", "index": math.nan}
     known |= {name: record[name] for name in TEXT_COLUMNS if record.get(name)}
-    whole = {"n_constraints", "layer", "head", "index"}
+    if not known.get("sample_id"):
+        raise UsageError(f"{path}, line {line}: column 'sample_id' is empty")
+    needed = set(SEVEN) if known["kind"] == "head" else set(SEVEN) - {"head"}
     for name, text in record.items():
-        if name in TEXT_COLUMNS:
+        ours = name in SEVEN or name == "index" or name.startswith(("score_", "effect_"))
+        if name in TEXT_COLUMNS or not ours:
             continue
-        optional = name not in SEVEN or (name == "head" and known["kind"] != "head")
-        try:
-            value = (int if name in whole else float)(text) if text or not optional else math.nan
-            if not optional and not math.isfinite(value):
-                raise ValueError
-        except ValueError:
-            if name not in SEVEN and name != "index" and not name.startswith(("score_", "effect_")):
-                continue  # a column that is not ours
-            raise UsageError(
-                f"{path}, line {line}: column {name!r}: {text!r} is not a number"
-            ) from None
-        known[name] = value
-    index = known.get("index", math.nan)
-    if known["kind"] == "head":
-        index = known["head"]
+        whole = name in ("n_constraints", "layer", "head", "index")
+        known[name] = parse_number(text, whole) if text or name in needed else math.nan
+        if known[name] is None:
+            raise UsageError(f"{path}, line {line}: column {name!r}: {text!r} is not a number")
+    index = known["head"] if known["kind"] == "head" else known["index"]
     return {**known, "index": -1 if math.isnan(index) else int(index)}
+
+
+def parse_number(text: str, whole: bool) -> float | int | None:
+    """A finite number, a whole one also where written as 3.0; None where it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(value) or (whole and not value.is_integer()):
+        return None
+    return int(value) if whole else value
 
 
 def component_statistics(table: pd.DataFrame, column: str, config: Config) -> pd.DataFrame:
@@ -2831,7 +2875,7 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     axes.set_xlabel("components edited jointly")
     axes.set_ylabel("mean delta_logit (nats)")
     axes.set_title(f"Held-out {config.task}: joint {config.op}")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
@@ -2844,10 +2888,9 @@ def draw_heatmap(found: Findings, path: Path) -> None:
     bound = float(grid.abs().max().max()) or 1.0
     if grid.shape[1] == 1:
         return draw_layer_bars(grid.iloc[:, 0], quiet.iloc[:, 0], heads["kind"].iloc[0], path)
-    figure = Figure(
-        figsize=(min(20, 2.5 + 0.3 * grid.shape[1]), min(20, 1.5 + 0.3 * len(grid))),
-        layout="constrained",
-    )
+    size = (2.5 + 0.3 * grid.shape[1], 1.5 + 0.3 * len(grid))
+    width, height = (min(20, max(4.5, side)) for side in size)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("lightgray")
     edges = [range(n + 1) for n in shown.shape]
@@ -2895,7 +2938,7 @@ class JointSet:
 
 def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
     """(choosing, held-out) halves of the units; the choosing half has the odd one."""
-    units = sorted(table["unit"].unique())
+    units = sorted(table[table["group"] != NO_ODD_ONE]["unit"].unique())
     random.Random(seed).shuffle(units)
     half = -(-len(units) // 2)
     return set(units[:half]), set(units[half:])
@@ -2961,9 +3004,8 @@ def measure_sets(
     for tree in plant_trees(prompts, exp.writer.tokenizer.bos_token_id, exp.config):
         base = exp.base(tree, layers, involved)
         scores = tree.scores(batches.run(exp.subject, base, rows, exp.means), exp.task)
-        real = [(a, b) for a, b in prompt_pairs(tree) if tree.prompts[a].sample.group != NO_ODD_ONE]
-        deltas += [scores[:, a] - scores[:, b] for a, b in real]
-        units |= {tree.prompts[a].sample.unit for a, _ in real}
+        deltas += [scores[:, a] - scores[:, b] for a, b in prompt_pairs(tree)]
+        units |= {prompt.sample.unit for prompt in tree.prompts}
     means = torch.stack(deltas).mean(0).tolist()  # [set]
     return [
         {
@@ -3007,7 +3049,8 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
         rows += joint_rows(exp, folder, confirm_sets(chosen, exp), prompts, "held-out")
     if config.ablate:
         joint = JointSet("ablate", 0, tuple(heads_of(config.ablate)))
-        rows += joint_rows(exp, folder, [JointSet("none", 0, ()), joint], exp.prompts, "all")
+        real = [p for p in exp.prompts if p[0].sample.group != NO_ODD_ONE]
+        rows += joint_rows(exp, folder, [JointSet("none", 0, ()), joint], real, "all")
     if rows:
         results = pd.DataFrame(rows)
         write_atomically(
@@ -3040,7 +3083,7 @@ def greedy_reply(
     """The reply of at most n_tokens with the components edited at every token, replies included."""
     tokenizer, model, subject = exp.writer.tokenizer, exp.subject.model, exp.subject
     configured = model.generation_config.eos_token_id
-    known = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|eot_id|>")]
+    known = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")]
     known += configured if isinstance(configured, list) else [configured]
     ends = sorted({end for end in known if isinstance(end, int)})
     ids = torch.tensor([prompt.ids], device=subject.device)
