@@ -828,7 +828,7 @@ def halves(folder: Path) -> tuple[set[str], set[str]]:
 def test_choosing_and_held_out_sentences_are_disjoint_halves() -> None:
     for n in (2, 3, 7, 16):
         units = [f"u{i}" for i in range(n)]
-        table = pd.DataFrame({"unit": units * 3})
+        table = pd.DataFrame({"unit": units * 3, "group": ""})
         choosing, held_out = tracing.split_units(table, 0)
         assert not choosing & held_out
         assert choosing | held_out == set(units)
