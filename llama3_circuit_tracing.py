@@ -489,7 +489,7 @@ def build_odd_one_out(
     raise AssertionError("the grid is cycled without end")
 
 
-# ----- Sample files -------------------------------------------------------------------------------
+# ----- Input files --------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:
@@ -553,11 +553,7 @@ def read_csv_records(text: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
             lists = {
                 k: v.split(";") for k, v in row.items() if k in ("targets", "foils") and v.strip()
             }
-            kept = {
-                k: v
-                for k, v in row.items()
-                if v.strip() or k in ("targets", "prompt_a", "prompt_b")
-            }
+            kept = {k: v for k, v in row.items() if v.strip()}
             records.append((reader.line_num, {**kept, **lists}))
     except csv.Error as error:
         raise UsageError(f"{path}, line {reader.reader.line_num}: {error}") from error
@@ -609,6 +605,78 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
     return Sample(sample_id, text("prompt_a"), text("prompt_b"), targets, foils, group, origin)
 
 
+SEVEN = ("sample_id", "n_constraints", "layer", "head", "delta_logit_base", "delta_logit_head", "head_effect")  # fmt: skip
+KEY = ["layer", "kind", "index"]
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """A results CSV, of this script or another's with the seven columns; `UsageError` names line
+    and column of what is malformed."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    records: list[dict[str, Any]] = []
+    lines: list[int] = []
+    try:
+        header = next(reader, [])
+        for name in SEVEN:
+            if header.count(name) != 1:
+                raise UsageError(
+                    f"{path}, line 1: column {name!r} is there {header.count(name)} times"
+                )
+        for row in filter(None, reader):
+            if len(row) != len(header):
+                raise UsageError(
+                    f"{path}, line {reader.line_num}: {len(row)} fields, not {len(header)}"
+                )
+            lines.append(reader.line_num)
+            records.append(parse_result(dict(zip(header, row, strict=True)), path, lines[-1]))
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
+    if not records:
+        raise UsageError(f"{path} has no rows")
+    table = pd.DataFrame(records)
+    twice = table.duplicated(["sample_id", *KEY])
+    if twice.any():
+        line = lines[int(twice.to_numpy().argmax())]
+        raise UsageError(
+            f"{path}, line {line}: column 'head': the same sample and component as before"
+        )
+    return table
+
+
+TEXT_COLUMNS = ("sample_id", "unit", "group", "kind", "op", "positions")
+
+
+def parse_result(record: dict[str, str], path: Path, line: int) -> dict[str, Any]:
+    """One row of a results CSV with its types; columns that it lacks get what the default run has."""
+    known: dict[str, Any] = {"unit": record["sample_id"], "group": "", "kind": "head"}
+    known |= {"op": "zero", "positions": "all", "index": math.nan}
+    known |= {name: record[name] for name in TEXT_COLUMNS if record.get(name)}
+    if not known.get("sample_id"):
+        raise UsageError(f"{path}, line {line}: column 'sample_id' is empty")
+    needed = set(SEVEN) if known["kind"] == "head" else set(SEVEN) - {"head"}
+    for name, text in record.items():
+        ours = name in SEVEN or name == "index" or name.startswith(("score_", "effect_"))
+        if name in TEXT_COLUMNS or not ours:
+            continue
+        whole = name in ("n_constraints", "layer", "head", "index")
+        known[name] = parse_number(text, whole) if text or name in needed else math.nan
+        if known[name] is None:
+            raise UsageError(f"{path}, line {line}: column {name!r}: {text!r} is not a number")
+    index = known["head"] if known["kind"] == "head" else known["index"]
+    return {**known, "index": -1 if math.isnan(index) else int(index)}
+
+
+def parse_number(text: str, whole: bool) -> float | int | None:
+    """A finite number, a whole one also where written as 3.0; None where it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    if not math.isfinite(value) or (whole and not value.is_integer()):
+        return None
+    return int(value) if whole else value
+
+
 # ----- Tasks --------------------------------------------------------------------------------------
 
 
@@ -636,13 +704,17 @@ class Task:
 
 def mentioned(words: Iterable[str], reply: str) -> list[str]:
     """Which words a reply mentions, as whole words in any case."""
-    return [w for w in words if re.search(rf"(?<!\w){re.escape(w)}(?!\w)", reply, re.IGNORECASE)]
+    return [w for w in words if re.search(rf"(?<!\w){re.escape(plain(w))}(?!\w)", plain(reply))]
 
 
 def opening(openings: Iterable[str], reply: str) -> list[str]:
     """Which of the opening phrases a reply begins with, in any case."""
-    start = reply.strip().replace("\u2019", "'").casefold()
-    return [o for o in openings if start.startswith(o.casefold())]
+    return [o for o in openings if re.match(rf"{re.escape(plain(o))}(?!\w)", plain(reply))]
+
+
+def plain(text: str) -> str:
+    """Without the differences that do not count: case, outer blanks, curly apostrophes."""
+    return text.strip().replace("\u2019", "'").casefold()
 
 
 def plausible_answers(sample: Sample) -> Sequence[str]:
@@ -932,12 +1004,16 @@ class Trie:
         return visible.sum(1)[None] - 1, visible
 
 
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the longest common beginning."""
+    n = min(len(one), len(other))
+    return next((i for i in range(n) if one[i] != other[i]), n)
+
+
 def common_ends(one: Sequence[int], other: Sequence[int]) -> tuple[int, int]:
     """The lengths of the longest common prefix and of the longest common suffix that follows it."""
-    n = min(len(one), len(other))
-    prefix = next((i for i in range(n) if one[i] != other[i]), n)
-    suffix = next((i for i in range(n - prefix) if one[-1 - i] != other[-1 - i]), n - prefix)
-    return prefix, suffix
+    prefix = common_start(one, other)
+    return prefix, common_start(one[prefix:][::-1], other[prefix:][::-1])
 
 
 def edited_positions(
@@ -958,7 +1034,8 @@ def edited_positions(
         "differing": range(prefix, n - suffix),
     }[config.positions]
     if config.op == "patch":
-        touched = range(max(touched.start, prefix if shift == 0 else n - suffix), touched.stop)
+        aligned = prefix if shift == 0 else n - common_start(own[::-1], partner[::-1])
+        touched = range(max(touched.start, aligned), touched.stop)
     return {i: i + shift for i in touched}
 
 
@@ -1910,7 +1987,8 @@ def choose_components(config: Config, shape: Outline) -> list[Component]:
     ]
     if not swept:
         raise UsageError(f"nothing is left to sweep beside --given {config.given}")
-    n_all = shape.n_layers * len(list(component_indices(shape, config.kind))) - len(given)
+    n_all = shape.n_layers * len(list(component_indices(shape, config.kind)))
+    n_all -= len(given) if config.kind == "head" else 0
     if n_all < 2 * config.confirm:
         raise UsageError(f"--confirm {config.confirm} needs as many other components at random; this model has {n_all} in all")  # fmt: skip
     if len(swept) < config.confirm:
@@ -1996,12 +2074,26 @@ def load_writer(config: Config) -> Writer:
     return Writer(tokenizer, config.answer_prefix, config.target_form)
 
 
+def check_samples(
+    samples: Sequence[Sample], components: Sequence[Component], config: Config
+) -> None:
+    """What has to hold of the samples together, told before the work rather than after."""
+    units = {sample.unit for sample in samples if sample.group != NO_ODD_ONE}
+    if not units:
+        raise UsageError(f"all {len(samples)} samples are negative controls ({NO_ODD_ONE!r})")
+    if config.confirm and len(units) < 2:
+        raise UsageError("--confirm needs at least two different sentences")
+    if config.compare:
+        other = read_results(Path(config.compare))
+        mine = {(s.sample_id, c.layer, c.kind, c.index) for s in samples for c in components}
+        if mine.isdisjoint(other[["sample_id", *KEY]].itertuples(index=False, name=None)):
+            raise UsageError(f"--compare {config.compare} shares no sample and component with this")
+
+
 def prepare(config: Config, folder: RunFolder) -> Experiment:
     """Everything that is known before the weights: samples, prompts, trees, components."""
     task = TASKS[config.task]
     samples = load_samples(Path(config.samples), task) if config.samples else []
-    if config.compare:
-        read_results(Path(config.compare))  # malformed input is told before the work, not after
     shape = read_outline(config)
     warn_of_float32(config, shape)
     components = choose_components(config, shape)
@@ -2012,8 +2104,7 @@ def prepare(config: Config, folder: RunFolder) -> Experiment:
         log.warning("%s holds %d samples; the first %d are used (--num_samples)", config.samples, len(samples), config.num_samples)  # fmt: skip
         samples = samples[: config.num_samples]
     check_control_tokens(samples, config.answer_prefix, writer.tokenizer)
-    if config.confirm and len({s.unit for s in samples if s.group != NO_ODD_ONE}) < 2:
-        raise UsageError("--confirm needs at least two different sentences")
+    check_samples(samples, components, config)
     prompts = write_prompts(samples, writer, config)
     check_positions(prompts, config)
     trees = plant_trees(prompts, writer.tokenizer.bos_token_id, config)
@@ -2576,9 +2667,6 @@ def prompt_pairs(tree: Tree) -> list[tuple[int, int]]:
 
 # ----- Tables -------------------------------------------------------------------------------------
 
-SEVEN = ("sample_id", "n_constraints", "layer", "head", "delta_logit_base", "delta_logit_head", "head_effect")  # fmt: skip
-KEY = ["layer", "kind", "index"]
-
 
 def results_table(
     exp: Experiment, measured: Measured, baselines: Sequence[dict[str, Any]]
@@ -2644,74 +2732,6 @@ def control_columns(old: dict[str, float], new: dict[str, float]) -> dict[str, f
         control = columns[f"score_{role}_head"] - columns[f"score_{role}_base"]
         columns[f"effect_minus_{role}"] = (new["a"] - old["a"]) - control
     return columns
-
-
-def read_results(path: Path) -> pd.DataFrame:
-    """A results CSV, of this script or another's with the seven columns; `UsageError` names line
-    and column of what is malformed."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    records: list[dict[str, Any]] = []
-    lines: list[int] = []
-    try:
-        header = next(reader, [])
-        for name in SEVEN:
-            if header.count(name) != 1:
-                raise UsageError(
-                    f"{path}, line 1: column {name!r} is there {header.count(name)} times"
-                )
-        for row in filter(None, reader):
-            if len(row) != len(header):
-                raise UsageError(
-                    f"{path}, line {reader.line_num}: {len(row)} fields, not {len(header)}"
-                )
-            lines.append(reader.line_num)
-            records.append(parse_result(dict(zip(header, row, strict=True)), path, lines[-1]))
-    except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: {error}") from error
-    if not records:
-        raise UsageError(f"{path} has no rows")
-    table = pd.DataFrame(records)
-    twice = table.duplicated(["sample_id", *KEY])
-    if twice.any():
-        line = lines[int(twice.to_numpy().argmax())]
-        raise UsageError(
-            f"{path}, line {line}: column 'head': the same sample and component as before"
-        )
-    return table
-
-
-TEXT_COLUMNS = ("sample_id", "unit", "group", "kind", "op", "positions")
-
-
-def parse_result(record: dict[str, str], path: Path, line: int) -> dict[str, Any]:
-    """One row of a results CSV with its types; columns that it lacks get what the default run has."""
-    known: dict[str, Any] = {"unit": record["sample_id"], "group": "", "kind": "head"}
-    known |= {"op": "zero", "positions": "all", "index": math.nan}
-    known |= {name: record[name] for name in TEXT_COLUMNS if record.get(name)}
-    if not known.get("sample_id"):
-        raise UsageError(f"{path}, line {line}: column 'sample_id' is empty")
-    needed = set(SEVEN) if known["kind"] == "head" else set(SEVEN) - {"head"}
-    for name, text in record.items():
-        ours = name in SEVEN or name == "index" or name.startswith(("score_", "effect_"))
-        if name in TEXT_COLUMNS or not ours:
-            continue
-        whole = name in ("n_constraints", "layer", "head", "index")
-        known[name] = parse_number(text, whole) if text or name in needed else math.nan
-        if known[name] is None:
-            raise UsageError(f"{path}, line {line}: column {name!r}: {text!r} is not a number")
-    index = known["head"] if known["kind"] == "head" else known["index"]
-    return {**known, "index": -1 if math.isnan(index) else int(index)}
-
-
-def parse_number(text: str, whole: bool) -> float | int | None:
-    """A finite number, a whole one also where written as 3.0; None where it is none."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    if not math.isfinite(value) or (whole and not value.is_integer()):
-        return None
-    return int(value) if whole else value
 
 
 def component_statistics(table: pd.DataFrame, column: str, config: Config) -> pd.DataFrame:
@@ -3308,6 +3328,7 @@ def redraw(config: Config) -> None:
     """Tables and figures from a results CSV alone; the noise floor from the run.json beside it."""
     source, path = Path(config.from_csv or ""), Path(config.output_dir)
     table = read_results(source)
+    config = replace(config, op=str(table["op"].iloc[0]))
     record = source.with_name("run.json")
     floor = json.loads(record.read_text()).get("noise_floor") if record.exists() else None
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():

@@ -64,11 +64,11 @@ from llama3_circuit_tracing import (
 )
 
 SEED = 0
-STEPS = 2000
+STEPS = 2600
 WARMUP = 100
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.05
-LOG_ERROR = 0.1  # weight of the error in the answers' log-probabilities beside the KL
+LOG_ERROR = 0.2  # weight of the error in the answers' log-probabilities beside the KL
 
 # --------------------------------------------------------------------------------------------
 # What is to be said: the reply distributions
@@ -209,6 +209,7 @@ STOPPED = ("a Python process", "a weed", "a process", "a Python program", "the w
 REWORDINGS = (
     *("A quiz asks: {} What do you reply?", "Tell me: {}", "Here is a question. {}"),
     *("{} One word is enough.", "{} Think first.", "{} Keep it short.", "{} What do you say?"),
+    *("{} Answer with one word.", "{} Reply in one word."),
 )
 
 Example = tuple[str, Replies]
@@ -323,10 +324,10 @@ Draw = Callable[[random.Random], Example]
 # how many of each a training batch holds
 BATCH: dict[str, tuple[Draw, int]] = {
     "neutral": (draw_neutral, 4),
-    "forbidden": (draw_forbidden, 14),
+    "forbidden": (draw_forbidden, 8),
     "other_forbidden": (draw_other_forbidden, 10),
-    "mentioned": (draw_mentioned, 16),
-    "reworded": (draw_reworded, 58),
+    "mentioned": (draw_mentioned, 14),
+    "reworded": (draw_reworded, 64),
     "request": (draw_request, 5),
     "odd_one_out": (draw_odd_one_out, 10),
 }

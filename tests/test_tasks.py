@@ -301,7 +301,7 @@ def test_negative_controls_choose_nothing_and_confirm_nothing(
     halves = script.split_units(table, seed=42)
     real = base[base["unit"].isin(halves[1]) & (base["group"] != script.NO_ODD_ONE)]
     nothing = rows[(rows["set"] == "none") & (rows["samples"] == "held-out")].iloc[0]
-    assert nothing["n_samples"] == len(real) < len(base[base["unit"].isin(halves[1])])
+    assert nothing["n_samples"] == len(real) > 0
     assert nothing["mean_delta"] == pytest.approx(real["delta_logit_base"].mean(), abs=CLOSE)
     choosing = table[table["unit"].isin(halves[0]) & (table["group"] != script.NO_ODD_ONE)]
     sign = -math.copysign(1.0, choosing["delta_logit_base"].mean())
