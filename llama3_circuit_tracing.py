@@ -2266,7 +2266,7 @@ def check_rows(subject: Subject, base: Base) -> list[Check]:
         rows = [(Edit(Component(layer, kind), "scale", 1.0),) for kind in ("attn", "resid")]
         return largest_error(run_rows(subject, base, rows, {}), base.log_probs)
 
-    later = sorted({1, n_layers // 2, n_layers - 1} - {0})
+    later = {min(1, n_layers - 1), n_layers // 2, n_layers - 1}
     ablated = tuple(Edit(head) for head in scattered_heads(subject.shape))
     kept = tuple(replace(edit, op="scale", factor=1.0) for edit in ablated)
     beside, alone = (run_rows(subject, base, [row, ()], {})[1] for row in (ablated, kept))
@@ -2306,7 +2306,8 @@ def check_tree(subject: Subject, base: Base) -> list[Check]:
         with recording({"x": subject.module(site)}) as seen:
             logits = subject.model(ids, use_cache=False).logits
         packed, alone = base.site_inputs[site][list(path)].float(), seen["x"][0].float()
-        attention.append(float(((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).max()))
+        size = alone.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)  # [tok]
+        attention.append(float(((packed - alone).norm(dim=-1) / size).max()))
         node = int((tree.scored == path[-1]).nonzero())
         plain, ours = (z.float().log_softmax(-1) for z in (logits[0, -1], base.logits[node]))
         likely = plain.topk(50).indices
@@ -2894,7 +2895,7 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("components edited jointly")
     axes.set_ylabel("mean delta_logit (nats)")
-    axes.set_title(f"Held-out {config.task}: joint {config.op}")
+    axes.set_title(f"Held-out {config.task}: joint op {config.op}")
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     save_figure(figure, path)
 

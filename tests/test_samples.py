@@ -344,7 +344,7 @@ MALFORMED: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "targets no list": ("s.jsonl", '{"sentence": "Name a pet.", "targets": "cat"}\n', ("line 1", "targets", "'cat'")),
     "target no text": ("s.jsonl", '{"sentence": "Name a pet.", "targets": [7]}\n', ("line 1", "targets", "[7]")),
     "csv empty target": ("s.csv", HEAD + "Name a pet.,cat;\n", ("line 3", "targets", "''")),
-    "csv no target": ("s.csv", HEAD + "Name a pet.,\n", ("line 3", "targets", "''")),
+    "csv no target": ("s.csv", HEAD + "Name a pet.,\n", ("line 3", "'targets'", "empty")),
     "same form": ("s.jsonl", GOOD + '{"sentence": "Name a pet.", "targets": ["cat", "Cat"]}\n', ("line 2", "'cat'", "'Cat'")),
     "same target": ("s.jsonl", GOOD + '{"sentence": "Name a pet.", "targets": ["cat", "cat"]}\n', ("line 2", "'cat'")),
     "csv same form": ("s.csv", HEAD + "Name a pet.,cat;Cat\n", ("line 3", "'cat'", "'Cat'")),
