@@ -15,9 +15,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run fastest with one thread
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub unless it says so
 
-import random_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+
+import random_models  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()

@@ -12,14 +12,14 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import naive
 import pandas as pd
 import pytest
-import random_models
 import torch
 from torch import Tensor
 
 import llama3_circuit_tracing as script
+import naive
+import random_models
 
 CLOSE = 2e-5
 FACTOR = -1.5

@@ -18,13 +18,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import naive
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 import llama3_circuit_tracing as tracing
+import naive
 from llama3_circuit_tracing import Component
 
 ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma3_text"]

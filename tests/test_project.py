@@ -7,8 +7,9 @@ import subprocess
 from dataclasses import fields
 from pathlib import Path
 
-import llama3_circuit_tracing as tracing
 import pandas as pd
+
+import llama3_circuit_tracing as tracing
 from conftest import ROOT, SCRIPT
 
 README = (ROOT / "README.md").read_text()

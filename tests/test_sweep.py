@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import naive
 import pandas as pd
 import pytest
-import random_models
 import torch
-from conftest import ROOT, SCRIPT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llama3_circuit_tracing as tracing
+import naive
+import random_models
+from conftest import ROOT, SCRIPT
 
 EQUAL = 2e-5
 

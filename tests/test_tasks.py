@@ -12,13 +12,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import naive
 import pandas as pd
 import pytest
 import torch
 from PIL import Image
 
 import llama3_circuit_tracing as script
+import naive
 
 CLOSE = 2e-5
 TASKS = ("suppression", "refusal", "odd_one_out")

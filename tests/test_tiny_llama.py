@@ -11,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import make_tiny_llama as made
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import make_tiny_llama as made
 from llama3_circuit_tracing import (
     COMPLIANT_OPENINGS,
     FORBID,
