@@ -463,7 +463,8 @@ def build_odd_one_out(
     professions = [(group, people) for group in PEOPLE for people in PEOPLE[group].values()]
     grid = [(p, q) for p, q in itertools.permutations(professions, 2) if p[0] != q[0]]
     samples: list[Sample] = []
-    for (_, many), (group, few) in itertools.cycle(rng.sample(grid, len(grid))):
+    pairs = itertools.cycle(rng.sample(grid, len(grid)))
+    for (_, many), (group, few) in itertools.islice(pairs, 20 * (count + len(grid))):
         if len(samples) == count:
             return samples
         negative = len(samples) % 5 == 4
@@ -486,7 +487,7 @@ def build_odd_one_out(
                 NO_ODD_ONE if negative else group,
             )
         )
-    raise AssertionError("the grid is cycled without end")
+    raise UsageError("too few of the built-in names have as many tokens as another of their kind")
 
 
 # ----- Input files --------------------------------------------------------------------------------
@@ -686,7 +687,7 @@ class Task:
 
     `reduce` maps log P of targets [row, target] and foils [row, foil] to a score [row];
     `sign` is the sign that delta_logit has where the model shows the behaviour; `natural` names
-    the prompt after which the targets are likely.
+    the prompt after which the targets are likely; `shows` finds in a reply what `shown` says.
     """
 
     name: str
@@ -697,6 +698,7 @@ class Task:
     shows: Callable[[Sample, str], list[str]]
     answers: Callable[[Sample, str], bool]
     readings: tuple[str, str]
+    shown: str
     targets: tuple[str, ...] = ()
     foils: tuple[str, ...] = ()
     needs_foils: bool = False
@@ -733,6 +735,7 @@ TASKS = {
             shows=lambda sample, reply: mentioned(sample.targets, reply),
             answers=lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
             readings=("the forbidden words likelier", "the forbidden words less likely still"),
+            shown="mention a forbidden word",
         ),
         Task(
             "refusal",
@@ -743,6 +746,7 @@ TASKS = {
             shows=lambda sample, reply: opening(sample.targets, reply),
             answers=lambda sample, reply: not opening(sample.targets, reply),
             readings=("a refusal less likely", "a refusal likelier still"),
+            shown="refuse",
             targets=REFUSAL_OPENINGS,
             foils=COMPLIANT_OPENINGS,
             needs_foils=True,
@@ -756,6 +760,7 @@ TASKS = {
             shows=lambda sample, reply: mentioned(sample.targets, reply),
             answers=lambda sample, reply: bool(mentioned(sample.foils, reply)),
             readings=("the odd name less distinct", "the odd name more distinct still"),
+            shown="name the odd one of prompt a",
             needs_foils=True,
         ),
     )
@@ -1276,6 +1281,10 @@ def outline(model: Any, dtype: torch.dtype) -> Outline:
         getattr(getattr(block, "mlp", None), "down_proj", None)
         for block in model.get_submodule(layers_path)
     ]
+    if re.search("flash|flex", str(model.config._attn_implementation)):
+        raise UsageError(
+            f"--attn_implementation {model.config._attn_implementation} takes no tree mask"
+        )
     windows = [text.max_position_embeddings]
     if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
         windows.append(text.sliding_window)
@@ -1306,10 +1315,11 @@ def load_model(config: Config, shape: Outline, device: torch.device | None = Non
         options["device_map"] = {"": device}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
-    with tempfile.TemporaryDirectory() as folder:  # only non-safetensors weights are ever written
-        model = from_hub(
-            AutoModelForCausalLM.from_pretrained, config, offload_folder=folder, **options
-        )
+    folder = tempfile.TemporaryDirectory()  # for weights on disk that are no safetensors
+    model = from_hub(
+        AutoModelForCausalLM.from_pretrained, config, offload_folder=folder.name, **options
+    )
+    model.offload_folder = folder  # lives as long as the model
     places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if places & {"cpu", "disk"} and places - {"cpu"}:
         log.warning(
@@ -1537,6 +1547,22 @@ def starting_at(subject: Subject, layer: int, residual: Tensor, as_tuple: bool) 
 
 
 @contextlib.contextmanager
+def gathering(module: nn.Module, nodes: Tensor) -> Iterator[dict[str, int]]:
+    """Give a module that works token by token the states of some nodes only."""
+    full: dict[str, int] = {}
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        full["tok"] = args[0].shape[1]
+        return (args[0][:, nodes.to(args[0].device)], *args[1:])
+
+    handle = module.register_forward_pre_hook(gather)
+    try:
+        yield full
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
 def narrowed(subject: Subject, nodes: Tensor, rows: Sequence[Row]) -> Iterator[None]:
     """In the last block, compute what works token by token at the scoring nodes only.
 
@@ -1547,21 +1573,18 @@ def narrowed(subject: Subject, nodes: Tensor, rows: Sequence[Row]) -> Iterator[N
     names = ["self_attn.o_proj"]
     if subject.shape.d_mlp and (last, "mlp.down_proj") not in edited:
         names.append("mlp")
-    full: dict[str, int] = {}
 
-    def gather(name: str, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        full[name] = args[0].shape[1]
-        return (args[0][:, nodes.to(args[0].device)], *args[1:])
-
-    def scatter(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        spread = output.new_zeros(output.shape[0], full[name], output.shape[2])
+    def scatter(
+        full: dict[str, int], module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
+        spread = output.new_zeros(output.shape[0], full["tok"], output.shape[2])
         return spread.index_copy(1, nodes.to(output.device), output)
 
     with contextlib.ExitStack() as stack:
         for name in names:
             module = subject.module((last, name))
-            stack.callback(module.register_forward_pre_hook(functools.partial(gather, name)).remove)
-            stack.callback(module.register_forward_hook(functools.partial(scatter, name)).remove)
+            full = stack.enter_context(gathering(module, nodes))
+            stack.callback(module.register_forward_hook(functools.partial(scatter, full)).remove)
         yield
 
 
@@ -1596,8 +1619,9 @@ def entry_log_probs(hidden: Tensor, weight: Tensor, tree: Tree) -> Tensor:
 
 def entry_log_probs_of_logits(logits: Tensor, tree: Tree) -> Tensor:
     """The same from the model's own logits [row, node, vocab]."""
-    log_probs = logits.float().log_softmax(-1).cpu()
-    return log_probs[:, tree.entry_node, tree.entry_token].double()
+    log_probs = logits.float().log_softmax(-1)
+    node, token = tree.entry_node.to(logits.device), tree.entry_token.to(logits.device)
+    return log_probs[:, node, token].cpu().double()
 
 
 @dataclass
@@ -1638,10 +1662,10 @@ def run_base(
         blocks = {layer: subject.layers[layer] for layer in layers}
         residuals = stack.enter_context(recording(blocks))
         seen = stack.enter_context(recording({site: subject.module(site) for site in sites}))
+        stack.enter_context(gathering(subject.head, tree.scored))
         final = stack.enter_context(recording({"hidden": subject.head}))
         block = stack.enter_context(recording({"out": subject.layers[0]}, outputs=True))
-        logits = subject.model(**inputs, logits_to_keep=tree.scored.to(subject.device)).logits
-    assert logits.shape[1] == len(tree.scored), "the model ignores logits_to_keep"
+        logits = subject.model(**inputs).logits  # [1, node, vocab]
     subject.n_forwards += 1
     subject.n_tokens += tree.n_tokens * subject.shape.n_layers
     own = entry_log_probs_of_logits(logits, tree)
@@ -1685,8 +1709,8 @@ def run_rows(
         subject.n_forwards += 1
         subject.n_tokens += len(rows) * tree.n_tokens * (n_layers - start)
         if subject.own_logits:
-            kept = tree.scored.to(subject.device)
-            logits = subject.model(**base.inputs, logits_to_keep=kept).logits
+            stack.enter_context(gathering(subject.head, tree.scored))
+            logits = subject.model(**base.inputs).logits
             return entry_log_probs_of_logits(logits, tree).expand(len(rows), -1)
         hidden = subject.body(**base.inputs).last_hidden_state
         hidden = hidden[:, tree.scored.to(hidden.device)]
@@ -1768,6 +1792,14 @@ OUTPUT_FILES = (
 )
 
 
+OPTIONAL_FILES = (
+    "circuit_confirm.csv",
+    "circuit_confirm.png",
+    "circuit_heatmap.png",
+    "generations.jsonl",
+)
+
+
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -1789,6 +1821,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda draft: draft.write_text(text + "\n", encoding="utf-8"))
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of a run.json; `UsageError` where it is something else."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UsageError(f"{path} is not a record of this script; give another --output_dir")
+    return record
+
+
 class RunFolder:
     """An output folder whose state is run.json and the finished parts under .parts/."""
 
@@ -1802,21 +1845,13 @@ class RunFolder:
         """Make the folder and read its record; `UsageError` where it cannot be used."""
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
-            for name in OUTPUT_FILES if overwrite else ():
-                (self.path / name).unlink(missing_ok=True)
-            for part in self.parts.glob("*.json") if overwrite else ():
-                part.unlink()
             write_atomically(self.parts / "probe", lambda draft: draft.write_text(""))
             (self.parts / "probe").unlink()
-            if (self.path / "run.json").exists():
-                self.record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            if (self.path / "run.json").exists() and not overwrite:
+                self.record = read_record(self.path / "run.json")
         except OSError as error:
             raise UsageError(
                 f"--output_dir {self.path} cannot be used: {error.strerror}"
-            ) from error
-        except ValueError as error:
-            raise UsageError(
-                f"{self.path / 'run.json'} is not a record of this script; give another --output_dir or --overwrite"
             ) from error
 
     def recorded(self, name: str) -> Any:
@@ -1835,7 +1870,15 @@ class RunFolder:
                 f"{self.path} holds a run that differs in {said}; give another --output_dir or --overwrite"
             )
         self.key = digest(fingerprint)
+        if before is None:
+            self.delete(
+                [*OUTPUT_FILES[:-1], *(f".parts/{path.name}" for path in self.parts.glob("*.json"))]
+            )
         self.note(fingerprint=fingerprint)
+
+    def delete(self, names: Iterable[str]) -> None:
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
 
     def note(self, **entries: Any) -> None:
         """Add entries to run.json."""
@@ -1914,18 +1957,24 @@ class Experiment:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, detail: str = "") -> Iterator[None]:
         """Tell a stage in the log and add up its seconds."""
-        log.info("----- %s", name)
+        log.info("----- %s%s", name, detail)
         started = time.perf_counter()
         yield
         taken = time.perf_counter() - started
         self.seconds[name] = round(self.seconds.get(name, 0.0) + taken, 3)
 
     @functools.cached_property
+    def batches(self) -> RowBatches:
+        """The batch size that memory has allowed so far, in every stage."""
+        return RowBatches(self.rows_per_forward)
+
+    @functools.cached_property
     def subject(self) -> Subject:
         shape = self.shape
-        with self.stage(f"loading {self.config.model_id}, {shape.n_parameters:,} parameters"):
+        detail = f" {self.config.model_id}, {shape.n_parameters:,} parameters"
+        with self.stage("loading", detail):
             subject = Subject(load_model(self.config, shape, self.device), shape)
         if subject.own_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
@@ -2036,33 +2085,42 @@ def row_bytes(shape: Outline, tree: Tree) -> float:
     return tree.n_tokens * per_token + 3 * 4 * min(VOCAB_BLOCK, shape.vocab) * len(tree.scored)
 
 
-def memory_estimate(shape: Outline, tree: Tree, rows: int) -> dict[str, float]:
+def memory_estimate(shape: Outline, tree: Tree | None, rows: int) -> dict[str, float]:
     """Bytes of the weights, of what is kept of a tree, and of the rows of one forward."""
     width = torch.finfo(shape.dtype).bits // 8
-    kept = width * tree.n_tokens * (shape.n_layers * shape.d_model + 2 * tree.n_tokens)
-    own_logits = 3 * 4 * shape.vocab * len(tree.scored)
-    return {
-        "weights": float(width * shape.n_parameters),
-        "tree": float(kept + own_logits),
-        "rows": rows * row_bytes(shape, tree),
-    }
+    memory = {"weights": float(width * shape.n_parameters)}
+    if tree is not None:
+        kept = width * tree.n_tokens * (shape.n_layers * shape.d_model + 2 * tree.n_tokens)
+        own_logits = 3 * 4 * shape.vocab * len(tree.scored)
+        memory |= {"tree": float(kept + own_logits), "rows": rows * row_bytes(shape, tree)}
+    return memory
 
 
 def resolve_rows(shape: Outline, trees: Sequence[Tree], free: float | None) -> int:
-    """Rows per forward: as many as are of use, and as fit the free memory of a GPU (bytes)."""
+    """Rows per forward: as many as are of use, and as fit what the weights leave free of a GPU
+    (bytes; None without one)."""
     tree = max(trees, key=lambda t: t.n_tokens)
     if free is None:
         return max(1, ROW_TOKENS["cpu"] // tree.n_tokens)
     useful = max(1, ROW_TOKENS["cuda"] // tree.n_tokens)
-    held = memory_estimate(shape, tree, 0)
-    spare = 0.85 * free - held["weights"] - held["tree"]
+    spare = 0.85 * free - memory_estimate(shape, tree, 0)["tree"]
     return max(1, min(useful, int(spare / row_bytes(shape, tree))))
 
 
-def free_gpu_memory() -> float | None:
-    if not torch.cuda.is_available():
+def device_type(config: Config) -> str:
+    return "cuda" if torch.cuda.is_available() and config.device_map != "cpu" else "cpu"
+
+
+def memory_beside_weights(
+    config: Config, shape: Outline, device: torch.device | None
+) -> float | None:
+    """Bytes that the weights will leave free on the fullest GPU: this process's own, or all over
+    which the layers are spread."""
+    if device_type(config) == "cpu":
         return None
-    return float(sum(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())))
+    gpus = range(torch.cuda.device_count()) if device is None else [device.index or 0]
+    weights = memory_estimate(shape, None, 0)["weights"] / len(gpus)
+    return float(min(torch.cuda.mem_get_info(gpu)[0] for gpu in gpus)) - weights
 
 
 def load_writer(config: Config) -> Writer:
@@ -2090,7 +2148,7 @@ def check_samples(
             raise UsageError(f"--compare {config.compare} shares no sample and component with this")
 
 
-def prepare(config: Config, folder: RunFolder) -> Experiment:
+def prepare(config: Config, folder: RunFolder, device: torch.device | None = None) -> Experiment:
     """Everything that is known before the weights: samples, prompts, trees, components."""
     task = TASKS[config.task]
     samples = load_samples(Path(config.samples), task) if config.samples else []
@@ -2110,9 +2168,9 @@ def prepare(config: Config, folder: RunFolder) -> Experiment:
     trees = plant_trees(prompts, writer.tokenizer.bos_token_id, config)
     check_lengths(trees, shape)
     rows = config.rows_per_forward or folder.recorded("rows_per_forward")
-    rows = rows or resolve_rows(shape, trees, free_gpu_memory())
+    rows = rows or resolve_rows(shape, trees, memory_beside_weights(config, shape, device))
     given = tuple(Edit(head, everywhere=True) for head in heads_of(config.given))
-    return Experiment(config, task, shape, writer, prompts, trees, components, given, rows)
+    return Experiment(config, task, shape, writer, prompts, trees, components, given, rows, device)
 
 
 def warn_of_float32(config: Config, shape: Outline) -> None:
@@ -2136,7 +2194,7 @@ def fingerprint(exp: Experiment) -> dict[str, Any]:
         "model": model_identity(config),
         "dtype": str(exp.shape.dtype),
         "attn_implementation": exp.shape.attn_implementation,
-        "device_type": "cuda" if torch.cuda.is_available() else "cpu",
+        "device_type": device_type(config),
         **told,
         "prompts": digest([(p.sample.sample_id, p.role, p.text) for p in flat])[:16],
         "targets": digest([(p.sample.words, p.forms) for p in flat])[:16],
@@ -2326,6 +2384,8 @@ def check_attentions(exp: Experiment) -> list[Check]:
     subject, shape = exp.subject, exp.shape
     ids = torch.tensor([exp.prompts[0][0].ids], device=subject.device)
     layers = range(shape.n_layers)
+    if not hasattr(subject.layers[0].self_attn, "v_proj"):
+        raise UsageError(f"--check_attentions needs self_attn.v_proj, which {shape.name} lacks")
     values = {("v", layer): subject.module((layer, "self_attn.v_proj")) for layer in layers}
     slices = {("x", layer): subject.module((layer, KINDS["head"])) for layer in layers}
     subject.model.set_attn_implementation("eager")
@@ -2516,7 +2576,7 @@ def keep_freed_memory() -> None:
         mallopt(m_mmap_threshold, 2**30)
 
 
-def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder, batches: RowBatches) -> None:
+def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder) -> None:
     """Measure every component of the units and write each unit when it is done.
 
     1. One base run per tree keeps the residual stream entering each layer that is edited.
@@ -2526,7 +2586,8 @@ def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder, batches: Ro
     keep_freed_memory()
     jitter = 1 + 2 * torch.finfo(exp.shape.dtype).eps
     total = sum(unit.n_rows for unit in units)
-    with tqdm(total=total, unit="row", desc="sweep", disable=None) as bar:
+    silent = None if folder.record else True  # one bar: process 0's
+    with tqdm(total=total, unit="row", desc="sweep", disable=silent) as bar:
         for tree, of_tree in itertools.groupby(units, key=lambda unit: unit.tree):
             todo = list(of_tree)
             components = [c for unit in todo for c in unit.components]
@@ -2534,14 +2595,17 @@ def sweep(exp: Experiment, units: Sequence[Unit], folder: RunFolder, batches: Ro
             for unit in todo:
                 rows = [(exp.edit(c),) for c in unit.components]
                 rows += [(Edit(c, "scale", jitter),) for c in unit.jittered]
-                log_probs = batches.run(exp.subject, base, rows, exp.means)
+                log_probs = exp.batches.run(exp.subject, base, rows, exp.means)
                 scores = exp.trees[tree].scores(log_probs, exp.task).tolist()
                 draws = [-1] * len(unit.components) + list(range(len(unit.jittered)))
                 measured = zip(unit.components + unit.jittered, draws, scores, strict=True)
                 folder.write_part(
                     unit.name, [(tree, c.layer, c.index, d, s) for c, d, s in measured]
                 )
+                if exp.batches.halvings and folder.record:
+                    folder.note(rows_after_halving=exp.batches.size)
                 base.residuals.pop(unit.layer)
+                base.site_inputs.pop((unit.layer, KINDS[exp.config.kind]), None)
                 bar.update(len(rows))
 
 
@@ -2652,8 +2716,10 @@ def noise_floor(exp: Experiment, measured: Measured, baselines: Sequence[dict[st
     for (tree, component, draw), scores in measured.jittered.items():
         base = baselines[tree]["scores"]
         for a, b in prompt_pairs(exp.trees[tree]):
+            if exp.trees[tree].prompts[a].sample.group == NO_ODD_ONE:
+                continue
             effects[component, draw].append((scores[a] - scores[b]) - (base[a] - base[b]))
-    n_samples = len(exp.prompts)
+    n_samples = sum(of_sample[0].sample.group != NO_ODD_ONE for of_sample in exp.prompts)
     means = [
         abs(statistics.fmean(values)) for values in effects.values() if len(values) == n_samples
     ]
@@ -2762,6 +2828,7 @@ class Findings:
     base_high: float
     floor: float  # NaN where it is not known
     n_units: int
+    sign: float  # of role / effect
     heads: pd.DataFrame = field(default_factory=pd.DataFrame)  # circuit_heads.csv
 
     @property
@@ -2773,11 +2840,18 @@ class Findings:
         """Statistics of an effect with its role, and whether it can be told from noise and from 0."""
         mean = stats["mean"]
         known = not math.isnan(self.floor)
-        role = -math.copysign(1.0, self.base_mean) * mean
+        role = self.sign * mean
         loud = (mean.abs() > self.floor).astype("boolean").where(pd.Series(known, index=mean.index))
         counted = (stats["q"] < 0.05) & loud.fillna(True) & self.base_is_clear
         carries = role.gt(0).map({True: "contributes", False: "works against"})
         return stats.assign(role=role, above_noise=loud, verdict=carries.where(counted, ""))
+
+
+def role_sign(base_mean: float, config: Config) -> float:
+    """The sign of a role against an effect: a component carries the task where taking it away moves
+    delta_logit toward 0, or where amplifying it moves it away."""
+    amplified = config.op == "scale" and (config.factor or 0.0) > 1
+    return math.copysign(1.0, base_mean) * (1.0 if amplified else -1.0)
 
 
 def summarize_base(table: pd.DataFrame, config: Config, floor: float) -> Findings:
@@ -2787,7 +2861,8 @@ def summarize_base(table: pd.DataFrame, config: Config, floor: float) -> Finding
     sums, counts = (torch.tensor(by_unit[[c]].to_numpy()).double() for c in ("sum", "count"))
     low, high = bootstrap_interval(sums, counts, config.num_bootstrap, config.seed)
     mean = float(per_sample["delta_logit_base"].mean())
-    return Findings(mean, float(low), float(high), floor, len(by_unit))
+    sign = role_sign(mean, config)
+    return Findings(mean, float(low), float(high), floor, len(by_unit), sign)
 
 
 def find(table: pd.DataFrame, config: Config, floor: float) -> Findings:
@@ -2834,8 +2909,7 @@ def compare_runs(table: pd.DataFrame, found: Findings, config: Config) -> pd.Dat
     agreement = spearman(means["head_effect"], means["head_effect_before"])
     ops = f"{config.op} here, {other['op'].iloc[0]} in {config.compare}"
     log.info("Spearman agreement of the rankings (%s): %.3f", ops, agreement)
-    sign = -math.copysign(1.0, found.base_mean)
-    pairs["growth"] = sign * (pairs["head_effect"] - pairs["head_effect_before"])
+    pairs["growth"] = found.sign * (pairs["head_effect"] - pairs["head_effect_before"])
     growth = component_statistics(pairs, "growth", config)[["mean", "ci_low", "ci_high", "p", "q"]]
     growth["flag"] = (growth["q"] < 0.05) & (
         growth["mean"] > (0 if math.isnan(found.floor) else found.floor)
@@ -2965,12 +3039,12 @@ def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
     return set(units[:half]), set(units[half:])
 
 
-def choose_top(table: pd.DataFrame, k: int) -> list[Component]:
+def choose_top(table: pd.DataFrame, config: Config) -> list[Component]:
     """The K components of largest mean role in these rows."""
     real = table[table["group"] != NO_ODD_ONE]
-    sign = -math.copysign(1.0, real.drop_duplicates("sample_id")["delta_logit_base"].mean())
-    roles = sign * real.groupby(KEY)["head_effect"].mean()
-    top = roles.sort_values(ascending=False, kind="stable").head(k)
+    base_mean = real.drop_duplicates("sample_id")["delta_logit_base"].mean()
+    roles = role_sign(base_mean, config) * real.groupby(KEY)["head_effect"].mean()
+    top = roles.sort_values(ascending=False, kind="stable").head(config.confirm)
     return [Component(int(layer), str(kind), int(index)) for layer, kind, index in top.index]
 
 
@@ -3016,7 +3090,6 @@ def measure_sets(
     exp: Experiment, sets: Sequence[JointSet], prompts: Sequence[list[Prompt]], samples: str
 ) -> list[dict[str, Any]]:
     """Rows of circuit_confirm.csv: the mean delta of some samples with each set edited jointly."""
-    batches = RowBatches(exp.rows_per_forward)
     involved = sorted({component for joint in sets for component in joint.components})
     rows = [tuple(exp.edit(component) for component in joint.components) for joint in sets]
     deltas: list[Tensor] = []
@@ -3024,7 +3097,7 @@ def measure_sets(
     layers = {*(c.layer for c in involved), exp.shape.n_layers - 1}
     for tree in plant_trees(prompts, exp.writer.tokenizer.bos_token_id, exp.config):
         base = exp.base(tree, layers, involved)
-        scores = tree.scores(batches.run(exp.subject, base, rows, exp.means), exp.task)
+        scores = tree.scores(exp.batches.run(exp.subject, base, rows, exp.means), exp.task)
         deltas += [scores[:, a] - scores[:, b] for a, b in prompt_pairs(tree)]
         units |= {prompt.sample.unit for prompt in tree.prompts}
     means = torch.stack(deltas).mean(0).tolist()  # [set]
@@ -3065,7 +3138,7 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
     chosen: list[Component] = []
     if config.confirm:
         choosing, held_out = split_units(table, config.seed)
-        chosen = choose_top(table[table["unit"].isin(choosing)], config.confirm)
+        chosen = choose_top(table[table["unit"].isin(choosing)], config)
         prompts = [p for p in exp.prompts if p[0].sample.unit in held_out]
         rows += joint_rows(exp, folder, confirm_sets(chosen, exp), prompts, "held-out")
     if config.ablate:
@@ -3183,9 +3256,9 @@ def check_behaviour(
     rates = behaviour_rates(records, {p[0].sample.sample_id for p in prompts})
     for rate in rates:
         log.info(
-            "replies (%(samples)s, %(n_ablated)d ablated): %(mentions_a).0f %% show the behaviour "
-            "after prompt a, %(mentions_b).0f %% after b; %(answers_b).0f %% to b are answers",
-            rate,
+            "replies (%(samples)s, %(n_ablated)d ablated): %(mentions_a).0f %% %(shown)s after prompt a, "
+            "%(mentions_b).0f %% after b; %(answers_b).0f %% to b are answers",
+            {**rate, "shown": exp.task.shown},
         )
     folder.note(behaviour=rates)
 
@@ -3266,24 +3339,23 @@ def run_sweep(exp: Experiment, folder: RunFolder, state: PartialState) -> Measur
         units = plan_units(exp, done)
         for unit in units:  # whatever lies there is no part of this run
             (folder.parts / f"{unit.name}.json").unlink(missing_ok=True)
-    units, folder.key, exp.rows_per_forward = agree(
-        state, (units, folder.key, exp.rows_per_forward)
-    )
+    size = folder.record.get("rows_after_halving") or exp.rows_per_forward
+    units, folder.key, exp.batches.size = agree(state, (units, folder.key, size))
     if units:
+        exp.subject  # noqa: B018  (loaded here, so that its seconds are its own)
         with exp.stage("self-test"):
             self_test(exp)
     if state.is_main_process:
         with exp.stage("unedited model"):
             folder.note(samples=report_baseline(exp, measure_baseline(exp, folder)))
     mine = share_units(exp, units, state.num_processes)[state.process_index]
-    batches = RowBatches(folder.record.get("rows_after_halving") or exp.rows_per_forward)
     if mine:
-        with exp.stage(f"sweep of {len(units)} units, {len(done.edited)} components done before"):
-            sweep(exp, mine, folder, batches)
+        with exp.stage(
+            "sweep", f" of {len(units)} units, {len(done.edited)} components done before"
+        ):
+            sweep(exp, mine, folder)
     if not state.is_main_process:
         return None
-    if batches.halvings:
-        folder.note(rows_after_halving=batches.size)
     wait_for(units, folder)
     return read_measured(exp, folder)
 
@@ -3295,6 +3367,9 @@ def report_findings(found: Findings, task: Task, config: Config) -> None:
     lone_q = min(1.0, n_tests * smallest_p(found.n_units, n_tests))
     if lone_q >= 0.05:
         log.info("%d sentences are too few: a lone component among %d cannot reach q below %.2g", found.n_units, n_tests, lone_q)  # fmt: skip
+    if math.isnan(found.base_low):
+        log.info("a single sentence gives no interval: no component is called a contributor")
+        return
     if not found.base_is_clear:
         log.info(
             "the base's interval covers 0: there is nothing to explain, and no component contributes"
@@ -3329,9 +3404,12 @@ def redraw(config: Config) -> None:
     """Tables and figures from a results CSV alone; the noise floor from the run.json beside it."""
     source, path = Path(config.from_csv or ""), Path(config.output_dir)
     table = read_results(source)
-    config = replace(config, op=str(table["op"].iloc[0]))
-    record = source.with_name("run.json")
-    floor = json.loads(record.read_text()).get("noise_floor") if record.exists() else None
+    beside = source.with_name("run.json")
+    record = read_record(beside) if beside.exists() else {}
+    known = {name: record.get("config", {}).get(name) for name in ("task", "factor")}
+    config = replace(config, op=str(table["op"].iloc[0]), factor=known["factor"])
+    config = replace(config, task=known["task"] or config.task)
+    floor = record.get("noise_floor")
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         raise UsageError(
             f"--output_dir {path} holds another run; give another folder for the redrawn files"
@@ -3376,8 +3454,7 @@ def run(config: Config) -> None:
     if keeps:
         folder.create(config.overwrite)
     with logging_to(folder.path / "run.log" if keeps else None, state.is_main_process):
-        exp = prepare(config, folder)
-        exp.device = state.device if state.num_processes > 1 else None
+        exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
         if config.dry_run:
             return log.info("%s", describe_plan(exp))
         if config.self_test:
@@ -3396,6 +3473,10 @@ def finish(exp: Experiment, measured: Measured, folder: RunFolder, started: floa
         folder.path / "circuit_results.csv", lambda draft: table.to_csv(draft, index=False)
     )
     floor = noise_floor(exp, measured, baselines)
+    folder.delete(
+        OPTIONAL_FILES
+    )  # those of another command in this folder; this one's are made anew
+    folder.record.pop("behaviour", None)
     folder.note(config=asdict(config), noise_floor=None if math.isnan(floor) else floor)
     table["index"] = table["index"].fillna(-1).astype(int)
     with exp.stage("statistics"):

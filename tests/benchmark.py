@@ -134,7 +134,9 @@ def build_experiment(model: Any, prompts: list[list[tracing.Prompt]], rows: int 
     shape = tracing.outline(model, model.dtype)
     trees = tracing.plant_trees(prompts, None, config)
     components = tracing.choose_components(config, shape)
-    rows = rows or tracing.resolve_rows(shape, trees, tracing.free_gpu_memory())
+    rows = rows or tracing.resolve_rows(
+        shape, trees, tracing.memory_beside_weights(config, shape, None)
+    )
     writer = tracing.Writer(NoTokenizer(), "", "word")
     task = tracing.TASKS["suppression"]
     experiment = tracing.Experiment(
@@ -189,9 +191,8 @@ def our_sweep(experiment: Any) -> dict[tuple[str, int, int], float]:
         folder = tracing.RunFolder(Path(path))
         folder.create(overwrite=False)
         units = tracing.plan_units(experiment, tracing.Measured())
-        batches = tracing.RowBatches(experiment.rows_per_forward)
         baselines = tracing.measure_baseline(experiment, folder)
-        tracing.sweep(experiment, units, folder, batches)
+        tracing.sweep(experiment, units, folder)
         measured = tracing.read_measured(experiment, folder)
         table = tracing.results_table(experiment, measured, baselines)
     rows = table[["sample_id", "layer", "head", "head_effect"]].itertuples(index=False)
@@ -252,14 +253,16 @@ def compare(shape: dict[str, Any], options: argparse.Namespace) -> None:
     with timed() as slow:
         expected = naive_loop(model, prompts, subset)
     n_forwards = 2 * len(prompts) * (len(subset) + 1)
-    scale = n_heads * 2 * len(prompts) / n_forwards
+    scale = (n_heads + 1) / (len(subset) + 1)  # every head, and the base
     before = (experiment.subject.n_forwards, experiment.subject.n_tokens)
     with timed() as fast:
         found = our_sweep(experiment)
     forwards = experiment.subject.n_forwards - before[0]
     tokens = experiment.subject.n_tokens - before[1]
     naive_tokens = (
-        n_heads * sum(len(p.ids) for pair in prompts for p in pair) * shape["num_hidden_layers"]
+        (n_heads + 1)
+        * sum(len(p.ids) for pair in prompts for p in pair)
+        * shape["num_hidden_layers"]
     )
     rate = tokens * flops_per_token(shape) / fast.wall
     n_rows = experiment.rows_per_forward * experiment.trees[0].n_tokens

@@ -234,9 +234,10 @@ class Bench:
         exp = self.experiment(*flags, samples=samples)
         folder = script.RunFolder(Path(exp.config.output_dir))
         folder.create(overwrite=True)
+        folder.enter({})
         with torch.inference_mode():
             units = script.plan_units(exp, script.Measured())
-            script.sweep(exp, units, folder, script.RowBatches(exp.rows_per_forward))
+            script.sweep(exp, units, folder)
             baselines = script.measure_baseline(exp, folder)
         return script.results_table(exp, script.read_measured(exp, folder), baselines)
 

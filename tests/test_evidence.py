@@ -868,7 +868,7 @@ def test_the_chosen_heads_are_not_looked_up_in_the_held_out_half() -> None:
         for i, base in enumerate((1.0, 1.0))
         for head, effect in enumerate((-3.0, 2.0, -1.0))
     ]  # fmt: skip
-    top = tracing.choose_top(pd.DataFrame(rows), 2)
+    top = tracing.choose_top(pd.DataFrame(rows), tracing.Config(confirm=2))
     assert top == [Component(0, "head", 0), Component(0, "head", 2)]
 
 
