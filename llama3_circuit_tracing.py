@@ -400,7 +400,7 @@ class Sample:
 
     @property
     def unit(self) -> str:
-        return hashlib.sha256(self.prompt_b.encode()).hexdigest()[:8]
+        return "u" + hashlib.sha256(self.prompt_b.encode()).hexdigest()[:7]
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -1936,7 +1936,7 @@ def model_identity(config: Config) -> str:
 
 # ----- Plan ---------------------------------------------------------------------------------------
 
-ROW_TOKENS = {"cpu": 4096, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
+ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
 
 
@@ -2909,6 +2909,8 @@ def compare_runs(table: pd.DataFrame, found: Findings, config: Config) -> pd.Dat
     agreement = spearman(means["head_effect"], means["head_effect_before"])
     ops = f"{config.op} here, {other['op'].iloc[0]} in {config.compare}"
     log.info("Spearman agreement of the rankings (%s): %.3f", ops, agreement)
+    if config.op != other["op"].iloc[0]:
+        return found.heads  # what an op moves is no measure of what another's heads took over
     pairs["growth"] = found.sign * (pairs["head_effect"] - pairs["head_effect_before"])
     growth = component_statistics(pairs, "growth", config)[["mean", "ci_low", "ci_high", "p", "q"]]
     growth["flag"] = (growth["q"] < 0.05) & (

@@ -265,7 +265,8 @@ def compare(shape: dict[str, Any], options: argparse.Namespace) -> None:
         * shape["num_hidden_layers"]
     )
     rate = tokens * flops_per_token(shape) / fast.wall
-    n_rows = experiment.rows_per_forward * experiment.trees[0].n_tokens
+    rows = min(experiment.rows_per_forward, shape["num_attention_heads"] + 1)  # one is jittered
+    n_rows = rows * experiment.trees[0].n_tokens
     plain = matrix_rate(shape, n_rows)
     print(
         f"{len(prompts)} pairs, {len(experiment.trees)} trees of {experiment.trees[0].n_tokens} tokens, {experiment.rows_per_forward} rows per forward, {torch.get_num_threads()} threads"
