@@ -2840,7 +2840,7 @@ class Findings:
         """Statistics of an effect with its role, and whether it can be told from noise and from 0."""
         mean = stats["mean"]
         known = not math.isnan(self.floor)
-        role = self.sign * mean
+        role = self.sign * mean + 0.0  # no -0.0
         loud = (mean.abs() > self.floor).astype("boolean").where(pd.Series(known, index=mean.index))
         counted = (stats["q"] < 0.05) & loud.fillna(True) & self.base_is_clear
         carries = role.gt(0).map({True: "contributes", False: "works against"})

@@ -576,3 +576,65 @@ def test_a_sharded_module_is_refused(llama: str) -> None:
     model._tp_size = 2
     with pytest.raises(tracing.UsageError, match="tensor-parallel"):
         tracing.Subject(model, shape)
+
+
+# ----- what a folder keeps
+
+
+def test_overwrite_deletes_nothing_when_the_command_is_refused(llama: str, tmp_path: Path) -> None:
+    sweep(llama, tmp_path, "--layers", "0")
+    before = (tmp_path / "circuit_results.csv").read_bytes()
+    command = ["--model_id", llama, "--output_dir", str(tmp_path), "--num_samples", "2"]
+    assert tracing.main([*command, "--overwrite", "--layers", "99"]) == 2
+    assert (tmp_path / "circuit_results.csv").read_bytes() == before
+    assert list((tmp_path / ".parts").glob("sweep-*.json"))
+
+
+def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, tmp_path: Path) -> None:
+    extras = ["--confirm", "2", "--num_random", "2", "--max_new_tokens", "2", "--heatmap"]
+    sweep(llama, tmp_path, *extras)
+    optional = [tmp_path / name for name in tracing.OPTIONAL_FILES]
+    assert all(path.exists() for path in optional)
+    sweep(llama, tmp_path)
+    assert not any(path.exists() for path in optional)
+    assert "behaviour" not in json.loads((tmp_path / "run.json").read_text())
+
+
+def test_amplifying_has_the_opposite_role_of_removing(suppressor: str, tmp_path: Path) -> None:
+    samples = tmp_path / "own.jsonl"
+    samples.write_text(json.dumps({"sentence": "Name a fruit.", "targets": ["apple"]}))
+    own = ["--samples", str(samples)]
+    sweep(suppressor, tmp_path / "zero", *own)
+    sweep(suppressor, tmp_path / "twice", *own, "--op", "scale", "--factor", "2")
+    roles = [
+        pd.read_csv(tmp_path / name / "circuit_heads.csv").set_index("label")["role"]["L0H1"]
+        for name in ("zero", "twice")
+    ]
+    assert roles[0] > 0.5 and roles[1] > 0.05
+
+
+def test_redrawing_another_task_speaks_of_that_task(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(llama, tmp_path / "run", "--task", "refusal", "--layers", "0")
+    source = str(tmp_path / "run" / "circuit_results.csv")
+    capsys.readouterr()
+    assert tracing.main(["--from_csv", source, "--output_dir", str(tmp_path / "again")]) == 0
+    said = capsys.readouterr().out
+    assert "forbidden" not in said
+
+
+def test_the_model_is_never_asked_to_pick_positions_on_another_device(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    forward, asked = LlamaForCausalLM.forward, []
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs.get("logits_to_keep"))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
+    sweep(llama, tmp_path)
+    assert asked and not any(isinstance(kept, torch.Tensor) for kept in asked)
