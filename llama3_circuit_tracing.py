@@ -66,20 +66,19 @@ class RunError(Exception):
     """A failure at run time: exit code 1."""
 
 
-def index_ranges(text: str) -> str:
-    """Check the form of `all`, `7`, `0,5,9`, `8-15` and mixtures; the model's size comes later."""
-    if text != "all" and not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not 'all', '7', '0,5,9', '8-15' or a mixture"
-        )
-    return text
+def text_like(pattern: str, examples: str) -> Callable[[str], str]:
+    """A check of an argument's form; whether the model has what it names comes later."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form {examples}")
+        return text
+
+    return check
 
 
-def head_list(text: str) -> str:
-    """Check the form of `L2H5,L3H1`."""
-    if not re.fullmatch(r"L\d+H\d+(,L\d+H\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of heads such as L2H5,L3H1")
-    return text
+index_ranges = text_like(r"all|\d+(-\d+)?(,\d+(-\d+)?)*", "all, 7, 0,5,9, 8-15 or a mixture")
+head_list = text_like(r"L\d+H\d+(,L\d+H\d+)*", "L2H5,L3H1")
 
 
 def whole_number(minimum: int, maximum: int = 2**31) -> Callable[[str], int]:
@@ -490,6 +489,95 @@ def build_odd_one_out(
     raise UsageError("too few of the built-in names have as many tokens as another of their kind")
 
 
+# ----- Tasks --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a behaviour is: its samples, its score, and what counts as showing it in a reply.
+
+    `reduce` maps log P of targets [row, target] and foils [row, foil] to a score [row];
+    `sign` is the sign that delta_logit has where the model shows the behaviour; `natural` names
+    the prompt after which the targets are likely; `shows` finds in a reply what `shown` says.
+    """
+
+    name: str
+    build: Callable[[int, random.Random, Callable[[str], int]], list[Sample]]
+    reduce: Callable[[Tensor, Tensor], Tensor]
+    sign: int
+    natural: str
+    shows: Callable[[Sample, str], list[str]]
+    answers: Callable[[Sample, str], bool]
+    readings: tuple[str, str]
+    shown: str
+    targets: tuple[str, ...] = ()
+    foils: tuple[str, ...] = ()
+    needs_foils: bool = False
+
+
+def mentioned(words: Iterable[str], reply: str) -> list[str]:
+    """Which words a reply mentions, as whole words in any case."""
+    return [w for w in words if re.search(rf"(?<!\w){re.escape(plain(w))}(?!\w)", plain(reply))]
+
+
+def opening(openings: Iterable[str], reply: str) -> list[str]:
+    """Which of the opening phrases a reply begins with, in any case."""
+    return [o for o in openings if re.match(rf"{re.escape(plain(o))}(?!\w)", plain(reply))]
+
+
+def plain(text: str) -> str:
+    """Without the differences that do not count: case, outer blanks, curly apostrophes."""
+    return text.strip().replace("\u2019", "'").casefold()
+
+
+def plausible_answers(sample: Sample) -> Sequence[str]:
+    return QUESTIONS.get(sample.prompt_b, "").split() or sample.words
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "suppression",
+            build_suppression,
+            lambda targets, foils: targets.mean(-1),
+            sign=-1,
+            natural="b",
+            shows=lambda sample, reply: mentioned(sample.targets, reply),
+            answers=lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
+            readings=("the forbidden words likelier", "the forbidden words less likely still"),
+            shown="mention a forbidden word",
+        ),
+        Task(
+            "refusal",
+            build_refusal,
+            lambda targets, foils: targets.logsumexp(-1) - foils.logsumexp(-1),
+            sign=1,
+            natural="a",
+            shows=lambda sample, reply: opening(sample.targets, reply),
+            answers=lambda sample, reply: not opening(sample.targets, reply),
+            readings=("a refusal less likely", "a refusal likelier still"),
+            shown="refuse",
+            targets=REFUSAL_OPENINGS,
+            foils=COMPLIANT_OPENINGS,
+            needs_foils=True,
+        ),
+        Task(
+            "odd_one_out",
+            build_odd_one_out,
+            lambda targets, foils: targets.logsumexp(-1) - foils.max(-1).values,
+            sign=1,
+            natural="a",
+            shows=lambda sample, reply: mentioned(sample.targets, reply),
+            answers=lambda sample, reply: bool(mentioned(sample.foils, reply)),
+            readings=("the odd name less distinct", "the odd name more distinct still"),
+            shown="name the odd one of prompt a",
+            needs_foils=True,
+        ),
+    )
+}
+
+
 # ----- Input files --------------------------------------------------------------------------------
 
 
@@ -676,95 +764,6 @@ def parse_number(text: str, whole: bool) -> float | int | None:
     if not math.isfinite(value) or (whole and not value.is_integer()):
         return None
     return int(value) if whole else value
-
-
-# ----- Tasks --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a behaviour is: its samples, its score, and what counts as showing it in a reply.
-
-    `reduce` maps log P of targets [row, target] and foils [row, foil] to a score [row];
-    `sign` is the sign that delta_logit has where the model shows the behaviour; `natural` names
-    the prompt after which the targets are likely; `shows` finds in a reply what `shown` says.
-    """
-
-    name: str
-    build: Callable[[int, random.Random, Callable[[str], int]], list[Sample]]
-    reduce: Callable[[Tensor, Tensor], Tensor]
-    sign: int
-    natural: str
-    shows: Callable[[Sample, str], list[str]]
-    answers: Callable[[Sample, str], bool]
-    readings: tuple[str, str]
-    shown: str
-    targets: tuple[str, ...] = ()
-    foils: tuple[str, ...] = ()
-    needs_foils: bool = False
-
-
-def mentioned(words: Iterable[str], reply: str) -> list[str]:
-    """Which words a reply mentions, as whole words in any case."""
-    return [w for w in words if re.search(rf"(?<!\w){re.escape(plain(w))}(?!\w)", plain(reply))]
-
-
-def opening(openings: Iterable[str], reply: str) -> list[str]:
-    """Which of the opening phrases a reply begins with, in any case."""
-    return [o for o in openings if re.match(rf"{re.escape(plain(o))}(?!\w)", plain(reply))]
-
-
-def plain(text: str) -> str:
-    """Without the differences that do not count: case, outer blanks, curly apostrophes."""
-    return text.strip().replace("\u2019", "'").casefold()
-
-
-def plausible_answers(sample: Sample) -> Sequence[str]:
-    return QUESTIONS.get(sample.prompt_b, "").split() or sample.words
-
-
-TASKS = {
-    task.name: task
-    for task in (
-        Task(
-            "suppression",
-            build_suppression,
-            lambda targets, foils: targets.mean(-1),
-            sign=-1,
-            natural="b",
-            shows=lambda sample, reply: mentioned(sample.targets, reply),
-            answers=lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
-            readings=("the forbidden words likelier", "the forbidden words less likely still"),
-            shown="mention a forbidden word",
-        ),
-        Task(
-            "refusal",
-            build_refusal,
-            lambda targets, foils: targets.logsumexp(-1) - foils.logsumexp(-1),
-            sign=1,
-            natural="a",
-            shows=lambda sample, reply: opening(sample.targets, reply),
-            answers=lambda sample, reply: not opening(sample.targets, reply),
-            readings=("a refusal less likely", "a refusal likelier still"),
-            shown="refuse",
-            targets=REFUSAL_OPENINGS,
-            foils=COMPLIANT_OPENINGS,
-            needs_foils=True,
-        ),
-        Task(
-            "odd_one_out",
-            build_odd_one_out,
-            lambda targets, foils: targets.logsumexp(-1) - foils.max(-1).values,
-            sign=1,
-            natural="a",
-            shows=lambda sample, reply: mentioned(sample.targets, reply),
-            answers=lambda sample, reply: bool(mentioned(sample.foils, reply)),
-            readings=("the odd name less distinct", "the odd name more distinct still"),
-            shown="name the odd one of prompt a",
-            needs_foils=True,
-        ),
-    )
-}
 
 
 # ----- Prompts ------------------------------------------------------------------------------------
@@ -1168,6 +1167,12 @@ def plant_trees(samples: Sequence[Sequence[Prompt]], bos: int | None, config: Co
     return [*trees, build_tree(group, bos, config)]
 
 
+def prompt_pairs(tree: Tree) -> list[tuple[int, int]]:
+    """Per sample the places of its prompts a and b among the tree's prompts."""
+    place = {(p.sample.sample_id, p.role): i for i, p in enumerate(tree.prompts)}
+    return [(i, place[sample_id, "b"]) for (sample_id, role), i in place.items() if role == "a"]
+
+
 # ----- Model --------------------------------------------------------------------------------------
 
 BYTES_PER_GB = 1e9
@@ -1502,22 +1507,13 @@ def recording(modules: Mapping[Any, nn.Module], outputs: bool = False) -> Iterat
     """Collect the first input (or the output) of each module's last call."""
     seen: dict[Any, Any] = {}
 
-    def keep_input(
-        key: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        seen[key] = args[0] if args else kwargs["hidden_states"]
-
-    def keep_output(key: Any, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen[key] = output
+    def keep(key: Any, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+        seen[key] = output[0] if outputs else args[0]
 
     with contextlib.ExitStack() as stack:
         for key, module in modules.items():
-            if outputs:
-                handle = module.register_forward_hook(functools.partial(keep_output, key))
-            else:
-                hook = functools.partial(keep_input, key)
-                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+            register = module.register_forward_hook if outputs else module.register_forward_pre_hook
+            stack.callback(register(functools.partial(keep, key)).remove)
         yield seen
 
 
@@ -1814,6 +1810,10 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    write_atomically(path, lambda draft: table.to_csv(draft, index=False))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -2686,9 +2686,9 @@ def sign_flip_p(sums: Tensor, seed: int, most_exact: int = 20) -> Tensor:
     step = max(1, 2**24 // max(n, n_columns))
     for first in range(0, total, step):
         size = min(step, total - first)
-        if exact:  # the first unit keeps its sign: a pattern and its opposite are alike
+        if exact:  # the last unit keeps its sign: a pattern and its opposite are alike
             bits = torch.arange(first, first + size)[:, None] >> torch.arange(n)
-            signs = 1.0 - 2.0 * (bits & 1).double().roll(1, dims=1)
+            signs = 1.0 - 2.0 * (bits & 1).double()
         else:
             signs = torch.randint(2, (size, n), generator=generator).double() * 2 - 1
         reached += ((signs @ sums).abs() >= bound).double().sum(0)
@@ -2710,6 +2710,21 @@ def benjamini_hochberg(p: Tensor) -> Tensor:
     return q
 
 
+# ----- Tables -------------------------------------------------------------------------------------
+
+
+def results_table(
+    exp: Experiment, measured: Measured, baselines: Sequence[dict[str, Any]]
+) -> pd.DataFrame:
+    """One row per sample and component, sorted; every number recomputes from the raw scores."""
+    rows: list[dict[str, Any]] = []
+    for (tree, component), scores in measured.edited.items():
+        rows += component_rows(exp, exp.trees[tree], component, baselines[tree]["scores"], scores)
+    table = pd.DataFrame(rows)
+    table["head"] = table["head"].astype("Int64")
+    return table.sort_values(["sample_id", "layer", "index"], ignore_index=True)
+
+
 def noise_floor(exp: Experiment, measured: Measured, baselines: Sequence[dict[str, Any]]) -> float:
     """95th percentile over jittered rows of |mean effect| over all samples (nats)."""
     effects: dict[tuple[Component, int], list[float]] = defaultdict(list)
@@ -2724,27 +2739,6 @@ def noise_floor(exp: Experiment, measured: Measured, baselines: Sequence[dict[st
         abs(statistics.fmean(values)) for values in effects.values() if len(values) == n_samples
     ]
     return float(torch.tensor(means, dtype=torch.float64).quantile(0.95)) if means else math.nan
-
-
-def prompt_pairs(tree: Tree) -> list[tuple[int, int]]:
-    """Per sample the places of its prompts a and b among the tree's prompts."""
-    place = {(p.sample.sample_id, p.role): i for i, p in enumerate(tree.prompts)}
-    return [(i, place[sample_id, "b"]) for (sample_id, role), i in place.items() if role == "a"]
-
-
-# ----- Tables -------------------------------------------------------------------------------------
-
-
-def results_table(
-    exp: Experiment, measured: Measured, baselines: Sequence[dict[str, Any]]
-) -> pd.DataFrame:
-    """One row per sample and component, sorted; every number recomputes from the raw scores."""
-    rows: list[dict[str, Any]] = []
-    for (tree, component), scores in measured.edited.items():
-        rows += component_rows(exp, exp.trees[tree], component, baselines[tree]["scores"], scores)
-    table = pd.DataFrame(rows)
-    table["head"] = table["head"].astype("Int64")
-    return table.sort_values(["sample_id", "layer", "index"], ignore_index=True)
 
 
 def component_rows(
@@ -2801,11 +2795,16 @@ def control_columns(old: dict[str, float], new: dict[str, float]) -> dict[str, f
     return columns
 
 
+def real_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Without the negative controls."""
+    return table.loc[table["group"] != NO_ODD_ONE]
+
+
 def component_statistics(table: pd.DataFrame, column: str, config: Config) -> pd.DataFrame:
     """Mean, spread, interval and test of a column per component; units are what is resampled."""
-    present = table[table[column].notna() & (table["group"] != NO_ODD_ONE)]
+    present = real_rows(table[table[column].notna()])
     groups = present.groupby(KEY)[column]
-    result = groups.agg(n_samples="size", mean="mean", median="median", sd="std")
+    result = pd.DataFrame(groups.agg(n_samples="size", mean="mean", median="median", sd="std"))
     if result.empty:
         return result
     by_unit = present.groupby(["unit", *KEY])[column].agg(["sum", "count"]).unstack(KEY)
@@ -2856,7 +2855,7 @@ def role_sign(base_mean: float, config: Config) -> float:
 
 def summarize_base(table: pd.DataFrame, config: Config, floor: float) -> Findings:
     """Mean and interval of delta_logit_base, one number per sample."""
-    per_sample = table[table["group"] != NO_ODD_ONE].drop_duplicates("sample_id")
+    per_sample = real_rows(table).drop_duplicates("sample_id")
     by_unit = per_sample.groupby("unit")["delta_logit_base"].agg(["sum", "count"])
     sums, counts = (torch.tensor(by_unit[[c]].to_numpy()).double() for c in ("sum", "count"))
     low, high = bootstrap_interval(sums, counts, config.num_bootstrap, config.seed)
@@ -2885,8 +2884,7 @@ def write_heads(heads: pd.DataFrame, path: Path) -> None:
     table["head"] = table["index"].where(table["kind"] == "head").astype("Int64")
     table["index"] = table["index"].where(table["index"] >= 0).astype("Int64")
     first = ["label", "layer", "head", "kind", "index"]
-    table = table[[*first, *(c for c in table if c not in first)]]
-    write_atomically(path, lambda draft: table.to_csv(draft, index=False))
+    write_table(path, table[[*first, *(c for c in table if c not in first)]])
 
 
 def spearman(one: pd.Series, other: pd.Series) -> float:
@@ -2930,23 +2928,32 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda p: figure.savefig(p, dpi=300, format="png", metadata=metadata))
 
 
+def draw_bars(heights: pd.Series, path: Path, **settings: Any) -> None:
+    """One bar per entry of a series, labelled by its index; settings are those of the axes."""
+    colors = settings.pop("color", None)
+    figure = Figure(figsize=(max(4.0, 1.6 + 0.36 * len(heights)), 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.bar([str(label) for label in heights.index], heights, width=0.7, color=colors)
+    axes.set_xlim(-0.8, max(len(heights), 3) - 0.2)
+    if not heights.abs().max() > 0:
+        axes.set_ylim(-1, 1)
+    axes.tick_params(axis="x", rotation=90 if len(heights) > 6 else 0)
+    axes.set(**settings)
+    save_figure(figure, path)
+
+
 def draw_summary(found: Findings, config: Config, path: Path) -> None:
     """The top-K mean effects by magnitude as bars."""
     heads = found.heads.sort_values("mean", key=lambda mean: mean.abs(), ascending=False)
     heads = heads.head(config.top_k)
-    figure = Figure(figsize=(max(4.0, 1.6 + 0.36 * len(heads)), 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    axes.bar(heads["label"], heads["mean"], width=0.7)
-    axes.set_xlim(-0.8, max(len(heads), 3) - 0.2)
-    if not heads["mean"].abs().max() > 0:
-        axes.set_ylim(-1, 1)
-    axes.tick_params(axis="x", rotation=90 if len(heads) > 6 else 0)
-    kinds = {"head": "head", "attn": "layer", "mlp": "layer", "resid": "layer", "neuron": "neuron"}
     kind = str(heads["kind"].iloc[0])
-    axes.set_xlabel(kinds[kind])
-    axes.set_ylabel("mean_head_effect")
-    axes.set_title(f"Top {len(heads)} {kind} effects on delta_logit")
-    save_figure(figure, path)
+    draw_bars(
+        heads.set_index("label")["mean"],
+        path,
+        xlabel=kind if kind in ("head", "neuron") else "layer",
+        ylabel="mean_head_effect",
+        title=f"Top {len(heads)} {kind} effects on delta_logit",
+    )
 
 
 def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
@@ -2984,7 +2991,15 @@ def draw_heatmap(found: Findings, path: Path) -> None:
     shown = grid.where(quiet.fillna(True).astype(bool))
     bound = float(grid.abs().max().max()) or 1.0
     if grid.shape[1] == 1:
-        return draw_layer_bars(grid.iloc[:, 0], quiet.iloc[:, 0], heads["kind"].iloc[0], path)
+        loud = quiet.iloc[:, 0].fillna(True)
+        return draw_bars(
+            grid.iloc[:, 0],
+            path,
+            color=["tab:blue" if above else "lightgray" for above in loud],
+            xlabel=f"layer ({heads['kind'].iloc[0]})",
+            ylabel="role in nats: > 0 carries the task",
+            title="Mean role (grey: below the noise floor)",
+        )
     size = (2.5 + 0.3 * grid.shape[1], 1.5 + 0.3 * len(grid))
     width, height = (min(20, max(4.5, side)) for side in size)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -3008,19 +3023,6 @@ def draw_heatmap(found: Findings, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_layer_bars(roles: pd.Series, above: pd.Series, kind: str, path: Path) -> None:
-    """The heatmap of a kind without index: one bar per layer."""
-    figure = Figure(figsize=(max(4.0, 1.6 + 0.3 * len(roles)), 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    colors = ["tab:blue" if loud else "lightgray" for loud in above.fillna(True)]
-    axes.bar([str(layer) for layer in roles.index], roles, color=colors)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel(f"layer ({kind})")
-    axes.set_ylabel("role in nats: > 0 carries the task")
-    axes.set_title("Mean role (grey: below the noise floor)")
-    save_figure(figure, path)
-
-
 # ----- Confirmation and behaviour -----------------------------------------------------------------
 
 
@@ -3035,7 +3037,7 @@ class JointSet:
 
 def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
     """(choosing, held-out) halves of the units; the choosing half has the odd one."""
-    units = sorted(table[table["group"] != NO_ODD_ONE]["unit"].unique())
+    units = sorted(real_rows(table)["unit"].unique())
     random.Random(seed).shuffle(units)
     half = -(-len(units) // 2)
     return set(units[:half]), set(units[half:])
@@ -3043,7 +3045,7 @@ def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
 
 def choose_top(table: pd.DataFrame, config: Config) -> list[Component]:
     """The K components of largest mean role in these rows."""
-    real = table[table["group"] != NO_ODD_ONE]
+    real = real_rows(table)
     base_mean = real.drop_duplicates("sample_id")["delta_logit_base"].mean()
     roles = role_sign(base_mean, config) * real.groupby(KEY)["head_effect"].mean()
     top = roles.sort_values(ascending=False, kind="stable").head(config.confirm)
@@ -3149,9 +3151,7 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
         rows += joint_rows(exp, folder, [JointSet("none", 0, ()), joint], real, "all")
     if rows:
         results = pd.DataFrame(rows)
-        write_atomically(
-            folder.path / "circuit_confirm.csv", lambda draft: results.to_csv(draft, index=False)
-        )
+        write_table(folder.path / "circuit_confirm.csv", results)
         report_joint(results)
     if chosen:
         draw_confirm(results, config, folder.path / "circuit_confirm.png")
@@ -3471,9 +3471,7 @@ def finish(exp: Experiment, measured: Measured, folder: RunFolder, started: floa
     config = exp.config
     baselines = measure_baseline(exp, folder)
     table = results_table(exp, measured, baselines)
-    write_atomically(
-        folder.path / "circuit_results.csv", lambda draft: table.to_csv(draft, index=False)
-    )
+    write_table(folder.path / "circuit_results.csv", table)
     floor = noise_floor(exp, measured, baselines)
     folder.delete(
         OPTIONAL_FILES
