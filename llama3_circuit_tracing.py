@@ -1317,7 +1317,8 @@ def load_model(config: Config, shape: Outline, device: torch.device | None = Non
         "device_map": parse_device_map(config.device_map),
     }
     if device is not None and config.device_map == "auto":
-        options["device_map"] = {"": device}
+        # accelerate names a process's CPU cpu:0, which safetensors does not know
+        options["device_map"] = {"": "cpu" if device.type == "cpu" else device}
     if config.attn_implementation:
         options["attn_implementation"] = config.attn_implementation
     folder = tempfile.TemporaryDirectory()  # for weights on disk that are no safetensors
