@@ -1841,9 +1841,11 @@ class RunFolder:
         self.parts = path / ".parts"
         self.record: dict[str, Any] = {}
         self.key = ""
+        self.overwrite = False
 
     def create(self, overwrite: bool) -> None:
         """Make the folder and read its record; `UsageError` where it cannot be used."""
+        self.overwrite = overwrite  # nothing is deleted before the command has proved sound
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
             write_atomically(self.parts / "probe", lambda draft: draft.write_text(""))
@@ -1871,10 +1873,9 @@ class RunFolder:
                 f"{self.path} holds a run that differs in {said}; give another --output_dir or --overwrite"
             )
         self.key = digest(fingerprint)
-        if before is None:
-            self.delete(
-                [*OUTPUT_FILES[:-1], *(f".parts/{path.name}" for path in self.parts.glob("*.json"))]
-            )
+        if self.overwrite:
+            self.delete(OUTPUT_FILES[:-1])  # the log is being written
+            self.delete([f".parts/{path.name}" for path in self.parts.glob("*.json")])
         self.note(fingerprint=fingerprint)
 
     def delete(self, names: Iterable[str]) -> None:
