@@ -2671,18 +2671,26 @@ def value_at(ordered: Tensor, share: Tensor) -> Tensor:
     return low_value + (place - low) * (high_value - low_value)
 
 
-def sign_flip_p(sums: Tensor, seed: int, most_exact: int = 20) -> Tensor:
+MOST_EXACT = 20  # units up to which every sign pattern is tried
+
+
+def sign_patterns(n_units: int, n_tests: int) -> int:
+    """How many patterns `sign_flip_p` tries: all up to sign, or at least 100 random ones per test."""
+    return 2 ** (n_units - 1) if n_units <= MOST_EXACT else max(9999, 100 * n_tests)
+
+
+def sign_flip_p(sums: Tensor, seed: int) -> Tensor:
     """Two-sided p [column] that the units' sums [unit, column] are symmetric about 0.
 
-    Exact up to `most_exact` units: the share of all sign patterns whose |sum| reaches the
+    Exact up to `MOST_EXACT` units: the share of all sign patterns whose |sum| reaches the
     observed one. Beyond, random patterns, at least 100 per column, and p = (1 + c) / (1 + B)
     (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585).
     """
     n, n_columns = sums.shape
     observed = sums.sum(0).abs()
     bound = observed - 1e-9 * sums.abs().sum(0)
-    exact = n <= most_exact
-    total = 2 ** (n - 1) if exact else max(9999, 100 * n_columns)
+    exact = n <= MOST_EXACT
+    total = sign_patterns(n, n_columns)
     generator = torch.Generator().manual_seed(seed)
     reached = torch.zeros(n_columns, dtype=torch.float64)
     step = max(1, 2**24 // max(n, n_columns))
@@ -2699,7 +2707,8 @@ def sign_flip_p(sums: Tensor, seed: int, most_exact: int = 20) -> Tensor:
 
 def smallest_p(n_units: int, n_tests: int) -> float:
     """The smallest p that `sign_flip_p` can give."""
-    return 2.0 ** (1 - n_units) if n_units <= 20 else 1 / (1 + max(9999, 100 * n_tests))
+    total = sign_patterns(n_units, n_tests)
+    return 1 / total if n_units <= MOST_EXACT else 1 / (1 + total)
 
 
 def benjamini_hochberg(p: Tensor) -> Tensor:

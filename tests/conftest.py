@@ -25,6 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 
 SCRIPT = ROOT / "llama3_circuit_tracing.py"
 TINY = ROOT / "tests" / "tiny_llama"
+Answer = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -60,5 +61,22 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
             timeout=300,
         )
+
+    return call
+
+
+@pytest.fixture()
+def answer(capsys: pytest.CaptureFixture[str]) -> Answer:
+    """(exit code, stdout, stderr) of a command line run in this process."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        import llama3_circuit_tracing
+
+        capsys.readouterr()
+        try:
+            code = llama3_circuit_tracing.main(arguments)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, *capsys.readouterr()
 
     return call

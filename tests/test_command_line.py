@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,11 @@ import pytest
 from transformers import AutoTokenizer
 
 import llama3_circuit_tracing as circuit
-from llama3_circuit_tracing import Config, build_parser, main, parse_args
+from conftest import Answer
+from llama3_circuit_tracing import Config, build_parser, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "llama3_circuit_tracing.py"
-Answer = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture()
-def answer(capsys: pytest.CaptureFixture[str]) -> Answer:
-    """(exit code, stdout, stderr) of a command line run in this process."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture()

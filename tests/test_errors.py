@@ -18,26 +18,10 @@ import pytest
 from transformers import AutoConfig
 
 import llama3_circuit_tracing as circuit
-from llama3_circuit_tracing import main
+from conftest import Answer
 
 ROOT = Path(__file__).resolve().parents[1]
-Answer = Callable[..., tuple[int, str, str]]
 RUNS_THE_BUNDLED_MODEL = "python llama3_circuit_tracing.py --model_id tests/tiny_llama"
-
-
-@pytest.fixture()
-def answer(capsys: pytest.CaptureFixture[str]) -> Answer:
-    """(exit code, stdout, stderr) of a command line run in this process."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def sentence(err: str) -> str:

@@ -13,24 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import llama3_circuit_tracing as circuit
-from llama3_circuit_tracing import NO_ODD_ONE, PEOPLE, QUESTIONS, REFUSAL_PAIRS, TASKS, Sample, main
-
-Answer = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture()
-def answer(capsys: pytest.CaptureFixture[str]) -> Answer:
-    """(exit code, stdout, stderr) of a command line run in this process."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return code, *capsys.readouterr()
-
-    return call
+from conftest import Answer
+from llama3_circuit_tracing import NO_ODD_ONE, PEOPLE, QUESTIONS, REFUSAL_PAIRS, TASKS, Sample
 
 
 @pytest.fixture(scope="module")

@@ -232,11 +232,12 @@ def test_beyond_20_units_p_is_one_plus_c_by_one_plus_b_with_100_draws_per_test()
         assert n_columns * tracing.smallest_p(40, n_columns) < 0.05
 
 
-def test_the_random_p_agrees_with_the_exact_one() -> None:
+def test_the_random_p_agrees_with_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(1)
     sums = torch.randn(12, 30, generator=generator, dtype=torch.float64) + 0.3
     exact = tracing.sign_flip_p(sums, 0)
-    drawn = tracing.sign_flip_p(sums, 0, most_exact=11)
+    monkeypatch.setattr(tracing, "MOST_EXACT", 11)
+    drawn = tracing.sign_flip_p(sums, 0)
     assert float((exact - drawn).abs().max()) < 0.02  # 4 standard errors of 9,999 draws
     assert not torch.equal(exact, drawn)
 
