@@ -1,12 +1,14 @@
-"""Fixtures: random models in miniature, the bundled trained one, and the script as a process."""
+"""Fixtures: random models in miniature, the bundled trained one, and ways to run the script."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models run fastest with one thread
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub unless it says so
 
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
+import llama3_circuit_tracing as tracing  # noqa: E402
 import random_models  # noqa: E402
 
 torch.set_num_threads(1)
@@ -48,6 +52,15 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]
     return build
 
 
+@pytest.fixture(scope="session")
+def llama(random_model: Callable[..., str]) -> str:
+    """A random Llama with grouped-query heads."""
+    return random_model("llama")
+
+
+# ----- a command line, as a process or in this one, and what it leaves behind
+
+
 @pytest.fixture()
 def script() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the script as a process of its own."""
@@ -70,13 +83,40 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Answer:
     """(exit code, stdout, stderr) of a command line run in this process."""
 
     def call(*arguments: str) -> tuple[int, str, str]:
-        import llama3_circuit_tracing
-
         capsys.readouterr()
         try:
-            code = llama3_circuit_tracing.main(arguments)
+            code = tracing.main(arguments)
         except SystemExit as stop:
             code = int(stop.code or 0)
         return code, *capsys.readouterr()
 
     return call
+
+
+def finish(model: str, folder: Path, *flags: str) -> Path:
+    """Run a command to its good end in this process; its output folder."""
+    assert tracing.main(["--model_id", model, "--output_dir", str(folder), *flags]) == 0
+    return folder
+
+
+def read(folder: Path, name: str = "circuit_results.csv") -> pd.DataFrame:
+    """A table that a run wrote; only what is empty is missing."""
+    return pd.read_csv(folder / name, keep_default_na=False, na_values=[""])
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "run.json").read_text()))
+
+
+def generations(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+
+
+def user_text(rendered: str) -> str:
+    """What the user says in a rendered prompt of the tiny models."""
+    return rendered.split("user<|end_header_id|>\n\n")[1].split("<|eot_id|>")[0]
+
+
+def write_samples(path: Path, *records: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
