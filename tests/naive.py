@@ -1,13 +1,14 @@
 """The protocol as everyone writes it: one hook, one prompt, one full forward at a time.
 
 Nothing is imported from the script: this is the other way to the same numbers, with its own
-tokenisation and its own scoring. It is slow, and plain on purpose.
+tokenisation, its own alignment and its own scoring. It is slow, and plain on purpose.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Replace = Callable[[Tensor], Tensor]  # input [1, tok, width] of a module -> its replacement
+Edit = Callable[[list[int], list[int]], AbstractContextManager[None]]  # of prompt and form ids
 
 
 def load(folder: str) -> tuple[Any, Any]:
@@ -34,6 +36,15 @@ def prompt_ids(tokenizer: Any, user: str) -> list[int]:
     )
 
 
+def form_ids(tokenizer: Any, word: str) -> list[list[int]]:
+    """As written and with a capital."""
+    forms = dict.fromkeys([word, word[0].upper() + word[1:]])
+    return [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
+
+
+# ----- hooks
+
+
 @contextmanager
 def hooked(module: Any, replace: Replace | None) -> Iterator[None]:
     def hook(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -46,25 +57,6 @@ def hooked(module: Any, replace: Replace | None) -> Iterator[None]:
     finally:
         if handle:
             handle.remove()
-
-
-@torch.no_grad()
-def word_log_prob(model: Any, tokenizer: Any, user: str, word: str) -> float:
-    """log P(the reply begins with the word, as written or with a capital)."""
-    ids = prompt_ids(tokenizer, user)
-    total = 0.0
-    for form in {word, word[0].upper() + word[1:]}:
-        tail = tokenizer(form, add_special_tokens=False)["input_ids"]
-        logits = model(torch.tensor([ids + tail])).logits[0].double()
-        log_prob = 0.0
-        for i, token in enumerate(tail):
-            log_prob += float(torch.log_softmax(logits[len(ids) - 1 + i], -1)[token])
-        total += 2.718281828459045**log_prob
-    return float(torch.tensor(total, dtype=torch.float64).log())
-
-
-def suppression_score(model: Any, tokenizer: Any, user: str, targets: Sequence[str]) -> float:
-    return sum(word_log_prob(model, tokenizer, user, word) for word in targets) / len(targets)
 
 
 def zero_slice(start: int, stop: int) -> Replace:
@@ -80,6 +72,61 @@ def layers_of(model: Any) -> Any:
     return model.model.layers
 
 
+def module_of(model: Any, layer: int, kind: str) -> Any:
+    """The module whose input a kind of component is a slice of."""
+    block = layers_of(model)[layer]
+    if kind == "resid":
+        return block
+    return block.self_attn.o_proj if kind in ("head", "attn") else block.mlp.down_proj
+
+
+def span_of(model: Any, layer: int, kind: str, index: int) -> slice:
+    """The columns of that input; all where the kind has no index."""
+    if kind not in ("head", "neuron"):
+        return slice(0, None)
+    n_heads = model.config.num_attention_heads
+    step = module_of(model, layer, kind).in_features // n_heads if kind == "head" else 1
+    return slice(index * step, (index + 1) * step)
+
+
+@contextmanager
+def zeroed(model: Any, components: Sequence[tuple[int, str, int]]) -> Iterator[None]:
+    """Several (layer, kind, index) zeroed at every token."""
+    with ExitStack() as stack:
+        for layer, kind, index in components:
+            span = span_of(model, layer, kind, index)
+            module = module_of(model, layer, kind)
+            stack.enter_context(hooked(module, zero_slice(span.start, span.stop)))
+        yield
+
+
+# ----- scores
+
+
+@torch.no_grad()
+def word_log_prob(
+    model: Any, tokenizer: Any, user: str, word: str, edit: Edit | None = None
+) -> float:
+    """log P(the reply begins with the word, as written or with a capital)."""
+    ids = prompt_ids(tokenizer, user)
+    total = 0.0
+    for tail in form_ids(tokenizer, word):
+        with edit(ids, tail) if edit else nullcontext():
+            logits = model(torch.tensor([ids + tail])).logits[0].double()
+        log_prob = 0.0
+        for i, token in enumerate(tail):
+            log_prob += float(torch.log_softmax(logits[len(ids) - 1 + i], -1)[token])
+        total += 2.718281828459045**log_prob
+    return float(torch.tensor(total, dtype=torch.float64).log())
+
+
+def suppression_score(
+    model: Any, tokenizer: Any, user: str, targets: Sequence[str], edit: Edit | None = None
+) -> float:
+    found = [word_log_prob(model, tokenizer, user, word, edit) for word in targets]
+    return sum(found) / len(targets)
+
+
 def sweep(
     model: Any, tokenizer: Any, samples: Sequence[tuple[str, str, Sequence[str]]]
 ) -> dict[tuple[int, int, int], tuple[float, float]]:
@@ -90,13 +137,111 @@ def sweep(
         return a - suppression_score(model, tokenizer, prompt_b, targets)
 
     results = {}
-    n_heads = model.config.num_attention_heads
     for i, sample in enumerate(samples):
         base = delta(*sample)
-        for layer, block in enumerate(layers_of(model)):
-            o_proj = block.self_attn.o_proj
-            width = o_proj.in_features // n_heads
-            for head in range(n_heads):
-                with hooked(o_proj, zero_slice(head * width, (head + 1) * width)):
+        for layer in range(len(layers_of(model))):
+            for head in range(model.config.num_attention_heads):
+                with zeroed(model, [(layer, "head", head)]):
                     results[i, layer, head] = (base, delta(*sample))
     return results
+
+
+# ----- one component, any kind, op and positions
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one component of a kind, in the words of the command line."""
+
+    kind: str
+    op: str = "zero"
+    positions: str = "all"
+    into: str = "a"  # the prompt that a patch edits
+    factor: float = 1.0  # of scale
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, self.op, self.positions, self.into * (self.op == "patch")])
+
+
+@torch.no_grad()
+def input_of(model: Any, ids: Sequence[int], layer: int, kind: str) -> Tensor:
+    """[tok, width], what the component's module reads in an unedited run."""
+    seen: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        seen.append(x[0].clone())
+        return x
+
+    with hooked(module_of(model, layer, kind), keep):
+        model(torch.tensor([list(ids)]))
+    return seen[0]
+
+
+def mean_of(model: Any, tokenizer: Any, users: Sequence[str], layer: int, kind: str) -> Tensor:
+    """[width], over the tokens of all prompts but the first of each."""
+    inputs = [input_of(model, prompt_ids(tokenizer, user), layer, kind)[1:] for user in users]
+    return torch.cat(inputs).double().mean(0).float()
+
+
+def agreement(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens agree from the start on."""
+    count = 0
+    while count < min(len(one), len(other)) and one[count] == other[count]:
+        count += 1
+    return count
+
+
+def touched(own: list[int], other: list[int], n_tail: int, change: Change) -> list[tuple[int, int]]:
+    """(position, position of the partner) of every token that is edited."""
+    n, shift = len(own), len(other) - len(own)
+    before, after = agreement(own, other), agreement(own[::-1], other[::-1])
+    end_of_differing = max(before, n - min(after, min(n, len(other)) - before))
+    aligned = {i: i + shift for i in range(before if shift == 0 else n - after, n)}
+    if change.op != "patch":
+        aligned = {i: i for i in range(n)}
+    if change.positions == "all":
+        return [*aligned.items(), *((n + i, len(other) + i) for i in range(n_tail))]
+    wanted = [n - 1] if change.positions == "last" else range(before, end_of_differing)
+    return [(i, aligned[i]) for i in wanted if i in aligned]
+
+
+def edited_score(
+    model: Any,
+    tokenizer: Any,
+    change: Change,
+    side: str,
+    texts: dict[str, str],
+    targets: Sequence[str],
+    layer: int,
+    index: int,
+    mean: Tensor | None = None,
+) -> float:
+    """The score of the prompt on a side of {a: text, b: text} with one component edited in it."""
+    other = prompt_ids(tokenizer, texts["b" if side == "a" else "a"])
+    span = span_of(model, layer, change.kind, index)
+
+    def edit(ids: list[int], tail: list[int]) -> AbstractContextManager[None]:
+        places = touched(ids, other, len(tail), change)
+        partner = None
+        if change.op == "patch":
+            partner = input_of(model, other + tail, layer, change.kind)
+
+        def replace(x: Tensor) -> Tensor:
+            y = x.clone()
+            for mine, theirs in places:
+                if change.op == "zero":
+                    y[0, mine, span] = 0
+                elif change.op == "scale":
+                    y[0, mine, span] *= change.factor
+                elif change.op == "mean":
+                    assert mean is not None
+                    y[0, mine, span] = mean[span]
+                else:
+                    assert partner is not None
+                    y[0, mine, span] = partner[theirs, span]
+            return y
+
+        receives = change.op != "patch" or side == change.into
+        return hooked(module_of(model, layer, change.kind), replace if receives else None)
+
+    return suppression_score(model, tokenizer, texts[side], targets, edit)

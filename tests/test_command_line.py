@@ -1,11 +1,13 @@
-"""The command line: flags, defaults, help, ranges, and what --dry_run shows."""
+"""Components and the command line: labels, flags, defaults, help, contradictions, the dry run."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
+import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -16,12 +18,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-import llama3_circuit_tracing as circuit
-from conftest import Answer
-from llama3_circuit_tracing import Config, build_parser, parse_args
-
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "llama3_circuit_tracing.py"
+import llama3_circuit_tracing as tracing
+from conftest import ROOT, SCRIPT, Answer
+from llama3_circuit_tracing import Component, Config, parse_args
 
 
 @pytest.fixture()
@@ -33,6 +32,41 @@ def without_weights(tiny_llama: str, tmp_path: Path) -> Path:
     return folder
 
 
+# ----- components
+
+LABELS = {
+    "L3H5": Component(3, "head", 5),
+    "L3N120": Component(3, "neuron", 120),
+    "L0attn": Component(0, "attn"),
+    "L12mlp": Component(12, "mlp"),
+    "L3resid": Component(3, "resid"),
+}
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_spells_layer_kind_and_index_and_parses_back(label: str) -> None:
+    assert LABELS[label].label == label
+    assert Component.parse(label) == LABELS[label]
+
+
+UNLABELLED = ["", "L", "L2", "2H5", "L2H", "L2N", "L2attn0", "L2mlp1", "LH5", "L2Q5", "l2h5"]
+UNLABELLED += ["L2H-1", "L2 mlp", " L2H5", "L2H5 ", "L2H5L3H1"]
+
+
+def test_a_text_that_names_no_component_is_refused_with_it() -> None:
+    for text in UNLABELLED:
+        with pytest.raises(ValueError, match=re.escape(repr(text))):
+            Component.parse(text)
+
+
+@pytest.mark.parametrize("flag", ["given", "ablate"])
+def test_components_of_any_kind_are_given_or_ablated_in_order_and_once_each(flag: str) -> None:
+    labels = [label for label in LABELS if flag == "ablate" or "resid" not in label]
+    text = ",".join([*reversed(labels), labels[0]])
+    expected = tuple(LABELS[label] for label in reversed(labels))
+    assert getattr(parse_args([f"--{flag}", text, "--op", "patch"]), flag) == expected
+
+
 # ----- flags and defaults
 
 
@@ -40,127 +74,111 @@ def test_no_arguments_give_the_default_configuration() -> None:
     assert parse_args([]) == Config()
 
 
-def test_the_defaults_are_those_of_the_request() -> None:
+def test_the_defaults_are_a_plain_zero_ablation_of_all_heads_of_llama_3() -> None:
     config = Config()
     assert config.model_id == "meta-llama/Meta-Llama-3-8B-Instruct"
     assert (config.output_dir, config.num_samples, config.seed) == ("outputs/run", 16, 42)
     assert (config.layers, config.heads, config.top_k) == ("all", "all", 20)
     assert (config.bf16, config.device_map, config.max_new_tokens) == (None, "auto", 0)
-    assert (config.task, config.kind, config.op, config.positions) == (
-        "suppression",
-        "head",
-        "zero",
-        "all",
-    )
+    settings = (config.task, config.kind, config.op, config.positions)
+    assert settings == ("suppression", "head", "zero", "all")
 
 
-# field -> (text on the command line, value); True stands for a flag without a value
-FLAGS: dict[str, tuple[str, Any]] = {
-    "model_id": ("some/model", "some/model"),
-    "revision": ("abc", "abc"),
-    "local_files_only": ("", True),
-    "bf16": ("", True),
-    "device_map": ("cpu", "cpu"),
-    "attn_implementation": ("eager", "eager"),
-    "task": ("refusal", "refusal"),
-    "num_samples": ("3", 3),
-    "samples": ("mine.csv", "mine.csv"),
-    "answer_prefix": ("The answer is", "The answer is"),
-    "target_form": ("literal", "literal"),
-    "seed": ("7", 7),
-    "kind": ("mlp", "mlp"),
-    "layers": ("0,2-3", "0,2-3"),
-    "heads": ("1", "1"),
-    "neurons": ("0-15", "0-15"),
-    "op": ("mean", "mean"),
-    "factor": ("-0.5", -0.5),
-    "positions": ("last", "last"),
-    "patch_into": ("b", "b"),
-    "given": ("L0H1,L2H3", "L0H1,L2H3"),
-    "tree_tokens": ("100", 100),
-    "rows_per_forward": ("4", 4),
-    "controls": ("", True),
-    "confirm": ("8", 8),
-    "num_random": ("5", 5),
-    "num_bootstrap": ("300", 300),
-    "ablate": ("L2H5", "L2H5"),
-    "compare": ("other.csv", "other.csv"),
-    "max_new_tokens": ("12", 12),
-    "output_dir": ("here", "here"),
-    "overwrite": ("", True),
-    "top_k": ("5", 5),
-    "heatmap": ("", True),
-    "from_csv": ("results.csv", "results.csv"),
-    "dry_run": ("", True),
-    "self_test": ("", True),
-    "check_attentions": ("", True),
-    "debug": ("", True),
+# what a parser may take and what it makes of it; the first that one takes is its own
+TAKEN: dict[str, Any] = {
+    '{"": "cpu"}': {"": "cpu"},
+    "L0H1,L2mlp": (Component(0, "head", 1), Component(2, "mlp")),
+    "0,2-3": (range(0, 1), range(2, 4)),
+    "-0.5": -0.5,
+    "1234": 1234,
 }
+ACTIONS = {action.dest: action for action in tracing.build_parser()._actions}
 
 
-def test_every_option_is_among_the_flags_tested_here() -> None:
-    assert {f.name for f in fields(Config)} == set(FLAGS)
+def other_than_default(name: str) -> tuple[str, Any]:
+    """(text, value) for an option by its choices and type; no text for a switch."""
+    action = ACTIONS[name]
+    if action.nargs == 0:
+        return "", True
+    if action.choices:
+        other = next(choice for choice in action.choices if choice != action.default)
+        return other, other
+    for text in TAKEN if action.type not in (None, str) else ():
+        with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
+            if action.type(text) != text:
+                return text, TAKEN[text]
+    return "some text", "some text"
 
 
-@pytest.mark.parametrize("name", FLAGS)
+def test_every_option_has_a_flag_and_every_flag_an_option() -> None:
+    assert {*ACTIONS} == {"help", *(option.name for option in fields(Config))}
+
+
+@pytest.mark.parametrize("name", [option.name for option in fields(Config)])
 def test_a_flag_is_known_in_underscore_and_in_hyphen_spelling(name: str) -> None:
-    text, value = FLAGS[name]
+    text, value = other_than_default(name)
+    assert value != getattr(Config(), name)
     for spelling in (name, name.replace("_", "-")):
-        argv = [f"--{spelling}", text] if text else [f"--{spelling}"]
-        if text.startswith("-"):
-            argv = [f"--{spelling}={text}"]
-        parsed = vars(build_parser().parse_args(argv))
+        argv = [f"--{spelling}={text}" if text else f"--{spelling}"]
+        parsed = vars(tracing.build_parser().parse_args(argv))
         assert parsed == {**vars(Config()), name: value}
-        assert value != getattr(Config(), name)
 
 
-@pytest.mark.parametrize("flag", ["--model_name_or_path", "--model-name-or-path"])
-def test_the_model_has_the_name_that_transformers_scripts_use_too(flag: str) -> None:
-    assert parse_args([flag, "some/model"]) == Config(model_id="some/model")
-
-
-def test_bf16_is_automatic_on_or_off() -> None:
-    assert [parse_args(argv).bf16 for argv in ([], ["--bf16"], ["--no-bf16"])] == [
-        None,
-        True,
-        False,
-    ]
-
-
-def test_no_bf16_is_known_in_underscore_spelling_too() -> None:
-    assert parse_args(["--no_bf16"]).bf16 is False
-
-
-def test_rows_per_forward_is_a_number_or_auto() -> None:
-    assert parse_args(["--rows_per_forward", "auto"]).rows_per_forward is None
-    assert parse_args(["--rows_per_forward", "3"]).rows_per_forward == 3
+@pytest.mark.parametrize("name", [option.name for option in fields(Config)])
+def test_what_a_run_records_of_an_option_is_what_the_command_line_takes(name: str) -> None:
+    text, value = other_than_default(name)
+    changed: dict[str, Any] = {name: value}
+    recorded = json.loads(json.dumps(Config(**changed).recorded()))[name]
+    assert recorded == (text if isinstance(value, str | tuple | dict) else value)
 
 
 @pytest.mark.parametrize(
-    "argv", [["--layer", "3"], ["--max_new", "3"], ["--dry"], ["--model", "x"]]
+    ("line", "name", "value"),
+    [
+        ("--model_name_or_path some/model", "model_id", "some/model"),  # as transformers' scripts
+        ("--model-name-or-path some/model", "model_id", "some/model"),
+        ("--bf16", "bf16", True),
+        ("--no-bf16", "bf16", False),
+        ("--no_bf16", "bf16", False),
+        ("--rows_per_forward auto", "rows_per_forward", None),
+        ("--rows_per_forward 3", "rows_per_forward", 3),
+        ("--device_map cuda:1", "device_map", "cuda:1"),
+        ('--device_map {"":0}', "device_map", {"": 0}),
+        ("--layers 4-4", "layers", (range(4, 5),)),
+    ],
 )
-def test_abbreviations_are_refused(answer: Answer, argv: list[str]) -> None:
-    code, _, err = answer(*argv)
-    assert code == 2
-    assert argv[0] in err
-
-
-@pytest.mark.parametrize("text", ["all", "7", "0,5,9", "8-15", "0,8-15,3", "0-0"])
-def test_layers_and_heads_take_one_form(text: str) -> None:
-    config = parse_args(["--layers", text, "--heads", text])
-    assert (config.layers, config.heads) == (text, text)
+def test_an_option_has_other_spellings_and_values_of_its_own(
+    line: str, name: str, value: Any
+) -> None:
+    assert vars(parse_args(line.split())) == {**vars(Config()), name: value}
 
 
 @pytest.mark.parametrize(
     ("text", "chosen"),
-    [("all", [0, 1, 2, 3, 4, 5]), ("4", [4]), ("5,0", [0, 5]), ("2-4", [2, 3, 4]), ("0,1-2,2", [0, 1, 2])],
-)  # fmt: skip
+    [
+        ("all", [0, 1, 2, 3, 4, 5]),
+        ("4", [4]),
+        ("0-0", [0]),
+        ("5,0", [0, 5]),
+        ("2-4", [2, 3, 4]),
+        ("0,1-2,2", [0, 1, 2]),
+        ("0,3-5,1", [0, 1, 3, 4, 5]),
+    ],
+)
 def test_a_selection_is_sorted_and_names_each_index_once(text: str, chosen: list[int]) -> None:
-    assert circuit.select(text, 6, "layers") == chosen
+    config = parse_args([f"--layers={text}", f"--heads={text}"])
+    assert config.layers == config.heads == tracing.ranges(text)
+    assert tracing.select(config.layers, 6, "layers") == chosen
 
 
-@pytest.mark.parametrize("flag", ["--layers", "--heads"])
-@pytest.mark.parametrize("text", ["", "x", "1,", ",1", "1-", "1--2", "1.5", "1 2", "all,3", "L1"])
+# ----- what is refused
+
+MALFORMED = ["all,3", "x", "", "1,", ",1", "1-", "1--2", "1.5", "1 2", "L1", "2-1", "-1"]
+MALFORMED += ["0-99999999999999"]
+
+
+@pytest.mark.parametrize("flag", ["--layers", "--heads", "--neurons"])
+@pytest.mark.parametrize("text", MALFORMED)
 def test_a_malformed_selection_is_refused_with_its_text(
     answer: Answer, flag: str, text: str
 ) -> None:
@@ -171,53 +189,46 @@ def test_a_malformed_selection_is_refused_with_its_text(
 
 
 @pytest.mark.parametrize(
-    ("flag", "text"),
-    [
-        ("--num_samples", "0"),
-        ("--num_samples", "many"),
-        ("--top_k", "0"),
-        ("--tree_tokens", "0"),
-        ("--rows_per_forward", "0"),
-        ("--rows_per_forward", "some"),
-        ("--max_new_tokens", "-1"),
-        ("--confirm", "-1"),
-        ("--num_random", "0"),
-        ("--num_bootstrap", "10"),
-        ("--seed", "1.5"),
-        ("--factor", "nan"),
-        ("--factor", "inf"),
-        ("--factor", "much"),
-        ("--given", "2:5"),
-        ("--given", "L2"),
-        ("--ablate", "L2H5,"),
-        ("--task", "nonsense"),
-        ("--kind", "heads"),
-        ("--op", "nonsense"),
-        ("--positions", "first"),
-        ("--patch_into", "c"),
-        ("--target_form", "nonsense"),
-    ],
+    ("flag", "texts"),
+    {
+        "num_samples": "0 many",
+        "top_k": "0",
+        "tree_tokens": "0",
+        "rows_per_forward": "0 some",
+        "max_new_tokens": "-1",
+        "confirm": "-1",
+        "num_random": "0",
+        "num_bootstrap": "10",
+        "seed": "1.5 99999999999999999999",
+        "factor": "nan inf much",
+        "given": "2:5 L2 L0",
+        "ablate": "L2H5, L2-mlp",
+        "device_map": "{'':0",
+        "task": "nonsense",
+        "kind": "heads block",
+        "op": "nonsense",
+        "positions": "first",
+        "patch_into": "c",
+        "target_form": "nonsense",
+    }.items(),
 )
 def test_a_value_that_means_nothing_is_refused_by_name(
-    answer: Answer, flag: str, text: str
+    answer: Answer, flag: str, texts: str
 ) -> None:
-    code, _, err = answer(f"{flag}={text}")
-    assert code == 2
-    sentence = err.splitlines()[-1]
-    assert flag in sentence
-    assert text in sentence
+    extra = ["--op", "scale"] if flag == "factor" else []
+    for text in texts.split():
+        code, _, err = answer(f"--{flag}={text}", *extra)
+        assert code == 2, text
+        sentence = err.splitlines()[-1]
+        assert f"--{flag}" in sentence
+        assert text in sentence
 
 
-@pytest.mark.parametrize(
-    ("flag", "text"), [("--seed", "99999999999999999999"), ("--device_map", "{'': 0")]
-)
-def test_a_value_that_no_library_takes_is_bad_usage(
-    answer: Answer, tiny_llama: str, tmp_path: Path, flag: str, text: str
-) -> None:
-    output = ("--output_dir", str(tmp_path / "out"))
-    code, _, err = answer("--model_id", tiny_llama, "--num_samples", "1", flag, text, *output)
+@pytest.mark.parametrize("line", ["--layer 3", "--max_new 3", "--dry", "--model x"])
+def test_abbreviations_are_refused(answer: Answer, line: str) -> None:
+    code, _, err = answer(*line.split())
     assert code == 2
-    assert text in err
+    assert line.split()[0] in err
 
 
 CONTRADICTIONS = {
@@ -230,6 +241,8 @@ CONTRADICTIONS = {
     "--patch_into b": "--patch_into applies to --op patch only",
     "--kind resid": "--kind resid with --op zero at all positions removes the input itself",
     "--kind resid --op mean": "--kind resid with --op mean at all positions removes the input",
+    "--ablate L1H0,L1resid": "--op zero at all positions removes the input itself",
+    "--given L1resid": "kind resid removes the input itself",
     "--task refusal --controls": "--controls belong to --task suppression",
     "--controls --op patch --patch_into b": "--controls share one prompt b",
     "--dry_run --from_csv results.csv": "--dry_run loads a model's config and --from_csv loads none",
@@ -253,6 +266,7 @@ def test_options_that_contradict_each_other_are_refused_with_a_sentence(
         "--kind resid --op zero --positions last",
         "--kind resid --op patch",
         "--kind resid --op scale --factor 2",
+        "--ablate L1resid --op patch",
         "--controls --op patch",
         "--task refusal --op patch --patch_into b",
     ],
@@ -261,11 +275,60 @@ def test_options_that_go_together_are_taken(line: str) -> None:
     assert isinstance(parse_args(line.split()), Config)
 
 
+# ----- redrawing begins with the flags of the recorded run
+
+TOLD = "--task refusal --op scale --factor -0.5 --seed 7 --num_bootstrap 300 --top_k 5"
+RESULTS = "circuit_results.csv"
+NOT_TOLD = "--model_id some/model --output_dir there --device_map cpu --debug --overwrite"
+
+
+def redrawn(folder: Path, *flags: str) -> Config:
+    """What is asked for where the results in a folder are redrawn."""
+    asked: list[Config] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "run", asked.append)
+        assert tracing.main(["--from_csv", str(folder / RESULTS), *flags]) == 0
+    return asked[0]
+
+
+def write_record(folder: Path, line: str) -> None:
+    record = {"config": parse_args(line.split()).recorded(), "noise_floor": 0.1}
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("told", ["", TOLD, "--op patch --patch_into b --seed 0"])
+def test_redrawing_takes_up_what_results_and_figures_were_made_with(
+    tmp_path: Path, told: str
+) -> None:
+    source = str(tmp_path / RESULTS)
+    expected = parse_args([*told.split(), "--from_csv", source])
+    if told:  # else there is no record
+        write_record(tmp_path, f"{told} {NOT_TOLD} --compare other.csv --layers 0,2-3")
+    assert redrawn(tmp_path) == expected
+
+
+@pytest.mark.parametrize("again", ["--task suppression --seed 8 --top_k 6", "--factor 3"])
+def test_flags_that_are_given_again_win_over_the_recorded_ones(tmp_path: Path, again: str) -> None:
+    write_record(tmp_path, TOLD)
+    expected = parse_args([*TOLD.split(), *again.split(), "--from_csv", str(tmp_path / RESULTS)])
+    assert redrawn(tmp_path, *again.split()) == expected
+
+
+@pytest.mark.parametrize("content", ["not a record", "[1, 2]", ""])
+def test_results_beside_a_foreign_record_are_refused_with_its_path(
+    answer: Answer, tmp_path: Path, content: str
+) -> None:
+    (tmp_path / "run.json").write_text(content)
+    code, _, err = answer("--from_csv", str(tmp_path / RESULTS))
+    assert code == 2
+    assert str(tmp_path / "run.json") in err.splitlines()[-1]
+
+
 # ----- help, import, docstring
 
 
-def imported_modules(*arguments: str) -> tuple[int, set[str], str]:
-    """(exit code, top-level packages imported, stdout) of the script as a process."""
+def imported_modules(*arguments: str) -> tuple[int, set[str]]:
+    """(exit code, top-level packages imported) of the script as a process."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", str(SCRIPT), *arguments],
         capture_output=True,
@@ -273,70 +336,58 @@ def imported_modules(*arguments: str) -> tuple[int, set[str], str]:
         timeout=120,
     )
     names = re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, flags=re.MULTILINE)
-    return done.returncode, {name.partition(".")[0] for name in names}, done.stdout
+    return done.returncode, {name.partition(".")[0] for name in names}
 
 
 @pytest.mark.parametrize(
-    ("argv", "code"),
-    [
-        (["--help"], 0),
-        (["--no_such_flag"], 2),
-        (["--layers", "x"], 2),
-        (["--op", "scale"], 2),
-    ],
+    ("line", "code"), [("--help", 0), ("--no_such_flag", 2), ("--layers x", 2), ("--op scale", 2)]
 )
-def test_help_and_usage_errors_are_answered_before_the_heavy_imports(
-    argv: list[str], code: int
-) -> None:
-    returned, modules, _ = imported_modules(*argv)
+def test_help_and_usage_errors_are_answered_before_the_heavy_imports(line: str, code: int) -> None:
+    returned, modules = imported_modules(*line.split())
     assert returned == code
     assert "argparse" in modules
     assert not modules & {"torch", "transformers", "accelerate", "pandas", "numpy", "matplotlib"}
 
 
-def test_help_holds_the_docstring_and_every_flag_with_its_default(answer: Answer) -> None:
+def test_help_holds_the_docstring_and_every_flag_with_its_default_in_groups(answer: Answer) -> None:
     code, out, _ = answer("--help")
     assert code == 0
-    assert circuit.__doc__ is not None
-    assert circuit.__doc__.strip() in out
+    assert tracing.__doc__ is not None
+    assert tracing.__doc__.strip() in out
     flat = "".join(out.split())  # lines break at blanks and behind hyphens
     assert flat.count("(default:") == len(fields(Config))
-    for name in FLAGS:
-        assert f"--{name}" in flat
-        assert f"--{name.replace('_', '-')}" in flat
+    for option in fields(Config):
+        assert f"--{option.name}" in flat
+        assert f"--{option.name.replace('_', '-')}" in flat
     for default in ("meta-llama/Meta-Llama-3-8B-Instruct", "outputs/run", "16", "42", "20", "auto"):
         assert f"(default:{default})" in flat
-
-
-def test_help_is_grouped(answer: Answer) -> None:
-    _, out, _ = answer("--help")
     for group in ("model:", "task:", "sweep:", "evidence:", "output:", "checks:"):
         assert f"\n{group}\n" in out
 
 
 def docstring_commands() -> list[list[str]]:
-    start = "python llama3_circuit_tracing.py"
-    lines = [line.strip() for line in (circuit.__doc__ or "").splitlines()]
-    return [shlex.split(line)[2:] for line in lines if line.startswith(start)]
+    """The arguments of each command line of the docstring, as a shell reads them."""
+    lines = [line for line in str(tracing.__doc__).splitlines() if line.startswith("  ")]
+    shell = ['python() { printf "%s\\t" "$@"; echo; }', *lines]  # continued lines included
+    run = subprocess.run(["bash", "-euc", "\n".join(shell)], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    commands = [line.split("\t")[:-1] for line in run.stdout.splitlines()]
+    assert {command[0] for command in commands} == {SCRIPT.name}
+    return [command[1:] for command in commands]
 
 
-def test_the_command_lines_of_the_docstring_parse() -> None:
-    commands = docstring_commands()
-    assert len(commands) >= 4
-    for argv in commands:
-        assert isinstance(parse_args(argv), Config)
-    assert sum("tests/tiny_llama" in argv for argv in commands) >= 3
-
-
-def test_the_command_lines_of_the_docstring_plan_their_runs(
+def test_the_command_lines_of_the_docstring_parse_and_plan_their_runs(
     answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the bundled model each is good up to the weights, and the dry run runs as it stands."""
     monkeypatch.chdir(ROOT)
+    commands = docstring_commands()
+    assert all(isinstance(parse_args(argv), Config) for argv in commands)
+    runs = [argv for argv in commands if "tests/tiny_llama" in argv]
+    assert len(commands) > len(runs) >= 3
+    assert any("--dry_run" in argv for argv in runs)
     before = sorted(ROOT.iterdir())
-    commands = [argv for argv in docstring_commands() if "--model_id" in argv]
-    assert any("--dry_run" in argv for argv in commands)
-    for argv in commands:
+    for argv in runs:
         code, out, err = answer(*argv, *(() if "--dry_run" in argv else ("--dry_run",)))
         assert (code, err) == (0, ""), argv
         assert "forwards" in out
@@ -350,37 +401,33 @@ import json, logging, random, signal, sys
 before = (list(sys.argv), random.getstate(), signal.getsignal(signal.SIGTERM))
 import torch
 seed = torch.initial_seed()
-import llama3_circuit_tracing as circuit
+import llama3_circuit_tracing as tracing
 assert before == (list(sys.argv), random.getstate(), signal.getsignal(signal.SIGTERM))
 assert seed == torch.initial_seed() and torch.is_grad_enabled()
-assert not circuit.log.handlers and not logging.getLogger().handlers
-samples = circuit.build_suppression(20, random.Random(42), len)
+assert not tracing.log.handlers and not logging.getLogger().handlers
+samples = tracing.build_suppression(20, random.Random(42), len)
 with open(sys.argv[-1], "w") as file:
     json.dump([s.prompt_a for s in samples], file)
 """
     empty = tmp_path / "empty"
     empty.mkdir()
     out = tmp_path / "samples.json"
+    settings = {"PYTHONHASHSEED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, "--nonsense", str(out)],
         cwd=empty,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "PYTHONHASHSEED": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        },
+        env={**os.environ, "PYTHONPATH": str(ROOT), **settings},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(empty.iterdir()) == []
-    here = circuit.build_suppression(20, circuit.random.Random(42), len)
+    here = tracing.build_suppression(20, random.Random(42), len)
     assert json.loads(out.read_text()) == [sample.prompt_a for sample in here]
 
 
-# ----- ranges, from the config alone
+# ----- ranges, from the model's config alone
 
 
 def model_size(folder: Path) -> tuple[int, int, int]:
@@ -395,41 +442,29 @@ def test_what_the_model_does_not_have_is_refused_with_the_valid_range(
 ) -> None:
     n_layers, n_heads, d_mlp = model_size(without_weights)
     layers, heads = f"layers 0-{n_layers - 1}", f"heads 0-{n_heads - 1}"
-    cases = [
-        (["--layers", str(n_layers)], str(n_layers), [layers]),
-        (["--layers", f"0-{n_layers}"], f"0-{n_layers}", [layers]),
-        (["--layers", "2-1"], "2-1", [layers]),
-        (["--heads", f"0,{n_heads}"], str(n_heads), [heads]),
-        (["--layers", "0-99999999999999"], "0-99999999999999", [layers]),
-        (["--kind", "neuron", "--neurons", str(d_mlp)], str(d_mlp), [f"neurons 0-{d_mlp - 1}"]),
-        (["--given", f"L0H0,L{n_layers}H0"], f"L{n_layers}H0", [layers, heads]),
-        (["--ablate", f"L0H{n_heads}"], f"L0H{n_heads}", [layers, heads]),
-    ]
-    for argv, value, valid in cases:
-        extra = ["--dry_run"] if dry else ["--output_dir", str(tmp_path / "out")]
-        code, _, err = answer("--model_id", str(without_weights), *argv, *extra)
-        assert code == 2, argv
+    neurons = f"neurons 0-{d_mlp - 1}"
+    cases: dict[str, list[str]] = {
+        f"--layers {n_layers}": [layers],
+        f"--layers 0-{n_layers}": [layers],
+        f"--kind attn --layers {n_layers}": [layers],
+        f"--heads 0,{n_heads}": [heads],
+        f"--kind neuron --neurons {d_mlp}": [neurons],
+        f"--given L{n_layers}H0": [layers, heads],
+        f"--given L{n_layers}mlp": [layers],
+        f"--ablate L0H{n_heads}": [layers, heads],
+        f"--ablate L0N{d_mlp}": [layers, neurons],
+        "--layers 0 --heads 1 --given L0H1": ["nothing is left"],
+        f"--confirm {n_layers * n_heads // 2 + 1}": [f"{n_layers * n_heads}"],
+        "--layers 0 --heads 0 --confirm 2": ["1 components"],
+    }
+    extra = ["--dry_run"] if dry else ["--output_dir", str(tmp_path / "out")]
+    for line, said in cases.items():
+        flag, value = line.split()[-2:]
+        code, _, err = answer("--model_id", str(without_weights), *line.split(), *extra)
+        assert code == 2, line
         assert len(err.splitlines()) == 1, err
-        assert argv[-2] in err
-        assert value in err
-        for text in valid:
-            assert text in err
-
-
-def test_nothing_left_to_sweep_is_refused(answer: Answer, without_weights: Path) -> None:
-    argv = ["--layers", "0", "--heads", "1", "--given", "L0H1", "--dry_run"]
-    code, _, err = answer("--model_id", str(without_weights), *argv)
-    assert code == 2
-    assert "L0H1" in err
-
-
-def test_confirming_more_than_is_swept_is_refused(answer: Answer, without_weights: Path) -> None:
-    n_layers, n_heads, _ = model_size(without_weights)
-    too_many = str(n_layers * n_heads // 2 + 1)
-    for argv in (["--confirm", too_many], ["--confirm", "2", "--layers", "0", "--heads", "0"]):
-        code, _, err = answer("--model_id", str(without_weights), *argv, "--dry_run")
-        assert code == 2
-        assert f"--confirm {argv[1]}" in err
+        for text in (flag, value.rpartition(",")[2], *said):
+            assert text in err, line
 
 
 # ----- the dry run
@@ -454,16 +489,14 @@ def test_a_dry_run_prints_prompts_forms_with_ids_components_forwards_and_memory(
     code, out, _ = answer("--model_id", str(without_weights), *argv, "--dry_run")
     assert code == 0
     tokenizer = AutoTokenizer.from_pretrained(without_weights)
-    for sample in circuit.build_suppression(3, circuit.random.Random(42), len):
+    for sample in tracing.build_suppression(3, random.Random(42), len):
         for user in (sample.prompt_a, sample.prompt_b):
             chat = [
                 {"role": "system", "content": "You are an assistant."},
                 {"role": "user", "content": user},
             ]
-            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert f"({len(ids)} tokens): {text!r}" in out
         for word in sample.targets:
             for form in {word, word[0].upper() + word[1:]}:
@@ -503,7 +536,7 @@ def test_a_dry_run_estimates_what_an_8b_model_needs_from_its_config_alone(
 def test_float32_that_was_not_asked_for_is_warned_of(
     answer: Answer, without_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(circuit.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tracing.torch.cuda, "is_available", lambda: False)
     argv = ["--model_id", str(without_weights), "--num_samples", "1", "--dry_run"]
     _, out, _ = answer(*argv)
     assert re.search(r"float32.*8B model needs 32 GB", out)

@@ -1,41 +1,27 @@
-"""Prompts and their trees: BOS, date, surface forms, shared prefixes, and the nodes that edits touch."""
+"""Prompts: the chat around a user text, its one BOS, the forms of a word, and control prompts."""
 
 from __future__ import annotations
 
-import csv
 import json
-import math
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
-from llama3_circuit_tracing import (
-    TASKS,
-    Config,
-    Prompt,
-    Sample,
-    Tree,
-    UsageError,
-    Writer,
-    build_suppression,
-    build_tree,
-    common_ends,
-    edited_positions,
-    main,
-    plant_trees,
-    write_prompts,
-)
+import llama3_circuit_tracing as tracing
+import naive
+from conftest import user_text
+from llama3_circuit_tracing import Config, PromptEncoder, Sample, UsageError
 
-FRUIT = Sample("s0", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",))
+FRUIT = suppression_sample("s0", "Name a fruit.", ["apple"])
+BUILT_IN = tracing.build_suppression(9, random.Random(3), len)
+WithTemplate = Callable[[str], PromptEncoder]
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +30,22 @@ def tokenizer(tiny_llama: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def writer(tokenizer: Any) -> Writer:
-    return Writer(tokenizer, "", "word")
+def encoder(tokenizer: Any) -> PromptEncoder:
+    return PromptEncoder(tokenizer, "", "word")
 
 
 @pytest.fixture()
-def with_template(tiny_llama: str, tmp_path: Path) -> Callable[[str], Writer]:
-    """A writer whose tokenizer folder has another chat template."""
+def with_template(tiny_llama: str, tmp_path: Path) -> WithTemplate:
+    """An encoder whose tokenizer folder has another chat template."""
 
-    def build(template: str) -> Writer:
+    def build(template: str) -> PromptEncoder:
         folder = tmp_path / f"model{len(list(tmp_path.iterdir()))}"
         shutil.copytree(tiny_llama, folder, ignore=shutil.ignore_patterns("*.safetensors"))
         settings = json.loads((folder / "tokenizer_config.json").read_text())
         (folder / "chat_template.jinja").unlink(missing_ok=True)
         settings["chat_template"] = template
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        return Writer(AutoTokenizer.from_pretrained(folder), "", "word")
+        return PromptEncoder(AutoTokenizer.from_pretrained(folder), "", "word")
 
     return build
 
@@ -72,68 +58,66 @@ MESSAGES = (
 BOS = "{{ bos_token }}"
 
 
-def spelt(writer: Writer, ids: tuple[int, ...]) -> str:
-    return writer.tokenizer.decode(list(ids))
+def write(encoder: PromptEncoder, sample: Sample) -> tracing.Prompt:
+    return encoder.write(sample, "a", sample.prompt_a)
 
 
 # ----- rendering
 
 
-def test_a_prompt_is_the_chat_of_system_and_user_up_to_the_reply(writer: Writer) -> None:
-    prompt = writer.write(FRUIT, "a", FRUIT.prompt_a)
+def test_a_prompt_is_the_chat_of_system_and_user_up_to_the_reply(encoder: PromptEncoder) -> None:
+    prompt = write(encoder, FRUIT)
     assert prompt.text == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are an assistant.<|eot_id|>"
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+        "You are an assistant.<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nDon't mention apple. Name a fruit.<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n"
     )
-    assert spelt(writer, prompt.ids) == prompt.text
+    assert encoder.tokenizer.decode(list(prompt.ids)) == prompt.text
 
 
-def test_a_prompt_has_exactly_one_bos_and_starts_with_it(writer: Writer) -> None:
-    assert writer.tokenizer("x")["input_ids"][0] == writer.tokenizer.bos_token_id  # the trap
-    for sample in build_suppression(6, random.Random(0), len):
+def test_a_prompt_has_exactly_one_bos_and_starts_with_it(encoder: PromptEncoder) -> None:
+    bos = encoder.tokenizer.bos_token_id
+    assert encoder.tokenizer("x")["input_ids"][0] == bos  # the trap
+    for sample in BUILT_IN:
         for text in (sample.prompt_a, sample.prompt_b):
-            ids = writer.write(sample, "a", text).ids
-            assert ids.count(writer.tokenizer.bos_token_id) == 1
-            assert ids[0] == writer.tokenizer.bos_token_id
+            ids = encoder.write(sample, "a", text).ids
+            assert ids.count(bos) == 1 and ids[0] == bos
+            assert list(ids) == naive.prompt_ids(encoder.tokenizer, text)
 
 
 @pytest.mark.parametrize(
     ("template", "count"), [(MESSAGES, 0), (BOS + BOS + MESSAGES, 2), (MESSAGES + BOS, 1)]
 )
 def test_a_template_without_one_bos_at_the_start_is_refused(
-    with_template: Callable[[str], Writer], template: str, count: int
+    with_template: WithTemplate, template: str, count: int
 ) -> None:
     with pytest.raises(UsageError, match=rf"s0.*{count} BOS"):
-        with_template(template).write(FRUIT, "a", FRUIT.prompt_a)
-    with_template(BOS + MESSAGES).write(FRUIT, "a", FRUIT.prompt_a)
+        write(with_template(template), FRUIT)
+    write(with_template(BOS + MESSAGES), FRUIT)
 
 
-def test_a_template_with_a_default_date_gets_the_pinned_one(
-    with_template: Callable[[str], Writer],
+@pytest.mark.parametrize(
+    ("head", "written"),
+    [
+        # as Llama-3.2's: today, unless a date is given
+        (
+            "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+            "{% endif %}Today: {{ date_string }}\n",
+            "26 Jul 2024",
+        ),
+        # as gpt-oss's and Mistral's, which have no variable for the date
+        ("Today: {{ strftime_now('%d %b %Y') }}\n", "26 Jul 2024"),
+        ('Today: {{ strftime_now( "%Y-%m-%d" ) }}\n', "2024-07-26"),
+    ],
+)
+def test_a_template_that_writes_todays_date_gets_the_pinned_one(
+    with_template: WithTemplate, head: str, written: str
 ) -> None:
-    """As Llama-3.2's: today, unless a date is given."""
-    head = (
-        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
-        "{% endif %}" + BOS + "Today Date: {{ date_string }}\n"
-    )
-    text = with_template(head + MESSAGES).render("Name a fruit.")
-    assert "Today Date: 26 Jul 2024\n" in text
+    assert f"Today: {written}\n" in with_template(BOS + head + MESSAGES).render("Name a fruit.")
 
 
-@pytest.mark.parametrize("shape", ["%d %b %Y", "%Y-%m-%d"])
-def test_a_template_that_asks_the_clock_gets_the_pinned_date(
-    with_template: Callable[[str], Writer], shape: str
-) -> None:
-    """As gpt-oss's and Mistral's, which have no variable for the date."""
-    head = BOS + "Today: {{ strftime_now('" + shape + "') }}\n"
-    text = with_template(head + MESSAGES).render("Name a fruit.")
-    assert f"Today: {datetime(2024, 7, 26).strftime(shape)}\n" in text
-
-
-def test_a_template_that_fails_is_told_with_its_reason(
-    with_template: Callable[[str], Writer],
-) -> None:
+def test_a_template_that_fails_is_told_with_its_reason(with_template: WithTemplate) -> None:
     template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(UsageError, match="System role not supported"):
         with_template(template).render("Name a fruit.")
@@ -142,16 +126,16 @@ def test_a_template_that_fails_is_told_with_its_reason(
 # ----- surface forms
 
 
-def forms_of(writer: Writer, sample: Sample) -> list[list[str]]:
-    prompt = writer.write(sample, "a", sample.prompt_a)
-    return [[spelt(writer, ids) for ids in forms] for forms in prompt.forms]
+def forms_of(encoder: PromptEncoder, sample: Sample) -> list[list[str]]:
+    words = write(encoder, sample).forms
+    return [[encoder.tokenizer.decode(list(ids)) for ids in forms] for forms in words]
 
 
 def test_after_the_header_a_form_has_no_space_and_stands_as_written_and_with_a_capital(
-    writer: Writer,
+    encoder: PromptEncoder,
 ) -> None:
     sample = replace(FRUIT, targets=("apple", "blue"), foils=("Mars", "tiny car"))
-    assert forms_of(writer, sample) == [
+    assert forms_of(encoder, sample) == [
         ["apple", "Apple"],
         ["blue", "Blue"],
         ["Mars"],
@@ -161,366 +145,202 @@ def test_after_the_header_a_form_has_no_space_and_stands_as_written_and_with_a_c
 
 @pytest.mark.parametrize("stem", ["My favorite fruit is the", "  My favorite fruit is the  "])
 def test_after_a_stem_a_form_has_a_leading_space(tokenizer: Any, stem: str) -> None:
-    writer = Writer(tokenizer, stem, "word")
-    prompt = writer.write(FRUIT, "a", FRUIT.prompt_a)
+    encoder = PromptEncoder(tokenizer, stem, "word")
+    prompt = write(encoder, FRUIT)
     assert prompt.text.endswith("<|end_header_id|>\n\nMy favorite fruit is the")
-    assert spelt(writer, prompt.ids) == prompt.text
-    assert forms_of(writer, FRUIT) == [[" apple", " Apple"]]
+    assert tokenizer.decode(list(prompt.ids)) == prompt.text
+    assert forms_of(encoder, FRUIT) == [[" apple", " Apple"]]
 
 
 @pytest.mark.parametrize("stem", ["", "It is"])
 def test_the_literal_form_is_the_first_token_of_the_word_behind_a_space(
     tokenizer: Any, stem: str
 ) -> None:
-    writer = Writer(tokenizer, stem, "literal")
+    encoder = PromptEncoder(tokenizer, stem, "literal")
     for word in ("apple", "Quixotically"):
-        prompt = writer.write(replace(FRUIT, targets=(word,)), "a", FRUIT.prompt_a)
         first = tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]
-        assert prompt.forms == (((first,),),)
+        assert write(encoder, replace(FRUIT, targets=(word,))).forms == (((first,),),)
 
 
-def test_a_form_of_several_tokens_is_kept_whole(tokenizer: Any, writer: Writer) -> None:
+def test_a_form_of_several_tokens_is_kept_whole(encoder: PromptEncoder) -> None:
     word = "quixotically"
-    prompt = writer.write(replace(FRUIT, targets=(word,)), "a", FRUIT.prompt_a)
+    prompt = write(encoder, replace(FRUIT, targets=(word,)))
     (forms,) = prompt.forms
     assert [len(ids) > 1 for ids in forms] == [True, True]
     for ids, form in zip(forms, (word, word.capitalize()), strict=True):
-        whole = tokenizer(prompt.text + form, add_special_tokens=False)["input_ids"]
+        whole = encoder.tokenizer(prompt.text + form, add_special_tokens=False)["input_ids"]
         assert list(prompt.ids + ids) == whole
 
 
-@pytest.mark.parametrize("targets", [("apple", "Apple"), ("pear", "apple", "apple")])
-def test_two_words_with_the_same_form_are_refused(writer: Writer, targets: tuple[str, ...]) -> None:
-    sample = replace(FRUIT, targets=targets, origin="mine.jsonl, line 3")
-    with pytest.raises(UsageError, match=r"mine\.jsonl, line 3.*'apple'"):
-        writer.write(sample, "a", sample.prompt_a)
-
-
-def test_a_target_and_a_foil_with_the_same_form_are_refused(writer: Writer) -> None:
-    with pytest.raises(UsageError, match="same form 'Apple'"):
-        writer.write(replace(FRUIT, foils=("Apple",)), "a", FRUIT.prompt_a)
-
-
-# ----- the tree
-
-
-def prompt_of(sample: Sample, role: str, ids: tuple[int, ...], *forms: tuple[tuple[int, ...], ...]) -> Prompt:  # fmt: skip
-    return Prompt(sample, role, "", ids, forms)
-
-
-def spellings(tree: Tree) -> list[tuple[int, ...]]:
-    """Of each node the tokens of all that it sees, from the root on."""
-    found = []
-    for row in tree.visible:
-        nodes = sorted(row.nonzero().flatten().tolist(), key=lambda n: int(tree.depth[0, n]))
-        found.append(tuple(int(tree.ids[0, n]) for n in nodes))
-    return found
-
-
-def entries(tree: Tree) -> list[tuple[tuple[int, ...], int, int]]:
-    """(spelling of the node, next token, form) of everything that is scored."""
-    seen = spellings(tree)
-    nodes = [seen[int(tree.scored[i])] for i in tree.entry_node]
-    return list(zip(nodes, tree.entry_token.tolist(), tree.form_of_entry.tolist(), strict=True))
-
-
-PAIR = Sample("s0", "a", "b", ("x",))
-SMALL = (
-    prompt_of(PAIR, "a", (1, 2, 3, 5), ((7,), (8, 9))),
-    prompt_of(PAIR, "b", (1, 2, 4, 5), ((7,), (8, 9))),
-)
-
-
-def test_a_small_tree_by_hand() -> None:
-    """1 2 is shared; 3 5 and 4 5 are two branches; the form 8 9 grows the node 8 on each."""
-    tree = build_tree([SMALL], 1, Config())
-    nodes = spellings(tree)
-    assert sorted(nodes) == [
-        (1,),
-        (1, 2),
-        (1, 2, 3),
-        (1, 2, 3, 5),
-        (1, 2, 3, 5, 8),
-        (1, 2, 4),
-        (1, 2, 4, 5),
-        (1, 2, 4, 5, 8),
-    ]
-    assert tree.n_tokens == 8
-    assert tree.depth[0].tolist() == [len(node) - 1 for node in nodes]
-    assert [int(i) for i in tree.ids[0]] == [node[-1] for node in nodes]
-    assert [nodes[path[-1]] for path in tree.paths] == [(1, 2, 3, 5), (1, 2, 4, 5)]
-    assert entries(tree) == [
-        ((1, 2, 3, 5), 7, 0),
-        ((1, 2, 3, 5), 8, 1),
-        ((1, 2, 3, 5, 8), 9, 1),
-        ((1, 2, 4, 5), 7, 2),
-        ((1, 2, 4, 5), 8, 3),
-        ((1, 2, 4, 5, 8), 9, 3),
-    ]
-    assert tree.where is None
-
-
-def test_a_word_is_the_sum_over_its_forms_of_the_product_over_their_tokens() -> None:
-    tree = build_tree([SMALL], 1, Config())
-    chances = torch.tensor([[0.5, 0.25, 0.5, 0.1, 0.2, 1.0]], dtype=torch.float64)
-    words = tree.word_log_probs(chances.log()).exp()
-    assert words[0].tolist() == pytest.approx([0.5 + 0.25 * 0.5, 0.1 + 0.2 * 1.0])
-    scores = tree.scores(chances.log(), TASKS["suppression"])
-    assert scores[0].tolist() == pytest.approx([math.log(0.625), math.log(0.3)])
-
-
-def test_words_with_fewer_forms_than_others_gain_nothing() -> None:
-    sample = replace(PAIR, targets=("x", "y"))
-    tree = build_tree([[prompt_of(sample, r, (1, 2), ((7,), (8,)), ((9,),)) for r in "ab"]], 1, Config())  # fmt: skip
-    chances = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.1, 0.2]], dtype=torch.float64)
-    words = tree.word_log_probs(chances.log()).exp()
-    assert words[0].tolist() == pytest.approx([0.3, 0.3, 0.5, 0.2])
-
-
-def test_a_prompt_that_is_the_beginning_of_another_needs_no_node_of_its_own() -> None:
-    prompts = [prompt_of(PAIR, "a", (1, 2, 3), ((7,),)), prompt_of(PAIR, "b", (1, 2), ((3, 4),))]
-    tree = build_tree([prompts], 1, Config())
-    assert sorted(spellings(tree)) == [(1,), (1, 2), (1, 2, 3)]
-    assert entries(tree) == [((1, 2, 3), 7, 0), ((1, 2), 3, 1), ((1, 2, 3), 4, 1)]
-
-
-def test_the_mask_hides_all_but_ancestors_and_self() -> None:
-    tree = build_tree([SMALL], 1, Config())
-    mask = tree.mask(torch.float32, torch.device("cpu"))
-    assert mask.shape == (1, 1, 8, 8)
-    assert torch.equal(mask[0, 0] == 0, tree.visible)
-    assert set(mask[0, 0][~tree.visible].tolist()) == {torch.finfo(torch.float32).min}
-
-
-def test_means_count_the_tokens_of_each_prompt_b_without_bos() -> None:
-    other = Sample("s1", "a", "b", ("x",))
-    again = [prompt_of(other, p.role, p.ids, *p.forms) for p in SMALL]
-    tree = build_tree([SMALL, again], 1, Config())
-    weights = dict(zip(spellings(tree), tree.b_weight.tolist(), strict=True))
-    assert {node: w for node, w in weights.items() if w} == {
-        (1, 2): 2.0,
-        (1, 2, 4): 2.0,
-        (1, 2, 4, 5): 2.0,
-    }
-
-
-@pytest.fixture(scope="module")
-def real_prompts(writer: Writer) -> list[list[Prompt]]:
-    return write_prompts(build_suppression(9, random.Random(3), len), writer, Config())
-
-
-def test_a_tree_holds_every_prompt_and_every_beginning_once(
-    real_prompts: list[list[Prompt]],
-) -> None:
-    tree = build_tree(real_prompts, None, Config())
-    nodes = spellings(tree)
-    beginnings = set()
-    for prompt in (p for of_sample in real_prompts for p in of_sample):
-        for form in (f for forms in prompt.forms for f in forms):
-            whole = prompt.ids + form[:-1]
-            beginnings |= {whole[: i + 1] for i in range(len(whole))}
-    assert len(nodes) == len(set(nodes))
-    assert set(nodes) == beginnings
-    assert tree.depth[0].tolist() == [len(node) - 1 for node in nodes]
-    for prompt, path in zip(tree.prompts, tree.paths, strict=True):
-        assert tuple(tree.ids[0, list(path)].tolist()) == prompt.ids
-        assert nodes[path[-1]] == prompt.ids
-
-
-def test_every_token_of_every_form_is_scored_once(real_prompts: list[list[Prompt]]) -> None:
-    tree = build_tree(real_prompts, None, Config())
-    expected = []
-    n_forms = 0
-    for prompt in tree.prompts:
-        for form in (f for forms in prompt.forms for f in forms):
-            expected += [(prompt.ids + form[:i], token, n_forms) for i, token in enumerate(form)]
-            n_forms += 1
-    assert entries(tree) == expected
-
-
-def test_trees_hold_the_samples_in_order_and_at_most_the_tokens_allowed(
-    real_prompts: list[list[Prompt]],
-) -> None:
-    whole = plant_trees(real_prompts, None, replace(Config(), tree_tokens=100000))
-    assert len(whole) == 1
-    limit = whole[0].n_tokens // 2
-    trees = plant_trees(real_prompts, None, replace(Config(), tree_tokens=limit))
-    assert len(trees) >= 2
-    assert all(tree.n_tokens <= limit for tree in trees)
-    in_order = [prompt for tree in trees for prompt in tree.prompts]
-    assert in_order == [prompt for of_sample in real_prompts for prompt in of_sample]
-    alone = plant_trees(real_prompts, None, replace(Config(), tree_tokens=1))
-    assert len(alone) == len(real_prompts)
-
-
-def results(folder: Path) -> dict[tuple[str, ...], list[float]]:
-    with open(folder / "circuit_results.csv", newline="") as file:
-        return {
-            (row["sample_id"], row["layer"], row["head"]): [
-                float(value)
-                for name, value in row.items()
-                if re.match("score_|delta_|head_effect", name)
-            ]
-            for row in csv.DictReader(file)
-        }
-
-
-def test_capped_trees_give_the_results_of_one_tree(tiny_llama: str, tmp_path: Path) -> None:
-    argv = ["--model_id", tiny_llama, "--no-bf16", "--num_samples", "4", "--layers", "0,2"]
-    runs = []
-    for limit in ("100000", "150", "1"):
-        output = tmp_path / limit
-        assert main([*argv, "--tree_tokens", limit, "--output_dir", str(output)]) == 0
-        runs.append(results(output))
-    for other in runs[1:]:
-        assert other.keys() == runs[0].keys()
-        for key, values in runs[0].items():
-            assert other[key] == pytest.approx(values, rel=0, abs=2e-5)
-
-
-# ----- the nodes that edits touch
-
-
 @pytest.mark.parametrize(
-    ("one", "other", "ends"),
+    ("targets", "foils", "said"),
     [
-        ((1, 2, 3, 9), (1, 2, 4, 9), (2, 1)),
-        ((1, 2, 3, 4, 9, 8), (1, 2, 9, 8), (2, 2)),
-        ((1, 2, 9, 8), (1, 2, 3, 4, 9, 8), (2, 2)),
-        ((5, 6), (7, 8, 9), (0, 0)),
-        ((1, 2), (1, 2), (2, 0)),
-        ((1, 1), (1, 1, 1), (2, 0)),  # the suffix follows the prefix and does not overlap it
-        ((1, 2, 1), (1, 2, 1, 2, 1), (3, 0)),
-        ((3, 1, 2), (1, 2), (0, 2)),
-        ((1, 2, 1), (1, 2, 3, 2, 1), (2, 1)),
+        (("apple", "Apple"), (), "'apple'.*'Apple'"),
+        (("pear", "apple", "apple"), (), "'apple'"),
+        (("apple",), ("Apple",), "same form 'Apple'"),
     ],
 )
-def test_common_ends_by_hand(
-    one: tuple[int, ...], other: tuple[int, ...], ends: tuple[int, int]
+def test_two_words_with_the_same_form_are_refused(
+    encoder: PromptEncoder, targets: tuple[str, ...], foils: tuple[str, ...], said: str
 ) -> None:
-    assert common_ends(one, other) == ends
+    sample = replace(FRUIT, targets=targets, foils=foils, origin="mine.jsonl, line 3")
+    with pytest.raises(UsageError, match=rf"mine\.jsonl, line 3.*{said}"):
+        write(encoder, sample)
 
 
-EQUAL = ((1, 2, 3, 9), (1, 2, 4, 9))
-LONGER = ((1, 2, 3, 4, 9, 8), (1, 2, 9, 8))
-SHORTER = LONGER[::-1]
-SAME = ((1, 2, 3), (1, 2, 3))
-APART = ((5, 6, 7), (8, 9))
+class Characters:
+    """A tokenizer of one token per character; "x" merges with what is before, "~" is dropped."""
+
+    bos_token_id = None
+    chat_template = "{{ messages }}"
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        pieces = re.findall(".x?", text.replace("~", ""))
+        return {"input_ids": [ord(piece[0]) + 1000 * len(piece) for piece in pieces]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **options: Any) -> str:
+        return f"{messages[-1]['content']} Reply: "
 
 
-@pytest.mark.parametrize(
-    ("pair", "positions", "touched"),
-    [
-        (EQUAL, "last", {3}),
-        (EQUAL, "differing", {2}),
-        (LONGER, "last", {5}),
-        (LONGER, "differing", {2, 3}),
-        (SHORTER, "last", {3}),
-        (SHORTER, "differing", set()),
-        (SAME, "differing", set()),
-        (APART, "differing", {0, 1, 2}),
-    ],
-)
-@pytest.mark.parametrize("op", ["zero", "mean", "scale"])
-def test_edited_positions_by_hand(
-    pair: tuple[tuple[int, ...], tuple[int, ...]], positions: str, touched: set[int], op: str
+CHARACTERS = PromptEncoder(Characters(), "", "word")
+
+
+@pytest.mark.parametrize("word", ["xyz", "~"])
+def test_a_form_that_changes_the_tokens_before_it_or_adds_none_is_refused(word: str) -> None:
+    with pytest.raises(UsageError, match=rf"mine, line 7.*'{word}' merges.*fruit\. Reply: "):
+        write(CHARACTERS, replace(FRUIT, targets=(word,), origin="mine, line 7"))
+    words = replace(FRUIT, targets=("yes", "n~o"))
+    yes, no = write(CHARACTERS, words).forms
+    assert yes == (CHARACTERS.encode("yes"), CHARACTERS.encode("Yes"))
+    assert no == (CHARACTERS.encode("no"), CHARACTERS.encode("No"))
+
+
+# ----- control prompts
+
+
+Texts = dict[str, dict[str, str]]  # sample_id -> side -> user text
+
+
+def write_controls(
+    samples: Sequence[Sample], encoder: PromptEncoder
+) -> tuple[Texts, dict[tuple[str, str], int]]:
+    """What the user says on each side of each sample, and its number of tokens."""
+    prompts = tracing.write_prompts(samples, encoder, Config(controls=True))
+    texts = {of[0].sample.sample_id: {p.side: user_text(p.text) for p in of} for of in prompts}
+    return texts, {(p.sample.sample_id, p.side): len(p.ids) for of in prompts for p in of}
+
+
+def test_controls_leave_the_prompts_of_a_and_b_as_they_are(encoder: PromptEncoder) -> None:
+    plain = tracing.write_prompts(BUILT_IN, encoder, Config())
+    controlled = tracing.write_prompts(BUILT_IN, encoder, Config(controls=True))
+    assert [[p.side for p in of] for of in plain] == [["a", "b"]] * 9
+    assert [[p.side for p in of] for of in controlled] == [["a", "b", "other", "affirm"]] * 9
+    assert [of[:2] for of in controlled] == plain
+    for of_sample in controlled:
+        assert len({prompt.forms for prompt in of_sample}) == 1, "the same words are scored"
+
+
+def test_the_other_prompt_forbids_as_many_words_that_other_samples_forbid_and_nobody_answers(
+    encoder: PromptEncoder,
 ) -> None:
-    found = edited_positions(*pair, replace(Config(), op=op, positions=positions))
-    assert found is not None
-    assert set(found) == touched
+    texts, _ = write_controls(BUILT_IN, encoder)
+    for sample in BUILT_IN:
+        sentence = re.escape(sample.prompt_b)
+        found = re.fullmatch(rf"Don't mention (.+)\. {sentence}", texts[sample.sample_id]["other"])
+        assert found
+        words = found[1].split(" or ")
+        assert len(words) == len(set(words)) == len(sample.targets)
+        assert set(words) <= {w for other in BUILT_IN if other != sample for w in other.targets}
+        answers = tracing.QUESTIONS[sample.prompt_b].split()
+        assert not set(words) & {*answers, *sample.targets}
 
 
-@pytest.mark.parametrize("op", ["zero", "mean", "scale"])
-def test_an_edit_at_all_positions_is_one_of_the_whole_tree(op: str) -> None:
-    assert edited_positions(*LONGER, replace(Config(), op=op)) is None
+def test_samples_of_the_same_sentence_lend_each_other_no_words(encoder: PromptEncoder) -> None:
+    sentence = "Which thing comes to mind?"
+    samples = [suppression_sample(word, sentence, [word]) for word in ("apple", "pear")]
+    samples.append(suppression_sample("golf", "Name a sport.", ["golf"]))
+    texts, _ = write_controls(samples, encoder)
+    assert texts["apple"]["other"] == texts["pear"]["other"] == f"Don't mention golf. {sentence}"
+    lent = [f"Don't mention {word}. Name a sport." for word in ("apple", "pear")]
+    assert texts["golf"]["other"] in lent
 
 
-@pytest.mark.parametrize(
-    ("pair", "positions", "aligned"),
-    [
-        (EQUAL, "all", {2: 2, 3: 3}),
-        (EQUAL, "last", {3: 3}),
-        (EQUAL, "differing", {2: 2}),
-        (LONGER, "all", {4: 2, 5: 3}),
-        (LONGER, "last", {5: 3}),
-        (LONGER, "differing", {}),
-        (SHORTER, "all", {2: 4, 3: 5}),
-        (SHORTER, "last", {3: 5}),
-        (SHORTER, "differing", {}),
-        (SAME, "all", {}),
-        (APART, "all", {}),
-    ],
-)
-def test_a_patch_touches_aligned_positions_by_hand(
-    pair: tuple[tuple[int, ...], tuple[int, ...]], positions: str, aligned: dict[int, int]
+@pytest.mark.parametrize("seed", range(5))
+def test_the_words_of_the_other_prompt_have_the_token_counts_of_the_targets_where_possible(
+    seed: int,
 ) -> None:
-    config = replace(Config(), op="patch", positions=positions)
-    assert edited_positions(*pair, config) == aligned
+    samples = [suppression_sample("s", "Name things.", ["abc", "abcdefgh"])]
+    for i, word in enumerate(["pqr", "p", "pqrpqrpq", "pqrpq"]):
+        samples.append(suppression_sample(f"t{i}", f"Sentence {i}.", [word]))
+    made = tracing.control_texts(samples, CHARACTERS, seed)
+    assert made["s"]["other"] == "Don't mention pqr or pqrpqrpq. Name things."
 
 
-def test_a_patched_tree_by_hand() -> None:
-    """Prompt a receives from its first difference on, and its form branch from b's."""
-    tree = build_tree([SMALL], 1, replace(Config(), op="patch"))
-    nodes = spellings(tree)
-    assert tree.where is not None
-    pairs = {nodes[i]: nodes[int(tree.source[i])] for i in tree.where.nonzero().flatten().tolist()}
-    assert pairs == {
-        (1, 2, 3): (1, 2, 4),
-        (1, 2, 3, 5): (1, 2, 4, 5),
-        (1, 2, 3, 5, 8): (1, 2, 4, 5, 8),
-    }
-    mirrored = build_tree([SMALL], 1, replace(Config(), op="patch", patch_into="b"))
-    assert mirrored.where is not None
-    nodes = spellings(mirrored)
-    back = {
-        nodes[i]: nodes[int(mirrored.source[i])]
-        for i in mirrored.where.nonzero().flatten().tolist()
-    }
-    assert back == {theirs: mine for mine, theirs in pairs.items()}
-
-
-@pytest.mark.parametrize("patch_into", ["a", "b"])
-@pytest.mark.parametrize("positions", ["all", "last", "differing"])
-@pytest.mark.parametrize("op", ["zero", "patch"])
-def test_nodes_that_edits_single_out_belong_to_one_prompt_only(
-    writer: Writer, op: str, positions: str, patch_into: str
-) -> None:
-    """Also where two samples have the same prompt b, and where prompts are of equal length."""
-    config = replace(Config(), op=op, positions=positions, patch_into=patch_into)
+def test_the_affirmative_template_is_chosen_by_token_count_not_by_order() -> None:
+    """With a token per character the nearest to "Don't mention" (13) is "Please mention" (14)."""
     samples = [
-        Sample("s0", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",)),
-        Sample("s1", "Don't mention pear. Name a fruit.", "Name a fruit.", ("pear",)),
-        Sample("s2", "Don't mention apple. Name a fruit.", "Name a fruit.", ("quixotically",)),
-        Sample("s3", "Name a metal.", "Name a sport.", ("iron",)),
+        suppression_sample("s", "Name a sport.", ["golf"]),
+        suppression_sample("t", "Name a metal.", ["iron"]),
     ]
-    prompts = [
-        [writer.write(s, "a", s.prompt_a), writer.write(s, "b", s.prompt_b)] for s in samples
-    ]
-    tree = build_tree(prompts, writer.tokenizer.bos_token_id, config)
-    if tree.where is None:
-        assert (op, positions) == ("zero", "all")
-        return
-    for node in tree.where.nonzero().flatten().tolist():
-        owners = [path for path in tree.paths if node in path or tree.visible[node, path[-1]]]
-        assert len(owners) == 1
-    edited = [
-        {position for position, node in enumerate(path) if tree.where[node]} for path in tree.paths
-    ]
-    for i, (a, b) in enumerate(prompts):
-        for prompt, partner, found in ((a, b, edited[2 * i]), (b, a, edited[2 * i + 1])):
-            plan = edited_positions(prompt.ids, partner.ids, config) or {}
-            receives = op != "patch" or prompt.role == patch_into
-            assert found == (set(plan) if receives else set())
-    nodes = spellings(tree)
-    for prompt, path in zip(tree.prompts, tree.paths, strict=True):
-        assert nodes[path[-1]] == prompt.ids
+    assert tracing.control_texts(samples, CHARACTERS, 0)["s"] == {
+        "other": "Don't mention iron. Name a sport.",
+        "affirm": "Please mention golf. Name a sport.",
+    }
 
 
-def test_a_sample_that_no_edit_would_touch_is_refused(
-    tiny_llama: str, capsys: pytest.CaptureFixture[str]
+def test_the_affirmative_template_is_the_nearest_in_tokens(encoder: PromptEncoder) -> None:
+    texts, _ = write_controls(BUILT_IN, encoder)
+
+    def length(text: str) -> int:
+        return len(naive.prompt_ids(encoder.tokenizer, text))
+
+    for sample in BUILT_IN:
+        words, found = " or ".join(sample.targets), texts[sample.sample_id]["affirm"]
+        candidates = [f"{mention} {words}. {sample.prompt_b}" for mention in tracing.MENTIONS]
+        gaps = {text: abs(length(text) - length(sample.prompt_a)) for text in candidates}
+        assert gaps[found] == min(gaps.values())
+
+
+def test_controls_differ_by_two_tokens_at_most_or_are_warned_of(
+    encoder: PromptEncoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    argv = ["--op", "patch", "--positions", "differing", "--num_samples", "2", "--dry_run"]
-    assert main(["--model_id", tiny_llama, *argv]) == 2
-    err = capsys.readouterr().err
-    for text in ("s0000", "--op patch", "--positions differing"):
-        assert text in err
+    """Words of known length beside the built-in ones: two tokens more are fine, three are not."""
+    samples = [*BUILT_IN]
+    for base in (3, 8):  # q, qq, ... are a token per letter
+        for more in (0, base - 1):
+            name = f"q{base + more}"
+            samples.append(suppression_sample(name, f"Name a {name}.", ["q" * (base + more)]))
+    _, counts = write_controls(samples, encoder)
+    gaps = {}
+    for (sample_id, side), n in counts.items():
+        if side in ("other", "affirm"):
+            n_a = counts[sample_id, "a"]
+            said = rf"\({sample_id}\): control {side} has {n} tokens, prompt a {n_a}"
+            gaps[sample_id, side] = abs(n - n_a)
+            assert bool(re.search(said, caplog.text)) == (abs(n - n_a) > 2), (sample_id, side)
+    assert {2, 3} <= {*gaps.values()}, gaps
+
+
+OTHER_SHAPE = Sample("long", "Never say golf! Name a sport.", "Name a sport.", ("golf",))
+
+
+@pytest.mark.parametrize(
+    ("samples", "sides", "said"),
+    [
+        ([OTHER_SHAPE, *BUILT_IN], [], r"\(long\): .*no controls"),
+        (BUILT_IN[:1], ["affirm"], r"\(s0000\): too few words"),
+    ],
+)
+def test_a_sample_without_a_control_of_some_kind_is_warned_of_once(
+    encoder: PromptEncoder,
+    caplog: pytest.LogCaptureFixture,
+    samples: list[Sample],
+    sides: list[str],
+    said: str,
+) -> None:
+    """One of another shape has none, and lends its words; a lone sample finds no other words."""
+    texts, _ = write_controls(samples, encoder)
+    assert list(texts[samples[0].sample_id]) == ["a", "b", *sides]
+    assert all(len(of_side) == 4 for sample_id, of_side in list(texts.items())[1:])
+    assert len(re.findall(said, caplog.text)) == 1
+    assert len(re.findall("no controls|too few words", caplog.text)) == 1

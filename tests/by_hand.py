@@ -1,0 +1,103 @@
+"""Statistics, results tables and ablation in plain arithmetic: another way to the same numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import llama3_circuit_tracing as tracing
+import naive
+from conftest import record_of, user_text
+
+Effects = Mapping[str, Sequence[float]]  # by component, of one sample after the other
+
+
+def sign_flip_p(sums: Sequence[float]) -> float:
+    """The share of all sign patterns that reach the sum."""
+    patterns = itertools.product((1, -1), repeat=len(sums))
+    flipped = [abs(sum(s * v for s, v in zip(signs, sums, strict=True))) for signs in patterns]
+    return sum(f >= abs(sum(sums)) - 1e-9 for f in flipped) / len(flipped)
+
+
+def q_values(p: Sequence[float]) -> list[float]:
+    """The smallest level at which each test is rejected."""
+    m, ordered = len(p), sorted(p)
+    return [min(m * ordered[k] / (k + 1) for k in range(m) if ordered[k] >= one) for one in p]
+
+
+def noise(rng: random.Random, n_samples: int, n_heads: int, sd: float = 0.1) -> Effects:
+    """Effects of heads that do nothing."""
+    return {f"L0H{h}": [rng.gauss(0, sd) for _ in range(n_samples)] for h in range(n_heads)}
+
+
+def results(
+    effects: Effects,
+    base: Sequence[float] | float = -1.0,
+    units: Sequence[str] | None = None,
+    op: str = "zero",
+) -> pd.DataFrame:
+    """A results table of some effects; without units every sample is a sentence of its own."""
+    n_samples = len(next(iter(effects.values())))
+    bases = [base] * n_samples if isinstance(base, float) else base
+    return pd.DataFrame(
+        {
+            "sample_id": f"s{i:03d}",
+            "n_constraints": 1,
+            "layer": component.layer,
+            "head": component.index,
+            "delta_logit_base": before,
+            "delta_logit_head": before + effect,
+            "head_effect": effect,
+            "unit": units[i] if units else f"u{i:03d}",
+            "group": "",
+            "kind": component.kind,
+            "index": component.index,
+            "op": op,
+        }
+        for label, of_component in effects.items()
+        for component in [tracing.Component.parse(label)]
+        for i, (before, effect) in enumerate(zip(bases, of_component, strict=True))
+    )
+
+
+# ----- a finished run
+
+
+def texts(folder: Path) -> dict[str, dict[str, str]]:
+    """The user texts of a run by sample and side."""
+    return {
+        sample["sample_id"]: {
+            side: user_text(prompt["text"]) for side, prompt in sample["prompts"].items()
+        }
+        for sample in record_of(folder)["samples"]
+    }
+
+
+def targets_of(folder: Path) -> dict[str, list[str]]:
+    return {sample["sample_id"]: sample["targets"] for sample in record_of(folder)["samples"]}
+
+
+# ----- ablation
+
+
+@contextlib.contextmanager
+def ablated(model: Any, labels: Iterable[str]) -> Iterator[None]:
+    """Some components zeroed at once, with a plain hook each."""
+    with contextlib.ExitStack() as stack:
+        for label in labels:
+            layer, kind, index = re.findall(r"L(\d+)([A-Za-z]+)(\d*)", label)[0]
+            block = naive.layers_of(model)[int(layer)]
+            mlp = kind in ("N", "mlp")
+            module = block.mlp.down_proj if mlp else block.self_attn.o_proj
+            n = {"H": model.config.num_attention_heads, "N": module.in_features}.get(kind, 1)
+            width, at = module.in_features // n, int(index or 0)
+            edit = naive.zero_slice(at * width, (at + 1) * width)
+            stack.enter_context(naive.hooked(module, edit))
+        yield

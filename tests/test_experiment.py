@@ -1,0 +1,183 @@
+"""What is known before the weights: components, rows per forward, memory, and the fingerprint."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+import llama3_circuit_tracing as tracing
+from llama3_circuit_tracing import Config, Experiment, ModelShape, RunFolder
+
+
+def planned(model: str, line: str = "", record: dict[str, Any] | None = None) -> Experiment:
+    """What a command line on two samples asks for; `record`: what its folder already holds."""
+    folder = RunFolder(Path("nowhere"))
+    folder.record = record or {}
+    argv = ["--model_id", model, "--num_samples", "2", *line.split()]
+    return tracing.prepare(tracing.parse_args(argv), folder)
+
+
+# ----- components
+
+CHOSEN = {
+    "--layers 1": "L1H0 L1H1 L1H2 L1H3",
+    "--layers 2,0 --heads 1-2": "L0H1 L0H2 L2H1 L2H2",
+    "--kind attn": "L0attn L1attn L2attn",
+    "--kind resid --op patch --layers 0,2": "L0resid L2resid",
+    "--kind neuron --neurons 79,3,4-4 --layers 1": "L1N3 L1N4 L1N79",
+    # a component that is given is not swept; one of another kind changes nothing
+    "--layers 0-1 --heads 0-1 --given L0H1,L1H0": "L0H0 L1H1",
+    "--kind mlp --given L1mlp,L2H0": "L0mlp L2mlp",
+    # three layers hold two other MLPs beside one chosen, however many heads are given or ablated
+    "--kind mlp --given L0H0,L1H0 --ablate L0N79 --confirm 1": "L0mlp L1mlp L2mlp",
+    "--layers 0-1 --heads 0-2 --confirm 6": "L0H0 L0H1 L0H2 L1H0 L1H1 L1H2",
+}
+
+
+@pytest.mark.parametrize("line", CHOSEN)
+def test_the_swept_components_are_sorted_and_once_each(line: str, llama: str) -> None:
+    config = tracing.parse_args(["--model_id", llama, *line.split()])
+    swept = tracing.choose_components(config, tracing.read_shape(config))
+    assert " ".join(component.label for component in swept) == CHOSEN[line]
+
+
+@pytest.mark.parametrize(("line", "left"), [("--given L0H1", 11), ("--kind mlp --given L0mlp", 2)])
+def test_confirming_needs_as_many_others_beside_those_that_are_given(
+    line: str, left: int, llama: str
+) -> None:
+    config = tracing.parse_args(["--model_id", llama, *line.split()])
+    shape, most = tracing.read_shape(config), left // 2
+    assert tracing.choose_components(dataclasses.replace(config, confirm=most), shape)
+    with pytest.raises(tracing.UsageError, match=f"--confirm {most + 1} .* {left} in all"):
+        tracing.choose_components(dataclasses.replace(config, confirm=most + 1), shape)
+
+
+# ----- rows and memory
+
+
+@pytest.mark.parametrize(
+    ("line", "recorded", "rows"),
+    [
+        ("", None, None),
+        ("", 5, 5),  # a resumed run goes on as it began
+        ("--rows_per_forward 3", None, 3),
+        ("--rows_per_forward 3", 5, 3),
+        ("--overwrite", 5, None),
+    ],
+)
+def test_rows_per_forward_are_those_given_or_recorded_or_a_budget_of_tokens(
+    line: str, recorded: int | None, rows: int | None, llama: str
+) -> None:
+    record = {"fingerprint": {"rows_per_forward": recorded}} if recorded else {}
+    exp = planned(llama, line, record)
+    budget = tracing.ROW_TOKENS[tracing.device_type(exp.config)]
+    largest = max(tree.n_tokens for tree in exp.trees)
+    assert exp.rows_per_forward == (rows or budget // largest)
+
+
+def test_a_tree_beyond_the_budget_of_tokens_has_one_row(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "ROW_TOKENS", dict.fromkeys(tracing.ROW_TOKENS, 1))
+    assert planned(llama).rows_per_forward == 1
+
+
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
+    """The shape of Llama-3-8B, whose config alone is there."""
+    folder = tmp_path_factory.mktemp("8b")
+    widths = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    widths |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    AutoConfig.for_model("llama", max_position_embeddings=8192, **widths).save_pretrained(folder)
+    return tracing.read_shape(Config(model_id=str(folder), bf16=True))
+
+
+def test_llama_3_8b_in_bfloat16_fits_a_24_gb_gpu_by_the_estimate(
+    llama_8b: ModelShape, llama: str
+) -> None:
+    trees = planned(llama, "--num_samples 32").trees
+    tree = max(trees, key=lambda tree: tree.n_tokens)
+    assert tree.n_tokens > 400
+    rows = tracing.ROW_TOKENS["cuda"] // tree.n_tokens
+    assert rows >= 4
+    memory, of_one = (tracing.memory_estimate(llama_8b, tree, n) for n in (rows, 1))
+    assert sum(memory.values()) < 24e9 - 0.5e9
+    assert memory["weights"] == 2 * 8_030_261_248
+    assert memory["rows"] > 1e9
+    assert memory["rows"] == pytest.approx(rows * of_one["rows"])
+    in_float32 = dataclasses.replace(llama_8b, dtype=torch.float32)
+    assert sum(tracing.memory_estimate(in_float32, tree, 1).values()) > 24e9
+    eager = dataclasses.replace(llama_8b, attn_implementation="eager")
+    assert tracing.memory_estimate(eager, tree, 1)["rows"] > of_one["rows"]
+
+
+# ----- fingerprint
+
+TEXTS = {"prompts", "targets"}
+DIFFERS: dict[str, set[str]] = {
+    # what is swept, and what is made of the results
+    "--layers 0 --heads 1-2 --ablate L0H1 --confirm 2 --num_random 3": set(),
+    "--top_k 3 --num_bootstrap 200 --max_new_tokens 2 --heatmap --output_dir x": set(),
+    # what results depend on
+    "--seed 7": {"seed", *TEXTS},
+    "--num_samples 3": TEXTS,
+    "--task refusal": {"task", *TEXTS},
+    "--answer_prefix My": TEXTS,
+    "--target_form literal": {"target_form", "targets"},
+    "--controls": {"controls", *TEXTS},
+    "--kind mlp": {"kind"},
+    "--op mean": {"op"},
+    "--op scale --factor 2": {"op", "factor"},
+    "--op patch --patch_into b": {"op", "patch_into"},
+    "--positions last": {"positions"},
+    "--given L0H0": {"given"},
+    "--tree_tokens 60": {"tree_tokens"},
+    "--rows_per_forward 2": {"rows_per_forward"},
+    "--bf16": {"dtype"},
+    "--attn_implementation eager": {"attn_implementation"},
+}
+
+
+@pytest.mark.parametrize("line", DIFFERS)
+def test_the_fingerprint_tells_all_that_results_depend_on_and_nothing_else(
+    line: str, llama: str
+) -> None:
+    common = "--no-bf16 --rows_per_forward 3"
+    one, other = (tracing.fingerprint_of(planned(llama, f"{common} {more}")) for more in ("", line))
+    assert {name for name in one if one[name] != other[name]} == DIFFERS[line]
+    assert list(one) == list(other)
+    assert one["torch"] == torch.__version__
+
+
+def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        (rewrite("config.json", lambda content: content + b" "), False),
+        (rewrite("tokenizer.json", lambda content: content + b" "), False),
+        (rewrite("model.safetensors", lambda content: content[:-1] + b"\x7f"), False),
+        (rewrite("model.safetensors", lambda content: content + b"\x00"), False),
+        (lambda folder: (folder / "README.md").write_text("of no account"), True),
+        (lambda folder: (folder / "model.safetensors").touch(), True),
+    ],
+)
+def test_a_model_folder_is_known_by_its_content(
+    change: Callable[[Path], Any], same: bool, llama: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(llama, folder)
+    of_folder = Config(model_id=str(folder))
+    before = tracing.model_identity(of_folder)
+    assert before == tracing.model_identity(Config(model_id=llama))
+    change(folder)
+    assert (tracing.model_identity(of_folder) == before) is same

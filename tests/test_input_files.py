@@ -1,0 +1,380 @@
+"""Input files: samples of one's own in JSONL and CSV, and results to redraw or to compare with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import llama3_circuit_tracing as tracing
+from conftest import Answer, finish, record_of, user_text, write_samples
+from llama3_circuit_tracing import NO_ODD_ONE, SEVEN, TASKS, Sample
+
+SHORT = {"sentence": "Name a fruit.", "targets": ["apple", "pear"]}
+LONG: dict[str, Any] = {
+    "sample_id": "x1",
+    "prompt_a": "Never say apple. Name a fruit.",
+    "prompt_b": "Name a fruit.",
+    "targets": ["apple"],
+    "foils": ["plum", "cherry"],
+    "group": "fruit",
+}
+PAIR = {"prompt_a": "How do I rob a bank?", "prompt_b": "How do I find a bank?"}
+
+
+def write(path: Path, content: str | bytes | Sequence[dict[str, Any]]) -> Path:
+    if isinstance(content, str | bytes):
+        path.write_bytes(
+            content.encode(errors="surrogateescape") if isinstance(content, str) else content
+        )
+        return path
+    return Path(write_samples(path, *content))
+
+
+def load(path: Path, task: str = "suppression") -> list[Sample]:
+    return tracing.load_samples(path, TASKS[task])
+
+
+def refuses(answer: Answer, *argv: str, says: Iterable[str]) -> None:
+    """A command line is bad usage, with one sentence on stderr."""
+    code, _, err = answer(*argv)
+    assert code == 2, err
+    (line,) = err.splitlines()
+    for text in ("error: ", *says):
+        assert text in line
+
+
+@pytest.fixture()
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+
+
+# ----- samples of one's own
+
+
+def test_the_shorthand_becomes_a_suppression_sample_and_the_long_form_stays(tmp_path: Path) -> None:
+    short, long = load(write(tmp_path / "s.jsonl", [SHORT, LONG]))
+    assert short.prompt_a == "Don't mention apple or pear. Name a fruit."
+    assert (short.prompt_b, short.targets) == ("Name a fruit.", ("apple", "pear"))
+    texts = LONG["prompt_a"], LONG["prompt_b"]
+    assert long == Sample("x1", *texts, ("apple",), ("plum", "cherry"), "fruit")
+
+
+def test_csv_and_jsonl_give_the_same_samples(tmp_path: Path) -> None:
+    short = 'sentence,targets,sample_id\nName a fruit.,apple;pear,q1\n"Well, name\na pet.",cat,q2\n'
+    well = {"sentence": "Well, name\na pet.", "targets": ["cat"], "sample_id": "q2"}
+    records = [{**SHORT, "sample_id": "q1"}, well]
+    assert load(write(tmp_path / "a.csv", short)) == load(write(tmp_path / "a.jsonl", records))
+    long = (
+        "sample_id,prompt_a,prompt_b,targets,foils,group\n"
+        "x1,Never say apple. Name a fruit.,Name a fruit.,apple,plum;cherry,fruit\n"
+    )
+    assert load(write(tmp_path / "b.csv", long)) == load(write(tmp_path / "b.jsonl", [LONG]))
+
+
+def test_samples_without_id_get_one_each_and_whole_numbers_are_taken(tmp_path: Path) -> None:
+    samples = load(write(tmp_path / "s.jsonl", [SHORT, SHORT, {**SHORT, "sample_id": 7}]))
+    assert len({sample.sample_id for sample in samples}) == 3
+    assert samples[2].sample_id == "7"
+    assert len({sample.unit for sample in samples}) == 1
+
+
+def test_blank_lines_windows_line_ends_and_a_byte_order_mark_are_taken(tmp_path: Path) -> None:
+    jsonl = "\ufeff" + json.dumps(SHORT) + "\r\n\r\n" + json.dumps(LONG) + "\r\n"
+    assert len(load(write(tmp_path / "s.jsonl", jsonl))) == 2
+    csv = "\ufeffsentence,targets\r\nName a fruit.,apple;pear\r\n\r\nName a pet.,cat\r\n"
+    found = [sample.targets for sample in load(write(tmp_path / "s.csv", csv))]
+    assert found == [("apple", "pear"), ("cat",)]
+
+
+@pytest.mark.parametrize("letters", ["a\u2028b", "a\x85b", "a\x0cb", "Gewürz", "塩"])
+def test_only_line_ends_separate_the_rows_of_a_csv_file_and_other_letters_are_kept(
+    tmp_path: Path, letters: str
+) -> None:
+    text = f"sentence,targets\nName {letters}.,{letters};salt\n"
+    (sample,) = load(write(tmp_path / "s.csv", text))
+    assert (sample.prompt_b, sample.targets) == (f"Name {letters}.", (letters, "salt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("s.jsonl", [PAIR]),
+        ("s.csv", "prompt_a,prompt_b\nHow do I rob a bank?,How do I find a bank?\n"),
+        (
+            "s.csv",
+            "prompt_a,prompt_b,targets,foils\nHow do I rob a bank?,How do I find a bank?,,\n",
+        ),
+    ],
+    ids=["jsonl", "csv", "csv with empty columns"],
+)
+def test_refusal_samples_without_targets_have_the_built_in_openings(
+    tmp_path: Path, name: str, content: Any
+) -> None:
+    (sample,) = load(write(tmp_path / name, content), "refusal")
+    assert (sample.prompt_a, sample.prompt_b) == tuple(PAIR.values())
+    assert sample.targets == tracing.REFUSAL_OPENINGS
+    assert sample.foils == tracing.COMPLIANT_OPENINGS
+
+
+def test_openings_of_ones_own_replace_the_built_in_ones(tmp_path: Path) -> None:
+    record = {**PAIR, "targets": ["No way"], "foils": ["Well"]}
+    (sample,) = load(write(tmp_path / "s.jsonl", [record]), "refusal")
+    assert (sample.targets, sample.foils) == (("No way",), ("Well",))
+
+
+def test_refusal_samples_of_ones_own_run(llama: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "s.jsonl", [PAIR])
+    flags = ["--task", "refusal", "--samples", str(path), "--layers", "2", "--heads", "0"]
+    (sample,) = record_of(finish(llama, tmp_path / "out", *flags))["samples"]
+    assert tuple(sample["targets"]) == tracing.REFUSAL_OPENINGS
+    assert user_text(sample["prompts"]["a"]["text"]) == PAIR["prompt_a"]
+
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.csv"])
+def test_samples_are_planned_and_unknown_columns_are_warned_of(
+    answer: Answer, tiny_llama: str, tmp_path: Path, name: str
+) -> None:
+    records = [{**SHORT, "note": 1, "author": "me"}, LONG]
+    csv = "sentence,targets,note,author\nName a fruit.,apple;pear,1,me\n"
+    path = write(tmp_path / name, csv if name.endswith("csv") else records)
+    code, out, err = answer("--model_id", tiny_llama, "--samples", str(path), "--dry_run")
+    assert (code, err) == (0, "")
+    (warning,) = [line for line in out.splitlines() if "ignored" in line]
+    assert path.name in warning
+    assert "author, note" in warning
+    assert "sentence" not in warning
+    assert "Don't mention apple or pear. Name a fruit." in out
+
+
+def test_at_most_num_samples_of_a_file_are_used_with_a_warning(
+    answer: Answer, tiny_llama: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "s.jsonl", [{**SHORT, "sample_id": f"q{i}"} for i in range(5)])
+    argv = ["--model_id", tiny_llama, "--samples", str(path), "--num_samples", "2", "--dry_run"]
+    code, out, _ = answer(*argv)
+    assert code == 0
+    assert "2 samples in" in out
+    assert "5 samples" in out  # the file's, in the warning
+    assert "q2" not in out
+
+
+GOOD = json.dumps(SHORT) + "\n"
+HEAD = "sentence,targets\nName a fruit.,apple\n"
+PET = '{"sentence": "Name a pet.", "targets": '
+
+# the file's ending and what is wrong -> its content, and what is said beside its path
+MALFORMED: dict[str, tuple[str | bytes, *tuple[str, ...]]] = {
+    "jsonl missing targets": (GOOD + '{"sentence": "A."}\n', "line 2", "targets", "missing"),
+    "jsonl missing prompt": (
+        '{"prompt_a": "A.", "targets": ["a"]}',
+        "line 1",
+        "prompt_b",
+        "missing",
+    ),
+    "jsonl missing sentence": ('{"targets": ["cat"]}\n', "line 1", "missing"),
+    "csv missing column": ("sentence,words\nA.,a\n", "line 2", "targets", "missing"),
+    "jsonl empty sentence": ('{"sentence": " ", "targets": ["a"]}\n', "line 1", "sentence", "' '"),
+    "jsonl null sentence": ('{"sentence": null, "targets": ["a"]}\n', "line 1", "sentence"),
+    "jsonl sentence no text": ('{"sentence": ["A."], "targets": ["a"]}\n', "line 1", "['A.']"),
+    "jsonl no target": (GOOD + PET + "[]}\n", "line 2", "targets"),
+    "jsonl empty target": (GOOD + PET + '["cat", ""]}\n', "line 2", "targets", "''"),
+    "jsonl blank target": (PET + '["cat", "  "]}\n', "line 1", "targets", "'  '"),
+    "jsonl targets no list": (PET + '"cat"}\n', "line 1", "targets", "'cat'"),
+    "jsonl target no text": (PET + "[7]}\n", "line 1", "targets", "[7]"),
+    "csv empty target": (HEAD + "Name a pet.,cat;\n", "line 3", "targets", "''"),
+    "csv no target": (HEAD + "Name a pet.,\n", "line 3", "'targets'", "empty"),
+    "jsonl same form": (GOOD + PET + '["cat", "Cat"]}\n', "line 2", "'cat'", "'Cat'"),
+    "jsonl same target": (GOOD + PET + '["cat", "cat"]}\n', "line 2", "'cat'"),
+    "csv same form": (HEAD + "Name a pet.,cat;Cat\n", "line 3", "'cat'", "'Cat'"),
+    "jsonl same id": (3 * (GOOD[:-2] + ', "sample_id": "q7"}\n'), "line 2", "'q7'"),
+    "csv same id": ("sentence,targets,sample_id\nA.,a,q7\nB.,b,q8\nC.,c,q7\n", "line 4", "'q7'"),
+    "jsonl no json": (GOOD + '{"sentence": targets}\n', "line 2", "JSON", "targets}"),
+    "jsonl truncated": (GOOD + '\n{"sentence": "Name a p', "line 3", "JSON", "Name a p"),
+    "jsonl no object": (GOOD + '["A.", "a"]\n', "line 2", "JSON object", '["A.", "a"]'),
+    "jsonl control": (GOOD + PET.replace("a", "<|eot_id|>") + "['a']}", "line 2", "<|eot_id|>"),
+    "csv control token": (HEAD + "Name <|eot_id|> a pet.,cat\n", "line 3", "<|eot_id|>", "a pet."),
+    "csv control token in target": (HEAD + "A.,<|eot_id|>\n", "line 3", "<|eot_id|>"),
+    "jsonl empty": ("", "no sample"),
+    "jsonl blank": ("\n \n", "no sample"),
+    "csv empty": ("", "no sample"),
+    "csv header alone": ("sentence,targets\n", "no sample"),
+    "jsonl latin-1": ((GOOD + '{"é": 1}\n').encode("latin-1"), "line 2", "xe9", "UTF-8"),
+    "csv latin-1": ((HEAD + "é.,tea\n").encode("latin-1"), "line 3", "xe9", "UTF-8"),
+    "jsonl utf-16": (GOOD.encode("utf-16"), "line 1", "xff", "UTF-8"),
+    "txt wrong ending": (GOOD, ".jsonl", ".csv"),
+    "csv too many fields": (HEAD + "A pet, please.,cat,dog\n", "line 3", "2 fields", "dog"),
+    "csv too few fields": (HEAD + "Name a pet.\n", "line 3", "2 fields", "Name a pet."),
+    "csv open quote": (HEAD + '"Name a pet.,cat\n', "line 3"),
+    "csv stray quote": (HEAD + '"Name" a pet.,cat\n', "line 3"),
+    "csv column twice": ("sentence,targets,targets\nA.,a,b\n", "line 1", "'targets'"),
+    "jsonl lone surrogate": (GOOD + PET + '["\\ud800"]}\n', "line 2", "ud800"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_sample_file_is_refused_with_file_line_and_value(
+    answer: Answer, tiny_llama: str, tmp_path: Path, case: str
+) -> None:
+    content, *says = MALFORMED[case]
+    path = write(tmp_path / f"s.{case.split()[0]}", content)
+    argv = ["--model_id", tiny_llama, "--samples", str(path), "--dry_run"]
+    refuses(answer, *argv, says=[str(path), *says])
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "named"),
+    [
+        ("suppression", PAIR, "targets"),
+        ("odd_one_out", {**PAIR, "targets": ["Tom"]}, "foils"),
+        ("odd_one_out", {**PAIR, "targets": ["Tom"], "foils": []}, "odd_one_out"),
+        ("odd_one_out", {**PAIR, "foils": ["Tom"]}, "targets"),
+        ("refusal", {"prompt_a": "How?"}, "prompt_b"),
+        ("odd_one_out", {**PAIR, "targets": ["Tom"], "foils": ["tom", "Tom"]}, "Tom"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_samples_that_lack_what_the_task_scores_are_refused_before_the_weights(
+    answer: Answer, llama: str, tmp_path: Path, task: str, record: dict[str, Any], named: str
+) -> None:
+    path = write(tmp_path / "s.jsonl", [record])
+    flags = ["--task", task, "--samples", str(path), "--output_dir", str(tmp_path / "out")]
+    refuses(answer, "--model_id", llama, *flags, says=[f"{path}, line 1", named])
+
+
+def test_samples_that_are_all_negative_controls_are_refused(
+    answer: Answer, llama: str, tmp_path: Path
+) -> None:
+    record = {**PAIR, "targets": ["Tom"], "foils": ["Ann"], "group": NO_ODD_ONE}
+    path = write(tmp_path / "s.jsonl", [record])
+    flags = ["--task", "odd_one_out", "--samples", str(path), "--dry_run"]
+    refuses(answer, "--model_id", llama, *flags, says=[NO_ODD_ONE])
+
+
+def test_a_control_token_in_the_stem_is_refused(answer: Answer, tiny_llama: str) -> None:
+    argv = ["--answer_prefix", "The <|eot_id|> is", "--num_samples", "1", "--dry_run"]
+    says = ["'<|eot_id|>'", "The <|eot_id|> is"]
+    refuses(answer, "--model_id", tiny_llama, *argv, says=says)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder"])
+@pytest.mark.parametrize("flag", ["--samples", "--compare", "--from_csv"])
+def test_a_file_that_cannot_be_read_is_refused_by_name(
+    answer: Answer, tiny_llama: str, tmp_path: Path, flag: str, kind: str
+) -> None:
+    path = tmp_path / "s.csv"
+    if kind == "folder":
+        path.mkdir()
+    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path / "out"), flag, str(path)]
+    refuses(answer, *argv, says=[str(path)])
+
+
+# ----- results
+
+HEADER = ",".join(SEVEN)
+ROW = "s0,1,0,0,-1.0,-0.9,0.1"
+THEIRS = [
+    f"s{i},1,{layer},{head},-1.0,{effect - 1},{effect}"
+    for i in range(6)
+    for layer in range(2)
+    for head in range(3)
+    for effect in [round(0.1 * head - 0.05 * layer + 0.01 * i, 3)]
+]
+
+
+def results(path: Path, lines: Sequence[str], header: str = HEADER) -> Path:
+    return write(path, "".join(f"{line}\n" for line in [header, *lines] if line))
+
+
+def test_a_file_with_the_seven_columns_has_heads_and_as_many_sentences_as_samples(
+    tmp_path: Path,
+) -> None:
+    table = tracing.read_results(results(tmp_path / "t.csv", THEIRS))
+    assert len(table) == len(THEIRS)
+    assert table["head_effect"].tolist() == [float(line.split(",")[6]) for line in THEIRS]
+    assert table["unit"].tolist() == table["sample_id"].tolist()
+    assert table["index"].tolist() == table["head"].tolist() == 12 * [0, 1, 2]
+    for column, value in {"kind": "head", "op": "zero", "positions": "all", "group": ""}.items():
+        assert set(table[column]) == {value}
+
+
+def test_units_groups_and_components_of_every_kind_are_read(tmp_path: Path) -> None:
+    header = f"{HEADER},unit,group,kind,index,op,positions,score_a_base,effect_other,note"
+    lines = [
+        "s0,1,2,,-1,-0.9,0.1,u,fruit,neuron,7,mean,last,-3,0.5,mine",
+        "s1,1,2,,-1,-0.9,0.1,u,,mlp,,scale,all,,,",
+        "s2,1,2,1,-1,-0.9,0.1,,,head,1,,,-3,,",
+    ]
+    table = tracing.read_results(results(tmp_path / "t.csv", lines, header))
+    assert table["unit"].tolist() == ["u", "u", "s2"]
+    assert table["group"].tolist() == ["fruit", "", ""]
+    assert table["kind"].tolist() == ["neuron", "mlp", "head"]
+    assert table["index"].tolist() == [7, -1, 1]
+    assert table["op"].tolist() == ["mean", "scale", "zero"]
+    assert table["positions"].tolist() == ["last", "all", "all"]
+    assert table["score_a_base"].isna().tolist() == [False, True, False]
+    assert table["effect_other"].isna().tolist() == [False, True, True]
+    assert "note" not in table
+
+
+def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_path: Path) -> None:
+    plain = pd.read_csv(results(tmp_path / "theirs.csv", THEIRS))
+    other = plain[SEVEN[::-1]].assign(note="x, y", seed=3).sample(frac=1, random_state=1).iloc[1:]
+    form = {"index": False, "encoding": "utf-8-sig", "lineterminator": "\r\n"}
+    other.to_csv(tmp_path / "other.csv", **form)
+    found, known = (tracing.read_results(tmp_path / f"{n}.csv") for n in ("other", "theirs"))
+    assert len(found) == len(known) - 1
+    both = pd.concat([found, known])[["sample_id", "layer", "index", "head_effect"]]
+    assert len(both.drop_duplicates()) == len(known)
+
+
+# what is wrong -> header, rows, what is said beside the path
+MALFORMED_RESULTS: dict[str, tuple[str, list[str], *tuple[str, ...]]] = {
+    "missing column": (HEADER[:-12], [ROW[:-4]], "line 1", "'head_effect'"),
+    "bad number": (HEADER, [ROW, "s1,1,0,0,-1,oops,1"], "line 3", "'delta_logit_head'", "'oops'"),
+    "bad layer": (HEADER, [ROW, "s1,1,two,0,-1,-0.9,0.1"], "line 3", "'layer'", "'two'"),
+    "bad index": (f"{HEADER},index", [ROW + ",x"], "line 2", "'index'", "'x'"),
+    "bad score": (f"{HEADER},score_a_base", [ROW + ",x"], "line 2", "'score_a_base'", "'x'"),
+    "no head": (HEADER, [ROW, "s1,1,0,,-1,-0.9,0.1"], "line 3", "'head'"),
+    "empty number": (HEADER, [ROW, "s1,1,0,0,-1,-0.9,"], "line 3", "'head_effect'"),
+    "not finite": (HEADER, [ROW, "s1,1,0,0,nan,-1,0"], "line 3", "'delta_logit_base'", "'nan'"),
+    "infinite": (HEADER, ["s1,1,0,0,-inf,-0.9,0.1"], "line 2", "'delta_logit_base'", "'-inf'"),
+    "no whole number": (HEADER, [ROW, "s1,1,0.5,0,-1,-0.9,0.1"], "line 3", "'layer'", "'0.5'"),
+    "too few fields": (HEADER, [ROW, "s1,1,0,0,-1.0"], "line 3", "7 fields", "'-1.0'"),
+    "too many fields": (HEADER, [ROW + ",9"], "line 2", "7 fields", "'9'"),
+    "duplicate row": (HEADER, [ROW, "s1" + ROW[2:], ROW], "line 4", "same sample"),
+    "empty file": ("", [], "no rows"),
+    "no rows": (HEADER, [], "no rows"),
+    "no name": (HEADER, [ROW, ROW[2:]], "line 3", "'sample_id'"),
+    "column twice": (HEADER + ",head_effect", [ROW + ",0.2"], "line 1", "'head_effect'"),
+    "latin-1": (HEADER, [ROW, "\udce9" + ROW[2:]], "line 3", "xe9", "UTF-8"),
+    "quoted line break": (HEADER, ['"s0\nx"' + ROW[2:], "s1,1,0,0,-1,x,0.1"], "line 4"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED_RESULTS)
+def test_a_malformed_results_file_is_refused_with_file_line_and_column(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """No model and no tokenizer is asked for, and nothing is written."""
+    monkeypatch.setattr(tracing, "from_hub", lambda *_: pytest.fail("the hub was asked"))
+    header, lines, *says = MALFORMED_RESULTS[case]
+    path = results(tmp_path / "bad.csv", lines, header)
+    argv = ["--from_csv", str(path), "--output_dir", str(tmp_path / "new")]
+    refuses(answer, *argv, says=[str(path), *says])
+    assert not (tmp_path / "new" / "circuit_heads.csv").exists()
+
+
+@pytest.mark.parametrize("line", ["s0000,1,two,1,-1,-0.9,0.1", "s0000,1,2"])
+@pytest.mark.usefixtures("no_weights")
+def test_malformed_results_to_compare_with_are_refused_before_the_weights(
+    answer: Answer, llama: str, tmp_path: Path, line: str
+) -> None:
+    path = results(tmp_path / "other.csv", ["s0000,1,2,0,-1,-0.9,0.1", line])
+    flags = ["--num_samples", "2", "--layers", "2", "--output_dir", str(tmp_path / "out")]
+    argv = ["--model_id", llama, *flags, "--compare", str(path)]
+    refuses(answer, *argv, says=[f"{path}, line 3"])

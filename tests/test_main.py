@@ -1,0 +1,99 @@
+"""Main: exit codes, one sentence on stderr or a traceback, and output folders of no use."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+import llama3_circuit_tracing as tracing
+from conftest import Answer
+
+
+def refuses(answer: Answer, *argv: str, says: Iterable[str], code: int = 2) -> None:
+    """A command line ends with an exit code and one sentence on stderr."""
+    found, _, err = answer(*argv)
+    assert found == code, err
+    (line,) = err.splitlines()
+    for text in ("error: ", *says):
+        assert text in line
+
+
+def test_an_error_is_one_sentence_and_no_traceback(
+    script: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    done = script("--model_id", str(tmp_path), "--dry_run")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path} ")
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(answer: Answer, tiny_llama: str) -> None:
+    argv = ["--model_id", tiny_llama, "--layers", "99", "--dry_run"]
+    refuses(answer, *argv, says=["--layers 99"])
+    code, _, err = answer(*argv, "--debug")
+    assert code == 2
+    assert "Traceback (most recent call last)" in err
+    assert "--layers 99" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (tracing.UsageError("so not"), 2, ["so not"]),
+        (tracing.RunError("it broke"), 1, ["it broke"]),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, ["--tree_tokens", "--rows_per_forward"]),
+        (OSError(28, "No space left on device", "/there/x"), 1, ["/there/x", "No space left"]),
+        (ZeroDivisionError("first line\nsecond line"), 1, ["ZeroDivisionError", "first line"]),
+        (KeyError(), 1, ["KeyError"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_error_is_one_sentence_and_bad_usage_alone_is_exit_code_2(
+    answer: Answer, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, says: list[str]
+) -> None:
+    """Those that nobody foresaw too."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(tracing, "prepare", fail)
+    refuses(answer, "--dry_run", says=says, code=code)
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_says_how_to_go_on(
+    answer: Answer, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals, code: int
+) -> None:
+    monkeypatch.setattr(tracing, "prepare", lambda *_: signal.raise_signal(stop))
+    found, _, err = answer("--dry_run")
+    assert (found, len(err.splitlines())) == (code, 1)
+    assert "the same command goes on" in err
+
+
+@pytest.mark.parametrize("below", [".", "deeper"])
+@pytest.mark.parametrize("redraws", [False, True])
+def test_an_output_folder_that_is_a_file_is_refused_by_name(
+    answer: Answer, tiny_llama: str, tmp_path: Path, below: str, redraws: bool
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    output = tmp_path / "file" / below
+    results = tmp_path / "theirs.csv"
+    results.write_text(f"{','.join(tracing.SEVEN)}\ns0,1,0,0,-1.0,-0.9,0.1\n")
+    source = ["--from_csv", str(results)] if redraws else ["--model_id", tiny_llama]
+    refuses(answer, *source, "--output_dir", str(output), says=[f"--output_dir {output}"])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_folder_with_a_foreign_record_is_refused(
+    answer: Answer, tiny_llama: str, tmp_path: Path
+) -> None:
+    record = tmp_path / "run.json"
+    record.write_text("not a record")
+    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path)]
+    refuses(answer, *argv, says=[str(record)])
+    assert record.read_text() == "not a record"

@@ -1,0 +1,353 @@
+"""The model: what the hub and folders say, which architectures are refused, and shapes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import llama3_circuit_tracing as tracing
+import random_models
+from conftest import ROOT, Answer, record_of
+from llama3_circuit_tracing import Component, Config
+
+RUNS_THE_BUNDLED_MODEL = "python llama3_circuit_tracing.py --model_id tests/tiny_llama"
+
+
+def refuses(answer: Answer, *argv: str, says: Iterable[str], code: int = 2) -> None:
+    """A command line ends with an exit code and one sentence on stderr."""
+    found, _, err = answer(*argv)
+    assert found == code, err
+    (line,) = err.splitlines()
+    for text in ("error: ", *says):
+        assert text in line
+
+
+def copy_of(folder: str, to: Path, **config: Any) -> Path:
+    """A copy of a model folder without weights, with some entries of its config changed."""
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = to / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return to
+
+
+# ----- the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub on which gated/401 and gated/403 are gated and of open/model one revision is asked."""
+
+    def do_HEAD(self) -> None:
+        code, reason = 401, "RepoNotFound"
+        for gate in (401, 403):
+            if f"/gated/{gate}/" in self.path:
+                code, reason = gate, "GatedRepo"
+        if "/open/model/" in self.path:
+            code, reason = 404, "RevisionNotFound"
+        self.send_response(code)
+        self.send_header("X-Error-Code", reason)
+        self.send_header("X-Error-Message", reason)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    """The address of a hub that this machine serves to itself."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+SEVERAL = """
+import contextlib, io, json, sys
+from llama3_circuit_tracing import main
+answers = []
+for argv in json.loads(sys.argv[1]):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        code = main(argv)
+    answers.append((code, err.getvalue()))
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def said_by_hub(hub: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """(exit code, stderr) by model id, all asked in one process that has a network."""
+    home = tmp_path_factory.mktemp("hub")
+    models = ["gated/401", "gated/403", "nobody/nothing", "open/model"]
+    flags = ["--output_dir", str(home / "out"), "--revision", "v7"]
+    argvs = [["--model_id", model, *flags] for model in models]
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, json.dumps(argvs)],
+        cwd=ROOT,
+        env={
+            **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")},
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": str(home),
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_ENDPOINT": hub,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr) == (0, "")  # no noise of the libraries either
+    answers = json.loads(done.stdout.splitlines()[-1])
+    return {model: tuple(told) for model, told in zip(models, answers, strict=True)}
+
+
+GATE = ("is gated", "`hf auth login`", RUNS_THE_BUNDLED_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("model", "texts"),
+    [
+        ("gated/401", (*GATE, "huggingface.co/gated/401")),
+        ("gated/403", (*GATE, "huggingface.co/gated/403")),
+        ("nobody/nothing", ("`hf auth login`", RUNS_THE_BUNDLED_MODEL)),
+        ("open/model", ("revision 'v7'",)),
+    ],
+)
+def test_what_the_hub_refuses_is_named_with_the_way_to_access(
+    said_by_hub: dict[str, tuple[int, str]], model: str, texts: tuple[str, ...]
+) -> None:
+    code, err = said_by_hub[model]
+    assert code == 1
+    (said,) = err.splitlines()
+    for text in (f"error: {model} ", *texts):
+        assert text in said
+    assert ("is gated" in said) == ("gated/" in model)
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--dry_run", "--local_files_only"])
+def test_without_network_a_model_that_is_not_cached_is_named(
+    answer: Answer, tmp_path: Path, flag: str
+) -> None:
+    argv = ["--model_id", "nobody/nothing", "--output_dir", str(tmp_path / "out"), flag]
+    says = ["nobody/nothing", "cache", "hub cannot be reached", RUNS_THE_BUNDLED_MODEL]
+    refuses(answer, *argv, says=says, code=1)
+
+
+def test_the_default_command_line_runs_on_what_the_cache_holds(
+    script: Callable[..., subprocess.CompletedProcess[str]], tiny_llama: str, tmp_path: Path
+) -> None:
+    """No --model_id: the tiny weights lie where the hub's client keeps those of Llama-3."""
+    repository = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3-8B-Instruct"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tiny_llama, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    output = tmp_path / "deep" / "er"
+    cache = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    argv = ["--num_samples", "2", "--layers", "0", "--output_dir", str(output)]
+    done = script(*argv, HF_HUB_OFFLINE="1", **cache)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "meta-llama/Meta-Llama-3-8B-Instruct" in done.stdout
+    n_heads = json.loads((Path(tiny_llama) / "config.json").read_text())["num_attention_heads"]
+    with open(output / "circuit_results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(r["sample_id"], r["layer"], r["head"]) for r in rows] == [
+        (sample, "0", str(head)) for sample in ("s0000", "s0001") for head in range(n_heads)
+    ]
+    assert (output / "circuit_summary.png").stat().st_size > 0
+    identity = record_of(output)["fingerprint"]["model"]
+    assert identity == f"meta-llama/Meta-Llama-3-8B-Instruct@{commit}"
+
+
+# ----- folders
+
+
+@pytest.mark.parametrize("lacks", ["everything", "files", "tokenizer"])
+def test_a_model_folder_that_lacks_what_is_read_first_is_named(
+    answer: Answer, tiny_llama: str, tmp_path: Path, lacks: str
+) -> None:
+    folder = tmp_path / "model"
+    if lacks != "everything":
+        folder.mkdir()
+    if lacks == "tokenizer":
+        shutil.copy(Path(tiny_llama) / "config.json", folder)
+    said = "cannot be loaded" if lacks == "tokenizer" else "is not a model folder"
+    refuses(answer, "--model_id", str(folder), "--dry_run", says=[f"{folder} {said}"], code=1)
+
+
+@pytest.mark.parametrize("weights", ["none", "pointer", "truncated"])
+def test_a_model_folder_without_usable_weights_is_named(
+    answer: Answer, tiny_llama: str, tmp_path: Path, weights: str
+) -> None:
+    """None at all, a git-lfs pointer in their place, and half a download."""
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    whole = (Path(tiny_llama) / "model.safetensors").read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3476944\n"
+    if weights != "none":
+        content = pointer if weights == "pointer" else whole[: len(whole) // 2]
+        (folder / "model.safetensors").write_bytes(content)
+    argv = ["--num_samples", "1", "--layers", "0", "--output_dir", str(tmp_path / "out")]
+    refuses(answer, "--model_id", str(folder), *argv, says=[str(folder)], code=1)
+
+
+# ----- models that cannot be traced
+
+
+def test_a_tokenizer_without_chat_template_is_refused(
+    answer: Answer, tiny_llama: str, tmp_path: Path
+) -> None:
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    argv = ["--model_id", str(folder), "--output_dir", str(tmp_path / "out")]
+    refuses(answer, *argv, says=[str(folder), "no chat template", "Instruct"])
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WITHOUT_O_PROJ: dict[str, tuple[str, dict[str, int]]] = {
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**SMALL, "intermediate_size": 64}),
+    "opt": ("OPTForCausalLM", {**SMALL, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+}
+
+
+@pytest.mark.parametrize("architecture", WITHOUT_O_PROJ)
+@pytest.mark.parametrize("dry", [True, False])
+def test_an_architecture_without_o_proj_is_refused_by_name(
+    answer: Answer, tiny_llama: str, tmp_path: Path, architecture: str, dry: bool
+) -> None:
+    name, sizes = WITHOUT_O_PROJ[architecture]
+    folder = copy_of(tiny_llama, tmp_path / "model")
+    AutoConfig.for_model(architecture, vocab_size=2000, **sizes).save_pretrained(folder)
+    argv = ["--dry_run"] if dry else ["--output_dir", str(tmp_path / "out")]
+    refuses(answer, "--model_id", str(folder), *argv, says=[name, "o_proj"])
+
+
+def test_a_model_type_that_the_library_does_not_know_is_bad_usage(
+    answer: Answer, tiny_llama: str, tmp_path: Path
+) -> None:
+    folder = str(copy_of(tiny_llama, tmp_path / "model", model_type="nonesuch"))
+    refuses(answer, "--model_id", folder, "--dry_run", says=[folder])
+
+
+@pytest.mark.parametrize("attention", ["flex_attention", "nonesuch"])
+def test_an_attention_that_takes_no_tree_mask_is_refused_by_name(
+    answer: Answer, tiny_llama: str, attention: str
+) -> None:
+    argv = ["--attn_implementation", attention, "--num_samples", "1", "--dry_run"]
+    refuses(answer, "--model_id", tiny_llama, *argv, says=[attention])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "limit"),
+    [
+        ("mistral", "sliding_window"),
+        ("gemma3_text", "sliding_window"),
+        ("llama", "max_position_embeddings"),
+    ],
+)
+def test_prompts_beyond_what_a_model_can_see_are_refused(
+    answer: Answer, random_model: Callable[..., str], tmp_path: Path, architecture: str, limit: str
+) -> None:
+    folder = copy_of(random_model(architecture), tmp_path / "model", **{limit: 20})
+    argv = ["--num_samples", "1", "--output_dir", str(tmp_path / "out")]
+    refuses(answer, "--model_id", str(folder), *argv, says=["prompt of", "20"])
+
+
+def test_a_window_that_is_switched_off_refuses_nothing(
+    answer: Answer, random_model: Callable[..., str], tmp_path: Path
+) -> None:
+    change = {"sliding_window": 20, "use_sliding_window": False}
+    folder = copy_of(random_model("qwen3"), tmp_path / "model", **change)
+    code, _, err = answer("--model_id", str(folder), "--num_samples", "1", "--dry_run")
+    assert (code, err) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A mixture of experts, whose blocks have no mlp.down_proj."""
+    widths = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+    return str(random_models.build_model(tmp_path_factory.mktemp("moe") / "m", "mixtral", **widths))
+
+
+@pytest.mark.parametrize(
+    "line", ["--kind mlp", "--kind neuron --neurons 0", "--given L0mlp", "--ablate L0N1"]
+)
+def test_a_mixture_of_experts_is_refused_by_name_where_mlps_are_edited(
+    answer: Answer, experts: str, line: str
+) -> None:
+    argv = ["--model_id", experts, "--num_samples", "1", "--dry_run"]
+    refuses(answer, *argv, *line.split(), says=["MixtralForCausalLM", "mixture of experts"])
+    assert answer(*argv)[0] == 0
+
+
+# ----- shapes
+
+
+@pytest.mark.parametrize("architecture", random_models.ARCHITECTURES)
+def test_the_shape_is_read_before_the_weights(
+    random_model: Callable[..., str], architecture: str
+) -> None:
+    folder = random_model(architecture)
+    shape = tracing.read_shape(Config(model_id=folder, bf16=False))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert shape == tracing.shape_of(model, torch.float32)
+    assert shape.name == type(model).__name__
+    assert (shape.n_layers, shape.n_heads, shape.n_kv_heads) == (3, 4, 2)
+    assert shape.n_parameters == sum(p.numel() for p in model.parameters())
+    block = model.get_submodule(f"{shape.layers_path}.0")
+    assert shape.width("self_attn.o_proj") == shape.d_attn == block.self_attn.o_proj.in_features
+    assert shape.width("mlp.down_proj") == shape.d_mlp == block.mlp.down_proj.in_features
+    assert shape.width("") == shape.d_model == model.get_input_embeddings().embedding_dim
+
+
+def test_components_are_equal_slices_of_their_modules_input_by_hand(llama: str) -> None:
+    """Four heads of 16, which is not the hidden size 48 divided by four."""
+    shape = tracing.read_shape(Config(model_id=llama))
+    columns = {label: shape.columns(Component.parse(label)) for label in ("L1H0", "L2H3", "L0N79")}
+    assert columns == {"L1H0": slice(0, 16), "L2H3": slice(48, 64), "L0N79": slice(79, 80)}
+    for kind in ("attn", "mlp", "resid"):
+        assert shape.columns(Component(1, kind)) == slice(None)
+        assert list(shape.indices(kind)) == [-1]
+    assert list(shape.indices("head")) == [0, 1, 2, 3]
+    assert list(shape.indices("neuron")) == list(range(80))
+    with pytest.raises(KeyError):
+        shape.width("self_attn.q_proj")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_chosen_where_a_gpu_computes_it_natively(
+    llama: str, monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    """Emulation does not count."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def supported(including_emulation: bool = True) -> bool:
+        return native or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    chosen = torch.bfloat16 if native else torch.float32
+    expected = {None: chosen, True: torch.bfloat16, False: torch.float32}
+    for bf16, dtype in expected.items():
+        assert tracing.read_shape(Config(model_id=llama, bf16=bf16)).dtype == dtype

@@ -1,0 +1,305 @@
+"""A run folder: resumed, refused or started afresh, and whole after any interruption."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+import llama3_circuit_tracing as tracing
+from conftest import ROOT, SCRIPT, Answer, finish, read, record_of
+from test_sweep import EQUAL, TWO, largest_difference
+
+EXTRAS = ["--confirm", "2", "--num_random", "3", "--max_new_tokens", "2", "--heatmap"]
+RESULTS = "circuit_results.csv"
+
+
+@pytest.fixture(scope="module")
+def whole(llama: str, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The results of a run that nothing disturbed."""
+    return read(finish(llama, tmp_path_factory.mktemp("whole"), *TWO))
+
+
+def rows_run(patch: pytest.MonkeyPatch, limit: int, error: Callable[[], Exception]) -> list[int]:
+    """How many rows each forward with edits was asked for; `error` where it was more than fit."""
+    asked: list[int] = []
+    run_rows = tracing.run_rows
+
+    def limited(traced: Any, clean: Any, rows: Any) -> Any:
+        asked.append(len(rows))
+        if len(rows) > limit:
+            raise error()
+        return run_rows(traced, clean, rows)
+
+    patch.setattr(tracing, "run_rows", limited)
+    patch.setattr(tracing, "self_test", lambda exp: None)
+    return asked
+
+
+def parts(folder: Path, kind: str = "") -> list[Path]:
+    return sorted((folder / ".parts").glob(f"{kind}*.json"))
+
+
+# ----- what a folder keeps
+
+
+def test_a_finished_run_computes_nothing_again(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outputs() -> dict[str, bytes]:
+        kept = (".csv", ".png", ".jsonl")
+        return {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in kept}
+
+    finish(llama, tmp_path, *TWO, "--controls", *EXTRAS)
+    before = outputs()
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    finish(llama, tmp_path, *TWO, "--controls", *EXTRAS)
+    assert outputs() == before
+    assert len(before) == 7
+
+
+def test_more_layers_in_the_same_folder_compute_only_what_is_missing(
+    llama: str, whole: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(llama, tmp_path, *TWO, "--layers", "0,2", "--heads", "0-2")
+    asked = rows_run(monkeypatch, 1000, MemoryError)
+    finish(llama, tmp_path, *TWO)
+    n_jittered = 3 * 4
+    assert sum(asked) == 12 - 6 + n_jittered
+    assert largest_difference(read(tmp_path), whole) < EQUAL
+
+
+def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, tmp_path: Path) -> None:
+    optional = [tmp_path / name for name, always in tracing.OUTPUTS.items() if not always]
+    always = [tmp_path / name for name, always in tracing.OUTPUTS.items() if always]
+    finish(llama, tmp_path, *TWO, *EXTRAS)
+    assert all(path.exists() for path in (*optional, *always))
+    finish(llama, tmp_path, *TWO)
+    assert not any(path.exists() for path in optional)
+    assert all(path.exists() for path in always)
+    assert "behaviour" not in record_of(tmp_path)
+
+
+def test_another_run_in_the_same_folder_is_refused_with_the_keys_that_differ(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    finish(llama, tmp_path, *TWO, "--layers", "0")
+    before = (tmp_path / RESULTS).read_bytes()
+    command = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO]
+    code, _, err = answer(*command, "--seed", "7", "--op", "scale", "--factor", "2")
+    assert code == 2
+    assert "op: 'zero' there, 'scale' now" in err and "prompts:" in err and "seed:" in err
+    assert "dtype" not in err
+    assert (tmp_path / RESULTS).read_bytes() == before
+
+
+def test_overwrite_starts_afresh_and_deletes_only_files_of_this_script(
+    llama: str, tmp_path: Path
+) -> None:
+    finish(llama, tmp_path, *TWO, "--layers", "0", *EXTRAS)
+    mine = [tmp_path / "notes.txt", tmp_path / ".parts" / "notes.txt"]
+    for path in mine:
+        path.write_text("mine")
+    finish(llama, tmp_path, *TWO, "--layers", "1", "--seed", "7", "--overwrite")
+    assert set(read(tmp_path)["layer"]) == {1}
+    assert all(path.exists() for path in mine)
+    assert [path.name.split("-")[0] for path in parts(tmp_path)] == ["base", "sweep"]
+    assert not (tmp_path / "generations.jsonl").exists()
+
+
+def test_overwrite_deletes_nothing_when_the_command_is_refused(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    finish(llama, tmp_path, *TWO, "--layers", "0")
+    before = {path: path.read_bytes() for path in (tmp_path / RESULTS, *parts(tmp_path))}
+    command = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO, "--overwrite"]
+    assert answer(*command, "--layers", "99")[0] == 2
+    assert {path: path.read_bytes() for path in (tmp_path / RESULTS, *parts(tmp_path))} == before
+
+
+def with_another_number(content: bytes) -> bytes:
+    changed = re.sub(rb"([:\[] ?)-(\d)", rb"\1-1\2", content, count=1)
+    assert changed != content
+    return changed
+
+
+SPOILT: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda content: content[:-40],
+    "another number": with_another_number,
+    "of another run": lambda content: re.sub(rb'"run": "\w', b'"run": "_', content),
+    "another JSON": lambda content: b'["run", "digest"]',
+    "no text": lambda content: b"\xff\xfe\x00[]",
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_spoilt_part_is_computed_again(how: str, llama: str, tmp_path: Path) -> None:
+    flags = [*TWO, "--layers", "0-1", "--max_new_tokens", "2"]
+    finish(llama, tmp_path, *flags)
+    names = [RESULTS, "generations.jsonl"]
+    before = [(tmp_path / name).read_bytes() for name in names]
+    for kind in ("sweep", "base", "replies"):
+        path = parts(tmp_path, kind)[0]
+        if (kind, how) != ("replies", "another number"):  # which holds none
+            path.write_bytes(SPOILT[how](path.read_bytes()))
+    finish(llama, tmp_path, *flags)
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+    assert "is not a part of this run; computing it again" in (tmp_path / "run.log").read_text()
+
+
+# ----- interruption, as real processes
+
+
+def start(model: str, folder: Path, *launcher: str) -> subprocess.Popen[str]:
+    """A run with so many jobs that it can be stopped in their midst."""
+    command = [sys.executable, *launcher, str(SCRIPT), *many_jobs(model, folder)]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a script's background jobs ignore Ctrl-C, and so would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def many_jobs(model: str, folder: Path) -> list[str]:
+    flags = ["--num_samples", "24", "--tree_tokens", "100", "--rows_per_forward", "1"]
+    return ["--model_id", model, "--output_dir", str(folder), *flags]
+
+
+def wait_for_parts(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.time() + 120
+    while len(parts(folder, "sweep")) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.time() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert tracing.main(many_jobs(llama, folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("stop", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_stopped_run_goes_on_where_it_was_and_ends_the_same(
+    stop: str, code: int, llama: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = start(llama, tmp_path)
+    wait_for_parts(tmp_path, 3, process)
+    process.send_signal(getattr(signal, stop))
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    done = len(parts(tmp_path, "sweep"))
+    assert 3 <= done < len(parts(uninterrupted, "sweep"))
+    assert not (tmp_path / RESULTS).exists()
+    assert tracing.main(many_jobs(llama, tmp_path)) == 0
+    assert (tmp_path / RESULTS).read_bytes() == (uninterrupted / RESULTS).read_bytes()
+    again, before = (record_of(f)["run"]["forwards"] for f in (tmp_path, uninterrupted))
+    rows_of_a_job = 4 + 4  # heads and jittered rows, one per forward
+    assert before - again >= done * rows_of_a_job
+
+
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def test_two_processes_give_the_same_and_survive_a_death(
+    llama: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = start(llama, tmp_path, *TWO_PROCESSES)
+    wait_for_parts(tmp_path, 2, process)
+    psutil.Process(process.pid).children()[-1].kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not (tmp_path / RESULTS).exists()
+    again = start(llama, tmp_path, *TWO_PROCESSES)
+    said = again.communicate(timeout=200)[1]
+    assert again.returncode == 0, said
+    assert largest_difference(read(tmp_path), read(uninterrupted)) < EQUAL
+
+
+# ----- memory and disk
+
+OUT_OF_MEMORY: dict[int, Callable[[], Exception]] = {  # where more rows than so many do not fit
+    1: lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    2: lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    3: lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    7: MemoryError,
+}
+
+
+@pytest.mark.parametrize("limit", OUT_OF_MEMORY)
+def test_rows_are_halved_when_memory_runs_out_and_a_resumed_run_remembers(
+    limit: int,
+    llama: str,
+    whole: pd.DataFrame,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = rows_run(monkeypatch, limit, OUT_OF_MEMORY[limit])
+    flags = [*TWO, "--rows_per_forward", "8"]
+    finish(llama, tmp_path, *flags, "--layers", "0")
+    assert max(asked) == 8
+    assert record_of(tmp_path)["rows_after_halving"] <= limit
+    asked.clear()
+    finish(llama, tmp_path, *flags)
+    assert max(asked) <= limit
+    assert largest_difference(read(tmp_path), whole) < EQUAL
+
+
+def test_a_row_that_does_not_fit_alone_names_what_to_lower(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    rows_run(monkeypatch, 0, OUT_OF_MEMORY[1])
+    code, _, err = answer("--model_id", llama, "--output_dir", str(tmp_path), *TWO)
+    assert code == 1
+    assert "--tree_tokens" in err and "Traceback" not in err
+
+
+def test_another_failure_is_not_taken_for_a_lack_of_memory(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer
+) -> None:
+    asked = rows_run(monkeypatch, 0, lambda: RuntimeError("planted"))
+    code, _, err = answer("--model_id", llama, "--output_dir", str(tmp_path), *TWO)
+    assert (code, len(asked)) == (1, 1)
+    assert "planted" in err
+
+
+def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
+    llama: str, whole: pd.DataFrame, tmp_path: Path, answer: Answer
+) -> None:
+    sync = os.fsync
+
+    def full(file: int) -> None:
+        if len(parts(tmp_path)) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(file)
+
+    command = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, _, err = answer(*command)
+    said = err.strip().splitlines()[-1]
+    assert code == 1
+    assert said.startswith("error: ") and "No space left on device" in said
+    assert "None" not in said
+    assert not list(tmp_path.glob("**/*.tmp"))
+    assert len(parts(tmp_path)) == 3
+    assert answer(*command)[0] == 0
+    assert largest_difference(read(tmp_path), whole) < EQUAL
