@@ -17,12 +17,16 @@ a fruit.". The effect of the head is the change of delta_logit = log P(apple | f
 P(apple | second prompt), in nats. The sweep is exact, batched and resumable; it comes with
 controls, a noise floor, intervals over sentences, and a confirmation on held-out sentences.
 
-  M="--model_id tests/tiny_llama"   # without it: Llama-3-8B-Instruct
-  python llama3_circuit_tracing.py $M --output_dir outputs/plain
-  python llama3_circuit_tracing.py $M --controls --confirm 8 --max_new_tokens 8
-  python llama3_circuit_tracing.py $M --task refusal --kind resid --op patch --output_dir outputs/p
-  python llama3_circuit_tracing.py $M --dry_run
-  python llama3_circuit_tracing.py --from_csv outputs/plain/circuit_results.csv --output_dir outputs/r
+  python llama3_circuit_tracing.py --model_id tests/tiny_llama --output_dir outputs/plain
+  python llama3_circuit_tracing.py --model_id tests/tiny_llama --controls --confirm 8 \\
+    --max_new_tokens 8
+  python llama3_circuit_tracing.py --model_id tests/tiny_llama --task refusal --kind resid \\
+    --op patch --output_dir outputs/patch
+  python llama3_circuit_tracing.py --model_id tests/tiny_llama --dry_run
+  python llama3_circuit_tracing.py --from_csv outputs/tiny_llama/circuit_results.csv \\
+    --output_dir outputs/redrawn
+
+The same commands without --model_id run Llama-3-8B-Instruct.
 """
 
 # Contents, in the order of the data:
@@ -182,8 +186,10 @@ def components(text: str) -> Components:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def whole_number(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
+def whole_number(minimum: int, auto: bool = False) -> Callable[[str], int | None]:
+    def parse(text: str) -> int | None:
+        if auto and text == "auto":
+            return None
         if not minimum <= int(text) <= 2**31:
             raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {2**31}")
         return int(text)
@@ -206,7 +212,7 @@ def device_map(text: str) -> str | dict[str, Any]:
 PARSERS: dict[str, Callable[[str], Any]] = {  # by the type of an option
     "Count": whole_number(1),
     "Natural": whole_number(0),
-    "Count | None": lambda text: None if text == "auto" else whole_number(1)(text),
+    "Count | None": whole_number(1, auto=True),
     "float | None": finite_number,
     "Ranges": ranges,
     "Ranges | None": ranges,
@@ -538,7 +544,7 @@ def instruct(opening: str, words: Sequence[str], sentence: str) -> str:
 
 
 def build_suppression(count: int, rng: random.Random, tokens_in: CountTokens) -> list[Sample]:
-    """Questions in random order, each forbidding 1, 2, 3, 1, ... of its answers, never twice alike."""
+    """Questions in random order, each forbidding 1, 2, 3, 1, ... answers, never twice alike."""
     order = rng.sample(sorted(QUESTIONS), len(QUESTIONS))
     used: set[tuple[str, frozenset[str]]] = set()
     samples: list[Sample] = []
@@ -684,7 +690,7 @@ TASKS = {task.name: task for task in (SUPPRESSION, REFUSAL, ODD_ONE_OUT)}
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, record) of each row of a .csv or .jsonl file; `UsageError` names file, line and value."""
+    """(line, record) of each row of a .csv or .jsonl file; errors name file, line and value."""
     line, names = 0, []
 
     def lines() -> Iterator[str]:
@@ -786,7 +792,7 @@ TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all"}  # where
 
 
 def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.DataFrame:
-    """Rows of a results CSV with their types, indexed by line; what a column lacks is the default."""
+    """Rows of a results CSV with their types, indexed by line; what lacks is the default."""
 
     def refuse(wrong: pd.Series, name: str, why: str) -> None:
         if wrong.any():
@@ -854,7 +860,7 @@ class PromptEncoder:
     target_form: str
 
     def render(self, user_text: str) -> str:
-        """The chat up to where the reply starts. The date is pinned: some templates write today's."""
+        """The chat up to where the reply starts, the date pinned: some templates write today's."""
         chat = [
             {"role": "system", "content": SYSTEM_PROMPT},
             {"role": "user", "content": user_text},
@@ -887,8 +893,8 @@ class PromptEncoder:
         return [f" {form}" if self.stem.strip() else form for form in forms]
 
     def write(self, sample: Sample, side: str, user_text: str) -> Prompt:
-        """The prompt of a side; `UsageError` where BOS is not exactly once, where a form merges with
-        the tokens before it, or where two words have the same form.
+        """The prompt of a side; `UsageError` where BOS is not exactly once, where a form merges
+        with the tokens before it, or where two words have the same form.
 
         A form's ids are tokens(text + form) minus tokens(text).
         """
@@ -1149,7 +1155,7 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
 
 
 def place_edits(placed: Sequence[Placed], n: int, config: Config) -> tuple[Tensor | None, Tensor]:
-    """(where, partner) of a tree: planned positions as nodes, form branches aligned form to form."""
+    """(where, partner) of a tree: planned positions as nodes, forms aligned form to form."""
     where, source = torch.zeros(n, dtype=torch.bool), torch.arange(n)
     if all(plan is None for _, plan, _, _ in placed):
         return None, source
@@ -1659,10 +1665,6 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    write_atomically(path, lambda draft: table.to_csv(draft, index=False))
-
-
 def make_folder(path: Path) -> None:
     """Make a folder with its parents; `UsageError` where nothing can be written into it."""
     try:
@@ -1674,7 +1676,7 @@ def make_folder(path: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The content of a run.json, {} where there is none; `UsageError` where it is something else."""
+    """The content of a run.json, {} where there is none; `UsageError` where it is another's."""
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError:
@@ -1694,12 +1696,12 @@ class RunFolder:
         self.key = ""  # of the run that parts belong to
 
     def open(self) -> None:
-        """Make the folder and read its record; nothing is deleted before the command proves sound."""
+        """Make the folder, read its record; nothing is deleted before the command proves sound."""
         make_folder(self.parts)
         self.record = read_record(self.path / "run.json")
 
     def enter(self, fingerprint: dict[str, Any], overwrite: bool) -> None:
-        """Take up the run of this fingerprint; `UsageError` names what differs from the one here."""
+        """Take up the run of this fingerprint; `UsageError` names what differs from that here."""
         before = self.record.get("fingerprint", fingerprint)
         if before != fingerprint and not overwrite:
             keys = [k for k in {**before, **fingerprint} if before.get(k) != fingerprint.get(k)]
@@ -1901,8 +1903,8 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
 
 
 def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config: Config) -> None:
-    """Refuse a run in which some sample would not be edited at all, or a prompt exceeds the context:
-    a 4D mask is used as it is, for sliding-window layers too."""
+    """Refuse a run in which a sample would not be edited at all, or a prompt exceeds the context: a
+    4D mask is used as it is, for sliding-window layers too."""
     for of_sample in prompts:
         named = of_sample[0].sample.named
         if all(plan is not None and not plan for plan in plan_edits(of_sample, config)):
@@ -1947,7 +1949,7 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
 
 
 def model_identity(config: Config) -> str:
-    """The commit on the hub; of a local folder a hash of config, tokenizer and the weights' ends."""
+    """The commit on the hub; a hash of a folder's config, tokenizer and the weights' ends."""
     folder, name = Path(config.model_id).expanduser(), config.model_id
     if not folder.is_dir():
         revision = config.revision or "main"
@@ -2027,7 +2029,7 @@ def describe_plan(exp: Experiment) -> str:
     lines += [
         f"{shape.name}: {shape.n_layers} layers, {shape.n_heads} heads of {shape.d_head}",
         f"{len(exp.components)} components ({ends})",
-        f"{len(exp.prompts)} samples in {len(exp.trees)} trees of at most {largest.n_tokens} tokens",
+        f"{len(exp.prompts)} samples in {len(exp.trees)} trees of up to {largest.n_tokens} tokens",
         f"about {forwards} forwards of {rows} rows; one head at a time takes {one_by_one}",
         f"memory in GB: {sizes}, together {sum(memory.values()) / 1e9:.2f}",
     ]
@@ -2085,7 +2087,7 @@ def scattered_heads(shape: ModelShape) -> list[Component]:
 
 
 def check_ablation(traced: TracedModel, clean: CleanRun) -> Check:
-    """In every block at once: zeroing head h moves o_proj's output by exactly -x_h W_h^T."""
+    """In every block at once: zeroing head h leaves o_proj's output without x_h W_h^T."""
     shape, heads, expected = traced.shape, scattered_heads(traced.shape), []
     o_projs = {head.layer: traced.module(head.site) for head in heads}
     with (
@@ -2095,15 +2097,12 @@ def check_ablation(traced: TracedModel, clean: CleanRun) -> Check:
     ):
         traced.body(**clean.model_inputs)
     for head in heads:
-        o_proj, own = o_projs[head.layer], x[head.layer]
-        by_head = own.unflatten(-1, (shape.n_heads, shape.d_head))  # [1, tok, head, d_head]
-        only = torch.zeros_like(by_head)
-        only[..., head.index, :] = by_head[..., head.index, :]
-        moved = o_proj(only.flatten(-2)).float() - o_proj(torch.zeros_like(own)).float()
-        expected.append(o_proj(own).float() - moved)
+        by_head = x[head.layer].unflatten(-1, (shape.n_heads, shape.d_head)).clone()
+        by_head[..., head.index, :] = 0  # [1, tok, head, d_head]
+        expected.append(o_projs[head.layer](by_head.flatten(-2)))
     error = worst([y[head.layer] for head in heads], expected, relative=True)
     bound = 4 * torch.finfo(shape.dtype).eps + 1e-5
-    return "ablating a head moves o_proj by -x_h W_h^T (relative)", error, bound
+    return "ablating a head takes x_h W_h^T from o_proj's output (relative)", error, bound
 
 
 def check_rows(traced: TracedModel, clean: CleanRun) -> list[Check]:
@@ -2175,7 +2174,7 @@ def check_tree(traced: TracedModel, clean: CleanRun) -> list[Check]:
 
 
 def check_attentions(exp: Experiment) -> list[Check]:
-    """Attention weights have one map per query head, and times the values give the heads' slices."""
+    """Attention has one map per query head, and times the values it gives the heads' slices."""
     traced, shape, found = exp.traced, exp.shape, []
     ids = torch.tensor([exp.prompts[0][0].ids], device=traced.device)
     layers, n = range(shape.n_layers), ids.shape[1]
@@ -2304,7 +2303,7 @@ def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
 
 
 def share_jobs(exp: Experiment, jobs: Sequence[Job], rank: int, n_processes: int) -> list[Job]:
-    """One process's jobs: dealt in turn, the longest first, by the blocks that they pass through."""
+    """One process's jobs: dealt in turn, longest first, by the blocks that they pass through."""
 
     def cost(job: Job) -> int:
         return (exp.shape.n_layers - job.layer) * len(job.edits) * exp.trees[job.tree].n_tokens
@@ -2409,7 +2408,7 @@ MOST_EXACT = 20  # sentences up to which every sign pattern is tried
 
 
 def sign_patterns(n: int, n_tests: int) -> int:
-    """How many patterns `sign_flip_p` tries: all up to sign, or at least 100 random ones per test."""
+    """How many patterns `sign_flip_p` tries: all up to sign, or 100 random ones per test."""
     return 2 ** (n - 1) if n <= MOST_EXACT else max(9999, 100 * n_tests)
 
 
@@ -2484,10 +2483,11 @@ def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.Da
 
 
 def write_components(path: Path, table: pd.DataFrame) -> None:
-    """A table of components as CSV: `index` is empty for a whole input, `head` for all but heads."""
+    """As CSV, where `index` is empty for a whole input, and `head` for all but heads."""
     index = table["index"].astype("Int64")
     heads = index.where(table["kind"] == "head")
-    write_table(path, table.assign(head=heads, index=index.where(index >= 0)))
+    table = table.assign(head=heads, index=index.where(index >= 0))
+    write_atomically(path, lambda draft: table.to_csv(draft, index=False))
 
 
 def real_rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -2504,7 +2504,7 @@ def noise_floor(jittered: pd.DataFrame) -> float:
 
 
 def statistics_of(table: pd.DataFrame, column: str, config: Config) -> pd.DataFrame:
-    """Mean, spread, interval and test of a column per component; sentences are what is resampled."""
+    """Mean, spread, interval and test of a column per component; sentences are resampled."""
     present = real_rows(table[table[column].notna()])
     result = present.groupby(KEY)[column].agg(["size", "mean", "median", "std"])
     result.columns = pd.Index(["n_samples", "mean", "median", "sd"])
@@ -2539,8 +2539,8 @@ def role_sign(base_mean: float, config: Config) -> float:
 def heads_table(
     table: pd.DataFrame, base: dict[str, Any], floor: float, config: Config
 ) -> pd.DataFrame:
-    """A row per component: circuit_heads.csv. Effects and contrasts are judged alike: by their role,
-    and by whether they can be told from noise and from 0."""
+    """A row per component: circuit_heads.csv. Effects and contrasts are judged alike: by their
+    role, and by whether they can be told from noise and from 0."""
 
     def judge(stats: pd.DataFrame) -> pd.DataFrame:
         role = role_sign(base["mean"], config) * stats["mean"] + 0.0  # no -0.0
@@ -2568,11 +2568,8 @@ def heads_table(
 def compare_runs(
     table: pd.DataFrame, other: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config
 ) -> pd.DataFrame:
-    """The heads with the columns of `--compare`: roles that grew against the other run (hydra check).
-
-    Growth is the paired difference of the roles per sample; a component is flagged where it is
-    beyond the floor with q < 0.05.
-    """
+    """The heads with the columns of `--compare`: roles that grew against the other run (hydra
+    check), as paired differences per sample; flagged beyond the floor with q < 0.05."""
     keys, before = ["sample_id", *KEY], str(other["op"].iloc[0])
     others = other[[*keys, "head_effect"]]
     pairs = table.astype({"sample_id": str}).merge(others, on=keys, suffixes=("", "_before"))
@@ -2854,7 +2851,7 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
     if not records:
         return []
     rows = pd.DataFrame(records)
-    write_table(folder.path / "circuit_confirm.csv", rows)
+    write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
     drawn = rows[rows["set"] == "random"]
     for row in rows[rows["set"].isin(("chosen", "ablate"))].itertuples():
         same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
@@ -2987,7 +2984,7 @@ def take_up(exp: Experiment, folder: RunFolder, state: PartialState) -> list[Job
 
 
 def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
-    """The results table, jittered rows included, in process 0; None in others when they are done."""
+    """The results table with its jittered rows in process 0; None in others, when done."""
     jobs = take_up(exp, folder, state)
     if jobs:
         with exp.stage("self-test"):
@@ -3075,7 +3072,7 @@ def sentence_of(error: Exception) -> str:
         return "out of memory: lower --tree_tokens or --rows_per_forward, or use shorter prompts"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -146,25 +146,25 @@ def sweep(
     return results
 
 
-# ----- one component, any kind, op and positions
+# ----- one component of any kind, any op, at any positions
 
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one component of a kind, in the words of the command line."""
+    """What becomes of a component, in the words of the command line."""
 
     kind: str
     op: str = "zero"
     positions: str = "all"
     into: str = "a"  # the prompt that a patch edits
-    factor: float = 1.0  # of scale
+    factor: float = 0.0  # that scale takes
 
     def __str__(self) -> str:
         return " ".join([self.kind, self.op, self.positions, self.into * (self.op == "patch")])
 
 
 @torch.no_grad()
-def input_of(model: Any, ids: Sequence[int], layer: int, kind: str) -> Tensor:
+def input_of(model: Any, ids: list[int], layer: int, kind: str) -> Tensor:
     """[tok, width], what the component's module reads in an unedited run."""
     seen: list[Tensor] = []
 
@@ -173,7 +173,7 @@ def input_of(model: Any, ids: Sequence[int], layer: int, kind: str) -> Tensor:
         return x
 
     with hooked(module_of(model, layer, kind), keep):
-        model(torch.tensor([list(ids)]))
+        model(torch.tensor([ids]))
     return seen[0]
 
 
@@ -183,7 +183,7 @@ def mean_of(model: Any, tokenizer: Any, users: Sequence[str], layer: int, kind: 
     return torch.cat(inputs).double().mean(0).float()
 
 
-def agreement(one: Sequence[int], other: Sequence[int]) -> int:
+def agreement(one: list[int], other: list[int]) -> int:
     """How many tokens agree from the start on."""
     count = 0
     while count < min(len(one), len(other)) and one[count] == other[count]:
@@ -209,39 +209,28 @@ def edited_score(
     model: Any,
     tokenizer: Any,
     change: Change,
-    side: str,
-    texts: dict[str, str],
+    texts: tuple[str, str],
     targets: Sequence[str],
     layer: int,
     index: int,
-    mean: Tensor | None = None,
+    mean: Tensor | None = None,  # where the op is mean
 ) -> float:
-    """The score of the prompt on a side of {a: text, b: text} with one component edited in it."""
-    other = prompt_ids(tokenizer, texts["b" if side == "a" else "a"])
+    """The score of the first of two texts, whose partner is the other, with a component edited."""
+    other = prompt_ids(tokenizer, texts[1])
     span = span_of(model, layer, change.kind, index)
 
     def edit(ids: list[int], tail: list[int]) -> AbstractContextManager[None]:
         places = touched(ids, other, len(tail), change)
-        partner = None
         if change.op == "patch":
             partner = input_of(model, other + tail, layer, change.kind)
 
         def replace(x: Tensor) -> Tensor:
             y = x.clone()
             for mine, theirs in places:
-                if change.op == "zero":
-                    y[0, mine, span] = 0
-                elif change.op == "scale":
-                    y[0, mine, span] *= change.factor
-                elif change.op == "mean":
-                    assert mean is not None
-                    y[0, mine, span] = mean[span]
-                else:
-                    assert partner is not None
-                    y[0, mine, span] = partner[theirs, span]
+                value = change.factor * x[0, mine] if mean is None else mean
+                y[0, mine, span] = (partner[theirs] if change.op == "patch" else value)[span]
             return y
 
-        receives = change.op != "patch" or side == change.into
-        return hooked(module_of(model, layer, change.kind), replace if receives else None)
+        return hooked(module_of(model, layer, change.kind), replace)
 
-    return suppression_score(model, tokenizer, texts[side], targets, edit)
+    return suppression_score(model, tokenizer, texts[0], targets, edit)

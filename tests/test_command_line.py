@@ -22,6 +22,8 @@ import llama3_circuit_tracing as tracing
 from conftest import ROOT, SCRIPT, Answer
 from llama3_circuit_tracing import Component, Config, parse_args
 
+OPTIONS = [option.name for option in fields(Config)]
+
 
 @pytest.fixture()
 def without_weights(tiny_llama: str, tmp_path: Path) -> Path:
@@ -41,19 +43,13 @@ LABELS = {
     "L12mlp": Component(12, "mlp"),
     "L3resid": Component(3, "resid"),
 }
-
-
-@pytest.mark.parametrize("label", LABELS)
-def test_a_label_spells_layer_kind_and_index_and_parses_back(label: str) -> None:
-    assert LABELS[label].label == label
-    assert Component.parse(label) == LABELS[label]
-
-
 UNLABELLED = ["", "L", "L2", "2H5", "L2H", "L2N", "L2attn0", "L2mlp1", "LH5", "L2Q5", "l2h5"]
 UNLABELLED += ["L2H-1", "L2 mlp", " L2H5", "L2H5 ", "L2H5L3H1"]
 
 
-def test_a_text_that_names_no_component_is_refused_with_it() -> None:
+def test_a_label_spells_layer_kind_and_index_and_parses_back() -> None:
+    assert {label: Component.parse(label) for label in LABELS} == LABELS
+    assert [component.label for component in LABELS.values()] == list(LABELS)
     for text in UNLABELLED:
         with pytest.raises(ValueError, match=re.escape(repr(text))):
             Component.parse(text)
@@ -70,12 +66,9 @@ def test_components_of_any_kind_are_given_or_ablated_in_order_and_once_each(flag
 # ----- flags and defaults
 
 
-def test_no_arguments_give_the_default_configuration() -> None:
-    assert parse_args([]) == Config()
-
-
 def test_the_defaults_are_a_plain_zero_ablation_of_all_heads_of_llama_3() -> None:
-    config = Config()
+    config = parse_args([])
+    assert config == Config()
     assert config.model_id == "meta-llama/Meta-Llama-3-8B-Instruct"
     assert (config.output_dir, config.num_samples, config.seed) == ("outputs/run", 16, 42)
     assert (config.layers, config.heads, config.top_k) == ("all", "all", 20)
@@ -110,128 +103,80 @@ def other_than_default(name: str) -> tuple[str, Any]:
     return "some text", "some text"
 
 
-def test_every_option_has_a_flag_and_every_flag_an_option() -> None:
-    assert {*ACTIONS} == {"help", *(option.name for option in fields(Config))}
-
-
-@pytest.mark.parametrize("name", [option.name for option in fields(Config)])
-def test_a_flag_is_known_in_underscore_and_in_hyphen_spelling(name: str) -> None:
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_flag_is_known_in_two_spellings_and_recorded_as_it_is_written(name: str) -> None:
     text, value = other_than_default(name)
     assert value != getattr(Config(), name)
     for spelling in (name, name.replace("_", "-")):
         argv = [f"--{spelling}={text}" if text else f"--{spelling}"]
-        parsed = vars(tracing.build_parser().parse_args(argv))
-        assert parsed == {**vars(Config()), name: value}
+        config = Config(**vars(tracing.build_parser().parse_args(argv)))
+        assert vars(config) == {**vars(Config()), name: value}
+        recorded = json.loads(json.dumps(config.recorded()))[name]
+        assert recorded == (text if isinstance(value, str | tuple | dict) else value)
 
 
-@pytest.mark.parametrize("name", [option.name for option in fields(Config)])
-def test_what_a_run_records_of_an_option_is_what_the_command_line_takes(name: str) -> None:
-    text, value = other_than_default(name)
-    changed: dict[str, Any] = {name: value}
-    recorded = json.loads(json.dumps(Config(**changed).recorded()))[name]
-    assert recorded == (text if isinstance(value, str | tuple | dict) else value)
+def test_options_have_other_spellings_and_values_of_their_own() -> None:
+    others: dict[str, dict[str, Any]] = {
+        "--model_name_or_path x/y": {"model_id": "x/y"},  # as transformers' scripts say
+        "--model-name-or-path x/y": {"model_id": "x/y"},
+        "--bf16": {"bf16": True},
+        "--no-bf16": {"bf16": False},
+        "--no_bf16": {"bf16": False},
+        "--rows_per_forward auto": {"rows_per_forward": None},
+        "--device_map cuda:1": {"device_map": "cuda:1"},
+    }
+    for line, values in others.items():
+        assert vars(parse_args(line.split())) == {**vars(Config()), **values}
 
 
-@pytest.mark.parametrize(
-    ("line", "name", "value"),
-    [
-        ("--model_name_or_path some/model", "model_id", "some/model"),  # as transformers' scripts
-        ("--model-name-or-path some/model", "model_id", "some/model"),
-        ("--bf16", "bf16", True),
-        ("--no-bf16", "bf16", False),
-        ("--no_bf16", "bf16", False),
-        ("--rows_per_forward auto", "rows_per_forward", None),
-        ("--rows_per_forward 3", "rows_per_forward", 3),
-        ("--device_map cuda:1", "device_map", "cuda:1"),
-        ('--device_map {"":0}', "device_map", {"": 0}),
-        ("--layers 4-4", "layers", (range(4, 5),)),
-    ],
-)
-def test_an_option_has_other_spellings_and_values_of_its_own(
-    line: str, name: str, value: Any
-) -> None:
-    assert vars(parse_args(line.split())) == {**vars(Config()), name: value}
-
-
-@pytest.mark.parametrize(
-    ("text", "chosen"),
-    [
-        ("all", [0, 1, 2, 3, 4, 5]),
-        ("4", [4]),
-        ("0-0", [0]),
-        ("5,0", [0, 5]),
-        ("2-4", [2, 3, 4]),
-        ("0,1-2,2", [0, 1, 2]),
-        ("0,3-5,1", [0, 1, 3, 4, 5]),
-    ],
-)
-def test_a_selection_is_sorted_and_names_each_index_once(text: str, chosen: list[int]) -> None:
-    config = parse_args([f"--layers={text}", f"--heads={text}"])
-    assert config.layers == config.heads == tracing.ranges(text)
-    assert tracing.select(config.layers, 6, "layers") == chosen
+def test_a_selection_is_sorted_and_names_each_index_once() -> None:
+    cases = {"all": "012345", "4": "4", "0-0": "0", "5,0": "05", "2-4": "234", "0,1-2,2": "012"}
+    for text, chosen in {**cases, "0,3-5,1": "01345"}.items():
+        config = parse_args([f"--layers={text}", f"--heads={text}"])
+        assert config.layers == config.heads
+        assert "".join(map(str, tracing.select(config.layers, 6, "layers"))) == chosen
 
 
 # ----- what is refused
 
-MALFORMED = ["all,3", "x", "", "1,", ",1", "1-", "1--2", "1.5", "1 2", "L1", "2-1", "-1"]
-MALFORMED += ["0-99999999999999"]
+SELECTIONS = "all,3|x||1,|,1|1-|1--2|1.5|1 2|L1|2-1|-1|0-99999999999999"
+MEANINGLESS = {  # by flag
+    "layers": SELECTIONS,
+    "heads": SELECTIONS,
+    "neurons": SELECTIONS,
+    "num_samples": "0|many",
+    "top_k": "0",
+    "tree_tokens": "0",
+    "rows_per_forward": "0|some",
+    "max_new_tokens": "-1",
+    "confirm": "-1",
+    "num_random": "0",
+    "num_bootstrap": "10",
+    "seed": "1.5|99999999999999999999",
+    "factor": "nan|inf|much",
+    "given": "2:5|L2|L0",
+    "ablate": "L2H5,|L2-mlp",
+    "device_map": "{'': 0",
+    "task": "nonsense",
+    "kind": "heads|block",
+    "op": "nonsense",
+    "positions": "first",
+    "patch_into": "c",
+    "target_form": "nonsense",
+}
 
 
-@pytest.mark.parametrize("flag", ["--layers", "--heads", "--neurons"])
-@pytest.mark.parametrize("text", MALFORMED)
-def test_a_malformed_selection_is_refused_with_its_text(
-    answer: Answer, flag: str, text: str
-) -> None:
-    code, _, err = answer(f"{flag}={text}")
-    assert code == 2
-    assert flag in err
-    assert repr(text) in err
-
-
-@pytest.mark.parametrize(
-    ("flag", "texts"),
-    {
-        "num_samples": "0 many",
-        "top_k": "0",
-        "tree_tokens": "0",
-        "rows_per_forward": "0 some",
-        "max_new_tokens": "-1",
-        "confirm": "-1",
-        "num_random": "0",
-        "num_bootstrap": "10",
-        "seed": "1.5 99999999999999999999",
-        "factor": "nan inf much",
-        "given": "2:5 L2 L0",
-        "ablate": "L2H5, L2-mlp",
-        "device_map": "{'':0",
-        "task": "nonsense",
-        "kind": "heads block",
-        "op": "nonsense",
-        "positions": "first",
-        "patch_into": "c",
-        "target_form": "nonsense",
-    }.items(),
-)
-def test_a_value_that_means_nothing_is_refused_by_name(
-    answer: Answer, flag: str, texts: str
-) -> None:
-    extra = ["--op", "scale"] if flag == "factor" else []
-    for text in texts.split():
-        code, _, err = answer(f"--{flag}={text}", *extra)
+@pytest.mark.parametrize("flag", MEANINGLESS)
+def test_a_value_that_means_nothing_is_refused_by_name(answer: Answer, flag: str) -> None:
+    for text in MEANINGLESS[flag].split("|"):
+        code, _, err = answer(f"--{flag}={text}", *(["--op", "scale"] if flag == "factor" else []))
         assert code == 2, text
         sentence = err.splitlines()[-1]
         assert f"--{flag}" in sentence
         assert text in sentence
 
 
-@pytest.mark.parametrize("line", ["--layer 3", "--max_new 3", "--dry", "--model x"])
-def test_abbreviations_are_refused(answer: Answer, line: str) -> None:
-    code, _, err = answer(*line.split())
-    assert code == 2
-    assert line.split()[0] in err
-
-
-CONTRADICTIONS = {
+REFUSED = {
     "--op scale": "--op scale and --factor go together",
     "--factor 2": "--op scale and --factor go together",
     "--kind neuron": "--kind neuron and --neurons go together",
@@ -246,16 +191,20 @@ CONTRADICTIONS = {
     "--task refusal --controls": "--controls belong to --task suppression",
     "--controls --op patch --patch_into b": "--controls share one prompt b",
     "--dry_run --from_csv results.csv": "--dry_run loads a model's config and --from_csv loads none",
+    "--layer 3": "--layer",  # abbreviations
+    "--max_new 3": "--max_new",
+    "--dry": "--dry",
+    "--model x": "--model",
 }
 
 
-@pytest.mark.parametrize("line", CONTRADICTIONS)
-def test_options_that_contradict_each_other_are_refused_with_a_sentence(
+@pytest.mark.parametrize("line", REFUSED)
+def test_contradictions_and_abbreviations_are_refused_with_a_sentence(
     answer: Answer, line: str
 ) -> None:
     code, _, err = answer(*line.split())
     assert code == 2
-    assert CONTRADICTIONS[line] in err.splitlines()[-1]
+    assert REFUSED[line] in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -277,8 +226,8 @@ def test_options_that_go_together_are_taken(line: str) -> None:
 
 # ----- redrawing begins with the flags of the recorded run
 
-TOLD = "--task refusal --op scale --factor -0.5 --seed 7 --num_bootstrap 300 --top_k 5"
 RESULTS = "circuit_results.csv"
+TOLD = "--task refusal --op scale --factor -0.5 --seed 7 --num_bootstrap 300 --top_k 5"
 NOT_TOLD = "--model_id some/model --output_dir there --device_map cpu --debug --overwrite"
 
 
@@ -300,11 +249,9 @@ def write_record(folder: Path, line: str) -> None:
 def test_redrawing_takes_up_what_results_and_figures_were_made_with(
     tmp_path: Path, told: str
 ) -> None:
-    source = str(tmp_path / RESULTS)
-    expected = parse_args([*told.split(), "--from_csv", source])
     if told:  # else there is no record
         write_record(tmp_path, f"{told} {NOT_TOLD} --compare other.csv --layers 0,2-3")
-    assert redrawn(tmp_path) == expected
+    assert redrawn(tmp_path) == parse_args([*told.split(), "--from_csv", str(tmp_path / RESULTS)])
 
 
 @pytest.mark.parametrize("again", ["--task suppression --seed 8 --top_k 6", "--factor 3"])
@@ -327,24 +274,15 @@ def test_results_beside_a_foreign_record_are_refused_with_its_path(
 # ----- help, import, docstring
 
 
-def imported_modules(*arguments: str) -> tuple[int, set[str]]:
-    """(exit code, top-level packages imported) of the script as a process."""
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", str(SCRIPT), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    names = re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, flags=re.MULTILINE)
-    return done.returncode, {name.partition(".")[0] for name in names}
-
-
 @pytest.mark.parametrize(
     ("line", "code"), [("--help", 0), ("--no_such_flag", 2), ("--layers x", 2), ("--op scale", 2)]
 )
 def test_help_and_usage_errors_are_answered_before_the_heavy_imports(line: str, code: int) -> None:
-    returned, modules = imported_modules(*line.split())
-    assert returned == code
+    argv = [sys.executable, "-X", "importtime", str(SCRIPT), *line.split()]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    names = re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, flags=re.MULTILINE)
+    modules = {name.partition(".")[0] for name in names}
+    assert done.returncode == code
     assert "argparse" in modules
     assert not modules & {"torch", "transformers", "accelerate", "pandas", "numpy", "matplotlib"}
 
@@ -352,17 +290,16 @@ def test_help_and_usage_errors_are_answered_before_the_heavy_imports(line: str, 
 def test_help_holds_the_docstring_and_every_flag_with_its_default_in_groups(answer: Answer) -> None:
     code, out, _ = answer("--help")
     assert code == 0
-    assert tracing.__doc__ is not None
-    assert tracing.__doc__.strip() in out
+    assert str(tracing.__doc__).strip() in out
     flat = "".join(out.split())  # lines break at blanks and behind hyphens
-    assert flat.count("(default:") == len(fields(Config))
-    for option in fields(Config):
-        assert f"--{option.name}" in flat
-        assert f"--{option.name.replace('_', '-')}" in flat
+    assert flat.count("(default:") == len(OPTIONS)
+    for name in OPTIONS:
+        assert f"--{name}" in flat
+        assert f"--{name.replace('_', '-')}" in flat
     for default in ("meta-llama/Meta-Llama-3-8B-Instruct", "outputs/run", "16", "42", "20", "auto"):
         assert f"(default:{default})" in flat
-    for group in ("model:", "task:", "sweep:", "evidence:", "output:", "checks:"):
-        assert f"\n{group}\n" in out
+    for group in ("model", "task", "sweep", "evidence", "output", "checks"):
+        assert f"\n{group}:\n" in out
 
 
 def docstring_commands() -> list[list[str]]:
@@ -409,14 +346,13 @@ samples = tracing.build_suppression(20, random.Random(42), len)
 with open(sys.argv[-1], "w") as file:
     json.dump([s.prompt_a for s in samples], file)
 """
-    empty = tmp_path / "empty"
+    empty, out = tmp_path / "empty", tmp_path / "samples.json"
     empty.mkdir()
-    out = tmp_path / "samples.json"
-    settings = {"PYTHONHASHSEED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    settings = {"PYTHONHASHSEED": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", code, "--nonsense", str(out)],
         cwd=empty,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **settings},
+        env={**os.environ, **settings},
         capture_output=True,
         text=True,
         timeout=120,
@@ -427,7 +363,7 @@ with open(sys.argv[-1], "w") as file:
     assert json.loads(out.read_text()) == [sample.prompt_a for sample in here]
 
 
-# ----- ranges, from the model's config alone
+# ----- ranges and the dry run, from the model's config alone
 
 
 def model_size(folder: Path) -> tuple[int, int, int]:
@@ -449,7 +385,7 @@ def test_what_the_model_does_not_have_is_refused_with_the_valid_range(
         f"--kind attn --layers {n_layers}": [layers],
         f"--heads 0,{n_heads}": [heads],
         f"--kind neuron --neurons {d_mlp}": [neurons],
-        f"--given L{n_layers}H0": [layers, heads],
+        f"--given L0H0,L{n_layers}H0": [layers, heads],
         f"--given L{n_layers}mlp": [layers],
         f"--ablate L0H{n_heads}": [layers, heads],
         f"--ablate L0N{d_mlp}": [layers, neurons],
@@ -467,34 +403,21 @@ def test_what_the_model_does_not_have_is_refused_with_the_valid_range(
             assert text in err, line
 
 
-# ----- the dry run
-
-
-def test_a_dry_run_needs_no_weights_and_writes_nothing(
+def test_a_dry_run_without_weights_prints_all_that_would_be_done_and_writes_nothing(
     answer: Answer, without_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    code, out, err = answer("--model_id", str(without_weights), "--dry_run", "--output_dir", "o")
-    assert (code, err) == (0, "")
-    assert out
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_dry_run_prints_prompts_forms_with_ids_components_forwards_and_memory(
-    answer: Answer, without_weights: Path
-) -> None:
-    n_layers, n_heads, _ = model_size(without_weights)
     argv = ["--num_samples", "3", "--layers", "1-2", "--heads", "0,1", "--rows_per_forward", "1"]
-    code, out, _ = answer("--model_id", str(without_weights), *argv, "--dry_run")
-    assert code == 0
+    argv += ["--output_dir", "o", "--dry_run"]
+    code, out, err = answer("--model_id", str(without_weights), *argv)
+    assert (code, err) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before
     tokenizer = AutoTokenizer.from_pretrained(without_weights)
+    system = {"role": "system", "content": "You are an assistant."}
     for sample in tracing.build_suppression(3, random.Random(42), len):
         for user in (sample.prompt_a, sample.prompt_b):
-            chat = [
-                {"role": "system", "content": "You are an assistant."},
-                {"role": "user", "content": user},
-            ]
+            chat = [system, {"role": "user", "content": user}]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert f"({len(ids)} tokens): {text!r}" in out
@@ -502,6 +425,7 @@ def test_a_dry_run_prints_prompts_forms_with_ids_components_forwards_and_memory(
             for form in {word, word[0].upper() + word[1:]}:
                 ids = tokenizer(form, add_special_tokens=False)["input_ids"]
                 assert f"{form!r} {ids}" in out
+    n_layers, n_heads, _ = model_size(without_weights)
     assert f"{n_layers} layers, {n_heads} heads" in out
     assert "4 components (L1H0 to L2H1)" in out
     assert "3 samples in 1 trees" in out
@@ -514,16 +438,9 @@ def test_a_dry_run_estimates_what_an_8b_model_needs_from_its_config_alone(
     answer: Answer, without_weights: Path
 ) -> None:
     path = without_weights / "config.json"
-    shape = {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    }
+    widths = {"hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128}
+    numbers = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    shape = {**widths, **numbers, "vocab_size": 128256, "tie_word_embeddings": False}
     path.write_text(json.dumps({**json.loads(path.read_text()), **shape}))
     code, out, _ = answer("--model_id", str(without_weights), "--dry_run", "--bf16")
     assert code == 0
@@ -538,8 +455,6 @@ def test_float32_that_was_not_asked_for_is_warned_of(
 ) -> None:
     monkeypatch.setattr(tracing.torch.cuda, "is_available", lambda: False)
     argv = ["--model_id", str(without_weights), "--num_samples", "1", "--dry_run"]
-    _, out, _ = answer(*argv)
-    assert re.search(r"float32.*8B model needs 32 GB", out)
+    assert re.search(r"float32.*8B model needs 32 GB", answer(*argv)[1])
     for flag in ("--no-bf16", "--bf16"):
-        _, out, _ = answer(*argv, flag)
-        assert "8B" not in out
+        assert "8B" not in answer(*argv, flag)[1]

@@ -55,7 +55,7 @@ def test_confirming_needs_as_many_others_beside_those_that_are_given(
     config = tracing.parse_args(["--model_id", llama, *line.split()])
     shape, most = tracing.read_shape(config), left // 2
     assert tracing.choose_components(dataclasses.replace(config, confirm=most), shape)
-    with pytest.raises(tracing.UsageError, match=f"--confirm {most + 1} .* {left} in all"):
+    with pytest.raises(tracing.UsageError, match=rf"--confirm {most + 1} .*\b{left}\b"):
         tracing.choose_components(dataclasses.replace(config, confirm=most + 1), shape)
 
 
@@ -105,7 +105,8 @@ def test_llama_3_8b_in_bfloat16_fits_a_24_gb_gpu_by_the_estimate(
     trees = planned(llama, "--num_samples 32").trees
     tree = max(trees, key=lambda tree: tree.n_tokens)
     assert tree.n_tokens > 400
-    rows = tracing.ROW_TOKENS["cuda"] // tree.n_tokens
+    n_rows_of_a_job = 32 + 1  # the heads of a layer, and a row of noise
+    rows = min(tracing.ROW_TOKENS["cuda"] // tree.n_tokens, n_rows_of_a_job)
     assert rows >= 4
     memory, of_one = (tracing.memory_estimate(llama_8b, tree, n) for n in (rows, 1))
     assert sum(memory.values()) < 24e9 - 0.5e9

@@ -336,9 +336,9 @@ def test_nodes_that_edits_single_out_belong_to_one_prompt_only(
     """Also where samples share prompt b or both prompts, and where these are of equal length."""
     config = Config(op=op, positions=positions, patch_into=patch_into)
     samples = [
-        suppression_sample("s0", "Name a fruit.", ["apple"]),
-        suppression_sample("s1", "Name a fruit.", ["pear"]),
-        replace(suppression_sample("s0", "Name a fruit.", ["apple"]), sample_id="s2"),
+        Sample("s0", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",)),
+        Sample("s1", "Don't mention pear. Name a fruit.", "Name a fruit.", ("pear",)),
+        Sample("s2", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",)),
         Sample("s3", "Don't mention apple. Name a fruit.", "Name a fruit.", ("quixotically",)),
         Sample("s4", "Name a metal.", "Name a sport.", ("iron",)),
     ]

@@ -19,7 +19,13 @@ import naive
 from conftest import user_text
 from llama3_circuit_tracing import Config, PromptEncoder, Sample, UsageError
 
-FRUIT = suppression_sample("s0", "Name a fruit.", ["apple"])
+
+def forbidding(sample_id: str, sentence: str, *words: str) -> Sample:
+    prompt_a = f"Don't mention {' or '.join(words)}. {sentence}"
+    return Sample(sample_id, prompt_a, sentence, words)
+
+
+FRUIT = forbidding("s0", "Name a fruit.", "apple")
 BUILT_IN = tracing.build_suppression(9, random.Random(3), len)
 WithTemplate = Callable[[str], PromptEncoder]
 
@@ -257,8 +263,8 @@ def test_the_other_prompt_forbids_as_many_words_that_other_samples_forbid_and_no
 
 def test_samples_of_the_same_sentence_lend_each_other_no_words(encoder: PromptEncoder) -> None:
     sentence = "Which thing comes to mind?"
-    samples = [suppression_sample(word, sentence, [word]) for word in ("apple", "pear")]
-    samples.append(suppression_sample("golf", "Name a sport.", ["golf"]))
+    samples = [forbidding(word, sentence, word) for word in ("apple", "pear")]
+    samples.append(forbidding("golf", "Name a sport.", "golf"))
     texts, _ = write_controls(samples, encoder)
     assert texts["apple"]["other"] == texts["pear"]["other"] == f"Don't mention golf. {sentence}"
     lent = [f"Don't mention {word}. Name a sport." for word in ("apple", "pear")]
@@ -269,9 +275,9 @@ def test_samples_of_the_same_sentence_lend_each_other_no_words(encoder: PromptEn
 def test_the_words_of_the_other_prompt_have_the_token_counts_of_the_targets_where_possible(
     seed: int,
 ) -> None:
-    samples = [suppression_sample("s", "Name things.", ["abc", "abcdefgh"])]
+    samples = [forbidding("s", "Name things.", "abc", "abcdefgh")]
     for i, word in enumerate(["pqr", "p", "pqrpqrpq", "pqrpq"]):
-        samples.append(suppression_sample(f"t{i}", f"Sentence {i}.", [word]))
+        samples.append(forbidding(f"t{i}", f"Sentence {i}.", word))
     made = tracing.control_texts(samples, CHARACTERS, seed)
     assert made["s"]["other"] == "Don't mention pqr or pqrpqrpq. Name things."
 
@@ -279,8 +285,8 @@ def test_the_words_of_the_other_prompt_have_the_token_counts_of_the_targets_wher
 def test_the_affirmative_template_is_chosen_by_token_count_not_by_order() -> None:
     """With a token per character the nearest to "Don't mention" (13) is "Please mention" (14)."""
     samples = [
-        suppression_sample("s", "Name a sport.", ["golf"]),
-        suppression_sample("t", "Name a metal.", ["iron"]),
+        forbidding("s", "Name a sport.", "golf"),
+        forbidding("t", "Name a metal.", "iron"),
     ]
     assert tracing.control_texts(samples, CHARACTERS, 0)["s"] == {
         "other": "Don't mention iron. Name a sport.",
@@ -309,7 +315,7 @@ def test_controls_differ_by_two_tokens_at_most_or_are_warned_of(
     for base in (3, 8):  # q, qq, ... are a token per letter
         for more in (0, base - 1):
             name = f"q{base + more}"
-            samples.append(suppression_sample(name, f"Name a {name}.", ["q" * (base + more)]))
+            samples.append(forbidding(name, f"Name a {name}.", "q" * (base + more)))
     _, counts = write_controls(samples, encoder)
     gaps = {}
     for (sample_id, side), n in counts.items():
