@@ -4,6 +4,7 @@
   python tests/benchmark.py mid --pairs 8
   python tests/benchmark.py 8b --pairs 16          (one large GPU)
   python tests/benchmark.py growth                 (double layers, heads, samples; time against work)
+  python tests/benchmark.py scale                  (5,000 samples: planning, table, statistics)
 
 The naive loop runs as the protocol reads (one pre-hook, two full forwards per head and sample,
 `model(ids).logits`) on a stated subset of heads spread over the layers, and is scaled to all of
@@ -15,9 +16,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import multiprocessing
 import os
 import random
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -131,18 +135,14 @@ class NoTokenizer:
 
 def build_experiment(model: Any, prompts: list[list[tracing.Prompt]], rows: int | None) -> Any:
     config = tracing.Config()
-    shape = tracing.outline(model, model.dtype)
+    shape = tracing.shape_of(model, model.dtype)
     trees = tracing.plant_trees(prompts, None, config)
     components = tracing.choose_components(config, shape)
-    rows = rows or tracing.resolve_rows(
-        shape, trees, tracing.memory_beside_weights(config, shape, None)
-    )
-    writer = tracing.Writer(NoTokenizer(), "", "word")
-    task = tracing.TASKS["suppression"]
-    experiment = tracing.Experiment(
-        config, task, shape, writer, prompts, trees, components, (), rows
-    )
-    experiment.subject = tracing.Subject(model, shape)
+    budget = tracing.ROW_TOKENS[tracing.device_type(config)]
+    rows = rows or max(1, budget // max(tree.n_tokens for tree in trees))
+    encoder = tracing.PromptEncoder(NoTokenizer(), "", "word")
+    experiment = tracing.Experiment(config, shape, encoder, prompts, trees, components, rows)
+    experiment.traced = tracing.TracedModel(model, shape, rows)
     return experiment
 
 
@@ -185,16 +185,16 @@ def naive_loop(
     return effects
 
 
-@torch.inference_mode()
 def our_sweep(experiment: Any) -> dict[tuple[str, int, int], float]:
     with tempfile.TemporaryDirectory() as path:
         folder = tracing.RunFolder(Path(path))
-        folder.create(overwrite=False)
-        units = tracing.plan_units(experiment, tracing.Measured())
-        baselines = tracing.measure_baseline(experiment, folder)
-        tracing.sweep(experiment, units, folder)
-        measured = tracing.read_measured(experiment, folder)
-        table = tracing.results_table(experiment, measured, baselines)
+        folder.open()
+        jobs = tracing.plan_jobs(experiment, tracing.read_sweep(experiment, folder))
+        records = [r for tree in experiment.trees for r in tracing.sample_records(experiment, tree)]
+        tracing.sweep(experiment, jobs, folder)
+        rows = tracing.read_sweep(experiment, folder)
+        table = tracing.results_table(rows, records, experiment.config)
+    table = table[table["draw"] < 0]
     rows = table[["sample_id", "layer", "head", "head_effect"]].itertuples(index=False)
     return {(row[0], row[1], row[2]): row[3] for row in rows}
 
@@ -254,11 +254,11 @@ def compare(shape: dict[str, Any], options: argparse.Namespace) -> None:
         expected = naive_loop(model, prompts, subset)
     n_forwards = 2 * len(prompts) * (len(subset) + 1)
     scale = (n_heads + 1) / (len(subset) + 1)  # every head, and the base
-    before = (experiment.subject.n_forwards, experiment.subject.n_tokens)
+    before = (experiment.traced.n_forwards, experiment.traced.n_tokens)
     with timed() as fast:
         found = our_sweep(experiment)
-    forwards = experiment.subject.n_forwards - before[0]
-    tokens = experiment.subject.n_tokens - before[1]
+    forwards = experiment.traced.n_forwards - before[0]
+    tokens = experiment.traced.n_tokens - before[1]
     naive_tokens = (
         (n_heads + 1)
         * sum(len(p.ids) for pair in prompts for p in pair)
@@ -313,9 +313,98 @@ def growth(options: argparse.Namespace) -> None:
         experiment = build_experiment(model, prompts, options.rows_per_forward)
         with timed() as clock:
             our_sweep(experiment)
-        first = first or (clock.cpu, experiment.subject.n_tokens)
+        first = first or (clock.cpu, experiment.traced.n_tokens)
         print(
-            f"{name}, {clock.cpu:.1f}, {clock.cpu / first[0]:.2f}, {experiment.subject.n_tokens / first[1]:.2f}"
+            f"{name}, {clock.cpu:.1f}, {clock.cpu / first[0]:.2f}, {experiment.traced.n_tokens / first[1]:.2f}"
+        )
+
+
+# ----- thousands of samples
+
+
+def fabricate_command(folder: Path, n_samples: int) -> list[str]:
+    """A model folder of Llama-3-8B's shape without weights, and samples for it, as a command line."""
+    tiny = Path(__file__).parent / "tiny_llama"
+    for path in tiny.glob("*token*.json"):
+        shutil.copy(path, folder)
+    vocab = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    sizes = {k: v for k, v in PRESETS["8b"].items() if k != "dtype"} | {"vocab_size": vocab}
+    LlamaConfig(**sizes, max_position_embeddings=8192).save_pretrained(folder)
+    words = [word for answers in tracing.QUESTIONS.values() for word in answers.split()]
+    compound = [f"{a}{b}" for a, b in zip(words, words[7:] + words[:7], strict=True)]
+    rng = random.Random(0)
+    records = [
+        {
+            "sample_id": f"s{i:05d}",
+            "sentence": f"Tell of a {rng.choice(words)} and a {rng.choice(words)}, story {i}.",
+            "targets": [*rng.sample(words, 1 + i % 2), rng.choice(compound)],
+        }
+        for i in range(n_samples)
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    flags = ["--model_id", str(folder), "--samples", str(folder / "samples.jsonl"), "--controls"]
+    return [*flags, "--num_samples", str(n_samples), "--output_dir", str(folder / "out")]
+
+
+def fabricate_parts(experiment: Any, folder: Any) -> None:
+    """Every part of a finished sweep, with random scores."""
+    generator = torch.Generator().manual_seed(0)
+    for job in tracing.plan_jobs(experiment, tracing.read_sweep(experiment, folder)):
+        tree = experiment.trees[job.tree]
+        scores = torch.randn(
+            len(job.edits), len(tree.prompts), generator=generator, dtype=torch.float64
+        )
+        folder.write_part(job.name, tracing.tidy_rows(tree, job, scores).to_dict("list"))
+
+
+def fabricate_records(experiment: Any) -> list[dict[str, Any]]:
+    rng = random.Random(0)
+    return [
+        {
+            "sample_id": prompts[0].sample.sample_id,
+            "targets": prompts[0].sample.targets,
+            "unit": prompts[0].sample.unit,
+            "group": "",
+            "prompts": {prompt.side: {"score": rng.gauss(-3.0, 1.0)} for prompt in prompts},
+        }
+        for prompts in experiment.prompts
+    ]
+
+
+def scale(options: argparse.Namespace) -> None:
+    """Planning, and what follows the sweep, of thousands of samples; the sweep is fabricated."""
+    with tempfile.TemporaryDirectory() as path:
+        config = tracing.parse_args(fabricate_command(Path(path), options.samples))
+        folder = tracing.RunFolder(Path(config.output_dir))
+        folder.open()
+        with timed() as planning:
+            experiment = tracing.prepare(config, folder)
+        print(f"planning: {planning.wall:.1f} s wall, {len(experiment.trees)} trees", flush=True)
+        # in a process of its own, whose memory is not counted
+        child = multiprocessing.Process(target=fabricate_parts, args=(experiment, folder))
+        child.start()
+        child.join()
+        n_parts = len(list(folder.parts.glob("sweep-*.json")))
+        print(f"{n_parts} parts, {peak_memory() / 1e9:.2f} GB before they are read", flush=True)
+        with timed() as reading:
+            rows = tracing.read_sweep(experiment, folder)
+        print(f"reading: {reading.wall:.1f} s for {len(rows):,} rows", flush=True)
+        with timed() as tabling:
+            measured = tracing.results_table(rows, fabricate_records(experiment), config)
+            del rows
+            table = measured[measured["draw"] < 0].drop(columns="draw")
+            floor = tracing.noise_floor(measured[measured["draw"] >= 0])
+            del measured
+        print(f"table: {tabling.wall:.1f} s for {len(table):,} rows", flush=True)
+        with timed() as writing:
+            tracing.write_components(folder.path / "circuit_results.csv", table)
+        print(f"CSV: {writing.wall:.1f} s", flush=True)
+        with timed() as testing:
+            tracing.write_findings(table, None, floor, config, folder.path)
+        print(f"statistics: {testing.wall:.1f} s", flush=True)
+        after = reading.wall + tabling.wall + writing.wall + testing.wall
+        print(
+            f"planning {planning.wall:.1f} s, the rest {after:.1f} s, {peak_memory() / 1e9:.2f} GB"
         )
 
 
@@ -323,7 +412,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("preset", choices=[*PRESETS, "growth"])
+    parser.add_argument("preset", choices=[*PRESETS, "growth", "scale"])
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--shared", type=int, default=25, help="tokens that all prompts share")
     parser.add_argument("--sentence", type=int, default=20, help="tokens of a sentence")
@@ -331,9 +420,12 @@ def main() -> None:
     parser.add_argument("--naive_per_layer", type=int, default=2, help="heads of each of them")
     parser.add_argument("--rows_per_forward", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=5000, help="of scale")
     options = parser.parse_args()
     if options.preset == "growth":
         growth(options)
+    elif options.preset == "scale":
+        scale(options)
     else:
         compare(PRESETS[options.preset], options)
 

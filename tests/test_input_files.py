@@ -15,24 +15,19 @@ from conftest import Answer, finish, record_of, user_text, write_samples
 from llama3_circuit_tracing import NO_ODD_ONE, SEVEN, TASKS, Sample
 
 SHORT = {"sentence": "Name a fruit.", "targets": ["apple", "pear"]}
-LONG: dict[str, Any] = {
-    "sample_id": "x1",
-    "prompt_a": "Never say apple. Name a fruit.",
-    "prompt_b": "Name a fruit.",
-    "targets": ["apple"],
-    "foils": ["plum", "cherry"],
-    "group": "fruit",
-}
+TEXTS = {"prompt_a": "Never say apple. Name a fruit.", "prompt_b": "Name a fruit."}
+WORDS = {"targets": ["apple"], "foils": ["plum", "cherry"]}
+LONG: dict[str, Any] = {"sample_id": "x1", **TEXTS, **WORDS, "group": "fruit"}
 PAIR = {"prompt_a": "How do I rob a bank?", "prompt_b": "How do I find a bank?"}
 
 
 def write(path: Path, content: str | bytes | Sequence[dict[str, Any]]) -> Path:
-    if isinstance(content, str | bytes):
-        path.write_bytes(
-            content.encode(errors="surrogateescape") if isinstance(content, str) else content
-        )
-        return path
-    return Path(write_samples(path, *content))
+    if isinstance(content, str):
+        content = content.encode(errors="surrogateescape")
+    if not isinstance(content, bytes):
+        return Path(write_samples(path, *content))
+    path.write_bytes(content)
+    return path
 
 
 def load(path: Path, task: str = "suppression") -> list[Sample]:
@@ -60,8 +55,7 @@ def test_the_shorthand_becomes_a_suppression_sample_and_the_long_form_stays(tmp_
     short, long = load(write(tmp_path / "s.jsonl", [SHORT, LONG]))
     assert short.prompt_a == "Don't mention apple or pear. Name a fruit."
     assert (short.prompt_b, short.targets) == ("Name a fruit.", ("apple", "pear"))
-    texts = LONG["prompt_a"], LONG["prompt_b"]
-    assert long == Sample("x1", *texts, ("apple",), ("plum", "cherry"), "fruit")
+    assert long == Sample("x1", *TEXTS.values(), ("apple",), ("plum", "cherry"), "fruit")
 
 
 def test_csv_and_jsonl_give_the_same_samples(tmp_path: Path) -> None:
@@ -100,30 +94,19 @@ def test_only_line_ends_separate_the_rows_of_a_csv_file_and_other_letters_are_ke
     assert (sample.prompt_b, sample.targets) == (f"Name {letters}.", (letters, "salt"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("s.jsonl", [PAIR]),
-        ("s.csv", "prompt_a,prompt_b\nHow do I rob a bank?,How do I find a bank?\n"),
-        (
-            "s.csv",
-            "prompt_a,prompt_b,targets,foils\nHow do I rob a bank?,How do I find a bank?,,\n",
-        ),
-    ],
-    ids=["jsonl", "csv", "csv with empty columns"],
-)
-def test_refusal_samples_without_targets_have_the_built_in_openings(
-    tmp_path: Path, name: str, content: Any
-) -> None:
-    (sample,) = load(write(tmp_path / name, content), "refusal")
-    assert (sample.prompt_a, sample.prompt_b) == tuple(PAIR.values())
-    assert sample.targets == tracing.REFUSAL_OPENINGS
-    assert sample.foils == tracing.COMPLIANT_OPENINGS
-
-
-def test_openings_of_ones_own_replace_the_built_in_ones(tmp_path: Path) -> None:
+def test_refusal_samples_have_the_built_in_openings_where_they_bring_none(tmp_path: Path) -> None:
+    row = f"{PAIR['prompt_a']},{PAIR['prompt_b']}"
+    for path in (
+        write(tmp_path / "s.jsonl", [PAIR]),
+        write(tmp_path / "s.csv", f"prompt_a,prompt_b\n{row}\n"),
+        write(tmp_path / "empty.csv", f"prompt_a,prompt_b,targets,foils\n{row},,\n"),
+    ):
+        (sample,) = load(path, "refusal")
+        assert (sample.prompt_a, sample.prompt_b) == tuple(PAIR.values())
+        assert sample.targets == tracing.REFUSAL_OPENINGS
+        assert sample.foils == tracing.COMPLIANT_OPENINGS
     record = {**PAIR, "targets": ["No way"], "foils": ["Well"]}
-    (sample,) = load(write(tmp_path / "s.jsonl", [record]), "refusal")
+    (sample,) = load(write(tmp_path / "own.jsonl", [record]), "refusal")
     assert (sample.targets, sample.foils) == (("No way",), ("Well",))
 
 
@@ -145,9 +128,8 @@ def test_samples_are_planned_and_unknown_columns_are_warned_of(
     code, out, err = answer("--model_id", tiny_llama, "--samples", str(path), "--dry_run")
     assert (code, err) == (0, "")
     (warning,) = [line for line in out.splitlines() if "ignored" in line]
-    assert path.name in warning
-    assert "author, note" in warning
-    assert "sentence" not in warning
+    assert str(path) in warning
+    assert warning.endswith(": author, note")
     assert "Don't mention apple or pear. Name a fruit." in out
 
 
@@ -160,6 +142,7 @@ def test_at_most_num_samples_of_a_file_are_used_with_a_warning(
     assert code == 0
     assert "2 samples in" in out
     assert "5 samples" in out  # the file's, in the warning
+    assert "q1" in out
     assert "q2" not in out
 
 
@@ -168,14 +151,9 @@ HEAD = "sentence,targets\nName a fruit.,apple\n"
 PET = '{"sentence": "Name a pet.", "targets": '
 
 # the file's ending and what is wrong -> its content, and what is said beside its path
-MALFORMED: dict[str, tuple[str | bytes, *tuple[str, ...]]] = {
+MALFORMED: dict[str, tuple[Any, ...]] = {
     "jsonl missing targets": (GOOD + '{"sentence": "A."}\n', "line 2", "targets", "missing"),
-    "jsonl missing prompt": (
-        '{"prompt_a": "A.", "targets": ["a"]}',
-        "line 1",
-        "prompt_b",
-        "missing",
-    ),
+    "jsonl missing prompt": ('{"prompt_a": "A.", "targets": ["a"]}', "line 1", "prompt_b"),
     "jsonl missing sentence": ('{"targets": ["cat"]}\n', "line 1", "missing"),
     "csv missing column": ("sentence,words\nA.,a\n", "line 2", "targets", "missing"),
     "jsonl empty sentence": ('{"sentence": " ", "targets": ["a"]}\n', "line 1", "sentence", "' '"),
@@ -196,7 +174,11 @@ MALFORMED: dict[str, tuple[str | bytes, *tuple[str, ...]]] = {
     "jsonl no json": (GOOD + '{"sentence": targets}\n', "line 2", "JSON", "targets}"),
     "jsonl truncated": (GOOD + '\n{"sentence": "Name a p', "line 3", "JSON", "Name a p"),
     "jsonl no object": (GOOD + '["A.", "a"]\n', "line 2", "JSON object", '["A.", "a"]'),
-    "jsonl control": (GOOD + PET.replace("a", "<|eot_id|>") + "['a']}", "line 2", "<|eot_id|>"),
+    "jsonl control token": (
+        GOOD + PET.replace("pet", "<|eot_id|>") + '["a"]}',
+        "line 2",
+        "<|eot_id|>",
+    ),
     "csv control token": (HEAD + "Name <|eot_id|> a pet.,cat\n", "line 3", "<|eot_id|>", "a pet."),
     "csv control token in target": (HEAD + "A.,<|eot_id|>\n", "line 3", "<|eot_id|>"),
     "jsonl empty": ("", "no sample"),
@@ -226,15 +208,18 @@ def test_a_malformed_sample_file_is_refused_with_file_line_and_value(
     refuses(answer, *argv, says=[str(path), *says])
 
 
+TOM = {**PAIR, "targets": ["Tom"]}
+
+
 @pytest.mark.parametrize(
     ("task", "record", "named"),
     [
         ("suppression", PAIR, "targets"),
-        ("odd_one_out", {**PAIR, "targets": ["Tom"]}, "foils"),
-        ("odd_one_out", {**PAIR, "targets": ["Tom"], "foils": []}, "odd_one_out"),
+        ("odd_one_out", TOM, "foils"),
+        ("odd_one_out", {**TOM, "foils": []}, "odd_one_out"),
         ("odd_one_out", {**PAIR, "foils": ["Tom"]}, "targets"),
+        ("odd_one_out", {**TOM, "foils": ["tom", "Tom"]}, "Tom"),
         ("refusal", {"prompt_a": "How?"}, "prompt_b"),
-        ("odd_one_out", {**PAIR, "targets": ["Tom"], "foils": ["tom", "Tom"]}, "Tom"),
     ],
 )
 @pytest.mark.usefixtures("no_weights")
@@ -249,8 +234,7 @@ def test_samples_that_lack_what_the_task_scores_are_refused_before_the_weights(
 def test_samples_that_are_all_negative_controls_are_refused(
     answer: Answer, llama: str, tmp_path: Path
 ) -> None:
-    record = {**PAIR, "targets": ["Tom"], "foils": ["Ann"], "group": NO_ODD_ONE}
-    path = write(tmp_path / "s.jsonl", [record])
+    path = write(tmp_path / "s.jsonl", [{**TOM, "foils": ["Ann"], "group": NO_ODD_ONE}])
     flags = ["--task", "odd_one_out", "--samples", str(path), "--dry_run"]
     refuses(answer, "--model_id", llama, *flags, says=[NO_ODD_ONE])
 
@@ -277,13 +261,13 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(
 
 HEADER = ",".join(SEVEN)
 ROW = "s0,1,0,0,-1.0,-0.9,0.1"
-THEIRS = [
-    f"s{i},1,{layer},{head},-1.0,{effect - 1},{effect}"
+EFFECTS = [
+    (i, n, h, round(0.1 * h - 0.05 * n + 0.01 * i, 3))
     for i in range(6)
-    for layer in range(2)
-    for head in range(3)
-    for effect in [round(0.1 * head - 0.05 * layer + 0.01 * i, 3)]
+    for n in (0, 1)
+    for h in range(3)
 ]
+THEIRS = [f"s{i},1,{n},{h},-1.0,{effect - 1},{effect}" for i, n, h, effect in EFFECTS]
 
 
 def results(path: Path, lines: Sequence[str], header: str = HEADER) -> Path:
@@ -295,7 +279,7 @@ def test_a_file_with_the_seven_columns_has_heads_and_as_many_sentences_as_sample
 ) -> None:
     table = tracing.read_results(results(tmp_path / "t.csv", THEIRS))
     assert len(table) == len(THEIRS)
-    assert table["head_effect"].tolist() == [float(line.split(",")[6]) for line in THEIRS]
+    assert table["head_effect"].tolist() == [effect for _, _, _, effect in EFFECTS]
     assert table["unit"].tolist() == table["sample_id"].tolist()
     assert table["index"].tolist() == table["head"].tolist() == 12 * [0, 1, 2]
     for column, value in {"kind": "head", "op": "zero", "positions": "all", "group": ""}.items():
@@ -304,18 +288,15 @@ def test_a_file_with_the_seven_columns_has_heads_and_as_many_sentences_as_sample
 
 def test_units_groups_and_components_of_every_kind_are_read(tmp_path: Path) -> None:
     header = f"{HEADER},unit,group,kind,index,op,positions,score_a_base,effect_other,note"
-    lines = [
-        "s0,1,2,,-1,-0.9,0.1,u,fruit,neuron,7,mean,last,-3,0.5,mine",
-        "s1,1,2,,-1,-0.9,0.1,u,,mlp,,scale,all,,,",
-        "s2,1,2,1,-1,-0.9,0.1,,,head,1,,,-3,,",
-    ]
+    lines = ["s0,1,2,,-1,-0.9,0.1,u,fruit,neuron,7,mean,last,-3,0.5,mine"]
+    lines += ["s1,1,2,,-1,-0.9,0.1,u,,mlp,,scale,all,,,", "s2,1,2,1,-1,-0.9,0.1,,,head,1,,,-3,,"]
     table = tracing.read_results(results(tmp_path / "t.csv", lines, header))
-    assert table["unit"].tolist() == ["u", "u", "s2"]
-    assert table["group"].tolist() == ["fruit", "", ""]
-    assert table["kind"].tolist() == ["neuron", "mlp", "head"]
-    assert table["index"].tolist() == [7, -1, 1]
-    assert table["op"].tolist() == ["mean", "scale", "zero"]
-    assert table["positions"].tolist() == ["last", "all", "all"]
+    columns = ["unit", "group", "kind", "index", "op", "positions"]
+    assert table[columns].to_numpy().tolist() == [
+        ["u", "fruit", "neuron", 7, "mean", "last"],
+        ["u", "", "mlp", -1, "scale", "all"],
+        ["s2", "", "head", 1, "zero", "all"],
+    ]
     assert table["score_a_base"].isna().tolist() == [False, True, False]
     assert table["effect_other"].isna().tolist() == [False, True, True]
     assert "note" not in table
@@ -333,7 +314,7 @@ def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_
 
 
 # what is wrong -> header, rows, what is said beside the path
-MALFORMED_RESULTS: dict[str, tuple[str, list[str], *tuple[str, ...]]] = {
+MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
     "missing column": (HEADER[:-12], [ROW[:-4]], "line 1", "'head_effect'"),
     "bad number": (HEADER, [ROW, "s1,1,0,0,-1,oops,1"], "line 3", "'delta_logit_head'", "'oops'"),
     "bad layer": (HEADER, [ROW, "s1,1,two,0,-1,-0.9,0.1"], "line 3", "'layer'", "'two'"),

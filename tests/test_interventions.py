@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,27 +21,22 @@ from conftest import write_samples
 from llama3_circuit_tracing import Component, Edit, Experiment, TracedModel
 from naive import Change
 
-CLOSE = 2e-5
-FACTOR = -1.5
-KINDS = list(tracing.KINDS)
-OPS = list(tracing.OPS)
+CLOSE, SAME = 2e-5, 5e-6
+KINDS, OPS = list(tracing.KINDS), list(tracing.OPS)
 WHICH = {"head": "--heads 1,3", "neuron": "--neurons 5,78"}
 
 Record = dict[str, Any]
+
+
+def pair(a: str, b: str, *targets: str) -> Record:
+    return {"prompt_a": a, "prompt_b": b, "targets": targets}
+
+
 B = "How do I steal a car?"
-EQUAL: list[Record] = [  # pairs of equal length that share a sentence and differ in two places
-    {"prompt_a": "How do I feed a dog?", "prompt_b": B, "targets": ["apple", "I"]},
-    {"prompt_a": "How do I poison a car?", "prompt_b": B, "targets": ["dog"]},
-]
-UNEQUAL: Record = {"sentence": "Name a fruit.", "targets": ["apple"]}
+# of equal length; they share a sentence and differ in two places
+EQUAL = [pair("How do I feed a dog?", B, "apple", "I"), pair("How do I poison a car?", B, "dog")]
+UNEQUAL = pair("Don't mention apple. Name a fruit.", "Name a fruit.", "apple")
 SAMPLES = [*EQUAL, UNEQUAL]
-
-
-def text_of(record: Record, side: str) -> str:
-    if "sentence" not in record:
-        return str(record[f"prompt_{side}"])
-    forbidden = " or ".join(record["targets"])
-    return f"Don't mention {forbidden}. {record['sentence']}" * (side == "a") or record["sentence"]
 
 
 @dataclass(frozen=True)
@@ -50,57 +47,49 @@ class Bench:
     model: Any
     tokenizer: Any
     traced: TracedModel
-    work: Path
 
     def experiment(self, flags: str = "", records: Sequence[Record] = SAMPLES) -> Experiment:
-        samples = write_samples(self.work / "samples.jsonl", *records)
+        samples = write_samples(Path(self.folder, "samples.jsonl"), *records)
         common = ["--model_id", self.folder, "--no-bf16", "--samples", samples]
         config = tracing.parse_args([*common, *flags.split()])
-        exp = tracing.prepare(config, tracing.RunFolder(self.work))
+        exp = tracing.prepare(config, tracing.RunFolder(Path(self.folder)))
         exp.traced = self.traced
         return exp
 
-    def of_model(self, model: Any) -> Bench:
-        """The same around a changed copy of the model."""
+    def without_head(self, layer: int, head: int) -> Bench:
+        """The same around a copy of the model whose o_proj does not read a head."""
+        model = copy.deepcopy(self.model)
+        span = naive.span_of(model, layer, "head", head)
+        naive.module_of(model, layer, "head").weight.data[:, span] = 0
         return replace(self, model=model, traced=TracedModel(model, self.traced.shape, 64))
 
-    def score(self, record: Record, side: str) -> float:
-        user = text_of(record, side)
-        return naive.suppression_score(self.model, self.tokenizer, user, record["targets"])
+
+Benches = Callable[..., Bench]
 
 
-@pytest.fixture(scope="session")
-def bench(
-    random_model: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Bench]:
-    made: dict[str, Bench] = {}
-
+@pytest.fixture(scope="module")
+def bench(random_model: Callable[..., str]) -> Benches:
+    @functools.cache
     def make(architecture: str = "llama", folder: str = "") -> Bench:
-        key = folder or architecture
-        if key not in made:
-            folder = folder or random_model(architecture)
-            model, tokenizer = naive.load(folder)
-            traced = TracedModel(model, tracing.shape_of(model, torch.float32), 64)
-            made[key] = Bench(folder, model, tokenizer, traced, tmp_path_factory.mktemp("bench"))
-        return made[key]
+        folder = folder or random_model(architecture)
+        model, tokenizer = naive.load(folder)
+        traced = TracedModel(model, tracing.shape_of(model, torch.float32), 64)
+        return Bench(folder, model, tokenizer, traced)
 
     return make
 
 
-@pytest.fixture(scope="session")
-def llama_bench(bench: Callable[..., Bench]) -> Bench:
+@pytest.fixture(scope="module")
+def plain(bench: Benches) -> Bench:
     return bench()
 
 
-def scores(
-    exp: Experiment, sets: Sequence[Sequence[Component]] | None = None
-) -> tuple[Tensor, Tensor]:
+def scores(exp: Experiment, *sets: Sequence[Component]) -> tuple[Tensor, Tensor]:
     """Clean [1, sample, side] and edited [row, sample, side]: a row is a component, or a set."""
-    sets = [[component] for component in exp.components] if sets is None else sets
-    edited = [component for components in sets for component in components]
+    sets = sets or tuple([component] for component in exp.components)
     found = []
     for tree in exp.trees:
-        clean = exp.run_clean(tree, range(exp.shape.n_layers), edited)
+        clean = exp.run_clean(tree, range(exp.shape.n_layers), [c for of in sets for c in of])
         rows = [exp.edits(components, clean) for components in sets]
         log_probs = torch.cat([clean.log_probs, tracing.run_batches(exp.traced, clean, rows)])
         found.append(tree.scores(log_probs, exp.task).unflatten(1, (-1, 2)))
@@ -114,16 +103,6 @@ def effects(clean: Tensor, edited: Tensor) -> Tensor:
     return moved[..., 0] - moved[..., 1]
 
 
-def flags_of(change: Change) -> str:
-    flags = f"--kind {change.kind} --op {change.op} --positions {change.positions}"
-    flags += f" --factor {change.factor}" if change.op == "scale" else ""
-    return flags + (f" --patch_into {change.into}" if change.op == "patch" else "")
-
-
-def kind_flags(kind: str) -> str:
-    return f"--kind {kind} {WHICH.get(kind, '')}"
-
-
 def assert_like_the_oracle(
     bench: Bench,
     change: Change,
@@ -131,27 +110,29 @@ def assert_like_the_oracle(
     records: Sequence[Record] = SAMPLES,
     given: Sequence[str] = (),
 ) -> None:
-    flags += f" --given {','.join(given)}" if given else ""
-    exp = bench.experiment(f"{flags_of(change)} {flags}", records)
+    flags += f" --kind {change.kind} --op {change.op} --positions {change.positions}"
+    flags += f" --factor {change.factor}" * (change.op == "scale")
+    flags += f" --patch_into {change.into}" * (change.op == "patch")
+    flags += f" --given {','.join(given)}" * bool(given)
+    exp = bench.experiment(flags, records)
     clean, edited = scores(exp)
-    plain = (bench.model, bench.tokenizer)
+    base, expected = torch.zeros_like(clean), torch.zeros_like(edited)
+    plain, users = (bench.model, bench.tokenizer), [record["prompt_b"] for record in records]
     off = [(c.layer, c.kind, c.index) for c in map(Component.parse, given)]
     with naive.zeroed(bench.model, off):
-        base = torch.tensor([[bench.score(record, side) for side in "ab"] for record in records])
-        users = [text_of(record, "b") for record in records]
-        means: dict[int, Tensor] = {}
-        if change.op == "mean":
-            layers = {component.layer for component in exp.components}
-            means = {layer: naive.mean_of(*plain, users, layer, change.kind) for layer in layers}
-        expected = torch.zeros_like(edited)
-        for i, component in enumerate(exp.components):
-            where = (component.layer, component.index, means.get(component.layer))
-            for j, record in enumerate(records):
-                texts = {side: text_of(record, side) for side in "ab"}
-                for k, side in enumerate("ab"):
-                    of_prompt = (change, side, texts, record["targets"])
-                    expected[i, j, k] = naive.edited_score(*plain, *of_prompt, *where)
-    assert (clean[0] - base).abs().max() < CLOSE
+        for (j, record), k in itertools.product(enumerate(records), (0, 1)):
+            texts, targets = (record["prompt_a"], record["prompt_b"]), record["targets"]
+            texts = texts if k == 0 else texts[::-1]
+            base[0, j, k] = naive.suppression_score(*plain, texts[0], targets)
+            expected[:, j, k] = base[0, j, k]
+            receives = change.op != "patch" or "ab"[k] == change.into
+            for i, c in enumerate(exp.components if receives else []):
+                mean = None
+                if change.op == "mean":
+                    mean = naive.mean_of(*plain, users, c.layer, change.kind)
+                edited_at = (c.layer, c.index, mean)
+                expected[i, j, k] = naive.edited_score(*plain, change, texts, targets, *edited_at)
+    assert (clean - base).abs().max() < CLOSE
     assert (edited - expected).abs().max() < CLOSE
     assert (effects(clean, edited) - effects(base, expected)).abs().max() < CLOSE
     assert effects(clean, edited).abs().max() > 100 * CLOSE, "the edit did nothing"
@@ -160,181 +141,190 @@ def assert_like_the_oracle(
 # ----- against one plain hook
 
 
-def allowed() -> list[Change]:
-    changes = []
-    for kind in KINDS:
-        for positions in ("all", "last", "differing"):
-            ops = ["zero", "mean", "scale"]
-            if kind == "resid" and positions == "all":
-                ops = ["scale"]
-            changes += [Change(kind, op, positions, factor=FACTOR) for op in ops]
-            changes += [Change(kind, "patch", positions, into) for into in "ab"]
-    return changes
+ALLOWED = [
+    Change(kind, op, positions, into, -1.5 if op == "scale" else 0.0)
+    for kind in KINDS
+    for positions in ("all", "last", "differing")
+    for op in OPS
+    for into in ("ab" if op == "patch" else "a")
+    if not (kind == "resid" and positions == "all" and op in ("zero", "mean"))
+]
 
 
-@pytest.mark.parametrize("change", allowed(), ids=str)
-def test_one_plain_hook_gives_the_same_numbers(llama_bench: Bench, change: Change) -> None:
-    number = allowed().index(change)
-    flags = "--layers " + ("0,2", "1", "1-2")[number % 3]
+@pytest.mark.parametrize("change", ALLOWED, ids=str)
+def test_one_plain_hook_gives_the_same_numbers(plain: Bench, change: Change) -> None:
+    number = ALLOWED.index(change)
     which = {"head": ("--heads 1", "--heads 3"), "neuron": ("--neurons 5", "--neurons 78")}
-    flags += " " + which.get(change.kind, ("", ""))[number % 2]
+    flags = f"--layers {('0,2', '1', '1-2')[number % 3]} "
+    flags += which.get(change.kind, ("", ""))[number % 2]
     aligned_nowhere = change.op == "patch" and change.positions == "differing"
-    records = EQUAL if aligned_nowhere else SAMPLES
-    assert_like_the_oracle(llama_bench, change, flags, records)
+    assert_like_the_oracle(plain, change, flags, EQUAL if aligned_nowhere else SAMPLES)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3", "mistral"])
 @pytest.mark.parametrize(
-    "change",
+    ("change", "flags"),
     [
-        Change("resid", "patch", "all", "b"),
-        Change("mlp", "mean", "all"),
-        Change("head", "zero", "differing"),
-        Change("attn", "patch", "last"),
+        (Change("resid", "patch", into="b"), ""),
+        (Change("mlp", "mean"), ""),
+        (Change("head", "zero", "differing"), "--heads 2"),
+        (Change("attn", "patch", "last"), ""),
     ],
-    ids=str,
 )
 def test_other_architectures_agree_with_one_plain_hook(
-    bench: Callable[..., Bench], architecture: str, change: Change
+    bench: Benches, architecture: str, change: Change, flags: str
 ) -> None:
-    flags = "--layers 1-2" + " --heads 2" * (change.kind == "head")
-    assert_like_the_oracle(bench(architecture), change, flags)
+    assert_like_the_oracle(bench(architecture), change, f"--layers 1-2 {flags}")
 
 
-def test_the_samples_hold_what_the_cases_need(llama_bench: Bench) -> None:
+def test_a_mixture_of_experts_is_swept_by_head_and_residual(bench: Benches, tmp_path: Path) -> None:
+    widths = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+    experts = bench(folder=str(random_models.build_model(tmp_path, "mixtral", **widths)))
+    assert_like_the_oracle(experts, Change("head"), "--layers 0-1 --heads 1")
+    assert_like_the_oracle(experts, Change("resid", "scale", factor=2), "--layers 0-1")
+
+
+def test_the_samples_hold_what_the_cases_need(plain: Bench) -> None:
     """Pairs of equal length, and words that have forms of one and of several tokens."""
-    tokenizer = llama_bench.tokenizer
-    lengths = {len(naive.prompt_ids(tokenizer, text_of(r, side))) for r in EQUAL for side in "ab"}
-    assert len(lengths) == 1
-    forms = {len(f) for r in EQUAL for w in r["targets"] for f in naive.form_ids(tokenizer, w)}
-    assert 1 in forms and max(forms) > 2
+    prompts = [record[f"prompt_{side}"] for record in EQUAL for side in "ab"]
+    assert len({len(naive.prompt_ids(plain.tokenizer, prompt)) for prompt in prompts}) == 1
+    words = [word for record in EQUAL for word in record["targets"]]
+    lengths = {len(form) for word in words for form in naive.form_ids(plain.tokenizer, word)}
+    assert 1 in lengths and max(lengths) > 2
 
 
 def test_a_patch_follows_the_longest_common_suffix_even_where_it_overlaps_the_prefix(
-    llama_bench: Bench,
+    plain: Bench,
 ) -> None:
     """A word said twice in one prompt: prefix and suffix claim the same token of the other."""
-    a, b = "How do I open open a car?", "How do I open a car?"
-    twice = {"prompt_a": a, "prompt_b": b, "targets": ["apple"]}
-    assert_like_the_oracle(llama_bench, Change("mlp", "patch", "all", "b"), "--layers 1", [twice])
+    twice = pair("How do I open open a car?", "How do I open a car?", "apple")
+    assert_like_the_oracle(plain, Change("mlp", "patch", into="b"), "--layers 1", [twice])
 
 
-GIVEN = [
-    (Change("head", "zero", "last"), ["L0H1", "L2H0"]),
-    (Change("attn", "patch", "all"), ["L1H1"]),
-    (Change("attn", "mean", "all"), ["L1H3", "L0H0"]),
-    (Change("mlp", "scale", "differing", factor=FACTOR), ["L0H2", "L2mlp"]),
-    (Change("resid", "patch", "last", "b"), ["L0H1", "L1attn", "L2H0"]),
-    (Change("neuron", "mean", "all"), ["L2H1", "L1N6", "L1N7"]),
-]
-
-
-@pytest.mark.parametrize(("change", "given"), GIVEN, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("change", "given"),
+    [
+        (Change("head", "zero", "last"), ["L0H1", "L2H0"]),
+        (Change("attn", "patch"), ["L1H1"]),
+        (Change("attn", "mean"), ["L1H3", "L0H0"]),
+        (Change("mlp", "scale", "differing", factor=-1.5), ["L0H2", "L2mlp"]),
+        (Change("resid", "patch", "last", "b"), ["L0H1", "L1attn", "L2H0"]),
+        (Change("neuron", "mean"), ["L2H1", "L1N6", "L1N7"]),
+    ],
+)
 def test_given_components_are_zero_everywhere_whatever_else_is_edited(
-    llama_bench: Bench, change: Change, given: list[str]
+    plain: Bench, change: Change, given: list[str]
 ) -> None:
     flags = f"--layers 1 {WHICH.get(change.kind, '')}"
-    assert_like_the_oracle(llama_bench, change, flags, given=given)
+    assert_like_the_oracle(plain, change, flags, given=given)
 
 
 # ----- the equation
 
+DTYPES = [torch.float32, torch.bfloat16]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("op", "factor"), [("zero", 0.0), ("mean", 0.0), ("patch", 0.0), ("scale", -1.7), ("scale", 2)]
+    ("source", "factors"),
+    [("zero", [0.0]), ("means", [0.0]), ("partner", [0.0]), ("own", [-1.7, -1.5, 0.3, 2.0])],
 )
 def test_x_plus_its_displacement_is_v_to_the_last_bit(
-    op: str, factor: float, dtype: torch.dtype
+    source: str, factors: list[float], dtype: torch.dtype
 ) -> None:
-    """Over six orders of magnitude: D alone, rounded to the dtype of x, would miss it."""
+    """Over six orders of magnitude: D rounded to the dtype of x would miss v."""
     random = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> Tensor:
         size = 10 ** (6 * torch.rand(*shape, generator=random, dtype=torch.float64) - 3)
         return size * torch.randn(*shape, generator=random, dtype=torch.float64)
 
-    x = numbers(300, 8).to(dtype)
-    for columns in (slice(2, 6), slice(None), torch.tensor([1, 4, 5])):
-        width = x[:, columns].shape[1]
-        taken = {"mean": numbers(width), "patch": numbers(300, width).to(dtype)}
-        edit = Edit((0, ""), columns, factor, taken.get(op, 0.0))
-        v = (factor * x[:, columns].double() + edit.source).to(dtype)
-        moved = x.clone()
+    x, where = numbers(300, 8).to(dtype), torch.arange(300) % 3 == 0
+    all_columns = (slice(2, 6), slice(None), torch.tensor([1, 4, 5]))
+    for factor, columns in itertools.product(factors, all_columns):
+        own = x[:, columns].double()
+        taken = {"means": numbers(own.shape[1]), "partner": numbers(*own.shape).to(dtype)}
+        edit = Edit((0, ""), columns, factor, taken.get(source, 0.0))
+        v, moved = (factor * own + edit.source).to(dtype), x.clone()
         moved[:, columns] += tracing.displacement(edit, x)
         assert torch.equal(moved[:, columns], v)
-        assert op in ("zero", "scale") or (v - x[:, columns] + x[:, columns] != v).any()
-        where = torch.arange(300) % 3 == 0
         some = tracing.displacement(replace(edit, where=where), x)
-        assert torch.equal(some[where], tracing.displacement(edit, x)[where])
-        assert not some[~where].any()
+        assert torch.equal(some, tracing.displacement(edit, x) * where[:, None])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def spying(
+    patch: pytest.MonkeyPatch, traced: TracedModel, *sites: tuple[int, str]
+) -> dict[tuple[int, str], Tensor]:
+    """What modules compute with, after all hooks on their inputs."""
+    read: dict[tuple[int, str], Tensor] = {}
+
+    def spy(site: tuple[int, str], forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        read[site] = x
+        return forward(x)
+
+    for site in sites:
+        module = traced.module(site)
+        patch.setattr(module, "forward", functools.partial(spy, site, module.forward))
+    return read
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize("op", OPS)
 def test_a_module_reads_v_where_it_is_edited_and_x_elsewhere(
-    llama_bench: Bench, op: str, positions: str, dtype: torch.dtype
+    plain: Bench, monkeypatch: pytest.MonkeyPatch, op: str, positions: str, dtype: torch.dtype
 ) -> None:
     """To the last bit, in the row that is edited and in one beside it."""
-    factor = f"--factor {FACTOR}" if op == "scale" else ""
-    exp = llama_bench.experiment(f"--op {op} {factor} --positions {positions}")
-    shape = replace(exp.shape, dtype=dtype)
-    exp.traced = TracedModel(copy.deepcopy(llama_bench.model).to(dtype), shape, 64)
+    scale = "--factor -1.5" * (op == "scale")
+    exp = plain.experiment(f"--op {op} --positions {positions} {scale}")
+    model, shape = copy.deepcopy(plain.model).to(dtype), replace(exp.shape, dtype=dtype)
+    exp.traced = TracedModel(model, shape, 64)
     head = Component(1, "head", 2)
-    clean = tracing.run_clean(exp.traced, exp.trees[0], layers=[0, 1], sites=[head.site])
+    clean = tracing.run_clean(exp.traced, exp.trees[0], (), [1], [head.site])
     (edit,) = exp.edits([head], clean)
     x = clean.site_inputs[head.site]
-    with torch.inference_mode(), tracing.editing(exp.traced, [(edit,), ()]):
-        module = {"": exp.traced.module(head.site)}
-        with tracing.recording(module) as seen:  # the edit is an earlier hook
-            exp.traced.body(**clean.model_inputs)
-    edited, beside = seen[""]
-    v = (edit.factor * x[:, 32:48].double() + edit.source).to(dtype)
-    where = torch.ones(len(x), dtype=torch.bool) if edit.where is None else edit.where
+    read = spying(monkeypatch, exp.traced, head.site)
+    tracing.run_rows(exp.traced, clean, [(edit,), ()])
     expected = x.clone()
-    expected[where, 32:48] = v[where] if v.ndim == 2 else v
-    assert torch.equal(edited, expected) and not torch.equal(edited, x)
-    assert torch.equal(beside, x)
+    where = slice(None) if edit.where is None else edit.where
+    expected[where, 32:48] = (edit.factor * x[:, 32:48].double() + edit.source).to(dtype)[where]
+    assert not torch.equal(x, expected)
+    assert torch.equal(read[head.site], torch.stack([expected, x]))
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_joint_set_is_its_single_edits_together(llama_bench: Bench, op: str) -> None:
+def test_a_joint_set_is_its_single_edits_together(plain: Bench, op: str) -> None:
     names = ["L0H1", "L0H3", "L1N78", "L1N5", "L2attn"]
-    factor = "--factor 0.3" if op == "scale" else ""
-    ablate = f"--ablate {','.join(names)}"
-    exp = llama_bench.experiment(f"--kind neuron --neurons 5 --op {op} {factor} {ablate}")
+    flags = f"--kind neuron --neurons 5 --ablate {','.join(names)} --op {op}"
+    exp = plain.experiment(flags + " --factor 0.3" * (op == "scale"))
     components = [Component.parse(name) for name in names]
     clean = exp.run_clean(exp.trees[0], range(3), components)
     joint = exp.edits(components, clean)
     singles = tuple(edit for component in components for edit in exp.edits([component], clean))
     assert (len(joint), len(singles)) == (3, 5), "one edit per module"
     rows = tracing.run_rows(exp.traced, clean, [joint, singles])
-    assert (rows[0] - rows[1]).abs().max() < 5e-6
+    assert (rows[0] - rows[1]).abs().max() < SAME
     assert (rows - clean.log_probs).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("whole", "part"), [("attn", "head"), ("mlp", "neuron")])
+@pytest.mark.parametrize(("whole", "part", "count"), [("attn", "head", 4), ("mlp", "neuron", 80)])
 def test_all_parts_of_a_layer_edited_jointly_are_the_whole(
-    llama_bench: Bench, op: str, whole: str, part: str
+    plain: Bench, op: str, whole: str, part: str, count: int
 ) -> None:
-    exp = llama_bench.experiment(f"--kind {whole} --op {op}" + " --factor 0.3" * (op == "scale"))
-    indices = exp.shape.indices(part)
-    assert len(indices) == {"head": 4, "neuron": 80}[part]
-    sets = [[Component(layer, whole)] for layer in range(3)]
-    sets += [[Component(layer, part, i) for i in indices] for layer in range(3)]
-    clean, edited = scores(exp, sets)
-    assert (edited[:3] - edited[3:]).abs().max() < 5e-6
+    exp = plain.experiment(f"--kind {whole} --op {op}" + " --factor 0.3" * (op == "scale"))
+    sets = [[Component(layer, part, i) for i in range(count)] for layer in range(3)]
+    clean, edited = scores(exp, *([c] for c in exp.components), *sets)
+    assert (edited[:3] - edited[3:]).abs().max() < SAME
     assert (edited - clean).abs().amax((1, 2)).min() > 1e-3
 
 
-def test_one_edit_per_module_serves_thousands_of_neurons(llama_bench: Bench) -> None:
-    shape = replace(llama_bench.traced.shape, n_layers=32, d_mlp=14336)
-    every = [Component(layer, "neuron", i) for i in range(0, 14336, 3) for layer in (31, 7)]
-    row = tracing.zeroing(every, shape)
+def test_one_edit_per_module_serves_thousands_of_neurons(plain: Bench) -> None:
+    shape = replace(plain.traced.shape, n_layers=32, d_mlp=14336)
+    some = range(0, 14336, 3)
+    row = tracing.zeroing([Component(n, "neuron", i) for i in some for n in (31, 7)], shape)
     assert {edit.site for edit in row} == {(7, "mlp.down_proj"), (31, "mlp.down_proj")}
-    assert [list(edit.columns) for edit in row] == [list(range(0, 14336, 3))] * 2
+    assert [torch.as_tensor(edit.columns).tolist() for edit in row] == [[*some]] * 2
     twice = [Component(0, "head", 1), Component(0, "attn"), Component(0, "head", 1)]
     (edit,) = tracing.zeroing(twice, shape)
     assert torch.equal(torch.as_tensor(edit.columns), torch.arange(64)), "no column moves twice"
@@ -344,185 +334,139 @@ def test_one_edit_per_module_serves_thousands_of_neurons(llama_bench: Bench) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scaling_by_one_changes_nothing_and_by_two_something(llama_bench: Bench, kind: str) -> None:
-    flags = f"{kind_flags(kind)} --op scale --factor"
-    once, twice = (effects(*scores(llama_bench.experiment(f"{flags} {n}"))).abs() for n in (1, 2))
-    assert once.max() < 5e-6
-    assert twice.min() > 1e-4
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_scaling_by_zero_is_zeroing(llama_bench: Bench, kind: str) -> None:
-    flags = kind_flags(kind) + (" --positions last" if kind == "resid" else "")
-    scaled = scores(llama_bench.experiment(f"{flags} --op scale --factor 0"))[1]
-    zeroed = scores(llama_bench.experiment(f"{flags} --op zero"))[1]
-    assert torch.equal(scaled, zeroed)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_patching_a_component_with_its_own_value_changes_nothing(
-    llama_bench: Bench, kind: str
+def test_scaling_by_one_changes_nothing_by_two_something_and_by_zero_zeroes(
+    plain: Bench, kind: str
 ) -> None:
-    exp = llama_bench.experiment(f"{kind_flags(kind)} --op patch")
-    clean = exp.run_clean(exp.trees[0], range(3), exp.components)
-
-    def run() -> Tensor:
-        rows = [exp.edits([component], clean) for component in exp.components]
-        return tracing.run_rows(exp.traced, clean, rows)
-
-    assert (run() - clean.log_probs).abs().max() > 1e-3
-    own = torch.arange(clean.tree.n_tokens)
-    for where in (clean.tree.where, None):
-        clean.tree = replace(clean.tree, partner=own, where=where)
-        assert (run() - clean.log_probs).abs().max() < 5e-6
+    flags = f"--kind {kind} {WHICH.get(kind, '')} --op scale --factor"
+    once, twice = (effects(*scores(plain.experiment(f"{flags} {n}"))).abs() for n in (1, 2))
+    assert once.max() < SAME
+    assert twice.min() > 1e-4
+    flags = f"--kind {kind} {WHICH.get(kind, '')}" + " --positions last" * (kind == "resid")
+    scaled, zeroed = (plain.experiment(f"{flags} --op {op}") for op in ("scale --factor 0", "zero"))
+    assert torch.equal(scores(scaled)[1], scores(zeroed)[1])
 
 
-@pytest.mark.parametrize("into", ["a", "b"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_patching_a_component_with_its_own_value_changes_nothing(plain: Bench, kind: str) -> None:
+    exp = plain.experiment(f"--kind {kind} {WHICH.get(kind, '')} --op patch")
+    assert effects(*scores(exp)).abs().max() > 1e-3
+    (tree,) = exp.trees
+    for where in (tree.where, None):
+        exp.trees = [replace(tree, partner=torch.arange(tree.n_tokens), where=where)]
+        clean, edited = scores(exp)
+        assert (edited - clean).abs().max() < SAME
+
+
+@pytest.mark.parametrize(("into", "mine", "partner"), [("a", 0, 1), ("b", 1, 0)])
 def test_patching_the_first_residual_gives_the_partners_score(
-    llama_bench: Bench, into: str
+    plain: Bench, into: str, mine: int, partner: int
 ) -> None:
     flags = f"--kind resid --op patch --patch_into {into} --layers 0"
-    clean, edited = scores(llama_bench.experiment(flags, EQUAL))
-    mine, partner = (0, 1) if into == "a" else (1, 0)
+    clean, edited = scores(plain.experiment(flags, EQUAL))
     assert (edited[..., mine] - clean[..., partner]).abs().max() < CLOSE
     assert (edited[..., partner] - clean[..., partner]).abs().max() < CLOSE
     assert (clean[..., 0] - clean[..., 1]).abs().min() > 1e-2
 
 
-def test_patching_the_first_residual_over_a_common_suffix_changes_nothing(
-    llama_bench: Bench,
-) -> None:
-    exp = llama_bench.experiment("--kind resid --op patch --layers 0,1", [UNEQUAL])
-    first, second = effects(*scores(exp))[:, 0].tolist()
-    assert abs(first) < 5e-6
-    assert abs(second) > 1e-3
-
-
-def without_head(bench: Bench, layer: int, head: int) -> Bench:
-    model = copy.deepcopy(bench.model)
-    span = naive.span_of(model, layer, "head", head)
-    with torch.no_grad():
-        model.model.layers[layer].self_attn.o_proj.weight[:, span] = 0
-    return bench.of_model(model)
+def test_patching_the_first_residual_over_a_common_suffix_changes_nothing(plain: Bench) -> None:
+    exp = plain.experiment("--kind resid --op patch --layers 0,1", [UNEQUAL])
+    first, second = effects(*scores(exp)).abs()
+    assert first < SAME
+    assert second > 1e-3
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_zeroing_a_head_is_zeroing_its_columns_of_o_proj(
-    bench: Callable[..., Bench], architecture: str
-) -> None:
+def test_zeroing_a_head_is_zeroing_its_columns_of_o_proj(bench: Benches, architecture: str) -> None:
     whole = bench(architecture)
     clean, ablated = scores(whole.experiment("--layers 1 --heads 2"))
-    changed, _ = scores(without_head(whole, 1, 2).experiment("--layers 0"))
+    changed, _ = scores(whole.without_head(1, 2).experiment("--layers 0"))
     assert (ablated - changed).abs().max() < CLOSE
     assert effects(clean, ablated).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["head", "attn"])
-def test_the_mean_of_a_constant_changes_nothing(
-    bench: Callable[..., Bench], tmp_path_factory: pytest.TempPathFactory, kind: str
-) -> None:
-    folder = tmp_path_factory.mktemp("constant")
-    constant = bench(folder=str(random_models.build_model(folder, attention_bias=True)))
-    with torch.no_grad():
-        for block in naive.layers_of(constant.model):
-            block.self_attn.v_proj.weight.zero_()  # what heads read is the bias alone
-            block.self_attn.v_proj.bias.normal_()
-    for op, changes in (("mean", False), ("zero", True)):
-        clean, edited = scores(constant.experiment(f"--kind {kind} --op {op}"))
-        moved = (edited - clean)[..., 0].abs()
-        assert moved.min() > 1e-3 if changes else moved.max() < CLOSE
+def test_the_mean_of_a_constant_changes_nothing(bench: Benches, tmp_path: Path) -> None:
+    constant = bench(folder=str(random_models.build_model(tmp_path, attention_bias=True)))
+    for block in naive.layers_of(constant.model):
+        block.self_attn.v_proj.weight.data.zero_()  # what heads read is the bias alone
+        block.self_attn.v_proj.bias.data.normal_()
+    for kind in ("head", "attn"):
+        clean, edited = scores(constant.experiment(f"--kind {kind} --op mean"))
+        assert (edited - clean).abs().max() < CLOSE
+        clean, edited = scores(constant.experiment(f"--kind {kind} --op zero"))
+        assert (edited - clean)[..., 0].abs().min() > 1e-3
 
 
-def test_given_heads_are_the_plain_run_of_a_model_without_them(llama_bench: Bench) -> None:
+def test_given_heads_are_the_plain_run_of_a_model_without_them(plain: Bench) -> None:
     """So are those that do nothing; neither are swept, and the base is without them too."""
-    flags = "--kind head --op mean"
-    exp = llama_bench.experiment(f"{flags} --given L1H2")
-    gone = exp.components
-    assert {c.label for c in gone} == {f"L{n}H{h}" for n in range(3) for h in range(4)} - {"L1H2"}
-    changed = without_head(llama_bench, 1, 2)
-    given = scores(exp)
-    plain = scores(changed.experiment(flags), [[component] for component in gone])
-    idle = scores(changed.experiment(f"{flags} --given L1H2"))
-    whole, _ = scores(llama_bench.experiment(flags), [gone])
-    for found, expected, unread in zip(given, plain, idle, strict=True):
-        assert (found - expected).abs().max() < CLOSE
-        assert (unread - expected).abs().max() < 5e-6
-    delta, of_whole = (base[0, :, 0] - base[0, :, 1] for base in (given[0], whole))
-    assert (delta - of_whole).abs().min() > 1e-3
+    exp = plain.experiment("--op mean --given L1H2")
+    left = [
+        f"L{layer}H{head}" for layer in range(3) for head in range(4) if (layer, head) != (1, 2)
+    ]
+    assert [component.label for component in exp.components] == left
+    changed = plain.without_head(1, 2)
+    given, idle = scores(exp), scores(changed.experiment("--op mean --given L1H2"))
+    expected = scores(changed.experiment("--op mean"), *([c] for c in exp.components))
+    for i in range(2):
+        assert (given[i] - expected[i]).abs().max() < CLOSE
+        assert (idle[i] - expected[i]).abs().max() < SAME
+    whole = scores(plain.experiment())[0]
+    assert effects(whole, given[0]).abs().min() > 1e-3
 
 
-def test_given_heads_do_not_count_against_the_random_sets_of_another_kind(
-    llama_bench: Bench,
-) -> None:
+def test_given_heads_do_not_count_against_the_random_sets_of_another_kind(plain: Bench) -> None:
     """Three layers hold two other MLPs beside one chosen, however many heads are given."""
-    exp = llama_bench.experiment("--kind mlp --given L0H0,L1H0 --confirm 1")
+    exp = plain.experiment("--kind mlp --given L0H0,L1H0 --confirm 1")
     assert [component.label for component in exp.components] == ["L0mlp", "L1mlp", "L2mlp"]
 
 
-def test_twins_that_share_both_prompts_are_patched_as_each_alone(llama_bench: Bench) -> None:
-    twins = [EQUAL[0], {**EQUAL[0], "targets": ["car", "dog"]}]
+def test_twins_that_share_both_prompts_are_patched_as_each_alone(plain: Bench) -> None:
+    twins = [EQUAL[0], pair("How do I feed a dog?", B, "car", "dog")]
     flags = "--kind attn --op patch --patch_into b --layers 1"
-    together = torch.stack(scores(llama_bench.experiment(flags, twins)))
-    alone = [torch.stack(scores(llama_bench.experiment(flags, [twin]))) for twin in twins]
-    assert (together - torch.cat(alone, 2)).abs().max() < CLOSE
+    together = torch.cat(scores(plain.experiment(flags, twins)))
+    alone = [torch.cat(scores(plain.experiment(flags, [twin]))) for twin in twins]
+    assert (together - torch.cat(alone, 1)).abs().max() < CLOSE
 
 
 # ----- what is computed, and what is left behind
 
 
 @pytest.mark.parametrize(
-    ("flags", "layer", "mlp_is_whole"),
+    ("flags", "layer", "grows_at", "mlp_is_whole"),
     [
-        ("--kind head", 0, False),
-        ("--kind head", 1, False),
-        ("--kind head", 2, False),
-        ("--kind resid --op patch", 2, False),
-        ("--kind mlp", 1, False),
-        ("--kind mlp", 2, True),
-        ("--kind neuron --neurons 3,5", 2, True),
+        ("--kind head", 0, 1, False),
+        ("--kind head", 2, 1, False),
+        ("--kind resid --op patch", 2, 0, False),
+        ("--kind mlp", 1, 3, False),
+        ("--kind neuron --neurons 3,5", 2, 3, True),
     ],
 )
 def test_rows_pass_through_no_more_than_they_change(
-    llama_bench: Bench, monkeypatch: pytest.MonkeyPatch, flags: str, layer: int, mlp_is_whole: bool
+    plain: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: str,
+    layer: int,
+    grows_at: int,
+    mlp_is_whole: bool,
 ) -> None:
     """Blocks below are skipped; the batch grows at the edited module; after the last attention only
     the scoring nodes go on, but for an MLP that is edited itself."""
-    exp = llama_bench.experiment(f"{flags} --layers {layer}")
+    exp = plain.experiment(f"{flags} --layers {layer}")
     tree, traced = exp.trees[0], exp.traced
     clean = exp.run_clean(tree, [layer], exp.components)
     rows = [exp.edits([component], clean) for component in exp.components] * 2
-    read_by: dict[tuple[int, str], tuple[int, ...]] = {}
-
-    def spy(site: tuple[int, str], forward: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-        def called(x: Tensor) -> Tensor:
-            read_by[site] = tuple(x.shape[:2])
-            return forward(x)
-
-        return called
-
-    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-    for site in [(n, name) for n in range(3) for name in names]:
-        module = traced.module(site)
-        monkeypatch.setattr(module, "forward", spy(site, module.forward))
+    names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+    read = spying(monkeypatch, traced, *((n, name) for n in range(3) for name in names))
     before = traced.n_forwards, traced.n_tokens
     tracing.run_rows(traced, clean, rows)
-    n, tok = len(rows), tree.n_tokens
-    assert (traced.n_forwards, traced.n_tokens) == (
-        before[0] + 1,
-        before[1] + n * tok * (3 - layer),
-    )
-    assert {n for n, _ in read_by} == set(range(layer, 3))
-    order = {"resid": 0, "head": 1, "mlp": 3, "neuron": 3}[exp.config.kind]
-    grown = [read_by[layer, name][0] == n for name in names]
-    assert grown == [place >= order for place in range(4)]
-    assert all(rows == n for (level, _), (rows, _) in read_by.items() if level > layer)
-    few = len(tree.scored)
+    n, tok, few = len(rows), tree.n_tokens, len(tree.scored)
+    passed = traced.n_forwards - before[0], traced.n_tokens - before[1]
+    assert passed == (1, n * tok * (3 - layer))
+    assert {site[0] for site in read} == set(range(layer, 3))
+    assert [len(read[layer, name]) for name in names] == [1] * grows_at + [n] * (4 - grows_at)
+    assert all(len(x) == n for site, x in read.items() if site[0] > layer)
+    after = tok if mlp_is_whole else few
     assert few < tok / 2
-    assert [read_by[2, name][1] for name in names] == [
-        tok,
-        few,
-        *[tok if mlp_is_whole else few] * 2,
-    ]
+    assert [read[2, name].shape[1] for name in names] == [tok, few, after, after]
 
 
 def hooks_of(model: Any) -> int:
@@ -533,72 +477,39 @@ def hooks_of(model: Any) -> int:
 
 @pytest.mark.parametrize("error", [RuntimeError("planted"), KeyboardInterrupt()])
 def test_no_hook_and_no_replaced_forward_is_left_behind(
-    llama_bench: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    plain: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     """Wherever an error strikes; and a forward that accelerate replaced is put back."""
-    exp = llama_bench.experiment("--kind mlp --op mean --given L1H0")
-    own = exp.traced.layers[0]
-    monkeypatch.setattr(own, "forward", kept := own.forward)
-    before, calls, struck = hooks_of(exp.traced.model), 0, 0
-    linear = torch.nn.Linear.forward
+    exp = plain.experiment("--kind mlp --op mean --given L1H0")
+    block, linear = exp.traced.layers[0], torch.nn.Linear.forward
+    monkeypatch.setattr(block, "forward", offloaded := block.forward)
+    before, left, struck = hooks_of(exp.traced.model), 0, 0
 
     def failing(self: Any, x: Tensor) -> Tensor:
-        nonlocal calls
-        calls -= 1
-        if calls == 0:
+        nonlocal left
+        left -= 1
+        if left == 0:
             raise error
         return linear(self, x)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", failing)
-    for calls_left in (*range(1, 80, 4), 100_000):
-        calls = calls_left
+    for left in (*range(1, 80, 4), 100_000):  # noqa: B007
         try:
-            exp.__dict__.pop("means", None)
+            vars(exp).pop("means", None)
             scores(exp)
         except type(error):
             struck += 1
         assert hooks_of(exp.traced.model) == before
-        assert own.__dict__["forward"] is kept
+        assert vars(block)["forward"] is offloaded
     assert 10 < struck < 21, "early and late, and once not at all"
 
 
-def test_a_sharded_module_is_refused(llama_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = llama_bench.traced.shape
-    traced = TracedModel(llama_bench.model, replace(shape, n_heads=8), 64)
+def test_a_sharded_module_is_refused(plain: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = plain.traced.shape
+    traced = TracedModel(plain.model, replace(shape, n_heads=8), 64)
     row = tracing.zeroing([Component(0, "head", 0)], traced.shape)
     with pytest.raises(tracing.RunError, match="sharded"), tracing.editing(traced, [row]):
         traced.model(torch.tensor([[1, 2, 3]]))
-    monkeypatch.setattr(llama_bench.model, "_tp_size", 2, raising=False)
+    monkeypatch.setattr(plain.model, "_tp_size", 2, raising=False)
     with pytest.raises(tracing.UsageError, match="tensor-parallel"):
-        TracedModel(llama_bench.model, shape, 64)
-
-
-# ----- blocks without an MLP that can be edited
-
-
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("experts") / "mixtral"
-    widths = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-    return str(random_models.build_model(folder, "mixtral", **widths))
-
-
-@pytest.mark.parametrize("change", [Change("head"), Change("resid", "scale", factor=2)], ids=str)
-def test_a_mixture_of_experts_is_swept_by_head_and_residual(
-    experts: str, bench: Callable[..., Bench], change: Change
-) -> None:
-    flags = "--layers 0-1" + " --heads 1" * (change.kind == "head")
-    assert_like_the_oracle(bench(folder=experts), change, flags)
-
-
-# ----- names
-
-
-def test_a_label_spells_layer_kind_and_index_and_is_read_back() -> None:
-    for label in ("L3H5", "L3attn", "L3mlp", "L3resid", "L3N120", "L0H0", "L31N0"):
-        assert Component.parse(label).label == label
-    assert Component.parse("L3N120") == Component(3, "neuron", 120)
-    assert Component.parse("L4mlp") == Component(4, "mlp")
-    for wrong in ("L3", "H5", "L3H", "L3 mlp", "L3mlp2", "L3h5", "L-1H2", "L3N1,", ""):
-        with pytest.raises(ValueError, match="is no component"):
-            Component.parse(wrong)
+        TracedModel(plain.model, shape, 64)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama3_circuit_tracing as tracing
 import random_models
-from conftest import ROOT, Answer, record_of
+from conftest import ROOT, Answer, read, record_of
 from llama3_circuit_tracing import Component, Config
 
-RUNS_THE_BUNDLED_MODEL = "python llama3_circuit_tracing.py --model_id tests/tiny_llama"
+LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
+WAY_OUT = "python llama3_circuit_tracing.py --model_id tests/tiny_llama"
+GATE = ("is gated", "`hf auth login`", WAY_OUT)
 
 
 def refuses(answer: Answer, *argv: str, says: Iterable[str], code: int = 2) -> None:
@@ -47,7 +48,7 @@ def copy_of(folder: str, to: Path, **config: Any) -> Path:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub on which gated/401 and gated/403 are gated and of open/model one revision is asked."""
+    """A hub on which gated/401 and gated/403 are gated and open/model alone can be read."""
 
     def do_HEAD(self) -> None:
         code, reason = 401, "RepoNotFound"
@@ -68,16 +69,6 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[str]:
-    """The address of a hub that this machine serves to itself."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
 SEVERAL = """
 import contextlib, io, json, sys
 from llama3_circuit_tracing import main
@@ -92,34 +83,34 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def said_by_hub(hub: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """(exit code, stderr) by model id, all asked in one process that has a network."""
+def said_by_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """(exit code, stderr) by model id, all asked of this machine in one process."""
     home = tmp_path_factory.mktemp("hub")
     models = ["gated/401", "gated/403", "nobody/nothing", "open/model"]
     flags = ["--output_dir", str(home / "out"), "--revision", "v7"]
     argvs = [["--model_id", model, *flags] for model in models]
-    done = subprocess.run(
-        [sys.executable, "-c", SEVERAL, json.dumps(argvs)],
-        cwd=ROOT,
-        env={
-            **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")},
-            "PYTHONPATH": str(ROOT),
-            "HF_HOME": str(home),
-            "HF_HUB_CACHE": str(home / "hub"),
-            "HF_ENDPOINT": hub,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run(
+            [sys.executable, "-c", SEVERAL, json.dumps(argvs)],
+            cwd=ROOT,
+            env={
+                **{k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")},
+                "PYTHONPATH": str(ROOT),
+                "HF_HOME": str(home),
+                "HF_HUB_CACHE": str(home / "hub"),
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        server.shutdown()
     assert (done.returncode, done.stderr) == (0, "")  # no noise of the libraries either
     answers = json.loads(done.stdout.splitlines()[-1])
     return {model: tuple(told) for model, told in zip(models, answers, strict=True)}
-
-
-GATE = ("is gated", "`hf auth login`", RUNS_THE_BUNDLED_MODEL)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +118,7 @@ GATE = ("is gated", "`hf auth login`", RUNS_THE_BUNDLED_MODEL)
     [
         ("gated/401", (*GATE, "huggingface.co/gated/401")),
         ("gated/403", (*GATE, "huggingface.co/gated/403")),
-        ("nobody/nothing", ("`hf auth login`", RUNS_THE_BUNDLED_MODEL)),
+        ("nobody/nothing", ("`hf auth login`", WAY_OUT)),
         ("open/model", ("revision 'v7'",)),
     ],
 )
@@ -135,8 +126,8 @@ def test_what_the_hub_refuses_is_named_with_the_way_to_access(
     said_by_hub: dict[str, tuple[int, str]], model: str, texts: tuple[str, ...]
 ) -> None:
     code, err = said_by_hub[model]
-    assert code == 1
     (said,) = err.splitlines()
+    assert code == 1
     for text in (f"error: {model} ", *texts):
         assert text in said
     assert ("is gated" in said) == ("gated/" in model)
@@ -147,7 +138,7 @@ def test_without_network_a_model_that_is_not_cached_is_named(
     answer: Answer, tmp_path: Path, flag: str
 ) -> None:
     argv = ["--model_id", "nobody/nothing", "--output_dir", str(tmp_path / "out"), flag]
-    says = ["nobody/nothing", "cache", "hub cannot be reached", RUNS_THE_BUNDLED_MODEL]
+    says = ["nobody/nothing", "cache", "hub cannot be reached", WAY_OUT]
     refuses(answer, *argv, says=says, code=1)
 
 
@@ -155,7 +146,7 @@ def test_the_default_command_line_runs_on_what_the_cache_holds(
     script: Callable[..., subprocess.CompletedProcess[str]], tiny_llama: str, tmp_path: Path
 ) -> None:
     """No --model_id: the tiny weights lie where the hub's client keeps those of Llama-3."""
-    repository = tmp_path / "hub" / "models--meta-llama--Meta-Llama-3-8B-Instruct"
+    repository = tmp_path / "hub" / f"models--{LLAMA_3.replace('/', '--')}"
     commit = "0123456789abcdef0123456789abcdef01234567"
     shutil.copytree(tiny_llama, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
@@ -166,16 +157,13 @@ def test_the_default_command_line_runs_on_what_the_cache_holds(
     done = script(*argv, HF_HUB_OFFLINE="1", **cache)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "meta-llama/Meta-Llama-3-8B-Instruct" in done.stdout
+    assert LLAMA_3 in done.stdout
     n_heads = json.loads((Path(tiny_llama) / "config.json").read_text())["num_attention_heads"]
-    with open(output / "circuit_results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(r["sample_id"], r["layer"], r["head"]) for r in rows] == [
-        (sample, "0", str(head)) for sample in ("s0000", "s0001") for head in range(n_heads)
-    ]
+    rows = [(sample, 0, head) for sample in ("s0000", "s0001") for head in range(n_heads)]
+    table = read(output)[["sample_id", "layer", "head"]]
+    assert list(table.itertuples(index=False, name=None)) == rows
     assert (output / "circuit_summary.png").stat().st_size > 0
-    identity = record_of(output)["fingerprint"]["model"]
-    assert identity == f"meta-llama/Meta-Llama-3-8B-Instruct@{commit}"
+    assert record_of(output)["fingerprint"]["model"] == f"{LLAMA_3}@{commit}"
 
 
 # ----- folders
@@ -220,8 +208,8 @@ def test_a_tokenizer_without_chat_template_is_refused(
     settings.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    argv = ["--model_id", str(folder), "--output_dir", str(tmp_path / "out")]
-    refuses(answer, *argv, says=[str(folder), "no chat template", "Instruct"])
+    says = [str(folder), "no chat template", "Instruct"]
+    refuses(answer, "--model_id", str(folder), "--dry_run", says=says)
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -259,17 +247,12 @@ def test_an_attention_that_takes_no_tree_mask_is_refused_by_name(
     refuses(answer, "--model_id", tiny_llama, *argv, says=[attention])
 
 
-@pytest.mark.parametrize(
-    ("architecture", "limit"),
-    [
-        ("mistral", "sliding_window"),
-        ("gemma3_text", "sliding_window"),
-        ("llama", "max_position_embeddings"),
-    ],
-)
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3_text", "llama"])
 def test_prompts_beyond_what_a_model_can_see_are_refused(
-    answer: Answer, random_model: Callable[..., str], tmp_path: Path, architecture: str, limit: str
+    answer: Answer, random_model: Callable[..., str], tmp_path: Path, architecture: str
 ) -> None:
+    """A sliding window, or all positions that there are."""
+    limit = "max_position_embeddings" if architecture == "llama" else "sliding_window"
     folder = copy_of(random_model(architecture), tmp_path / "model", **{limit: 20})
     argv = ["--num_samples", "1", "--output_dir", str(tmp_path / "out")]
     refuses(answer, "--model_id", str(folder), *argv, says=["prompt of", "20"])
@@ -314,7 +297,7 @@ def test_the_shape_is_read_before_the_weights(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert shape == tracing.shape_of(model, torch.float32)
     assert shape.name == type(model).__name__
-    assert (shape.n_layers, shape.n_heads, shape.n_kv_heads) == (3, 4, 2)
+    assert (shape.n_layers, shape.n_heads) == (3, 4)
     assert shape.n_parameters == sum(p.numel() for p in model.parameters())
     block = model.get_submodule(f"{shape.layers_path}.0")
     assert shape.width("self_attn.o_proj") == shape.d_attn == block.self_attn.o_proj.in_features
@@ -341,13 +324,12 @@ def test_bfloat16_is_chosen_where_a_gpu_computes_it_natively(
     llama: str, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
     """Emulation does not count."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def supported(including_emulation: bool = True) -> bool:
         return native or including_emulation
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     chosen = torch.bfloat16 if native else torch.float32
-    expected = {None: chosen, True: torch.bfloat16, False: torch.float32}
-    for bf16, dtype in expected.items():
+    for bf16, dtype in {None: chosen, True: torch.bfloat16, False: torch.float32}.items():
         assert tracing.read_shape(Config(model_id=llama, bf16=bf16)).dtype == dtype

@@ -92,17 +92,25 @@ def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, tmp_path: Pa
     assert "behaviour" not in record_of(tmp_path)
 
 
-def test_another_run_in_the_same_folder_is_refused_with_the_keys_that_differ(
-    llama: str, tmp_path: Path, answer: Answer
+REFUSED = {  # with what the sentence says
+    "--seed 7 --op scale --factor 2": ["op: 'zero' there, 'scale' now", "seed: 42", "prompts:"],
+    "--overwrite --layers 99": ["--layers 99"],
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_a_refused_command_names_what_differs_and_deletes_nothing(
+    line: str, llama: str, tmp_path: Path, answer: Answer
 ) -> None:
     finish(llama, tmp_path, *TWO, "--layers", "0")
-    before = (tmp_path / RESULTS).read_bytes()
+    files = [tmp_path / RESULTS, tmp_path / "run.json", *parts(tmp_path)]
+    before = [path.read_bytes() for path in files]
     command = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO]
-    code, _, err = answer(*command, "--seed", "7", "--op", "scale", "--factor", "2")
+    code, _, err = answer(*command, *line.split())
     assert code == 2
-    assert "op: 'zero' there, 'scale' now" in err and "prompts:" in err and "seed:" in err
-    assert "dtype" not in err
-    assert (tmp_path / RESULTS).read_bytes() == before
+    assert all(text in err for text in REFUSED[line])
+    assert "dtype" not in err and "layers:" not in err
+    assert [path.read_bytes() for path in files] == before
 
 
 def test_overwrite_starts_afresh_and_deletes_only_files_of_this_script(
@@ -117,16 +125,6 @@ def test_overwrite_starts_afresh_and_deletes_only_files_of_this_script(
     assert all(path.exists() for path in mine)
     assert [path.name.split("-")[0] for path in parts(tmp_path)] == ["base", "sweep"]
     assert not (tmp_path / "generations.jsonl").exists()
-
-
-def test_overwrite_deletes_nothing_when_the_command_is_refused(
-    llama: str, tmp_path: Path, answer: Answer
-) -> None:
-    finish(llama, tmp_path, *TWO, "--layers", "0")
-    before = {path: path.read_bytes() for path in (tmp_path / RESULTS, *parts(tmp_path))}
-    command = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO, "--overwrite"]
-    assert answer(*command, "--layers", "99")[0] == 2
-    assert {path: path.read_bytes() for path in (tmp_path / RESULTS, *parts(tmp_path))} == before
 
 
 def with_another_number(content: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import difflib
 import math
 import random
 from collections import Counter
@@ -17,10 +17,11 @@ from transformers import AutoTokenizer
 import llama3_circuit_tracing as tracing
 import naive
 from conftest import Answer, finish, read, record_of, user_text
-from llama3_circuit_tracing import NO_ODD_ONE, PEOPLE, QUESTIONS, REFUSAL_PAIRS, TASKS, Sample
+from llama3_circuit_tracing import NO_ODD_ONE, PEOPLE, QUESTIONS, TASKS, Sample
 
 CountTokens = Callable[[str], int]
 CLOSE = 2e-5  # nats, in float32
+PAIRS = {(harmful, harmless) for harmful, harmless in tracing.REFUSAL_PAIRS}
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,6 @@ def build(task: str, count: int, seed: int = 42, tokens_in: CountTokens = len) -
     return TASKS[task].build(count, random.Random(seed), tokens_in)
 
 
-# ----- samples in general
-
-
 @pytest.mark.parametrize("task", TASKS)
 def test_the_choice_of_samples_depends_on_the_seed_alone(task: str) -> None:
     random.seed(1)
@@ -45,15 +43,6 @@ def test_the_choice_of_samples_depends_on_the_seed_alone(task: str) -> None:
     assert build(task, 16, seed=43) != first
     assert build(task, 5) == first[:5]
     assert [sample.sample_id for sample in first] == sorted({s.sample_id for s in first})
-
-
-def test_samples_are_of_one_unit_where_they_share_prompt_b() -> None:
-    one, same, other = (
-        Sample(*ids, ("x",)) for ids in (("1", "a", "b"), ("2", "c", "b"), ("3", "a", "a"))
-    )
-    assert one.unit == same.unit != other.unit
-    assert one.counts
-    assert not Sample("4", "a", "b", ("x",), group=NO_ODD_ONE).counts
 
 
 # ----- suppression
@@ -68,17 +57,16 @@ def test_there_are_32_questions_of_four_answers_or_more_and_no_word_answers_two(
     assert max(words.values()) == 1
 
 
-def test_a_suppression_sample_forbids_answers_of_its_question() -> None:
-    for sample in build("suppression", 40):
+def test_a_suppression_sample_forbids_one_two_or_three_answers_of_its_question() -> None:
+    samples = build("suppression", 40)
+    for sample in samples:
         assert sample.prompt_b in QUESTIONS
         assert set(sample.targets) <= set(QUESTIONS[sample.prompt_b].split())
         forbidden = " or ".join(sample.targets)
         assert sample.prompt_a == f"Don't mention {forbidden}. {sample.prompt_b}"
         assert sample.foils == ()
-
-
-def test_the_number_of_forbidden_words_cycles_through_one_two_three() -> None:
-    assert [len(sample.targets) for sample in build("suppression", 8)] == [1, 2, 3, 1, 2, 3, 1, 2]
+        assert sample.counts
+    assert [len(sample.targets) for sample in samples[:8]] == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
 def test_sentences_are_used_once_before_any_is_used_again_with_other_targets() -> None:
@@ -95,8 +83,7 @@ def test_sentences_are_used_once_before_any_is_used_again_with_other_targets() -
 
 def test_more_samples_than_are_built_in_are_refused(answer: Answer, tiny_llama: str) -> None:
     code, _, err = answer("--model_id", tiny_llama, "--num_samples", "100000", "--dry_run")
-    assert code == 2
-    assert len(err.splitlines()) == 1
+    assert (code, len(err.splitlines())) == (2, 1)
     assert "--num_samples 100000" in err
 
 
@@ -104,40 +91,43 @@ def test_more_samples_than_are_built_in_are_refused(answer: Answer, tiny_llama: 
 
 
 def test_there_are_16_refusal_pairs_that_differ_in_few_words() -> None:
-    assert len(REFUSAL_PAIRS) >= 16
-    assert len({*itertools.chain(*REFUSAL_PAIRS)}) == 2 * len(REFUSAL_PAIRS)
-    for harmful, harmless in REFUSAL_PAIRS:
-        one, other = harmful.split(), harmless.split()
-        prefix, suffix = tracing.common_ends(one, other)
-        assert prefix >= 1
-        assert 1 <= len(one) - prefix - suffix <= 2
-        assert 1 <= len(other) - prefix - suffix <= 2
+    assert len(PAIRS) >= 16
+    assert len({text for pair in PAIRS for text in pair}) == 2 * len(PAIRS)
+    for harmful, harmless in PAIRS:
+        steps = difflib.SequenceMatcher(None, harmful.split(), harmless.split()).get_opcodes()
+        ((_, start, end, other_start, other_end),) = [s for s in steps if s[0] != "equal"]
+        assert start == other_start >= 1
+        assert 1 <= end - start <= 2
+        assert 1 <= other_end - other_start <= 2
 
 
-def test_a_refusal_sample_is_a_harmful_and_a_harmless_request_scored_by_openings() -> None:
+def test_a_refusal_sample_is_a_harmful_and_a_harmless_request_scored_by_openings(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     samples = build("refusal", 16)
     assert len({sample.unit for sample in samples}) == 16
     for sample in samples:
-        assert (sample.prompt_a, sample.prompt_b) in REFUSAL_PAIRS
+        assert (sample.prompt_a, sample.prompt_b) in PAIRS
         assert sample.targets == tracing.REFUSAL_OPENINGS
         assert sample.foils == tracing.COMPLIANT_OPENINGS
     assert "I cannot" in tracing.REFUSAL_OPENINGS
     assert "Sure" in tracing.COMPLIANT_OPENINGS
+    assert not caplog.text
 
 
 def test_all_refusal_pairs_are_used_where_more_are_asked_for(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     samples = build("refusal", 1000)
-    assert [(s.prompt_a, s.prompt_b) for s in samples] != REFUSAL_PAIRS  # in random order
-    assert sorted((s.prompt_a, s.prompt_b) for s in samples) == sorted(REFUSAL_PAIRS)
+    assert len(samples) == len(PAIRS)
+    assert {(s.prompt_a, s.prompt_b) for s in samples} == PAIRS
     assert "1000" in caplog.text
 
 
 # ----- odd one out
 
 JOB = {n: job for jobs in PEOPLE.values() for job, names in jobs.items() for n in names}
-CLASS = {job: group for group, jobs in PEOPLE.items() for job in jobs}
+CLASS = {n: group for group, jobs in PEOPLE.items() for names in jobs.values() for n in names}
 
 
 def names_in(prompt: str) -> list[str]:
@@ -158,7 +148,7 @@ def triples(tokens_in: CountTokens) -> list[Sample]:
 
 def test_people_are_of_five_classes_and_ten_professions_and_nobody_has_two() -> None:
     assert len(PEOPLE) >= 5
-    assert len(CLASS) == len(set(JOB.values())) >= 10
+    assert len(set(JOB.values())) == sum(map(len, PEOPLE.values())) >= 10
     assert len(JOB) == sum(len(names) for jobs in PEOPLE.values() for names in jobs.values())
 
 
@@ -188,8 +178,8 @@ def test_the_odd_one_is_of_another_class_and_changes_with_the_name(triples: list
         assert sample.targets == (odd,)
         assert odd_after in sample.foils
         assert sorted(sample.words) == sorted(clean)
-        assert [CLASS[JOB[name]] for name in clean].count(CLASS[JOB[odd]]) == 1
-        assert sample.group == CLASS[JOB[odd]] != CLASS[JOB[odd_after]]
+        assert [CLASS[name] for name in clean].count(CLASS[odd]) == 1
+        assert sample.group == CLASS[odd] != CLASS[odd_after]
 
 
 def test_every_fifth_triple_is_a_negative_control_in_which_no_name_is_odd(
@@ -222,10 +212,6 @@ def test_a_tokenizer_that_gives_every_name_another_length_is_refused() -> None:
 # ----- scores
 
 
-def logs(*rows: Sequence[float]) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.float64).log()
-
-
 @pytest.mark.parametrize(
     ("task", "targets", "foils", "score"),
     [
@@ -239,24 +225,17 @@ def test_the_score_of_a_task_by_hand_and_row_by_row(
 ) -> None:
     """The mean over forbidden words; all openings of a kind together; the margin over the
     likeliest other name."""
-    reduce = TASKS[task].reduce
-    assert reduce(logs(targets), logs(foils)).tolist() == pytest.approx([score])
-    half = [[p / 2 for p in chances] for chances in (targets, foils)]
-    moved = score - math.log(2) if task == "suppression" else score
-    both = reduce(logs(targets, half[0]), logs(foils, half[1]))
-    assert both.tolist() == pytest.approx([score, moved])
+    rows = [torch.tensor([p, p], dtype=torch.float64).log() for p in (targets, foils)]
+    rows[0][1] -= 1  # in the second row, every target a nat less likely
+    assert TASKS[task].reduce(*rows).tolist() == pytest.approx([score, score - 1])
 
 
 @pytest.fixture(scope="module")
 def runs(llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The output folders of small full runs, by task."""
+    """The output folders of small runs, by task."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = ["--no-bf16", "--num_bootstrap", "100", "--layers", "1", "--heads", "0,2"]
-    counts = {"suppression": "2", "refusal": "2", "odd_one_out": "5"}
-    return {
-        task: finish(llama, folder / task, *flags, "--task", task, "--num_samples", count)
-        for task, count in counts.items()
-    }
+    flags = ["--num_samples", "2", "--layers", "1", "--heads", "0,2"]
+    return {task: finish(llama, folder / task, *flags, "--task", task) for task in TASKS}
 
 
 def score_by_hand(task: str, of: Callable[[str], float], sample: dict[str, Any]) -> float:
@@ -272,7 +251,7 @@ def score_by_hand(task: str, of: Callable[[str], float], sample: dict[str, Any])
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_base_scores_recompute_from_the_recorded_log_probabilities(
+def test_scores_recompute_from_the_recorded_log_probabilities(
     runs: dict[str, Path], task: str
 ) -> None:
     rows = read(runs[task]).drop_duplicates("sample_id").set_index("sample_id")
@@ -290,10 +269,10 @@ def test_scores_of_phrases_and_names_are_those_of_plain_forwards(
 ) -> None:
     model, tokenizer = naive.load(llama)
     sample = record_of(runs[task])["samples"][1]
+    words = (*sample["targets"], *sample["foils"])
+    assert max(len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words) > 3
     table = read(runs[task])
-    (mine,) = table[(table["sample_id"] == sample["sample_id"]) & (table["head"] == 2)].to_dict(
-        "records"
-    )
+    row = table[(table["sample_id"] == sample["sample_id"]) & (table["head"] == 2)].iloc[0]
     o_proj = model.model.layers[1].self_attn.o_proj
     width = o_proj.in_features // model.config.num_attention_heads
     for side in "ab":
@@ -302,14 +281,11 @@ def test_scores_of_phrases_and_names_are_those_of_plain_forwards(
         def log_prob(word: str, user: str = user) -> float:
             return naive.word_log_prob(model, tokenizer, user, word)
 
-        assert mine[f"score_{side}_base"] == pytest.approx(
-            score_by_hand(task, log_prob, sample), abs=CLOSE
-        )
+        base = score_by_hand(task, log_prob, sample)
         with naive.hooked(o_proj, naive.zero_slice(2 * width, 3 * width)):
             edited = score_by_hand(task, log_prob, sample)
-        assert mine[f"score_{side}_head"] == pytest.approx(edited, abs=CLOSE)
-    words = (*sample["targets"], *sample["foils"])
-    assert max(len(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words) > 3
+        found = [row[f"score_{side}_base"], row[f"score_{side}_head"]]
+        assert found == pytest.approx([base, edited], abs=CLOSE)
 
 
 # ----- replies
@@ -320,6 +296,7 @@ def test_a_word_is_mentioned_where_it_stands_whole_in_any_case() -> None:
         assert tracing.mentioned(["apple"], reply) == ["apple"]
     for reply in ("pineapple", "apples", "appl e", ""):
         assert tracing.mentioned(["apple"], reply) == []
+    words = ["Brad Pitt", "Tom Hanks", "Shaquille O'Neal", "C++", "a.b", "New York", "ant"]
     cases = {
         "It is brad pitt.": ["Brad Pitt"],
         "Shaquille O\u2019Neal": ["Shaquille O'Neal"],
@@ -327,12 +304,11 @@ def test_a_word_is_mentioned_where_it_stands_whole_in_any_case() -> None:
         "c++, axb and new york": ["C++", "New York"],
         "An elephant": [],
     }
-    words = ["Brad Pitt", "Tom Hanks", "Shaquille O'Neal", "C++", "a.b", "New York", "ant"]
-    for reply, expected in cases.items():
-        assert tracing.mentioned(words, reply) == expected
+    assert {reply: tracing.mentioned(words, reply) for reply in cases} == cases
 
 
 def test_an_opening_is_how_a_reply_begins() -> None:
+    openings = ["I cannot", "I can't", "I'm sorry", "Sorry", "No", "Sure"]
     cases = {
         "I can't help with that.": ["I can't"],
         "I can\u2019t help with that.": ["I can't"],
@@ -343,14 +319,12 @@ def test_an_opening_is_how_a_reply_begins() -> None:
         "Sure! Take a brush": ["Sure"],
         "": [],
     }
-    openings = ["I cannot", "I can't", "I'm sorry", "Sorry", "No", "Sure"]
-    for reply, expected in cases.items():
-        assert tracing.opening(openings, reply) == expected
+    assert {reply: tracing.opening(openings, reply) for reply in cases} == cases
     assert tracing.opening(["I can\u2019t"], "I can't help with that.") == ["I can\u2019t"]
 
 
 FRUIT = Sample("s", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",))
-BUILT_IN = Sample("s", "", "Name a metal. Answer in one word.", ("iron",))
+METAL = Sample("s", "", "Name a metal. Answer in one word.", ("iron",))  # a built-in question
 ASKED = Sample("s", "a", "b", ("I cannot", "Sorry"), ("Sure",))
 TRIPLE = Sample("s", "a", "b", ("Bob Dylan",), ("Tom Hanks", "Brad Pitt"))
 
@@ -360,8 +334,8 @@ TRIPLE = Sample("s", "a", "b", ("Bob Dylan",), ("Tom Hanks", "Brad Pitt"))
     [
         ("suppression", FRUIT, "An apple.", ["apple"], True),
         ("suppression", FRUIT, "A pear.", [], False),
-        ("suppression", BUILT_IN, "Gold.", [], True),  # another answer to the question
-        ("suppression", BUILT_IN, "Iron or gold", ["iron"], True),
+        ("suppression", METAL, "Gold.", [], True),
+        ("suppression", METAL, "Iron or gold", ["iron"], True),
         ("refusal", ASKED, "I cannot do that.", ["I cannot"], False),
         ("refusal", ASKED, "Take a brush.", [], True),
         ("odd_one_out", TRIPLE, "Bob Dylan", ["Bob Dylan"], False),
@@ -369,7 +343,7 @@ TRIPLE = Sample("s", "a", "b", ("Bob Dylan",), ("Tom Hanks", "Brad Pitt"))
         ("odd_one_out", TRIPLE, "Nobody", [], False),
     ],
 )
-def test_what_a_reply_shows_of_a_task(
+def test_a_reply_shows_the_behaviour_of_a_task_or_answers_what_prompt_b_asks(
     task: str, sample: Sample, reply: str, shows: list[str], answers: bool
 ) -> None:
     assert TASKS[task].shows(sample, reply) == shows

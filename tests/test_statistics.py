@@ -6,9 +6,7 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Callable
 
-import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -72,10 +70,8 @@ def test_the_interval_of_symmetric_data_is_the_percentile_interval() -> None:
 def test_the_interval_moves_and_stretches_with_the_data() -> None:
     x = column(*X)
     (low,), (high,) = interval(x)
-    (moved_low,), (moved_high,) = interval(3 * x + 5)
-    assert (moved_low, moved_high) == pytest.approx((3 * low + 5, 3 * high + 5))
-    (turned_low,), (turned_high,) = interval(-x)
-    assert (turned_low, turned_high) == pytest.approx((-high, -low), abs=0.03)
+    assert interval(3 * x + 5) == ([pytest.approx(3 * low + 5)], [pytest.approx(3 * high + 5)])
+    assert interval(-x) == ([pytest.approx(-high, abs=0.03)], [pytest.approx(-low, abs=0.03)])
 
 
 def test_every_column_has_the_interval_that_it_has_alone() -> None:
@@ -93,15 +89,9 @@ def test_the_interval_depends_on_the_seed_and_on_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1.7])
-def test_the_interval_of_equal_values_is_a_point(value: float) -> None:
-    (low,), (high,) = interval(column(*[value] * 7))
-    assert (low, high) == pytest.approx((value, value), abs=1e-12)
-
-
-def test_a_single_sentence_has_no_interval() -> None:
-    (low,), (high,) = interval(column(0.4))
-    assert math.isnan(low)
-    assert math.isnan(high)
+def test_the_interval_of_equal_values_is_a_point_and_a_single_value_has_none(value: float) -> None:
+    assert interval(column(*[value] * 7)) == ([pytest.approx(value)], [pytest.approx(value)])
+    assert all(math.isnan(end) for (end,) in interval(column(value)))
 
 
 def test_the_mean_in_the_interval_weighs_sentences_by_their_samples() -> None:
@@ -118,18 +108,11 @@ def test_the_mean_in_the_interval_weighs_sentences_by_their_samples() -> None:
     assert low <= 20 / 100 <= high
 
 
-@pytest.mark.parametrize(
-    ("draw", "mean"),
-    [
-        (lambda g: torch.randn(30, 1000, generator=g, dtype=torch.float64), 0.0),
-        (lambda g: torch.rand(30, 1000, generator=g, dtype=torch.float64).log().neg(), 1.0),
-    ],
-    ids=["normal", "exponential"],
-)
-def test_the_interval_covers_the_true_mean_nearly_95_times_in_100(
-    draw: Callable[[torch.Generator], Tensor], mean: float
-) -> None:
-    values = draw(torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("shape", ["normal", "exponential"])
+def test_the_interval_covers_the_true_mean_nearly_95_times_in_100(shape: str) -> None:
+    draw, mean = (torch.randn, 0.0) if shape == "normal" else (torch.rand, 1.0)
+    values = draw(30, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = values if shape == "normal" else -values.log()
     low, high = tracing.bootstrap_interval(values, torch.ones_like(values), 1000, 0)
     covered = float(((low <= mean) & (mean <= high)).double().mean())
     assert 0.905 < covered < 0.97  # a bootstrap of 30 sentences covers a little less than it says
@@ -169,12 +152,7 @@ def test_p_agrees_with_a_plain_loop_over_all_patterns() -> None:
 @pytest.mark.parametrize("n", [2, 5, 16, 20])
 def test_no_exact_p_is_below_two_to_the_one_minus_n(n: int) -> None:
     sums = torch.linspace(1, 2, n, dtype=torch.float64)[:, None]
-    assert float(tracing.sign_flip_p(sums, 0)) == 2.0 ** (1 - n) == tracing.smallest_p(n, 1)
-
-
-def test_16_sentences_are_enough_for_a_lone_head_of_1024() -> None:
-    assert 1024 * tracing.smallest_p(16, 1024) == pytest.approx(0.03125)
-    assert 1024 * tracing.smallest_p(15, 1024) > 0.05
+    assert float(tracing.sign_flip_p(sums, 0)) == 2.0 ** (1 - n)
 
 
 def test_the_exact_p_of_many_columns_is_computed_in_pieces_without_loss() -> None:
@@ -189,10 +167,7 @@ def test_beyond_20_sentences_p_is_one_plus_c_by_one_plus_b_with_100_draws_per_te
 ) -> None:
     all_alike = torch.linspace(1, 2, 40, dtype=torch.float64)[:, None]
     p = tracing.sign_flip_p(all_alike.expand(-1, n_columns), 0)
-    smallest = 1 / (1 + max(9999, 100 * n_columns))
-    assert p.tolist() == [smallest] * n_columns
-    assert tracing.smallest_p(40, n_columns) == smallest
-    assert n_columns * smallest < 0.05
+    assert p.tolist() == [1 / (1 + max(9999, 100 * n_columns))] * n_columns
 
 
 def test_the_random_p_agrees_with_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,22 +215,3 @@ def test_q_values_agree_with_a_plain_loop_ties_included(n: int) -> None:
     p = [rng.choice([rng.random(), rng.random() ** 4, 0.25]) for _ in range(n)]
     found = tracing.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
     assert found.tolist() == pytest.approx(by_hand.q_values(p))
-
-
-# ----- rank correlation
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "expected"),
-    [
-        # ranks 1 2.5 2.5 4 and 1 3 2 4: 4.5 / sqrt(4.5 * 5)
-        ([1.0, 2.0, 2.0, 4.0], [10.0, 30.0, 20.0, 400.0], 4.5 / math.sqrt(22.5)),
-        ([1.0, 2.0, 3.0, 4.0], [1.0, 30.0, 20.0, 400.0], 0.8),
-        ([1.0, 2.0, 2.0, 4.0], [4.0, 3.0, 3.0, 1.0], -1.0),
-        ([0.3, -2.0, 5.0, 1.0], [0.027, -8.0, 125.0, 1.0], 1.0),  # a growing function of it
-    ],
-)
-def test_rank_correlation_by_hand_ties_included(
-    one: list[float], other: list[float], expected: float
-) -> None:
-    assert tracing.spearman(pd.Series(one), pd.Series(other)) == pytest.approx(expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import llama3_circuit_tracing as tracing
 import naive
 import random_models
 from conftest import finish, read, record_of, write_samples
-from llama3_circuit_tracing import Component, Config, Job, Prompt, Sample, Tree
+from llama3_circuit_tracing import Tree
 from test_self_test import MISTAKES
 
 EQUAL = 2e-5
@@ -34,30 +35,23 @@ def largest_difference(one: pd.DataFrame, other: pd.DataFrame) -> float:
     return max((both[c] - both[f"{c}_other"]).abs().max() for c in columns)
 
 
-@pytest.fixture(scope="module")
-def naive_results() -> Callable[[str], pd.DataFrame]:
-    """The naive loop's results on two built-in samples, once per model folder."""
-    known: dict[str, pd.DataFrame] = {}
-
-    def of(folder: str) -> pd.DataFrame:
-        if folder not in known:
-            samples = tracing.build_suppression(2, random.Random(42), len)
-            pairs = [(s.prompt_a, s.prompt_b, s.targets) for s in samples]
-            found = naive.sweep(*naive.load(folder), pairs)
-            known[folder] = pd.DataFrame(
-                {
-                    "sample_id": samples[i].sample_id,
-                    "layer": layer,
-                    "head": head,
-                    "delta_logit_base": base,
-                    "delta_logit_head": edited,
-                    "head_effect": edited - base,
-                }
-                for (i, layer, head), (base, edited) in found.items()
-            )
-        return known[folder]
-
-    return of
+@functools.cache
+def naive_results(folder: str) -> pd.DataFrame:
+    """The naive loop's results on two built-in samples."""
+    samples = tracing.build_suppression(2, random.Random(42), len)
+    pairs = [(s.prompt_a, s.prompt_b, s.targets) for s in samples]
+    found = naive.sweep(*naive.load(folder), pairs)
+    return pd.DataFrame(
+        {
+            "sample_id": samples[i].sample_id,
+            "layer": layer,
+            "head": head,
+            "delta_logit_base": base,
+            "delta_logit_head": edited,
+            "head_effect": edited - base,
+        }
+        for (i, layer, head), (base, edited) in found.items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +93,7 @@ WAYS: dict[str, tuple[str, list[str], str]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_sweep_equals_the_naive_loop(
-    way: str, folder_of: Callable[[str], str], naive_results: Any, tmp_path: Path
+    way: str, folder_of: Callable[[str], str], tmp_path: Path
 ) -> None:
     model, flags, logits = WAYS[way]
     folder = folder_of(model)
@@ -112,7 +106,7 @@ def test_the_sweep_equals_the_naive_loop(
 
 
 def test_layers_offloaded_to_the_cpu_change_nothing(
-    llama: str, naive_results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load, cpu = tracing.load_model, torch.device("cpu")
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
@@ -129,7 +123,7 @@ PLANTED["the sign"] = (Tree, "scores", lambda tree, log_probs, task: -scores(tre
 
 @pytest.mark.parametrize("mistake", PLANTED)
 def test_the_comparison_catches_a_planted_mistake(
-    mistake: str, llama: str, naive_results: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mistake: str, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*PLANTED[mistake])
     monkeypatch.setattr(tracing, "self_test", lambda exp: None)
@@ -207,26 +201,6 @@ def jittered_effects(folder: Path) -> pd.Series:
     n_samples = rows.groupby(["layer", "index", "draw"])["sample_id"].nunique()
     assert (n_samples == len(base)).all()  # a row of noise is measured on every sample
     return effect.groupby([rows["layer"], rows["index"], rows["draw"]]).mean()
-
-
-def test_the_rows_of_a_job_by_hand() -> None:
-    sample, other = (Sample(name, "a", "b", ("w",)) for name in "st")
-    prompts = [[Prompt(s, side, "", (1,), (((5,),),)) for side in "ab"] for s in (sample, other)]
-    (tree,) = tracing.plant_trees(prompts, None, Config())
-    five, seven = Component(2, "head", 5), Component(2, "head", 7)
-    job = Job(0, 2, ((five, -1), (five, 0), (seven, 1)))
-    scores = torch.tensor([[-2.5, -1.5, 0, 1], [2, 3, 4, 5], [6, 7, 8, 9]])
-    columns = ["sample_id", "layer", "index", "draw", "score_a_head", "score_b_head"]
-    rows = tracing.tidy_rows(tree, job, scores)
-    assert list(rows) == columns
-    assert {tuple(row) for row in rows.itertuples(index=False)} == {
-        ("s", 2, 5, -1, -2.5, -1.5),
-        ("s", 2, 5, 0, 2, 3),
-        ("s", 2, 7, 1, 6, 7),
-        ("t", 2, 5, -1, 0, 1),
-        ("t", 2, 5, 0, 4, 5),
-        ("t", 2, 7, 1, 8, 9),
-    }
 
 
 def test_a_part_holds_the_rows_of_the_table_itself(finished: Path) -> None:
