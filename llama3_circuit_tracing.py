@@ -94,15 +94,12 @@ class RunError(Exception):
 
 
 class Kind(NamedTuple):
-    """What is edited: the first input of a block's module ("": of the block), or a slice of it.
-
-    `width` and `slices` name fields of `ModelShape`: the input's width, into how many it falls.
-    """
+    """What is edited: the first input of a block's module ("": of the block), or a slice of it."""
 
     tag: str  # what stands for it in a component's name
     module: str
-    width: str
-    slices: str = ""
+    width: str  # the field of `ModelShape` with the input's width
+    slices: str = ""  # the field with the number of its equal slices; "" is the whole input
 
 
 KINDS = {
@@ -168,22 +165,19 @@ Components = tuple[Component, ...]
 
 
 def ranges(text: str) -> Ranges:
-    """`all`, or the indices that 7, 0,5,9, 8-15 or a mixture names."""
+    """`all`, or the indices that 7, 0,5,9, 8-15 or a mixture names; else `ValueError`."""
     if text == "all":
         return text
     ends = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part) for part in text.split(",")]
     found = [range(int(end[1]), int(end[2] or end[1]) + 1) if end else None for end in ends]
     if not all(found):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form all, 7, 0,5,9 or 0,8-15")
+        raise ValueError(text)
     return tuple(filter(None, found))
 
 
 def components(text: str) -> Components:
     """The components that a text such as L2H5,L3mlp names, in order and once each."""
-    try:
-        return tuple(dict.fromkeys(map(Component.parse, text.split(","))))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return tuple(dict.fromkeys(map(Component.parse, text.split(","))))
 
 
 def whole_number(minimum: int, auto: bool = False) -> Callable[[str], int | None]:
@@ -994,7 +988,6 @@ class Tree:
 
     prompts: tuple[Prompt, ...]
     paths: tuple[list[int], ...]  # per prompt the node of each of its tokens
-    branches: tuple[Branches, ...]  # per prompt
     entries: tuple[Branches, ...]  # per prompt, word and form the entries whose log P add up
     ids: Tensor  # [1, tok]
     depth: Tensor  # [1, tok], the position id
@@ -1140,7 +1133,6 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
     return Tree(
         prompts=prompts,
         paths=paths,
-        branches=branches,
         entries=tuple(entries),
         ids=torch.tensor([[token for _, token, _ in nodes]]),
         depth=visible.sum(1)[None] - 1,
@@ -1220,43 +1212,44 @@ def device_type(config: Config) -> str:
     return "cuda" if torch.cuda.is_available() and config.device_map != "cpu" else "cpu"
 
 
+TINY = "python llama3_circuit_tracing.py --model_id tests/tiny_llama runs the bundled model instead"
+UNREACHABLE = f"is not in the local cache and the hub cannot be reached; {TINY}"
+LOAD_ERRORS = {  # what the libraries raise below, and what it means
+    "GatedRepoError": "is gated: ask for access at https://huggingface.co/{name}, then log in with "
+    f"`hf auth login`; {TINY}",
+    "RevisionNotFoundError": "has no revision {revision!r}",
+    "RepositoryNotFoundError": f"is not on the hub, or private: check, or `hf auth login`; {TINY}",
+    "LocalEntryNotFoundError": UNREACHABLE,
+    "OfflineModeIsEnabled": UNREACHABLE,
+    "": f"cannot be loaded: {{error}}; {TINY}",
+}
+
+
 def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
-    """What `load` makes of the model id; `RunError` says in one sentence why it cannot."""
-    path = Path(config.model_id).expanduser()
-    local = config.model_id.startswith(("/", "./", "../", "~")) or path.is_dir()
+    """What `load` makes of the model id; `RunError` says in one sentence why it cannot.
+
+    transformers raises OSError for everything that the hub says; the chain of causes tells.
+    """
+    name, revision = config.model_id, config.revision or "main"
+    path = Path(name).expanduser()
+    local = name.startswith(("/", "./", "../", "~")) or path.is_dir()
     if local and not (path / "config.json").is_file():
-        raise RunError(f"{config.model_id} is not a model folder: it has no config.json")
-    options |= {"revision": config.revision or "main", "trust_remote_code": False}
-    options["local_files_only"] = config.local_files_only
+        raise RunError(f"{name} is not a model folder: it has no config.json")
     if config.attn_implementation and load is not AutoTokenizer.from_pretrained:
         options["attn_implementation"] = config.attn_implementation
+    options |= {"revision": revision, "local_files_only": config.local_files_only}
     try:
-        return load(str(path) if local else config.model_id, **options)
+        return load(str(path) if local else name, trust_remote_code=False, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the libraries below as well, such as a broken safetensors file
-        unknown = re.search("model.type", str(error)) is not None
-        raise (UsageError if unknown else RunError)(explain_load_error(config, error)) from error
-
-
-def explain_load_error(config: Config, error: BaseException) -> str:
-    """transformers raises OSError for everything the hub says; the chain of causes tells."""
-    name, causes, cause = config.model_id, "", error.__cause__ or error.__context__
-    while cause is not None:
-        causes += f" {type(cause).__name__}"
-        cause = cause.__cause__ or cause.__context__
-    gate = f"ask for access at https://huggingface.co/{name}, then log in with `hf auth login`"
-    reasons = {
-        "GatedRepoError": f"is gated: {gate}",
-        "RevisionNotFoundError": f"has no revision {config.revision!r}",
-        "RepositoryNotFoundError": "is not on the hub, or is private: check it or `hf auth login`",
-        "LocalEntryNotFoundError": "is not in the local cache and the hub cannot be reached",
-        "OfflineModeIsEnabled": "is not in the local cache and the hub cannot be reached",
-        "": f"cannot be loaded: {str(error).splitlines()[0]}",
-    }
-    reason = next(reason for cause_name, reason in reasons.items() if cause_name in causes)
-    tiny = "python llama3_circuit_tracing.py --model_id tests/tiny_llama runs the bundled model"
-    return f"{name} {reason}; {tiny} instead"
+        causes, cause = "", error.__cause__ or error.__context__
+        while cause is not None:
+            causes, cause = causes + type(cause).__name__, cause.__cause__ or cause.__context__
+        reason = next(reason for key, reason in LOAD_ERRORS.items() if key in causes)
+        said = reason.format(name=name, revision=revision, error=str(error).splitlines()[0])
+        kind = UsageError if re.search("model.type", str(error)) else RunError  # an unknown one
+        raise kind(f"{name} {said}") from error
 
 
 def read_shape(config: Config) -> ModelShape:
@@ -1888,36 +1881,32 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
     elif len(own) > n:
         first = f"the first {n} are used (--num_samples)"
         log.warning(f"{config.samples} holds {len(own)} samples; {first}")
-    samples = own[:n]
     tokens = encoder.tokenizer.added_tokens_decoder.values()
     special = [token.content for token in tokens if token.special]  # would be encoded as such
-    for sample in samples:
+    for sample in own[:n]:
         texts = (sample.prompt_a, sample.prompt_b, *sample.words, encoder.stem)
         for text, token in itertools.product(texts, special):
             if token in text:
                 raise UsageError(f"{sample.named}: control token {token!r} in {text!r}")
-    units = {sample.unit for sample in samples if sample.counts}
+    units = {sample.unit for sample in own[:n] if sample.counts}
     if not units:
-        raise UsageError(f"all {len(samples)} samples are negative controls ({NO_ODD_ONE!r})")
+        raise UsageError(f"all {len(own[:n])} samples are negative controls ({NO_ODD_ONE!r})")
     if config.confirm and len(units) < 2:
         raise UsageError("--confirm needs at least two different sentences")
-    return samples
+    return own[:n]
 
 
 def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config: Config) -> None:
     """Refuse a run in which a sample would not be edited at all, or a prompt exceeds the context: a
     4D mask is used as it is, for sliding-window layers too."""
+    edit, limit = f"--op {config.op} at --positions {config.positions}", shape.context
     for of_sample in prompts:
         named = of_sample[0].sample.named
         if all(plan is not None and not plan for plan in plan_edits(of_sample, config)):
-            edit = f"--op {config.op} at --positions {config.positions}"
             raise UsageError(f"{named}: {edit} touches no token of its prompts")
-        for prompt in of_sample:
-            longest = max(len(form) for forms in prompt.forms for form in forms)
-            if (n := len(prompt.ids) + longest - 1) > shape.context:
-                raise UsageError(
-                    f"{named}: a prompt of {n} tokens exceeds the model's {shape.context}"
-                )
+        n = max(len(p.ids) + len(form) - 1 for p in of_sample for f in p.forms for form in f)
+        if n > limit:
+            raise UsageError(f"{named}: a prompt of {n} tokens exceeds the model's {limit}")
 
 
 def prepare(config: Config, folder: RunFolder, device: torch.device | None = None) -> Experiment:
@@ -1942,9 +1931,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
     trees = plant_trees(prompts, tokenizer.bos_token_id, config)
-    rows = config.rows_per_forward
-    if not rows and not config.overwrite:
-        rows = folder.record.get("fingerprint", {}).get("rows_per_forward")
+    before = {} if config.overwrite else folder.record.get("fingerprint", {})
+    rows = config.rows_per_forward or before.get("rows_per_forward")
     largest = max(tree.n_tokens for tree in trees)
     rows = rows or max(1, ROW_TOKENS[device_type(config)] // largest)
     return Experiment(config, shape, encoder, prompts, trees, components, rows, other, device)
@@ -2135,8 +2123,9 @@ def check_mask(clean: CleanRun) -> Check:
     the tokens before it there, and itself."""
     tree, wrong = clean.tree, 0
     seen = clean.model_inputs["attention_mask"][0, 0].cpu() == 0
-    for path, words in zip(tree.paths, tree.branches, strict=True):
-        for line in ([*path, *nodes] for forms in words for nodes in forms):
+    for path, words in zip(tree.paths, tree.entries, strict=True):
+        for form in (form for forms in words for form in forms):
+            line = [*path, *tree.scored[tree.entry_node[form[1:]]].tolist()]
             expected = torch.zeros(len(line), len(seen), dtype=torch.bool)
             expected[:, line] = torch.ones(len(line), len(line), dtype=torch.bool).tril()
             wrong += int((seen[line] != expected).sum())
@@ -2275,13 +2264,12 @@ class Job(NamedTuple):
 def read_sweep(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
     """The rows of all finished parts: see `tidy_rows`."""
     ids = pd.CategoricalDtype(sorted(prompts[0].sample.sample_id for prompts in exp.prompts))
-    frames = [
-        pd.DataFrame(payload).astype({"sample_id": ids})
-        for path in sorted(folder.parts.glob("sweep-*.json"))
-        if (payload := folder.read_part(path.stem))
-    ]
-    empty = pd.DataFrame(columns=["sample_id", "layer", "index", "draw"])
-    return pd.concat(frames, ignore_index=True) if frames else empty
+    frames = [pd.DataFrame(columns=["sample_id", "layer", "index", "draw"], dtype=int)]
+    for path in sorted(folder.parts.glob("sweep-*.json")):
+        if payload := folder.read_part(path.stem):
+            frames.append(pd.DataFrame(payload))
+            frames[-1]["sample_id"] = frames[-1]["sample_id"].astype(ids)
+    return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
 def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
@@ -2471,16 +2459,16 @@ def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.Da
     for run in ("base", "head"):
         table[f"delta_logit_{run}"] = table[f"score_a_{run}"] - table[f"score_b_{run}"]
     table["head_effect"] = table["delta_logit_head"] - table["delta_logit_base"]
-    columns = [*SEVEN, "score_a_base", "score_b_base", "score_a_head", "score_b_head"]
-    columns += ["unit", "group"]
     sides = CONTROLS if config.controls else ()
-    columns += [f"score_{side}_{run}" for side in sides for run in ("base", "head")]
-    table = table.reindex(columns=[*table, *(name for name in columns if name not in table)])
+    controls = [f"score_{side}_{run}" for side in sides for run in ("base", "head")]
+    lacking = [name for name in controls if name not in table]  # where no sample has a control
+    table = table.assign(**dict.fromkeys(lacking, math.nan))
     for side in sides:
-        control = table[f"score_{side}_head"] - table[f"score_{side}_base"]
         moved = table["score_a_head"] - table["score_a_base"]
+        control = table[f"score_{side}_head"] - table[f"score_{side}_base"]
         table[f"effect_minus_{side}"] = moved - control
-    columns += [f"effect_minus_{side}" for side in sides]
+    columns = [*SEVEN, "score_a_base", "score_b_base", "score_a_head", "score_b_head", "unit"]
+    columns += ["group", *controls, *(f"effect_minus_{side}" for side in sides)]
     columns += ["kind", "index", "op", "positions", "draw"]
     return table[columns].sort_values(["sample_id", "layer", "index"], ignore_index=True)
 
@@ -2884,11 +2872,9 @@ def greedy_reply(exp: Experiment, prompt: Prompt, components: Sequence[Component
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=exp.config.max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
             eos_token_id=ends,
             pad_token_id=ends[0],
+            **{"do_sample": False, "temperature": None, "top_p": None},
         )
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
@@ -2965,35 +2951,26 @@ def start_log(path: Path | None, speaks: bool) -> None:
     log.setLevel(logging.INFO if speaks else logging.ERROR)
 
 
-def take_up(exp: Experiment, folder: RunFolder, state: PartialState) -> list[Job]:
-    """Enter the folder; the jobs that remain, in every process as process 0 sees them."""
-    jobs: list[Job] = []
-    if state.is_main_process:
+def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
+    """The results table with its jittered rows in process 0; None in others, when done.
+
+    Process 0 enters the folder and finds out what remains to be done; all do their share of it.
+    """
+    todo: list[Any] = [[], "", 0]
+    records: Records = []
+    if folder.leads:
         folder.enter(fingerprint_of(exp), exp.config.overwrite)
         jobs = plan_jobs(exp, read_sweep(exp, folder))
         for job in jobs:  # whatever lies there is no part of this run
             folder.part_path(job.name).unlink(missing_ok=True)
-    agreed: list[Any] = [
-        jobs,
-        folder.key,
-        folder.record.get("rows_after_halving") or exp.rows_per_forward,
-    ]
-    if state.num_processes > 1:
-        agreed = broadcast_object_list(agreed)
-    jobs, folder.key, rows = agreed
+        rows = folder.record.get("rows_after_halving") or exp.rows_per_forward
+        todo = [jobs, folder.key, rows]
+    jobs, folder.key, rows = todo if state.num_processes == 1 else broadcast_object_list(todo)
     if jobs:
         exp.traced.rows_per_forward = rows
-    return jobs
-
-
-def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
-    """The results table with its jittered rows in process 0; None in others, when done."""
-    jobs = take_up(exp, folder, state)
-    if jobs:
         with exp.stage("self-test"):
             self_test(exp)
-    records: Records = []
-    if state.is_main_process:
+    if folder.leads:
         with exp.stage("unedited model"):
             for i, tree in enumerate(exp.trees):
                 compute = functools.partial(sample_records, exp, tree)
@@ -3003,12 +2980,10 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     if mine := share_jobs(exp, jobs, state.process_index, state.num_processes):
         with exp.stage("sweep", f" of {len(jobs)} jobs"):
             sweep(exp, mine, folder)
-    if not state.is_main_process:
-        return None
-    missing = {job.name for job in jobs}  # a launcher ends the run if another process dies
+    missing = {job.name for job in jobs if folder.leads}  # a launcher ends the run if one dies
     while missing := {name for name in missing if not folder.part_path(name).exists()}:
         time.sleep(0.2)
-    return results_table(read_sweep(exp, folder), records, exp.config)
+    return results_table(read_sweep(exp, folder), records, exp.config) if folder.leads else None
 
 
 def describe_run(exp: Experiment, started: float) -> dict[str, Any]:

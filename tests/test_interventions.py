@@ -104,21 +104,17 @@ def effects(clean: Tensor, edited: Tensor) -> Tensor:
 
 
 def assert_like_the_oracle(
-    bench: Bench,
-    change: Change,
-    flags: str,
-    records: Sequence[Record] = SAMPLES,
-    given: Sequence[str] = (),
+    bench: Bench, change: Change, flags: str, records: Sequence[Record] = SAMPLES, given: str = ""
 ) -> None:
     flags += f" --kind {change.kind} --op {change.op} --positions {change.positions}"
     flags += f" --factor {change.factor}" * (change.op == "scale")
     flags += f" --patch_into {change.into}" * (change.op == "patch")
-    flags += f" --given {','.join(given)}" * bool(given)
+    flags += f" --given {given}" * bool(given)
     exp = bench.experiment(flags, records)
     clean, edited = scores(exp)
     base, expected = torch.zeros_like(clean), torch.zeros_like(edited)
     plain, users = (bench.model, bench.tokenizer), [record["prompt_b"] for record in records]
-    off = [(c.layer, c.kind, c.index) for c in map(Component.parse, given)]
+    off = [(c.layer, c.kind, c.index) for c in exp.config.given]
     with naive.zeroed(bench.model, off):
         for (j, record), k in itertools.product(enumerate(records), (0, 1)):
             texts, targets = (record["prompt_a"], record["prompt_b"]), record["targets"]
@@ -204,16 +200,16 @@ def test_a_patch_follows_the_longest_common_suffix_even_where_it_overlaps_the_pr
 @pytest.mark.parametrize(
     ("change", "given"),
     [
-        (Change("head", "zero", "last"), ["L0H1", "L2H0"]),
-        (Change("attn", "patch"), ["L1H1"]),
-        (Change("attn", "mean"), ["L1H3", "L0H0"]),
-        (Change("mlp", "scale", "differing", factor=-1.5), ["L0H2", "L2mlp"]),
-        (Change("resid", "patch", "last", "b"), ["L0H1", "L1attn", "L2H0"]),
-        (Change("neuron", "mean"), ["L2H1", "L1N6", "L1N7"]),
+        (Change("head", "zero", "last"), "L0H1,L2H0"),
+        (Change("attn", "patch"), "L1H1"),
+        (Change("attn", "mean"), "L1H3,L0H0"),
+        (Change("mlp", "scale", "differing", factor=-1.5), "L0H2,L2mlp"),
+        (Change("resid", "patch", "last", "b"), "L0H1,L1attn,L2H0"),
+        (Change("neuron", "mean"), "L2H1,L1N6,L1N7"),
     ],
 )
 def test_given_components_are_zero_everywhere_whatever_else_is_edited(
-    plain: Bench, change: Change, given: list[str]
+    plain: Bench, change: Change, given: str
 ) -> None:
     flags = f"--layers 1 {WHICH.get(change.kind, '')}"
     assert_like_the_oracle(plain, change, flags, given=given)
@@ -293,30 +289,23 @@ def test_a_module_reads_v_where_it_is_edited_and_x_elsewhere(
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_joint_set_is_its_single_edits_together(plain: Bench, op: str) -> None:
-    names = ["L0H1", "L0H3", "L1N78", "L1N5", "L2attn"]
-    flags = f"--kind neuron --neurons 5 --ablate {','.join(names)} --op {op}"
-    exp = plain.experiment(flags + " --factor 0.3" * (op == "scale"))
-    components = [Component.parse(name) for name in names]
-    clean = exp.run_clean(exp.trees[0], range(3), components)
-    joint = exp.edits(components, clean)
-    singles = tuple(edit for component in components for edit in exp.edits([component], clean))
-    assert (len(joint), len(singles)) == (3, 5), "one edit per module"
-    rows = tracing.run_rows(exp.traced, clean, [joint, singles])
-    assert (rows[0] - rows[1]).abs().max() < SAME
-    assert (rows - clean.log_probs).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(("whole", "part", "count"), [("attn", "head", 4), ("mlp", "neuron", 80)])
-def test_all_parts_of_a_layer_edited_jointly_are_the_whole(
+def test_a_joint_set_is_its_single_edits_together_and_all_parts_are_the_whole(
     plain: Bench, op: str, whole: str, part: str, count: int
 ) -> None:
     exp = plain.experiment(f"--kind {whole} --op {op}" + " --factor 0.3" * (op == "scale"))
-    sets = [[Component(layer, part, i) for i in range(count)] for layer in range(3)]
-    clean, edited = scores(exp, *([c] for c in exp.components), *sets)
-    assert (edited[:3] - edited[3:]).abs().max() < SAME
-    assert (edited - clean).abs().amax((1, 2)).min() > 1e-3
+    clean = exp.run_clean(exp.trees[0], range(3), exp.components)
+    for component in exp.components:
+        parts = [Component(component.layer, part, i) for i in range(count)]
+        rows = [exp.edits([component], clean)]
+        for some in (parts, parts[::3]):
+            rows.append(exp.edits(some, clean))
+            rows.append(tuple(edit for one in some for edit in exp.edits([one], clean)))
+        assert [len(row) for row in rows] == [1, 1, count, 1, len(parts[::3])]
+        log_probs = tracing.run_rows(exp.traced, clean, rows)
+        assert (log_probs[0] - log_probs[1:3]).abs().max() < SAME
+        assert (log_probs[3] - log_probs[4]).abs().max() < SAME
+        assert (log_probs - clean.log_probs).abs().amax(1).min() > 1e-3
 
 
 def test_one_edit_per_module_serves_thousands_of_neurons(plain: Bench) -> None:
@@ -399,10 +388,8 @@ def test_the_mean_of_a_constant_changes_nothing(bench: Benches, tmp_path: Path) 
 def test_given_heads_are_the_plain_run_of_a_model_without_them(plain: Bench) -> None:
     """So are those that do nothing; neither are swept, and the base is without them too."""
     exp = plain.experiment("--op mean --given L1H2")
-    left = [
-        f"L{layer}H{head}" for layer in range(3) for head in range(4) if (layer, head) != (1, 2)
-    ]
-    assert [component.label for component in exp.components] == left
+    left = {f"L{layer}H{head}" for layer in range(3) for head in range(4)} - {"L1H2"}
+    assert {component.label for component in exp.components} == left
     changed = plain.without_head(1, 2)
     given, idle = scores(exp), scores(changed.experiment("--op mean --given L1H2"))
     expected = scores(changed.experiment("--op mean"), *([c] for c in exp.components))
@@ -431,22 +418,17 @@ def test_twins_that_share_both_prompts_are_patched_as_each_alone(plain: Bench) -
 
 
 @pytest.mark.parametrize(
-    ("flags", "layer", "grows_at", "mlp_is_whole"),
+    ("flags", "layer", "grows_at"),
     [
-        ("--kind head", 0, 1, False),
-        ("--kind head", 2, 1, False),
-        ("--kind resid --op patch", 2, 0, False),
-        ("--kind mlp", 1, 3, False),
-        ("--kind neuron --neurons 3,5", 2, 3, True),
+        ("--kind head", 0, 1),
+        ("--kind head", 2, 1),
+        ("--kind resid --op patch", 2, 0),
+        ("--kind mlp", 1, 3),
+        ("--kind neuron --neurons 3,5", 2, 3),
     ],
 )
 def test_rows_pass_through_no_more_than_they_change(
-    plain: Bench,
-    monkeypatch: pytest.MonkeyPatch,
-    flags: str,
-    layer: int,
-    grows_at: int,
-    mlp_is_whole: bool,
+    plain: Bench, monkeypatch: pytest.MonkeyPatch, flags: str, layer: int, grows_at: int
 ) -> None:
     """Blocks below are skipped; the batch grows at the edited module; after the last attention only
     the scoring nodes go on, but for an MLP that is edited itself."""
@@ -464,9 +446,9 @@ def test_rows_pass_through_no_more_than_they_change(
     assert {site[0] for site in read} == set(range(layer, 3))
     assert [len(read[layer, name]) for name in names] == [1] * grows_at + [n] * (4 - grows_at)
     assert all(len(x) == n for site, x in read.items() if site[0] > layer)
-    after = tok if mlp_is_whole else few
-    assert few < tok / 2
+    after = tok if (layer, grows_at) == (2, 3) else few
     assert [read[2, name].shape[1] for name in names] == [tok, few, after, after]
+    assert few < tok / 2
 
 
 def hooks_of(model: Any) -> int:

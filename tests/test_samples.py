@@ -323,28 +323,22 @@ def test_an_opening_is_how_a_reply_begins() -> None:
     assert tracing.opening(["I can\u2019t"], "I can't help with that.") == ["I can\u2019t"]
 
 
-FRUIT = Sample("s", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",))
-METAL = Sample("s", "", "Name a metal. Answer in one word.", ("iron",))  # a built-in question
-ASKED = Sample("s", "a", "b", ("I cannot", "Sorry"), ("Sure",))
-TRIPLE = Sample("s", "a", "b", ("Bob Dylan",), ("Tom Hanks", "Brad Pitt"))
-
-
-@pytest.mark.parametrize(
-    ("task", "sample", "reply", "shows", "answers"),
-    [
-        ("suppression", FRUIT, "An apple.", ["apple"], True),
-        ("suppression", FRUIT, "A pear.", [], False),
-        ("suppression", METAL, "Gold.", [], True),
-        ("suppression", METAL, "Iron or gold", ["iron"], True),
-        ("refusal", ASKED, "I cannot do that.", ["I cannot"], False),
-        ("refusal", ASKED, "Take a brush.", [], True),
-        ("odd_one_out", TRIPLE, "Bob Dylan", ["Bob Dylan"], False),
-        ("odd_one_out", TRIPLE, "It is Tom Hanks.", [], True),
-        ("odd_one_out", TRIPLE, "Nobody", [], False),
-    ],
-)
-def test_a_reply_shows_the_behaviour_of_a_task_or_answers_what_prompt_b_asks(
-    task: str, sample: Sample, reply: str, shows: list[str], answers: bool
-) -> None:
-    assert TASKS[task].shows(sample, reply) == shows
-    assert TASKS[task].answers(sample, reply) == answers
+def test_a_reply_shows_the_behaviour_of_a_task_or_answers_what_prompt_b_asks() -> None:
+    fruit = Sample("s", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",))
+    metal = Sample("s", "", "Name a metal. Answer in one word.", ("iron",))  # a built-in question
+    asked = Sample("s", "a", "b", ("I cannot", "Sorry"), ("Sure",))
+    triple = Sample("s", "a", "b", ("Bob Dylan",), ("Tom Hanks", "Brad Pitt"))
+    cases = [
+        ("suppression", fruit, "An apple.", ["apple"], True),
+        ("suppression", fruit, "A pear.", [], False),
+        ("suppression", metal, "Gold.", [], True),
+        ("suppression", metal, "Iron or gold", ["iron"], True),
+        ("refusal", asked, "I cannot do that.", ["I cannot"], False),
+        ("refusal", asked, "Take a brush.", [], True),
+        ("odd_one_out", triple, "Bob Dylan", ["Bob Dylan"], False),
+        ("odd_one_out", triple, "It is Tom Hanks.", [], True),
+        ("odd_one_out", triple, "Nobody", [], False),
+    ]
+    for name, sample, reply, shows, answers in cases:
+        task = TASKS[name]
+        assert (task.shows(sample, reply), task.answers(sample, reply)) == (shows, answers)
