@@ -14,7 +14,7 @@ import pandas as pd
 
 import llama3_circuit_tracing as tracing
 import naive
-from conftest import record_of, user_text
+from conftest import read, record_of, user_text
 
 Effects = Mapping[str, Sequence[float]]  # by component, of one sample after the other
 
@@ -67,7 +67,13 @@ def results(
     )
 
 
-# ----- a finished run
+# ----- a run
+
+
+def prepared(model: str, *flags: str) -> tracing.Experiment:
+    """What a command line with some flags asks for, on two samples."""
+    config = tracing.parse_args(["--model_id", model, "--num_samples", "2", *flags])
+    return tracing.prepare(config, tracing.RunFolder(Path("nowhere")))
 
 
 def texts(folder: Path) -> dict[str, dict[str, str]]:
@@ -82,6 +88,13 @@ def texts(folder: Path) -> dict[str, dict[str, str]]:
 
 def targets_of(folder: Path) -> dict[str, list[str]]:
     return {sample["sample_id"]: sample["targets"] for sample in record_of(folder)["samples"]}
+
+
+def halves(folder: Path) -> list[list[str]]:
+    """The sample_ids of the choosing and of the held-out half."""
+    table = read(folder).drop_duplicates("sample_id")
+    units = tracing.split_units(table, 42)
+    return [sorted(table["sample_id"][table["unit"].isin(half)]) for half in units]
 
 
 # ----- ablation

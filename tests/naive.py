@@ -25,15 +25,10 @@ def load(folder: str) -> tuple[Any, Any]:
 
 
 def prompt_ids(tokenizer: Any, user: str) -> list[int]:
-    chat = [
-        {"role": "system", "content": "You are an assistant."},
-        {"role": "user", "content": user},
-    ]
-    return list(
-        tokenizer.apply_chat_template(
-            chat, add_generation_prompt=True, return_dict=True, date_string="26 Jul 2024"
-        )["input_ids"]
-    )
+    chat = [{"role": "system", "content": "You are an assistant."}]
+    chat.append({"role": "user", "content": user})
+    options = {"add_generation_prompt": True, "return_dict": True, "date_string": "26 Jul 2024"}
+    return list(tokenizer.apply_chat_template(chat, **options)["input_ids"])
 
 
 def form_ids(tokenizer: Any, word: str) -> list[list[int]]:
@@ -159,9 +154,6 @@ class Change:
     into: str = "a"  # the prompt that a patch edits
     factor: float = 0.0  # that scale takes
 
-    def __str__(self) -> str:
-        return " ".join([self.kind, self.op, self.positions, self.into * (self.op == "patch")])
-
 
 @torch.no_grad()
 def input_of(model: Any, ids: list[int], layer: int, kind: str) -> Tensor:
@@ -183,18 +175,11 @@ def mean_of(model: Any, tokenizer: Any, users: Sequence[str], layer: int, kind: 
     return torch.cat(inputs).double().mean(0).float()
 
 
-def agreement(one: list[int], other: list[int]) -> int:
-    """How many tokens agree from the start on."""
-    count = 0
-    while count < min(len(one), len(other)) and one[count] == other[count]:
-        count += 1
-    return count
-
-
 def touched(own: list[int], other: list[int], n_tail: int, change: Change) -> list[tuple[int, int]]:
     """(position, position of the partner) of every token that is edited."""
     n, shift = len(own), len(other) - len(own)
-    before, after = agreement(own, other), agreement(own[::-1], other[::-1])
+    pairs = ([a == b for a, b in zip(own[::k], other[::k], strict=False)] for k in (1, -1))
+    before, after = ([*same, False].index(False) for same in pairs)
     end_of_differing = max(before, n - min(after, min(n, len(other)) - before))
     aligned = {i: i + shift for i in range(before if shift == 0 else n - after, n)}
     if change.op != "patch":

@@ -150,6 +150,9 @@ def test_the_fingerprint_tells_all_that_results_depend_on_and_nothing_else(
     assert one["torch"] == torch.__version__
 
 
+MIDDLE = 3 << 19  # bytes into the weights, of which the first and the last MiB are read
+
+
 def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
@@ -160,18 +163,22 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any
         (rewrite("config.json", lambda content: content + b" "), False),
         (rewrite("tokenizer.json", lambda content: content + b" "), False),
         (rewrite("model.safetensors", lambda content: content[:-1] + b"\x7f"), False),
-        (rewrite("model.safetensors", lambda content: content + b"\x00"), False),
+        (rewrite("model.safetensors", lambda content: b"\x7f" + content[1:]), False),
+        (
+            rewrite("model.safetensors", lambda content: content[:MIDDLE] + content[MIDDLE + 1 :]),
+            False,
+        ),
         (lambda folder: (folder / "README.md").write_text("of no account"), True),
         (lambda folder: (folder / "model.safetensors").touch(), True),
     ],
 )
 def test_a_model_folder_is_known_by_its_content(
-    change: Callable[[Path], Any], same: bool, llama: str, tmp_path: Path
+    change: Callable[[Path], Any], same: bool, tiny_llama: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "elsewhere"
-    shutil.copytree(llama, folder)
+    shutil.copytree(tiny_llama, folder)
     of_folder = Config(model_id=str(folder))
     before = tracing.model_identity(of_folder)
-    assert before == tracing.model_identity(Config(model_id=llama))
+    assert before == tracing.model_identity(Config(model_id=tiny_llama))
     change(folder)
     assert (tracing.model_identity(of_folder) == before) is same

@@ -74,32 +74,43 @@ def test_a_run_draws_the_figures_that_are_asked_for(
         check_png(tmp_path / name)
 
 
-# ----- the bars of the strongest
+# ----- any table
 
 
-@pytest.mark.parametrize(
-    ("effects", "top_k"),
-    [
-        ({"L0H0": [0.1, -0.1], "L0H1": [-0.1, 0.1]}, 20),
-        ({"L0H0": [0.1, 0.2]}, 20),
-        ({"L0H0": [0.1, 0.2], "L0H1": [0.3, 0.1]}, 1),
-        ({f"L0H{h}": [0.0, 0.0] for h in range(3)}, 20),
-        ({f"L0H{h}": [0.1 * h] * 2 for h in range(32)}, 32),
-        ({f"L{n}resid": [0.1 * n] * 2 for n in range(3)}, 20),
-    ],
-    ids=["no mean", "a single one", "the first only", "all 0", "many", "whole inputs"],
-)
-def test_figures_are_drawn_of_any_table(
-    effects: Effects, top_k: int, tmp_path: Path, saved: dict[str, Any]
+def steps(value: float) -> list[float]:
+    return [value + 0.01 * i for i in range(8)]
+
+
+EVERY_HEAD = {f"L{n}H{h}": steps(n - h / 2) for n in range(3) for h in range(4)}
+ALL_BUT_GIVEN = {label: moved for label, moved in EVERY_HEAD.items() if label != "L1H2"}
+GRIDS: dict[str, Effects] = {
+    "all heads": EVERY_HEAD,
+    "without a given one": ALL_BUT_GIVEN,
+    "one layer of many": {f"L2H{h}": steps(h) for h in range(32)},
+    "one head": {"L2H3": steps(1)},
+    "no mean": {"L0H0": [0.1, -0.1], "L0H1": [-0.1, 0.1]},
+    "nothing": {f"L{n}H{h}": [0.0] * 8 for n in range(2) for h in range(2)},
+    "MLPs": {f"L{n}mlp": steps(n - 1) for n in range(4)},
+    "one residual stream": {"L1resid": steps(-1)},
+    "neurons": {f"L{n}N{i}": steps(i - n) for n in range(2) for i in (3, 5, 70)},
+}
+
+
+@pytest.mark.parametrize(("floor", "top_k"), [(0.1, 1), (1e6, 20), (math.nan, 32)])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_figures_of_any_table_are_whole(
+    grid: str, floor: float, top_k: int, tmp_path: Path, saved: dict[str, Any]
 ) -> None:
-    heads = heads_of(effects)
-    config = tracing.Config(top_k=top_k)
-    tracing.draw_summary(heads, config, tmp_path / SUMMARY)
+    heads = heads_of(GRIDS[grid], floor=floor)
+    tracing.draw_summary(heads, tracing.Config(top_k=top_k), tmp_path / SUMMARY)
     tracing.draw_heatmap(heads, tmp_path / HEATMAP)
     for name, figure in saved.items():
         check_png(tmp_path / name)
         check_nothing_is_cut_off(figure)
-    assert len(saved[SUMMARY].axes[0].patches) == min(top_k, len(effects))
+    assert len(saved[SUMMARY].axes[0].patches) == min(top_k, len(heads))
+
+
+# ----- the bars of the strongest
 
 
 @pytest.mark.parametrize(
@@ -168,35 +179,6 @@ def test_the_legend_of_the_joint_figure_hides_no_line(
 
 
 # ----- heatmap
-
-
-def steps(value: float) -> list[float]:
-    return [value + 0.01 * i for i in range(8)]
-
-
-EVERY_HEAD = {f"L{n}H{h}": steps(n - h / 2) for n in range(3) for h in range(4)}
-GIVEN = "L1H2"
-ALL_BUT_GIVEN = {label: moved for label, moved in EVERY_HEAD.items() if label != GIVEN}
-GRIDS: dict[str, Effects] = {
-    "all heads": EVERY_HEAD,
-    "without a given one": ALL_BUT_GIVEN,
-    "one layer": {f"L2H{h}": steps(h) for h in range(4)},
-    "one head": {"L2H3": steps(1)},
-    "MLPs": {f"L{n}mlp": steps(n - 1) for n in range(4)},
-    "one MLP": {"L1mlp": steps(-1)},
-    "neurons": {f"L{n}N{i}": steps(i - n) for n in range(2) for i in (3, 5, 70)},
-    "nothing": {f"L{n}H{h}": [0.0] * 8 for n in range(2) for h in range(2)},
-}
-
-
-@pytest.mark.parametrize("floor", [0.1, 1e6, math.nan])
-@pytest.mark.parametrize("grid", GRIDS)
-def test_the_heatmap_of_any_grid_is_whole(
-    grid: str, floor: float, tmp_path: Path, saved: dict[str, Any]
-) -> None:
-    tracing.draw_heatmap(heads_of(GRIDS[grid], floor=floor), tmp_path / HEATMAP)
-    check_png(tmp_path / HEATMAP)
-    check_nothing_is_cut_off(saved[HEATMAP])
 
 
 @pytest.mark.parametrize("base", [-2.0, 2.0])

@@ -328,6 +328,7 @@ MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
     "too few fields": (HEADER, [ROW, "s1,1,0,0,-1.0"], "line 3", "7 fields", "'-1.0'"),
     "too many fields": (HEADER, [ROW + ",9"], "line 2", "7 fields", "'9'"),
     "duplicate row": (HEADER, [ROW, "s1" + ROW[2:], ROW], "line 4", "same sample"),
+    "duplicate far down": (HEADER, [*(f"s{i}{ROW[2:]}" for i in range(50_000)), ROW], "line 50002"),
     "empty file": ("", [], "no rows"),
     "no rows": (HEADER, [], "no rows"),
     "no name": (HEADER, [ROW, ROW[2:]], "line 3", "'sample_id'"),

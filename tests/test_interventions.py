@@ -26,6 +26,9 @@ KINDS, OPS = list(tracing.KINDS), list(tracing.OPS)
 WHICH = {"head": "--heads 1,3", "neuron": "--neurons 5,78"}
 
 Record = dict[str, Any]
+Patch = pytest.MonkeyPatch
+Site = tuple[int, str]
+Folders = Callable[..., str]
 
 
 def pair(a: str, b: str, *targets: str) -> Record:
@@ -64,24 +67,16 @@ class Bench:
         return replace(self, model=model, traced=TracedModel(model, self.traced.shape, 64))
 
 
-Benches = Callable[..., Bench]
+@functools.cache
+def bench(folder: str) -> Bench:
+    model, tokenizer = naive.load(folder)
+    traced = TracedModel(model, tracing.shape_of(model, torch.float32), 64)
+    return Bench(folder, model, tokenizer, traced)
 
 
 @pytest.fixture(scope="module")
-def bench(random_model: Callable[..., str]) -> Benches:
-    @functools.cache
-    def make(architecture: str = "llama", folder: str = "") -> Bench:
-        folder = folder or random_model(architecture)
-        model, tokenizer = naive.load(folder)
-        traced = TracedModel(model, tracing.shape_of(model, torch.float32), 64)
-        return Bench(folder, model, tokenizer, traced)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def plain(bench: Benches) -> Bench:
-    return bench()
+def plain(llama: str) -> Bench:
+    return bench(llama)
 
 
 def scores(exp: Experiment, *sets: Sequence[Component]) -> tuple[Tensor, Tensor]:
@@ -158,24 +153,19 @@ def test_one_plain_hook_gives_the_same_numbers(plain: Bench, change: Change) -> 
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3", "mistral"])
-@pytest.mark.parametrize(
-    ("change", "flags"),
-    [
-        (Change("resid", "patch", into="b"), ""),
-        (Change("mlp", "mean"), ""),
-        (Change("head", "zero", "differing"), "--heads 2"),
-        (Change("attn", "patch", "last"), ""),
-    ],
-)
 def test_other_architectures_agree_with_one_plain_hook(
-    bench: Benches, architecture: str, change: Change, flags: str
+    random_model: Folders, architecture: str
 ) -> None:
-    assert_like_the_oracle(bench(architecture), change, f"--layers 1-2 {flags}")
+    other, layers = bench(random_model(architecture)), "--layers 1-2"
+    assert_like_the_oracle(other, Change("resid", "patch", into="b"), layers)
+    assert_like_the_oracle(other, Change("mlp", "mean"), layers)
+    assert_like_the_oracle(other, Change("head", "zero", "differing"), f"{layers} --heads 2")
+    assert_like_the_oracle(other, Change("attn", "patch", "last"), layers)
 
 
-def test_a_mixture_of_experts_is_swept_by_head_and_residual(bench: Benches, tmp_path: Path) -> None:
+def test_a_mixture_of_experts_is_swept_by_head_and_residual(tmp_path: Path) -> None:
     widths = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-    experts = bench(folder=str(random_models.build_model(tmp_path, "mixtral", **widths)))
+    experts = bench(str(random_models.build_model(tmp_path, "mixtral", **widths)))
     assert_like_the_oracle(experts, Change("head"), "--layers 0-1 --heads 1")
     assert_like_the_oracle(experts, Change("resid", "scale", factor=2), "--layers 0-1")
 
@@ -184,7 +174,7 @@ def test_the_samples_hold_what_the_cases_need(plain: Bench) -> None:
     """Pairs of equal length, and words that have forms of one and of several tokens."""
     prompts = [record[f"prompt_{side}"] for record in EQUAL for side in "ab"]
     assert len({len(naive.prompt_ids(plain.tokenizer, prompt)) for prompt in prompts}) == 1
-    words = [word for record in EQUAL for word in record["targets"]]
+    words = ("apple", "I", "dog")
     lengths = {len(form) for word in words for form in naive.form_ids(plain.tokenizer, word)}
     assert 1 in lengths and max(lengths) > 2
 
@@ -222,39 +212,31 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("source", "factors"),
-    [("zero", [0.0]), ("means", [0.0]), ("partner", [0.0]), ("own", [-1.7, -1.5, 0.3, 2.0])],
+    ("op", "factor"), [*((op, 0) for op in OPS), *(("scale", f) for f in (-1.7, -1.5, 0.3, 2))]
 )
 def test_x_plus_its_displacement_is_v_to_the_last_bit(
-    source: str, factors: list[float], dtype: torch.dtype
+    op: str, factor: float, dtype: torch.dtype
 ) -> None:
-    """Over six orders of magnitude: D rounded to the dtype of x would miss v."""
+    """Over orders of magnitude: D rounded to the dtype of x would miss v."""
     random = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> Tensor:
-        size = 10 ** (6 * torch.rand(*shape, generator=random, dtype=torch.float64) - 3)
-        return size * torch.randn(*shape, generator=random, dtype=torch.float64)
-
-    x, where = numbers(300, 8).to(dtype), torch.arange(300) % 3 == 0
-    all_columns = (slice(2, 6), slice(None), torch.tensor([1, 4, 5]))
-    for factor, columns in itertools.product(factors, all_columns):
-        own = x[:, columns].double()
-        taken = {"means": numbers(own.shape[1]), "partner": numbers(*own.shape).to(dtype)}
-        edit = Edit((0, ""), columns, factor, taken.get(source, 0.0))
-        v, moved = (factor * own + edit.source).to(dtype), x.clone()
-        moved[:, columns] += tracing.displacement(edit, x)
+    x, other = (2 * torch.randn(2, 900, 8, generator=random)).double().sinh().to(dtype)
+    where = torch.arange(900) % 3 == 0
+    for columns in (slice(2, 6), slice(None), torch.tensor([1, 4, 5])):
+        sources = {"mean": other[:, columns].double().mean(0), "patch": other[:, columns]}
+        edit = Edit((0, ""), columns, factor, sources.get(op, 0.0))
+        v, moved = (factor * x[:, columns].double() + edit.source).to(dtype), x.clone()
+        moved[:, columns] += (whole := tracing.displacement(edit, x))
         assert torch.equal(moved[:, columns], v)
-        some = tracing.displacement(replace(edit, where=where), x)
-        assert torch.equal(some, tracing.displacement(edit, x) * where[:, None])
+        assert torch.equal(
+            tracing.displacement(replace(edit, where=where), x), whole * where[:, None]
+        )
 
 
-def spying(
-    patch: pytest.MonkeyPatch, traced: TracedModel, *sites: tuple[int, str]
-) -> dict[tuple[int, str], Tensor]:
+def spying(patch: Patch, traced: TracedModel, *sites: Site) -> dict[Site, Tensor]:
     """What modules compute with, after all hooks on their inputs."""
-    read: dict[tuple[int, str], Tensor] = {}
+    read: dict[Site, Tensor] = {}
 
-    def spy(site: tuple[int, str], forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def spy(site: Site, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         read[site] = x
         return forward(x)
 
@@ -268,7 +250,7 @@ def spying(
 @pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize("op", OPS)
 def test_a_module_reads_v_where_it_is_edited_and_x_elsewhere(
-    plain: Bench, monkeypatch: pytest.MonkeyPatch, op: str, positions: str, dtype: torch.dtype
+    plain: Bench, monkeypatch: Patch, op: str, positions: str, dtype: torch.dtype
 ) -> None:
     """To the last bit, in the row that is edited and in one beside it."""
     scale = "--factor -1.5" * (op == "scale")
@@ -350,31 +332,18 @@ def test_patching_a_component_with_its_own_value_changes_nothing(plain: Bench, k
 def test_patching_the_first_residual_gives_the_partners_score(
     plain: Bench, into: str, mine: int, partner: int
 ) -> None:
-    flags = f"--kind resid --op patch --patch_into {into} --layers 0"
-    clean, edited = scores(plain.experiment(flags, EQUAL))
+    """And changes nothing over a common suffix, where both read the same."""
+    flags = f"--kind resid --op patch --patch_into {into} --layers"
+    clean, edited = scores(plain.experiment(f"{flags} 0", EQUAL))
     assert (edited[..., mine] - clean[..., partner]).abs().max() < CLOSE
     assert (edited[..., partner] - clean[..., partner]).abs().max() < CLOSE
     assert (clean[..., 0] - clean[..., 1]).abs().min() > 1e-2
+    first, second = effects(*scores(plain.experiment(f"{flags} 0,1", [UNEQUAL]))).abs()
+    assert first < SAME and second > 1e-3
 
 
-def test_patching_the_first_residual_over_a_common_suffix_changes_nothing(plain: Bench) -> None:
-    exp = plain.experiment("--kind resid --op patch --layers 0,1", [UNEQUAL])
-    first, second = effects(*scores(exp)).abs()
-    assert first < SAME
-    assert second > 1e-3
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_zeroing_a_head_is_zeroing_its_columns_of_o_proj(bench: Benches, architecture: str) -> None:
-    whole = bench(architecture)
-    clean, ablated = scores(whole.experiment("--layers 1 --heads 2"))
-    changed, _ = scores(whole.without_head(1, 2).experiment("--layers 0"))
-    assert (ablated - changed).abs().max() < CLOSE
-    assert effects(clean, ablated).abs().max() > 1e-3
-
-
-def test_the_mean_of_a_constant_changes_nothing(bench: Benches, tmp_path: Path) -> None:
-    constant = bench(folder=str(random_models.build_model(tmp_path, attention_bias=True)))
+def test_the_mean_of_a_constant_changes_nothing(tmp_path: Path) -> None:
+    constant = bench(str(random_models.build_model(tmp_path, attention_bias=True)))
     for block in naive.layers_of(constant.model):
         block.self_attn.v_proj.weight.data.zero_()  # what heads read is the bias alone
         block.self_attn.v_proj.bias.data.normal_()
@@ -385,25 +354,39 @@ def test_the_mean_of_a_constant_changes_nothing(bench: Benches, tmp_path: Path) 
         assert (edited - clean)[..., 0].abs().min() > 1e-3
 
 
-def test_given_heads_are_the_plain_run_of_a_model_without_them(plain: Bench) -> None:
-    """So are those that do nothing; neither are swept, and the base is without them too."""
-    exp = plain.experiment("--op mean --given L1H2")
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_zeroed_and_given_heads_are_absent_columns_of_o_proj(
+    random_model: Folders, architecture: str
+) -> None:
+    """So are given heads that do nothing; given ones are not swept, and the base lacks them too."""
+    whole = bench(random_model(architecture))
+    changed = whole.without_head(1, 2)
+    exp = whole.experiment("--op mean --given L1H2")
     left = {f"L{layer}H{head}" for layer in range(3) for head in range(4)} - {"L1H2"}
     assert {component.label for component in exp.components} == left
-    changed = plain.without_head(1, 2)
     given, idle = scores(exp), scores(changed.experiment("--op mean --given L1H2"))
     expected = scores(changed.experiment("--op mean"), *([c] for c in exp.components))
     for i in range(2):
         assert (given[i] - expected[i]).abs().max() < CLOSE
         assert (idle[i] - expected[i]).abs().max() < SAME
-    whole = scores(plain.experiment())[0]
-    assert effects(whole, given[0]).abs().min() > 1e-3
+    clean, zeroed = scores(whole.experiment("--layers 1 --heads 2"))
+    assert (zeroed - expected[0]).abs().max() < CLOSE
+    assert effects(clean, zeroed).abs().min() > 1e-3
 
 
 def test_given_heads_do_not_count_against_the_random_sets_of_another_kind(plain: Bench) -> None:
     """Three layers hold two other MLPs beside one chosen, however many heads are given."""
     exp = plain.experiment("--kind mlp --given L0H0,L1H0 --confirm 1")
     assert [component.label for component in exp.components] == ["L0mlp", "L1mlp", "L2mlp"]
+
+
+@pytest.mark.parametrize("flags", ["--kind attn --op mean", "--kind mlp --op mean", "--layers 0,2"])
+def test_capped_trees_give_the_results_of_one_tree(plain: Bench, flags: str) -> None:
+    """Also by means, which are those of all trees together."""
+    runs = [plain.experiment(f"{flags} --tree_tokens {limit}") for limit in (4096, 130, 1)]
+    assert [len(exp.trees) for exp in runs] == [1, 2, 3]
+    one, *others = (torch.cat(scores(exp)) for exp in runs)
+    assert all((other - one).abs().max() < CLOSE for other in others)
 
 
 def test_twins_that_share_both_prompts_are_patched_as_each_alone(plain: Bench) -> None:
@@ -428,7 +411,7 @@ def test_twins_that_share_both_prompts_are_patched_as_each_alone(plain: Bench) -
     ],
 )
 def test_rows_pass_through_no_more_than_they_change(
-    plain: Bench, monkeypatch: pytest.MonkeyPatch, flags: str, layer: int, grows_at: int
+    plain: Bench, monkeypatch: Patch, flags: str, layer: int, grows_at: int
 ) -> None:
     """Blocks below are skipped; the batch grows at the edited module; after the last attention only
     the scoring nodes go on, but for an MLP that is edited itself."""
@@ -459,23 +442,22 @@ def hooks_of(model: Any) -> int:
 
 @pytest.mark.parametrize("error", [RuntimeError("planted"), KeyboardInterrupt()])
 def test_no_hook_and_no_replaced_forward_is_left_behind(
-    plain: Bench, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    plain: Bench, monkeypatch: Patch, error: BaseException
 ) -> None:
     """Wherever an error strikes; and a forward that accelerate replaced is put back."""
     exp = plain.experiment("--kind mlp --op mean --given L1H0")
     block, linear = exp.traced.layers[0], torch.nn.Linear.forward
     monkeypatch.setattr(block, "forward", offloaded := block.forward)
-    before, left, struck = hooks_of(exp.traced.model), 0, 0
+    before, struck = hooks_of(exp.traced.model), 0
 
     def failing(self: Any, x: Tensor) -> Tensor:
-        nonlocal left
-        left -= 1
-        if left == 0:
+        if next(left) == 0:
             raise error
         return linear(self, x)
 
     monkeypatch.setattr(torch.nn.Linear, "forward", failing)
-    for left in (*range(1, 80, 4), 100_000):  # noqa: B007
+    for n_calls in (*range(0, 80, 4), 100_000):
+        left = itertools.count(-n_calls)
         try:
             vars(exp).pop("means", None)
             scores(exp)
@@ -486,7 +468,7 @@ def test_no_hook_and_no_replaced_forward_is_left_behind(
     assert 10 < struck < 21, "early and late, and once not at all"
 
 
-def test_a_sharded_module_is_refused(plain: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sharded_module_is_refused(plain: Bench, monkeypatch: Patch) -> None:
     shape = plain.traced.shape
     traced = TracedModel(plain.model, replace(shape, n_heads=8), 64)
     row = tracing.zeroing([Component(0, "head", 0)], traced.shape)

@@ -6,13 +6,12 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from conftest import Answer, finish, read
+from conftest import Answer
 from llama3_circuit_tracing import (
     TASKS,
     Config,
@@ -87,10 +86,6 @@ def test_a_small_tree_by_hand() -> None:
     assert tree.depth[0].tolist() == [len(node) - 1 for node in nodes]
     assert tree.ids[0].tolist() == [node[-1] for node in nodes]
     assert [nodes[path[-1]] for path in tree.paths] == [a, b]
-    assert [[[nodes[n] for n in form] for form in words[0]] for words in tree.branches] == [
-        [[], [(*a, 8)]],
-        [[], [(*b, 8)]],
-    ]
     assert scored(tree) == [[[[(p, 7)], [(p, 8), ((*p, 8), 9)]]] for p in (a, b)]
     assert tree.where is None
     assert tree.samples == [(PAIR, {"a": 0, "b": 1})]
@@ -106,23 +101,18 @@ def test_a_word_is_the_sum_over_its_forms_of_the_product_over_their_tokens() -> 
 
 
 def test_words_with_fewer_forms_than_others_gain_nothing() -> None:
-    sample = replace(PAIR, targets=("x", "y"))
-    tree = plant([prompt_of(sample, side, (1, 2), ((7,), (8,)), ((9,),)) for side in "ab"])
-    chances = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.1, 0.2]], dtype=torch.float64)
-    words = [of_prompt.exp()[0].tolist() for of_prompt in tree.word_log_probs(chances.log())]
-    assert words == [pytest.approx([0.3, 0.3]), pytest.approx([0.5, 0.2])]
-
-
-def test_a_score_takes_targets_and_foils_of_each_prompts_own_sample() -> None:
-    """Prompts of unlike numbers of words, and two rows at once."""
-    one, two = replace(PAIR, foils=("y",)), Sample("s1", "a", "b", ("x", "y"), ("z",))
-    small = [prompt_of(one, side, (1, 2), ((7,),), ((8,),)) for side in "ab"]
-    large = [prompt_of(two, side, (1, 3), ((7,),), ((8,),), ((9,),)) for side in "ab"]
-    chances = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.1, 0.2, 0.4, 0.3, 0.1, 0.2]] * 2)
-    chances[1] /= 2
-    scores = plant(small, large).scores(chances.double().log(), TASKS["refusal"]).exp()
-    expected = [0.1 / 0.2, 0.3 / 0.4, 0.3 / 0.4, 0.4 / 0.2]
-    assert scores.tolist() == [pytest.approx(expected), pytest.approx(expected)]
+    """Nor do samples with fewer words than others of the tree."""
+    sample = Sample("s1", "a", "b", ("x", "y"), ("z",))
+    words = [((7,), (8,)), ((9,),), ((6,),)]
+    small = [prompt_of(replace(PAIR, foils=("y",)), side, (1, 3), *words[:2]) for side in "ab"]
+    tree = plant([prompt_of(sample, side, (1, 2), *words) for side in "ab"], small)
+    chances = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.1, 0.2, 0.4, 0.2, *[0.25, 0.25, 0.4] * 2]])
+    found = [of_prompt.exp()[0].tolist() for of_prompt in tree.word_log_probs(chances.log())]
+    assert found[:2] == [pytest.approx([0.3, 0.3, 0.4]), pytest.approx([0.3, 0.4, 0.2])]
+    assert found[2:] == [pytest.approx([0.5, 0.4])] * 2
+    twice = torch.cat([chances, chances / 2]).log()
+    scores = tree.scores(twice, TASKS["refusal"]).exp()
+    assert scores.tolist() == [pytest.approx([0.6 / 0.4, 0.7 / 0.2, 0.5 / 0.4, 0.5 / 0.4])] * 2
 
 
 def test_a_prompt_that_is_the_beginning_of_another_needs_no_node_of_its_own() -> None:
@@ -147,12 +137,9 @@ def test_means_count_the_tokens_of_each_prompt_b_without_bos(
     other = Sample("s1", "a", "b", ("x",))
     tree = plant(SMALL, [prompt_of(other, p.side, p.ids, *p.forms) for p in SMALL], bos=bos)
     weights = dict(zip(spellings(tree), tree.b_weight.tolist(), strict=True))
-    assert weights[(1,)] == of_first
-    assert {node: weight for node, weight in weights.items() if weight and len(node) > 1} == {
-        (1, 2): 2.0,
-        (1, 2, 4): 2.0,
-        (1, 2, 4, 5): 2.0,
-    }
+    assert weights.pop((1,)) == of_first
+    of_b = {(1, 2): 2.0, (1, 2, 4): 2.0, (1, 2, 4, 5): 2.0}
+    assert weights == dict.fromkeys(weights, 0.0) | of_b
 
 
 @pytest.fixture(scope="module")
@@ -195,63 +182,19 @@ def test_a_tree_holds_every_beginning_once_and_scores_every_token_of_every_form(
 def test_trees_hold_the_samples_in_order_and_at_most_the_tokens_allowed(
     real_prompts: list[list[Prompt]],
 ) -> None:
-    limit = plant(*real_prompts).n_tokens // 2
-    trees = plant_trees(real_prompts, None, Config(tree_tokens=limit))
-    assert len(trees) >= 2
-    assert all(tree.n_tokens <= limit for tree in trees)
-    in_order = [prompt for tree in trees for prompt in tree.prompts]
-    assert in_order == [prompt for of_sample in real_prompts for prompt in of_sample]
-    assert len(plant_trees(real_prompts, None, Config(tree_tokens=1))) == len(real_prompts)
-
-
-def test_a_tree_is_full_only_where_the_next_sample_does_not_fit(
-    real_prompts: list[list[Prompt]],
-) -> None:
-    """And it is the tree that its own samples alone would make: nothing is left of those after."""
+    """A tree is what its own samples alone would make: nothing is left of one that did not fit."""
     whole = plant(*real_prompts[:3], bos=None)
-    exact, short = (
-        plant_trees(real_prompts, None, Config(tree_tokens=whole.n_tokens - less))[0]
-        for less in (0, 1)
-    )
-    assert len(exact.samples) >= 3 and len(short.samples) == 2
-    again = plant(*real_prompts[:2], bos=None)
-    assert spellings(short) == spellings(again) and scored(short) == scored(again)
-
-
-def test_capped_trees_give_the_results_of_one_tree(tiny_llama: str, tmp_path: Path) -> None:
-    flags = ["--no-bf16", "--num_samples", "4", "--layers", "0,2"]
-    runs = []
-    for limit in ("100000", "150", "1"):
-        folder = finish(tiny_llama, tmp_path / limit, "--tree_tokens", limit, *flags)
-        runs.append(read(folder).set_index(["sample_id", "layer", "head"]))
-    numbers = runs[0].filter(regex="score_|delta_|head_effect")
-    for other in runs[1:]:
-        assert other.index.equals(numbers.index)
-        assert (other[numbers.columns] - numbers).abs().max(axis=None) < 2e-5
+    for limit, n_first in ((whole.n_tokens, 3), (whole.n_tokens - 1, 2), (1, 1)):
+        trees = plant_trees(real_prompts, None, Config(tree_tokens=limit))
+        assert all(tree.n_tokens <= limit or len(tree.samples) == 1 for tree in trees)
+        in_order = [prompt for tree in trees for prompt in tree.prompts]
+        assert in_order == [prompt for of_sample in real_prompts for prompt in of_sample]
+        alone = plant(*real_prompts[:n_first], bos=None)
+        assert spellings(trees[0]) == spellings(alone) and scored(trees[0]) == scored(alone)
+    assert len(trees) == len(real_prompts)
 
 
 # ----- the tokens that edits touch
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "of_one", "of_other"),
-    [
-        ((1, 2, 3, 9), (1, 2, 4, 9), [2], [2]),
-        ((1, 2, 3, 4, 9, 8), (1, 2, 9, 8), [2, 3], []),
-        ((5, 6), (7, 8, 9), [0, 1], [0, 1, 2]),
-        ((1, 2), (1, 2), [], []),
-        ((1, 1), (1, 1, 1), [], [2]),  # the suffix follows the prefix and does not overlap it
-        ((1, 2, 1), (1, 2, 1, 2, 1), [], [3, 4]),
-        ((3, 1, 2), (1, 2), [0], []),
-        ((1, 2, 1), (1, 2, 3, 2, 1), [], [2, 3]),
-    ],
-)
-def test_what_differs_lies_between_the_common_prefix_and_the_common_suffix(
-    one: Spelling, other: Spelling, of_one: list[int], of_other: list[int]
-) -> None:
-    config = Config(positions="differing")
-    assert list(edited_positions(one, other, config) or []) == of_one
-    assert list(edited_positions(other, one, config) or []) == of_other
 
 
 EQUAL = ((1, 2, 3, 9), (1, 2, 4, 9))
@@ -263,48 +206,40 @@ TWICE = ((1, 2, 2, 9), (1, 2, 9))  # prefix and suffix claim the same token of t
 
 
 @pytest.mark.parametrize(
-    ("pair", "positions", "touched"),
+    ("pair", "positions", "touched", "aligned"),
     [
-        (EQUAL, "all", None),
-        (EQUAL, "last", {3}),
-        (EQUAL, "differing", {2}),
-        (LONGER, "all", None),
-        (LONGER, "last", {5}),
-        (LONGER, "differing", {2, 3}),
-        (SHORTER, "last", {3}),
-        (SHORTER, "differing", set()),
-        (SAME, "differing", set()),
+        (EQUAL, "all", None, {2: 2, 3: 3}),
+        (EQUAL, "last", [3], {3: 3}),
+        (EQUAL, "differing", [2], {2: 2}),
+        (LONGER, "all", None, {4: 2, 5: 3}),
+        (LONGER, "last", [5], {5: 3}),
+        (LONGER, "differing", [2, 3], {}),
+        (SHORTER, "all", None, {2: 4, 3: 5}),
+        (SHORTER, "last", [3], {3: 5}),
+        (SHORTER, "differing", [], {}),
+        (SAME, "all", None, {}),
+        (SAME, "differing", [], {}),
+        (APART, "all", None, {}),
+        (APART, "differing", [0, 1, 2], {}),
+        (TWICE, "all", None, {2: 1, 3: 2}),
+        (TWICE, "differing", [2], {2: 1}),
+        (TWICE[::-1], "all", None, {1: 2, 2: 3}),
+        (TWICE[::-1], "differing", [], {}),
+        (((1, 2, 1, 2, 1), (1, 2, 1)), "differing", [3, 4], {3: 1, 4: 2}),
+        (((1, 2, 3, 2, 1), (1, 2, 1)), "differing", [2, 3], {3: 1}),
+        (((3, 1, 2), (1, 2)), "differing", [0], {}),
     ],
 )
-@pytest.mark.parametrize("op", ["zero", "mean", "scale"])
-def test_edited_positions_by_hand(
-    pair: tuple[Spelling, Spelling], positions: str, touched: set[int] | None, op: str
+def test_edits_touch_the_positions_asked_for_and_patches_the_aligned_ones_of_them(
+    pair: tuple[Spelling, Spelling],
+    positions: str,
+    touched: list[int] | None,
+    aligned: dict[int, int],
 ) -> None:
-    found = edited_positions(*pair, Config(op=op, positions=positions))
-    assert (found if found is None else set(found)) == touched
-
-
-@pytest.mark.parametrize(
-    ("pair", "positions", "aligned"),
-    [
-        (EQUAL, "all", {2: 2, 3: 3}),
-        (EQUAL, "last", {3: 3}),
-        (EQUAL, "differing", {2: 2}),
-        (LONGER, "all", {4: 2, 5: 3}),
-        (LONGER, "last", {5: 3}),
-        (LONGER, "differing", {}),
-        (SHORTER, "all", {2: 4, 3: 5}),
-        (SHORTER, "last", {3: 5}),
-        (SHORTER, "differing", {}),
-        (SAME, "all", {}),
-        (APART, "all", {}),
-        (TWICE, "all", {2: 1, 3: 2}),
-        (TWICE[::-1], "all", {1: 2, 2: 3}),
-    ],
-)
-def test_a_patch_touches_aligned_positions_by_hand(
-    pair: tuple[Spelling, Spelling], positions: str, aligned: dict[int, int]
-) -> None:
+    """By hand; None stands for the whole tree."""
+    for op in ("zero", "mean", "scale"):
+        found = edited_positions(*pair, Config(op=op, positions=positions))
+        assert (found if found is None else list(found)) == touched
     assert edited_positions(*pair, Config(op="patch", positions=positions)) == aligned
 
 
@@ -320,9 +255,8 @@ def test_a_patched_tree_by_hand() -> None:
 
 
 def test_control_prompts_are_patched_from_b_as_a_is() -> None:
-    other = prompt_of(PAIR, "other", (1, 2, 6, 5), ((7,), (8, 9)))
+    other, b = prompt_of(PAIR, "other", (1, 2, 6, 5), ((7,), (8, 9))), (1, 2, 4, 5)
     found = sources(plant([*SMALL, other], config=Config(op="patch")))
-    b = (1, 2, 4, 5)
     assert {(1, 2, 6): b[:3], other.ids: b, (*other.ids, 8): (*b, 8)}.items() <= found.items()
     assert len(found) == 6, "b receives nothing"
 
@@ -338,12 +272,13 @@ def test_nodes_that_edits_single_out_belong_to_one_prompt_only(
     samples = [
         Sample("s0", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",)),
         Sample("s1", "Don't mention pear. Name a fruit.", "Name a fruit.", ("pear",)),
-        Sample("s2", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",)),
-        Sample("s3", "Don't mention apple. Name a fruit.", "Name a fruit.", ("quixotically",)),
-        Sample("s4", "Name a metal.", "Name a sport.", ("iron",)),
+        Sample("s2", "Don't mention apple. Name a fruit.", "Name a fruit.", ("quixotically",)),
+        Sample("s3", "Name a metal.", "Name a sport.", ("iron",)),
     ]
     prompts = write_prompts(samples, encoder, config)
     tree = plant(*prompts, bos=encoder.tokenizer.bos_token_id, config=config)
+    nodes = spellings(tree)
+    assert [nodes[path[-1]] for path in tree.paths] == [prompt.ids for prompt in tree.prompts]
     if tree.where is None:
         assert (op, positions) == ("zero", "all")
         return
@@ -351,17 +286,12 @@ def test_nodes_that_edits_single_out_belong_to_one_prompt_only(
     for node in touched:
         owners = [path for path in tree.paths if node in path or tree.visible[node, path[-1]]]
         assert len(owners) == 1
-    if op == "patch":
-        assert not tree.where[tree.partner[touched]].any(), "values come from unedited nodes"
-    edited = [{i for i, node in enumerate(path) if tree.where[node]} for path in tree.paths]
-    for i, (a, b) in enumerate(prompts):
-        for prompt, partner, found in ((a, b, edited[2 * i]), (b, a, edited[2 * i + 1])):
-            plan = edited_positions(prompt.ids, partner.ids, config) or {}
-            receives = op != "patch" or prompt.side == patch_into
-            assert found == (set(plan) if receives else set())
-    nodes = spellings(tree)
-    for prompt, path in zip(tree.prompts, tree.paths, strict=True):
-        assert nodes[path[-1]] == prompt.ids
+    assert op == "zero" or not tree.where[tree.partner[touched]].any(), "from unedited nodes"
+    for i, (prompt, path) in enumerate(zip(tree.prompts, tree.paths, strict=True)):
+        plan = edited_positions(prompt.ids, tree.prompts[i ^ 1].ids, config) or {}
+        receives = op != "patch" or prompt.side == patch_into
+        found = {position for position, node in enumerate(path) if tree.where[node]}
+        assert found == (set(plan) if receives else set())
 
 
 def test_a_sample_that_no_edit_would_touch_is_refused(answer: Answer, tiny_llama: str) -> None:

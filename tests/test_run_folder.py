@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,21 +54,6 @@ def parts(folder: Path, kind: str = "") -> list[Path]:
 
 
 # ----- what a folder keeps
-
-
-def test_a_finished_run_computes_nothing_again(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def outputs() -> dict[str, bytes]:
-        kept = (".csv", ".png", ".jsonl")
-        return {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.suffix in kept}
-
-    finish(llama, tmp_path, *TWO, "--controls", *EXTRAS)
-    before = outputs()
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    finish(llama, tmp_path, *TWO, "--controls", *EXTRAS)
-    assert outputs() == before
-    assert len(before) == 7
 
 
 def test_more_layers_in_the_same_folder_compute_only_what_is_missing(
@@ -127,34 +113,65 @@ def test_overwrite_starts_afresh_and_deletes_only_files_of_this_script(
     assert not (tmp_path / "generations.jsonl").exists()
 
 
-def with_another_number(content: bytes) -> bytes:
-    changed = re.sub(rb"([:\[] ?)-(\d)", rb"\1-1\2", content, count=1)
-    assert changed != content
-    return changed
+PARTS = ["sweep", "base", "joint", "replies"]
+WITH_ALL_PARTS = [*TWO, "--layers", "0-1", "--controls", *EXTRAS]
 
 
-SPOILT: dict[str, Callable[[bytes], bytes]] = {
-    "truncated": lambda content: content[:-40],
-    "another number": with_another_number,
-    "of another run": lambda content: re.sub(rb'"run": "\w', b'"run": "_', content),
-    "another JSON": lambda content: b'["run", "digest"]',
-    "no text": lambda content: b"\xff\xfe\x00[]",
+@pytest.fixture(scope="module")
+def two_runs(llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A run with parts of every kind, and another such run of another seed."""
+    folders = [tmp_path_factory.mktemp(seed) for seed in ("one", "other")]
+    for i, folder in enumerate(folders):
+        finish(llama, folder, *WITH_ALL_PARTS, "--seed", str(i))
+    return folders
+
+
+def test_a_finished_run_computes_nothing_again(
+    llama: str, two_runs: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = (".csv", ".png", ".jsonl")
+    outputs = [path for path in two_runs[0].iterdir() if path.suffix in kept]
+    before = [path.read_bytes() for path in outputs]
+    assert len(outputs) == 7
+    for path in outputs:
+        path.unlink()
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    finish(llama, two_runs[0], *WITH_ALL_PARTS, "--seed", "0")
+    assert [path.read_bytes() for path in outputs] == before
+
+
+def change_a_digit(content: bytes) -> bytes:
+    return re.sub(rb"\d(?=\D*$)", lambda digit: b"1" if digit[0] == b"0" else b"0", content)
+
+
+Spoil = Callable[[bytes, bytes, bytes], bytes]  # of the part, another one, and another run's
+SPOILT: dict[str, Spoil] = {
+    "truncated": lambda own, neighbour, foreign: own[:-40],
+    "empty": lambda own, neighbour, foreign: b"",
+    "with another digit": lambda own, neighbour, foreign: change_a_digit(own),
+    "another part": lambda own, neighbour, foreign: neighbour,
+    "of another run": lambda own, neighbour, foreign: foreign,
+    "no text": lambda own, neighbour, foreign: b"\xff\xfe\x00[]",
 }
 
 
 @pytest.mark.parametrize("how", SPOILT)
-def test_a_spoilt_part_is_computed_again(how: str, llama: str, tmp_path: Path) -> None:
-    flags = [*TWO, "--layers", "0-1", "--max_new_tokens", "2"]
-    finish(llama, tmp_path, *flags)
-    names = [RESULTS, "generations.jsonl"]
-    before = [(tmp_path / name).read_bytes() for name in names]
-    for kind in ("sweep", "base", "replies"):
-        path = parts(tmp_path, kind)[0]
-        if (kind, how) != ("replies", "another number"):  # which holds none
-            path.write_bytes(SPOILT[how](path.read_bytes()))
-    finish(llama, tmp_path, *flags)
-    assert [(tmp_path / name).read_bytes() for name in names] == before
-    assert "is not a part of this run; computing it again" in (tmp_path / "run.log").read_text()
+def test_a_spoilt_part_is_computed_again(
+    how: str, llama: str, two_runs: list[Path], tmp_path: Path
+) -> None:
+    run, other = tmp_path / "run", two_runs[1]
+    shutil.copytree(two_runs[0], run)
+    neighbour = parts(run, "sweep")[-1].read_bytes()
+    for kind in PARTS:
+        path, foreign = (parts(folder, kind)[0] for folder in (run, other))
+        own = path.read_bytes()
+        path.write_bytes(SPOILT[how](own, neighbour, foreign.read_bytes()))
+        assert path.read_bytes() != own
+    finish(llama, run, *WITH_ALL_PARTS, "--seed", "0")
+    for name in (RESULTS, "circuit_confirm.csv", "generations.jsonl"):
+        assert (run / name).read_bytes() == (two_runs[0] / name).read_bytes()
+    told = (run / "run.log").read_text()
+    assert told.count("is not a part of this run; computing it again") == len(PARTS)
 
 
 # ----- interruption, as real processes
@@ -261,22 +278,22 @@ def test_rows_are_halved_when_memory_runs_out_and_a_resumed_run_remembers(
     assert largest_difference(read(tmp_path), whole) < EQUAL
 
 
-def test_a_row_that_does_not_fit_alone_names_what_to_lower(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OUT_OF_MEMORY[1], "--tree_tokens"), (lambda: RuntimeError("planted"), "planted")],
+)
+def test_what_fails_with_one_row_alone_names_what_to_lower_or_its_own_reason(
+    error: Callable[[], Exception],
+    said: str,
+    llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Answer,
 ) -> None:
-    rows_run(monkeypatch, 0, OUT_OF_MEMORY[1])
+    rows_run(monkeypatch, 0, error)
     code, _, err = answer("--model_id", llama, "--output_dir", str(tmp_path), *TWO)
     assert code == 1
-    assert "--tree_tokens" in err and "Traceback" not in err
-
-
-def test_another_failure_is_not_taken_for_a_lack_of_memory(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer
-) -> None:
-    asked = rows_run(monkeypatch, 0, lambda: RuntimeError("planted"))
-    code, _, err = answer("--model_id", llama, "--output_dir", str(tmp_path), *TWO)
-    assert (code, len(asked)) == (1, 1)
-    assert "planted" in err
+    assert said in err.splitlines()[-1]
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(

@@ -169,19 +169,24 @@ def leaving_a_hook(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
         yield
 
 
-def columns_of_the_next_head(shape: ModelShape, component: tracing.Component) -> slice:
-    if component.kind != "head":
-        return columns(shape, component)
-    index = (component.index + 1) % shape.n_heads
-    return columns(shape, dataclasses.replace(component, index=index))
+def misplaced(place: Callable[[ModelShape, int], slice]) -> Planted:
+    """Heads have other columns."""
+
+    def planted(shape: ModelShape, component: tracing.Component) -> slice:
+        is_head = component.kind == "head"
+        return place(shape, component.index) if is_head else columns(shape, component)
+
+    return ModelShape, "columns", planted
 
 
-def columns_from_hidden_size(shape: ModelShape, component: tracing.Component) -> slice:
+def of_the_next(shape: ModelShape, head: int) -> slice:
+    return columns(shape, tracing.Component(0, "head", (head + 1) % shape.n_heads))
+
+
+def from_hidden_size(shape: ModelShape, head: int) -> slice:
     """As if d_head were hidden_size // num_attention_heads."""
-    if component.kind != "head":
-        return columns(shape, component)
     width = shape.d_model // shape.n_heads
-    return slice(component.index * width, (component.index + 1) * width)
+    return slice(head * width, (head + 1) * width)
 
 
 @contextlib.contextmanager
@@ -215,8 +220,8 @@ def nan_from_a_later_block(traced: TracedModel, clean: Any, rows: Sequence[Row])
 IN_THE_HOOKS: dict[str, Planted] = {
     "a hook on o_proj's output": (tracing, "editing", editing_outputs),
     "a hook that edits the next head": (tracing, "editing", editing_the_next_head),
-    "the columns of the next head": (ModelShape, "columns", columns_of_the_next_head),
-    "columns of the wrong width": (ModelShape, "columns", columns_from_hidden_size),
+    "the columns of the next head": misplaced(of_the_next),
+    "columns of the wrong width": misplaced(from_hidden_size),
     "an edit in place": (torch.Tensor, "clone", lambda x, **_: x),
     "a hook left behind": (tracing, "editing", leaving_a_hook),
     "one block too many skipped": (tracing, "resuming_from", skipping_one_more),

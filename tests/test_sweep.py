@@ -105,13 +105,22 @@ def test_the_sweep_equals_the_naive_loop(
         assert record["run"]["device_map"]["model.layers.1"] == "disk"
 
 
-def test_layers_offloaded_to_the_cpu_change_nothing(
+def test_layers_offloaded_to_the_cpu_change_nothing_and_no_positions_are_picked_elsewhere(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load, cpu = tracing.load_model, torch.device("cpu")
+    """`logits_to_keep` as a tensor fails where the last layer is on another device than the first."""
+    load, cpu, forward = tracing.load_model, torch.device("cpu"), LlamaForCausalLM.forward
+    asked: list[Any] = []
+
+    def watched(model: Any, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        asked.append(logits_to_keep)
+        return forward(model, *args, logits_to_keep=logits_to_keep, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
     table = read(finish(llama, tmp_path, *TWO))
     assert largest_difference(table, naive_results(llama)) < EQUAL
+    assert asked and not any(isinstance(kept, torch.Tensor) for kept in asked)
 
 
 scores = Tree.scores
@@ -189,8 +198,10 @@ def finished(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parts_of(folder: Path) -> list[pd.DataFrame]:
     """The rows that every job left behind."""
-    paths = sorted((folder / ".parts").glob("sweep-*.json"))
-    return [pd.DataFrame(json.loads(path.read_text())["payload"]) for path in paths]
+    run = tracing.RunFolder(folder)
+    run.open()
+    run.enter(run.record["fingerprint"], overwrite=False)
+    return [pd.DataFrame(run.read_part(path.stem)) for path in run.parts.glob("sweep-*.json")]
 
 
 def jittered_effects(folder: Path) -> pd.Series:
@@ -264,17 +275,3 @@ def test_the_noise_floor_depends_on_the_seed_and_is_larger_in_bfloat16(
     assert 1e-8 < floors["one"] < 2e-5
     assert 1e-4 < floors["bf16"] < 1
     assert floors["bf16"] > 100 * floors["one"]
-
-
-def test_the_model_is_never_asked_to_pick_positions_on_another_device(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward, asked = LlamaForCausalLM.forward, []
-
-    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append(kwargs.get("logits_to_keep"))
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", watched)
-    finish(llama, tmp_path, *TWO)
-    assert asked and not any(isinstance(kept, torch.Tensor) for kept in asked)

@@ -1,0 +1,198 @@
+"""Runs: log-probabilities with and without edits, own logits, memory that runs out, gradients."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import llama3_circuit_tracing as tracing
+import naive
+from conftest import user_text
+from llama3_circuit_tracing import Component, Edit, TracedModel, Tree
+
+HEAD = Component(1, "head", 2)
+
+
+Plain = tuple[Any, Any]  # the model and its tokenizer, as everyone loads them
+
+
+@pytest.fixture(scope="module")
+def plain(llama: str) -> Plain:
+    return naive.load(llama)
+
+
+@pytest.fixture()
+def traced(plain: Plain) -> TracedModel:
+    return TracedModel(plain[0], tracing.shape_of(plain[0], torch.float32), 64)
+
+
+@pytest.fixture(scope="module")
+def tree(plain: Plain) -> Tree:
+    """Two samples with controls: eight prompts."""
+    samples = tracing.build_suppression(2, random.Random(0), len)
+    encoder, config = tracing.PromptEncoder(plain[1], "", "word"), tracing.Config(controls=True)
+    prompts = tracing.write_prompts(samples, encoder, config)
+    return tracing.plant_trees(prompts, encoder.tokenizer.bos_token_id, config)[0]
+
+
+# ----- log-probabilities
+
+
+def with_bias(model: Any) -> None:
+    weight = model.lm_head.weight
+    model.lm_head = torch.nn.Linear(weight.shape[1], len(weight))
+    model.lm_head.weight = weight
+    model.lm_head.bias.data.normal_(generator=torch.Generator().manual_seed(1))
+
+
+def said_to_be_scaled(model: Any) -> None:
+    model.config.logit_scale = 2.0
+
+
+@pytest.mark.parametrize("change", [None, with_bias, said_to_be_scaled])
+def test_every_word_of_every_prompt_has_its_plain_log_probability(
+    plain: Plain, traced: TracedModel, tree: Tree, change: Callable[[Any], None] | None
+) -> None:
+    """Without and with an edit, by the unembedding or by the model's own logits."""
+    model = copy.deepcopy(plain[0])
+    if change:
+        change(model)
+    traced = TracedModel(model, traced.shape, 64)
+    assert traced.own_logits == bool(change)
+    clean = tracing.run_clean(traced, tree, (), [1], [])
+    edited = tracing.run_rows(traced, clean, [tracing.zeroing([HEAD], traced.shape)])
+    for log_probs, off in ((clean.log_probs, []), (edited, [(1, "head", 2)])):
+        words = tree.word_log_probs(log_probs)
+        with naive.zeroed(model, off):
+            for prompt, found in zip(tree.prompts, words, strict=True):
+                told = (model, plain[1], user_text(prompt.text))
+                expected = [naive.word_log_prob(*told, word) for word in prompt.sample.words]
+                assert found[0].tolist() == pytest.approx(expected, abs=1e-5, rel=0)
+    assert (edited - clean.log_probs).abs().max() > 1e-3
+
+
+def test_rows_without_an_edit_or_with_one_that_changes_nothing_are_the_clean_run(
+    traced: TracedModel, tree: Tree
+) -> None:
+    background = tracing.zeroing([Component(0, "mlp"), Component(2, "head", 1)], traced.shape)
+    clean = tracing.run_clean(traced, tree, background, [1, 2], [])
+    once = Edit((1, ""), slice(None), factor=1.0)
+    for rows in ([()], [(), ()], [(once,), ()]):
+        log_probs = tracing.run_rows(traced, clean, rows)
+        assert log_probs.shape == (len(rows), clean.log_probs.shape[1])
+        assert (log_probs - clean.log_probs).abs().max() < 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_unembedding_goes_by_blocks_of_the_vocabulary_in_float32(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(tracing, "VOCAB_BLOCK", 300)
+    numbers = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, len(tree.scored), 48, generator=numbers).to(dtype)
+    weight = torch.randn(2000, 48, generator=numbers).to(dtype)
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+    found = tracing.entry_log_probs(hidden, weight, tree)
+    assert (found - exact[:, tree.entry_node, tree.entry_token]).abs().max() < 3e-5
+    rounded = (hidden @ weight.T).double().log_softmax(-1)
+    assert dtype == torch.float32 or (rounded - exact).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("wrong", [lambda logits: 1.01 * logits, lambda logits: logits * torch.nan])
+def test_logits_that_the_unembedding_does_not_give_are_refused(
+    traced: TracedModel, tree: Tree, wrong: Callable[[Tensor], Tensor]
+) -> None:
+    hook = traced.head.register_forward_hook(lambda module, args, logits: wrong(logits))
+    refused = pytest.raises(tracing.RunError, match="LlamaForCausalLM computes its logits in some")
+    with hook, refused:
+        tracing.run_clean(traced, tree, (), [], [])
+
+
+# ----- memory
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    MemoryError(),
+]
+CLEAN: Any = SimpleNamespace(tree=SimpleNamespace(n_tokens=123))
+ROWS: Any = list(range(11))
+
+
+def limited(patch: pytest.MonkeyPatch, limit: int, error: Exception) -> list[int]:
+    """Let rows beyond a limit run out of memory; the sizes of the batches that were tried."""
+    tried: list[int] = []
+
+    def run_rows(traced: TracedModel, clean: Any, rows: list[int]) -> Tensor:
+        tried.append(len(rows))
+        if len(rows) > limit:
+            raise error
+        return torch.tensor(rows)[:, None]
+
+    patch.setattr(tracing, "run_rows", run_rows)
+    return tried
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+def test_rows_are_halved_for_good_when_memory_runs_out(
+    traced: TracedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """In even batches, no more of them than needed."""
+    ones = [1] * 11
+    for limit, sizes in ((8, [6, 5]), (5, [6, 3, 3, 3, 2]), (2, [6, 3, *ones])):
+        traced.rows_per_forward = 8
+        tried = limited(monkeypatch, limit, error)
+        assert tracing.run_batches(traced, CLEAN, ROWS).flatten().tolist() == ROWS
+        assert tried == sizes
+        assert tracing.run_batches(traced, CLEAN, ROWS).flatten().tolist() == ROWS
+        again = tried[len(sizes) :]
+        assert again == sizes[-len(again) :] and max(again) <= limit
+
+
+def test_a_row_that_does_not_fit_alone_names_what_to_lower(
+    traced: TracedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limited(monkeypatch, 0, OUT_OF_MEMORY[0])
+    with pytest.raises(tracing.RunError, match=r"one row of 123 tokens.*--tree_tokens"):
+        tracing.run_batches(traced, CLEAN, ROWS)
+    tried = limited(monkeypatch, 0, RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        tracing.run_batches(traced, CLEAN, ROWS)
+    assert tried == [1], "another error is no reason to go on"
+
+
+# ----- gradients
+
+
+def test_gradients_can_be_taken_through_an_edit_outside_of_the_runs(
+    traced: TracedModel, tree: Tree
+) -> None:
+    """Only the runs themselves are in inference mode; <gradient, D> is what a small D does."""
+    modes: list[bool] = []
+    watch = traced.body.register_forward_pre_hook(
+        lambda module, args: modes.append(torch.is_inference_mode_enabled())
+    )
+    site, columns = HEAD.site, traced.shape.columns(HEAD)
+    clean = tracing.run_clean(traced, tree, (), [1], [])
+    source = torch.zeros(tree.n_tokens, 16, requires_grad=True)
+    edit = Edit(site, columns, factor=1.0, source=source)
+    mask = tree.mask(torch.float32, torch.device("cpu"))
+    with watch, tracing.editing(traced, [(edit,)]):
+        final = traced.body(tree.ids, mask, tree.depth, use_cache=False).last_hidden_state
+    hidden = final[:, tree.scored]
+    log_probs = tracing.entry_log_probs(hidden, traced.head.weight, tree)
+    (gradient,) = torch.autograd.grad(log_probs.sum(), source)
+    assert (log_probs - clean.log_probs).abs().max() < 5e-6
+    small = 1e-2 * gradient / gradient.norm()
+    rows = [(Edit(site, columns, factor=1.0, source=sign * small),) for sign in (1, -1)]
+    up, down = tracing.run_rows(traced, clean, rows).sum(1)
+    assert float((up - down) / 2) == pytest.approx(float((gradient * small).sum()), rel=1e-2)
+    assert modes == [True, False] and not torch.is_inference_mode_enabled()
