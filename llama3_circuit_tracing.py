@@ -379,7 +379,8 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 log = logging.getLogger("circuit")
-Records = list[dict[str, Any]]
+Record = dict[str, Any]
+Records = list[Record]
 
 
 # ----- Built-in texts -----------------------------------------------------------------------------
@@ -1650,6 +1651,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         with open(draft, "rb") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
@@ -1752,6 +1756,7 @@ class RunFolder:
 # ----- Experiment ---------------------------------------------------------------------------------
 
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
+NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
 
 
 @dataclass
@@ -2011,9 +2016,10 @@ def describe_plan(exp: Experiment) -> str:
             lines.append(f"  {word}: " + ", ".join(shown))
     counts = Counter(component.layer for component in exp.components).values()
     forwards = len(exp.trees) * sum(-(-n // rows) for n in counts)
+    most = min(rows, max(counts) - (-NOISE_ROWS // len(counts)))
     one_by_one = 2 * len(exp.prompts) * len(exp.components)
     largest = max(exp.trees, key=lambda tree: tree.n_tokens)
-    memory = memory_estimate(shape, largest, rows)
+    memory = memory_estimate(shape, largest, most)
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
     ends = f"{exp.components[0].label} to {exp.components[-1].label}"
     lines += [
@@ -2244,8 +2250,6 @@ def report_samples(records: Records) -> None:
 
 # ----- Sweep --------------------------------------------------------------------------------------
 
-NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
-
 
 class Job(NamedTuple):
     """The work that is done or lost as one: edits of one layer on one tree, each with its draw,
@@ -2310,9 +2314,8 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**30)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 def tidy_rows(tree: Tree, job: Job, scores: Tensor) -> pd.DataFrame:
@@ -2512,7 +2515,7 @@ def statistics_of(table: pd.DataFrame, column: str, config: Config) -> pd.DataFr
     return result.assign(**{name: values.tolist() for name, values in tests.items()})
 
 
-def base_statistics(table: pd.DataFrame, config: Config) -> dict[str, Any]:
+def base_statistics(table: pd.DataFrame, config: Config) -> Record:
     """The same of delta_logit_base, one number per sample; and whether its interval covers 0."""
     per_sample = table.drop_duplicates("sample_id").assign(layer=0, index=0)
     base: pd.Series = statistics_of(per_sample, "delta_logit_base", config).iloc[0]
@@ -2527,9 +2530,7 @@ def role_sign(base_mean: float, config: Config) -> float:
     return math.copysign(1.0, base_mean) * (1.0 if amplified else -1.0)
 
 
-def heads_table(
-    table: pd.DataFrame, base: dict[str, Any], floor: float, config: Config
-) -> pd.DataFrame:
+def heads_table(table: pd.DataFrame, base: Record, floor: float, config: Config) -> pd.DataFrame:
     """A row per component: circuit_heads.csv. Effects and contrasts are judged alike: by their
     role, and by whether they can be told from noise and from 0."""
 
@@ -2668,9 +2669,7 @@ def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
 # ----- Findings -----------------------------------------------------------------------------------
 
 
-def report_findings(
-    heads: pd.DataFrame, base: dict[str, Any], floor: float, config: Config
-) -> None:
+def report_findings(heads: pd.DataFrame, base: Record, floor: float, config: Config) -> None:
     """The base, what the sample allows, and the top components by role with the sign spelt out."""
     task, n, n_tests = TASKS[config.task], int(base["n_sentences"]), len(heads)
     interval = f"95 % interval {base['ci_low']:+.3f} to {base['ci_high']:+.3f} over {n} sentences"
@@ -3055,20 +3054,18 @@ def sentence_of(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(argv)  # again: before the imports it was only seen to parse
-
-    def terminate(*_: Any) -> None:
-        raise KeyboardInterrupt(143)
-
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if config.from_csv:
             config = parse_args(argv, before=recorded_flags(Path(config.from_csv)))
         with logging_redirect_tqdm():
             run(config)
         return 0
-    except KeyboardInterrupt as stop:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return int(stop.args[0]) if stop.args else 130
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = int(getattr(stop, "code", 130))
+        if code > 2:
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+        return code
     except Exception as error:
         if config.debug:
             traceback.print_exc()

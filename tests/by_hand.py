@@ -37,6 +37,11 @@ def noise(rng: random.Random, n_samples: int, n_heads: int, sd: float = 0.1) -> 
     return {f"L0H{h}": [rng.gauss(0, sd) for _ in range(n_samples)] for h in range(n_heads)}
 
 
+def steps(value: float) -> list[float]:
+    """Effects on eight samples about a value."""
+    return [value + 0.01 * i for i in range(8)]
+
+
 def results(
     effects: Effects,
     base: Sequence[float] | float = -1.0,

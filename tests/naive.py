@@ -6,9 +6,9 @@ tokenisation, its own alignment and its own scoring. It is slow, and plain on pu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,15 +43,10 @@ def form_ids(tokenizer: Any, word: str) -> list[list[int]]:
 @contextmanager
 def hooked(module: Any, replace: Replace | None) -> Iterator[None]:
     def hook(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        assert replace is not None
-        return (replace(args[0]), *args[1:])
+        return (replace(args[0]) if replace else args[0], *args[1:])
 
-    handle = module.register_forward_pre_hook(hook) if replace else None
-    try:
+    with module.register_forward_pre_hook(hook):
         yield
-    finally:
-        if handle:
-            handle.remove()
 
 
 def zero_slice(start: int, stop: int) -> Replace:
@@ -108,11 +103,9 @@ def word_log_prob(
     for tail in form_ids(tokenizer, word):
         with edit(ids, tail) if edit else nullcontext():
             logits = model(torch.tensor([ids + tail])).logits[0].double()
-        log_prob = 0.0
-        for i, token in enumerate(tail):
-            log_prob += float(torch.log_softmax(logits[len(ids) - 1 + i], -1)[token])
-        total += 2.718281828459045**log_prob
-    return float(torch.tensor(total, dtype=torch.float64).log())
+        steps = logits[len(ids) - 1 :].log_softmax(-1)
+        total += math.exp(sum(float(steps[i, token]) for i, token in enumerate(tail)))
+    return math.log(total)
 
 
 def suppression_score(
@@ -141,18 +134,7 @@ def sweep(
     return results
 
 
-# ----- one component of any kind, any op, at any positions
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of a component, in the words of the command line."""
-
-    kind: str
-    op: str = "zero"
-    positions: str = "all"
-    into: str = "a"  # the prompt that a patch edits
-    factor: float = 0.0  # that scale takes
+# ----- one component of any kind, any op, at any positions, in the words of the command line
 
 
 @torch.no_grad()
@@ -175,7 +157,7 @@ def mean_of(model: Any, tokenizer: Any, users: Sequence[str], layer: int, kind: 
     return torch.cat(inputs).double().mean(0).float()
 
 
-def touched(own: list[int], other: list[int], n_tail: int, change: Change) -> list[tuple[int, int]]:
+def touched(own: list[int], other: list[int], n_tail: int, change: Any) -> list[tuple[int, int]]:
     """(position, position of the partner) of every token that is edited."""
     n, shift = len(own), len(other) - len(own)
     pairs = ([a == b for a, b in zip(own[::k], other[::k], strict=False)] for k in (1, -1))
@@ -193,8 +175,8 @@ def touched(own: list[int], other: list[int], n_tail: int, change: Change) -> li
 def edited_score(
     model: Any,
     tokenizer: Any,
-    change: Change,
-    texts: tuple[str, str],
+    change: Any,  # has kind, op, positions and factor
+    texts: Sequence[str],
     targets: Sequence[str],
     layer: int,
     index: int,
@@ -212,7 +194,7 @@ def edited_score(
         def replace(x: Tensor) -> Tensor:
             y = x.clone()
             for mine, theirs in places:
-                value = change.factor * x[0, mine] if mean is None else mean
+                value = (change.factor or 0) * x[0, mine] if mean is None else mean
                 y[0, mine, span] = (partner[theirs] if change.op == "patch" else value)[span]
             return y
 

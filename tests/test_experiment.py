@@ -43,20 +43,15 @@ CHOSEN = {
 
 @pytest.mark.parametrize("line", CHOSEN)
 def test_the_swept_components_are_sorted_and_once_each(line: str, llama: str) -> None:
-    config = tracing.parse_args(["--model_id", llama, *line.split()])
-    swept = tracing.choose_components(config, tracing.read_shape(config))
+    swept = planned(llama, line).components
     assert " ".join(component.label for component in swept) == CHOSEN[line]
 
 
-@pytest.mark.parametrize(("line", "left"), [("--given L0H1", 11), ("--kind mlp --given L0mlp", 2)])
-def test_confirming_needs_as_many_others_beside_those_that_are_given(
-    line: str, left: int, llama: str
-) -> None:
-    config = tracing.parse_args(["--model_id", llama, *line.split()])
-    shape, most = tracing.read_shape(config), left // 2
-    assert tracing.choose_components(dataclasses.replace(config, confirm=most), shape)
-    with pytest.raises(tracing.UsageError, match=rf"--confirm {most + 1} .*\b{left}\b"):
-        tracing.choose_components(dataclasses.replace(config, confirm=most + 1), shape)
+def test_confirming_needs_as_many_others_beside_those_that_are_given(llama: str) -> None:
+    """Of 12 heads 11 are left."""
+    planned(llama, "--given L0H1 --confirm 5")
+    with pytest.raises(tracing.UsageError, match=r"--confirm 6 .*\b11\b"):
+        planned(llama, "--given L0H1 --confirm 6")
 
 
 # ----- rows and memory
@@ -116,10 +111,8 @@ def test_llama_3_8b_in_bfloat16_fits_a_24_gb_gpu_by_the_estimate(
 
 TEXTS = {"prompts", "targets"}
 DIFFERS: dict[str, set[str]] = {
-    # what is swept, and what is made of the results
     "--layers 0 --heads 1-2 --ablate L0H1 --confirm 2 --num_random 3": set(),
     "--top_k 3 --num_bootstrap 200 --max_new_tokens 2 --heatmap --output_dir x": set(),
-    # what results depend on
     "--seed 7": {"seed", *TEXTS},
     "--num_samples 3": TEXTS,
     "--task refusal": {"task", *TEXTS},

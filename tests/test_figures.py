@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import llama3_circuit_tracing as tracing
-from by_hand import Effects, results
+from by_hand import Effects, results, steps
 from conftest import finish
 
 CONFIG = tracing.Config(num_bootstrap=100)
@@ -31,9 +32,13 @@ def check_png(path: Path) -> None:
     assert darkest < 100 < lightest
 
 
-def check_nothing_is_cut_off(figure: Any) -> None:
+def check_whole(figure: Any) -> None:
+    """Nothing is cut off, and no label hides its neighbour."""
     inked, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert min(inked.x0, inked.y0, width - inked.x1, height - inked.y1) > -0.02, inked
+    for axes in figure.axes:
+        labels = [label.get_window_extent() for label in axes.get_xticklabels()]
+        assert all(one.x1 < other.x0 for one, other in itertools.pairwise(labels))
 
 
 @pytest.fixture()
@@ -76,11 +81,6 @@ def test_a_run_draws_the_figures_that_are_asked_for(
 
 # ----- any table
 
-
-def steps(value: float) -> list[float]:
-    return [value + 0.01 * i for i in range(8)]
-
-
 EVERY_HEAD = {f"L{n}H{h}": steps(n - h / 2) for n in range(3) for h in range(4)}
 ALL_BUT_GIVEN = {label: moved for label, moved in EVERY_HEAD.items() if label != "L1H2"}
 GRIDS: dict[str, Effects] = {
@@ -106,8 +106,10 @@ def test_the_figures_of_any_table_are_whole(
     tracing.draw_heatmap(heads, tmp_path / HEATMAP)
     for name, figure in saved.items():
         check_png(tmp_path / name)
-        check_nothing_is_cut_off(figure)
+        check_whole(figure)
     assert len(saved[SUMMARY].axes[0].patches) == min(top_k, len(heads))
+    for mesh in saved[HEATMAP].axes[0].collections:
+        assert mesh.norm.vmin == -mesh.norm.vmax < 0
 
 
 # ----- the bars of the strongest
@@ -162,7 +164,7 @@ def test_the_joint_figure_shows_the_chosen_the_random_band_and_the_base(
     corners = {(x, round(float(y), 9)) for x, y in band.get_paths()[0].vertices}
     assert corners == {(1, -0.98), (1, -0.62), (3, -0.49), (3, -0.31)}  # 5 and 95 % of 21
     check_png(tmp_path / CONFIRM)
-    check_nothing_is_cut_off(saved[CONFIRM])
+    check_whole(saved[CONFIRM])
 
 
 def test_the_legend_of_the_joint_figure_hides_no_line(
@@ -194,7 +196,6 @@ def test_the_heatmap_shows_the_mean_role_and_greys_what_is_below_the_floor(
         assert hidden != (abs(mean) > 0.6), (layer, head)
         if not hidden:
             assert shown[layer, head] == pytest.approx(-math.copysign(1, base) * mean)
-    assert mesh.norm.vmin == -mesh.norm.vmax < 0
     assert "> 0" in bar.get_ylabel()
     assert "< 0" in bar.get_ylabel()
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")

@@ -22,14 +22,10 @@ OPPOSITE = "an effect opposite to suppression"
 
 
 def said_of(
-    caplog: pytest.LogCaptureFixture,
-    effects: Effects,
-    base: Sequence[float] | float,
-    repeated: int = 1,
-    **options: Any,
+    caplog: pytest.LogCaptureFixture, effects: Effects, base: Any, repeated: int = 1, **more: Any
 ) -> str:
     """What the log says of some effects above a noise floor of 0.1, each component repeated."""
-    config, table = tracing.Config(num_bootstrap=100, **options), results(effects, base)
+    config, table = tracing.Config(num_bootstrap=100, **more), results(effects, base)
     of_base = tracing.base_statistics(table, config)
     heads = tracing.heads_table(table, of_base, 0.1, config)
     caplog.clear()
@@ -43,12 +39,7 @@ def said_of(
     [
         (-1.0, {}, f"removing L0H3 {LIKELIER}: it contributes to suppression", LESS),
         (1.0, {}, f"removing L0H4 {LESS}: it contributes to {OPPOSITE}", LIKELIER),
-        (
-            1.0,
-            {"task": "refusal"},
-            "L0H4 makes a refusal less likely: it contributes to refusal",
-            "",
-        ),
+        (1.0, {"task": "refusal"}, "L0H4 makes a refusal less likely: it contributes to ref", ""),
         (
             -1.0,
             {"task": "refusal"},
@@ -65,7 +56,7 @@ def test_the_log_says_what_an_edit_of_a_component_does_and_what_follows(
 ) -> None:
     told = said_of(caplog, MOVED, base, **options)
     assert first in told.splitlines()[1]
-    assert f"{last}: it works against " * bool(last) in told.splitlines()[2]
+    assert not last or f"{last}: it works against " in told.splitlines()[2]
     assert f"mean delta_logit {base:+.3f} nats" in told
     assert "over 16 sentences; noise floor 0.1" in told
     assert "not distinguishable" not in told
@@ -80,24 +71,18 @@ def test_the_log_names_five_components_and_which_cannot_be_told_from_0(
     assert all(line.endswith("(not distinguishable from 0)") for line in told)
 
 
-@pytest.mark.parametrize(
-    ("n_sentences", "n_heads", "lone_q"),
-    [
-        (5, 1, "0.062"),
-        (6, 1, ""),
-        (6, 2, "0.062"),
-        (15, 1024, "0.062"),
-        (16, 1024, ""),
-        (21, 1024, ""),
-        (40, 99, ""),
-    ],
-)
+LONE_Q = {(5, 1): "0.062", (6, 2): "0.062", (15, 1024): "0.062"}  # of sentences and heads
+LONE_Q |= dict.fromkeys([(6, 1), (16, 1024), (21, 1024), (40, 99)], "")
+
+
+@pytest.mark.parametrize(("n_sentences", "n_heads"), LONE_Q)
 def test_the_log_says_when_sentences_are_too_few_for_any_q_below_five_percent(
-    n_sentences: int, n_heads: int, lone_q: str, caplog: pytest.LogCaptureFixture
+    n_sentences: int, n_heads: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     told = said_of(caplog, {"L0H3": [0.3] * n_sentences}, -1.0, n_heads)
+    lone_q = LONE_Q[n_sentences, n_heads]
     assert ("too few" in told) == bool(lone_q)
-    assert f"{n_heads} cannot reach q below {lone_q}\n" * bool(lone_q) in told
+    assert not lone_q or f"{n_heads} cannot reach q below {lone_q}\n" in told
 
 
 @pytest.mark.parametrize(
@@ -267,19 +252,6 @@ def test_a_file_with_the_seven_columns_is_enough(tmp_path: Path, redraw: Redraw)
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == DRAWN
 
 
-def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(
-    tmp_path: Path, redraw: Redraw
-) -> None:
-    table = pd.read_csv(write_theirs(tmp_path / "theirs.csv"))
-    shuffled = table[table.columns[::-1]].assign(note="x, y", seed=3)
-    holed = shuffled.sample(frac=1, random_state=1).iloc[1:]
-    windows = {"encoding": "utf-8-sig", "lineterminator": "\r\n"}
-    holed.to_csv(tmp_path / "other.csv", index=False, **windows)
-    redraw(tmp_path / "other.csv", tmp_path / "new")
-    heads = read(tmp_path / "new", "circuit_heads.csv")
-    assert sorted(heads["n_samples"]) == [5, 6, 6, 6, 6, 6]
-
-
 def test_columns_of_units_groups_and_op_are_heeded(tmp_path: Path, redraw: Redraw) -> None:
     lines = [f"{line},{'xyz'[int(line[1]) // 2]},,mean" for line in THEIRS]
     lines += [f"n{line[1:]},w,{tracing.NO_ODD_ONE},mean" for line in THEIRS]
@@ -287,10 +259,3 @@ def test_columns_of_units_groups_and_op_are_heeded(tmp_path: Path, redraw: Redra
     assert "mean-ablating L0H2" in redraw(source, tmp_path / "new")[2]
     heads = read(tmp_path / "new", "circuit_heads.csv")
     assert (heads[["n_sentences", "n_samples"]] == [3, 6]).all(axis=None)
-
-
-def test_a_single_sample_is_drawn_without_intervals(tmp_path: Path, redraw: Redraw) -> None:
-    redraw(write_theirs(tmp_path / "theirs.csv", THEIRS[:6]), tmp_path / "new", "--heatmap")
-    heads = read(tmp_path / "new", "circuit_heads.csv")
-    assert heads[["ci_low", "ci_high", "verdict"]].isna().all(axis=None)
-    assert heads["mean"].notna().all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -59,7 +60,9 @@ def test_the_shorthand_becomes_a_suppression_sample_and_the_long_form_stays(tmp_
 
 
 def test_csv_and_jsonl_give_the_same_samples(tmp_path: Path) -> None:
-    short = 'sentence,targets,sample_id\nName a fruit.,apple;pear,q1\n"Well, name\na pet.",cat,q2\n'
+    short = (
+        'sentence,targets,sample_id\nName a fruit.,apple; pear ,q1\n"Well, name\na pet.",cat,q2\n'
+    )
     well = {"sentence": "Well, name\na pet.", "targets": ["cat"], "sample_id": "q2"}
     records = [{**SHORT, "sample_id": "q1"}, well]
     assert load(write(tmp_path / "a.csv", short)) == load(write(tmp_path / "a.jsonl", records))
@@ -261,13 +264,11 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(
 
 HEADER = ",".join(SEVEN)
 ROW = "s0,1,0,0,-1.0,-0.9,0.1"
-EFFECTS = [
-    (i, n, h, round(0.1 * h - 0.05 * n + 0.01 * i, 3))
-    for i in range(6)
-    for n in (0, 1)
-    for h in range(3)
-]
-THEIRS = [f"s{i},1,{n},{h},-1.0,{effect - 1},{effect}" for i, n, h, effect in EFFECTS]
+EFFECTS = {
+    (i, layer, head): round(0.1 * head - 0.05 * layer + 0.01 * i, 3)
+    for i, layer, head in itertools.product(range(6), range(2), range(3))
+}
+THEIRS = [f"s{i},1,{n},{h},-1.0,{effect - 1},{effect}" for (i, n, h), effect in EFFECTS.items()]
 
 
 def results(path: Path, lines: Sequence[str], header: str = HEADER) -> Path:
@@ -279,7 +280,7 @@ def test_a_file_with_the_seven_columns_has_heads_and_as_many_sentences_as_sample
 ) -> None:
     table = tracing.read_results(results(tmp_path / "t.csv", THEIRS))
     assert len(table) == len(THEIRS)
-    assert table["head_effect"].tolist() == [effect for _, _, _, effect in EFFECTS]
+    assert table["head_effect"].tolist() == list(EFFECTS.values())
     assert table["unit"].tolist() == table["sample_id"].tolist()
     assert table["index"].tolist() == table["head"].tolist() == 12 * [0, 1, 2]
     for column, value in {"kind": "head", "op": "zero", "positions": "all", "group": ""}.items():

@@ -19,7 +19,6 @@ import naive
 import random_models
 from conftest import write_samples
 from llama3_circuit_tracing import Component, Edit, Experiment, TracedModel
-from naive import Change
 
 CLOSE, SAME = 2e-5, 5e-6
 KINDS, OPS = list(tracing.KINDS), list(tracing.OPS)
@@ -47,8 +46,7 @@ class Bench:
     """A model that is loaded once, for the script and for the oracle."""
 
     folder: str
-    model: Any
-    tokenizer: Any
+    loaded: tuple[Any, Any]  # the model and its tokenizer
     traced: TracedModel
 
     def experiment(self, flags: str = "", records: Sequence[Record] = SAMPLES) -> Experiment:
@@ -61,17 +59,18 @@ class Bench:
 
     def without_head(self, layer: int, head: int) -> Bench:
         """The same around a copy of the model whose o_proj does not read a head."""
-        model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.loaded[0])
         span = naive.span_of(model, layer, "head", head)
         naive.module_of(model, layer, "head").weight.data[:, span] = 0
-        return replace(self, model=model, traced=TracedModel(model, self.traced.shape, 64))
+        traced = TracedModel(model, self.traced.shape, 64)
+        return replace(self, loaded=(model, self.loaded[1]), traced=traced)
 
 
 @functools.cache
 def bench(folder: str) -> Bench:
     model, tokenizer = naive.load(folder)
     traced = TracedModel(model, tracing.shape_of(model, torch.float32), 64)
-    return Bench(folder, model, tokenizer, traced)
+    return Bench(folder, (model, tokenizer), traced)
 
 
 @pytest.fixture(scope="module")
@@ -98,31 +97,23 @@ def effects(clean: Tensor, edited: Tensor) -> Tensor:
     return moved[..., 0] - moved[..., 1]
 
 
-def assert_like_the_oracle(
-    bench: Bench, change: Change, flags: str, records: Sequence[Record] = SAMPLES, given: str = ""
-) -> None:
-    flags += f" --kind {change.kind} --op {change.op} --positions {change.positions}"
-    flags += f" --factor {change.factor}" * (change.op == "scale")
-    flags += f" --patch_into {change.into}" * (change.op == "patch")
-    flags += f" --given {given}" * bool(given)
+def assert_like_the_oracle(bench: Bench, flags: str, records: Sequence[Record] = SAMPLES) -> None:
     exp = bench.experiment(flags, records)
+    config, loaded = exp.config, bench.loaded
+    users = [record["prompt_b"] for record in records]
     clean, edited = scores(exp)
-    base, expected = torch.zeros_like(clean), torch.zeros_like(edited)
-    plain, users = (bench.model, bench.tokenizer), [record["prompt_b"] for record in records]
-    off = [(c.layer, c.kind, c.index) for c in exp.config.given]
-    with naive.zeroed(bench.model, off):
+    base, expected = clean.clone(), edited.clone()
+    with naive.zeroed(loaded[0], [(c.layer, c.kind, c.index) for c in config.given]):
         for (j, record), k in itertools.product(enumerate(records), (0, 1)):
-            texts, targets = (record["prompt_a"], record["prompt_b"]), record["targets"]
-            texts = texts if k == 0 else texts[::-1]
-            base[0, j, k] = naive.suppression_score(*plain, texts[0], targets)
+            texts = [record["prompt_a"], record["prompt_b"]][:: 1 - 2 * k]
+            told, means = (texts, record["targets"]), config.op == "mean"
+            base[0, j, k] = naive.suppression_score(*loaded, texts[0], told[1])
             expected[:, j, k] = base[0, j, k]
-            receives = change.op != "patch" or "ab"[k] == change.into
+            receives = config.op != "patch" or "ab"[k] == config.patch_into
             for i, c in enumerate(exp.components if receives else []):
-                mean = None
-                if change.op == "mean":
-                    mean = naive.mean_of(*plain, users, c.layer, change.kind)
-                edited_at = (c.layer, c.index, mean)
-                expected[i, j, k] = naive.edited_score(*plain, change, texts, targets, *edited_at)
+                mean = naive.mean_of(*loaded, users, c.layer, c.kind) if means else None
+                score = naive.edited_score(*loaded, config, *told, c.layer, c.index, mean)
+                expected[i, j, k] = score
     assert (clean - base).abs().max() < CLOSE
     assert (edited - expected).abs().max() < CLOSE
     assert (effects(clean, edited) - effects(base, expected)).abs().max() < CLOSE
@@ -133,141 +124,95 @@ def assert_like_the_oracle(
 
 
 ALLOWED = [
-    Change(kind, op, positions, into, -1.5 if op == "scale" else 0.0)
+    f"--kind {kind} --op {op} --positions {positions}"
     for kind in KINDS
     for positions in ("all", "last", "differing")
-    for op in OPS
-    for into in ("ab" if op == "patch" else "a")
+    for op in ("zero", "mean", "scale --factor -1.5", "patch", "patch --patch_into b")
     if not (kind == "resid" and positions == "all" and op in ("zero", "mean"))
 ]
 
 
-@pytest.mark.parametrize("change", ALLOWED, ids=str)
-def test_one_plain_hook_gives_the_same_numbers(plain: Bench, change: Change) -> None:
-    number = ALLOWED.index(change)
+@pytest.mark.parametrize("flags", ALLOWED)
+def test_one_plain_hook_gives_the_same_numbers(plain: Bench, flags: str) -> None:
+    number = ALLOWED.index(flags)
+    aligned_nowhere = "patch" in flags and "differing" in flags
     which = {"head": ("--heads 1", "--heads 3"), "neuron": ("--neurons 5", "--neurons 78")}
-    flags = f"--layers {('0,2', '1', '1-2')[number % 3]} "
-    flags += which.get(change.kind, ("", ""))[number % 2]
-    aligned_nowhere = change.op == "patch" and change.positions == "differing"
-    assert_like_the_oracle(plain, change, flags, EQUAL if aligned_nowhere else SAMPLES)
+    flags += " " + which.get(flags.split()[1], ("", ""))[number % 2]
+    flags += " --layers " + ("0,2", "1", "1-2")[number % 3]
+    assert_like_the_oracle(plain, flags, EQUAL if aligned_nowhere else SAMPLES)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--kind resid --op patch --patch_into b",
+        "--kind mlp --op mean",
+        "--kind head --positions differing --heads 2",
+        "--kind attn --op patch --positions last",
+    ],
+)
 def test_other_architectures_agree_with_one_plain_hook(
-    random_model: Folders, architecture: str
+    random_model: Folders, architecture: str, flags: str
 ) -> None:
-    other, layers = bench(random_model(architecture)), "--layers 1-2"
-    assert_like_the_oracle(other, Change("resid", "patch", into="b"), layers)
-    assert_like_the_oracle(other, Change("mlp", "mean"), layers)
-    assert_like_the_oracle(other, Change("head", "zero", "differing"), f"{layers} --heads 2")
-    assert_like_the_oracle(other, Change("attn", "patch", "last"), layers)
+    assert_like_the_oracle(bench(random_model(architecture)), f"{flags} --layers 1-2")
 
 
 def test_a_mixture_of_experts_is_swept_by_head_and_residual(tmp_path: Path) -> None:
     widths = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
     experts = bench(str(random_models.build_model(tmp_path, "mixtral", **widths)))
-    assert_like_the_oracle(experts, Change("head"), "--layers 0-1 --heads 1")
-    assert_like_the_oracle(experts, Change("resid", "scale", factor=2), "--layers 0-1")
+    assert_like_the_oracle(experts, "--heads 1")
+    assert_like_the_oracle(experts, "--kind resid --op scale --factor 2")
 
 
 def test_the_samples_hold_what_the_cases_need(plain: Bench) -> None:
     """Pairs of equal length, and words that have forms of one and of several tokens."""
     prompts = [record[f"prompt_{side}"] for record in EQUAL for side in "ab"]
-    assert len({len(naive.prompt_ids(plain.tokenizer, prompt)) for prompt in prompts}) == 1
-    words = ("apple", "I", "dog")
-    lengths = {len(form) for word in words for form in naive.form_ids(plain.tokenizer, word)}
-    assert 1 in lengths and max(lengths) > 2
+    assert len({len(naive.prompt_ids(plain.loaded[1], prompt)) for prompt in prompts}) == 1
+    forms = [naive.form_ids(plain.loaded[1], word) for word in ("I", "apple")]
+    assert [[len(form) for form in of_word] for of_word in forms] == [[1], [3, 4]]
 
 
-def test_a_patch_follows_the_longest_common_suffix_even_where_it_overlaps_the_prefix(
-    plain: Bench,
-) -> None:
+def test_a_patch_follows_the_common_suffix_even_into_the_common_prefix(plain: Bench) -> None:
     """A word said twice in one prompt: prefix and suffix claim the same token of the other."""
     twice = pair("How do I open open a car?", "How do I open a car?", "apple")
-    assert_like_the_oracle(plain, Change("mlp", "patch", into="b"), "--layers 1", [twice])
+    assert_like_the_oracle(plain, "--kind mlp --op patch --patch_into b --layers 1", [twice])
 
 
 @pytest.mark.parametrize(
-    ("change", "given"),
+    "flags",
     [
-        (Change("head", "zero", "last"), "L0H1,L2H0"),
-        (Change("attn", "patch"), "L1H1"),
-        (Change("attn", "mean"), "L1H3,L0H0"),
-        (Change("mlp", "scale", "differing", factor=-1.5), "L0H2,L2mlp"),
-        (Change("resid", "patch", "last", "b"), "L0H1,L1attn,L2H0"),
-        (Change("neuron", "mean"), "L2H1,L1N6,L1N7"),
+        "--given L0H1,L2H0 --kind head --positions last",
+        "--given L1H1 --kind attn --op patch",
+        "--given L1H3,L0H0 --kind attn --op mean",
+        "--given L0H2,L2mlp --kind mlp --op scale --factor -1.5 --positions differing",
+        "--given L0H1,L1attn,L2H0 --kind resid --op patch --positions last --patch_into b",
+        "--given L2H1,L1N6,L1N7 --kind neuron --neurons 5,78 --op mean",
     ],
 )
-def test_given_components_are_zero_everywhere_whatever_else_is_edited(
-    plain: Bench, change: Change, given: str
-) -> None:
-    flags = f"--layers 1 {WHICH.get(change.kind, '')}"
-    assert_like_the_oracle(plain, change, flags, given=given)
+def test_given_components_stay_zero_whatever_else_is_edited(plain: Bench, flags: str) -> None:
+    assert_like_the_oracle(plain, f"{flags} --layers 1")
 
 
 # ----- the equation
 
-DTYPES = [torch.float32, torch.bfloat16]
 
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("op", "factor"), [*((op, 0) for op in OPS), *(("scale", f) for f in (-1.7, -1.5, 0.3, 2))]
-)
-def test_x_plus_its_displacement_is_v_to_the_last_bit(
-    op: str, factor: float, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS)
+def test_x_plus_its_displacement_is_v_to_the_last_bit(op: str, dtype: torch.dtype) -> None:
     """Over orders of magnitude: D rounded to the dtype of x would miss v."""
     random = torch.Generator().manual_seed(0)
     x, other = (2 * torch.randn(2, 900, 8, generator=random)).double().sinh().to(dtype)
-    where = torch.arange(900) % 3 == 0
-    for columns in (slice(2, 6), slice(None), torch.tensor([1, 4, 5])):
+    where, factors = torch.arange(900) % 3 == 0, (-1.7, -1.5, 0.3, 2.0) if op == "scale" else (0.0,)
+    parts: list[slice | Tensor] = [slice(2, 6), slice(None), torch.tensor([1, 4, 5])]
+    for columns, factor in itertools.product(parts, factors):
         sources = {"mean": other[:, columns].double().mean(0), "patch": other[:, columns]}
         edit = Edit((0, ""), columns, factor, sources.get(op, 0.0))
         v, moved = (factor * x[:, columns].double() + edit.source).to(dtype), x.clone()
-        moved[:, columns] += (whole := tracing.displacement(edit, x))
+        moved[:, columns] += tracing.displacement(edit, x)
         assert torch.equal(moved[:, columns], v)
-        assert torch.equal(
-            tracing.displacement(replace(edit, where=where), x), whole * where[:, None]
-        )
-
-
-def spying(patch: Patch, traced: TracedModel, *sites: Site) -> dict[Site, Tensor]:
-    """What modules compute with, after all hooks on their inputs."""
-    read: dict[Site, Tensor] = {}
-
-    def spy(site: Site, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        read[site] = x
-        return forward(x)
-
-    for site in sites:
-        module = traced.module(site)
-        patch.setattr(module, "forward", functools.partial(spy, site, module.forward))
-    return read
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("positions", ["all", "last"])
-@pytest.mark.parametrize("op", OPS)
-def test_a_module_reads_v_where_it_is_edited_and_x_elsewhere(
-    plain: Bench, monkeypatch: Patch, op: str, positions: str, dtype: torch.dtype
-) -> None:
-    """To the last bit, in the row that is edited and in one beside it."""
-    scale = "--factor -1.5" * (op == "scale")
-    exp = plain.experiment(f"--op {op} --positions {positions} {scale}")
-    model, shape = copy.deepcopy(plain.model).to(dtype), replace(exp.shape, dtype=dtype)
-    exp.traced = TracedModel(model, shape, 64)
-    head = Component(1, "head", 2)
-    clean = tracing.run_clean(exp.traced, exp.trees[0], (), [1], [head.site])
-    (edit,) = exp.edits([head], clean)
-    x = clean.site_inputs[head.site]
-    read = spying(monkeypatch, exp.traced, head.site)
-    tracing.run_rows(exp.traced, clean, [(edit,), ()])
-    expected = x.clone()
-    where = slice(None) if edit.where is None else edit.where
-    expected[where, 32:48] = (edit.factor * x[:, 32:48].double() + edit.source).to(dtype)[where]
-    assert not torch.equal(x, expected)
-    assert torch.equal(read[head.site], torch.stack([expected, x]))
+        some = tracing.displacement(replace(edit, where=where), x)
+        assert torch.equal(some, tracing.displacement(edit, x) * where[:, None])
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -296,8 +241,7 @@ def test_one_edit_per_module_serves_thousands_of_neurons(plain: Bench) -> None:
     row = tracing.zeroing([Component(n, "neuron", i) for i in some for n in (31, 7)], shape)
     assert {edit.site for edit in row} == {(7, "mlp.down_proj"), (31, "mlp.down_proj")}
     assert [torch.as_tensor(edit.columns).tolist() for edit in row] == [[*some]] * 2
-    twice = [Component(0, "head", 1), Component(0, "attn"), Component(0, "head", 1)]
-    (edit,) = tracing.zeroing(twice, shape)
+    (edit,) = tracing.zeroing([Component(0, "head", 1), Component(0, "attn")], shape)
     assert torch.equal(torch.as_tensor(edit.columns), torch.arange(64)), "no column moves twice"
 
 
@@ -305,9 +249,7 @@ def test_one_edit_per_module_serves_thousands_of_neurons(plain: Bench) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scaling_by_one_changes_nothing_by_two_something_and_by_zero_zeroes(
-    plain: Bench, kind: str
-) -> None:
+def test_scaling_by_one_changes_nothing_and_by_zero_is_zeroing(plain: Bench, kind: str) -> None:
     flags = f"--kind {kind} {WHICH.get(kind, '')} --op scale --factor"
     once, twice = (effects(*scores(plain.experiment(f"{flags} {n}"))).abs() for n in (1, 2))
     assert once.max() < SAME
@@ -338,13 +280,13 @@ def test_patching_the_first_residual_gives_the_partners_score(
     assert (edited[..., mine] - clean[..., partner]).abs().max() < CLOSE
     assert (edited[..., partner] - clean[..., partner]).abs().max() < CLOSE
     assert (clean[..., 0] - clean[..., 1]).abs().min() > 1e-2
-    first, second = effects(*scores(plain.experiment(f"{flags} 0,1", [UNEQUAL]))).abs()
-    assert first < SAME and second > 1e-3
+    moved = effects(*scores(plain.experiment(f"{flags} 0,1", [UNEQUAL]))).abs()
+    assert moved[0] < SAME and moved[1] > 1e-3
 
 
 def test_the_mean_of_a_constant_changes_nothing(tmp_path: Path) -> None:
     constant = bench(str(random_models.build_model(tmp_path, attention_bias=True)))
-    for block in naive.layers_of(constant.model):
+    for block in naive.layers_of(constant.loaded[0]):
         block.self_attn.v_proj.weight.data.zero_()  # what heads read is the bias alone
         block.self_attn.v_proj.bias.data.normal_()
     for kind in ("head", "attn"):
@@ -364,6 +306,8 @@ def test_zeroed_and_given_heads_are_absent_columns_of_o_proj(
     exp = whole.experiment("--op mean --given L1H2")
     left = {f"L{layer}H{head}" for layer in range(3) for head in range(4)} - {"L1H2"}
     assert {component.label for component in exp.components} == left
+    of_mlps = whole.experiment("--kind mlp --given L0H0,L1H0 --confirm 1")  # one, and two others
+    assert len(of_mlps.components) == 3, "given heads do not count against MLPs"
     given, idle = scores(exp), scores(changed.experiment("--op mean --given L1H2"))
     expected = scores(changed.experiment("--op mean"), *([c] for c in exp.components))
     for i in range(2):
@@ -372,12 +316,6 @@ def test_zeroed_and_given_heads_are_absent_columns_of_o_proj(
     clean, zeroed = scores(whole.experiment("--layers 1 --heads 2"))
     assert (zeroed - expected[0]).abs().max() < CLOSE
     assert effects(clean, zeroed).abs().min() > 1e-3
-
-
-def test_given_heads_do_not_count_against_the_random_sets_of_another_kind(plain: Bench) -> None:
-    """Three layers hold two other MLPs beside one chosen, however many heads are given."""
-    exp = plain.experiment("--kind mlp --given L0H0,L1H0 --confirm 1")
-    assert [component.label for component in exp.components] == ["L0mlp", "L1mlp", "L2mlp"]
 
 
 @pytest.mark.parametrize("flags", ["--kind attn --op mean", "--kind mlp --op mean", "--layers 0,2"])
@@ -413,24 +351,32 @@ def test_twins_that_share_both_prompts_are_patched_as_each_alone(plain: Bench) -
 def test_rows_pass_through_no_more_than_they_change(
     plain: Bench, monkeypatch: Patch, flags: str, layer: int, grows_at: int
 ) -> None:
-    """Blocks below are skipped; the batch grows at the edited module; after the last attention only
-    the scoring nodes go on, but for an MLP that is edited itself."""
+    """Blocks below are skipped; the batch grows at the edited module; after the last attention
+    only the scoring nodes go on, but for an MLP that is edited itself."""
     exp = plain.experiment(f"{flags} --layers {layer}")
     tree, traced = exp.trees[0], exp.traced
     clean = exp.run_clean(tree, [layer], exp.components)
     rows = [exp.edits([component], clean) for component in exp.components] * 2
     names = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
-    read = spying(monkeypatch, traced, *((n, name) for n in range(3) for name in names))
+    read: dict[Site, tuple[int, int]] = {}
+
+    def spy(site: Site, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        read[site] = (x.shape[0], x.shape[1])
+        return forward(x)
+
+    for site in itertools.product(range(3), names):
+        module = traced.module(site)
+        monkeypatch.setattr(module, "forward", functools.partial(spy, site, module.forward))
     before = traced.n_forwards, traced.n_tokens
     tracing.run_rows(traced, clean, rows)
     n, tok, few = len(rows), tree.n_tokens, len(tree.scored)
     passed = traced.n_forwards - before[0], traced.n_tokens - before[1]
     assert passed == (1, n * tok * (3 - layer))
     assert {site[0] for site in read} == set(range(layer, 3))
-    assert [len(read[layer, name]) for name in names] == [1] * grows_at + [n] * (4 - grows_at)
-    assert all(len(x) == n for site, x in read.items() if site[0] > layer)
+    assert [read[layer, name][0] for name in names] == [1] * grows_at + [n] * (4 - grows_at)
+    assert all(size[0] == n for site, size in read.items() if site[0] > layer)
     after = tok if (layer, grows_at) == (2, 3) else few
-    assert [read[2, name].shape[1] for name in names] == [tok, few, after, after]
+    assert [read[2, name][1] for name in names] == [tok, few, after, after]
     assert few < tok / 2
 
 
@@ -470,10 +416,10 @@ def test_no_hook_and_no_replaced_forward_is_left_behind(
 
 def test_a_sharded_module_is_refused(plain: Bench, monkeypatch: Patch) -> None:
     shape = plain.traced.shape
-    traced = TracedModel(plain.model, replace(shape, n_heads=8), 64)
+    traced = TracedModel(plain.loaded[0], replace(shape, n_heads=8), 64)
     row = tracing.zeroing([Component(0, "head", 0)], traced.shape)
     with pytest.raises(tracing.RunError, match="sharded"), tracing.editing(traced, [row]):
         traced.model(torch.tensor([[1, 2, 3]]))
-    monkeypatch.setattr(plain.model, "_tp_size", 2, raising=False)
+    monkeypatch.setattr(plain.loaded[0], "_tp_size", 2, raising=False)
     with pytest.raises(tracing.UsageError, match="tensor-parallel"):
-        TracedModel(plain.model, shape, 64)
+        TracedModel(plain.loaded[0], shape, 64)

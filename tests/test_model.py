@@ -320,16 +320,13 @@ def test_components_are_equal_slices_of_their_modules_input_by_hand(llama: str) 
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_bfloat16_is_chosen_where_a_gpu_computes_it_natively(
+def test_bfloat16_is_chosen_where_a_gpu_computes_it_without_emulation(
     llama: str, monkeypatch: pytest.MonkeyPatch, native: bool
 ) -> None:
-    """Emulation does not count."""
-
     def supported(including_emulation: bool = True) -> bool:
         return native or including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    chosen = torch.bfloat16 if native else torch.float32
-    for bf16, dtype in {None: chosen, True: torch.bfloat16, False: torch.float32}.items():
-        assert tracing.read_shape(Config(model_id=llama, bf16=bf16)).dtype == dtype
+    found = [tracing.read_shape(Config(model_id=llama, bf16=b)).dtype for b in (None, True, False)]
+    assert found == [torch.bfloat16 if native else torch.float32, torch.bfloat16, torch.float32]

@@ -11,21 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import llama3_circuit_tracing as tracing
 from conftest import Answer
-from llama3_circuit_tracing import (
-    TASKS,
-    Config,
-    Prompt,
-    PromptEncoder,
-    Sample,
-    Tree,
-    build_suppression,
-    edited_positions,
-    plant_trees,
-    write_prompts,
-)
+from llama3_circuit_tracing import Config, Prompt, PromptEncoder, Sample, Tree, edited_positions
 
 Spelling = tuple[int, ...]
+Pair = tuple[Spelling, Spelling]
+Prompts = list[list[Prompt]]
 
 
 def prompt_of(sample: Sample, side: str, ids: Spelling, *forms: tuple[Spelling, ...]) -> Prompt:
@@ -34,7 +26,7 @@ def prompt_of(sample: Sample, side: str, ids: Spelling, *forms: tuple[Spelling, 
 
 def plant(*samples: Sequence[Prompt], bos: int | None = 1, config: Config | None = None) -> Tree:
     """All in one tree."""
-    (tree,) = plant_trees(samples, bos, replace(config or Config(), tree_tokens=100_000))
+    (tree,) = tracing.plant_trees(samples, bos, replace(config or Config(), tree_tokens=100_000))
     return tree
 
 
@@ -89,6 +81,9 @@ def test_a_small_tree_by_hand() -> None:
     assert scored(tree) == [[[[(p, 7)], [(p, 8), ((*p, 8), 9)]]] for p in (a, b)]
     assert tree.where is None
     assert tree.samples == [(PAIR, {"a": 0, "b": 1})]
+    mask = tree.mask(torch.float32, torch.device("cpu"))
+    assert mask.shape == (1, 1, 8, 8)
+    assert torch.equal(mask[0, 0], torch.where(tree.visible, 0.0, torch.finfo(torch.float32).min))
 
 
 def test_a_word_is_the_sum_over_its_forms_of_the_product_over_their_tokens() -> None:
@@ -96,23 +91,16 @@ def test_a_word_is_the_sum_over_its_forms_of_the_product_over_their_tokens() -> 
     chances = torch.tensor([[0.5, 0.25, 0.5, 0.1, 0.2, 1.0]], dtype=torch.float64)
     words = torch.cat(tree.word_log_probs(chances.log()), -1).exp()
     assert words[0].tolist() == pytest.approx([0.5 + 0.25 * 0.5, 0.1 + 0.2 * 1.0])
-    scores = tree.scores(chances.log(), TASKS["suppression"])
+    scores = tree.scores(chances.log(), tracing.TASKS["suppression"])
     assert scores[0].tolist() == pytest.approx([math.log(0.625), math.log(0.3)])
 
 
 def test_words_with_fewer_forms_than_others_gain_nothing() -> None:
-    """Nor do samples with fewer words than others of the tree."""
-    sample = Sample("s1", "a", "b", ("x", "y"), ("z",))
-    words = [((7,), (8,)), ((9,),), ((6,),)]
-    small = [prompt_of(replace(PAIR, foils=("y",)), side, (1, 3), *words[:2]) for side in "ab"]
-    tree = plant([prompt_of(sample, side, (1, 2), *words) for side in "ab"], small)
-    chances = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.1, 0.2, 0.4, 0.2, *[0.25, 0.25, 0.4] * 2]])
-    found = [of_prompt.exp()[0].tolist() for of_prompt in tree.word_log_probs(chances.log())]
-    assert found[:2] == [pytest.approx([0.3, 0.3, 0.4]), pytest.approx([0.3, 0.4, 0.2])]
-    assert found[2:] == [pytest.approx([0.5, 0.4])] * 2
-    twice = torch.cat([chances, chances / 2]).log()
-    scores = tree.scores(twice, TASKS["refusal"]).exp()
-    assert scores.tolist() == [pytest.approx([0.6 / 0.4, 0.7 / 0.2, 0.5 / 0.4, 0.5 / 0.4])] * 2
+    sample = replace(PAIR, targets=("x", "y"))
+    tree = plant([prompt_of(sample, side, (1, 2), ((7,), (8,)), ((9,),)) for side in "ab"])
+    chances = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.1, 0.2]], dtype=torch.float64)
+    words = torch.cat(tree.word_log_probs(chances.log()), -1).exp()
+    assert words[0].tolist() == pytest.approx([0.3, 0.3, 0.5, 0.2])
 
 
 def test_a_prompt_that_is_the_beginning_of_another_needs_no_node_of_its_own() -> None:
@@ -122,18 +110,8 @@ def test_a_prompt_that_is_the_beginning_of_another_needs_no_node_of_its_own() ->
     assert scored(tree) == [[[[((1, 2, 3), 7)]]], [[[((1, 2), 3), ((1, 2, 3), 4)]]]]
 
 
-def test_the_mask_hides_all_but_ancestors_and_self() -> None:
-    tree = plant(SMALL)
-    mask = tree.mask(torch.float32, torch.device("cpu"))
-    assert mask.shape == (1, 1, 8, 8)
-    assert torch.equal(mask[0, 0] == 0, tree.visible)
-    assert set(mask[0, 0][~tree.visible].tolist()) == {torch.finfo(torch.float32).min}
-
-
 @pytest.mark.parametrize(("bos", "of_first"), [(1, 0.0), (None, 2.0), (2, 2.0)])
-def test_means_count_the_tokens_of_each_prompt_b_without_bos(
-    bos: int | None, of_first: float
-) -> None:
+def test_means_count_the_tokens_of_each_b_without_bos(bos: int | None, of_first: float) -> None:
     other = Sample("s1", "a", "b", ("x",))
     tree = plant(SMALL, [prompt_of(other, p.side, p.ids, *p.forms) for p in SMALL], bos=bos)
     weights = dict(zip(spellings(tree), tree.b_weight.tolist(), strict=True))
@@ -148,50 +126,45 @@ def encoder(tiny_llama: str) -> PromptEncoder:
 
 
 @pytest.fixture(scope="module")
-def real_prompts(encoder: PromptEncoder) -> list[list[Prompt]]:
-    return write_prompts(build_suppression(9, random.Random(3), len), encoder, Config())
+def built_in(encoder: PromptEncoder) -> Prompts:
+    return tracing.write_prompts(
+        tracing.build_suppression(9, random.Random(3), len), encoder, Config()
+    )
 
 
-def test_a_tree_holds_every_beginning_once_and_scores_every_token_of_every_form(
-    real_prompts: list[list[Prompt]],
-) -> None:
-    tree = plant(*real_prompts, bos=None)
+def test_every_beginning_is_there_once_and_every_token_of_a_form_scored(built_in: Prompts) -> None:
+    tree = plant(*built_in, bos=None)
     nodes = spellings(tree)
     beginnings = set()
-    for prompt in (p for of_sample in real_prompts for p in of_sample):
+    for prompt in (p for of_sample in built_in for p in of_sample):
         for form in (f for forms in prompt.forms for f in forms):
             whole = prompt.ids + form[:-1]
             beginnings |= {whole[: i + 1] for i in range(len(whole))}
-    assert len(nodes) == len(set(nodes))
-    assert set(nodes) == beginnings
+    assert sorted(nodes) == sorted(beginnings)
     assert tree.depth[0].tolist() == [len(node) - 1 for node in nodes]
     for prompt, path in zip(tree.prompts, tree.paths, strict=True):
-        assert tuple(tree.ids[0, list(path)].tolist()) == prompt.ids
-        assert nodes[path[-1]] == prompt.ids
+        assert [nodes[node] for node in path] == [prompt.ids[: i + 1] for i in range(len(path))]
     assert scored(tree) == [
         [[[(p.ids + f[:i], f[i]) for i in range(len(f))] for f in forms] for forms in p.forms]
         for p in tree.prompts
     ]
-    ends = {prompt.ids for prompt in tree.prompts}
-    assert ends <= {nodes[int(node)] for node in tree.scored}
+    assert {prompt.ids for prompt in tree.prompts} <= {nodes[int(node)] for node in tree.scored}
 
 
 # ----- capped trees
 
 
-def test_trees_hold_the_samples_in_order_and_at_most_the_tokens_allowed(
-    real_prompts: list[list[Prompt]],
-) -> None:
+def test_trees_hold_samples_in_order_and_at_most_the_tokens_allowed(built_in: Prompts) -> None:
     """A tree is what its own samples alone would make: nothing is left of one that did not fit."""
-    whole = plant(*real_prompts[:3], bos=None)
+    whole = plant(*built_in[:3], bos=None)
     for limit, n_first in ((whole.n_tokens, 3), (whole.n_tokens - 1, 2), (1, 1)):
-        trees = plant_trees(real_prompts, None, Config(tree_tokens=limit))
+        trees = tracing.plant_trees(built_in, None, Config(tree_tokens=limit))
         assert all(tree.n_tokens <= limit or len(tree.samples) == 1 for tree in trees)
         in_order = [prompt for tree in trees for prompt in tree.prompts]
-        assert in_order == [prompt for of_sample in real_prompts for prompt in of_sample]
-        alone = plant(*real_prompts[:n_first], bos=None)
+        assert in_order == [prompt for of_sample in built_in for prompt in of_sample]
+        alone = plant(*built_in[:n_first], bos=None)
         assert spellings(trees[0]) == spellings(alone) and scored(trees[0]) == scored(alone)
-    assert len(trees) == len(real_prompts)
+    assert len(trees) == len(built_in)
 
 
 # ----- the tokens that edits touch
@@ -199,7 +172,6 @@ def test_trees_hold_the_samples_in_order_and_at_most_the_tokens_allowed(
 
 EQUAL = ((1, 2, 3, 9), (1, 2, 4, 9))
 LONGER = ((1, 2, 3, 4, 9, 8), (1, 2, 9, 8))
-SHORTER = LONGER[::-1]
 SAME = ((1, 2, 3), (1, 2, 3))
 APART = ((5, 6, 7), (8, 9))
 TWICE = ((1, 2, 2, 9), (1, 2, 9))  # prefix and suffix claim the same token of the other
@@ -214,9 +186,9 @@ TWICE = ((1, 2, 2, 9), (1, 2, 9))  # prefix and suffix claim the same token of t
         (LONGER, "all", None, {4: 2, 5: 3}),
         (LONGER, "last", [5], {5: 3}),
         (LONGER, "differing", [2, 3], {}),
-        (SHORTER, "all", None, {2: 4, 3: 5}),
-        (SHORTER, "last", [3], {3: 5}),
-        (SHORTER, "differing", [], {}),
+        (LONGER[::-1], "all", None, {2: 4, 3: 5}),
+        (LONGER[::-1], "last", [3], {3: 5}),
+        (LONGER[::-1], "differing", [], {}),
         (SAME, "all", None, {}),
         (SAME, "differing", [], {}),
         (APART, "all", None, {}),
@@ -231,10 +203,7 @@ TWICE = ((1, 2, 2, 9), (1, 2, 9))  # prefix and suffix claim the same token of t
     ],
 )
 def test_edits_touch_the_positions_asked_for_and_patches_the_aligned_ones_of_them(
-    pair: tuple[Spelling, Spelling],
-    positions: str,
-    touched: list[int] | None,
-    aligned: dict[int, int],
+    pair: Pair, positions: str, touched: list[int] | None, aligned: dict[int, int]
 ) -> None:
     """By hand; None stands for the whole tree."""
     for op in ("zero", "mean", "scale"):
@@ -275,7 +244,7 @@ def test_nodes_that_edits_single_out_belong_to_one_prompt_only(
         Sample("s2", "Don't mention apple. Name a fruit.", "Name a fruit.", ("quixotically",)),
         Sample("s3", "Name a metal.", "Name a sport.", ("iron",)),
     ]
-    prompts = write_prompts(samples, encoder, config)
+    prompts = tracing.write_prompts(samples, encoder, config)
     tree = plant(*prompts, bos=encoder.tokenizer.bos_token_id, config=config)
     nodes = spellings(tree)
     assert [nodes[path[-1]] for path in tree.paths] == [prompt.ids for prompt in tree.prompts]

@@ -79,15 +79,11 @@ def with_template(tokenizer: Any, template: str) -> PromptEncoder:
     return PromptEncoder(changed, "", "word")
 
 
-@pytest.mark.parametrize(
-    ("template", "count"), [(MESSAGES, 0), (BOS + BOS + MESSAGES, 2), (MESSAGES + BOS, 1)]
-)
-def test_a_template_without_one_bos_at_the_start_is_refused(
-    tokenizer: Any, template: str, count: int
-) -> None:
-    with pytest.raises(UsageError, match=rf"s0.*{count} BOS"):
-        write(with_template(tokenizer, template), FRUIT)
+def test_a_template_without_one_bos_at_the_start_is_refused(tokenizer: Any) -> None:
     write(with_template(tokenizer, BOS + MESSAGES), FRUIT)
+    for template, count in ((MESSAGES, 0), (BOS + BOS + MESSAGES, 2), (MESSAGES + BOS, 1)):
+        with pytest.raises(UsageError, match=rf"s0.*{count} BOS"):
+            write(with_template(tokenizer, template), FRUIT)
 
 
 UNLESS_GIVEN = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
@@ -102,9 +98,7 @@ UNLESS_GIVEN += "{% endif %}Today: {{ date_string }}\n"
         ('Today: {{ strftime_now( "%Y-%m-%d" ) }}\n', "2024-07-26"),
     ],
 )
-def test_a_template_that_writes_todays_date_gets_the_pinned_one(
-    tokenizer: Any, head: str, date: str
-) -> None:
+def test_a_template_that_writes_the_date_gets_one_day(tokenizer: Any, head: str, date: str) -> None:
     text = with_template(tokenizer, BOS + head + MESSAGES).render("Name a fruit.")
     assert f"Today: {date}\n" in text
 
@@ -120,13 +114,9 @@ def test_a_template_that_fails_is_told_with_its_reason(tokenizer: Any) -> None:
 STEM = "My favorite fruit is the"
 
 
-@pytest.mark.parametrize(
-    ("stem", "blank"), [("", ""), (STEM, " "), (f"  {STEM}  ", " ")], ids=["header", "stem", "bare"]
-)
-def test_a_form_stands_as_written_and_with_a_capital_and_after_a_stem_behind_a_blank(
-    tokenizer: Any, stem: str, blank: str
-) -> None:
-    """All its tokens are kept, and none of the prompt's changes."""
+@pytest.mark.parametrize(("stem", "blank"), [("", ""), (STEM, " "), (f"  {STEM}  ", " ")])
+def test_forms_are_as_written_and_with_a_capital(tokenizer: Any, stem: str, blank: str) -> None:
+    """After a stem behind a blank; all tokens are kept, and none of the prompt's changes."""
     encoder = PromptEncoder(tokenizer, stem, "word")
     words = {
         "apple": "Apple",
@@ -144,9 +134,7 @@ def test_a_form_stands_as_written_and_with_a_capital_and_after_a_stem_behind_a_b
 
 
 @pytest.mark.parametrize("stem", ["", "It is"])
-def test_the_literal_form_is_the_first_token_of_the_word_behind_a_blank(
-    tokenizer: Any, stem: str
-) -> None:
+def test_the_literal_form_is_the_first_token_behind_a_blank(tokenizer: Any, stem: str) -> None:
     encoder = PromptEncoder(tokenizer, stem, "literal")
     for word in ("apple", "Quixotically"):
         first = tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]
@@ -201,40 +189,30 @@ def controlled(samples: Sequence[Sample], encoder: PromptEncoder) -> dict[str, d
     return {of[0].sample.sample_id: {prompt.side: prompt for prompt in of} for of in prompts}
 
 
-def test_controls_score_the_same_words_and_leave_the_other_prompts_alone(
+def test_controls_forbid_as_many_words_that_nobody_answers_or_mention_those_that_are_forbidden(
     encoder: PromptEncoder,
 ) -> None:
+    """The words are those that other samples forbid; prompts a and b stay as they are."""
     plain = tracing.write_prompts(BUILT_IN, encoder, Config())
-    assert [[prompt.side for prompt in of] for of in plain] == [["a", "b"]] * 9
-    for (a, b), of in zip(plain, controlled(BUILT_IN, encoder).values(), strict=True):
+    of_sample = controlled(BUILT_IN, encoder).values()
+    for sample, sides, of in zip(BUILT_IN, plain, of_sample, strict=True):
         assert list(of) == ["a", "b", "other", "affirm"]
-        assert (of["a"], of["b"]) == (a, b)
-        assert of["other"].forms == of["affirm"].forms == a.forms
-
-
-def test_controls_forbid_as_many_words_that_nobody_answers_and_mention_those_that_are_forbidden(
-    encoder: PromptEncoder,
-) -> None:
-    """The words are those that other samples forbid; the affirmative template the nearest in
-    tokens."""
-    of_sample = controlled(BUILT_IN, encoder)
-    for sample in BUILT_IN:
-        texts = {side: user_text(p.text) for side, p in of_sample[sample.sample_id].items()}
-        found = re.fullmatch(rf"Don't mention (.+)\. {re.escape(sample.prompt_b)}", texts["other"])
+        assert [of["a"], of["b"]] == sides
+        assert of["other"].forms == of["affirm"].forms == of["a"].forms
+        forbids = rf"Don't mention (.+)\. {re.escape(sample.prompt_b)}"
+        found = re.fullmatch(forbids, user_text(of["other"].text))
         assert found
         words = found[1].split(" or ")
         assert len(words) == len(set(words)) == len(sample.targets)
         assert set(words) <= {w for other in BUILT_IN if other != sample for w in other.targets}
-        answers = tracing.QUESTIONS[sample.prompt_b].split()
-        assert not set(words) & {*answers, *sample.targets}
-        mentioned = f"{' or '.join(sample.targets)}. {sample.prompt_b}"
-        n_tokens = {
-            text: len(naive.prompt_ids(encoder.tokenizer, text))
-            for text in [sample.prompt_a, *(f"{m} {mentioned}" for m in tracing.MENTIONS)]
+        assert not set(words) & {*tracing.QUESTIONS[sample.prompt_b].split(), *sample.targets}
+        mentions = [
+            f"{m} {' or '.join(sample.targets)}. {sample.prompt_b}" for m in tracing.MENTIONS
+        ]
+        gaps = {
+            text: abs(encoder.count(encoder.render(text)) - len(of["a"].ids)) for text in mentions
         }
-        n_a = n_tokens.pop(sample.prompt_a)
-        gaps = {text: abs(n - n_a) for text, n in n_tokens.items()}
-        assert gaps[texts["affirm"]] == min(gaps.values())
+        assert gaps[user_text(of["affirm"].text)] == min(gaps.values())
 
 
 def test_samples_of_the_same_sentence_lend_each_other_no_words(encoder: PromptEncoder) -> None:
@@ -258,9 +236,8 @@ def test_controls_have_the_token_counts_of_what_they_stand_for_where_possible(se
     }
 
 
-def test_controls_differ_by_two_tokens_at_most_or_are_warned_of(
-    encoder: PromptEncoder, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unequal_controls_are_warned_of(encoder: PromptEncoder, caplog: Any) -> None:
+    """Two tokens more or less than prompt a are let pass."""
     samples, gaps = [*BUILT_IN], set()
     for n in (3, 5, 8, 15):  # q is a token per letter
         samples.append(forbidding(f"q{n}", f"Name a {n}.", "q" * n))

@@ -17,14 +17,14 @@ import naive
 from by_hand import halves, prepared
 from conftest import finish, generations, read, record_of, user_text
 
+Plain = tuple[Any, Any]  # a model and its tokenizer, as everyone loads them
 # on random weights, since one head rarely changes what a trained model says
 REPLYING = "--num_samples 6 --confirm 3 --num_random 2 --max_new_tokens 5 --given L0H0"
 REFUSING = "--task refusal --num_samples 4 --confirm 2 --num_random 2 --max_new_tokens 4"
 
 
 @pytest.fixture(scope="module")
-def plain(llama: str) -> tuple[Any, Any]:
-    """The random model and its tokenizer, as everyone loads them."""
+def plain(llama: str) -> Plain:
     return naive.load(llama)
 
 
@@ -42,9 +42,7 @@ def chosen_in(folder: Path) -> list[str]:
 
 
 @torch.no_grad()
-def naive_tokens(
-    plain: tuple[Any, Any], user: str, n_tokens: int, labels: Iterable[str] = ()
-) -> list[int]:
+def naive_tokens(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] = ()) -> list[int]:
     """Greedy tokens, a full forward each, with some components zeroed throughout."""
     model, tokenizer = plain
     ids = naive.prompt_ids(tokenizer, user)
@@ -55,9 +53,7 @@ def naive_tokens(
     return ids[n:]
 
 
-def naive_reply(
-    plain: tuple[Any, Any], user: str, n_tokens: int, labels: Iterable[str] = ()
-) -> str:
+def naive_reply(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] = ()) -> str:
     tokens, tokenizer = naive_tokens(plain, user, n_tokens, labels), plain[1]
     ends = {tokenizer.eos_token_id, *plain[0].generation_config.eos_token_id}
     stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), n_tokens)
@@ -81,7 +77,7 @@ def test_all_samples_are_answered_unedited_and_held_out_ones_with_the_chosen_abl
 
 
 def test_replies_are_those_of_a_plain_token_loop_with_the_components_and_the_given_zeroed(
-    runs: dict[str, Path], plain: tuple[Any, Any]
+    runs: dict[str, Path], plain: Plain
 ) -> None:
     texts, with_given = by_hand.texts(runs["replying"]), 0
     replies: dict[str, set[str]] = {}
@@ -99,7 +95,7 @@ def test_replies_are_those_of_a_plain_token_loop_with_the_components_and_the_giv
     [("L1mlp", "mean"), ("L2attn", "scale"), ("L0N7", "scale"), ("L1resid", "scale")],
 )
 def test_replies_are_edited_by_any_op_that_applies_at_every_token(
-    label: str, op: str, llama: str, plain: tuple[Any, Any]
+    label: str, op: str, llama: str, plain: Plain
 ) -> None:
     component, factor = tracing.Component.parse(label), -40.0
     flags = ["--factor", str(factor)] if op == "scale" else []
@@ -124,7 +120,7 @@ def test_replies_are_edited_by_any_op_that_applies_at_every_token(
 
 @pytest.mark.parametrize("terminator", ["generation_config", "a list", "tokenizer", "<|eot_id|>"])
 def test_replies_stop_at_every_kind_of_terminator(
-    terminator: str, llama: str, plain: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    terminator: str, llama: str, plain: Plain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exp = prepared(llama, "--max_new_tokens", "8")
     prompt, tokenizer = exp.prompts[0][0], exp.encoder.tokenizer

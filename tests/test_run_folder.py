@@ -14,23 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 import pytest
 import torch
 
 import llama3_circuit_tracing as tracing
 from conftest import ROOT, SCRIPT, Answer, finish, read, record_of
-from test_sweep import EQUAL, TWO, largest_difference
+from test_sweep import EQUAL, TWO, largest_difference, naive_results
 
 EXTRAS = ["--confirm", "2", "--num_random", "3", "--max_new_tokens", "2", "--heatmap"]
 RESULTS = "circuit_results.csv"
-
-
-@pytest.fixture(scope="module")
-def whole(llama: str, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """The results of a run that nothing disturbed."""
-    return read(finish(llama, tmp_path_factory.mktemp("whole"), *TWO))
 
 
 def rows_run(patch: pytest.MonkeyPatch, limit: int, error: Callable[[], Exception]) -> list[int]:
@@ -57,24 +50,21 @@ def parts(folder: Path, kind: str = "") -> list[Path]:
 
 
 def test_more_layers_in_the_same_folder_compute_only_what_is_missing(
-    llama: str, whole: pd.DataFrame, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish(llama, tmp_path, *TWO, "--layers", "0,2", "--heads", "0-2")
     asked = rows_run(monkeypatch, 1000, MemoryError)
     finish(llama, tmp_path, *TWO)
     n_jittered = 3 * 4
     assert sum(asked) == 12 - 6 + n_jittered
-    assert largest_difference(read(tmp_path), whole) < EQUAL
+    assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL
 
 
 def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, tmp_path: Path) -> None:
-    optional = [tmp_path / name for name, always in tracing.OUTPUTS.items() if not always]
-    always = [tmp_path / name for name, always in tracing.OUTPUTS.items() if always]
-    finish(llama, tmp_path, *TWO, *EXTRAS)
-    assert all(path.exists() for path in (*optional, *always))
-    finish(llama, tmp_path, *TWO)
-    assert not any(path.exists() for path in optional)
-    assert all(path.exists() for path in always)
+    for flags in (EXTRAS, []):
+        finish(llama, tmp_path, *TWO, *flags)
+        there = {name for name in tracing.OUTPUTS if (tmp_path / name).exists()}
+        assert there == {name for name, always in tracing.OUTPUTS.items() if always or flags}
     assert "behaviour" not in record_of(tmp_path)
 
 
@@ -129,8 +119,7 @@ def two_runs(llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 def test_a_finished_run_computes_nothing_again(
     llama: str, two_runs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = (".csv", ".png", ".jsonl")
-    outputs = [path for path in two_runs[0].iterdir() if path.suffix in kept]
+    outputs = [p for p in two_runs[0].iterdir() if p.suffix in (".csv", ".png", ".jsonl")]
     before = [path.read_bytes() for path in outputs]
     assert len(outputs) == 7
     for path in outputs:
@@ -263,7 +252,6 @@ OUT_OF_MEMORY: dict[int, Callable[[], Exception]] = {  # where more rows than so
 def test_rows_are_halved_when_memory_runs_out_and_a_resumed_run_remembers(
     limit: int,
     llama: str,
-    whole: pd.DataFrame,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -275,7 +263,7 @@ def test_rows_are_halved_when_memory_runs_out_and_a_resumed_run_remembers(
     asked.clear()
     finish(llama, tmp_path, *flags)
     assert max(asked) <= limit
-    assert largest_difference(read(tmp_path), whole) < EQUAL
+    assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL
 
 
 @pytest.mark.parametrize(
@@ -297,7 +285,7 @@ def test_what_fails_with_one_row_alone_names_what_to_lower_or_its_own_reason(
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
-    llama: str, whole: pd.DataFrame, tmp_path: Path, answer: Answer
+    llama: str, tmp_path: Path, answer: Answer
 ) -> None:
     sync = os.fsync
 
@@ -317,4 +305,4 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
     assert not list(tmp_path.glob("**/*.tmp"))
     assert len(parts(tmp_path)) == 3
     assert answer(*command)[0] == 0
-    assert largest_difference(read(tmp_path), whole) < EQUAL
+    assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL

@@ -16,7 +16,7 @@ import torch
 
 import llama3_circuit_tracing as tracing
 from conftest import Answer
-from llama3_circuit_tracing import Edit, ModelShape, Row, TracedModel, Tree
+from llama3_circuit_tracing import Component, Edit, ModelShape, Row, TracedModel, Tree
 from random_models import ARCHITECTURES
 
 Models = Callable[[str], str]
@@ -77,32 +77,24 @@ def replanted(change: Callable[[Tree], dict[str, torch.Tensor]]) -> Planted:
     return tracing, "build_tree", planted
 
 
-def hidden(whom: Callable[[Tree], Any], who: Callable[[Tree], Any]) -> Planted:
-    """Some tokens are not seen by some others, though each by itself."""
+Pick = Callable[[Tree], Any]  # some tokens
+
+
+def hidden(whom: Pick, who: Pick = lambda tree: slice(None)) -> Planted:
+    """Some tokens are not seen by some others, or by any, though each by itself."""
 
     def change(tree: Tree) -> dict[str, torch.Tensor]:
         visible = tree.visible.clone()
-        visible[who(tree), whom(tree)] = False
+        for node in torch.arange(tree.n_tokens)[who(tree)].view(-1):
+            visible[node, whom(tree)] = False
         return {"visible": visible | torch.eye(tree.n_tokens, dtype=torch.bool)}
 
     return replanted(change)
 
 
-def token(share: float) -> Callable[[Tree], int]:
+def token(share: float) -> Pick:
     """Of the first prompt, from its beginning (0) to its end (1)."""
     return lambda tree: tree.paths[0][int(share * (len(tree.paths[0]) - 1))]
-
-
-def before_the_last(back: int) -> Callable[[Tree], int]:
-    return lambda tree: tree.paths[0][-1 - back]
-
-
-def all_nodes(tree: Tree) -> slice:
-    return slice(None)
-
-
-def first_half(tree: Tree) -> slice:
-    return slice(len(tree.paths[0]) // 2)
 
 
 def of_forms(tree: Tree) -> list[int]:
@@ -115,19 +107,15 @@ def dimming_mask(tree: Tree, dtype: torch.dtype, device: torch.device) -> torch.
 
 
 IN_THE_TREE: dict[str, Planted] = {
-    "BOS is hidden": hidden(token(0), all_nodes),
-    "a token of the system prompt is hidden": hidden(token(0.3), all_nodes),
-    "a token of the sentence is hidden": hidden(token(0.65), all_nodes),
-    "a token of the last header is hidden": hidden(token(0.9), all_nodes),
-    "the last token does not see the one before": hidden(before_the_last(1), token(1)),
-    "the last token does not see one long before": hidden(before_the_last(11), token(1)),
-    "a form sees half of its prompt": hidden(first_half, of_forms),
-    "a token sees another prompt": replanted(
-        lambda tree: {"visible": torch.ones_like(tree.visible).tril()}
-    ),
-    "position ids count nodes": replanted(
-        lambda tree: {"depth": torch.arange(tree.n_tokens)[None]}
-    ),
+    "BOS is hidden": hidden(token(0)),
+    "a token of the system prompt is hidden": hidden(token(0.3)),
+    "a token of the sentence is hidden": hidden(token(0.65)),
+    "a token of the last header is hidden": hidden(token(0.9)),
+    "the last token misses the one before": hidden(lambda tree: tree.paths[0][-2], token(1)),
+    "the last token misses one long before": hidden(lambda tree: tree.paths[0][-12], token(1)),
+    "a form misses half of its prompt": hidden(lambda tree: tree.paths[0][::2], of_forms),
+    "all before is seen": replanted(lambda tree: {"visible": torch.ones_like(tree.visible).tril()}),
+    "positions count nodes": replanted(lambda tree: {"depth": torch.arange(tree.n_tokens)[None]}),
     "a mask that only dims": (Tree, "mask", dimming_mask),
 }
 
@@ -153,16 +141,6 @@ def editing_outputs(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def editing_the_next_head(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
-    def moved(edit: Edit) -> Edit:
-        every = torch.arange(traced.shape.width(edit.site[1]))
-        return dataclasses.replace(edit, columns=every.roll(-traced.shape.d_head)[edit.columns])
-
-    with editing(traced, [tuple(map(moved, row)) for row in rows]):
-        yield
-
-
-@contextlib.contextmanager
 def leaving_a_hook(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
     with editing(traced, rows):
         traced.layers[-1].register_forward_pre_hook(lambda module, args: None)
@@ -172,15 +150,11 @@ def leaving_a_hook(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
 def misplaced(place: Callable[[ModelShape, int], slice]) -> Planted:
     """Heads have other columns."""
 
-    def planted(shape: ModelShape, component: tracing.Component) -> slice:
+    def planted(shape: ModelShape, component: Component) -> slice:
         is_head = component.kind == "head"
         return place(shape, component.index) if is_head else columns(shape, component)
 
     return ModelShape, "columns", planted
-
-
-def of_the_next(shape: ModelShape, head: int) -> slice:
-    return columns(shape, tracing.Component(0, "head", (head + 1) % shape.n_heads))
 
 
 def from_hidden_size(shape: ModelShape, head: int) -> slice:
@@ -219,8 +193,9 @@ def nan_from_a_later_block(traced: TracedModel, clean: Any, rows: Sequence[Row])
 
 IN_THE_HOOKS: dict[str, Planted] = {
     "a hook on o_proj's output": (tracing, "editing", editing_outputs),
-    "a hook that edits the next head": (tracing, "editing", editing_the_next_head),
-    "the columns of the next head": misplaced(of_the_next),
+    "the columns of the next head": misplaced(
+        lambda shape, head: columns(shape, Component(0, "head", (head + 1) % shape.n_heads))
+    ),
     "columns of the wrong width": misplaced(from_hidden_size),
     "an edit in place": (torch.Tensor, "clone", lambda x, **_: x),
     "a hook left behind": (tracing, "editing", leaving_a_hook),

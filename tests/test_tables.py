@@ -7,20 +7,18 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
-from by_hand import Effects, results
-from conftest import Answer, finish, read, record_of, write_samples
+from by_hand import Effects, results, steps
+from conftest import Answer, finish, read, write_samples
 
 CONFIG = tracing.Config(num_bootstrap=500)
 QUICK = tracing.Config(num_bootstrap=100)
@@ -32,11 +30,7 @@ CONTROLS += ["effect_minus_other", "effect_minus_affirm"]
 LAST = ["kind", "index", "op", "positions"]
 STATISTICS = ["n_samples", "n_sentences", "mean", "median", "sd", "ci_low", "ci_high", "p", "q"]
 PLAIN, CONTROLLED = "--num_samples 6", "--num_samples 6 --controls"
-SENTENCES = [
-    {"sample_id": "s0", "sentence": "Name a sport.", "targets": ["golf"]},
-    {"sample_id": "s1", "sentence": "Name a metal.", "targets": ["iron", "zinc"]},
-    {"sample_id": "s2", "sentence": "Name a bird.", "targets": ["owl"]},
-]
+GOLF = {"sentence": "Name a sport.", "targets": ["golf"]}
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +174,10 @@ def test_control_prompts_score_as_the_naive_oracle_says(
 
 
 def test_a_sample_without_controls_leaves_their_columns_empty(llama: str, tmp_path: Path) -> None:
-    long = {"sample_id": "long", "prompt_a": "Never say golf! Name a sport."}
-    long |= {"prompt_b": "Name a sport.", "targets": ["golf"]}
-    samples = write_samples(tmp_path / "mine.jsonl", long, *SENTENCES[1:])
+    long = {"sample_id": "long", "prompt_a": "Never say owl! Name a bird."}
+    long |= {"prompt_b": "Name a bird.", "targets": ["owl"]}
+    iron = {"sentence": "Name a metal.", "targets": ["iron", "zinc"]}
+    samples = write_samples(tmp_path / "mine.jsonl", long, GOLF, iron)
     folder = finish(llama, tmp_path, "--samples", samples, "--controls", "--layers", "0")
     table, heads = read(folder), read(folder, "circuit_heads.csv")
     empty = (table["sample_id"] == "long").tolist()
@@ -193,7 +188,7 @@ def test_a_sample_without_controls_leaves_their_columns_empty(llama: str, tmp_pa
 
 
 def test_a_control_that_no_sample_has_is_in_no_finding(llama: str, tmp_path: Path) -> None:
-    samples = write_samples(tmp_path / "mine.jsonl", SENTENCES[0])  # no other's words to forbid
+    samples = write_samples(tmp_path / "mine.jsonl", GOLF)  # no other's words to forbid
     folder = finish(llama, tmp_path, "--samples", samples, "--controls", "--layers", "0")
     empty, heads = read(folder)[CONTROLS].isna(), read(folder, "circuit_heads.csv")
     assert empty.all().to_dict() == empty.any().to_dict() == {c: "other" in c for c in CONTROLS}
@@ -220,48 +215,6 @@ def test_the_noise_floor_by_hand() -> None:
         "no row": (table.head(0), math.nan),
     }.values():
         assert tracing.noise_floor(jittered) == pytest.approx(floor, nan_ok=True)
-
-
-def test_a_jittered_row_scales_a_head_by_one_plus_two_eps(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    edits: list[tracing.Edit] = []
-    run = tracing.run_batches
-
-    def watch(traced: Any, clean: Any, rows: Sequence[tracing.Row]) -> torch.Tensor:
-        edits.extend(edit for row in rows for edit in row if edit.factor)
-        return run(traced, clean, rows)
-
-    monkeypatch.setattr(tracing, "run_batches", watch)
-    finish(llama, tmp_path, "--num_samples", "1", "--bf16")
-    found = {(e.site[1], e.columns.stop - e.columns.start, e.factor) for e in edits}
-    assert found == {("self_attn.o_proj", 16, 1 + 2**-6)}
-
-
-def test_the_noise_floor_is_the_95th_percentile_of_the_mean_effects_of_jittered_rows(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It depends on the seed, which draws the heads, and is larger in bfloat16."""
-    samples = ["--samples", write_samples(tmp_path / "mine.jsonl", *SENTENCES)]
-    seen: list[pd.DataFrame] = []
-    of_rows = tracing.noise_floor
-    monkeypatch.setattr(tracing, "noise_floor", lambda table: seen.append(table) or of_rows(table))
-    floors, drawn = [], []
-    for i, flags in enumerate(("1", "1", "2", "1 --bf16")):
-        folder = finish(llama, tmp_path / str(i), *samples, "--seed", *flags.split())
-        moved = seen[i]["score_a_head"] - seen[i]["score_b_head"]
-        moved -= seen[i]["score_a_base"] - seen[i]["score_b_base"]
-        rows = moved.groupby([seen[i][name] for name in ("layer", "index", "draw")])
-        assert set(rows.size()) == {3}  # samples
-        assert len(rows) >= 12
-        drawn.append(set(rows.groups))
-        floors.append(record_of(folder)["noise_floor"])
-        assert floors[i] == pytest.approx(np.quantile(rows.mean().abs(), 0.95), rel=1e-9)
-    assert {layer for layer, _, _ in drawn[0]} == {0, 1, 2}
-    assert drawn[0] == drawn[3] != drawn[2]
-    assert floors[0] == floors[1] != floors[2]
-    assert 1e-8 < floors[0] < 2e-5
-    assert max(1e-4, 100 * floors[0]) < floors[3] < 1
 
 
 # ----- statistics per component: sentences are the units
@@ -487,10 +440,6 @@ def test_the_effect_less_that_of_a_control_is_judged_alike() -> None:
 # ----- comparison with another run
 
 
-def steps(value: float) -> list[float]:
-    return [value + 0.01 * i for i in range(8)]
-
-
 def compare(
     now: Effects, before: Effects, base: float = -2.0, floor: float = 0.1, op: str = "zero"
 ) -> pd.DataFrame:
@@ -532,26 +481,22 @@ def test_a_role_that_grew_beyond_the_floor_is_flagged(
     assert line.endswith(": L1H2" if flagged else ": none")
 
 
-@pytest.mark.parametrize(
-    ("now", "before", "agreement"),
-    [
-        ([1.0, 2.0, 3.0, 4.0], [1.0, 30.0, 20.0, 400.0], "0.800"),
-        # ranks 1 2.5 2.5 4 and 1 3 2 4: 4.5 / sqrt(4.5 * 5)
-        ([1.0, 2.0, 2.0, 4.0], [10.0, 30.0, 20.0, 400.0], "0.949"),
-        ([1.0, 2.0, 2.0, 4.0], [4.0, 3.0, 3.0, 1.0], "-1.000"),
-    ],
-)
+RANKED = {  # by agreement the effects of four heads, now and before
+    "0.800": ([1.0, 2.0, 3.0, 4.0], [1.0, 30.0, 20.0, 400.0]),
+    # ranks 1 2.5 2.5 4 and 1 3 2 4: 4.5 / sqrt(4.5 * 5)
+    "0.949": ([1.0, 2.0, 2.0, 4.0], [10.0, 30.0, 20.0, 400.0]),
+    "-1.000": ([1.0, 2.0, 2.0, 4.0], [4.0, 3.0, 3.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("agreement", RANKED)
 @pytest.mark.parametrize("op", ["zero", "mean"])
 def test_the_rankings_agree_by_spearman_and_growth_is_of_one_op_only(
-    op: str,
-    now: list[float],
-    before: list[float],
-    agreement: str,
-    caplog: pytest.LogCaptureFixture,
+    op: str, agreement: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one, two = ({f"L0H{h}": steps(x) for h, x in enumerate(values)} for values in (now, before))
+    now, before = ({f"L0H{h}": steps(e) for h, e in enumerate(es)} for es in RANKED[agreement])
     with caplog.at_level(logging.INFO, logger="circuit"):
-        heads = compare(one, two, op=op)
+        heads = compare(now, before, op=op)
     assert f"({op} here, zero in other.csv): {agreement}" in caplog.messages[0]
     assert ("growth_mean" in heads) == (op == "zero")
 
