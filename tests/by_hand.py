@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import random
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -102,20 +101,7 @@ def halves(folder: Path) -> list[list[str]]:
     return [sorted(table["sample_id"][table["unit"].isin(half)]) for half in units]
 
 
-# ----- ablation
-
-
-@contextlib.contextmanager
-def ablated(model: Any, labels: Iterable[str]) -> Iterator[None]:
+def ablated(model: Any, labels: Iterable[str]) -> AbstractContextManager[None]:
     """Some components zeroed at once, with a plain hook each."""
-    with contextlib.ExitStack() as stack:
-        for label in labels:
-            layer, kind, index = re.findall(r"L(\d+)([A-Za-z]+)(\d*)", label)[0]
-            block = naive.layers_of(model)[int(layer)]
-            mlp = kind in ("N", "mlp")
-            module = block.mlp.down_proj if mlp else block.self_attn.o_proj
-            n = {"H": model.config.num_attention_heads, "N": module.in_features}.get(kind, 1)
-            width, at = module.in_features // n, int(index or 0)
-            edit = naive.zero_slice(at * width, (at + 1) * width)
-            stack.enter_context(naive.hooked(module, edit))
-        yield
+    components = map(tracing.Component.parse, labels)
+    return naive.zeroed(model, [(c.layer, c.kind, c.index) for c in components])

@@ -139,11 +139,7 @@ def test_the_summary_shows_the_top_k_mean_effects_by_magnitude(
 def joint_table(chosen: dict[int, float], drawn: dict[int, list[float]]) -> pd.DataFrame:
     rows = [("held-out", "none", 0, 0, -0.61)]
     rows += [("held-out", "chosen", 0, n, delta) for n, delta in chosen.items()]
-    rows += [
-        ("held-out", "random", i, n, delta)
-        for n, deltas in drawn.items()
-        for i, delta in enumerate(deltas)
-    ]
+    rows += [("held-out", "random", i, n, d) for n, ds in drawn.items() for i, d in enumerate(ds)]
     rows += [("all", "none", 0, 0, 5.0), ("all", "ablate", 0, 3, 7.0)]
     return pd.DataFrame(rows, columns=["samples", "set", "draw", "n_ablated", "mean_delta"])
 
@@ -170,7 +166,7 @@ def test_the_joint_figure_shows_the_chosen_the_random_band_and_the_base(
 def test_the_legend_of_the_joint_figure_hides_no_line(
     tmp_path: Path, saved: dict[str, Any]
 ) -> None:
-    """The usual case: the chosen heads lift the delta to 0, random ones do little or the reverse."""
+    """The usual case: the chosen lift the delta to 0, random ones do little or the reverse."""
     chosen = {1: -0.44, 2: -0.1, 4: -0.01, 8: 0.01}
     drawn = {n: [-0.6 - 0.1 * i for i in range(6)] for n in chosen}
     tracing.draw_confirm(joint_table(chosen, drawn), CONFIG, tmp_path / CONFIRM)

@@ -18,7 +18,6 @@ from conftest import Answer, finish, read
 
 MOVED = {"L0H3": [0.3] * 16, "L0H4": [-0.2] * 16}
 LIKELIER, LESS = "makes the forbidden words likelier", "makes the forbidden words less likely still"
-OPPOSITE = "an effect opposite to suppression"
 
 
 def said_of(
@@ -38,7 +37,7 @@ def said_of(
     ("base", "options", "first", "last"),
     [
         (-1.0, {}, f"removing L0H3 {LIKELIER}: it contributes to suppression", LESS),
-        (1.0, {}, f"removing L0H4 {LESS}: it contributes to {OPPOSITE}", LIKELIER),
+        (1.0, {}, f"removing L0H4 {LESS}: it contributes to an effect opposite to supp", LIKELIER),
         (1.0, {"task": "refusal"}, "L0H4 makes a refusal less likely: it contributes to ref", ""),
         (
             -1.0,
@@ -48,6 +47,7 @@ def said_of(
         ),
         (1.0, {"task": "odd_one_out", "op": "patch"}, "patching L0H4 makes the odd name less", ""),
         (-1.0, {"op": "mean"}, f"mean-ablating L0H3 {LIKELIER}: it contributes to supp", LESS),
+        (-1.0, {"op": "scale", "factor": 0.5}, f"scaling L0H3 {LIKELIER}: it contributes to", LESS),
         (-1.0, {"op": "scale", "factor": 2.0}, f"scaling L0H4 {LESS}: it contributes to supp", ""),
     ],
 )

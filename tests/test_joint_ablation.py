@@ -175,12 +175,25 @@ def test_the_joint_effect_on_held_out_sentences_is_what_the_naive_oracle_says(
 
 
 def test_negative_controls_choose_nothing_and_confirm_nothing(llama: str, tmp_path: Path) -> None:
-    flags = ["--task", "odd_one_out", "--num_samples", "10", "--confirm", "1", "--num_random", "2"]
-    table = read(finish(llama, tmp_path, *flags, "--layers", "1"))
+    """Not even those that share their sentence with a sample that counts."""
+    words = {
+        "fruit": "apple pear",
+        "sport": "golf tennis",
+        "bird": "owl robin",
+        "gas": "neon xenon",
+    }
+    records: list[dict[str, Any]] = []
+    for kind, pair in words.items():
+        for word, group in zip(pair.split(), ("real", tracing.NO_ODD_ONE), strict=True):
+            records.append({"targets": [word], "group": group, "prompt_b": f"Name a {kind}."})
+            records[-1]["prompt_a"] = f"Don't mention {word}. Name a {kind}."
+    samples = write_samples(tmp_path / "mine.jsonl", *records)
+    flags = ["--samples", samples, "--confirm", "1", "--num_random", "2", "--layers", "1"]
+    table = read(finish(llama, tmp_path, *flags))
     real = table[table["group"] != tracing.NO_ODD_ONE]
     choosing, base = (real[real["sample_id"].isin(half)] for half in halves(tmp_path))
     nothing, deltas = joint_rows(tmp_path).iloc[0], base.drop_duplicates("sample_id")
-    assert nothing["n_samples"] == len(deltas) > 0
+    assert nothing["n_samples"] == len(deltas) == 2
     assert nothing["mean_delta"] == pytest.approx(deltas["delta_logit_base"].mean(), abs=CLOSE)
     sign = -math.copysign(1.0, choosing["delta_logit_base"].mean())
     best = (sign * choosing.groupby("head")["head_effect"].mean()).idxmax()

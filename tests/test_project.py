@@ -1,19 +1,25 @@
-"""The project around the script: what is written about it holds."""
+"""The project around the script: what is written about it holds, and the file keeps its measures."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
-from dataclasses import fields
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 
 import llama3_circuit_tracing as tracing
-from conftest import ROOT, SCRIPT
+from conftest import ROOT, SCRIPT, finish, read
 
 README = (ROOT / "README.md").read_text()
 EXAMPLE = ROOT / "outputs" / "tiny_llama"
+LINES = SCRIPT.read_text().splitlines()
+TREE = ast.parse(SCRIPT.read_text())
+MOST_LINES = 3534  # raised only by a commit that says why
 
 
 def test_the_scripts_own_block_and_requirements_name_the_same_packages() -> None:
@@ -32,14 +38,13 @@ def test_the_top_level_holds_nothing_else() -> None:
     assert visible <= {SCRIPT.name, "requirements.txt", "README.md", "tests", "outputs"}
 
 
-def test_the_readme_names_every_option() -> None:
-    for field in fields(tracing.Config):
-        assert f"--{field.name}" in README, field.name
+# ----- the readme
 
 
 def test_command_lines_in_the_readme_parse() -> None:
     commands = re.findall(r"llama3_circuit_tracing\.py (--(?!help)[^\n`]+)", README)
     commands += re.findall(r"^\| `(--[^`]+)` \|", README, re.MULTILINE)
+    commands = [re.sub(r"\s*\.\.\.$", "", command) for command in commands]
     assert len(commands) > 12
     for command in commands:
         tracing.parse_args(command.split())
@@ -50,13 +55,28 @@ def test_files_that_the_readme_shows_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_the_lines_of_python_in_the_readme_give_scores(monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, Any] = {"tracing": tracing, "Path": Path}
+    exec(block, names)  # prompts of two samples, one row
+    assert names["scores"].shape == (1, 4)
+    assert (
+        names["scores"] - names["tree"].scores(names["clean"].log_probs, names["exp"].task)
+    ).any()
+    assert torch.isfinite(names["scores"]).all()
+    assert not (ROOT / "unused").exists()
+
+
+def test_the_rows_in_the_readme_are_those_of_the_example() -> None:
+    shown = re.findall(r"^(s0000,.*),\.\.\.$", README, re.MULTILINE)
+    kept = (EXAMPLE / "circuit_results.csv").read_text().splitlines()[1:4]
+    assert shown == [",".join(line.split(",")[:7]) for line in kept]
+
+
 def test_the_example_output_is_what_a_fresh_run_gives(tmp_path: Path) -> None:
-    model = str(ROOT / "tests" / "tiny_llama")
-    command = ["--model_id", model, "--output_dir", str(tmp_path), "--controls"]
-    assert tracing.main(command) == 0
-    fresh, kept = (
-        pd.read_csv(f / "circuit_results.csv", dtype={"unit": str}) for f in (tmp_path, EXAMPLE)
-    )
+    folder = finish(str(ROOT / "tests" / "tiny_llama"), tmp_path, "--controls")
+    fresh, kept = read(folder), read(EXAMPLE)
     assert list(fresh) == list(kept)
     assert fresh.drop(columns=numbers(fresh)).equals(kept.drop(columns=numbers(kept)))
     assert (fresh[numbers(fresh)] - kept[numbers(kept)]).abs().max().max() < 1e-4
@@ -64,3 +84,72 @@ def test_the_example_output_is_what_a_fresh_run_gives(tmp_path: Path) -> None:
 
 def numbers(table: pd.DataFrame) -> list[str]:
     return [c for c in table if c.startswith(("delta_", "score_", "effect_", "head_effect"))]
+
+
+# ----- the file's measures
+
+
+def sections() -> dict[str, range]:
+    """The lines of each section, by the name on its ruler."""
+    starts = [
+        (i, m[1]) for i, line in enumerate(LINES) if (m := re.match(r"# ----- (.+?) -+$", line))
+    ]
+    ends = [i for i, _ in starts[1:]] + [len(LINES)]
+    return {name: range(i, end) for (i, name), end in zip(starts, ends, strict=True)}
+
+
+def functions() -> Iterator[ast.FunctionDef]:
+    yield from (node for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef))
+
+
+def test_the_file_its_sections_and_its_functions_stay_small() -> None:
+    assert len(LINES) <= MOST_LINES
+    assert max(map(len, LINES)) <= 100
+    assert not [line for line in LINES if re.search("# fmt: (off|skip)", line)]
+    assert {name: len(lines) for name, lines in sections().items() if len(lines) > 270} == {}
+    sizes = {f.name: (f.end_lineno or 0) - f.lineno + 1 for f in functions()}
+    assert {name: size for name, size in sizes.items() if size > 45} == {}
+    assert sum(isinstance(node, ast.ClassDef) for node in ast.walk(TREE)) <= 18
+
+
+def test_the_table_of_contents_names_every_section_in_its_order() -> None:
+    start = next(i for i, line in enumerate(LINES) if line.startswith("# Contents"))
+    named = [m[1] for line in LINES[start:] if (m := re.match(r"#   (\S+(?: \S+)*?)  +\S", line))]
+    assert named == list(sections())
+
+
+def test_each_section_uses_only_those_above_it() -> None:
+    """Annotations aside: they are not evaluated."""
+    section_of = {line: i for i, lines in enumerate(sections().values()) for line in lines}
+    defined: dict[str, int] = {}
+    for node in TREE.body:
+        for name in names_bound_by(node):
+            defined.setdefault(name, section_of.get(node.lineno - 1, 0))
+    for node in TREE.body:
+        here = section_of.get(node.lineno - 1, 0)
+        own = {arg.arg for arg in ast.walk(node) if isinstance(arg, ast.arg)}
+        own |= {
+            name.id
+            for name in ast.walk(node)
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        }
+        used = set(names_used_by(node)) - own
+        later = {name for name in used if defined.get(name, 0) > here}
+        assert not later, (getattr(node, "name", node.lineno), later)
+
+
+def names_bound_by(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = getattr(node, "targets", [getattr(node, "target", None)])
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def names_used_by(node: ast.AST) -> Iterator[str]:
+    """The names that code below a node reads."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        yield node.id
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST) and field not in ("annotation", "returns"):
+                yield from names_used_by(child)

@@ -133,10 +133,18 @@ def test_replies_stop_at_every_kind_of_terminator(
     elif terminator == "<|eot_id|>":
         vocabulary = {**tokenizer.get_vocab(), terminator: stop}
         monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
-    kept = tokens[: tokens.index(stop)]
-    # a terminator that is no special token is still shown
-    shown = [plain[1].decode(ids, skip_special_tokens=True) for ids in (kept, [*kept, stop])]
-    assert tracing.greedy_reply(exp, prompt, ()) in [text.strip() for text in shown]
+    said = tokens[: tokens.index(stop) + 1]  # a terminator that is no special token is shown
+    expected = tokenizer.decode(said, skip_special_tokens=True).strip()
+    assert tracing.greedy_reply(exp, prompt, ()) == expected
+
+
+def test_the_reply_of_a_model_that_ends_at_once_is_empty(llama: str, plain: Plain) -> None:
+    exp = prepared(llama, "--max_new_tokens", "3")
+    prompt, weight = exp.prompts[0][0], exp.traced.head.weight
+    (likeliest,) = naive_tokens(plain, user_text(prompt.text), 1)
+    with torch.no_grad():
+        weight[exp.encoder.tokenizer.eos_token_id] = 2 * weight[likeliest]
+    assert tracing.greedy_reply(exp, prompt, ()) == ""
 
 
 def test_replies_leave_no_hook_behind(llama: str) -> None:
