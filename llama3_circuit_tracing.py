@@ -324,15 +324,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] = ()) -> Config:
+def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None = None) -> Config:
     """The configuration that a command line asks for, after some flags that come `before` it; exits
-    with 2 where it contradicts itself."""
+    with 2 where it contradicts itself. That is only known of --from_csv with the recorded flags."""
     parser = build_parser()
-    given = [*before, *(sys.argv[1:] if argv is None else argv)]
+    given = [*(before or ()), *(sys.argv[1:] if argv is None else argv)]
     given = ["--no-bf16" if text == "--no_bf16" else text for text in given]
     config = Config(**vars(parser.parse_args(given)))
     for sentence, holds in contradictions(config).items():
-        if holds:
+        if holds and (before is not None or not config.from_csv):
             parser.error(sentence)
     return config
 
@@ -771,11 +771,11 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
         name = "foils" if targets else "targets"
         raise UsageError(f"{origin}: {name!r} is missing or empty; --task {task.name} needs it")
     name = text("sample_id", f"line{line:05d}")
+    group = text("group") if "group" in record else ""
     if "sentence" in record and task.name == "suppression":
         sentence = text("sentence")
         prompt_a = instruct(FORBID, targets, sentence)
-        return Sample(name, prompt_a, sentence, targets, origin=origin)
-    group = text("group") if "group" in record else ""
+        return Sample(name, prompt_a, sentence, targets, (), group, origin)
     return Sample(name, text("prompt_a"), text("prompt_b"), targets, foils, group, origin)
 
 
@@ -800,7 +800,7 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
         return math.nan
 
     found = pd.DataFrame([row for _, row in rows], index=[line for line, _ in rows])
-    for name in set(SEVEN) - set(found):
+    for name in (name for name in SEVEN if name not in found):
         raise UsageError(f"{path}, line 1: column {name!r} is missing")
     refuse(found["sample_id"] == "", "sample_id", "is empty")
     table = found[["sample_id"]].assign(unit=found.get("unit", ""))
@@ -908,10 +908,10 @@ class PromptEncoder:
                     merges = f"the form {form!r} merges with the tokens before it"
                     raise UsageError(f"{sample.named}: {merges}: {text[-40:]!r}")
                 new = whole[len(ids) :][: 1 if self.target_form == "literal" else None]
-                if owner.setdefault(new, word) is not word:
+                if new in owner and new not in of_word:
                     both = f"{owner[new]!r} and {word!r}"
                     raise UsageError(f"{sample.named}: {both} have the same form {form!r}")
-                of_word[new] = form
+                owner[new], of_word[new] = word, form
             forms.append(tuple(of_word))
         return Prompt(sample, side, text, ids, tuple(forms))
 
@@ -1391,7 +1391,8 @@ def displacement(edit: Edit, x: Tensor) -> Tensor:
 
     In float64, so that x + D is v to the last bit of a narrower x.
     """
-    moved = (edit.factor - 1) * x[:, edit.columns].double() + edit.source
+    own = x[:, edit.columns].double()
+    moved = edit.factor * own + edit.source - own
     return moved if edit.where is None else moved * edit.where.to(x.device)[:, None]
 
 
