@@ -1675,13 +1675,11 @@ def make_folder(path: Path) -> None:
 
 def read_record(path: Path) -> dict[str, Any]:
     """The content of a run.json, {} where there is none; `UsageError` where it is another's."""
-    try:
+    with contextlib.suppress(ValueError):
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        raise UsageError(f"{path} is not a record of this script; give another --output_dir")
-    return record
+        if isinstance(record, dict):
+            return record
+    raise UsageError(f"{path} is not a record of this script; give another --output_dir")
 
 
 class RunFolder:
@@ -1727,37 +1725,32 @@ class RunFolder:
     def part_path(self, name: str) -> Path:
         return self.parts / f"{name}.json"
 
-    def seal(self, name: str, text: str) -> str:
-        """What a part begins with: it tells the run, the part and the content."""
-        return hashlib.sha256(f"{self.key} {name} {text}".encode()).hexdigest()
-
     def write_part(self, name: str, payload: Any) -> None:
+        """A part begins with a seal: it tells the run, the part and the content."""
         text = json.dumps(payload)
-        write_text(self.part_path(name), f"{self.seal(name, text)}\n{text}")
+        write_text(self.part_path(name), f"{digest([self.key, name, text])}\n{text}")
 
     def read_part(self, name: str) -> Any:
         """The payload of a finished part; None where it is missing, truncated or foreign."""
-        path = self.part_path(name)
-        if not path.exists():
-            return None
-        seal, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
-        if seal == self.seal(name, text):
-            return json.loads(text)
-        log.warning("%s is not a part of this run; computing it again", path)
+        if (path := self.part_path(name)).exists():
+            seal, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+            if seal == digest([self.key, name, text]):
+                return json.loads(text)
+            log.warning("%s is not a part of this run; computing it again", path)
         return None
 
-    def part(self, name: str, compute: Callable[[], Any]) -> Any:
+    def part(self, name: str, compute: Callable[..., Any], *arguments: Any) -> Any:
         """The payload of a part, computed and written where it is not there yet."""
-        if (payload := self.read_part(name)) is None:
-            self.write_part(name, compute())
-            payload = self.read_part(name)
-        return payload
+        if self.read_part(name) is None:
+            self.write_part(name, compute(*arguments))
+        return self.read_part(name)
 
 
 # ----- Experiment ---------------------------------------------------------------------------------
 
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
+TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens"
 
 
 @dataclass
@@ -1789,15 +1782,14 @@ class Experiment:
         log.info("----- %s%s", name, detail)
         started = time.perf_counter()
         yield
-        taken = time.perf_counter() - started
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + taken, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 3)
 
     @functools.cached_property
     def traced(self) -> TracedModel:
-        size = f"{self.shape.n_parameters:,} parameters"
-        with self.stage("loading", f" {self.config.model_id}, {size}"):
-            model = load_model(self.config, self.shape, self.device)
-        traced = TracedModel(model, self.shape, self.rows_per_forward)
+        config, shape = self.config, self.shape
+        with self.stage("loading", f" {config.model_id}, {shape.n_parameters:,} parameters"):
+            model = load_model(config, shape, self.device)
+        traced = TracedModel(model, shape, self.rows_per_forward)
         if traced.own_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
         return traced
@@ -1808,10 +1800,10 @@ class Experiment:
         of all sites of the kind, so that joint sets find theirs too."""
         kinds = {self.config.kind, *(component.kind for component in self.config.ablate)}
         modules = sorted({KINDS[kind].module for kind in kinds})
-        sites = [(layer, module) for layer in range(self.shape.n_layers) for module in modules]
+        sites = itertools.product(range(self.shape.n_layers), modules)
         sums: dict[Site, Any] = dict.fromkeys(sites, 0.0)
         for tree in self.trees:
-            clean = run_clean(self.traced, tree, self.background, (), sites)
+            clean = run_clean(self.traced, tree, self.background, (), sums)
             for site, x in clean.site_inputs.items():
                 sums[site] += tree.b_weight.to(x.device) @ x.double()
         count = sum(float(tree.b_weight.sum()) for tree in self.trees)
@@ -1864,15 +1856,14 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
                 there = f"this model has layers 0-{shape.n_layers - 1}"
                 there += f" and {component.kind}s 0-{n - 1}" if n > 1 else ""
                 raise UsageError(f"--{what} {component.label}: {there}")
-    indices, every = shape.indices(kind), len(shape.indices(kind)) * shape.n_layers
+    indices = shape.indices(kind)
+    every = len(indices) * shape.n_layers - sum(component.kind == kind for component in given)
     if KINDS[kind].slices:
-        chosen = {"head": config.heads, "neuron": config.neurons or "all"}[kind]
-        indices = select(chosen, len(indices), f"{kind}s")
+        indices = select(getattr(config, f"{kind}s"), len(indices), f"{kind}s")
     layers = select(config.layers, shape.n_layers, "layers")
     swept = [c for n in layers for i in indices if (c := Component(n, kind, i)) not in given]
     if not swept:
         raise UsageError(f"nothing is left to sweep beside --given {as_text(given)}")
-    every -= sum(component.kind == kind for component in given)
     if k > len(swept) or 2 * k > every:
         there = f"{len(swept)} components are swept, of {every} in this model"
         raise UsageError(f"--confirm {k} takes the best, and as many others at random: {there}")
@@ -1903,15 +1894,14 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
 
 
 def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config: Config) -> None:
-    """Refuse a run in which a sample would not be edited at all, or a prompt exceeds the context: a
-    4D mask is used as it is, for sliding-window layers too."""
+    """`UsageError` where a sample would not be edited at all, or a prompt exceeds the context."""
     edit, limit = f"--op {config.op} at --positions {config.positions}", shape.context
     for of_sample in prompts:
         named = of_sample[0].sample.named
         if all(plan is not None and not plan for plan in plan_edits(of_sample, config)):
             raise UsageError(f"{named}: {edit} touches no token of its prompts")
         n = max(len(p.ids) + len(form) - 1 for p in of_sample for f in p.forms for form in f)
-        if n > limit:
+        if n > limit:  # a 4D mask is used as it is, for sliding-window layers too
             raise UsageError(f"{named}: a prompt of {n} tokens exceeds the model's {limit}")
 
 
@@ -1938,9 +1928,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     check_prompts(prompts, shape, config)
     trees = plant_trees(prompts, tokenizer.bos_token_id, config)
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
-    rows = config.rows_per_forward or before.get("rows_per_forward")
-    largest = max(tree.n_tokens for tree in trees)
-    rows = rows or max(1, ROW_TOKENS[device_type(config)] // largest)
+    fitting = ROW_TOKENS[device_type(config)] // max(tree.n_tokens for tree in trees)
+    rows = config.rows_per_forward or before.get("rows_per_forward") or max(1, fitting)
     return Experiment(config, shape, encoder, prompts, trees, components, rows, other, device)
 
 
@@ -1965,19 +1954,15 @@ def model_identity(config: Config) -> str:
     return sha.hexdigest()[:16]
 
 
-TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens"
-
-
 def fingerprint_of(exp: Experiment) -> dict[str, Any]:
     """All that results depend on. Layers, heads and what is made of the results are left out."""
-    recorded = exp.config.recorded()
     flat = [prompt for of_sample in exp.prompts for prompt in of_sample]
     return {
         "model": model_identity(exp.config),
         "dtype": str(exp.shape.dtype),
         "attn_implementation": exp.shape.attn_implementation,
         "device_type": device_type(exp.config),
-        **{name: recorded[name] for name in TOLD.split()},
+        **{name: as_text(getattr(exp.config, name)) for name in TOLD.split()},
         "prompts": digest([(p.sample.sample_id, p.side, p.text) for p in flat])[:16],
         "targets": digest([(p.sample.words, p.forms) for p in flat])[:16],
         "rows_per_forward": exp.rows_per_forward,
@@ -2007,7 +1992,7 @@ def memory_estimate(shape: ModelShape, tree: Tree, rows: int) -> dict[str, float
 
 def describe_plan(exp: Experiment) -> str:
     """What `--dry_run` prints."""
-    shape, rows, lines = exp.shape, exp.rows_per_forward, []
+    shape, rows, swept, lines = exp.shape, exp.rows_per_forward, exp.components, []
     for prompts in exp.prompts:
         sample = prompts[0].sample
         lines.append(f"{sample.sample_id}  targets {', '.join(sample.targets)}")
@@ -2015,17 +2000,16 @@ def describe_plan(exp: Experiment) -> str:
         for word, forms in zip(sample.words, prompts[0].forms, strict=True):
             shown = [f"{exp.encoder.tokenizer.decode(list(f))!r} {list(f)}" for f in forms]
             lines.append(f"  {word}: " + ", ".join(shown))
-    counts = Counter(component.layer for component in exp.components).values()
+    counts = Counter(component.layer for component in swept).values()
     forwards = len(exp.trees) * sum(-(-n // rows) for n in counts)
     most = min(rows, max(counts) - (-NOISE_ROWS // len(counts)))
-    one_by_one = 2 * len(exp.prompts) * len(exp.components)
+    one_by_one = 2 * len(exp.prompts) * len(swept)
     largest = max(exp.trees, key=lambda tree: tree.n_tokens)
     memory = memory_estimate(shape, largest, most)
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
-    ends = f"{exp.components[0].label} to {exp.components[-1].label}"
     lines += [
         f"{shape.name}: {shape.n_layers} layers, {shape.n_heads} heads of {shape.d_head}",
-        f"{len(exp.components)} components ({ends})",
+        f"{len(swept)} components ({swept[0].label} to {swept[-1].label})",
         f"{len(exp.prompts)} samples in {len(exp.trees)} trees of up to {largest.n_tokens} tokens",
         f"about {forwards} forwards of {rows} rows; one head at a time takes {one_by_one}",
         f"memory in GB: {sizes}, together {sum(memory.values()) / 1e9:.2f}",
@@ -2036,6 +2020,7 @@ def describe_plan(exp: Experiment) -> str:
 # ----- Self-test ----------------------------------------------------------------------------------
 
 Check = tuple[str, float, float]  # what, its error, the bound
+NATS = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # by which rounding may move log-probabilities
 
 
 @torch.inference_mode()
@@ -2045,10 +2030,11 @@ def self_test(exp: Experiment) -> None:
     checks = check_attentions(exp) if exp.config.check_attentions else []
     before, site = count_hooks(exp.traced), (0, KINDS["head"].module)
     clean = run_clean(exp.traced, exp.trees[0], (), range(exp.shape.n_layers), [site])
-    checks += [check_ablation(exp.traced, clean), *check_rows(exp.traced, clean)]
+    n_layers, n_heads = exp.shape.n_layers, exp.shape.n_heads
+    heads = [Component(i, "head", (7 * i + 1) % n_heads) for i in range(n_layers)]  # one per block
+    checks += [check_ablation(exp.traced, clean, heads), *check_rows(exp.traced, clean, heads)]
     checks += [check_mask(clean), *check_tree(exp.traced, clean)]
-    left = count_hooks(exp.traced) - before
-    checks.append(("hooks and replaced forwards left behind", left, 0))
+    checks.append(("hooks and replaced forwards left behind", count_hooks(exp.traced) - before, 0))
     for check in checks:
         log.info("self-test: %-72s %.2e (bound %.0e)", *check)
     # written so that a NaN fails
@@ -2073,19 +2059,9 @@ def worst(found: Iterable[Tensor], expected: Iterable[Tensor], relative: bool = 
     return float(torch.stack(errors).max())
 
 
-def rounding(shape: ModelShape, float32: float, bfloat16: float) -> float:
-    """How far rounding may move a value, by the dtype of the weights."""
-    return float32 if shape.dtype == torch.float32 else bfloat16
-
-
-def scattered_heads(shape: ModelShape) -> list[Component]:
-    """One head in every block."""
-    return [Component(i, "head", (7 * i + 1) % shape.n_heads) for i in range(shape.n_layers)]
-
-
-def check_ablation(traced: TracedModel, clean: CleanRun) -> Check:
+def check_ablation(traced: TracedModel, clean: CleanRun, heads: Sequence[Component]) -> Check:
     """In every block at once: zeroing head h leaves o_proj's output without x_h W_h^T."""
-    shape, heads, expected = traced.shape, scattered_heads(traced.shape), []
+    shape, expected = traced.shape, []
     o_projs = {head.layer: traced.module(head.site) for head in heads}
     with (
         recording(o_projs) as x,  # entered first, so that it sees the input before the edit
@@ -2102,21 +2078,19 @@ def check_ablation(traced: TracedModel, clean: CleanRun) -> Check:
     return "ablating a head takes x_h W_h^T from o_proj's output (relative)", error, bound
 
 
-def check_rows(traced: TracedModel, clean: CleanRun) -> list[Check]:
-    """Edits that change nothing give the clean run, from whichever block they start; and a row is
-    not touched by the edits of another."""
-    n_layers, bound = traced.shape.n_layers, rounding(traced.shape, 1e-4, 0.5)
+def check_rows(traced: TracedModel, clean: CleanRun, heads: Sequence[Component]) -> list[Check]:
+    """Empty edits give the clean run, from whichever block; a row is not touched by another's."""
+    n_layers, bound = traced.shape.n_layers, NATS[traced.shape.dtype]
 
     def unedited_from(layer: int) -> Tensor:
         sites = [Component(layer, kind).site for kind in ("attn", "resid")]
         return run_rows(traced, clean, [(Edit(site, slice(None), factor=1.0),) for site in sites])
 
     later = {min(1, n_layers - 1), n_layers // 2, n_layers - 1}
-    ablated = zeroing(scattered_heads(traced.shape), traced.shape)
+    ablated = zeroing(heads, traced.shape)
     kept = tuple(replace(edit, factor=1.0) for edit in ablated)
     beside, alone = (run_rows(traced, clean, [row, ()])[1:] for row in (ablated, kept))
-    expected = itertools.repeat(clean.log_probs, len(later))
-    resumed = worst(map(unedited_from, later), expected)
+    resumed = worst(map(unedited_from, later), itertools.repeat(clean.log_probs, len(later)))
     first = worst([unedited_from(0)], [clean.log_probs])
     return [
         ("an empty edit reproduces the log-probabilities (nats)", first, bound),
@@ -2126,8 +2100,7 @@ def check_rows(traced: TracedModel, clean: CleanRun) -> list[Check]:
 
 
 def check_mask(clean: CleanRun) -> Check:
-    """In the mask that the model is given, every token of a prompt and of its forms sees exactly
-    the tokens before it there, and itself."""
+    """In the mask, a token of a prompt or a form sees exactly those before it there, and itself."""
     tree, wrong = clean.tree, 0
     seen = clean.model_inputs["attention_mask"][0, 0].cpu() == 0
     for path, words in zip(tree.paths, tree.entries, strict=True):
@@ -2141,11 +2114,8 @@ def check_mask(clean: CleanRun) -> Check:
 
 
 def check_tree(traced: TracedModel, clean: CleanRun) -> list[Check]:
-    """The first and the last sample's prompts score in the tree as in plain forwards of their own.
-
-    In bfloat16 the scores are too noisy to show one dropped ancestor; the first block's attention
-    output, token by token, is not.
-    """
+    """The first and the last sample's prompts score as in plain forwards of their own. In bfloat16
+    only the first block's attention, token by token, is exact enough to show a dropped ancestor."""
     tree, site = clean.tree, (0, KINDS["head"].module)
     attention, packed, alone = [], [], []
     for i in sorted({*tree.samples[0][1].values(), *tree.samples[-1][1].values()}):
@@ -2159,15 +2129,11 @@ def check_tree(traced: TracedModel, clean: CleanRun) -> list[Check]:
         node, likely = int((tree.scored == path[-1]).nonzero()), logits.topk(50).indices
         packed.append(clean.logits[node].float().log_softmax(-1)[likely])
         alone.append(logits[likely])
-    name = "tree against plain forwards: "
-    error = worst(attention, [torch.zeros_like(each) for each in attention])
+    name, nats = "tree against plain forwards: ", worst(packed, alone)
+    error, bound = float(torch.cat(attention).max()), min(NATS[traced.shape.dtype], 0.01)
     return [
-        (name + "attention in block 0 (relative)", error, rounding(traced.shape, 1e-4, 0.01)),
-        (
-            name + "log-probabilities (nats)",
-            worst(packed, alone),
-            rounding(traced.shape, 1e-4, 0.5),
-        ),
+        (name + "attention in block 0 (relative)", error, bound),
+        (name + "log-probabilities (nats)", nats, NATS[traced.shape.dtype]),
     ]
 
 
@@ -2213,15 +2179,13 @@ def sample_records(exp: Experiment, tree: Tree) -> Records:
     for sample, places in tree.samples:
         prompts: dict[str, Any] = {}
         for side, i in places.items():
-            tokens = [exp.encoder.tokenizer.decode([token]) for token in top.indices[i].tolist()]
-            prompts[side] = {
-                "text": tree.prompts[i].text,
-                "n_tokens": len(tree.prompts[i].ids),
-                "form_ids": dict(zip(sample.words, tree.prompts[i].forms, strict=True)),
-                "log_probs": dict(zip(sample.words, log_probs[i][0].tolist(), strict=True)),
-                "score": scores[i],
-                "likeliest": list(zip(tokens, top.values[i].tolist(), strict=True)),
-            }
+            prompt, tokens = tree.prompts[i], top.indices[i].tolist()
+            forms = dict(zip(sample.words, prompt.forms, strict=True))
+            log_p = dict(zip(sample.words, log_probs[i][0].tolist(), strict=True))
+            texts = [exp.encoder.tokenizer.decode([token]) for token in tokens]
+            likeliest = list(zip(texts, top.values[i].tolist(), strict=True))
+            prompts[side] = {"text": prompt.text, "n_tokens": len(prompt.ids), "form_ids": forms}
+            prompts[side] |= {"log_probs": log_p, "score": scores[i], "likeliest": likeliest}
         natural = prompts[task.natural]["log_probs"]
         p_target = sum(math.exp(natural[word]) for word in sample.targets) / len(sample.targets)
         delta, flags = prompts["a"]["score"] - prompts["b"]["score"], []
@@ -2230,19 +2194,18 @@ def sample_records(exp: Experiment, tree: Tree) -> Records:
             flags.append(f"{after}: the targets are no natural reply")
         if delta * task.sign <= 0 and sample.counts:
             flags.append(f"delta {delta:+.3f} has not the sign of {task.name}")
-        told = {name: getattr(sample, name) for name in ("unit", "group", "targets", "foils")}
-        told |= {"p_target": p_target, "delta_logit_base": delta, "flags": flags}
-        records.append({"sample_id": sample.sample_id, **told, "prompts": prompts})
+        names = ["sample_id", "unit", "group", "targets", "foils"]
+        record = {name: getattr(sample, name) for name in names} | {"p_target": p_target}
+        records.append(record | {"delta_logit_base": delta, "flags": flags, "prompts": prompts})
     return records
 
 
 def report_samples(records: Records) -> None:
     """A line per sample, and a warning of each that is doubtful."""
     for record in records:
-        likeliest = [
-            f"{side}: {' '.join(repr(token) for token, _ in prompt['likeliest'])}"
-            for side, prompt in record["prompts"].items()
-        ]
+        likeliest = []
+        for side, prompt in record["prompts"].items():
+            likeliest.append(f"{side}: {' '.join(repr(token) for token, _ in prompt['likeliest'])}")
         told = record["sample_id"], record["p_target"], record["delta_logit_base"]
         log.info("%s  P(target) %.3g  delta %+.3f  %s", *told, "  ".join(likeliest))
         if record["flags"]:
@@ -2279,9 +2242,8 @@ def read_sweep(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
 
 def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
     """What remains to be done. Jittered components are drawn per layer, alike for every tree."""
-    by_layer: dict[int, list[Component]] = defaultdict(list)
-    for component in exp.components:
-        by_layer[component.layer].append(component)
+    grouped = itertools.groupby(exp.components, key=lambda component: component.layer)
+    by_layer = {layer: list(components) for layer, components in grouped}
     n_draws = -(-NOISE_ROWS // len(by_layer))
     firsts = [tree.samples[0][0].sample_id for tree in exp.trees]  # one tells of all of its tree
     done = done[done["sample_id"].isin(firsts) & (done["draw"] < 0)]
@@ -2292,27 +2254,20 @@ def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
             left = [(c, -1) for c in components if (first, layer, c.index) not in there]
             drawn = random.Random(f"{exp.config.seed} {layer}").choices(components, k=n_draws)
             if left:
-                jittered = [(component, draw) for draw, component in enumerate(drawn)]
-                jobs.append(Job(tree, layer, (*left, *jittered)))
+                jobs.append(Job(tree, layer, (*left, *zip(drawn, range(n_draws), strict=True))))
     return jobs
 
 
 def share_jobs(exp: Experiment, jobs: Sequence[Job], rank: int, n_processes: int) -> list[Job]:
     """One process's jobs: dealt in turn, longest first, by the blocks that they pass through."""
-
-    def cost(job: Job) -> int:
-        return (exp.shape.n_layers - job.layer) * len(job.edits) * exp.trees[job.tree].n_tokens
-
-    dealt = sorted(jobs, key=cost, reverse=True)[rank::n_processes]
-    return sorted(dealt, key=lambda job: (job.tree, job.layer))
+    n, trees = exp.shape.n_layers, exp.trees
+    dealt = sorted(jobs, key=lambda j: (j.layer - n) * len(j.edits) * trees[j.tree].n_tokens)
+    return sorted(dealt[rank::n_processes])
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks for reuse.
-
-    It gives blocks above 32 MB back to the kernel, which zeroes and maps them anew for every
-    activation of the next layer: about a tenth of a CPU sweep's time.
-    """
+    """Have glibc keep freed blocks above 32 MB: the kernel would zero and map them anew for every
+    activation of the next layer, about a tenth of a CPU sweep's time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
@@ -2322,24 +2277,18 @@ def keep_freed_memory() -> None:
 def tidy_rows(tree: Tree, job: Job, scores: Tensor) -> pd.DataFrame:
     """Scores [row, prompt] of a job as rows of the results: one per sample and edit."""
     return pd.DataFrame(
-        {
-            "sample_id": sample.sample_id,
-            "layer": component.layer,
-            "index": component.index,
-            "draw": draw,
-            **{f"score_{side}_head": of_prompts[place] for side, place in places.items()},
-        }
+        {"sample_id": sample.sample_id, "layer": c.layer, "index": c.index, "draw": draw}
+        | {f"score_{side}_head": of_prompts[place] for side, place in places.items()}
         for sample, places in tree.samples
-        for (component, draw), of_prompts in zip(job.edits, scores.tolist(), strict=True)
+        for (c, draw), of_prompts in zip(job.edits, scores.tolist(), strict=True)
     )
 
 
 def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
     """Measure every component of the jobs and write each job's rows when it is done.
 
-    1. One clean run per tree keeps the residual stream entering each layer that is edited.
-    2. The components of a layer are the rows of a batch that starts at that layer.
-    3. The scoring nodes' log-probabilities make the score of every prompt in every row.
+    One clean run per tree keeps the residual stream entering each layer that is edited; a layer's
+    components are the rows of a batch that starts there; the scoring nodes make the scores.
     """
     keep_freed_memory()
 
@@ -2370,6 +2319,8 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
 
 # ----- Statistics ---------------------------------------------------------------------------------
 
+MOST_EXACT = 20  # sentences up to which every sign pattern is tried
+
 
 def bootstrap_interval(sums: Tensor, counts: Tensor, draws: int, seed: int) -> Tensor:
     """95 % BCa interval [end, column] of the mean, resampling sentences (doi:10.2307/2289144).
@@ -2398,9 +2349,6 @@ def bootstrap_interval(sums: Tensor, counts: Tensor, draws: int, seed: int) -> T
     return low.lerp(high, place - place.floor()).masked_fill((counts > 0).sum(0) < 2, math.nan)
 
 
-MOST_EXACT = 20  # sentences up to which every sign pattern is tried
-
-
 def sign_patterns(n: int, n_tests: int) -> int:
     """How many patterns `sign_flip_p` tries: all up to sign, or 100 random ones per test."""
     return 2 ** (n - 1) if n <= MOST_EXACT else max(9999, 100 * n_tests)
@@ -2425,7 +2373,7 @@ def sign_flip_p(sums: Tensor, seed: int) -> Tensor:
         if exact:  # the last sentence keeps its sign: a pattern and its opposite are alike
             bits = (torch.arange(first, first + size)[:, None] >> torch.arange(n)) & 1
         else:
-            bits = torch.randint(2, (size, n), generator=generator)
+            bits = torch.randint(2, (size, n), generator=generator, dtype=torch.int8)
         reached += (((1 - 2 * bits).to(sums) @ sums).abs() >= bound).double().sum(0)
     return reached / total if exact else (1 + reached) / (1 + total)
 
@@ -2446,16 +2394,11 @@ CONTROLS = ("other", "affirm")
 def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.DataFrame:
     """Swept rows with their samples' base scores, sorted; every number recomputes from scores."""
     samples = pd.DataFrame(
-        {
-            "sample_id": record["sample_id"],
-            "n_constraints": len(record["targets"]),
-            **{f"score_{s}_base": prompt["score"] for s, prompt in record["prompts"].items()},
-            "unit": record["unit"],
-            "group": record["group"],
-        }
+        {"n_constraints": len(record["targets"]), "unit": record["unit"], "group": record["group"]}
+        | {f"score_{side}_base": prompt["score"] for side, prompt in record["prompts"].items()}
         for record in records
-    ).set_index("sample_id")
-    samples = samples.astype({"unit": "category", "group": "category"})
+    ).astype({"unit": "category", "group": "category"})
+    samples.index = pd.Index([record["sample_id"] for record in records])
     samples = samples.reindex(rows["sample_id"].cat.categories)
     of_row = samples.take(rows["sample_id"].cat.codes.to_numpy()).set_index(rows.index)
     same = {"kind": config.kind, "op": config.op, "positions": config.positions}
@@ -2472,16 +2415,15 @@ def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.Da
         control = table[f"score_{side}_head"] - table[f"score_{side}_base"]
         table[f"effect_minus_{side}"] = moved - control
     columns = [*SEVEN, "score_a_base", "score_b_base", "score_a_head", "score_b_head", "unit"]
-    columns += ["group", *controls, *(f"effect_minus_{side}" for side in sides)]
-    columns += ["kind", "index", "op", "positions", "draw"]
+    columns += ["group", *controls, *(f"effect_minus_{side}" for side in sides), "kind", "index"]
+    columns += ["op", "positions", "draw"]
     return table[columns].sort_values(["sample_id", "layer", "index"], ignore_index=True)
 
 
 def write_components(path: Path, table: pd.DataFrame) -> None:
     """As CSV, where `index` is empty for a whole input, and `head` for all but heads."""
     index = table["index"].astype("Int64")
-    heads = index.where(table["kind"] == "head")
-    table = table.assign(head=heads, index=index.where(index >= 0))
+    table = table.assign(head=index.where(table["kind"] == "head"), index=index.where(index >= 0))
     write_atomically(path, lambda draft: table.to_csv(draft, index=False))
 
 
@@ -2500,45 +2442,38 @@ def noise_floor(jittered: pd.DataFrame) -> float:
 
 def statistics_of(table: pd.DataFrame, column: str, config: Config) -> pd.DataFrame:
     """Mean, spread, interval and test of a column per component; sentences are resampled."""
-    present = real_rows(table[table[column].notna()])
-    result = present.groupby(KEY)[column].agg(["size", "mean", "median", "std"])
-    result.columns = pd.Index(["n_samples", "mean", "median", "sd"])
-    grouped = present.groupby(["unit", *KEY], observed=True)[column]
-    by_unit = grouped.agg(["sum", "count"]).unstack(KEY)
-    sums, counts = (
-        torch.tensor(by_unit[part][result.index].fillna(0).to_numpy(), dtype=torch.float64)
-        for part in ("sum", "count")
-    )
-    result.insert(1, "n_sentences", (counts > 0).sum(0).tolist())
+    real = real_rows(table[table[column].notna()])
+    stats = real.groupby(KEY)[column].agg(n_samples="size", mean="mean", median="median", sd="std")
+    by_unit = real.groupby(["unit", *KEY], observed=True)[column].agg(["sum", "count"]).unstack(KEY)
+    filled = (by_unit[part][stats.index].fillna(0.0) for part in ("sum", "count"))
+    sums, counts = (torch.tensor(part.to_numpy(float)) for part in filled)
+    stats.insert(1, "n_sentences", (counts > 0).sum(0).tolist())
     low, high = bootstrap_interval(sums, counts, config.num_bootstrap, config.seed)
     p = sign_flip_p(sums, config.seed)
     tests = {"ci_low": low, "ci_high": high, "p": p, "q": benjamini_hochberg(p)}
-    return result.assign(**{name: values.tolist() for name, values in tests.items()})
+    return stats.assign(**{name: values.tolist() for name, values in tests.items()})
 
 
 def base_statistics(table: pd.DataFrame, config: Config) -> Record:
     """The same of delta_logit_base, one number per sample; and whether its interval covers 0."""
     per_sample = table.drop_duplicates("sample_id").assign(layer=0, index=0)
     base: pd.Series = statistics_of(per_sample, "delta_logit_base", config).iloc[0]
-    clear = bool(base["ci_low"] > 0 or base["ci_high"] < 0)
-    return {**{str(name): value for name, value in base.items()}, "is_clear": clear}
+    record = {str(name): value for name, value in base.items()}
+    return record | {"is_clear": bool(base["ci_low"] > 0 or base["ci_high"] < 0)}
 
 
 def role_sign(base_mean: float, config: Config) -> float:
     """The sign of a role against an effect: a component carries the task where taking it away moves
     delta_logit toward 0, or where amplifying it moves it away."""
-    amplified = (config.factor or 0.0) > 1
-    return math.copysign(1.0, base_mean) * (1.0 if amplified else -1.0)
+    return math.copysign(1.0, base_mean) * (1.0 if (config.factor or 0.0) > 1 else -1.0)
 
 
 def heads_table(table: pd.DataFrame, base: Record, floor: float, config: Config) -> pd.DataFrame:
-    """A row per component: circuit_heads.csv. Effects and contrasts are judged alike: by their
-    role, and by whether they can be told from noise and from 0."""
+    """circuit_heads.csv: effects and contrasts, judged by role, against noise and against 0."""
 
     def judge(stats: pd.DataFrame) -> pd.DataFrame:
         role = role_sign(base["mean"], config) * stats["mean"] + 0.0  # no -0.0
-        loud = (role.abs() > floor).astype("boolean")
-        loud = loud.mask(pd.Series(math.isnan(floor), index=loud.index))
+        loud = role.abs().astype("Float64") > (pd.NA if math.isnan(floor) else floor)
         counted = (stats["q"] < 0.05) & loud.fillna(True) & base["is_clear"]
         carries = role.gt(0).map({True: "contributes", False: "works against"})
         return stats.assign(role=role, above_noise=loud, verdict=carries.where(counted, ""))
@@ -2569,9 +2504,8 @@ def compare_runs(
     if pairs.empty:
         raise UsageError(f"--compare {config.compare} shares no sample and component with this run")
     ranks = pairs.groupby(KEY)[["head_effect", "head_effect_before"]].mean().rank()
-    agreement = ranks["head_effect"].corr(ranks["head_effect_before"])
     ops = f"{config.op} here, {before} in {config.compare}"
-    log.info("Spearman agreement of the rankings (%s): %.3f", ops, agreement)
+    log.info("Spearman agreement of the rankings (%s): %.3f", ops, ranks.corr().iloc[0, 1])
     if config.op != before:
         return heads  # what an op moves is no measure of what another's heads took over
     sign = role_sign(base_statistics(table, config)["mean"], config)
@@ -2619,7 +2553,7 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     """Remaining mean delta against the number edited: the chosen, the random band, the base."""
     held_out = rows[rows["samples"] == "held-out"]
     base = float(held_out[held_out["set"] == "none"]["mean_delta"].iloc[0])
-    chosen = held_out[held_out["set"] == "chosen"].sort_values("n_ablated")
+    chosen = held_out[held_out["set"] == "chosen"].set_index("n_ablated")["mean_delta"].sort_index()
     drawn = held_out[held_out["set"] == "random"].groupby("n_ablated")["mean_delta"]
     low, middle, high = (drawn.quantile(share) for share in (0.05, 0.5, 0.95))
     figure = Figure(figsize=(5.5, 4.0), layout="constrained")
@@ -2628,10 +2562,9 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     band = "random, same layers (5-95 %)"
     axes.fill_between(low.index, low, high, color="tab:gray", alpha=0.3, label=band)
     axes.plot(middle.index, middle, color="tab:gray", linewidth=1.0)
-    sizes, means = chosen["n_ablated"], chosen["mean_delta"]
-    axes.plot(sizes, means, marker="o", label="chosen on the other half")
+    axes.plot(chosen.index, chosen, marker="o", label="chosen on the other half")
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes.tolist(), [str(size) for size in sizes])
+    axes.set_xticks(chosen.index.tolist(), [str(size) for size in chosen.index])
     title = f"Held-out {config.task}: joint op {config.op}"
     axes.set(xlabel="components edited jointly", ylabel="mean delta_logit (nats)", title=title)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
@@ -2640,9 +2573,8 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
 
 def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
     """Mean role by layer and index, centred at zero; grey where it is below the noise floor."""
-    grid = heads.pivot(index="layer", columns="index", values="role").sort_index()
-    loud = heads.pivot(index="layer", columns="index", values="above_noise").sort_index()
-    loud = loud.fillna(True).astype(bool)
+    cells = heads.pivot(index="layer", columns="index", values=["role", "above_noise"])
+    grid, loud = cells["role"].astype(float), cells["above_noise"].fillna(True).astype(bool)
     kind, title = str(heads["kind"].iloc[0]), "Mean role (grey: below the noise floor)"
     label = "role in nats: > 0 carries the task"
     if grid.shape[1] == 1:
@@ -2659,9 +2591,8 @@ def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
     shown = grid.where(loud).to_numpy(dtype=float)
     image = axes.pcolormesh(columns, rows, shown, cmap="RdBu_r", vmin=-bound, vmax=bound)
     for axis, names in ((axes.xaxis, list(grid.columns)), (axes.yaxis, list(grid.index))):
-        step = -(-len(names) // 16)
-        places = [i + 0.5 for i in range(0, len(names), step)]
-        axis.set_ticks(places, [str(name) for name in names[::step]])
+        some = range(0, len(names), -(-len(names) // 16))
+        axis.set_ticks([i + 0.5 for i in some], [str(names[i]) for i in some])
     axes.set(xlabel=kind, ylabel="layer", title=title)
     figure.colorbar(image, ax=axes, label=f"{label}, < 0 works against it")
     save_figure(figure, path)
@@ -2675,8 +2606,7 @@ def report_findings(heads: pd.DataFrame, base: Record, floor: float, config: Con
     task, n, n_tests = TASKS[config.task], int(base["n_sentences"]), len(heads)
     interval = f"95 % interval {base['ci_low']:+.3f} to {base['ci_high']:+.3f} over {n} sentences"
     log.info("mean delta_logit %+.3f nats, %s; noise floor %.2g", base["mean"], interval, floor)
-    smallest_p = 1 / (sign_patterns(n, n_tests) + (n > MOST_EXACT))
-    lone_q = min(1.0, n_tests * smallest_p)
+    lone_q = min(1.0, n_tests / (sign_patterns(n, n_tests) + (n > MOST_EXACT)))
     if lone_q >= 0.05:
         few = f"{n} sentences are too few"
         log.info(f"{few}: a lone component among {n_tests} cannot reach q below {lone_q:.2g}")
@@ -2685,8 +2615,7 @@ def report_findings(heads: pd.DataFrame, base: Record, floor: float, config: Con
     if not base["is_clear"]:
         nothing = "there is nothing to explain, and no component contributes"
         return log.info("the base's interval covers 0: %s", nothing)
-    natural = base["mean"] * task.sign > 0
-    what = task.name if natural else f"an effect opposite to {task.name}"
+    what = task.name if base["mean"] * task.sign > 0 else f"an effect opposite to {task.name}"
     for head in heads.sort_values("role", ascending=False).head(5).itertuples():
         reading = task.readings[0 if head.mean * task.sign < 0 else 1]
         stands = f"{'contributes to' if head.role > 0 else 'works against'} {what}"
@@ -2711,14 +2640,11 @@ def write_findings(
         draw_heatmap(heads, path / "circuit_heatmap.png")
 
 
-REDRAWN = "task op factor patch_into seed num_bootstrap top_k"  # options that redrawing heeds
-
-
 def recorded_flags(results: Path) -> list[str]:
-    """The flags of the run whose run.json lies beside a results CSV."""
+    """What redrawing heeds of the flags of the run whose run.json lies beside a results CSV."""
     before = read_record(results.with_name("run.json")).get("config", {})
-    told = {name: before.get(name) for name in REDRAWN.split()}
-    return [f"--{name}={value}" for name, value in told.items() if value is not None]
+    heeded = ("task", "op", "factor", "patch_into", "seed", "num_bootstrap", "top_k")
+    return [f"--{name}={before[name]}" for name in heeded if before.get(name) is not None]
 
 
 def redraw(config: Config) -> None:
@@ -2759,8 +2685,7 @@ def choose_top(table: pd.DataFrame, config: Config) -> list[Component]:
 
 
 def draw_random(chosen: Sequence[Component], exp: Experiment, draw: int) -> list[Component]:
-    """As many components that were not chosen, each from the layer of its counterpart or, where
-    that has none left, from the nearest layer that has."""
+    """As many that were not chosen, each from its counterpart's layer or the nearest with some."""
     rng, drawn = random.Random(f"{exp.config.seed} random {draw}"), []
     taken, indices = {*chosen, *exp.config.given}, exp.shape.indices(exp.config.kind)
     for component in chosen:
@@ -2795,13 +2720,12 @@ def confirm_sets(chosen: Sequence[Component], exp: Experiment) -> list[JointSet]
 def measure_sets(
     exp: Experiment, folder: RunFolder, sets: Sequence[JointSet], samples: str, units: set[str]
 ) -> Records:
-    """Rows of circuit_confirm.csv: the mean delta over the samples of some sentences with each set
-    edited jointly, measured or read from the folder."""
+    """Rows of circuit_confirm.csv: the mean delta over some sentences with each set edited."""
     prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
     labels = [[component.label for component in components] for _, _, components in sets]
 
     def compute() -> list[float]:
-        involved = sorted({component for _, _, components in sets for component in components})
+        involved = set(itertools.chain(*(components for _, _, components in sets)))
         layers = {*(component.layer for component in involved), exp.shape.n_layers - 1}
         deltas: list[Tensor] = []
         for tree in plant_trees(prompts, exp.encoder.tokenizer.bos_token_id, exp.config):
@@ -2814,18 +2738,10 @@ def measure_sets(
     key = [labels, [of_sample[0].sample.sample_id for of_sample in prompts]]
     means = folder.part(f"joint-{digest(key)[:16]}", compute)
     return [
-        {
-            "samples": samples,
-            "set": name,
-            "draw": draw,
-            "n_ablated": len(components),
-            "components": " ".join(component.label for component in components),
-            "n_samples": len(prompts),
-            "n_sentences": len(units),
-            "mean_delta": mean,
-            "share_removed": 1 - mean / means[0],
-        }
-        for (name, draw, components), mean in zip(sets, means, strict=True)
+        {"samples": samples, "set": name, "draw": draw, "n_ablated": len(edited)}
+        | {"components": " ".join(edited), "n_samples": len(prompts), "n_sentences": len(units)}
+        | {"mean_delta": mean, "share_removed": 1 - mean / means[0]}
+        for (name, draw, _), edited, mean in zip(sets, labels, means, strict=True)
     ]
 
 
@@ -2867,15 +2783,10 @@ def greedy_reply(exp: Experiment, prompt: Prompt, components: Sequence[Component
     known += configured if isinstance(configured, list) else [configured]
     ends = sorted({end for end in known if isinstance(end, int)})
     ids = torch.tensor([prompt.ids], device=exp.traced.device)
+    options: Record = {"max_new_tokens": exp.config.max_new_tokens, "do_sample": False}
+    options |= {"eos_token_id": ends, "pad_token_id": ends[0], "temperature": None, "top_p": None}
     with editing(exp.traced, [(*exp.edits(components), *exp.background)]):
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=exp.config.max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-            **{"do_sample": False, "temperature": None, "top_p": None},
-        )
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
@@ -2885,18 +2796,15 @@ def measure_replies(
     """Greedy replies to prompts a and b of some samples, and whether they show the behaviour."""
     labels, task = [component.label for component in components], exp.task
 
+    def judged(prompt: Prompt) -> Record:
+        sample, reply = prompt.sample, greedy_reply(exp, prompt, components)
+        edited = {"prompt": prompt.side, "ablated": " ".join(labels), "n_ablated": len(labels)}
+        shown = {"mentions": task.shows(sample, reply), "answers": task.answers(sample, reply)}
+        return {"sample_id": sample.sample_id, **edited, "reply": reply, **shown}
+
     def compute() -> Records:
-        records = []
-        for of_sample in tqdm(prompts, desc="replies", unit="sample", disable=None):
-            for prompt in of_sample[:2]:
-                reply = greedy_reply(exp, prompt, components)
-                record: dict[str, Any] = {"sample_id": prompt.sample.sample_id}
-                record |= {"prompt": prompt.side, "ablated": " ".join(labels)}
-                record |= {"n_ablated": len(labels), "reply": reply}
-                record["mentions"] = task.shows(prompt.sample, reply)
-                record["answers"] = task.answers(prompt.sample, reply)
-                records.append(record)
-        return records
+        some = tqdm(prompts, desc="replies", unit="sample", disable=None)
+        return [judged(prompt) for of_sample in some for prompt in of_sample[:2]]
 
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
     key = [labels, ids, exp.config.max_new_tokens]
@@ -2906,8 +2814,7 @@ def measure_replies(
 def check_behaviour(
     exp: Experiment, chosen: Sequence[Component], table: pd.DataFrame, folder: RunFolder
 ) -> None:
-    """Write generations.jsonl: replies of the unedited model to every sample and, beside them on
-    the held-out sentences, with the top 1, 2, 4, ... K ablated."""
+    """Write generations.jsonl: unedited replies, and the held-out ones with the top K ablated."""
     config, held_out = exp.config, split_units(table, exp.config.seed)[1]
     prompts = [of_sample for of_sample in exp.prompts if of_sample[0].sample.unit in held_out]
     records = measure_replies(exp, folder, (), exp.prompts)
@@ -2921,10 +2828,9 @@ def check_behaviour(
     write_text(folder.path / "generations.jsonl", "".join(lines))
     rates = behaviour_rates(pd.DataFrame(records), {p[0].sample.sample_id for p in prompts})
     for rate in rates:
-        whose = f"replies ({rate['samples']}, {rate['n_ablated']} ablated)"
         shown = f"{rate['mentions_a']:.0f} % {exp.task.shown} after prompt a"
         beside = f"{rate['mentions_b']:.0f} % after b; {rate['answers_b']:.0f} % to b are answers"
-        log.info(f"{whose}: {shown}, {beside}")
+        log.info(f"replies ({rate['samples']}, {rate['n_ablated']} ablated): {shown}, {beside}")
     folder.note(behaviour=rates)
 
 
@@ -2944,18 +2850,15 @@ def behaviour_rates(records: pd.DataFrame, held_out: set[str]) -> Records:
 
 def start_log(path: Path | None, speaks: bool) -> None:
     """The log on stdout and in a file; processes that do not speak report errors only."""
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if path is not None:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    files = [logging.FileHandler(path, encoding="utf-8")] if path else []
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), *files]
     logging.basicConfig(format="%(message)s", handlers=handlers, force=True)
     log.setLevel(logging.INFO if speaks else logging.ERROR)
 
 
 def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
-    """The results table with its jittered rows in process 0; None in others, when done.
-
-    Process 0 enters the folder and finds out what remains to be done; all do their share of it.
-    """
+    """The results table with its jittered rows in process 0, which enters the folder and finds out
+    what remains to be done; None in others, when their share of it is done."""
     todo: list[Any] = [[], "", 0]
     records: Records = []
     if folder.leads:
@@ -2963,8 +2866,7 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
         jobs = plan_jobs(exp, read_sweep(exp, folder))
         for job in jobs:  # whatever lies there is no part of this run
             folder.part_path(job.name).unlink(missing_ok=True)
-        rows = folder.record.get("rows_after_halving") or exp.rows_per_forward
-        todo = [jobs, folder.key, rows]
+        todo = [jobs, folder.key, folder.record.get("rows_after_halving") or exp.rows_per_forward]
     jobs, folder.key, rows = todo if state.num_processes == 1 else broadcast_object_list(todo)
     if jobs:
         exp.traced.rows_per_forward = rows
@@ -2973,8 +2875,7 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     if folder.leads:
         with exp.stage("unedited model"):
             for i, tree in enumerate(exp.trees):
-                compute = functools.partial(sample_records, exp, tree)
-                records += folder.part(f"base-{i:04d}", compute)
+                records += folder.part(f"base-{i:04d}", sample_records, exp, tree)
             report_samples(records)
             folder.note(samples=records)
     if mine := share_jobs(exp, jobs, state.process_index, state.num_processes):
@@ -2990,17 +2891,13 @@ def describe_run(exp: Experiment, started: float) -> dict[str, Any]:
     """What run.json says of the machine and the work, once something was computed."""
     traced, gpus = exp.traced, range(torch.cuda.device_count())
     places = getattr(traced.model, "hf_device_map", None) or {}
-    return {
-        "devices": [torch.cuda.get_device_name(gpu) for gpu in gpus] or ["cpu"],
-        "device_map": {name: str(place) for name, place in places.items()},
-        "logits": "the model's own" if traced.own_logits else "float32 unembedding",
-        "forwards": traced.n_forwards,
-        "tokens_through_a_block": traced.n_tokens,
-        "seconds": {**exp.seconds, "all": round(time.time() - started, 3)},
-        "python": sys.version.split()[0],
-        "accelerate": accelerate.__version__,
-        "pandas": pd.__version__,
-    }
+    told: Record = {"devices": [torch.cuda.get_device_name(gpu) for gpu in gpus] or ["cpu"]}
+    told["device_map"] = {name: str(place) for name, place in places.items()}
+    told["logits"] = "the model's own" if traced.own_logits else "float32 unembedding"
+    told |= {"forwards": traced.n_forwards, "tokens_through_a_block": traced.n_tokens}
+    told["seconds"] = {**exp.seconds, "all": round(time.time() - started, 3)}
+    versions = {"accelerate": accelerate.__version__, "pandas": pd.__version__}
+    return {**told, "python": sys.version.split()[0], **versions}
 
 
 def run(config: Config) -> None:
