@@ -299,12 +299,9 @@ GROUPS |= {"controls": "evidence", "output_dir": "output", "dry_run": "checks"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
+    style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100)
     parser = argparse.ArgumentParser(
-        prog="llama3_circuit_tracing.py",
-        description=__doc__,
-        formatter_class=functools.partial(raw, max_help_position=32, width=100),
-        allow_abbrev=False,
+        prog=Path(__file__).name, description=__doc__, formatter_class=style, allow_abbrev=False
     )
     for f in fields(Config):
         if f.name in GROUPS:
@@ -501,11 +498,9 @@ CountTokens = Callable[[str], int]
 
 @dataclass(frozen=True)
 class Sample:
-    """Two user texts and the words that are scored after each; one form for every task.
-
-    `unit` is what is statistically independent: samples with the same `prompt_b` share it.
-    `group` is a free label; samples of the group `NO_ODD_ONE` are negative controls.
-    """
+    """Two user texts and the words that are scored after each; one form for every task. `unit` is
+    what is statistically independent: samples with the same `prompt_b` share it. `group` is a free
+    label; samples of the group `NO_ODD_ONE` are negative controls."""
 
     sample_id: str
     prompt_a: str
@@ -541,16 +536,14 @@ def instruct(opening: str, words: Sequence[str], sentence: str) -> str:
 def build_suppression(count: int, rng: random.Random, tokens_in: CountTokens) -> list[Sample]:
     """Questions in random order, each forbidding 1, 2, 3, 1, ... answers, never twice alike."""
     order = rng.sample(sorted(QUESTIONS), len(QUESTIONS))
-    used: set[tuple[str, frozenset[str]]] = set()
+    used: set[tuple[str, ...]] = set()  # no word answers two questions
     samples: list[Sample] = []
     for i in range(count):
-        sentence, n_words = order[i % len(order)], 1 + i % 3
-        choices = itertools.combinations(QUESTIONS[sentence].split(), n_words)
-        fresh = [c for c in choices if (sentence, frozenset(c)) not in used]
-        if not fresh:
+        sentence = order[i % len(order)]
+        choices = itertools.combinations(QUESTIONS[sentence].split(), 1 + i % 3)
+        if not (fresh := [words for words in choices if words not in used]):
             raise UsageError(f"--num_samples {count}: only {i} different samples are built in")
-        words = rng.choice(fresh)
-        used.add((sentence, frozenset(words)))
+        used.add(words := rng.choice(fresh))
         samples.append(Sample(f"s{i:04d}", instruct(FORBID, words, sentence), sentence, words))
     return samples
 
@@ -571,10 +564,8 @@ def odd_one_out_text(names: Sequence[str]) -> str:
 
 def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) -> list[Sample]:
     """Clean and corrupt triples: one name changes, of equal token length, and so does the odd one.
-
     The grid is majority profession x odd profession of another class; every fifth sample is a
-    negative control, three names of one profession before and after the same kind of change.
-    """
+    negative control, three names of one profession before and after the same kind of change."""
     professions = [(group, people) for group in PEOPLE for people in PEOPLE[group].values()]
     grid = [(p, q) for p, q in itertools.permutations(professions, 2) if p[0] != q[0]]
     pairs = itertools.cycle(rng.sample(grid, len(grid)))
@@ -603,11 +594,9 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) ->
 @dataclass(frozen=True)
 class Task:
     """What a behaviour is: its samples, its metric, and what counts as showing it in a reply.
-
     `reduce` maps log P of targets [row, target] and foils [row, foil] to a score [row];
     `sign` is the sign that delta_logit has where the model shows the behaviour; `natural` names
-    the prompt after which the targets are likely; `shows` finds in a reply what `shown` says.
-    """
+    the prompt after which the targets are likely; `shows` finds in a reply what `shown` says."""
 
     name: str
     build: Callable[[int, random.Random, CountTokens], list[Sample]]
@@ -856,22 +845,18 @@ class PromptEncoder:
 
     def render(self, user_text: str) -> str:
         """The chat up to where the reply starts, the date pinned: some templates write today's."""
-        chat = [
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": user_text},
-        ]
+        turns = {"system": SYSTEM_PROMPT, "user": user_text}
+        chat = [{"role": role, "content": said} for role, said in turns.items()]
         options = {"date_string": DATE.strftime("%d %b %Y"), "enable_thinking": False}
         options |= {"add_generation_prompt": True, "tokenize": False}
         template = self.tokenizer.chat_template
         if isinstance(template, str):
             clock = r"strftime_now\(\s*['\"](.*?)['\"]\s*\)"
-            pinned = re.sub(clock, lambda call: repr(DATE.strftime(call[1])), template)
-            options["chat_template"] = pinned
+            options["chat_template"] = re.sub(clock, lambda m: repr(DATE.strftime(m[1])), template)
         try:
             text = self.tokenizer.apply_chat_template(chat, **options)
-        except Exception as error:  # jinja2 errors are no type that transformers exports
-            why = f"the chat template failed ({error}); use an Instruct model"
-            raise UsageError(why) from error
+        except Exception as why:  # jinja2 errors are no type that transformers exports
+            raise UsageError(f"the chat template failed ({why}); use an Instruct model") from why
         return str(text) + self.stem.strip()
 
     def encode(self, text: str) -> tuple[int, ...]:
@@ -880,40 +865,39 @@ class PromptEncoder:
     def count(self, text: str) -> int:
         return len(self.encode(text))
 
-    def surface_forms(self, word: str) -> list[str]:
-        """As written and with a capital; after a stem, and for the literal metric, with a space."""
-        if self.target_form == "literal":
-            return [f" {word}"]
-        forms = dict.fromkeys((word, word[:1].upper() + word[1:]))
-        return [f" {form}" if self.stem.strip() else form for form in forms]
-
     def write(self, sample: Sample, side: str, user_text: str) -> Prompt:
         """The prompt of a side; `UsageError` where BOS is not exactly once, where a form merges
         with the tokens before it, or where two words have the same form.
 
-        A form's ids are tokens(text + form) minus tokens(text).
+        The forms of a word: as written and with a capital; after a stem, and for the literal
+        metric, with a space. A form's ids are tokens(text + form) minus tokens(text).
         """
-        text = self.render(user_text)
+        text, name, literal = self.render(user_text), sample.named, self.target_form == "literal"
         ids, bos = self.encode(text), self.tokenizer.bos_token_id
-        if bos is not None and (ids.count(bos) != 1 or ids[0] != bos):
-            found = f"{ids.count(bos)} BOS tokens"
-            raise UsageError(f"{sample.named}: the prompt has {found}; one, first, is needed")
+        if bos is not None and ((n := ids.count(bos)) != 1 or ids[0] != bos):
+            raise UsageError(f"{name}: the prompt has {n} BOS tokens; one, first, is needed")
+        space = " " if literal or self.stem.strip() else ""
         owner: dict[tuple[int, ...], str] = {}
         forms: list[tuple[tuple[int, ...], ...]] = []
         for word in sample.words:
             of_word: dict[tuple[int, ...], str] = {}
-            for form in self.surface_forms(word):
+            capital = word if literal else word[:1].upper() + word[1:]
+            for form in dict.fromkeys((space + word, space + capital)):
                 whole = self.encode(text + form)
                 if whole[: len(ids)] != ids or len(whole) == len(ids):
                     merges = f"the form {form!r} merges with the tokens before it"
-                    raise UsageError(f"{sample.named}: {merges}: {text[-40:]!r}")
-                new = whole[len(ids) :][: 1 if self.target_form == "literal" else None]
+                    raise UsageError(f"{name}: {merges}: {text[-40:]!r}")
+                new = whole[len(ids) :][: 1 if literal else None]
                 if new in owner and new not in of_word:
-                    both = f"{owner[new]!r} and {word!r}"
-                    raise UsageError(f"{sample.named}: {both} have the same form {form!r}")
+                    raise UsageError(
+                        f"{name}: {owner[new]!r} and {word!r} have the same form {form!r}"
+                    )
                 owner[new], of_word[new] = word, form
             forms.append(tuple(of_word))
         return Prompt(sample, side, text, ids, tuple(forms))
+
+
+Texts = dict[str, dict[str, str]]  # per sample_id and side
 
 
 def write_prompts(
@@ -933,42 +917,36 @@ def write_prompts(
     return prompts
 
 
-def control_texts(
-    samples: Sequence[Sample], encoder: PromptEncoder, seed: int
-) -> dict[str, dict[str, str]]:
+def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) -> Texts:
     """Per sample prompt a with as many other words forbidden, and with its words mentioned instead.
-
     The other words do not answer the sentence and have the targets' token counts where possible;
-    the affirmative template is the nearest in length.
-    """
+    the affirmative template is the nearest in length."""
     length = functools.cache(encoder.count)
     units: dict[str, set[str]] = defaultdict(set)  # of each word
     for sample, word in ((s, w) for s in samples for w in s.targets):
         units[word].add(sample.unit)
     words = sorted(units)
-    controls: dict[str, dict[str, str]] = {}
+    controls: Texts = {}
     for sample in samples:
         targets, sentence = sample.targets, sample.prompt_b
         if sample.prompt_a != instruct(FORBID, targets, sentence):
             form = f"{FORBID!r} + words + sentence"
             log.warning(f"{sample.named}: not of the form {form}; no controls")
             continue
+        texts = controls[sample.sample_id] = {}
         own = {word.casefold() for word in (*plausible_answers(sample), *targets)}
         left = [w for w in words if units[w] != {sample.unit} and w.casefold() not in own]
         random.Random(f"{seed} {sample.sample_id}").shuffle(left)
-        mentions = [instruct(mention, targets, sentence) for mention in MENTIONS]
-        n = encoder.count(sample.prompt_a)
-        texts = {"affirm": min(mentions, key=lambda text: abs(encoder.count(text) - n))}
         if len(left) < len(targets):
             log.warning("%s: too few words of other samples for a control", sample.named)
         else:
             others: list[str] = []
-            for target in targets:
-                n = length(f" {target}")
+            for n in (length(f" {target}") for target in targets):
                 others.append(min(left, key=lambda word: abs(length(f" {word}") - n)))
                 left.remove(others[-1])
-            texts = {"other": instruct(FORBID, others, sentence)} | texts
-        controls[sample.sample_id] = texts
+            texts["other"] = instruct(FORBID, others, sentence)
+        mentions, n = [instruct(m, targets, sentence) for m in MENTIONS], length(sample.prompt_a)
+        texts["affirm"] = min(mentions, key=lambda text: abs(length(text) - n))
     return controls
 
 
@@ -982,10 +960,8 @@ Placed = tuple[Prompt, Plan, list[int], Branches]  # a prompt in a growing tree,
 
 @dataclass(frozen=True)
 class Tree:
-    """All prompts of some samples as one sequence: a trie whose nodes attend to their ancestors.
-
-    The idea is that of prefix sharing and tree attention (e.g. SpecInfer, arXiv:2305.09781).
-    """
+    """All prompts of some samples as one sequence: a trie whose nodes attend to their ancestors,
+    by the idea of prefix sharing and tree attention (e.g. SpecInfer, arXiv:2305.09781)."""
 
     prompts: tuple[Prompt, ...]
     paths: tuple[list[int], ...]  # per prompt the node of each of its tokens
@@ -1009,8 +985,7 @@ class Tree:
         """Each sample with the places of its prompts, by side."""
         places: dict[str, tuple[Sample, dict[str, int]]] = {}
         for i, prompt in enumerate(self.prompts):
-            sample = prompt.sample
-            places.setdefault(sample.sample_id, (sample, {}))[1][prompt.side] = i
+            places.setdefault(prompt.sample.sample_id, (prompt.sample, {}))[1][prompt.side] = i
         return list(places.values())
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -1019,10 +994,8 @@ class Tree:
         return hidden.masked_fill(~self.visible, torch.finfo(dtype).min)[None, None].to(device)
 
     def word_log_probs(self, log_probs: Tensor) -> list[Tensor]:
-        """[row, entry] -> per prompt [row, word].
-
-        A form's tokens follow each other (their log P add up); a word's forms are alternatives.
-        """
+        """[row, entry] -> per prompt [row, word]: a form's tokens follow each other (their log P
+        add up); a word's forms are alternatives."""
 
         def log_p(forms: Sequence[list[int]]) -> Tensor:
             return torch.stack([log_probs[:, form].sum(-1) for form in forms], -1).logsumexp(-1)
@@ -1031,11 +1004,9 @@ class Tree:
 
     def scores(self, log_probs: Tensor, task: Task) -> Tensor:
         """[row, entry] -> [row, prompt], what the task makes of the words' log-probabilities."""
-        scores = []
-        for prompt, words in zip(self.prompts, self.word_log_probs(log_probs), strict=True):
-            n_targets, n_foils = len(prompt.sample.targets), len(prompt.sample.foils)
-            scores.append(task.reduce(*words.split([n_targets, n_foils], -1)))
-        return torch.stack(scores, 1)
+        pairs = zip(self.prompts, self.word_log_probs(log_probs), strict=True)
+        parts = (words.tensor_split([len(p.sample.targets)], -1) for p, words in pairs)
+        return torch.stack([task.reduce(*part) for part in parts], 1)
 
 
 def common_start(one: Sequence[int], other: Sequence[int]) -> int:
@@ -1046,10 +1017,8 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> int:
 
 def edited_positions(own: Sequence[int], partner: Sequence[int], config: Config) -> Plan:
     """The positions of a prompt that edits touch, each with its aligned position in the partner.
-
     None stands for all tokens, forms included. A patch touches aligned positions only: from the
-    first difference on in pairs of equal length, else the longest common suffix.
-    """
+    first difference on in pairs of equal length, else the longest common suffix."""
     n, shift, patches = len(own), len(partner) - len(own), config.patches
     if not patches and config.positions == "all":
         return None
@@ -1072,18 +1041,14 @@ def plan_edits(prompts: Sequence[Prompt], config: Config) -> list[Plan]:
 
 def grow(nodes: Nodes, parent: int, tokens: Sequence[int], owner: object = None) -> list[int]:
     """The nodes of some tokens below a parent; shared as far as tokens and owner agree."""
-    path = []
-    for token in tokens:
-        parent = nodes.setdefault((parent, token, owner), len(nodes))
-        path.append(parent)
-    return path
+    return [parent := nodes.setdefault((parent, token, owner), len(nodes)) for token in tokens]
 
 
 def place_prompts(nodes: Nodes, prompts: Sequence[Prompt], config: Config) -> list[Placed]:
     """Let a tree grow by the prompts of a sample; edited nodes belong to one prompt only."""
     placed: list[Placed] = []
     for prompt, plan in zip(prompts, plan_edits(prompts, config), strict=True):
-        n_shared = len(prompt.ids) if plan is None else min(plan, default=len(prompt.ids))
+        n_shared = min(plan or [len(prompt.ids)])
         path = grow(nodes, -1, prompt.ids[:n_shared])
         owner = (prompt.sample.sample_id, prompt.side)
         path += grow(nodes, path[-1] if path else -1, prompt.ids[n_shared:], owner)
@@ -1118,12 +1083,11 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
             visible[node] |= visible[parent]
     prompts, _, paths, branches = zip(*placed, strict=True)
     weight = torch.zeros(len(nodes), dtype=torch.float64)
-    for prompt, path in zip(prompts, paths, strict=True):
-        if prompt.side == "b":
-            weight[path[1:] if prompt.ids[0] == bos else path] += 1
     pairs: list[tuple[int, int]] = []  # node and next token of each entry
     entries: list[Branches] = []
     for prompt, path, of_prompt in zip(prompts, paths, branches, strict=True):
+        if prompt.side == "b":
+            weight[path[1:] if prompt.ids[0] == bos else path] += 1
         entries.append([[] for _ in prompt.forms])
         for word, (forms, of_word) in enumerate(zip(prompt.forms, of_prompt, strict=True)):
             for form, tail in zip(forms, of_word, strict=True):
@@ -1214,23 +1178,20 @@ def device_type(config: Config) -> str:
 
 
 TINY = "python llama3_circuit_tracing.py --model_id tests/tiny_llama runs the bundled model instead"
-UNREACHABLE = f"is not in the local cache and the hub cannot be reached; {TINY}"
 LOAD_ERRORS = {  # what the libraries raise below, and what it means
     "GatedRepoError": "is gated: ask for access at https://huggingface.co/{name}, then log in with "
     f"`hf auth login`; {TINY}",
     "RevisionNotFoundError": "has no revision {revision!r}",
     "RepositoryNotFoundError": f"is not on the hub, or private: check, or `hf auth login`; {TINY}",
-    "LocalEntryNotFoundError": UNREACHABLE,
-    "OfflineModeIsEnabled": UNREACHABLE,
+    "LocalEntryNotFoundError|OfflineModeIsEnabled": "is not in the local cache and the hub cannot "
+    f"be reached; {TINY}",
     "": f"cannot be loaded: {{error}}; {TINY}",
 }
 
 
 def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
     """What `load` makes of the model id; `RunError` says in one sentence why it cannot.
-
-    transformers raises OSError for everything that the hub says; the chain of causes tells.
-    """
+    transformers raises OSError for everything that the hub says; the chain of causes tells."""
     name, revision = config.model_id, config.revision or "main"
     path = Path(name).expanduser()
     local = name.startswith(("/", "./", "../", "~")) or path.is_dir()
@@ -1247,7 +1208,7 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
         causes, cause = "", error.__cause__ or error.__context__
         while cause is not None:
             causes, cause = causes + type(cause).__name__, cause.__cause__ or cause.__context__
-        reason = next(reason for key, reason in LOAD_ERRORS.items() if key in causes)
+        reason = next(reason for key, reason in LOAD_ERRORS.items() if re.search(key, causes))
         said = reason.format(name=name, revision=revision, error=str(error).splitlines()[0])
         kind = UsageError if re.search("model.type", str(error)) else RunError  # an unknown one
         raise kind(f"{name} {said}") from error
@@ -1255,9 +1216,7 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
 
 def read_shape(config: Config) -> ModelShape:
     """Shape of the model from its config alone; `UsageError` for a model that cannot be traced.
-
-    bfloat16 where asked for or where a GPU computes it natively; emulation does not count.
-    """
+    bfloat16 where asked for or where a GPU computes it natively; emulation does not count."""
     native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if (native if config.bf16 is None else config.bf16) else torch.float32
     model_config = from_hub(AutoConfig.from_pretrained, config)
@@ -1276,16 +1235,15 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
     n_layers, n_heads = text.num_hidden_layers, text.num_attention_heads
     widths = {modules[path].in_features for path in o_projs}
     if len(o_projs) != n_layers or len(widths) != 1 or min(widths) % n_heads:
-        found = f"{len(o_projs)} of its {n_layers} blocks have a self_attn.o_proj"
-        needed = f"whose input divides into {n_heads} heads"
-        raise UsageError(f"{name} is not supported: {found} {needed}")
+        found = (
+            f"{len(o_projs)} of its {n_layers} blocks have a self_attn.o_proj whose input divides"
+        )
+        raise UsageError(f"{name} is not supported: {found} into {n_heads} heads")
     if re.search("flash|flex", attention):
         raise UsageError(f"--attn_implementation {attention} takes no tree mask")
     layers_path = re.sub(r"\.\d+\.self_attn\.o_proj$", "", o_projs[0])
     mlps = [modules.get(f"{layers_path}.{layer}.mlp.down_proj") for layer in range(n_layers)]
-    windows = [text.max_position_embeddings]
-    if getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True):
-        windows.append(text.sliding_window)
+    window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
     return ModelShape(
         name=name,
         layers_path=layers_path,
@@ -1296,7 +1254,7 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
         d_mlp=min(mlp.in_features if isinstance(mlp, nn.Linear) else 0 for mlp in mlps),
         vocab=text.vocab_size,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        context=min(windows),
+        context=min(text.max_position_embeddings, window or math.inf),
         attn_implementation=attention,
         dtype=dtype,
     )
@@ -1314,8 +1272,9 @@ def load_model(config: Config, shape: ModelShape, device: torch.device | None = 
     model.offload_folder = folder  # lives as long as the model
     used = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if used & {"cpu", "disk"} and used - {"cpu"}:
-        places = ", ".join(sorted(used))
-        log.warning(f"some layers are offloaded ({places}): this is exact but slow")
+        log.warning(
+            "some layers are offloaded (%s): this is exact but slow", ", ".join(sorted(used))
+        )
     return model.eval()
 
 
@@ -1352,10 +1311,8 @@ class TracedModel:
 @dataclass(frozen=True, eq=False)
 class Edit:
     """x' = x + m * P(v - x): what becomes of the input x [tok, width] of one module.
-
     P takes some `columns`, one component's slice or the columns of many; m is `where`, the tokens
-    [tok] (None: all); v = factor * x + source, with a source of [columns] or [tok, columns].
-    """
+    [tok] (None: all); v = factor * x + source, with a source of [columns] or [tok, columns]."""
 
     site: Site
     columns: slice | Tensor
@@ -1387,10 +1344,8 @@ def zeroing(components: Iterable[Component], shape: ModelShape) -> Row:
 
 
 def displacement(edit: Edit, x: Tensor) -> Tensor:
-    """D = m * P(v - x) [tok, column] of a module's input x [tok, width].
-
-    In float64, so that x + D is v to the last bit of a narrower x.
-    """
+    """D = m * P(v - x) [tok, column] of a module's input x [tok, width],
+    in float64, so that x + D is v to the last bit of a narrower x."""
     own = x[:, edit.columns].double()
     moved = edit.factor * own + edit.source - own
     return moved if edit.where is None else moved * edit.where.to(x.device)[:, None]
@@ -1473,12 +1428,10 @@ def gathering(module: nn.Module, nodes: Tensor) -> RemovableHandle:
 @contextlib.contextmanager
 def last_block_at(traced: TracedModel, tree: Tree, rows: Sequence[Row]) -> Iterator[None]:
     """In the last block, compute what works token by token at the scoring nodes only.
-
     After its attention no token sees another there: o_proj and the MLP of a token feed that token's
     own logits and nothing else. So both get the scoring nodes' states (`gathering`), and their
     outputs are put back in their places, the other nodes' left at zero. An edited MLP runs whole,
-    since an edit speaks of all nodes; the edit of an o_proj is a hook that came before this one.
-    """
+    since an edit speaks of all nodes; the edit of an o_proj is a hook that came before this one."""
     last, edited = traced.shape.n_layers - 1, {edit.site for row in rows for edit in row}
     names = ["self_attn.o_proj"]
     if traced.shape.d_mlp and (last, "mlp.down_proj") not in edited:
@@ -1502,10 +1455,8 @@ VOCAB_BLOCK = 16384
 
 def entry_log_probs(hidden: Tensor, weight: Tensor, tree: Tree) -> Tensor:
     """Log-probabilities [row, entry] from final states [row, node, d_model] at the scoring nodes.
-
     The vocabulary is passed in blocks with a running log-sum-exp, so that neither a float32 copy
-    of the matrix nor all logits exist at once; products are accumulated and kept in float32.
-    """
+    of the matrix nor all logits exist at once; products are accumulated and kept in float32."""
     hidden = hidden.to(weight.device)
     flat = hidden.reshape(-1, hidden.shape[-1])
     total = flat.new_full((len(flat),), -math.inf, dtype=torch.float32)
@@ -1535,9 +1486,8 @@ class CleanRun:
     background: Row  # zeroed here and in every edited run
     log_probs: Tensor  # [1, entry]
     logits: Tensor  # [node, vocab], the model's own
-    residuals: dict[int, Tensor]  # the residual stream [1, tok, d_model] entering each block
+    residuals: dict[int, Any]  # [1, tok, d_model] entering each block, as a block returns it
     site_inputs: dict[Site, Tensor]  # [tok, width]
-    as_tuple: bool  # whether a block returns its residual stream in a tuple
 
 
 @torch.inference_mode()
@@ -1574,33 +1524,25 @@ def run_clean(
             how = f"{traced.shape.name} computes its logits in some other way"
             raise RunError(f"{what} {largest:.3g} (bound {bound:.3g}): {how}")
     site_inputs = {site: x[0] for site, x in seen.items()}
-    as_tuple = isinstance(block["out"], tuple)
-    kept = log_probs, logits[0], residuals, site_inputs, as_tuple
-    return CleanRun(tree, inputs, background, *kept)
+    if isinstance(block["out"], tuple):
+        residuals = {layer: (x,) for layer, x in residuals.items()}
+    return CleanRun(tree, inputs, background, log_probs, logits[0], residuals, site_inputs)
 
 
 @torch.inference_mode()
 def run_rows(traced: TracedModel, clean: CleanRun, rows: Sequence[Row]) -> Tensor:
     """Log-probabilities [row, entry] of a tree with the edits of rows[r] in row r of one batch.
-
-    Starts at the lowest edited layer; the clean run's background is edited in every row too.
-    """
+    Starts at the lowest edited layer; the clean run's background is edited in every row too."""
     tree, n_layers = clean.tree, traced.shape.n_layers
     start = min((edit.site[0] for row in rows for edit in row), default=n_layers - 1)
-    lasting = tuple(edit for edit in clean.background if edit.site[0] >= start)
-    rows = [(*row, *lasting) for row in rows]
-    with contextlib.ExitStack() as stack:
-        if start:
-            residual = clean.residuals[start]
-            entering = (residual,) if clean.as_tuple else residual
-            stack.enter_context(resuming_from(traced, start, entering))
-        stack.enter_context(editing(traced, rows))
-        stack.enter_context(last_block_at(traced, tree, rows))
-        traced.n_forwards += 1
-        traced.n_tokens += len(rows) * tree.n_tokens * (n_layers - start)
+    rows = [(*row, *(edit for edit in clean.background if edit.site[0] >= start)) for row in rows]
+    traced.n_forwards += 1
+    traced.n_tokens += len(rows) * tree.n_tokens * (n_layers - start)
+    skipping = resuming_from(traced, start, clean.residuals.get(start))
+    with skipping, editing(traced, rows), last_block_at(traced, tree, rows):
         if traced.own_logits:
-            stack.enter_context(gathering(traced.head, tree.scored))
-            logits = traced.model(**clean.model_inputs).logits
+            with gathering(traced.head, tree.scored):
+                logits = traced.model(**clean.model_inputs).logits
             return entry_log_probs_of_logits(logits, tree).expand(len(rows), -1)
         hidden = traced.body(**clean.model_inputs).last_hidden_state
         hidden = hidden[:, tree.scored.to(hidden.device)]
