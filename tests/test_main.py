@@ -69,8 +69,13 @@ def test_every_error_is_one_sentence_and_bad_usage_alone_is_exit_code_2(
 def test_an_interruption_says_how_to_go_on(
     answer: Answer, monkeypatch: pytest.MonkeyPatch, stop: signal.Signals, code: int
 ) -> None:
+    # ignored where the suite itself runs in the background of a script
     monkeypatch.setattr(tracing, "prepare", lambda *_: signal.raise_signal(stop))
-    found, _, err = answer("--dry_run")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        found, _, err = answer("--dry_run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (found, len(err.splitlines())) == (code, 1)
     assert "the same command goes on" in err
 
