@@ -789,8 +789,8 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
         return math.nan
 
     found = pd.DataFrame([row for _, row in rows], index=[line for line, _ in rows])
-    for name in (name for name in SEVEN if name not in found):
-        raise UsageError(f"{path}, line 1: column {name!r} is missing")
+    if lacking := [name for name in SEVEN if name not in found]:
+        raise UsageError(f"{path}, line 1: column {lacking[0]!r} is missing")
     refuse(found["sample_id"] == "", "sample_id", "is empty")
     table = found[["sample_id"]].assign(unit=found.get("unit", ""))
     table["unit"] = table["unit"].where(table["unit"] != "", table["sample_id"])
@@ -889,9 +889,8 @@ class PromptEncoder:
                     raise UsageError(f"{name}: {merges}: {text[-40:]!r}")
                 new = whole[len(ids) :][: 1 if literal else None]
                 if new in owner and new not in of_word:
-                    raise UsageError(
-                        f"{name}: {owner[new]!r} and {word!r} have the same form {form!r}"
-                    )
+                    both = f"{owner[new]!r} and {word!r}"
+                    raise UsageError(f"{name}: {both} have the same form {form!r}")
                 owner[new], of_word[new] = word, form
             forms.append(tuple(of_word))
         return Prompt(sample, side, text, ids, tuple(forms))
@@ -1093,7 +1092,7 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
             for form, tail in zip(forms, of_word, strict=True):
                 entries[-1][word].append(list(range(len(pairs), len(pairs) + len(form))))
                 pairs += zip([path[-1], *tail], form, strict=True)
-    scored = sorted({node for node, _ in pairs} | {path[-1] for path in paths})
+    scored = torch.tensor(sorted({node for node, _ in pairs} | {path[-1] for path in paths}))
     where, partner = place_edits(placed, len(nodes), config)
     return Tree(
         prompts=prompts,
@@ -1102,8 +1101,8 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
         ids=torch.tensor([[token for _, token, _ in nodes]]),
         depth=visible.sum(1)[None] - 1,
         visible=visible,
-        scored=torch.tensor(scored),
-        entry_node=torch.tensor([scored.index(node) for node, _ in pairs]),
+        scored=scored,
+        entry_node=torch.searchsorted(scored, torch.tensor([node for node, _ in pairs])),
         entry_token=torch.tensor([token for _, token in pairs]),
         where=where,
         partner=partner,
@@ -1235,10 +1234,9 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
     n_layers, n_heads = text.num_hidden_layers, text.num_attention_heads
     widths = {modules[path].in_features for path in o_projs}
     if len(o_projs) != n_layers or len(widths) != 1 or min(widths) % n_heads:
-        found = (
-            f"{len(o_projs)} of its {n_layers} blocks have a self_attn.o_proj whose input divides"
-        )
-        raise UsageError(f"{name} is not supported: {found} into {n_heads} heads")
+        found = f"{len(o_projs)} of its {n_layers} blocks have a self_attn.o_proj"
+        needed = f"whose input divides into {n_heads} heads"
+        raise UsageError(f"{name} is not supported: {found} {needed}")
     if re.search("flash|flex", attention):
         raise UsageError(f"--attn_implementation {attention} takes no tree mask")
     layers_path = re.sub(r"\.\d+\.self_attn\.o_proj$", "", o_projs[0])
@@ -1272,9 +1270,8 @@ def load_model(config: Config, shape: ModelShape, device: torch.device | None = 
     model.offload_folder = folder  # lives as long as the model
     used = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if used & {"cpu", "disk"} and used - {"cpu"}:
-        log.warning(
-            "some layers are offloaded (%s): this is exact but slow", ", ".join(sorted(used))
-        )
+        places = ", ".join(sorted(used))
+        log.warning(f"some layers are offloaded ({places}): this is exact but slow")
     return model.eval()
 
 
@@ -1686,9 +1683,10 @@ class RunFolder:
 
     def part(self, name: str, compute: Callable[..., Any], *arguments: Any) -> Any:
         """The payload of a part, computed and written where it is not there yet."""
-        if self.read_part(name) is None:
+        if (payload := self.read_part(name)) is None:
             self.write_part(name, compute(*arguments))
-        return self.read_part(name)
+            payload = self.read_part(name)
+        return payload
 
 
 # ----- Experiment ---------------------------------------------------------------------------------
@@ -2355,8 +2353,8 @@ def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.Da
     controls = [f"score_{side}_{run}" for side in sides for run in ("base", "head")]
     lacking = [name for name in controls if name not in table]  # where no sample has a control
     table = table.assign(**dict.fromkeys(lacking, math.nan))
+    moved = table["score_a_head"] - table["score_a_base"]
     for side in sides:
-        moved = table["score_a_head"] - table["score_a_base"]
         control = table[f"score_{side}_head"] - table[f"score_{side}_base"]
         table[f"effect_minus_{side}"] = moved - control
     columns = [*SEVEN, "score_a_base", "score_b_base", "score_a_head", "score_b_head", "unit"]
@@ -2692,16 +2690,16 @@ def measure_sets(
 
 def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Component]:
     """Write circuit_confirm.csv and .png; returns the chosen components, best first."""
-    config, records = exp.config, []
+    config, records, chosen = exp.config, [], []
+    if not config.confirm and not config.ablate:
+        return []
     choosing, held_out = split_units(table, config.seed)
-    chosen = choose_top(table[table["unit"].isin(choosing)], config)
-    if chosen:
+    if config.confirm:
+        chosen = choose_top(table[table["unit"].isin(choosing)], config)
         records += measure_sets(exp, folder, confirm_sets(chosen, exp), "held-out", held_out)
     if config.ablate:
         sets: list[JointSet] = [("none", 0, ()), ("ablate", 0, config.ablate)]
         records += measure_sets(exp, folder, sets, "all", choosing | held_out)
-    if not records:
-        return []
     rows = pd.DataFrame(records)
     write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
     drawn = rows[rows["set"] == "random"]
@@ -2806,9 +2804,11 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     what remains to be done; None in others, when their share of it is done."""
     todo: list[Any] = [[], "", 0]
     records: Records = []
+    swept = pd.DataFrame()
     if folder.leads:
         folder.enter(fingerprint_of(exp), exp.config.overwrite)
-        jobs = plan_jobs(exp, read_sweep(exp, folder))
+        swept = read_sweep(exp, folder)
+        jobs = plan_jobs(exp, swept)
         for job in jobs:  # whatever lies there is no part of this run
             folder.part_path(job.name).unlink(missing_ok=True)
         todo = [jobs, folder.key, folder.record.get("rows_after_halving") or exp.rows_per_forward]
@@ -2829,7 +2829,9 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     missing = {job.name for job in jobs if folder.leads}  # a launcher ends the run if one dies
     while missing := {name for name in missing if not folder.part_path(name).exists()}:
         time.sleep(0.2)
-    return results_table(read_sweep(exp, folder), records, exp.config) if folder.leads else None
+    if not folder.leads:
+        return None
+    return results_table(read_sweep(exp, folder) if jobs else swept, records, exp.config)
 
 
 def describe_run(exp: Experiment, started: float) -> dict[str, Any]:

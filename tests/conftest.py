@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,15 @@ def answer(capsys: pytest.CaptureFixture[str]) -> Answer:
         return code, *capsys.readouterr()
 
     return call
+
+
+def refuses(answer: Answer, *argv: str, says: Iterable[str], code: int = 2) -> None:
+    """A command line ends with an exit code and one sentence on stderr."""
+    found, _, err = answer(*argv)
+    assert found == code, err
+    (line,) = err.splitlines()
+    for text in ("error: ", *says):
+        assert text in line
 
 
 def finish(model: str, folder: Path, *flags: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 import llama3_circuit_tracing as tracing
-from conftest import Answer, finish, record_of, user_text, write_samples
+from conftest import Answer, finish, record_of, refuses, user_text, write_samples
 from llama3_circuit_tracing import NO_ODD_ONE, SEVEN, TASKS, Sample
 
 SHORT = {"sentence": "Name a fruit.", "targets": ["apple", "pear"]}
@@ -33,15 +33,6 @@ def write(path: Path, content: str | bytes | Sequence[dict[str, Any]]) -> Path:
 
 def load(path: Path, task: str = "suppression") -> list[Sample]:
     return tracing.load_samples(path, TASKS[task])
-
-
-def refuses(answer: Answer, *argv: str, says: Iterable[str]) -> None:
-    """A command line is bad usage, with one sentence on stderr."""
-    code, _, err = answer(*argv)
-    assert code == 2, err
-    (line,) = err.splitlines()
-    for text in ("error: ", *says):
-        assert text in line
 
 
 @pytest.fixture()

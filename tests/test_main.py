@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import llama3_circuit_tracing as tracing
-from conftest import Answer
-
-
-def refuses(answer: Answer, *argv: str, says: Iterable[str], code: int = 2) -> None:
-    """A command line ends with an exit code and one sentence on stderr."""
-    found, _, err = answer(*argv)
-    assert found == code, err
-    (line,) = err.splitlines()
-    for text in ("error: ", *says):
-        assert text in line
+from conftest import Answer, refuses
 
 
 def test_an_error_is_one_sentence_and_no_traceback(

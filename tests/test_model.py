@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,21 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama3_circuit_tracing as tracing
 import random_models
-from conftest import ROOT, Answer, read, record_of
+from conftest import ROOT, Answer, read, record_of, refuses
 from llama3_circuit_tracing import Component, Config
 
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
 WAY_OUT = "python llama3_circuit_tracing.py --model_id tests/tiny_llama"
 GATE = ("is gated", "`hf auth login`", WAY_OUT)
-
-
-def refuses(answer: Answer, *argv: str, says: Iterable[str], code: int = 2) -> None:
-    """A command line ends with an exit code and one sentence on stderr."""
-    found, _, err = answer(*argv)
-    assert found == code, err
-    (line,) = err.splitlines()
-    for text in ("error: ", *says):
-        assert text in line
 
 
 def copy_of(folder: str, to: Path, **config: Any) -> Path:
