@@ -71,6 +71,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -79,6 +80,7 @@ import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +128,7 @@ OPS = {
     "scale": Op("scaling", factor=None),
 }
 
+POSITIONS = ("all", "last", "differing")
 Site = tuple[int, str]  # a layer and the module in it whose first input is edited
 
 
@@ -198,12 +201,27 @@ def finite_number(text: str) -> float:
     return value
 
 
+def from_json(text: str) -> Any:
+    """`json.loads`, where nesting too deep is a `ValueError` like all else."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
+
+
 def device_map(text: str) -> str | dict[str, Any]:
     """A name such as auto, which the library knows, or a map given as JSON."""
-    return dict(json.loads(text)) if text.startswith("{") else text
+    return dict(from_json(text)) if text.startswith("{") else text
+
+
+def whole_text(text: str) -> str:
+    text.encode()  # a `ValueError` for bytes that are no UTF-8
+    return text
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {  # by the type of an option
+    "str": whole_text,
+    "str | None": whole_text,
     "Count": whole_number(1),
     "Natural": whole_number(0),
     "Count | None": whole_number(1, auto=True),
@@ -239,7 +257,7 @@ def option(default: Any, text: str, one_of: str = "", shown: str = "", **argumen
 class Config:
     """Every option, its default and its help; the command line is made from these fields."""
 
-    model_id: str = option("meta-llama/Meta-Llama-3-8B-Instruct", "hub id or local folder")
+    model_id: str = option("meta-llama/Meta-Llama-3-8B-Instruct", "hub id, folder or .gguf")
     revision: str | None = option(None, "branch, tag or commit on the hub")
     local_files_only: bool = option(False, "never ask the hub")
     bf16: bool | None = option(None, "--no-bf16: float32", shown="bf16 where a GPU has it natively")
@@ -259,7 +277,7 @@ class Config:
     neurons: Ranges | None = option(None, "neurons of each layer; needed by --kind neuron")
     op: str = option("zero", "what the edited slice becomes", " ".join(OPS))
     factor: float | None = option(None, "factor of --op scale")
-    positions: str = option("all", "tokens at which it is edited", "all last differing")
+    positions: str = option("all", "tokens at which it is edited", " ".join(POSITIONS))
     patch_into: str = option("a", "the prompt that --op patch edits, from the other", "a b")
     given: Components = option((), "components zeroed in every run, base included: L2H5,L3mlp")
     tree_tokens: Count = option(512, "tokens that one prompt tree may hold")
@@ -316,7 +334,7 @@ def build_parser() -> argparse.ArgumentParser:
             more["action"] = argparse.BooleanOptionalAction
         elif "choices" not in more:
             more.setdefault("metavar", f.name.split("_")[-1].upper())
-            more.setdefault("type", PARSERS.get(str(f.type), str))
+            more.setdefault("type", PARSERS.get(str(f.type)))
         group.add_argument(*dict.fromkeys(flags), default=f.default, help=text, **more)
     return parser
 
@@ -353,10 +371,23 @@ def contradictions(config: Config) -> dict[str, bool]:
         and into_b,
         "--dry_run loads a model's config and --from_csv loads none": config.dry_run
         and config.from_csv is not None,
+        **{
+            f"--{f.name} is empty; is a shell variable unset?": getattr(config, f.name) == ""
+            for f in fields(config)
+            if f.default != ""
+        },
     }
 
 
+def when_stopped(end: Callable[[int], Any]) -> None:
+    """End with 130 when interrupted and 143 when terminated, but where that is ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: end(128 + number))
+
+
 if __name__ == "__main__":
+    when_stopped(os._exit)  # imports swallow exceptions, or make a traceback of them
     parse_args()  # --help and usage errors answer before the seconds that the next imports take
 
 import accelerate
@@ -371,9 +402,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing guards a folder against a second run
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger("circuit")
 Record = dict[str, Any]
@@ -607,6 +643,7 @@ class Task:
     answers: Callable[[Sample, str], bool]
     readings: tuple[str, str]
     shown: str
+    opposite: str  # what a base of the other sign is called
     targets: tuple[str, ...] = ()
     foils: tuple[str, ...] = ()
     needs_foils: bool = False
@@ -641,6 +678,7 @@ SUPPRESSION = Task(
     answers=lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
     readings=("the forbidden words likelier", "the forbidden words less likely still"),
     shown="mention a forbidden word",
+    opposite="rebound",
 )
 REFUSAL = Task(
     "refusal",
@@ -652,6 +690,7 @@ REFUSAL = Task(
     answers=lambda sample, reply: not opening(sample.targets, reply),
     readings=("a refusal less likely", "a refusal likelier still"),
     shown="refuse",
+    opposite="reversed refusal",
     targets=REFUSAL_OPENINGS,
     foils=COMPLIANT_OPENINGS,
     needs_foils=True,
@@ -666,6 +705,7 @@ ODD_ONE_OUT = Task(
     answers=lambda sample, reply: bool(mentioned(sample.foils, reply)),
     readings=("the odd name less distinct", "the odd name more distinct still"),
     shown="name the odd one of prompt a",
+    opposite="reversed odd_one_out",
     needs_foils=True,
 )
 TASKS = {task.name: task for task in (SUPPRESSION, REFUSAL, ODD_ONE_OUT)}
@@ -686,7 +726,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield text
 
     try:
-        rows: Iterable[Any] = map(json.loads, filter(str.strip, lines()))
+        rows: Iterable[Any] = map(from_json, filter(str.strip, lines()))
         if path.suffix != ".jsonl":
             rows = csv.DictReader(lines(), strict=True)
             names = list(rows.fieldnames or [])
@@ -729,7 +769,7 @@ def load_samples(path: Path, task: Task) -> list[Sample]:
     if not samples:
         raise UsageError(f"{path} holds no sample")
     if unknown:
-        log.warning("%s: unknown columns are ignored: %s", path, ", ".join(sorted(unknown)))
+        log.warning(f"{path}: unknown columns are ignored: {', '.join(map(repr, sorted(unknown)))}")
     return list(samples.values())
 
 
@@ -771,7 +811,7 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
 SEVEN = ["sample_id", "n_constraints", "layer", "head"]
 SEVEN += ["delta_logit_base", "delta_logit_head", "head_effect"]
 KEY = ["layer", "kind", "index"]
-WHOLE = ("n_constraints", "layer", "head", "index")
+WHOLE = dict.fromkeys(("n_constraints", "layer", "head", "index"), "whole number from 0 on")
 TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all"}  # where a table lacks them
 
 
@@ -781,7 +821,8 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     def refuse(wrong: pd.Series, name: str, why: str) -> None:
         if wrong.any():
             line = wrong.idxmax()
-            raise UsageError(f"{path}, line {line}: column {name!r}: {found[name][line]!r} {why}")
+            told = f"{found[name][line]!r:.80} {why}"
+            raise UsageError(f"{path}, line {line}: column {name!r}: {told}")
 
     def number(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -801,8 +842,13 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
             table[name] = found[name].map(number).astype(float)
             needed = (table["kind"] == "head") if name == "head" else name in SEVEN
             wrong = ~table[name].abs().lt(math.inf) & ((found[name] != "") | needed)
-            split = table[name].notna() & (table[name] % 1 != 0) & (name in WHOLE)
-            refuse(wrong | split, name, "is no whole number" if name in WHOLE else "is no number")
+            split = table[name].notna() & ~((table[name] % 1 == 0) & table[name].between(0, 2**31))
+            refuse(wrong | (split & (name in WHOLE)), name, f"is no {WHOLE.get(name, 'number')}")
+    for name, known in {"kind": [*KINDS], "op": [*OPS], "positions": [*POSITIONS]}.items():
+        refuse(~table[name].isin(known), name, f"is none of {', '.join(known)}")
+    effect = table["delta_logit_head"] - table["delta_logit_base"]
+    away = (effect - table["head_effect"]).abs() > 0.02  # more than two decimals make
+    refuse(away, "head_effect", "is not delta_logit_head - delta_logit_base")
     index = table["head"].where(table["kind"] == "head", table.get("index", math.nan))
     return table.assign(layer=table["layer"].astype(int), index=index.fillna(-1).astype(int))
 
@@ -815,13 +861,25 @@ def read_results(path: Path) -> pd.DataFrame:
     if not frames:
         raise UsageError(f"{path} has no rows")
     table = pd.concat(frames)
-    if (twice := table.duplicated(["sample_id", *KEY])).any():
-        line = twice.idxmax()
-        raise UsageError(f"{path}, line {line}: column 'head': same sample and component as before")
+    twice = table.duplicated(["sample_id", *KEY])
+    wrong = {"column 'head': same sample and component as before": twice}
+    for name in ("op", "positions"):
+        wrong[f"column {name!r}: another than above"] = table[name] != table[name].iloc[0]
+    for sentence, where in wrong.items():
+        if where.any():
+            raise UsageError(f"{path}, line {where.idxmax()}: {sentence}")
+    if (table["group"] == NO_ODD_ONE).all():
+        raise UsageError(f"{path}: all samples are negative controls ({NO_ODD_ONE!r})")
     return table.reset_index(drop=True)
 
 
 # ----- Prompts ------------------------------------------------------------------------------------
+
+
+def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """The length of the longest common beginning."""
+    n = min(len(one), len(other))
+    return next((i for i in range(n) if one[i] != other[i]), n)
 
 
 @dataclass(frozen=True)
@@ -835,6 +893,15 @@ class Prompt:
     forms: tuple[tuple[tuple[int, ...], ...], ...]
 
 
+# before a template: today is DATE, in whatever format it is asked for
+PINNED = """{% macro strftime_now(format) %}{% set date = namespace(text=format) %}
+{% for code, value in codes.items() %}{% set date.text = date.text.replace(code, value) %}
+{% endfor %}{{ date.text }}{% endmacro +%}"""
+CODES = {
+    f"%{code}": DATE.strftime(f"%{code}") for code in [*"aAbBcdDeFHIjmMpSuUVwWxXyYZ", "-d", "-m"]
+}
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """Turns user texts into token ids with a chat template."""
@@ -843,21 +910,43 @@ class PromptEncoder:
     stem: str
     target_form: str
 
-    def render(self, user_text: str) -> str:
-        """The chat up to where the reply starts, the date pinned: some templates write today's."""
-        turns = {"system": SYSTEM_PROMPT, "user": user_text}
-        chat = [{"role": role, "content": said} for role, said in turns.items()]
-        options = {"date_string": DATE.strftime("%d %b %Y"), "enable_thinking": False}
-        options |= {"add_generation_prompt": True, "tokenize": False}
-        template = self.tokenizer.chat_template
-        if isinstance(template, str):
-            clock = r"strftime_now\(\s*['\"](.*?)['\"]\s*\)"
-            options["chat_template"] = re.sub(clock, lambda m: repr(DATE.strftime(m[1])), template)
+    @functools.cached_property
+    def bos(self) -> int | None:
+        """The BOS token, where the tokenizer itself puts it before a text."""
+        bos: int | None = self.tokenizer.bos_token_id
+        return bos if self.tokenizer("x")["input_ids"][:1] == [bos] else None
+
+    @functools.cached_property
+    def folds(self) -> bool:
+        """Whether the template knows no system turn, so that its text opens the user's."""
         try:
-            text = self.tokenizer.apply_chat_template(chat, **options)
+            return SYSTEM_PROMPT not in self.chat({"system": SYSTEM_PROMPT, "user": "x"})
+        except UsageError:
+            return True
+
+    def chat(self, turns: Mapping[str, str]) -> str:
+        """Some turns, by role, and the beginning of the reply as the template writes them."""
+        messages = [{"role": role, "content": said} for role, said in turns.items()]
+        options: Record = {"date_string": DATE.strftime("%d %b %Y"), "codes": CODES}
+        options |= {"enable_thinking": False, "add_generation_prompt": True, "tokenize": False}
+        try:
+            template = PINNED + self.tokenizer.get_chat_template()
+            chat = self.tokenizer.apply_chat_template(messages, chat_template=template, **options)
         except Exception as why:  # jinja2 errors are no type that transformers exports
             raise UsageError(f"the chat template failed ({why}); use an Instruct model") from why
-        return str(text) + self.stem.strip()
+        return str(chat)
+
+    def render(self, user_text: str) -> str:
+        """The chat up to where the reply is scored, the stem included."""
+        turns = {"system": SYSTEM_PROMPT, "user": user_text}
+        text = self.chat({"user": "\n\n".join(turns.values())} if self.folds else turns)
+        if lost := [said for said in turns.values() if said.strip() not in text]:
+            raise UsageError(f"the chat template changes or drops {lost[0]!r}")
+        reply = text.rpartition(user_text.strip())[2] + self.stem
+        if (thought := reply.rpartition("<think>")[1:])[0] and "</think>" not in thought[1]:
+            way_out = "close it with --answer_prefix '</think>'"
+            raise UsageError(f"the chat template lets the reply open with a thought: {way_out}")
+        return text + self.stem
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -866,17 +955,18 @@ class PromptEncoder:
         return len(self.encode(text))
 
     def write(self, sample: Sample, side: str, user_text: str) -> Prompt:
-        """The prompt of a side; `UsageError` where BOS is not exactly once, where a form merges
-        with the tokens before it, or where two words have the same form.
+        """The prompt of a side; `UsageError` where it begins with two BOS or lacks the tokenizer's
+        own, where a form merges with the tokens before it, or where two words have the same form.
 
-        The forms of a word: as written and with a capital; after a stem, and for the literal
-        metric, with a space. A form's ids are tokens(text + form) minus tokens(text).
+        The forms of a word: as written and with a capital, with a space where the text ends in no
+        white space and for the literal metric; its ids are tokens(text + form) minus tokens(text).
         """
         text, name, literal = self.render(user_text), sample.named, self.target_form == "literal"
         ids, bos = self.encode(text), self.tokenizer.bos_token_id
-        if bos is not None and ((n := ids.count(bos)) != 1 or ids[0] != bos):
-            raise UsageError(f"{name}: the prompt has {n} BOS tokens; one, first, is needed")
-        space = " " if literal or self.stem.strip() else ""
+        n = common_start(ids, [bos] * len(ids))
+        if n > 1 or (n == 0 and self.bos is not None):
+            raise UsageError(f"{name}: the prompt begins with {n} BOS tokens; one is needed")
+        space = "" if text[-1:].isspace() and not literal else " "
         owner: dict[tuple[int, ...], str] = {}
         forms: list[tuple[tuple[int, ...], ...]] = []
         for word in sample.words:
@@ -1002,16 +1092,14 @@ class Tree:
         return [torch.stack([log_p(forms) for forms in words], -1) for words in self.entries]
 
     def scores(self, log_probs: Tensor, task: Task) -> Tensor:
-        """[row, entry] -> [row, prompt], what the task makes of the words' log-probabilities."""
+        """[row, entry] -> [row, prompt], what the task makes of the words' log-probabilities;
+        `RunError` where one is infinite or NaN."""
         pairs = zip(self.prompts, self.word_log_probs(log_probs), strict=True)
         parts = (words.tensor_split([len(p.sample.targets)], -1) for p, words in pairs)
-        return torch.stack([task.reduce(*part) for part in parts], 1)
-
-
-def common_start(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the longest common beginning."""
-    n = min(len(one), len(other))
-    return next((i for i in range(n) if one[i] != other[i]), n)
+        scores = torch.stack([task.reduce(*part) for part in parts], 1)
+        if not scores.isfinite().all():
+            raise RunError("a score is not finite: activations overflow; try a smaller --factor")
+        return scores
 
 
 def edited_positions(own: Sequence[int], partner: Sequence[int], config: Config) -> Plan:
@@ -1131,6 +1219,8 @@ def place_edits(placed: Sequence[Placed], n: int, config: Config) -> tuple[Tenso
 
 # ----- Model --------------------------------------------------------------------------------------
 
+MOST = {"num_hidden_layers": 2000, "num_attention_heads": 10**5}  # of a config that is not absurd
+MOST |= {"hidden_size": 10**6, "head_dim": 10**5, "intermediate_size": 10**7, "vocab_size": 10**8}
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -1192,15 +1282,20 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
     """What `load` makes of the model id; `RunError` says in one sentence why it cannot.
     transformers raises OSError for everything that the hub says; the chain of causes tells."""
     name, revision = config.model_id, config.revision or "main"
-    path = Path(name).expanduser()
+    path, needed = Path(name).expanduser(), "config.json"
+    if path.suffix == ".gguf":
+        path, needed = path.parent, path.name
+        options["gguf_file"] = needed
+        if find_spec("gguf") is None:
+            raise RunError(f"{name}: reading it needs one more package: pip install gguf")
     local = name.startswith(("/", "./", "../", "~")) or path.is_dir()
-    if local and not (path / "config.json").is_file():
-        raise RunError(f"{name} is not a model folder: it has no config.json")
+    if local and not (path / needed).is_file():
+        raise RunError(f"{name} is not a model folder: it has no {needed}")
     if config.attn_implementation and load is not AutoTokenizer.from_pretrained:
         options["attn_implementation"] = config.attn_implementation
     options |= {"revision": revision, "local_files_only": config.local_files_only}
     try:
-        return load(str(path) if local else name, trust_remote_code=False, **options)
+        return load(path.as_posix(), trust_remote_code=False, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the libraries below as well, such as a broken safetensors file
@@ -1219,11 +1314,16 @@ def read_shape(config: Config) -> ModelShape:
     native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if (native if config.bf16 is None else config.bf16) else torch.float32
     model_config = from_hub(AutoConfig.from_pretrained, config)
+    text = model_config.get_text_config()
+    for name, most in MOST.items():
+        if not 1 <= (size := getattr(text, name, 1)) <= most:
+            raise UsageError(f"{config.model_id}: {name} {size} in its config is absurd")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    except (ValueError, ImportError) as error:
-        raise UsageError(f"{config.model_id}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a config makes the library's model classes raise
+        said = str(error).splitlines() or [type(error).__name__]
+        raise UsageError(f"{config.model_id}: its config makes no model: {said[0]}") from error
     return shape_of(model, dtype)
 
 
@@ -1258,16 +1358,30 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
     )
 
 
-def load_model(config: Config, shape: ModelShape, device: torch.device | None = None) -> nn.Module:
-    """The model itself. `device` is this process's own where several run one replica each."""
+def load_model(
+    config: Config,
+    shape: ModelShape,
+    device: torch.device | None = None,
+    scratch: Path | None = None,
+) -> nn.Module:
+    """The model itself; `RunError` where its files hold other weights than it has. `device` is this
+    process's own where several run one replica each; `scratch` takes what is offloaded to disk."""
     places: Any = config.device_map
     if device is not None and places == "auto":
         # accelerate names a process's CPU cpu:0, which safetensors does not know
         places = {"": "cpu" if device.type == "cpu" else device}
-    folder = tempfile.TemporaryDirectory()  # for weights on disk that are no safetensors
+    # for weights on disk that are no safetensors
+    folder = tempfile.TemporaryDirectory(prefix="offload-", dir=scratch)
     options = {"dtype": shape.dtype, "device_map": places, "offload_folder": folder.name}
-    model = from_hub(AutoModelForCausalLM.from_pretrained, config, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # seen below
+    model, found = from_hub(AutoModelForCausalLM.from_pretrained, config, **options)
     model.offload_folder = folder  # lives as long as the model
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = [key if isinstance(key, str) else key[0] for key in found.get(f"{what}_keys", ())]
+        if keys:
+            named = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
+            there = f"{len(keys)} weights are {what} in its files"
+            raise RunError(f"{config.model_id}: {there} for {shape.name}: {named}")
     used = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if used & {"cpu", "disk"} and used - {"cpu"}:
         places = ", ".join(sorted(used))
@@ -1341,9 +1455,9 @@ def zeroing(components: Iterable[Component], shape: ModelShape) -> Row:
 
 
 def displacement(edit: Edit, x: Tensor) -> Tensor:
-    """D = m * P(v - x) [tok, column] of a module's input x [tok, width],
+    """D = m * P(v - x) [row, tok, column] of a module's input x [row, tok, width],
     in float64, so that x + D is v to the last bit of a narrower x."""
-    own = x[:, edit.columns].double()
+    own = x[..., edit.columns].double()
     moved = edit.factor * own + edit.source - own
     return moved if edit.where is None else moved * edit.where.to(x.device)[:, None]
 
@@ -1353,12 +1467,16 @@ def editing(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
     """Run row r of the batch with the edits of rows[r].
 
     The input is a batch of one: it grows to len(rows) at the first edited module, so that what
-    comes before, the edited block's own attention included, is computed once for all rows.
+    comes before, the edited block's own attention included, is computed once for all rows. Rows
+    that follow each other and are one object are edited at once.
     """
-    by_site: dict[Site, list[tuple[int, Edit]]] = defaultdict(list)
-    for i, row in enumerate(rows):
+    by_site: dict[Site, list[tuple[slice, Edit]]] = defaultdict(list)
+    first = 0
+    for _, group in itertools.groupby(rows, key=id):
+        row, *others = group
         for edit in row:
-            by_site[edit.site].append((i, edit))
+            by_site[edit.site].append((slice(first, first + 1 + len(others)), edit))
+        first += 1 + len(others)
 
     def edit_input(site: Site, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         found, width = args[0].shape[-1], traced.shape.width(site[1])
@@ -1366,8 +1484,8 @@ def editing(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
             where = f"the input of {site[1] or 'the block'} in layer {site[0]}"
             raise RunError(f"{where} is {found} wide, not {width}: the module is sharded")
         x = args[0].expand(len(rows), -1, -1).clone()  # [row, tok, width]
-        for row, edit in by_site[site]:
-            x[row, :, edit.columns] += displacement(edit, x[row])
+        for some, edit in by_site[site]:
+            x[some, :, edit.columns] += displacement(edit, x[some])
         return (x, *args[1:])
 
     with contextlib.ExitStack() as stack:
@@ -1552,23 +1670,28 @@ def is_out_of_memory(error: Exception) -> bool:
     return known or should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
 
 
-def run_batches(traced: TracedModel, clean: CleanRun, rows: Sequence[Row]) -> Tensor:
-    """`run_rows` of any number of rows; `RunError` where one row does not fit alone."""
-    while True:
-        n_batches = -(-len(rows) // traced.rows_per_forward)
-        size = -(-len(rows) // n_batches)  # even batches
-        batches = (rows[i : i + size] for i in range(0, len(rows), size))
+def run_batches(
+    traced: TracedModel, items: Sequence[Any], run: Callable[[Sequence[Any]], Any], bar: tqdm[Any]
+) -> list[Any]:
+    """What `run` gives for each of some items, rows of a batch, --rows_per_forward at a time;
+    `RunError` where one does not fit alone."""
+    found: list[Any] = []
+    while left := len(items) - len(found):
+        size = -(-left // -(-left // traced.rows_per_forward))  # even batches
         try:
-            return torch.cat([run_rows(traced, clean, batch) for batch in batches])
+            found += run(items[len(found) : len(found) + size])
+            bar.update(size)
+            continue
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if size == 1:
-                what = f"out of memory with one row of {clean.tree.n_tokens} tokens"
-                raise RunError(f"{what}: lower --tree_tokens, or use shorter prompts") from error
+                way_out = "lower --tree_tokens, or use shorter prompts"
+                raise RunError(f"out of memory with one row alone: {way_out}") from error
         traced.rows_per_forward = size // 2  # outside except: the traceback is freed
         clear_device_cache(garbage_collection=True)
         log.warning("out of memory: continuing with %d rows per forward", traced.rows_per_forward)
+    return found
 
 
 # ----- Run folder ---------------------------------------------------------------------------------
@@ -1612,13 +1735,27 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"--output_dir {path} cannot be used: {error.strerror}") from error
 
 
+RECORD: dict[str, Any] = {"fingerprint": dict, "config": dict, "files": dict, "self_test": list}
+RECORD |= {"rows_after_halving": int, "noise_floor": (int, float, type(None))}
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The content of a run.json, {} where there is none; `UsageError` where it is another's."""
     with contextlib.suppress(ValueError):
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if isinstance(record, dict):
+        record = from_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if isinstance(record, dict) and all(
+            isinstance(record[name], kind) for name, kind in RECORD.items() if name in record
+        ):
             return record
     raise UsageError(f"{path} is not a record of this script; give another --output_dir")
+
+
+def discard(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -1630,13 +1767,23 @@ class RunFolder:
         self.record: dict[str, Any] = {}
         self.key = ""  # of the run that parts belong to
 
-    def open(self) -> None:
-        """Make the folder, read its record; nothing is deleted before the command proves sound."""
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the folder, read its record and keep other commands out; the system lets them in
+        when this process dies. Nothing is deleted before the command proves sound."""
         make_folder(self.parts)
-        self.record = read_record(self.path / "run.json")
+        with open(self.parts / "lock", "w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UsageError(f"another run is at work in {self.path}") from error
+            self.record = read_record(self.path / "run.json")
+            yield
 
     def enter(self, fingerprint: dict[str, Any], overwrite: bool) -> None:
-        """Take up the run of this fingerprint; `UsageError` names what differs from that here."""
+        """Take up the run of this fingerprint; `UsageError` names what differs from that here.
+        What processes that died have left half written is removed."""
         before = self.record.get("fingerprint", fingerprint)
         if before != fingerprint and not overwrite:
             keys = [k for k in {**before, **fingerprint} if before.get(k) != fingerprint.get(k)]
@@ -1644,15 +1791,17 @@ class RunFolder:
             what = f"{self.path} holds a run that differs in {'; '.join(said)}"
             raise UsageError(f"{what}; give another --output_dir or --overwrite")
         self.key = digest(fingerprint)
+        left = [".*.tmp", ".parts/.*.tmp", ".parts/offload-*", *[".parts/*.json"] * overwrite]
+        for path in itertools.chain(*map(self.path.glob, left)):
+            discard(path)
         if overwrite:
             self.record = {}
             self.delete(name for name in OUTPUTS if name != "run.log")  # which is being written
-            self.delete(f".parts/{path.name}" for path in self.parts.glob("*.json"))
         self.note(fingerprint=fingerprint)
 
     def delete(self, names: Iterable[str]) -> None:
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            discard(self.path / name)
 
     def note(self, **entries: Any) -> None:
         """Add entries to run.json."""
@@ -1673,13 +1822,16 @@ class RunFolder:
         write_text(self.part_path(name), f"{self.seal(name, text)}\n{text}")
 
     def read_part(self, name: str) -> Any:
-        """The payload of a finished part; None where it is missing, truncated or foreign."""
-        if (path := self.part_path(name)).exists():
-            seal, _, text = path.read_text(encoding="utf-8", errors="replace").partition("\n")
+        """The payload of a finished part; None where it is missing. One that is truncated, foreign
+        or unreadable is removed."""
+        if not os.path.lexists(path := self.part_path(name)):
+            return None
+        with contextlib.suppress(OSError, ValueError):
+            seal, _, text = path.read_text(encoding="utf-8").partition("\n")
             if seal == self.seal(name, text):
-                return json.loads(text)
-            log.warning("%s is not a part of this run; computing it again", path)
-        return None
+                return from_json(text)
+        log.warning("%s is not a part of this run; computing it again", path)
+        return discard(path)
 
     def part(self, name: str, compute: Callable[..., Any], *arguments: Any) -> Any:
         """The payload of a part, computed and written where it is not there yet."""
@@ -1693,6 +1845,7 @@ class RunFolder:
 
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
+MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin", ".gguf")
 TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens"
 
 
@@ -1709,6 +1862,7 @@ class Experiment:
     rows_per_forward: int
     other: pd.DataFrame | None = None  # the results that --compare names
     device: torch.device | None = None  # this process's own, where there are several
+    scratch: Path | None = None  # for weights that do not fit into memory; None: the system's
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -1731,7 +1885,8 @@ class Experiment:
     def traced(self) -> TracedModel:
         config, shape = self.config, self.shape
         with self.stage("loading", f" {config.model_id}, {shape.n_parameters:,} parameters"):
-            model = load_model(config, shape, self.device)
+            scratch = self.scratch if self.scratch and self.scratch.is_dir() else None
+            model = load_model(config, shape, self.device, scratch)
         traced = TracedModel(model, shape, self.rows_per_forward)
         if traced.own_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
@@ -1757,6 +1912,11 @@ class Experiment:
     ) -> CleanRun:
         sites = {component.site for component in components} if self.config.patches else ()
         return run_clean(self.traced, tree, self.background, layers, sites)
+
+    def run_rows(self, clean: CleanRun, rows: Sequence[Row], bar: tqdm[Any]) -> Tensor:
+        """`run_rows` of any number of rows."""
+        run = functools.partial(run_rows, self.traced, clean)
+        return torch.stack(run_batches(self.traced, rows, run, bar))
 
     def edits(self, components: Iterable[Component], clean: CleanRun | None = None) -> Row:
         """The op on some components, one edit per module; without a clean run, at every token."""
@@ -1837,7 +1997,8 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
 
 
 def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config: Config) -> None:
-    """`UsageError` where a sample would not be edited at all, or a prompt exceeds the context."""
+    """`UsageError` where a sample would not be edited at all, or a prompt exceeds the context or
+    the vocabulary."""
     edit, limit = f"--op {config.op} at --positions {config.positions}", shape.context
     for of_sample in prompts:
         named = of_sample[0].sample.named
@@ -1846,6 +2007,11 @@ def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config
         n = max(len(p.ids) + len(form) - 1 for p in of_sample for f in p.forms for form in f)
         if n > limit:  # a 4D mask is used as it is, for sliding-window layers too
             raise UsageError(f"{named}: a prompt of {n} tokens exceeds the model's {limit}")
+        forms = (form for p in of_sample for word in p.forms for form in word)
+        token = max(map(max, (*(p.ids for p in of_sample), *forms)))
+        if token >= shape.vocab:
+            lacks = f"the model's vocabulary of {shape.vocab} lacks the tokenizer's token {token}"
+            raise UsageError(f"{named}: {lacks}")
 
 
 def prepare(config: Config, folder: RunFolder, device: torch.device | None = None) -> Experiment:
@@ -1862,6 +2028,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
         lacks = "has no chat template; use an Instruct model"
         raise UsageError(f"the tokenizer of {config.model_id} {lacks}")
     encoder = PromptEncoder(tokenizer, config.answer_prefix, config.target_form)
+    if encoder.folds:
+        log.warning("the chat template knows no system turn: its text opens the user's turn")
     samples = choose_samples(config, encoder, own)
     if other is not None:
         mine = {(s.sample_id, c.layer, c.kind, c.index) for s in samples for c in components}
@@ -1869,39 +2037,49 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
             raise UsageError(f"--compare {config.compare} shares no sample and component with this")
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
-    trees = plant_trees(prompts, tokenizer.bos_token_id, config)
+    trees = plant_trees(prompts, encoder.bos, config)
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
     fitting = ROW_TOKENS[device_type(config)] // max(tree.n_tokens for tree in trees)
     rows = config.rows_per_forward or before.get("rows_per_forward") or max(1, fitting)
-    return Experiment(config, shape, encoder, prompts, trees, components, rows, other, device)
+    state = (other, device, folder.parts)
+    return Experiment(config, shape, encoder, prompts, trees, components, rows, *state)
 
 
-def model_identity(config: Config) -> str:
-    """The commit on the hub; a hash of a folder's config, tokenizer and the weights' ends."""
-    folder, name = Path(config.model_id).expanduser(), config.model_id
-    if not folder.is_dir():
-        revision = config.revision or "main"
-        found = cached_file(name, "config.json", revision=revision, local_files_only=True)
-        return f"{name}@{Path(str(found)).parent.name}"
-    sha = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".jinja", ".model"):
-            sha.update(path.name.encode() + path.read_bytes())
-        elif path.suffix in (".safetensors", ".bin"):
-            size = path.stat().st_size
-            sha.update(f"{path.name} {size}".encode())
-            with open(path, "rb") as file:
-                sha.update(file.read(1 << 20))
-                file.seek(max(0, size - (1 << 20)))
-                sha.update(file.read())
-    return sha.hexdigest()[:16]
+def file_digests(config: Config, known: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Size, mtime and SHA-256 of each file of a local model, by name. Those that are `known` are
+    read again only where size or mtime differ."""
+    path, digests = Path(config.model_id).expanduser(), {}
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    for file in (file for file in files if file.suffix in MODEL_FILES):
+        now: list[Any] = [file.stat().st_size, file.stat().st_mtime_ns]
+        before = known.get(file.name)
+        if not isinstance(before, list) or before[:2] != now:
+            sha, shown = hashlib.sha256(), {"total": now[0], "desc": file.name, "disable": None}
+            with open(file, "rb") as raw, tqdm.wrapattr(raw, "read", **shown) as source:
+                while block := source.read(1 << 24):
+                    sha.update(block)
+            before = [*now, sha.hexdigest()]
+        digests[file.name] = before
+    return digests
 
 
-def fingerprint_of(exp: Experiment) -> dict[str, Any]:
+def model_identity(config: Config, files: Mapping[str, list[Any]]) -> str:
+    """The commit on the hub; a hash of all files of a local model."""
+    if files:
+        return digest({name: told[2] for name, told in files.items()})[:16]
+    name = Path(config.model_id)
+    revision, asked = config.revision or "main", "config.json"
+    if name.suffix == ".gguf":
+        name, asked = name.parent, name.name
+    found = cached_file(name.as_posix(), asked, revision=revision, local_files_only=True)
+    return f"{config.model_id}@{Path(str(found)).parent.name}"
+
+
+def fingerprint_of(exp: Experiment, files: Mapping[str, list[Any]]) -> dict[str, Any]:
     """All that results depend on. Layers, heads and what is made of the results are left out."""
     flat = [prompt for of_sample in exp.prompts for prompt in of_sample]
     return {
-        "model": model_identity(exp.config),
+        "model": model_identity(exp.config, files),
         "dtype": str(exp.shape.dtype),
         "attn_implementation": exp.shape.attn_implementation,
         "device_type": device_type(exp.config),
@@ -1967,12 +2145,15 @@ NATS = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # by which rounding may move 
 
 
 @torch.inference_mode()
-def self_test(exp: Experiment) -> None:
-    """Check the loaded model through the context managers of the sweep; `RunError` if one fails."""
+def self_test(exp: Experiment) -> list[Check]:
+    """Check the loaded model through the context managers of the sweep, on a tree of the two
+    shortest samples; `RunError` if one fails."""
     # the library leaves hooks of its own behind when it returns attentions, hence first
     checks = check_attentions(exp) if exp.config.check_attentions else []
     before, site = count_hooks(exp.traced), (0, KINDS["head"].module)
-    clean = run_clean(exp.traced, exp.trees[0], (), range(exp.shape.n_layers), [site])
+    shortest = sorted(exp.prompts, key=lambda prompts: len(prompts[0].ids))[:2]
+    (tree,) = plant_trees(shortest, exp.encoder.bos, replace(exp.config, tree_tokens=2**31))
+    clean = run_clean(exp.traced, tree, (), range(exp.shape.n_layers), [site])
     n_layers, n_heads = exp.shape.n_layers, exp.shape.n_heads
     heads = [Component(i, "head", (7 * i + 1) % n_heads) for i in range(n_layers)]  # one per block
     checks += [check_ablation(exp.traced, clean, heads), *check_rows(exp.traced, clean, heads)]
@@ -1984,6 +2165,7 @@ def self_test(exp: Experiment) -> None:
     failed = [f"{name}: {error:.3g}, bound {b:.3g}" for name, error, b in checks if not error <= b]
     if failed:
         raise RunError(f"the self-test failed; {'; '.join(failed)}")
+    return checks
 
 
 def count_hooks(traced: TracedModel) -> int:
@@ -2183,6 +2365,21 @@ def read_sweep(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
     return pd.concat(frames[1:] or frames, ignore_index=True)
 
 
+def whole_components(exp: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the components with one per sample; others may be left from a command that was
+    interrupted. `RunError` where one that this command asks for is not whole."""
+    key = ["layer", "index"]
+    counts = rows[rows["draw"] < 0].groupby(key).size()
+    whole = counts.index[counts == len(exp.prompts)]
+    if lacking := [c.label for c in exp.components if (c.layer, c.index) not in whole]:
+        again = "a finished part has vanished or is doubled; the same command computes it again"
+        raise RunError(f"{len(lacking)} components lack rows ({lacking[0]} first): {again}")
+    if n := len(counts) - len(whole):
+        log.warning("%d components of an interrupted command are left out: samples lack", n)
+        return rows[pd.MultiIndex.from_frame(rows[key]).isin(whole)]
+    return rows
+
+
 def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
     """What remains to be done. Jittered components are drawn per layer, alike for every tree."""
     grouped = itertools.groupby(exp.components, key=lambda component: component.layer)
@@ -2251,13 +2448,13 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
                     exp.edits([component], clean) if draw < 0 else jittered(component, tree)
                     for component, draw in job.edits
                 ]
-                scores = tree.scores(run_batches(exp.traced, clean, rows), exp.task)
+                log_probs = exp.run_rows(clean, rows, bar)
+                scores = tree.scores(log_probs, exp.task)
                 folder.write_part(job.name, tidy_rows(tree, job, scores).to_dict("list"))
                 if exp.traced.rows_per_forward < exp.rows_per_forward and folder.leads:
                     folder.note(rows_after_halving=exp.traced.rows_per_forward)
                 clean.residuals.pop(job.layer)
                 clean.site_inputs.pop(job.edits[0][0].site, None)
-                bar.update(len(job.edits))
 
 
 # ----- Statistics ---------------------------------------------------------------------------------
@@ -2270,9 +2467,12 @@ def bootstrap_interval(sums: Tensor, counts: Tensor, draws: int, seed: int) -> T
 
     sums, counts: [sentence, column], of each sentence's samples. A single one has no interval: NaN.
     """
-    n = len(sums)
+    n, step = len(sums), max(1, 2**25 // draws)
     if n < 2:
         return torch.full((2, sums.shape[1]), math.nan)
+    if sums.shape[1] > step:  # so many columns at a time that their draws take 256 MB
+        blocks = zip(sums.split(step, 1), counts.split(step, 1), strict=True)
+        return torch.cat([bootstrap_interval(*block, draws, seed) for block in blocks], 1)
     picks = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
     times = torch.zeros(draws, n, dtype=torch.float64)
     times.scatter_add_(1, picks, torch.ones_like(times))
@@ -2422,7 +2622,7 @@ def heads_table(table: pd.DataFrame, base: Record, floor: float, config: Config)
         return stats.assign(role=role, above_noise=loud, verdict=carries.where(counted, ""))
 
     heads = judge(statistics_of(table, "head_effect", config))
-    measurable = not abs(base["mean"]) <= floor
+    measurable = base["mean"] and not abs(base["mean"]) <= floor
     heads["share_moved"] = -heads["mean"] / base["mean"] if measurable else math.nan
     for side in CONTROLS:
         column = f"effect_minus_{side}"
@@ -2558,7 +2758,7 @@ def report_findings(heads: pd.DataFrame, base: Record, floor: float, config: Con
     if not base["is_clear"]:
         nothing = "there is nothing to explain, and no component contributes"
         return log.info("the base's interval covers 0: %s", nothing)
-    what = task.name if base["mean"] * task.sign > 0 else f"an effect opposite to {task.name}"
+    what = task.name if base["mean"] * task.sign > 0 else task.opposite
     for head in heads.sort_values("role", ascending=False).head(5).itertuples():
         reading = task.readings[0 if head.mean * task.sign < 0 else 1]
         stands = f"{'contributes to' if head.role > 0 else 'works against'} {what}"
@@ -2671,11 +2871,14 @@ def measure_sets(
         involved = set(itertools.chain(*(components for _, _, components in sets)))
         layers = {*(component.layer for component in involved), exp.shape.n_layers - 1}
         deltas: list[Tensor] = []
-        for tree in plant_trees(prompts, exp.encoder.tokenizer.bos_token_id, exp.config):
-            clean = exp.run_clean(tree, layers, involved)
-            rows = [exp.edits(components, clean) for _, _, components in sets]
-            scores = tree.scores(run_batches(exp.traced, clean, rows), exp.task)
-            deltas += [scores[:, side["a"]] - scores[:, side["b"]] for _, side in tree.samples]
+        trees = plant_trees([of_sample[:2] for of_sample in prompts], exp.encoder.bos, exp.config)
+        total = len(trees) * len(sets)
+        with tqdm(total=total, unit="row", desc="joint ablation", disable=None) as bar:
+            for tree in trees:
+                clean = exp.run_clean(tree, layers, involved)
+                rows = [exp.edits(components, clean) for _, _, components in sets]
+                scores = tree.scores(exp.run_rows(clean, rows, bar), exp.task)
+                deltas += [scores[:, side["a"]] - scores[:, side["b"]] for _, side in tree.samples]
         return torch.stack(deltas).mean(0).tolist()  # [set]
 
     key = [labels, [of_sample[0].sample.sample_id for of_sample in prompts]]
@@ -2683,7 +2886,7 @@ def measure_sets(
     return [
         {"samples": samples, "set": name, "draw": draw, "n_ablated": len(edited)}
         | {"components": " ".join(edited), "n_samples": len(prompts), "n_sentences": len(units)}
-        | {"mean_delta": mean, "share_removed": 1 - mean / means[0]}
+        | {"mean_delta": mean, "share_removed": 1 - mean / means[0] if means[0] else math.nan}
         for (name, draw, _), edited, mean in zip(sets, labels, means, strict=True)
     ]
 
@@ -2707,7 +2910,7 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
         same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
         beside = f", random sets {same.quantile(0.05):.0%} to {same.quantile(0.95):.0%}"
         what = f"{row.samples} samples, {row.n_ablated} jointly ({row.components})"
-        found = f"mean delta {row.mean_delta:+.3f}, {100 * row.share_removed:.0f} % removed"
+        found = f"mean delta {row.mean_delta:+.3f}, {row.share_removed:.0%} removed"
         log.info(f"{what}: {found}{beside if row.set == 'chosen' else ''}")
     if chosen:
         draw_confirm(rows, config, folder.path / "circuit_confirm.png")
@@ -2718,19 +2921,29 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
 
 
 @torch.inference_mode()
-def greedy_reply(exp: Experiment, prompt: Prompt, components: Sequence[Component]) -> str:
-    """The reply with the components edited at every token, replies included."""
-    tokenizer, model = exp.encoder.tokenizer, exp.traced.model
+def greedy_replies(
+    exp: Experiment, components: Sequence[Component], prompts: Sequence[Prompt]
+) -> list[str]:
+    """The replies with the components edited at every token, replies included. What the model's own
+    generation config asks for besides is left out: a repetition penalty biases against words that
+    the prompt names."""
+    tokenizer, model, device = exp.encoder.tokenizer, exp.traced.model, exp.traced.device
     configured = model.generation_config.eos_token_id
     known = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")]
     known += configured if isinstance(configured, list) else [configured]
     ends = sorted({end for end in known if isinstance(end, int)})
-    ids = torch.tensor([prompt.ids], device=exp.traced.device)
-    options: Record = {"max_new_tokens": exp.config.max_new_tokens, "do_sample": False}
-    options |= {"eos_token_id": ends, "pad_token_id": ends[0], "temperature": None, "top_p": None}
-    with editing(exp.traced, [(*exp.edits(components), *exp.background)]):
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    model.generation_config = GenerationConfig(
+        max_new_tokens=exp.config.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0]
+    )
+    n = max(len(prompt.ids) for prompt in prompts)  # the shorter ones are padded on the left
+    ids = torch.tensor([[ends[0]] * (n - len(p.ids)) + list(p.ids) for p in prompts], device=device)
+    mask = torch.tensor([[0] * (n - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
+    edits = (*exp.edits(components), *exp.background)
+    with editing(exp.traced, [edits] * len(prompts)):
+        out = model.generate(input_ids=ids, attention_mask=mask)
+    until_end = functools.partial(itertools.takewhile, lambda token: token not in ends)
+    said = (list(until_end(reply)) for reply in out[:, n:].tolist())
+    return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in said]
 
 
 def measure_replies(
@@ -2739,15 +2952,17 @@ def measure_replies(
     """Greedy replies to prompts a and b of some samples, and whether they show the behaviour."""
     labels, task = [component.label for component in components], exp.task
 
-    def judged(prompt: Prompt) -> Record:
-        sample, reply = prompt.sample, greedy_reply(exp, prompt, components)
+    def judged(prompt: Prompt, reply: str) -> Record:
+        sample = prompt.sample
         edited = {"prompt": prompt.side, "ablated": " ".join(labels), "n_ablated": len(labels)}
         shown = {"mentions": task.shows(sample, reply), "answers": task.answers(sample, reply)}
         return {"sample_id": sample.sample_id, **edited, "reply": reply, **shown}
 
     def compute() -> Records:
-        some = tqdm(prompts, desc="replies", unit="sample", disable=None)
-        return [judged(prompt) for of_sample in some for prompt in of_sample[:2]]
+        asked = [prompt for of_sample in prompts for prompt in of_sample[:2]]
+        run = functools.partial(greedy_replies, exp, components)
+        with tqdm(total=len(asked), unit="reply", desc="replies", disable=None) as bar:
+            return list(map(judged, asked, run_batches(exp.traced, asked, run, bar)))
 
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
     key = [labels, ids, exp.config.max_new_tokens]
@@ -2795,43 +3010,58 @@ def start_log(path: Path | None, speaks: bool) -> None:
     """The log on stdout and in a file; processes that do not speak report errors only."""
     files = [logging.FileHandler(path, encoding="utf-8")] if path else []
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), *files]
+    logging.raiseExceptions = False  # a full disk is told once, by what cannot do without it
     logging.basicConfig(format="%(message)s", handlers=handlers, force=True)
     log.setLevel(logging.INFO if speaks else logging.ERROR)
 
 
+def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]]:
+    """Enter the folder: what was swept before, and what every process needs to know: the jobs that
+    are left, the run's key, the rows per forward, and whether a self-test was passed."""
+    files = file_digests(exp.config, folder.record.get("files", {}))
+    folder.enter(fingerprint_of(exp, files), exp.config.overwrite)
+    folder.note(files=files)
+    swept, rows = read_sweep(exp, folder), folder.record.get("rows_after_halving")
+    jobs = plan_jobs(exp, swept)
+    for job in jobs:  # whatever lies there is no part of this run
+        discard(folder.part_path(job.name))
+    tested = "self_test" in folder.record
+    return swept, [jobs, folder.key, rows or exp.rows_per_forward, tested]
+
+
 def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
-    """The results table with its jittered rows in process 0, which enters the folder and finds out
-    what remains to be done; None in others, when their share of it is done."""
-    todo: list[Any] = [[], "", 0]
+    """The results table with its jittered rows in process 0; None in others, when their share of
+    the work is done."""
     records: Records = []
+    todo: list[Any] = [[], "", 0, False]
     swept = pd.DataFrame()
     if folder.leads:
-        folder.enter(fingerprint_of(exp), exp.config.overwrite)
-        swept = read_sweep(exp, folder)
-        jobs = plan_jobs(exp, swept)
-        for job in jobs:  # whatever lies there is no part of this run
-            folder.part_path(job.name).unlink(missing_ok=True)
-        todo = [jobs, folder.key, folder.record.get("rows_after_halving") or exp.rows_per_forward]
-    jobs, folder.key, rows = todo if state.num_processes == 1 else broadcast_object_list(todo)
+        swept, todo = take_up(exp, folder)
+    todo = todo if state.num_processes == 1 else broadcast_object_list(todo)
+    jobs, folder.key, n_rows, tested = todo
     if jobs:
-        exp.traced.rows_per_forward = rows
-        with exp.stage("self-test"):
-            self_test(exp)
+        exp.traced.rows_per_forward = n_rows
+        if exp.config.check_attentions or not tested:
+            with exp.stage("self-test"):
+                folder.note(self_test=self_test(exp))
     if folder.leads:
         with exp.stage("unedited model"):
-            for i, tree in enumerate(exp.trees):
+            trees = tqdm(exp.trees, desc="unedited model", unit="tree", disable=None)
+            for i, tree in enumerate(trees):
                 records += folder.part(f"base-{i:04d}", sample_records, exp, tree)
             report_samples(records)
             folder.note(samples=records)
     if mine := share_jobs(exp, jobs, state.process_index, state.num_processes):
         with exp.stage("sweep", f" of {len(jobs)} jobs"):
             sweep(exp, mine, folder)
-    missing = {job.name for job in jobs if folder.leads}  # a launcher ends the run if one dies
-    while missing := {name for name in missing if not folder.part_path(name).exists()}:
-        time.sleep(0.2)
     if not folder.leads:
         return None
-    return results_table(read_sweep(exp, folder) if jobs else swept, records, exp.config)
+    names, there = {job.name for job in jobs}, {job.name for job in mine}
+    while there != names and all(folder.part_path(name).exists() for name in there):
+        time.sleep(0.2)  # a launcher ends the run if a process dies
+        there |= {name for name in names - there if folder.part_path(name).exists()}
+    swept = whole_components(exp, read_sweep(exp, folder) if jobs else swept)
+    return results_table(swept, records, exp.config)
 
 
 def describe_run(exp: Experiment, started: float) -> dict[str, Any]:
@@ -2840,6 +3070,8 @@ def describe_run(exp: Experiment, started: float) -> dict[str, Any]:
     places = getattr(traced.model, "hf_device_map", None) or {}
     told: Record = {"devices": [torch.cuda.get_device_name(gpu) for gpu in gpus] or ["cpu"]}
     told["device_map"] = {name: str(place) for name, place in places.items()}
+    quantized = getattr(traced.model.config, "quantization_config", None)
+    told["quantized"] = getattr(quantized, "quant_method", "no")
     told["logits"] = "the model's own" if traced.own_logits else "float32 unembedding"
     told |= {"forwards": traced.n_forwards, "tokens_through_a_block": traced.n_tokens}
     told["seconds"] = {**exp.seconds, "all": round(time.time() - started, 3)}
@@ -2848,24 +3080,32 @@ def describe_run(exp: Experiment, started: float) -> dict[str, Any]:
 
 
 def run(config: Config) -> None:
-    """The whole job, stage by stage."""
-    started = time.time()
+    """What the command line asks for: a whole job, or less."""
     torch.manual_seed(config.seed)
-    disable_progress_bar()  # one bar is enough
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # the library's own; ours know by themselves
     if config.from_csv:
         start_log(None, speaks=True)
         return redraw(config)
     state = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(Path(config.output_dir), state.is_main_process)
-    keeps = state.is_main_process and not (config.dry_run or config.self_test)
-    if keeps:
-        folder.open()
-    start_log(folder.path / "run.log" if keeps else None, state.is_main_process)
+    if config.dry_run or config.self_test:
+        start_log(None, folder.leads)
+        exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
+        if config.dry_run:
+            log.info("%s", describe_plan(exp))
+        else:
+            self_test(exp)
+        return None
+    with folder.open() if folder.leads else contextlib.nullcontext():
+        start_log(folder.path / "run.log" if folder.leads else None, folder.leads)
+        trace(config, folder, state)
+
+
+def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
+    """The whole job, stage by stage."""
+    started = time.time()
     exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
-    if config.dry_run:
-        return log.info("%s", describe_plan(exp))
-    if config.self_test:
-        return self_test(exp)
     if (measured := measure(exp, folder, state)) is None:
         return
     table = measured[measured["draw"] < 0].drop(columns="draw")
@@ -2875,6 +3115,7 @@ def run(config: Config) -> None:
     folder.delete(name for name, always in OUTPUTS.items() if not always)
     folder.record.pop("behaviour", None)
     folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
+    folder.note(system_turn="in the user's turn" if exp.encoder.folds else "its own")
     with exp.stage("statistics"):
         write_findings(table, exp.other, floor, config, folder.path)
     with exp.stage("joint ablation"):
@@ -2891,7 +3132,8 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, UsageError | RunError):
         return str(error)
     if is_out_of_memory(error):
-        return "out of memory: lower --tree_tokens or --rows_per_forward, or use shorter prompts"
+        lower = "--tree_tokens, --rows_per_forward or --num_bootstrap"
+        return f"out of memory: lower {lower}, use shorter prompts or fewer components"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
@@ -2899,7 +3141,7 @@ def sentence_of(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(argv)  # again: before the imports it was only seen to parse
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    when_stopped(sys.exit)
     try:
         if config.from_csv:
             config = parse_args(argv, before=recorded_flags(Path(config.from_csv)))

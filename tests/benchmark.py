@@ -5,6 +5,7 @@
   python tests/benchmark.py 8b --pairs 16          (one large GPU)
   python tests/benchmark.py growth                 (double layers, heads, samples; time against work)
   python tests/benchmark.py scale                  (5,000 samples: planning, table, statistics)
+  python tests/benchmark.py job                    (the README's job: seconds by stage)
 
 The naive loop runs as the protocol reads (one pre-hook, two full forwards per head and sample,
 `model(ids).logits`) on a stated subset of heads spread over the layers, and is scaled to all of
@@ -22,6 +23,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -188,7 +190,7 @@ def naive_loop(
 def our_sweep(experiment: Any) -> dict[tuple[str, int, int], float]:
     with tempfile.TemporaryDirectory() as path:
         folder = tracing.RunFolder(Path(path))
-        folder.open()
+        folder.parts.mkdir()
         jobs = tracing.plan_jobs(experiment, tracing.read_sweep(experiment, folder))
         records = [r for tree in experiment.trees for r in tracing.sample_records(experiment, tree)]
         tracing.sweep(experiment, jobs, folder)
@@ -376,7 +378,7 @@ def scale(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as path:
         config = tracing.parse_args(fabricate_command(Path(path), options.samples))
         folder = tracing.RunFolder(Path(config.output_dir))
-        folder.open()
+        folder.parts.mkdir(parents=True)
         with timed() as planning:
             experiment = tracing.prepare(config, folder)
         print(f"planning: {planning.wall:.1f} s wall, {len(experiment.trees)} trees", flush=True)
@@ -408,11 +410,35 @@ def scale(options: argparse.Namespace) -> None:
         )
 
 
+# ----- a whole job
+
+FLAGS = ["--controls", "--confirm", "8", "--max_new_tokens"]
+JOBS = {  # model folder beside this file -> flags; the second is what tests/real/fetch.py makes
+    "tiny_llama": [*FLAGS, "8"],
+    "real/cache/smollm2": [*FLAGS, "12", "--num_samples", "16", "--layers", "0-29"],
+}
+
+
+def job() -> None:
+    """Seconds by stage of the README's command, a process each, with this machine's threads."""
+    here = Path(__file__).parent
+    for model, flags in JOBS.items():
+        if not (here / model).is_dir():
+            print(f"{model}: not there; python tests/real/fetch.py makes it")
+            continue
+        with tempfile.TemporaryDirectory() as output:
+            argv = ["--model_id", str(here / model), *flags, "--output_dir", output]
+            command = [sys.executable, str(here.parent / "llama3_circuit_tracing.py"), *argv]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            seconds = json.loads((Path(output) / "run.json").read_text())["run"]["seconds"]
+        print(f"{model}: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("preset", choices=[*PRESETS, "growth", "scale"])
+    parser.add_argument("preset", choices=[*PRESETS, "growth", "scale", "job"])
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--shared", type=int, default=25, help="tokens that all prompts share")
     parser.add_argument("--sentence", type=int, default=20, help="tokens of a sentence")
@@ -426,6 +452,8 @@ def main() -> None:
         growth(options)
     elif options.preset == "scale":
         scale(options)
+    elif options.preset == "job":
+        job()
     else:
         compare(PRESETS[options.preset], options)
 

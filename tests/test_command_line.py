@@ -453,3 +453,14 @@ def test_float32_that_was_not_asked_for_is_warned_of(
     assert re.search(r"float32.*8B model needs 32 GB", answer(*argv)[1])
     for flag in ("--no-bf16", "--bf16"):
         assert "8B" not in answer(*argv, flag)[1]
+
+
+TEXTS = [f.name for f in fields(Config) if "str" in str(f.type) and "choices" not in f.metadata]
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name != "answer_prefix"])
+def test_an_option_that_is_empty_is_refused_by_name(name: str, answer: Answer) -> None:
+    """As `--samples "$UNSET"` gives it."""
+    code, _, err = answer(f"--{name}", "")
+    assert code == 2
+    assert f"--{name} is empty" in err

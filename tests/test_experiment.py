@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoConfig
 
 import llama3_circuit_tracing as tracing
+from conftest import Answer, refuses
 from llama3_circuit_tracing import Config, Experiment, ModelShape, RunFolder
 
 
@@ -137,13 +139,21 @@ def test_the_fingerprint_tells_all_that_results_depend_on_and_nothing_else(
     line: str, llama: str
 ) -> None:
     common = "--no-bf16 --rows_per_forward 3"
-    one, other = (tracing.fingerprint_of(planned(llama, f"{common} {more}")) for more in ("", line))
+    files = tracing.file_digests(Config(model_id=llama), {})
+    one, other = (
+        tracing.fingerprint_of(planned(llama, f"{common} {more}"), files) for more in ("", line)
+    )
     assert {name for name in one if one[name] != other[name]} == DIFFERS[line]
     assert list(one) == list(other)
     assert one["torch"] == torch.__version__
 
 
-MIDDLE = 3 << 19  # bytes into the weights, of which the first and the last MiB are read
+MIDDLE = 3 << 19  # bytes into the weights
+
+
+def identity(folder: Path | str) -> str:
+    config = Config(model_id=str(folder))
+    return tracing.model_identity(config, tracing.file_digests(config, {}))
 
 
 def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any]:
@@ -161,6 +171,13 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any
             rewrite("model.safetensors", lambda content: content[:MIDDLE] + content[MIDDLE + 1 :]),
             False,
         ),
+        (
+            rewrite(
+                "model.safetensors",
+                lambda content: content[:MIDDLE] + b"\x7f" + content[MIDDLE + 1 :],
+            ),
+            False,
+        ),
         (lambda folder: (folder / "README.md").write_text("of no account"), True),
         (lambda folder: (folder / "model.safetensors").touch(), True),
     ],
@@ -170,8 +187,27 @@ def test_a_model_folder_is_known_by_its_content(
 ) -> None:
     folder = tmp_path / "elsewhere"
     shutil.copytree(tiny_llama, folder)
-    of_folder = Config(model_id=str(folder))
-    before = tracing.model_identity(of_folder)
-    assert before == tracing.model_identity(Config(model_id=tiny_llama))
+    before = identity(folder)
+    assert before == identity(tiny_llama)
     change(folder)
-    assert (tracing.model_identity(of_folder) == before) is same
+    assert (identity(folder) == before) is same
+
+
+def test_files_whose_size_and_time_are_known_are_not_read_again(llama: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "copy"))
+    config = Config(model_id=str(folder))
+    known = tracing.file_digests(config, {})
+    (folder / "config.json").touch()
+    known["config.json"][2] = known["model.safetensors"][2] = "of before"
+    found = tracing.file_digests(config, known)
+    assert found["model.safetensors"] == known["model.safetensors"]
+    assert found["config.json"] == tracing.file_digests(config, {})["config.json"]
+
+
+def test_a_token_beyond_the_models_vocabulary_names_the_sample(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 300}))
+    refuses(answer, "--model_id", str(model), "--dry_run", says=["(s0000)", "vocabulary of 300"])

@@ -37,12 +37,12 @@ def said_of(
     ("base", "options", "first", "last"),
     [
         (-1.0, {}, f"removing L0H3 {LIKELIER}: it contributes to suppression", LESS),
-        (1.0, {}, f"removing L0H4 {LESS}: it contributes to an effect opposite to supp", LIKELIER),
+        (1.0, {}, f"removing L0H4 {LESS}: it contributes to rebound", LIKELIER),
         (1.0, {"task": "refusal"}, "L0H4 makes a refusal less likely: it contributes to ref", ""),
         (
             -1.0,
             {"task": "refusal"},
-            "L0H3 makes a refusal likelier still: it contributes to an",
+            "L0H3 makes a refusal likelier still: it contributes to reversed refusal",
             "",
         ),
         (1.0, {"task": "odd_one_out", "op": "patch"}, "patching L0H4 makes the odd name less", ""),

@@ -123,7 +123,7 @@ def test_samples_are_planned_and_unknown_columns_are_warned_of(
     assert (code, err) == (0, "")
     (warning,) = [line for line in out.splitlines() if "ignored" in line]
     assert str(path) in warning
-    assert warning.endswith(": author, note")
+    assert warning.endswith(": 'author', 'note'")
     assert "Don't mention apple or pear. Name a fruit." in out
 
 
@@ -281,17 +281,30 @@ def test_a_file_with_the_seven_columns_has_heads_and_as_many_sentences_as_sample
 def test_units_groups_and_components_of_every_kind_are_read(tmp_path: Path) -> None:
     header = f"{HEADER},unit,group,kind,index,op,positions,score_a_base,effect_other,note"
     lines = ["s0,1,2,,-1,-0.9,0.1,u,fruit,neuron,7,mean,last,-3,0.5,mine"]
-    lines += ["s1,1,2,,-1,-0.9,0.1,u,,mlp,,scale,all,,,", "s2,1,2,1,-1,-0.9,0.1,,,head,1,,,-3,,"]
+    lines += ["s1,1,2,,-1,-0.9,0.1,u,,mlp,,mean,last,,,"]
+    lines += ["s2,1,2,1,-1,-0.9,0.1,,,head,1,mean,last,-3,,"]
     table = tracing.read_results(results(tmp_path / "t.csv", lines, header))
     columns = ["unit", "group", "kind", "index", "op", "positions"]
     assert table[columns].to_numpy().tolist() == [
         ["u", "fruit", "neuron", 7, "mean", "last"],
-        ["u", "", "mlp", -1, "scale", "all"],
-        ["s2", "", "head", 1, "zero", "all"],
+        ["u", "", "mlp", -1, "mean", "last"],
+        ["s2", "", "head", 1, "mean", "last"],
     ]
     assert table["score_a_base"].isna().tolist() == [False, True, False]
     assert table["effect_other"].isna().tolist() == [False, True, True]
     assert "note" not in table
+
+
+@pytest.mark.parametrize(
+    ("op", "positions"), [("scale", "all"), ("zero", "all"), ("patch", "last")]
+)
+def test_where_kind_op_or_positions_are_empty_they_are_the_defaults(
+    op: str, positions: str, tmp_path: Path
+) -> None:
+    given = [op if op != "zero" else "", positions if positions != "all" else ""]
+    lines = [",".join([ROW, "", *given]), ",".join(["s1" + ROW[2:], "head", op, positions])]
+    table = tracing.read_results(results(tmp_path / "t.csv", lines, f"{HEADER},kind,op,positions"))
+    assert table[["kind", "op", "positions"]].to_numpy().tolist() == 2 * [["head", op, positions]]
 
 
 def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_path: Path) -> None:
@@ -317,6 +330,13 @@ MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
     "not finite": (HEADER, [ROW, "s1,1,0,0,nan,-1,0"], "line 3", "'delta_logit_base'", "'nan'"),
     "infinite": (HEADER, ["s1,1,0,0,-inf,-0.9,0.1"], "line 2", "'delta_logit_base'", "'-inf'"),
     "no whole number": (HEADER, [ROW, "s1,1,0.5,0,-1,-0.9,0.1"], "line 3", "'layer'", "'0.5'"),
+    "below 0": (HEADER, [ROW, "s1,1,-1,0,-1,-0.9,0.1"], "line 3", "'layer'", "'-1'"),
+    "no such kind": (f"{HEADER},kind", [ROW + ",heads"], "line 2", "'kind'", "'heads'"),
+    "no such op": (f"{HEADER},op", [ROW + ",remove"], "line 2", "'op'", "'remove'"),
+    "no such positions": (f"{HEADER},positions", [ROW + ",1"], "line 2", "'positions'", "'1'"),
+    "two ops": (f"{HEADER},op", [ROW + ",zero", f"s1{ROW[2:]},mean"], "line 3", "'op'"),
+    "no difference": (HEADER, [ROW, "s1,1,0,0,-1,-0.9,-0.1"], "line 3", "'head_effect'", "'-0.1'"),
+    "negative controls": (f"{HEADER},group", [f"{ROW},{NO_ODD_ONE}"], NO_ODD_ONE),
     "too few fields": (HEADER, [ROW, "s1,1,0,0,-1.0"], "line 3", "7 fields", "'-1.0'"),
     "too many fields": (HEADER, [ROW + ",9"], "line 2", "7 fields", "'9'"),
     "duplicate row": (HEADER, [ROW, "s1" + ROW[2:], ROW], "line 4", "same sample"),

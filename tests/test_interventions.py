@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import llama3_circuit_tracing as tracing
 import naive
@@ -85,7 +86,7 @@ def scores(exp: Experiment, *sets: Sequence[Component]) -> tuple[Tensor, Tensor]
     for tree in exp.trees:
         clean = exp.run_clean(tree, range(exp.shape.n_layers), [c for of in sets for c in of])
         rows = [exp.edits(components, clean) for components in sets]
-        log_probs = torch.cat([clean.log_probs, tracing.run_batches(exp.traced, clean, rows)])
+        log_probs = torch.cat([clean.log_probs, exp.run_rows(clean, rows, tqdm(disable=True))])
         found.append(tree.scores(log_probs, exp.task).unflatten(1, (-1, 2)))
     both = torch.cat(found, 1)
     return both[:1], both[1:]

@@ -159,9 +159,7 @@ def test_the_joint_table_has_its_columns_and_rows_which_the_log_tells(confirmed:
         drawn = shares[(rows["set"] == "random") & (rows["n_ablated"] == row.n_ablated)]
         band = f"random sets {drawn.quantile(0.05):.0%} to {drawn.quantile(0.95):.0%}"
         what = f"held-out samples, {row.n_ablated} jointly ({row.components}): mean delta "
-        assert (
-            f"{what}{row.mean_delta:+.3f}, {100 * row.share_removed:.0f} % removed, {band}" in told
-        )
+        assert f"{what}{row.mean_delta:+.3f}, {row.share_removed:.0%} removed, {band}" in told
 
 
 def test_the_joint_effect_on_held_out_sentences_is_what_the_naive_oracle_says(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import llama3_circuit_tracing as tracing
-from conftest import Answer, refuses
+from conftest import SCRIPT, Answer, refuses
 
 
 def test_an_error_is_one_sentence_and_no_traceback(
@@ -93,3 +95,19 @@ def test_an_output_folder_with_a_foreign_record_is_refused(
     argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path)]
     refuses(answer, *argv, says=[str(record)])
     assert record.read_text() == "not a record"
+
+
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interruption_of_the_imports_says_nothing(stop: signal.Signals, code: int) -> None:
+    """At whatever import it comes: here half a second into them."""
+    argv = [sys.executable, str(SCRIPT), "--model_id", "nowhere/to/be/found"]
+    process = subprocess.Popen(
+        argv,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(0.5)
+    process.send_signal(stop)
+    assert process.communicate(timeout=60) == (None, "")
+    assert process.returncode == code

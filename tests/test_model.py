@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama3_circuit_tracing as tracing
 import random_models
-from conftest import ROOT, Answer, read, record_of, refuses
+from conftest import ROOT, Answer, finish, read, record_of, refuses
 from llama3_circuit_tracing import Component, Config
 
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -321,3 +323,77 @@ def test_bfloat16_is_chosen_where_a_gpu_computes_it_without_emulation(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     found = [tracing.read_shape(Config(model_id=llama, bf16=b)).dtype for b in (None, True, False)]
     assert found == [torch.bfloat16 if native else torch.float32, torch.bfloat16, torch.float32]
+
+
+# ----- weights that are not this model's, and configs of no model
+
+
+def with_weights(folder: str, to: Path, change: Callable[[dict[str, Tensor]], Any]) -> str:
+    """A copy of a model folder whose weights are changed in place."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    change(weights)
+    save_file(weights, to / "model.safetensors", metadata={"format": "pt"})
+    return str(to)
+
+
+def renamed(weights: dict[str, Tensor]) -> None:
+    for name in list(weights):
+        weights[f"x.{name}"] = weights.pop(name)
+
+
+O_PROJ = "model.layers.1.self_attn.o_proj.weight"
+NORM = "model.norm.weight"
+FOREIGN: dict[str, tuple[Callable[[dict[str, Tensor]], Any], list[str]]] = {
+    "missing": (lambda w: w.pop(O_PROJ), ["1 weights are missing", O_PROJ]),
+    "renamed": (renamed, ["30 weights are missing", "lm_head.weight", ", ..."]),
+    "unexpected": (lambda w: w.update(more=torch.ones(2)), ["1 weights are unexpected", "more"]),
+    "mismatched": (lambda w: w.update({NORM: torch.ones(7)}), ["1 weights are mismatched", NORM]),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_weights_that_are_not_those_of_the_model_are_named(
+    name: str, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    change, says = FOREIGN[name]
+    folder = with_weights(llama, tmp_path / "model", change)
+    argv = ["--model_id", folder, "--output_dir", str(tmp_path / "run")]
+    refuses(answer, *argv, says=[folder, *says], code=1)
+
+
+def test_rotary_frequencies_among_the_weights_do_no_harm(llama: str, tmp_path: Path) -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    folder = with_weights(llama, tmp_path / "model", lambda weights: weights.update(extra))
+    finish(folder, tmp_path / "run", "--num_samples", "2", "--layers", "0")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("hidden_size", 10**12),
+        ("vocab_size", -5),
+        ("num_key_value_heads", 0),
+    ],
+)
+def test_a_config_of_absurd_sizes_is_refused_in_one_sentence(
+    name: str, value: int, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    folder = copy_of(llama, tmp_path / "model", **{name: value})
+    refuses(answer, "--model_id", str(folder), "--dry_run", says=[str(folder)])
+
+
+def test_a_gguf_file_needs_its_package_and_says_so(
+    tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "find_spec", lambda name: None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    argv = ["--model_id", str(tmp_path / "model.gguf"), "--dry_run"]
+    refuses(answer, *argv, says=["model.gguf", "pip install gguf"], code=1)
+
+
+def test_a_gguf_file_that_is_not_there_is_named(tmp_path: Path, answer: Answer) -> None:
+    argv = ["--model_id", str(tmp_path / "model.gguf"), "--dry_run"]
+    refuses(answer, *argv, says=[f"{tmp_path}/model.gguf is not a model folder"], code=1)

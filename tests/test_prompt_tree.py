@@ -245,7 +245,7 @@ def test_nodes_that_edits_single_out_belong_to_one_prompt_only(
         Sample("s3", "Name a metal.", "Name a sport.", ("iron",)),
     ]
     prompts = tracing.write_prompts(samples, encoder, config)
-    tree = plant(*prompts, bos=encoder.tokenizer.bos_token_id, config=config)
+    tree = plant(*prompts, bos=encoder.bos, config=config)
     nodes = spellings(tree)
     assert [nodes[path[-1]] for path in tree.paths] == [prompt.ids for prompt in tree.prompts]
     if tree.where is None:

@@ -1,12 +1,15 @@
-"""Prompts: the chat around a user text, its one BOS, the forms of a word, and control prompts."""
+"""Prompts: the chat around a user text, its first BOS, the forms of a word, and control prompts."""
 
 from __future__ import annotations
 
 import copy
+import json
 import random
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from transformers import AutoTokenizer
 
 import llama3_circuit_tracing as tracing
 import naive
-from conftest import user_text
+from conftest import finish, record_of, user_text
 from llama3_circuit_tracing import Config, PromptEncoder, Sample, UsageError
 
 
@@ -57,7 +60,7 @@ def test_a_prompt_is_the_chat_of_system_and_user_up_to_the_reply(encoder: Prompt
 
 def test_a_prompt_has_exactly_one_bos_and_starts_with_it(encoder: PromptEncoder) -> None:
     bos = encoder.tokenizer.bos_token_id
-    assert encoder.tokenizer("x")["input_ids"][0] == bos  # the trap
+    assert encoder.tokenizer("x")["input_ids"][0] == bos == encoder.bos  # the trap
     for sample in BUILT_IN:
         for text in (sample.prompt_a, sample.prompt_b):
             ids = encoder.write(sample, "a", text).ids
@@ -73,17 +76,34 @@ MESSAGES = (
 BOS = "{{ bos_token }}"
 
 
-def with_template(tokenizer: Any, template: str) -> PromptEncoder:
+def with_template(tokenizer: Any, template: str, stem: str = "") -> PromptEncoder:
     changed = copy.deepcopy(tokenizer)
     changed.chat_template = template
-    return PromptEncoder(changed, "", "word")
+    return PromptEncoder(changed, stem, "word")
 
 
 def test_a_template_without_one_bos_at_the_start_is_refused(tokenizer: Any) -> None:
-    write(with_template(tokenizer, BOS + MESSAGES), FRUIT)
-    for template, count in ((MESSAGES, 0), (BOS + BOS + MESSAGES, 2), (MESSAGES + BOS, 1)):
-        with pytest.raises(UsageError, match=rf"s0.*{count} BOS"):
+    """Where the tokenizer adds one; a later one is let pass."""
+    for template in (BOS + MESSAGES, BOS + MESSAGES + BOS):
+        write(with_template(tokenizer, template), FRUIT)
+    for template, count in ((MESSAGES, 0), (BOS + BOS + MESSAGES, 2), (MESSAGES + BOS, 0)):
+        with pytest.raises(UsageError, match=rf"s0.*begins with {count} BOS"):
             write(with_template(tokenizer, template), FRUIT)
+
+
+def test_a_tokenizer_that_adds_no_bos_needs_none_and_has_at_most_one_at_the_start(
+    tokenizer: Any,
+) -> None:
+    """ChatML's opens every turn."""
+    encoder = with_template(tokenizer, MESSAGES)
+    encoder.tokenizer.bos_token = "<|start_header_id|>"
+    assert encoder.bos is None
+    assert write(encoder, FRUIT).ids.count(encoder.tokenizer.bos_token_id) == 3
+    twice = with_template(encoder.tokenizer, BOS + MESSAGES)
+    with pytest.raises(UsageError, match=r"s0.*begins with 2 BOS"):
+        write(twice, FRUIT)
+    none = with_template(encoder.tokenizer, "Hello! " + MESSAGES)
+    assert write(none, FRUIT).ids[0] != none.tokenizer.bos_token_id
 
 
 @pytest.mark.parametrize(
@@ -112,9 +132,12 @@ def test_a_template_that_fails_is_told_with_its_reason(tokenizer: Any) -> None:
 STEM = "My favorite fruit is the"
 
 
-@pytest.mark.parametrize(("stem", "blank"), [("", ""), (STEM, " "), (f"  {STEM}  ", " ")])
+@pytest.mark.parametrize(
+    ("stem", "blank"), [("", ""), (STEM, " "), (f"  {STEM}", " "), (f"{STEM}:\n", "")]
+)
 def test_forms_are_as_written_and_with_a_capital(tokenizer: Any, stem: str, blank: str) -> None:
-    """After a stem behind a blank; all tokens are kept, and none of the prompt's changes."""
+    """Behind a blank where the text ends in none; all tokens are kept, and none of the prompt's
+    changes, nor any blank of the stem."""
     encoder = PromptEncoder(tokenizer, stem, "word")
     words = {
         "apple": "Apple",
@@ -123,12 +146,17 @@ def test_forms_are_as_written_and_with_a_capital(tokenizer: Any, stem: str, blan
         "quixotically": "Quixotically",
     }
     prompt = write(encoder, replace(FRUIT, targets=("apple", "Mars"), foils=(*words,)[2:]))
-    assert prompt.text.endswith(f"<|end_header_id|>\n\n{stem.strip()}")
+    assert prompt.text.endswith(f"<|end_header_id|>\n\n{stem}")
     assert tokenizer.decode(list(prompt.ids)) == prompt.text
     for found, forms in zip(prompt.forms, words.items(), strict=True):
         texts = [prompt.text + blank + form for form in dict.fromkeys(forms)]
         assert [prompt.ids + ids for ids in found] == [encoder.encode(text) for text in texts]
     assert max(map(len, prompt.forms[-1])) > 1
+
+
+def test_a_blank_at_the_end_of_the_stem_that_words_would_take_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match=r"s0.*'apple' merges.*fruit is the '"):
+        write(PromptEncoder(tokenizer, f"{STEM} ", "word"), FRUIT)
 
 
 @pytest.mark.parametrize("stem", ["", "It is"])
@@ -157,14 +185,17 @@ def test_two_words_with_the_same_form_are_refused(
 class Characters:
     """A tokenizer of one token per character; "x" merges with what is before, "~" is dropped."""
 
-    bos_token_id = chat_template = None
+    bos_token_id = None
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         pieces = re.findall(".x?", text.replace("~", ""))
         return {"input_ids": [ord(piece[0]) + 1000 * len(piece) for piece in pieces]}
 
+    def get_chat_template(self) -> str:
+        return ""
+
     def apply_chat_template(self, chat: list[dict[str, str]], **options: Any) -> str:
-        return f"{chat[-1]['content']} Reply: "
+        return f"{' '.join(turn['content'] for turn in chat)} Reply: "
 
 
 CHARACTERS = PromptEncoder(Characters(), "", "word")
@@ -266,3 +297,94 @@ def test_a_sample_that_lacks_a_control_is_warned_of_once(
     assert all(len(of) == 4 for of in after)
     warned = re.findall(r"\((\w+)\): .*(no controls|too few words)", caplog.text)
     assert warned == [(lacking.sample_id, said)]
+
+
+# ----- other models' templates
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_SYSTEM = (  # as Gemma's and that of Mistral v0.1
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}[INST] {{ m.content }} [/INST]"
+    "{% endfor %}"
+)
+DEAF = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}"
+DEAF += "{% endfor %}"
+THINKS = CHATML.replace("assistant\n", "assistant\n<think>\n")
+
+
+@pytest.mark.parametrize(("template", "reply"), [(NO_SYSTEM, " [/INST]"), (DEAF, "")])
+def test_without_a_system_turn_its_text_opens_the_users(
+    template: str, reply: str, tokenizer: Any
+) -> None:
+    encoder = with_template(tokenizer, template)
+    assert encoder.folds
+    text = write(encoder, FRUIT).text
+    assert text.endswith(f"You are an assistant.\n\nDon't mention apple. Name a fruit.{reply}")
+
+
+def test_the_log_and_the_record_say_where_the_system_text_stands(
+    llama: str, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    path = model / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), "chat_template": NO_SYSTEM}
+    path.write_text(json.dumps(settings))
+    for folder, where in ((str(model), "in the user's turn"), (llama, "its own")):
+        finish(folder, tmp_path / where, "--num_samples", "2", "--layers", "0")
+        assert record_of(tmp_path / where)["system_turn"] == where
+        log = (tmp_path / where / "run.log").read_text()
+        assert ("knows no system turn" in log) == (folder != llama)
+
+
+@pytest.mark.parametrize("template", ["{{ bos_token }}Hello", "{{ messages[0].content | upper }}"])
+def test_a_template_that_drops_or_changes_what_is_said_is_refused(
+    template: str, tokenizer: Any
+) -> None:
+    with pytest.raises(UsageError, match="changes or drops"):
+        write(with_template(tokenizer, template), FRUIT)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "{{ strftime_now('%d %b %Y') }}",
+        "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}",
+        "{% macro day(form) %}{{ strftime_now(form) }}{% endmacro %}{{ day('%d %b %Y') }}",
+        "{{ date_string }}",
+        "{% if strftime_now is defined %}{{ strftime_now('%d ' + '%b %Y') }}{% endif %}",
+    ],
+)
+def test_today_is_pinned_however_a_template_asks_for_it(asks: str, tokenizer: Any) -> None:
+    plain = with_template(tokenizer, tokenizer.chat_template).render("Name a fruit.")
+    dated = with_template(tokenizer, asks + tokenizer.chat_template).render("Name a fruit.")
+    assert dated == "26 Jul 2024" + plain
+
+
+def test_a_reply_that_opens_with_a_thought_is_refused_with_the_way_out(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match=r"open with a thought.*--answer_prefix '</think>'"):
+        write(with_template(tokenizer, THINKS), FRUIT)
+    closed = write(with_template(tokenizer, THINKS, "</think>\n\n"), FRUIT)
+    assert closed.text.endswith("<think>\n</think>\n\n")
+    empty = with_template(tokenizer, THINKS.replace("<think>", "<think>\n\n</think>\n"))
+    assert write(empty, FRUIT).text.endswith("</think>\n\n")
+    write(with_template(tokenizer, CHATML), replace(FRUIT, prompt_a="What does <think> mean?"))
+
+
+@pytest.mark.parametrize(
+    ("template", "stem", "blank"),
+    [
+        (CHATML, "", ""),
+        (NO_SYSTEM, "", " "),
+        (CHATML, "It is", " "),
+        (CHATML, "It is:\n", ""),
+    ],
+)
+def test_a_form_begins_with_a_blank_where_the_text_ends_in_no_white_space(
+    template: str, stem: str, blank: str, tokenizer: Any
+) -> None:
+    encoder = with_template(tokenizer, template, stem)
+    (forms,) = write(encoder, FRUIT).forms
+    assert forms == (encoder.encode(f"{blank}apple"), encoder.encode(f"{blank}Apple"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ def naive_tokens(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] =
 def naive_reply(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] = ()) -> str:
     tokens, tokenizer = naive_tokens(plain, user, n_tokens, labels), plain[1]
     ends = {tokenizer.eos_token_id, *plain[0].generation_config.eos_token_id}
-    stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), n_tokens)
+    stop = next((i for i, token in enumerate(tokens) if token in ends), n_tokens)
     return str(tokenizer.decode(tokens[:stop], skip_special_tokens=True)).strip()
 
 
@@ -101,7 +103,9 @@ def test_replies_are_edited_by_any_op_that_applies_at_every_token(
     flags = ["--factor", str(factor)] if op == "scale" else []
     flags += ["--neurons", "7"] if component.kind == "neuron" else []
     exp = prepared(llama, "--kind", component.kind, "--op", op, "--max_new_tokens", "4", *flags)
-    user = user_text(exp.prompts[0][0].text)
+    prompts = [prompt for of_sample in exp.prompts for prompt in of_sample]
+    users = [user_text(prompt.text) for prompt in prompts]
+    assert len({len(prompt.ids) for prompt in prompts}) > 1
     columns = slice(7, 8) if component.kind == "neuron" else slice(None)
 
     def edit(x: torch.Tensor) -> torch.Tensor:
@@ -113,9 +117,9 @@ def test_replies_are_edited_by_any_op_that_applies_at_every_token(
 
     block = naive.layers_of(plain[0])[component.layer]
     with naive.hooked(block.get_submodule(component.site[1]), edit):
-        expected = naive_reply(plain, user, 4)
-    assert tracing.greedy_reply(exp, exp.prompts[0][0], [component]) == expected
-    assert expected != naive_reply(plain, user, 4)
+        expected = [naive_reply(plain, user, 4) for user in users]
+    assert tracing.greedy_replies(exp, [component], prompts) == expected
+    assert expected[0] != naive_reply(plain, users[0], 4)
 
 
 @pytest.mark.parametrize("terminator", ["generation_config", "a list", "tokenizer", "<|eot_id|>"])
@@ -123,8 +127,8 @@ def test_replies_stop_at_every_kind_of_terminator(
     terminator: str, llama: str, plain: Plain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exp = prepared(llama, "--max_new_tokens", "8")
-    prompt, tokenizer = exp.prompts[0][0], exp.encoder.tokenizer
-    tokens = naive_tokens(plain, user_text(prompt.text), 8)
+    prompts, tokenizer = exp.prompts[0], exp.encoder.tokenizer
+    tokens, others = (naive_tokens(plain, user_text(prompt.text), 8) for prompt in prompts)
     stop = next(token for token in tokens[2:] if token not in tokens[:2])
     settings = exp.traced.model.generation_config
     settings.eos_token_id = {"generation_config": stop, "a list": [3, stop]}.get(terminator)
@@ -133,9 +137,10 @@ def test_replies_stop_at_every_kind_of_terminator(
     elif terminator == "<|eot_id|>":
         vocabulary = {**tokenizer.get_vocab(), terminator: stop}
         monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
-    said = tokens[: tokens.index(stop) + 1]  # a terminator that is no special token is shown
-    expected = tokenizer.decode(said, skip_special_tokens=True).strip()
-    assert tracing.greedy_reply(exp, prompt, ()) == expected
+    assert stop not in others, "the other reply goes on"
+    said = tokens[: tokens.index(stop)]
+    expected = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in (said, others)]
+    assert tracing.greedy_replies(exp, (), prompts) == expected
 
 
 def test_the_reply_of_a_model_that_ends_at_once_is_empty(llama: str, plain: Plain) -> None:
@@ -144,13 +149,13 @@ def test_the_reply_of_a_model_that_ends_at_once_is_empty(llama: str, plain: Plai
     (likeliest,) = naive_tokens(plain, user_text(prompt.text), 1)
     with torch.no_grad():
         weight[exp.encoder.tokenizer.eos_token_id] = 2 * weight[likeliest]
-    assert tracing.greedy_reply(exp, prompt, ()) == ""
+    assert tracing.greedy_replies(exp, (), [prompt]) == [""]
 
 
 def test_replies_leave_no_hook_behind(llama: str) -> None:
     exp = prepared(llama, "--max_new_tokens", "2", "--given", "L2mlp")
     before = tracing.count_hooks(exp.traced)
-    tracing.greedy_reply(exp, exp.prompts[0][0], exp.components[:3])
+    tracing.greedy_replies(exp, exp.components[:3], exp.prompts[0])
     assert tracing.count_hooks(exp.traced) == before
 
 
@@ -236,3 +241,32 @@ def test_everything_together_runs_on_the_bundled_model(tiny_llama: str, tmp_path
     assert len(read(tmp_path, "circuit_confirm.csv")) == 1 + 3 + 3 * 3
     assert all(record["answers"] in (True, False) for record in generations(tmp_path))
     assert record_of(tmp_path)["noise_floor"] < 2e-5
+
+
+# ----- in batches
+
+
+def test_replies_in_a_batch_are_those_of_each_alone(llama: str, tmp_path: Path) -> None:
+    """Of prompts of different lengths, with edits, at any number of rows."""
+    found = []
+    for rows in ("1", "3", "64"):
+        flags = [*REPLYING.split(), "--op", "mean", "--rows_per_forward", rows]
+        found.append(generations(finish(llama, tmp_path / rows, *flags)))
+    assert found[0] == found[1] == found[2]
+    assert len({record["reply"] for record in found[0]}) > 5
+
+
+def test_replies_are_plainly_greedy_whatever_the_model_is_configured_to(
+    llama: str, tmp_path: Path, plain: Plain
+) -> None:
+    """A repetition penalty, which some models ship, would shun words that the prompt names."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    configured = {"eos_token_id": [1], "repetition_penalty": 9.0, "do_sample": True, "top_k": 3}
+    configured |= {"no_repeat_ngram_size": 1, "suppress_tokens": list(range(40, 200))}
+    (model / "generation_config.json").write_text(json.dumps(configured))
+    folder = finish(str(model), tmp_path / "run", *REPLYING.split())
+    texts = by_hand.texts(folder)
+    unedited = [record for record in generations(folder) if not record["ablated"]]
+    for record in unedited:
+        user = texts[record["sample_id"]][record["prompt"]]
+        assert record["reply"] == naive_reply(plain, user, 5, ["L0H0"])

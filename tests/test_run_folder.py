@@ -14,12 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 import torch
 
 import llama3_circuit_tracing as tracing
-from conftest import ROOT, SCRIPT, Answer, finish, read, record_of
+from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses
 from test_sweep import EQUAL, TWO, largest_difference, naive_results
 
 EXTRAS = ["--confirm", "2", "--num_random", "3", "--max_new_tokens", "2", "--heatmap"]
@@ -38,7 +39,7 @@ def rows_run(patch: pytest.MonkeyPatch, limit: int, error: Callable[[], Exceptio
         return run_rows(traced, clean, rows)
 
     patch.setattr(tracing, "run_rows", limited)
-    patch.setattr(tracing, "self_test", lambda exp: None)
+    patch.setattr(tracing, "self_test", lambda exp: [])
     return asked
 
 
@@ -306,3 +307,114 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
     assert len(parts(tmp_path)) == 3
     assert answer(*command)[0] == 0
     assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL
+
+
+# ----- what else may be found in a folder
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
+    prepare = tracing.prepare
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(tracing, "prepare", prepare)
+        refuses(answer, *argv, says=[f"another run is at work in {tmp_path}"])
+        return prepare(*arguments)
+
+    monkeypatch.setattr(tracing, "prepare", meanwhile)
+    finish(llama, tmp_path, *TWO)  # ends well, and the folder is free again
+    finish(llama, tmp_path, *TWO)
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+UNREADABLE: dict[str, Callable[[Path], Any]] = {
+    "a folder": lambda path: (path / "deeper").mkdir(parents=True),
+    "a link to itself": loop,
+    "no UTF-8": lambda path: path.write_bytes(b"\xff\xfe\n[]"),
+    "another part's": lambda path: shutil.copy(sorted(path.parent.glob("sweep-*"))[0], path),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("kind", ["sweep", "base"])
+def test_an_unreadable_part_is_computed_again(
+    name: str, kind: str, llama: str, tmp_path: Path
+) -> None:
+    before = read(finish(llama, tmp_path, *TWO))
+    path = parts(tmp_path, kind)[-1]
+    path.unlink()
+    UNREADABLE[name](path)
+    pd.testing.assert_frame_equal(read(finish(llama, tmp_path, *TWO)), before)
+    assert path.is_file()
+
+
+def test_a_part_nested_without_end_is_computed_again(llama: str, tmp_path: Path) -> None:
+    """With the seal of a good one."""
+    before = read(finish(llama, tmp_path, *TWO))
+    folder, path = tracing.RunFolder(tmp_path), parts(tmp_path, "sweep")[0]
+    folder.key = tracing.digest(record_of(tmp_path)["fingerprint"])
+    text = "[" * 100_000
+    path.write_text(f"{folder.seal(path.stem, text)}\n{text}")
+    pd.testing.assert_frame_equal(read(finish(llama, tmp_path, *TWO)), before)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        "[" * 100_000,
+        '{"fingerprint": "mine"}',
+        '{"fingerprint": {}, "files": [1]}',
+        '{"rows_after_halving": "many"}',
+        '{"config": 7}',
+        '{"noise_floor": "loud"}',
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_record_of_nonsense_is_refused_and_left_alone(
+    text: str, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    (tmp_path / "run.json").write_text(text)
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path)]
+    refuses(answer, *argv, says=[f"{tmp_path}/run.json is not a record"])
+    assert (tmp_path / "run.json").read_text() == text
+
+
+def test_what_a_dead_process_left_half_written_is_removed(llama: str, tmp_path: Path) -> None:
+    left = [tmp_path / ".run.json.7.tmp", tmp_path / ".parts" / ".base-0000.json.7.tmp"]
+    (tmp_path / ".parts" / "offload-7").mkdir(parents=True)
+    for path in left:
+        path.write_text("half")
+    finish(llama, tmp_path, *TWO, "--layers", "0")
+    assert not any(path.exists() for path in (*left, tmp_path / ".parts" / "offload-7"))
+
+
+def test_weights_offloaded_to_disk_lie_in_the_run_folder_while_it_works(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    load_model = tracing.load_model
+
+    def watch(*arguments: Any) -> Any:
+        seen.append(arguments[3])
+        return load_model(*arguments)
+
+    monkeypatch.setattr(tracing, "load_model", watch)
+    finish(llama, tmp_path, *TWO, "--layers", "0")
+    assert seen == [tmp_path / ".parts"]
+
+
+def test_a_full_disk_names_the_file(
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, path: Any, **_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
+    refuses(answer, *argv, says=[f"{tmp_path}/{RESULTS}: No space left on device"], code=1)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import llama3_circuit_tracing as tracing
 import naive
@@ -39,7 +41,7 @@ def tree(plain: Plain) -> Tree:
     samples = tracing.build_suppression(2, random.Random(0), len)
     encoder, config = tracing.PromptEncoder(plain[1], "", "word"), tracing.Config(controls=True)
     prompts = tracing.write_prompts(samples, encoder, config)
-    return tracing.plant_trees(prompts, encoder.tokenizer.bos_token_id, config)[0]
+    return tracing.plant_trees(prompts, encoder.bos, config)[0]
 
 
 # ----- log-probabilities
@@ -108,49 +110,59 @@ OUT_OF_MEMORY = [
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
     MemoryError(),
 ]
-CLEAN: Any = SimpleNamespace(tree=SimpleNamespace(n_tokens=123))
-ROWS: Any = list(range(11))
+ROWS = list(range(11))
 
 
-def limited(patch: pytest.MonkeyPatch, limit: int, error: Exception) -> list[int]:
-    """Let rows beyond a limit run out of memory; the sizes of the batches that were tried."""
-    tried: list[int] = []
+class Limited:
+    """Rows that run out of memory where more than so many are asked for at once."""
 
-    def run_rows(traced: TracedModel, clean: Any, rows: list[int]) -> Tensor:
-        tried.append(len(rows))
-        if len(rows) > limit:
-            raise error
+    def __init__(self, traced: TracedModel, error: Exception, *limits: int) -> None:
+        self.traced, self.error = traced, error
+        self.limits = itertools.chain(limits, itertools.repeat(limits[-1]))  # try after try
+        self.tried: list[int] = []
+
+    def __call__(self, rows: Sequence[int]) -> Tensor:
+        self.tried.append(len(rows))
+        if len(rows) > next(self.limits):
+            raise self.error
         return torch.tensor(rows)[:, None]
 
-    patch.setattr(tracing, "run_rows", run_rows)
-    return tried
+    def run(self) -> tuple[list[int], float]:
+        """What is found, and how much of it the bar was told."""
+        with tqdm(total=len(ROWS), file=io.StringIO()) as bar:
+            found = tracing.run_batches(self.traced, ROWS, self, bar)
+            return torch.stack(found).flatten().tolist(), bar.n
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
 def test_rows_are_halved_for_good_when_memory_runs_out(
-    traced: TracedModel, monkeypatch: pytest.MonkeyPatch, error: Exception
+    traced: TracedModel, error: Exception
 ) -> None:
     """In even batches, no more of them than needed."""
     for limit, sizes in ((8, [6, 5]), (5, [6, 3, 3, 3, 2]), (2, [6, 3, *[1] * 11])):
         traced.rows_per_forward = 8
-        tried = limited(monkeypatch, limit, error)
-        assert tracing.run_batches(traced, CLEAN, ROWS).flatten().tolist() == ROWS
-        assert tried == sizes
-        assert tracing.run_batches(traced, CLEAN, ROWS).flatten().tolist() == ROWS
-        again = tried[len(sizes) :]
+        limited = Limited(traced, error, limit)
+        assert limited.run() == (ROWS, 11)
+        assert limited.tried == sizes
+        assert limited.run() == (ROWS, 11)
+        again = limited.tried[len(sizes) :]
         assert again == sizes[-len(again) :] and max(again) <= limit
 
 
-def test_a_row_that_does_not_fit_alone_names_what_to_lower(
-    traced: TracedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limited(monkeypatch, 0, OUT_OF_MEMORY[0])
-    with pytest.raises(tracing.RunError, match=r"one row of 123 tokens.*--tree_tokens"):
-        tracing.run_batches(traced, CLEAN, ROWS)
-    tried = limited(monkeypatch, 0, RuntimeError("shapes do not fit"))
+def test_what_was_found_before_memory_runs_out_is_kept(traced: TracedModel) -> None:
+    traced.rows_per_forward = 4
+    limited = Limited(traced, OUT_OF_MEMORY[0], 4, 3)
+    assert limited.run() == (ROWS, 11)
+    assert limited.tried == [4, 4, 2, 2, 2, 1]
+
+
+def test_a_row_that_does_not_fit_alone_names_what_to_lower(traced: TracedModel) -> None:
+    with pytest.raises(tracing.RunError, match=r"one row alone.*--tree_tokens"):
+        Limited(traced, OUT_OF_MEMORY[0], 0).run()
+    limited = Limited(traced, RuntimeError("shapes do not fit"), 0)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        tracing.run_batches(traced, CLEAN, ROWS)
-    assert tried == [1], "another error is no reason to go on"
+        limited.run()
+    assert limited.tried == [1], "another error is no reason to go on"
 
 
 # ----- gradients

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import llama3_circuit_tracing as tracing
-from conftest import Answer
+from by_hand import prepared
+from conftest import Answer, finish, record_of
 from llama3_circuit_tracing import Component, Edit, ModelShape, Row, TracedModel, Tree
 from random_models import ARCHITECTURES
 
@@ -240,3 +241,51 @@ def test_every_sweep_begins_with_the_self_test(
     assert "self-test failed" in err
     assert not (tmp_path / "circuit_results.csv").exists()
     assert not list((tmp_path / ".parts").glob("sweep-*"))
+
+
+def test_a_passed_self_test_is_remembered_for_the_same_run(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+    self_test = tracing.self_test
+
+    def watch(exp: Any) -> Any:
+        ran.append("once")
+        return self_test(exp)
+
+    monkeypatch.setattr(tracing, "self_test", watch)
+    for flags, n in (["--layers", "0"], 1), (["--layers", "0-1"], 1), (["--overwrite"], 2):
+        finish(llama, tmp_path, "--num_samples", "2", *flags)
+        assert len(ran) == n
+    checks = record_of(tmp_path)["self_test"]
+    assert all(error <= bound for _, error, bound in checks)
+    assert len(checks) == 8
+
+
+def test_a_failed_self_test_is_not_remembered(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["--model_id", llama, "--num_samples", "2", "--output_dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, "count_hooks", lambda traced: math.nan)
+        assert tracing.main(argv) == 1
+    assert "self_test" not in record_of(tmp_path)
+
+
+def test_the_self_test_runs_on_the_two_shortest_samples(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees: list[Any] = []
+    run_clean = tracing.run_clean
+
+    def watch(traced: Any, tree: Any, *more: Any) -> Any:
+        trees.append(tree)
+        return run_clean(traced, tree, *more)
+
+    monkeypatch.setattr(tracing, "run_clean", watch)
+    exp = prepared(llama, "--num_samples", "9", "--controls")
+    tracing.self_test(exp)
+    (tree,) = trees
+    n_tokens = {of[0].sample.sample_id: len(of[0].ids) for of in exp.prompts}
+    names = [sample.sample_id for sample, _ in tree.samples]
+    assert sorted(n_tokens[name] for name in names) == sorted(n_tokens.values())[:2]

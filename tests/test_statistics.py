@@ -212,3 +212,15 @@ def test_q_values_agree_with_a_plain_loop_ties_included(n: int) -> None:
     p = [rng.choice([rng.random(), rng.random() ** 4, 0.25]) for _ in range(n)]
     found = tracing.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
     assert found.tolist() == pytest.approx(by_hand.q_values(p))
+
+
+def test_intervals_of_many_columns_are_those_of_each_alone() -> None:
+    """They are drawn in blocks that fit into memory."""
+    torch.manual_seed(0)
+    sums, draws = torch.randn(6, 40, dtype=torch.float64), 2**22
+    counts = torch.ones_like(sums)
+    whole = tracing.bootstrap_interval(sums, counts, draws, seed=1)
+    for column in (0, 7, 8, 39):
+        alone = slice(column, column + 1)
+        found = tracing.bootstrap_interval(sums[:, alone], counts[:, alone], draws, seed=1)
+        torch.testing.assert_close(whole[:, alone], found, rtol=0, atol=1e-12)

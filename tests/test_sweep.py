@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
-from conftest import finish, read, record_of, write_samples
+from conftest import Answer, finish, read, record_of, refuses, write_samples
 from llama3_circuit_tracing import Tree
 from test_self_test import MISTAKES
 
@@ -135,7 +136,7 @@ def test_the_comparison_catches_a_planted_mistake(
     mistake: str, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(*PLANTED[mistake])
-    monkeypatch.setattr(tracing, "self_test", lambda exp: None)
+    monkeypatch.setattr(tracing, "self_test", lambda exp: [])
     table = read(finish(llama, tmp_path, *TWO))
     assert largest_difference(table, naive_results(llama)) > 1e-3
 
@@ -199,9 +200,9 @@ def finished(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts_of(folder: Path) -> list[pd.DataFrame]:
     """The rows that every job left behind."""
     run = tracing.RunFolder(folder)
-    run.open()
-    run.enter(run.record["fingerprint"], overwrite=False)
-    return [pd.DataFrame(run.read_part(path.stem)) for path in run.parts.glob("sweep-*.json")]
+    with run.open():
+        run.enter(run.record["fingerprint"], overwrite=False)
+        return [pd.DataFrame(run.read_part(path.stem)) for path in run.parts.glob("sweep-*.json")]
 
 
 def jittered_effects(folder: Path) -> pd.Series:
@@ -244,16 +245,16 @@ def test_the_noise_floor_is_the_95th_percentile_of_the_mean_effects_of_jittered_
 def test_a_jittered_row_scales_a_head_by_one_plus_two_eps_where_heads_are_edited(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, run_batches = set(), tracing.run_batches
+    found, run_rows = set(), tracing.Experiment.run_rows
 
-    def watch(traced: Any, clean: Any, rows: Any) -> Any:
+    def watch(exp: Any, clean: Any, rows: Any, bar: Any) -> Any:
         for (edit,) in rows:
             width = edit.columns.stop - edit.columns.start
             assert torch.equal(edit.where, clean.tree.where)
             found.add((edit.site[1], width, edit.factor))
-        return run_batches(traced, clean, rows)
+        return run_rows(exp, clean, rows, bar)
 
-    monkeypatch.setattr(tracing, "run_batches", watch)
+    monkeypatch.setattr(tracing.Experiment, "run_rows", watch)
     finish(llama, tmp_path, "--num_samples", "1", "--bf16", "--positions", "last")
     o_proj = "self_attn.o_proj"
     assert found == {(o_proj, 16, 0.0), (o_proj, 16, 1 + 2**-6)}
@@ -275,3 +276,62 @@ def test_the_noise_floor_depends_on_the_seed_and_is_larger_in_bfloat16(
     assert 1e-8 < floors["one"] < 2e-5
     assert 1e-4 < floors["bf16"] < 1
     assert floors["bf16"] > 100 * floors["one"]
+
+
+# ----- a table is whole, or there is none
+
+
+def test_a_part_that_vanishes_while_the_run_works_ends_it(
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = tracing.sweep
+
+    def careless(exp: Any, jobs: Any, folder: Any) -> None:
+        sweep(exp, jobs, folder)
+        folder.part_path(jobs[1].name).unlink()
+
+    monkeypatch.setattr(tracing, "sweep", careless)
+    argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
+    refuses(answer, *argv, says=["4 components lack rows (L1H0 first)"], code=1)
+    assert not (tmp_path / "circuit_results.csv").exists()
+    monkeypatch.setattr(tracing, "sweep", sweep)
+    assert largest_difference(read(finish(llama, tmp_path, *TWO)), naive_results(llama)) < EQUAL
+
+
+def test_waiting_for_the_parts_of_others_ends_when_one_vanishes(
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other process wrote one part and its folder was cleared then."""
+    monkeypatch.setattr(tracing, "share_jobs", lambda exp, jobs, *_: jobs[:2])
+    monkeypatch.setattr(tracing.time, "sleep", lambda _: shutil.rmtree(tmp_path / ".parts"))
+    argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
+    refuses(answer, *argv, says=["components lack rows"], code=1)
+
+
+def test_components_of_an_interrupted_command_stay_out_of_another_commands_table(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tree per sample; the first command measured layers 0 and 1 on the first of them only."""
+    flags = [*TWO, "--tree_tokens", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, "share_jobs", lambda exp, jobs, *_: jobs[:2])
+        patch.setattr(tracing.time, "sleep", lambda _: tracing.sys.exit(143))
+        argv = ["--model_id", llama, "--output_dir", str(tmp_path), *flags, "--layers", "0,1"]
+        assert tracing.main(argv) == 143
+    table = read(finish(llama, tmp_path, *flags, "--layers", "2"))
+    assert set(table["layer"]) == {2}
+    assert len(table) == 2 * 4
+    assert (
+        "8 components of an interrupted command are left out" in (tmp_path / "run.log").read_text()
+    )
+    whole = read(finish(llama, tmp_path, *flags))
+    assert len(whole) == 2 * 12
+
+
+@pytest.mark.parametrize("factor", ["1e300", "1e38"])
+def test_an_edit_that_overflows_gives_a_sentence_and_no_table(
+    factor: str, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    argv = ["--model_id", llama, *TWO, "--op", "scale", "--factor", factor]
+    refuses(answer, *argv, "--output_dir", str(tmp_path), says=["not finite", "--factor"], code=1)
+    assert not (tmp_path / "circuit_results.csv").exists()

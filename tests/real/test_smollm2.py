@@ -1,0 +1,171 @@
+"""A real model, SmolLM2-135M-Instruct: its chat format, its numbers, its replies, its GGUF file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import by_hand
+import llama3_circuit_tracing as tracing
+import naive
+from by_hand import prepared
+from conftest import finish, read, record_of
+from real.fetch import GGUF, SMOLLM2
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not (SMOLLM2.is_dir() and GGUF.is_file()),
+        reason="python tests/real/fetch.py makes its folder",
+    ),
+]
+
+MODEL = str(SMOLLM2)
+EQUAL = 5e-5
+START, END, NEWLINE = 1, 2, 198
+BEFORE = [START, 9690, NEWLINE, 2683, 359, 354, 11173, 30, END, NEWLINE, START, 4093, NEWLINE]
+HELIUM = [8084, 982, 3311, 25933, 30, 10181, 253, 2811, 30, 19842, 281, 582, 2229, 30]
+AFTER = [END, NEWLINE, START, 520, 9531, NEWLINE]
+# which of its components on how many samples; the neurons are the strongest two of 200
+SWEPT = {
+    "--layers 0,14,29 --heads 0,5": 2,
+    "--kind mlp --layers 7": 1,
+    "--kind neuron --layers 28 --neurons 45,138": 1,
+}
+FOUR = ["L0H8", "L1H0", "L16H0", "L0H7"]
+
+Plain = tuple[Any, Any]  # a model and its tokenizer, as everyone loads them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Plain:
+    return naive.load(MODEL)
+
+
+@pytest.fixture()
+def untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without the self-test, which takes longer than they do."""
+    monkeypatch.setattr(tracing, "self_test", lambda exp: [])
+
+
+# ----- ChatML
+
+
+def test_the_three_bos_of_a_chat_are_accepted_and_none_is_the_tokenizers_own() -> None:
+    exp = prepared(MODEL, "--num_samples", "16")
+    assert exp.encoder.tokenizer.bos_token_id == START
+    assert exp.encoder.bos is None
+    for prompt in (prompt for of_sample in exp.prompts for prompt in of_sample):
+        assert prompt.ids.count(START) == 3
+
+
+def test_a_prompt_by_hand() -> None:
+    prompt = prepared(MODEL).prompts[0][0]
+    user = "Don't mention helium. Name a gas. Answer in one word."
+    assert prompt.text == (
+        "<|im_start|>system\nYou are an assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert list(prompt.ids) == BEFORE + HELIUM + AFTER
+    assert prompt.forms == (((38082,), (11653, 1460)),)
+
+
+# ----- numbers
+
+
+def test_the_self_test_passes() -> None:
+    assert tracing.main(["--model_id", MODEL, "--num_samples", "1", "--self_test"]) == 0
+
+
+@pytest.mark.usefixtures("untested")
+@pytest.mark.parametrize("flags", SWEPT)
+def test_the_sweep_equals_the_naive_loop(flags: str, plain: Plain, tmp_path: Path) -> None:
+    n, change = SWEPT[flags], tracing.parse_args(flags.split())
+    samples = {s.sample_id: s for s in tracing.build_suppression(n, random.Random(42), len)}
+    table = read(finish(MODEL, tmp_path, "--num_samples", str(n), *flags.split()))
+    indices = table["index"].fillna(-1).astype(int)
+    swept = set(zip(table["sample_id"], table["layer"], indices, strict=True))
+    assert len(swept) == len(table) == n * len(prepared(MODEL, *flags.split()).components)
+    for row, index in zip(table.itertuples(), indices, strict=True):
+        sample = samples[row.sample_id]
+        texts, where = [sample.prompt_a, sample.prompt_b], (sample.targets, row.layer, index)
+        a = naive.edited_score(*plain, change, texts, *where)
+        b = naive.edited_score(*plain, change, texts[::-1], *where)
+        assert row.delta_logit_head == pytest.approx(a - b, abs=EQUAL)
+    for sample_id, of_sample in table.groupby("sample_id"):
+        sample = samples[sample_id]
+        texts = [sample.prompt_a, sample.prompt_b]
+        a, b = (naive.suppression_score(*plain, text, sample.targets) for text in texts)
+        assert of_sample["delta_logit_base"].to_numpy() == pytest.approx(a - b, abs=EQUAL)
+    assert table["head_effect"].abs().max() > 1000 * EQUAL
+
+
+@pytest.mark.usefixtures("untested")
+def test_a_forbidden_word_is_likelier_after_every_sentence_and_the_log_calls_it_rebound(
+    tmp_path: Path,
+) -> None:
+    finish(MODEL, tmp_path, "--layers", "29", "--heads", "0")
+    deltas = [sample["delta_logit_base"] for sample in record_of(tmp_path)["samples"]]
+    assert len(deltas) == 16
+    assert min(deltas) > 0
+    assert sum(deltas) / 16 == pytest.approx(2.91, abs=0.01)
+    told = (tmp_path / "run.log").read_text()
+    assert told.count("has not the sign of suppression") == 16
+    assert "L29H0 makes the forbidden words likelier: it works against rebound" in told
+    assert "suppression;" not in told
+
+
+@pytest.mark.usefixtures("untested")
+def test_the_gguf_file_gives_the_table_of_its_folder(tmp_path: Path) -> None:
+    flags, tables, quantized = "--num_samples 1 --layers 28 --heads 0,5".split(), [], []
+    for model in (MODEL, str(GGUF)):
+        folder = finish(model, tmp_path / Path(model).name, *flags)
+        tables.append((folder / "circuit_results.csv").read_bytes())
+        quantized.append(record_of(folder)["run"]["quantized"].lower())
+    assert tables[0] == tables[1]
+    assert quantized[0] == "no"
+    assert "gguf" in quantized[1]
+
+
+# ----- replies
+
+
+@torch.no_grad()
+def reply(plain: Plain, user: str) -> str:
+    """Greedy, of one prompt alone."""
+    model, tokenizer = plain
+    ids = torch.tensor([naive.prompt_ids(tokenizer, user)])
+    ends = {"eos_token_id": END, "pad_token_id": END}
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, **ends)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def test_batched_replies_are_those_of_one_prompt_at_a_time(plain: Plain) -> None:
+    exp = prepared(MODEL, "--num_samples", "8", "--max_new_tokens", "12")
+    exp.traced = tracing.TracedModel(plain[0], exp.shape, 64)
+    prompts = [prompt for of_sample in exp.prompts for prompt in of_sample]
+    users = [user for s in exp.prompts for user in (s[0].sample.prompt_a, s[0].sample.prompt_b)]
+    assert len(users) == len(prompts) == 16
+    assert len({len(prompt.ids) for prompt in prompts}) > 5
+    said = []
+    for labels in ([], FOUR):
+        with by_hand.ablated(plain[0], labels):
+            alone = [reply(plain, user) for user in users]
+        batched = tracing.greedy_replies(exp, list(map(tracing.Component.parse, labels)), prompts)
+        assert batched == alone
+        said.append(alone)
+    assert sum(one != other for one, other in zip(*said, strict=True)) > 8
