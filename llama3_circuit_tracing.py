@@ -943,7 +943,7 @@ class PromptEncoder:
         if lost := [said for said in turns.values() if said.strip() not in text]:
             raise UsageError(f"the chat template changes or drops {lost[0]!r}")
         reply = text.rpartition(user_text.strip())[2] + self.stem
-        if (thought := reply.rpartition("<think>")[1:])[0] and "</think>" not in thought[1]:
+        if reply.rfind("<think>") > reply.rfind("</think>"):
             way_out = "close it with --answer_prefix '</think>'"
             raise UsageError(f"the chat template lets the reply open with a thought: {way_out}")
         return text + self.stem
@@ -1316,7 +1316,8 @@ def read_shape(config: Config) -> ModelShape:
     model_config = from_hub(AutoConfig.from_pretrained, config)
     text = model_config.get_text_config()
     for name, most in MOST.items():
-        if not 1 <= (size := getattr(text, name, 1)) <= most:
+        size = getattr(text, name, None)
+        if isinstance(size, int) and not 1 <= size <= most:
             raise UsageError(f"{config.model_id}: {name} {size} in its config is absurd")
     try:
         with torch.device("meta"):
@@ -1778,6 +1779,8 @@ class RunFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError as error:
                     raise UsageError(f"another run is at work in {self.path}") from error
+                except OSError as error:  # some network file systems know no locks
+                    log.warning("%s is not guarded against a second run: %s", self.path, error)
             self.record = read_record(self.path / "run.json")
             yield
 
@@ -2765,6 +2768,11 @@ def report_findings(heads: pd.DataFrame, base: Record, floor: float, config: Con
         effect = f"{head.mean:+.3f} [{head.ci_low:+.3f}, {head.ci_high:+.3f}], q {head.q:.2g}"
         doubt = "" if head.verdict else " (not distinguishable from 0)"
         doing = f"{OPS[config.op].doing} {head.label} makes {reading}"
+        contrast = getattr(head, "minus_other_mean", math.nan)
+        if head.verdict and not math.isnan(contrast):
+            alike = head.minus_other_verdict == head.verdict
+            serves = "specific to these words" if alike else "not told from serving any mention"
+            doubt = f"; less forbidding other words {contrast:+.3f}: {serves}"
         log.info(f"{doing}: it {stands}; effect {effect}{doubt}")
 
 

@@ -33,6 +33,23 @@ def said_of(
     return caplog.text
 
 
+def test_with_controls_the_log_says_whether_a_component_serves_any_mention(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = tracing.Config(num_bootstrap=100)
+    table = results({**MOVED, "L0H5": [0.2] * 16, "L0H6": [0.01] * 16}, -1.0)
+    base = tracing.base_statistics(table, config)
+    heads = tracing.heads_table(table, base, 0.1, config).assign(minus_other_mean=0.25)
+    heads["minus_other_verdict"] = heads["verdict"].where(heads["label"] != "L0H5", "")
+    with caplog.at_level(logging.INFO, logger="circuit"):
+        tracing.report_findings(heads, base, 0.1, config)
+    contrast = "less forbidding other words +0.250: "
+    told = {label: line for line in caplog.messages for label in heads["label"] if label in line}
+    assert told["L0H3"].endswith(f"{contrast}specific to these words")
+    assert told["L0H5"].endswith(f"{contrast}not told from serving any mention")
+    assert told["L0H6"].endswith("(not distinguishable from 0)")
+
+
 @pytest.mark.parametrize(
     ("base", "options", "first", "last"),
     [

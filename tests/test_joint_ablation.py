@@ -267,6 +267,16 @@ def test_beside_another_kind_a_component_has_the_effect_that_its_own_sweep_finds
     assert means[0] != pytest.approx(means[1], abs=1e-4)
 
 
+def test_a_base_of_exactly_zero_has_no_share_to_remove(llama: str, tmp_path: Path) -> None:
+    """Prompts a and b that are the same text."""
+    same = {"prompt_a": "Name a fruit.", "prompt_b": "Name a fruit.", "targets": ["apple"]}
+    samples = write_samples(tmp_path / "s.jsonl", same)
+    flags = ["--samples", samples, "--layers", "0", "--heads", "0", "--ablate", "L0H1"]
+    rows = joint_rows(finish(llama, tmp_path / "run", *flags))
+    assert rows["mean_delta"].tolist() == [0.0, 0.0]
+    assert rows["share_removed"].isna().all()
+
+
 # ----- resume
 
 

@@ -241,14 +241,19 @@ def test_an_attention_that_takes_no_tree_mask_is_refused_by_name(
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text", "llama"])
-def test_prompts_beyond_what_a_model_can_see_are_refused(
-    answer: Answer, random_model: Callable[..., str], tmp_path: Path, architecture: str
+def test_prompts_beyond_what_a_model_can_see_are_refused_before_any_mask_is_built(
+    answer: Answer,
+    random_model: Callable[..., str],
+    tmp_path: Path,
+    architecture: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A sliding window, or all positions that there are."""
+    monkeypatch.setattr(tracing, "build_tree", lambda *_: pytest.fail("a mask was built"))
     limit = "max_position_embeddings" if architecture == "llama" else "sliding_window"
     folder = copy_of(random_model(architecture), tmp_path / "model", **{limit: 20})
     argv = ["--num_samples", "1", "--output_dir", str(tmp_path / "out")]
-    refuses(answer, "--model_id", str(folder), *argv, says=["prompt of", "20"])
+    refuses(answer, "--model_id", str(folder), *argv, says=["(s0000)", "prompt of", "20"])
 
 
 def test_a_window_that_is_switched_off_refuses_nothing(

@@ -340,6 +340,13 @@ def test_the_share_moved_is_empty_where_the_base_is_below_the_floor(
     assert heads["share_moved"].tolist() == pytest.approx([share], nan_ok=True)
 
 
+@pytest.mark.parametrize("floor", [math.nan, 0.0, 0.1])
+def test_a_base_of_exactly_zero_leaves_cells_empty(floor: float) -> None:
+    heads = find(results({"L0H0": [0.25] * 8}, 0.0), floor)[1]
+    assert heads["share_moved"].isna().all()
+    assert heads["verdict"].tolist() == [""]
+
+
 def test_effects_that_are_all_zero_give_no_verdict_and_no_nan() -> None:
     heads = find(results({"L0H0": [0.0] * 6, "L0H1": [0.0] * 6}))[1]
     assert heads["p"].tolist() == [1.0, 1.0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +39,6 @@ SWEPT = {
 FOUR = ["L0H8", "L1H0", "L16H0", "L0H7"]
 
 Plain = tuple[Any, Any]  # a model and its tokenizer, as everyone loads them
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +121,9 @@ def test_a_forbidden_word_is_likelier_after_every_sentence_and_the_log_calls_it_
 
 @pytest.mark.usefixtures("untested")
 def test_the_gguf_file_gives_the_table_of_its_folder(tmp_path: Path) -> None:
-    flags, tables, quantized = "--num_samples 1 --layers 28 --heads 0,5".split(), [], []
+    flags, tables, quantized = "--num_samples 1 --layers 28 --heads 0,5", [], []
     for model in (MODEL, str(GGUF)):
-        folder = finish(model, tmp_path / Path(model).name, *flags)
+        folder = finish(model, tmp_path / Path(model).name, *flags.split())
         tables.append((folder / "circuit_results.csv").read_bytes())
         quantized.append(record_of(folder)["run"]["quantized"].lower())
     assert tables[0] == tables[1]
