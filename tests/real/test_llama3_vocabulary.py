@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import base64
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiktoken
-from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
 
 import by_hand
 import llama3_circuit_tracing as tracing
@@ -101,20 +98,11 @@ def test_prompts_begin_with_bos_and_hold_no_other(prompts: Prompts) -> None:
         assert prompt.ids.count(BEGIN) == 1
 
 
-def test_a_tokenizer_that_puts_bos_itself_gives_the_same_ids(
-    prompts: Prompts, tmp_path: Path
-) -> None:
-    """As the tokenizer does that the hub has of Llama-3; it encodes "x" as BOS and "x"."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", BEGIN)]
-    )
-    tokenizer.save_pretrained(tmp_path)
-    shutil.copy(LLAMA3 / "config.json", tmp_path)
-    exp = prepared(str(tmp_path), "--controls", "--num_samples", "40")
-    assert exp.encoder.bos == BEGIN
-    assert exp.encoder.tokenizer("x")["input_ids"] == [BEGIN, 87]
-    assert exp.prompts == prompts
+def test_the_tokenizer_itself_puts_bos_before_a_text() -> None:
+    """The trap: a rendered prompt that is simply encoded has two."""
+    encoder = prepared(MODEL).encoder
+    assert encoder.tokenizer("x")["input_ids"] == [BEGIN, 87]
+    assert encoder.bos == BEGIN
 
 
 def test_helium_is_two_tokens_and_wine_is_one_without_and_two_with_a_capital(
