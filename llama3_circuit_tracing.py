@@ -201,10 +201,20 @@ def finite_number(text: str) -> float:
     return value
 
 
+def once_each(names: Sequence[str], what: str) -> None:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{what} {twice[0]!r} stands there twice")
+
+
 def from_json(text: str) -> Any:
-    """`json.loads`, where nesting too deep is a `ValueError` like all else."""
+    """`json.loads`, where deep nesting or a doubled name is a `ValueError` like all else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        once_each([name for name, _ in pairs], "field")
+        return dict(pairs)
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
 
@@ -730,8 +740,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if path.suffix != ".jsonl":
             rows = csv.DictReader(lines(), strict=True)
             names = list(rows.fieldnames or [])
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise ValueError(f"column {twice[0]!r} stands there twice")
+            once_each(names, "column")
         for row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"not a JSON object: {json.dumps(row)[:80]!r}")
@@ -833,6 +842,7 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     if lacking := [name for name in SEVEN if name not in found]:
         raise UsageError(f"{path}, line 1: column {lacking[0]!r} is missing")
     refuse(found["sample_id"] == "", "sample_id", "is empty")
+    found = found.assign(index=found.get("index", ""))
     table = found[["sample_id"]].assign(unit=found.get("unit", ""))
     table["unit"] = table["unit"].where(table["unit"] != "", table["sample_id"])
     for name, default in TEXTS.items():
@@ -851,12 +861,17 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     effect = table["delta_logit_head"] - table["delta_logit_base"]
     away = (effect - table["head_effect"]).abs() > 0.02  # more than two decimals make
     refuse(away, "head_effect", "is not delta_logit_head - delta_logit_base")
-    index = table["head"].where(table["kind"] == "head", table.get("index", math.nan))
+    of_head = table["head"].where(table["kind"] == "head")
+    index, sliced = of_head.fillna(table["index"]), [bool(KINDS[k].slices) for k in table["kind"]]
+    odd = index.notna().ne(sliced) | (table["index"].notna() & index.ne(table["index"]))
+    refuse(odd, "index", "does not go with the row's kind and head")
     return table.assign(layer=table["layer"].astype(int), index=index.fillna(-1).astype(int))
 
 
 def read_results(path: Path) -> pd.DataFrame:
     """A results CSV, of this script or another's with the seven columns."""
+    if path.suffix == ".jsonl":
+        raise UsageError(f"{path}: a results table is a .csv")
     rows, frames = read_rows(path), []
     while chunk := list(itertools.islice(rows, 50_000)):
         frames.append(parse_results(path, chunk))
@@ -865,8 +880,13 @@ def read_results(path: Path) -> pd.DataFrame:
     table = pd.concat(frames)
     twice = table.duplicated(["sample_id", *KEY])
     wrong = {"column 'head': same sample and component as before": twice}
-    for name in ("op", "positions"):
+    for name in ("kind", "op", "positions"):
         wrong[f"column {name!r}: another than above"] = table[name] != table[name].iloc[0]
+    first = table.groupby("sample_id")[["unit", "group", "delta_logit_base"]].transform("first")
+    for name in ("unit", "group"):
+        wrong[f"column {name!r}: another than above for this sample"] = table[name] != first[name]
+    away = (table["delta_logit_base"] - first["delta_logit_base"]).abs() > 0.02  # as above
+    wrong["column 'delta_logit_base': another than above for this sample"] = away
     for sentence, where in wrong.items():
         if where.any():
             raise UsageError(f"{path}, line {where.idxmax()}: {sentence}")
@@ -898,10 +918,10 @@ class Prompt:
 # before a template: today is DATE, in whatever format it is asked for
 PINNED = """{% macro strftime_now(format) %}{% set date = namespace(text=format) %}
 {% for code, value in codes.items() %}{% set date.text = date.text.replace(code, value) %}
-{% endfor %}{{ date.text }}{% endmacro +%}"""
-CODES = {
-    f"%{code}": DATE.strftime(f"%{code}") for code in [*"aAbBcdDeFHIjmMpSuUVwWxXyYZ", "-d", "-m"]
-}
+{% endfor %}{{ date.text }}{% endmacro %}
+"""
+CODES = {f"%{code}": DATE.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVwWxXyYZ"}
+CODES |= {"%-d": str(DATE.day), "%-m": str(DATE.month)}
 
 
 @dataclass(frozen=True)
@@ -967,7 +987,8 @@ class PromptEncoder:
         ids, bos = self.encode(text), self.tokenizer.bos_token_id
         n = common_start(ids, [bos] * len(ids))
         if n > 1 or (n == 0 and self.bos is not None):
-            raise UsageError(f"{name}: the prompt begins with {n} BOS tokens; one is needed")
+            way_out = "" if n else ": let the template in a local copy begin with {{ bos_token }}"
+            raise UsageError(f"{name}: the prompt begins with {n} BOS, one is needed{way_out}")
         space = "" if text[-1:].isspace() and not literal else " "
         owner: dict[tuple[int, ...], str] = {}
         forms: list[tuple[tuple[int, ...], ...]] = []
@@ -1280,20 +1301,26 @@ LOAD_ERRORS = {  # what the libraries raise below, and what it means
 }
 
 
+def first_line(error: BaseException) -> str:
+    """Of an exception's message; its type where it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
     """What `load` makes of the model id; `RunError` says in one sentence why it cannot.
     transformers raises OSError for everything that the hub says; the chain of causes tells."""
     name, revision = config.model_id, config.revision or "main"
     path, needed = Path(name).expanduser(), "config.json"
+    lacks = f"is not a model folder: it has no {needed}"
     if path.suffix == ".gguf":
-        path, needed = path.parent, path.name
+        path, needed, lacks = path.parent, path.name, "is no file"
         options["gguf_file"] = needed
         if find_spec("gguf") is None:
             raise RunError(f"{name}: reading it needs one more package: pip install gguf")
     local = name.startswith(("/", "./", "../", "~")) or path.is_dir()
     if local and not (path / needed).is_file():
-        raise RunError(f"{name} is not a model folder: it has no {needed}")
-    if config.attn_implementation and load is not AutoTokenizer.from_pretrained:
+        raise RunError(f"{name} {lacks}")
+    if config.attn_implementation and load != AutoTokenizer.from_pretrained:
         options["attn_implementation"] = config.attn_implementation
     options |= {"revision": revision, "local_files_only": config.local_files_only}
     try:
@@ -1305,7 +1332,7 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
         while cause is not None:
             causes, cause = causes + type(cause).__name__, cause.__cause__ or cause.__context__
         reason = next(reason for key, reason in LOAD_ERRORS.items() if re.search(key, causes))
-        said = reason.format(name=name, revision=revision, error=str(error).splitlines()[0])
+        said = reason.format(name=name, revision=revision, error=first_line(error))
         kind = UsageError if re.search("model.type", str(error)) else RunError  # an unknown one
         raise kind(f"{name} {said}") from error
 
@@ -1325,8 +1352,8 @@ def read_shape(config: Config) -> ModelShape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
     except Exception as error:  # whatever a config makes the library's model classes raise
-        said = str(error).splitlines() or [type(error).__name__]
-        raise UsageError(f"{config.model_id}: its config makes no model: {said[0]}") from error
+        said = f"its config makes no model: {first_line(error)}"
+        raise UsageError(f"{config.model_id}: {said}") from error
     return shape_of(model, dtype)
 
 
@@ -1731,13 +1758,13 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         write_text(path / "probe", "")
-        (path / "probe").unlink()
+        (path / "probe").unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"--output_dir {path} cannot be used: {error.strerror}") from error
 
 
-RECORD: dict[str, Any] = {"fingerprint": dict, "config": dict, "files": dict, "self_test": list}
-RECORD |= {"rows_after_halving": int, "noise_floor": (int, float, type(None))}
+RECORD: dict[str, Any] = {"fingerprint": dict, "config": dict, "files": dict}
+RECORD |= {"noise_floor": (int, float, type(None))}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -1747,7 +1774,9 @@ def read_record(path: Path) -> dict[str, Any]:
         if isinstance(record, dict) and all(
             isinstance(record[name], kind) for name, kind in RECORD.items() if name in record
         ):
-            return record
+            rows = record.get("fingerprint", {}).get("rows_per_forward", 1)
+            if all(type(n) is int and n > 0 for n in (rows, record.get("rows_after_halving", 1))):
+                return record
     raise UsageError(f"{path} is not a record of this script; give another --output_dir")
 
 
@@ -1757,6 +1786,20 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Keep other commands out of a run's folder; the system lets them in when this process dies."""
+    with open(path / ".parts" / "lock", "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(f"another run is at work in {path}") from error
+            except OSError as error:  # some network file systems know no locks
+                log.warning("%s is not guarded against a second run: %s", path, error)
+        yield
 
 
 class RunFolder:
@@ -1770,17 +1813,10 @@ class RunFolder:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Make the folder, read its record and keep other commands out; the system lets them in
-        when this process dies. Nothing is deleted before the command proves sound."""
+        """Make the folder, read its record and keep other commands out. Nothing is deleted before
+        the command proves sound."""
         make_folder(self.parts)
-        with open(self.parts / "lock", "w") as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UsageError(f"another run is at work in {self.path}") from error
-                except OSError as error:  # some network file systems know no locks
-                    log.warning("%s is not guarded against a second run: %s", self.path, error)
+        with alone_in(self.path):
             self.record = read_record(self.path / "run.json")
             yield
 
@@ -1848,7 +1884,7 @@ class RunFolder:
 
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
-MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".bin", ".gguf")
+MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".gguf")
 TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens"
 
 
@@ -2063,12 +2099,14 @@ def file_digests(config: Config, known: Mapping[str, Any]) -> dict[str, list[Any
     read again only where size or mtime differ."""
     path, digests = Path(config.model_id).expanduser(), {}
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    for file in (file for file in files if file.suffix in MODEL_FILES):
-        now: list[Any] = [file.stat().st_size, file.stat().st_mtime_ns]
-        before = known.get(file.name)
-        if not isinstance(before, list) or before[:2] != now:
-            before = [*now, sha256_of(file)]
-        digests[file.name] = before
+    for file in (f for f in files if f.suffix in MODEL_FILES and f.is_file()):
+        now = file.stat()
+        match known.get(file.name):
+            case [now.st_size, now.st_mtime_ns, str(sha)]:
+                pass
+            case _:
+                sha = sha256_of(file)
+        digests[file.name] = [now.st_size, now.st_mtime_ns, sha]
     return digests
 
 
@@ -2093,7 +2131,7 @@ def fingerprint_of(exp: Experiment, files: Mapping[str, list[Any]]) -> dict[str,
         "attn_implementation": exp.shape.attn_implementation,
         "device_type": device_type(exp.config),
         **{name: as_text(getattr(exp.config, name)) for name in TOLD.split()},
-        "prompts": digest([(p.sample.sample_id, p.side, p.text) for p in flat])[:16],
+        "prompts": digest([(p.sample.sample_id, p.side, p.text, p.ids) for p in flat])[:16],
         "targets": digest([(p.sample.words, p.forms) for p in flat])[:16],
         "rows_per_forward": exp.rows_per_forward,
         "torch": torch.__version__,
@@ -2381,8 +2419,9 @@ def whole_components(exp: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
     counts = rows[rows["draw"] < 0].groupby(key).size()
     whole = counts.index[counts == len(exp.prompts)]
     if lacking := [c.label for c in exp.components if (c.layer, c.index) not in whole]:
-        again = "a finished part has vanished or is doubled; the same command computes it again"
-        raise RunError(f"{len(lacking)} components lack rows ({lacking[0]} first): {again}")
+        again = "run the same command again; if they still do, with --overwrite"
+        what = f"{len(lacking)} components lack rows or have some twice ({lacking[0]} first)"
+        raise RunError(f"{what}: {again}")
     if n := len(counts) - len(whole):
         log.warning("%d components of an interrupted command are left out: samples lack", n)
         return rows[pd.MultiIndex.from_frame(rows[key]).isin(whole)]
@@ -2756,8 +2795,10 @@ def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
 def report_findings(heads: pd.DataFrame, base: Record, floor: float, config: Config) -> None:
     """The base, what the sample allows, and the top components by role with the sign spelt out."""
     task, n, n_tests = TASKS[config.task], int(base["n_sentences"]), len(heads)
-    interval = f"95 % interval {base['ci_low']:+.3f} to {base['ci_high']:+.3f} over {n} sentences"
-    log.info("mean delta_logit %+.3f nats, %s; noise floor %.2g", base["mean"], interval, floor)
+    interval = f"95 % interval {base['ci_low']:+.3f} to {base['ci_high']:+.3f}"
+    told = f"{interval} over {n} sentences" if n > 1 else "of a single sentence"
+    told += "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
+    log.info("mean delta_logit %+.3f nats, %s", base["mean"], told)
     lone_q = min(1.0, n_tests / (sign_patterns(n, n_tests) + (n > MOST_EXACT)))
     if lone_q >= 0.05:
         few = f"{n} sentences are too few"
@@ -2799,7 +2840,7 @@ def write_findings(
 
 def recorded_flags(results: Path) -> list[str]:
     """What redrawing heeds of the flags of the run whose run.json lies beside a results CSV."""
-    before = read_record(results.with_name("run.json")).get("config", {})
+    before = read_record(results.parent / "run.json").get("config", {})
     heeded = ("task", "op", "factor", "patch_into", "seed", "num_bootstrap", "top_k")
     return [f"--{name}={before[name]}" for name in heeded if before.get(name) is not None]
 
@@ -2809,13 +2850,14 @@ def redraw(config: Config) -> None:
     source, path = Path(config.from_csv or ""), Path(config.output_dir)
     table = read_results(source)
     other = read_results(Path(config.compare)) if config.compare else None
-    floor = read_record(source.with_name("run.json")).get("noise_floor")
+    floor = read_record(source.parent / "run.json").get("noise_floor")
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         way_out = "give another folder for the redrawn files"
         raise UsageError(f"--output_dir {path} holds another run; {way_out}")
-    make_folder(path)
     config = replace(config, op=str(table["op"].iloc[0]))
-    write_findings(table, other, math.nan if floor is None else floor, config, path)
+    make_folder(path)
+    with alone_in(path) if (path / ".parts").is_dir() else contextlib.nullcontext():
+        write_findings(table, other, math.nan if floor is None else floor, config, path)
     log.info("redrawn in %s", path)
 
 
@@ -2946,11 +2988,12 @@ def greedy_replies(
     known = [tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")]
     known += configured if isinstance(configured, list) else [configured]
     ends = sorted({end for end in known if isinstance(end, int)})
+    pad = ends[0] if ends else 0
     model.generation_config = GenerationConfig(
-        max_new_tokens=exp.config.max_new_tokens, eos_token_id=ends, pad_token_id=ends[0]
+        max_new_tokens=exp.config.max_new_tokens, eos_token_id=ends or None, pad_token_id=pad
     )
     n = max(len(prompt.ids) for prompt in prompts)  # the shorter ones are padded on the left
-    ids = torch.tensor([[ends[0]] * (n - len(p.ids)) + list(p.ids) for p in prompts], device=device)
+    ids = torch.tensor([[pad] * (n - len(p.ids)) + list(p.ids) for p in prompts], device=device)
     mask = torch.tensor([[0] * (n - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
     edits = (*exp.edits(components), *exp.background)
     with editing(exp.traced, [edits] * len(prompts)):
@@ -3031,7 +3074,7 @@ def start_log(path: Path | None, speaks: bool) -> None:
 
 def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]]:
     """Enter the folder: what was swept before, and what every process needs to know: the jobs that
-    are left, the run's key, the rows per forward, and whether a self-test was passed."""
+    are left, the run's key, the rows per forward, and where a self-test was passed."""
     files = file_digests(exp.config, folder.record.get("files", {}))
     folder.enter(fingerprint_of(exp, files), exp.config.overwrite)
     folder.note(files=files)
@@ -3039,25 +3082,25 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     jobs = plan_jobs(exp, swept)
     for job in jobs:  # whatever lies there is no part of this run
         discard(folder.part_path(job.name))
-    tested = "self_test" in folder.record
-    return swept, [jobs, folder.key, rows or exp.rows_per_forward, tested]
+    return swept, [jobs, folder.key, rows or exp.rows_per_forward, folder.record.get("tested_on")]
 
 
 def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
     """The results table with its jittered rows in process 0; None in others, when their share of
     the work is done."""
     records: Records = []
-    todo: list[Any] = [[], "", 0, False]
+    todo: list[Any] = [[], "", 0, None]
+    place = [as_text(exp.config.device_map), device_names(), state.num_processes]
     swept = pd.DataFrame()
     if folder.leads:
         swept, todo = take_up(exp, folder)
     todo = todo if state.num_processes == 1 else broadcast_object_list(todo)
-    jobs, folder.key, n_rows, tested = todo
+    jobs, folder.key, n_rows, tested_on = todo
     if jobs:
         exp.traced.rows_per_forward = n_rows
-        if exp.config.check_attentions or not tested:
-            with exp.stage("self-test"):
-                folder.note(self_test=self_test(exp))
+    if exp.config.check_attentions or (jobs and tested_on != place):
+        with exp.stage("self-test"):
+            folder.note(self_test=self_test(exp), tested_on=place)
     if folder.leads:
         with exp.stage("unedited model"):
             trees = tqdm(exp.trees, desc="unedited model", unit="tree", disable=None)
@@ -3078,11 +3121,15 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     return results_table(swept, records, exp.config)
 
 
+def device_names() -> list[str]:
+    gpus = range(torch.cuda.device_count())
+    return [torch.cuda.get_device_name(gpu) for gpu in gpus] or ["cpu"]
+
+
 def describe_run(exp: Experiment, started: float) -> dict[str, Any]:
     """What run.json says of the machine and the work, once something was computed."""
-    traced, gpus = exp.traced, range(torch.cuda.device_count())
+    traced, told = exp.traced, Record(devices=device_names())
     places = getattr(traced.model, "hf_device_map", None) or {}
-    told: Record = {"devices": [torch.cuda.get_device_name(gpu) for gpu in gpus] or ["cpu"]}
     told["device_map"] = {name: str(place) for name, place in places.items()}
     quantized = getattr(traced.model.config, "quantization_config", None)
     told["quantized"] = getattr(quantized, "quant_method", "no")
@@ -3113,7 +3160,8 @@ def run(config: Config) -> None:
         return None
     with folder.open() if folder.leads else contextlib.nullcontext():
         start_log(folder.path / "run.log" if folder.leads else None, folder.leads)
-        trace(config, folder, state)
+        with logging_redirect_tqdm():
+            trace(config, folder, state)
 
 
 def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
@@ -3150,7 +3198,7 @@ def sentence_of(error: Exception) -> str:
         return f"out of memory: lower {lower}, use shorter prompts or fewer components"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3159,8 +3207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if config.from_csv:
             config = parse_args(argv, before=recorded_flags(Path(config.from_csv)))
-        with logging_redirect_tqdm():
-            run(config)
+        run(config)
         return 0
     except (KeyboardInterrupt, SystemExit) as stop:
         code = int(getattr(stop, "code", 130))

@@ -278,20 +278,26 @@ def test_a_file_with_the_seven_columns_has_heads_and_as_many_sentences_as_sample
         assert set(table[column]) == {value}
 
 
-def test_units_groups_and_components_of_every_kind_are_read(tmp_path: Path) -> None:
-    header = f"{HEADER},unit,group,kind,index,op,positions,score_a_base,effect_other,note"
-    lines = ["s0,1,2,,-1,-0.9,0.1,u,fruit,neuron,7,mean,last,-3,0.5,mine"]
-    lines += ["s1,1,2,,-1,-0.9,0.1,u,,mlp,,mean,last,,,"]
-    lines += ["s2,1,2,1,-1,-0.9,0.1,,,head,1,mean,last,-3,,"]
+@pytest.mark.parametrize(
+    ("cells", "kind", "index"),
+    [(",neuron,7", "neuron", 7), (",mlp,", "mlp", -1), ("1,head,1", "head", 1), ("1,,", "head", 1)],
+)
+def test_units_groups_and_components_of_every_kind_are_read(
+    cells: str, kind: str, index: int, tmp_path: Path
+) -> None:
+    header = "head,kind,index,sample_id,n_constraints,layer,delta_logit_base,delta_logit_head"
+    header += ",head_effect,unit,group,op,positions,score_a_base,effect_other,note"
+    lines = [f"{cells},s0,1,2,-1,-0.9,0.1,u,fruit,mean,last,-3,0.5,mine"]
+    lines += [f"{cells},s1,1,2,-1,-0.9,0.1,,,mean,last,,,"]
     table = tracing.read_results(results(tmp_path / "t.csv", lines, header))
     columns = ["unit", "group", "kind", "index", "op", "positions"]
+    of_component = [kind, index, "mean", "last"]
     assert table[columns].to_numpy().tolist() == [
-        ["u", "fruit", "neuron", 7, "mean", "last"],
-        ["u", "", "mlp", -1, "mean", "last"],
-        ["s2", "", "head", 1, "mean", "last"],
+        ["u", "fruit", *of_component],
+        ["s1", "", *of_component],
     ]
-    assert table["score_a_base"].isna().tolist() == [False, True, False]
-    assert table["effect_other"].isna().tolist() == [False, True, True]
+    assert table["score_a_base"].isna().tolist() == [False, True]
+    assert table["effect_other"].isna().tolist() == [False, True]
     assert "note" not in table
 
 

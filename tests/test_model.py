@@ -401,4 +401,4 @@ def test_a_gguf_file_needs_its_package_and_says_so(
 
 def test_a_gguf_file_that_is_not_there_is_named(tmp_path: Path, answer: Answer) -> None:
     argv = ["--model_id", str(tmp_path / "model.gguf"), "--dry_run"]
-    refuses(answer, *argv, says=[f"{tmp_path}/model.gguf is not a model folder"], code=1)
+    refuses(answer, *argv, says=[f"{tmp_path}/model.gguf is no file"], code=1)

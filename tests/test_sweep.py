@@ -292,7 +292,7 @@ def test_a_part_that_vanishes_while_the_run_works_ends_it(
 
     monkeypatch.setattr(tracing, "sweep", careless)
     argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
-    refuses(answer, *argv, says=["4 components lack rows (L1H0 first)"], code=1)
+    refuses(answer, *argv, says=["4 components lack rows or have some twice (L1H0 first)"], code=1)
     assert not (tmp_path / "circuit_results.csv").exists()
     monkeypatch.setattr(tracing, "sweep", sweep)
     assert largest_difference(read(finish(llama, tmp_path, *TWO)), naive_results(llama)) < EQUAL
@@ -305,7 +305,7 @@ def test_waiting_for_the_parts_of_others_ends_when_one_vanishes(
     monkeypatch.setattr(tracing, "share_jobs", lambda exp, jobs, *_: jobs[:2])
     monkeypatch.setattr(tracing.time, "sleep", lambda _: shutil.rmtree(tmp_path / ".parts"))
     argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
-    refuses(answer, *argv, says=["components lack rows"], code=1)
+    refuses(answer, *argv, says=["components lack rows or have some twice"], code=1)
 
 
 def test_components_of_an_interrupted_command_stay_out_of_another_commands_table(
