@@ -148,6 +148,16 @@ def test_the_fingerprint_tells_all_that_results_depend_on_and_nothing_else(
     assert one["torch"] == torch.__version__
 
 
+def test_the_fingerprint_tells_the_token_ids_of_the_same_text(llama: str) -> None:
+    exp = planned(llama)
+    (prompt, *of_sample), *others = exp.prompts
+    changed = dataclasses.replace(prompt, ids=(*prompt.ids[:-1], prompt.ids[-1] + 1))
+    other = dataclasses.replace(exp, prompts=[[changed, *of_sample], *others])
+    files = tracing.file_digests(exp.config, {})
+    one, two = (tracing.fingerprint_of(e, files) for e in (exp, other))
+    assert {name for name in one if one[name] != two[name]} == {"prompts"}
+
+
 MIDDLE = 3 << 19  # bytes into the weights
 
 
@@ -179,6 +189,9 @@ def rewrite(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], Any
             False,
         ),
         (lambda folder: (folder / "README.md").write_text("of no account"), True),
+        (lambda folder: (folder / "merges.txt").write_text("a b"), False),
+        (lambda folder: (folder / "vocab.txt").write_text("a"), False),
+        (lambda folder: (folder / "x.json").mkdir(), True),
         (lambda folder: (folder / "model.safetensors").touch(), True),
     ],
 )

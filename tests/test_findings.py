@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import logging
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 
 import llama3_circuit_tracing as tracing
 from by_hand import Effects, results
-from conftest import Answer, finish, read
+from conftest import Answer, finish, read, refuses
 
 MOVED = {"L0H3": [0.3] * 16, "L0H4": [-0.2] * 16}
 LIKELIER, LESS = "makes the forbidden words likelier", "makes the forbidden words less likely still"
@@ -113,6 +115,13 @@ def test_the_log_calls_no_component_a_contributor_where_the_base_is_not_clear(
     assert why in told
     assert "contributes to" not in told
     assert "works against" not in told
+
+
+def test_the_log_of_a_single_sentence_tells_no_number_that_is_none(
+    llama: str, tmp_path: Path
+) -> None:
+    log = (finish(llama, tmp_path, "--num_samples", "1") / "run.log").read_text()
+    assert not re.findall(r".*\bnan\b.*", log)
 
 
 # ----- drawn anew from a results file
@@ -239,6 +248,20 @@ def test_what_redrawing_cannot_use_is_refused_by_name(
     assert code == 2
     assert str(named) in error
     assert sorted(other.parent.iterdir()) == before
+
+
+def test_redrawing_into_a_folder_in_which_a_run_is_at_work_is_refused(
+    tmp_path: Path, answer: Answer
+) -> None:
+    source = write_run(tmp_path / "run")
+    lock = source.parent / ".parts" / "lock"
+    lock.parent.mkdir()
+    argv = ["--from_csv", str(source), "--output_dir", str(source.parent)]
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        refuses(answer, *argv, says=["another run is at work", str(source.parent)])
+    assert not (source.parent / "circuit_heads.csv").exists()
+    assert answer(*argv)[0] == 0
 
 
 # ----- files of somebody else

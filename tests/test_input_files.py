@@ -189,6 +189,7 @@ MALFORMED: dict[str, tuple[Any, ...]] = {
     "csv stray quote": (HEAD + '"Name" a pet.,cat\n', "line 3"),
     "csv column twice": ("sentence,targets,targets\nA.,a,b\n", "line 1", "'targets'"),
     "jsonl lone surrogate": (GOOD + PET + '["\\ud800"]}\n', "line 2", "ud800"),
+    "jsonl field twice": (GOOD + PET + '["cat"], "targets": ["dog"]}\n', "line 2", "targets"),
 }
 
 
@@ -324,6 +325,9 @@ def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_
     assert len(both.drop_duplicates()) == len(known)
 
 
+KINDED = f"{HEADER},kind,index"
+ATTN, MLP, NEURON = (f"s0,1,0,,-1,-0.9,0.1,{kind}," for kind in ("attn", "mlp", "neuron"))
+
 # what is wrong -> header, rows, what is said beside the path
 MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
     "missing column": (HEADER[:-12], [ROW[:-4]], "line 1", "'head_effect'"),
@@ -353,6 +357,11 @@ MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
     "column twice": (HEADER + ",head_effect", [ROW + ",0.2"], "line 1", "'head_effect'"),
     "latin-1": (HEADER, [ROW, "\udce9" + ROW[2:]], "line 3", "xe9", "UTF-8"),
     "quoted line break": (HEADER, ['"s0\nx"' + ROW[2:], "s1,1,0,0,-1,x,0.1"], "line 4"),
+    "two kinds": (KINDED, [ATTN, MLP], "line 3", "kind"),
+    "neuron without index": (KINDED, [NEURON + "7", NEURON], "line 3", "index"),
+    "attn with index": (KINDED, [ATTN + "3"], "line 2", "index", "3"),
+    "head of another index": (KINDED, [ROW + ",head,0", f"s1{ROW[2:]},head,1"], "line 3", "index"),
+    "two bases": (HEADER, [ROW, "s0,1,0,1,-1.5,-1.4,0.1"], "line ", "delta_logit_base"),
 }
 
 
@@ -367,6 +376,30 @@ def test_a_malformed_results_file_is_refused_with_file_line_and_column(
     argv = ["--from_csv", str(path), "--output_dir", str(tmp_path / "new")]
     refuses(answer, *argv, says=[str(path), *says])
     assert not (tmp_path / "new" / "circuit_heads.csv").exists()
+
+
+def test_mixed_kinds_are_refused_before_a_heatmap_too(answer: Answer, tmp_path: Path) -> None:
+    path = results(tmp_path / "mixed.csv", [ATTN, MLP], KINDED)
+    argv = ["--from_csv", str(path), "--output_dir", str(tmp_path / "new"), "--heatmap"]
+    refuses(answer, *argv, says=[f"{path}, line 3", "kind"])
+
+
+def test_bases_that_differ_by_rounding_alone_are_taken(tmp_path: Path) -> None:
+    lines = ["s0,1,0,0,-1.00,-0.90,0.10", "s0,1,0,1,-1.01,-0.91,0.10"]
+    assert len(tracing.read_results(results(tmp_path / "t.csv", lines))) == 2
+
+
+def test_results_that_are_no_csv_are_refused(answer: Answer, tmp_path: Path) -> None:
+    path = write(tmp_path / "t.jsonl", [dict(zip(SEVEN, ROW.split(","), strict=True))])
+    argv = ["--from_csv", str(path), "--output_dir", str(tmp_path / "new")]
+    refuses(answer, *argv, says=[str(path), ".csv"])
+
+
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_a_folder_without_a_name_is_no_results_file(
+    folder: str, answer: Answer, tmp_path: Path
+) -> None:
+    refuses(answer, "--from_csv", folder, "--output_dir", str(tmp_path / "new"), says=[folder])
 
 
 @pytest.mark.parametrize("line", ["s0000,1,two,1,-1,-0.9,0.1", "s0000,1,2"])

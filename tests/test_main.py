@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import llama3_circuit_tracing as tracing
-from conftest import SCRIPT, Answer, refuses
+from conftest import SCRIPT, Answer, finish, refuses
 
 
 def test_an_error_is_one_sentence_and_no_traceback(
@@ -56,6 +56,16 @@ def test_every_error_is_one_sentence_and_bad_usage_alone_is_exit_code_2(
 
     monkeypatch.setattr(tracing, "prepare", fail)
     refuses(answer, "--dry_run", says=says, code=code)
+
+
+def test_log_lines_are_written_above_a_progress_bar(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(tracing.tqdm, "write", lambda line, **_: lines.append(line))
+    monkeypatch.setattr(tracing, "measure", lambda *_: tracing.log.info("at work"))
+    finish(llama, tmp_path, "--num_samples", "1")
+    assert "at work" in lines
 
 
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -162,6 +162,25 @@ def test_the_default_command_line_runs_on_what_the_cache_holds(
 # ----- folders
 
 
+def test_a_file_beside_the_command_that_is_not_there_is_named_as_a_file(answer: Answer) -> None:
+    code, _, err = answer("--model_id", "missing.gguf", "--dry_run")
+    (said,) = err.splitlines()
+    assert code in (1, 2)
+    assert "missing.gguf" in said
+    assert "model folder" not in said
+
+
+@pytest.mark.parametrize("error", [OSError(""), RuntimeError()], ids=repr)
+def test_an_error_of_the_library_without_a_message_is_told_of_the_model(
+    llama: str, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with pytest.raises(tracing.RunError, match=llama):
+        tracing.from_hub(fail, Config(model_id=llama))
+
+
 @pytest.mark.parametrize("lacks", ["everything", "files", "tokenizer"])
 def test_a_model_folder_that_lacks_what_is_read_first_is_named(
     answer: Answer, tiny_llama: str, tmp_path: Path, lacks: str

@@ -87,7 +87,8 @@ def test_a_template_without_one_bos_at_the_start_is_refused(tokenizer: Any) -> N
     for template in (BOS + MESSAGES, BOS + MESSAGES + BOS):
         write(with_template(tokenizer, template), FRUIT)
     for template, count in ((MESSAGES, 0), (BOS + BOS + MESSAGES, 2), (MESSAGES + BOS, 0)):
-        with pytest.raises(UsageError, match=rf"s0.*begins with {count} BOS"):
+        way_out = "" if count else ": let the template.*begin with {{ bos_token }}"
+        with pytest.raises(UsageError, match=rf"s0.*begins with {count} BOS.*{way_out}"):
             write(with_template(tokenizer, template), FRUIT)
 
 
@@ -361,6 +362,22 @@ def test_today_is_pinned_however_a_template_asks_for_it(asks: str, tokenizer: An
     plain = with_template(tokenizer, tokenizer.chat_template).render("Name a fruit.")
     dated = with_template(tokenizer, asks + tokenizer.chat_template).render("Name a fruit.")
     assert dated == "26 Jul 2024" + plain
+
+
+@pytest.mark.parametrize("start", ["", "  ", "\n  ", "\n\n"])
+def test_what_a_template_begins_with_stays_as_it_is(start: str, tokenizer: Any) -> None:
+    """Blanks before a block are none of its text, and the first line is no exception."""
+    encoder = with_template(tokenizer, start + MESSAGES)
+    encoder.tokenizer.bos_token = "<|end_of_text|>"  # which it does not add by itself
+    turns = {"system": "Be brief.", "user": "Name a fruit."}
+    chat = [{"role": role, "content": said} for role, said in turns.items()]
+    options = {"add_generation_prompt": True, "tokenize": False}
+    assert encoder.chat(turns) == encoder.tokenizer.apply_chat_template(chat, **options)
+
+
+def test_days_and_months_without_a_zero_in_front_are_pinned() -> None:
+    day, month = tracing.DATE.day, tracing.DATE.month
+    assert (tracing.CODES["%-d"], tracing.CODES["%-m"]) == (str(day), str(month))
 
 
 def test_a_reply_that_opens_with_a_thought_is_refused_with_the_way_out(tokenizer: Any) -> None:

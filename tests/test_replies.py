@@ -152,6 +152,24 @@ def test_the_reply_of_a_model_that_ends_at_once_is_empty(llama: str, plain: Plai
     assert tracing.greedy_replies(exp, (), [prompt]) == [""]
 
 
+def test_a_model_without_any_end_speaks_to_the_last_token(llama: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    changes: dict[str, dict[str, Any]] = {"config": {"eos_token_id": None}}
+    changes |= {"generation_config": changes["config"], "tokenizer_config": {"eos_token": None}}
+    for name in ("tokenizer", "tokenizer_config", "config", "generation_config"):
+        path = folder / f"{name}.json"
+        settings = json.loads(path.read_text().replace("<|eot_id|>", "<|turn|>"))
+        path.write_text(json.dumps({**settings, **changes.get(name, {})}))
+    (endless, tokenizer), flags = naive.load(str(folder)), ["--max_new_tokens", "3"]
+    assert tokenizer.eos_token is endless.generation_config.eos_token_id is None
+    samples = [of_sample[0].sample for of_sample in prepared(str(folder)).prompts]
+    run = finish(str(folder), tmp_path / "run", "--num_samples", "2", "--layers", "0", *flags)
+    users = [text for sample in samples for text in (sample.prompt_a, sample.prompt_b)]
+    tokens = [naive_tokens((endless, tokenizer), user, 3) for user in users]
+    expected = [tokenizer.decode(said, skip_special_tokens=True).strip() for said in tokens]
+    assert [record["reply"] for record in generations(run)] == expected
+
+
 def test_replies_leave_no_hook_behind(llama: str) -> None:
     exp = prepared(llama, "--max_new_tokens", "2", "--given", "L2mlp")
     before = tracing.count_hooks(exp.traced)

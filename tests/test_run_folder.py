@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -383,6 +384,45 @@ def test_a_record_of_nonsense_is_refused_and_left_alone(
     argv = ["--model_id", llama, "--output_dir", str(tmp_path)]
     refuses(answer, *argv, says=[f"{tmp_path}/run.json is not a record"])
     assert (tmp_path / "run.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows_after_halving", -5),
+        ("rows_after_halving", 0),
+        ("rows_after_halving", True),
+        ("rows_per_forward", "many"),
+    ],
+)
+def test_a_record_with_an_impossible_number_of_rows_is_refused_and_left_alone(
+    name: str, value: Any, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    record, path = record_of(finish(llama, tmp_path, *TWO, "--layers", "0")), tmp_path / "run.json"
+    entries = record["fingerprint"] if name in record["fingerprint"] else record
+    entries[name] = value
+    path.write_text(json.dumps(record))
+    argv = ["--model_id", llama, *TWO, "--layers", "0-1", "--output_dir", str(tmp_path)]
+    refuses(answer, *argv, says=[str(path)])
+    assert record_of(tmp_path) == record
+
+
+def test_a_file_of_the_model_whose_digest_the_record_lacks_is_read_again(
+    llama: str, tmp_path: Path
+) -> None:
+    record = record_of(finish(llama, tmp_path, *TWO, "--layers", "0"))
+    lacking = {name: told[:2] for name, told in record["files"].items()}
+    (tmp_path / "run.json").write_text(json.dumps({**record, "files": lacking}))
+    again = record_of(finish(llama, tmp_path, *TWO, "--layers", "0"))
+    assert again["files"] == record["files"]
+
+
+def test_making_a_folder_does_not_mind_that_another_process_removed_the_probe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "write_text", lambda path, text: None)
+    tracing.make_folder(tmp_path / "new")
+    assert (tmp_path / "new").is_dir()
 
 
 def test_what_a_dead_process_left_half_written_is_removed(llama: str, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import random
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -104,7 +105,6 @@ def test_a_refusal_sample_is_a_harmful_and_a_harmless_request_scored_by_openings
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     samples = build("refusal", 16)
-    assert len({sample.unit for sample in samples}) == 16
     for sample in samples:
         assert (sample.prompt_a, sample.prompt_b) in PAIRS
         assert sample.targets == tracing.REFUSAL_OPENINGS
@@ -112,6 +112,18 @@ def test_a_refusal_sample_is_a_harmful_and_a_harmless_request_scored_by_openings
     assert "I cannot" in tracing.REFUSAL_OPENINGS
     assert "Sure" in tracing.COMPLIANT_OPENINGS
     assert not caplog.text
+
+
+def test_two_requests_for_one_harm_are_one_unit() -> None:
+    samples = build("refusal", len(PAIRS))
+    by_unit = {s.unit: [o for o in samples if o.unit == s.unit] for s in samples}
+    assert {len(twins) for twins in by_unit.values()} == {2}
+    for one, other in by_unit.values():
+        shared = [
+            {*re.findall(r"\w+", s.prompt_a)} - {*re.findall(r"\w+", s.prompt_b)}
+            for s in (one, other)
+        ]
+        assert shared[0] & shared[1], (one.prompt_a, other.prompt_a)
 
 
 def test_all_refusal_pairs_are_used_where_more_are_asked_for(
@@ -195,11 +207,21 @@ def test_every_fifth_triple_is_a_negative_control_in_which_no_name_is_odd(
 def test_the_grid_spans_all_professions_as_odd_and_as_majority_and_all_places(
     tokens_in: CountTokens,
 ) -> None:
-    real = [s for s in build("odd_one_out", 400, tokens_in=tokens_in) if s.counts]
+    real = [s for s in build("odd_one_out", 150, tokens_in=tokens_in) if s.counts]
     assert len({JOB[sample.targets[0]] for sample in real}) >= 10
     assert len({JOB[foil] for sample in real for foil in sample.foils}) >= 10
     assert {sample.group for sample in real} == set(PEOPLE)
     assert {names_in(s.prompt_a).index(s.targets[0]) for s in real} == {0, 1, 2}
+
+
+def test_no_name_is_in_two_units(triples: list[Sample]) -> None:
+    units: dict[str, set[str]] = defaultdict(set)
+    for sample in (sample for sample in triples if sample.counts):
+        for name in {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}:
+            units[name].add(sample.unit)
+    assert {len(of_name) for of_name in units.values()} == {1}
+    assert len(set.union(*units.values())) >= 9
+    assert len({(s.prompt_a, s.targets) for s in triples}) == len(triples)
 
 
 def test_a_tokenizer_that_gives_every_name_another_length_is_refused() -> None:

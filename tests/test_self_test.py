@@ -262,6 +262,32 @@ def test_a_passed_self_test_is_remembered_for_the_same_run(
     assert len(checks) == 8
 
 
+def test_attentions_are_checked_where_nothing_else_is_left_to_do(
+    llama: str, tmp_path: Path
+) -> None:
+    flags = ["--num_samples", "2", "--layers", "0"]
+    for more in ([], ["--check_attentions"]):
+        finish(llama, tmp_path, *flags, *more)
+        told = (tmp_path / "run.log").read_text()
+        assert ("self-test: attention maps" in told) == bool(more)
+
+
+@pytest.mark.parametrize(("device_map", "n_gpus"), [("auto", 0), ("cpu", 2)])
+def test_a_self_test_on_other_devices_is_not_taken_up(
+    device_map: str, n_gpus: int, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+    monkeypatch.setattr(tracing, "self_test", lambda exp: ran.append(exp) or [])
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"card {gpu}")
+    flags = ["--num_samples", "2", "--device_map"]
+    finish(llama, tmp_path, *flags, "cpu", "--layers", "0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    for layers in ("0-1", "0-2"):  # the second time on the same
+        finish(llama, tmp_path, *flags, device_map, "--layers", layers)
+        assert len(ran) == 2
+
+
 def test_a_failed_self_test_is_not_remembered(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -328,6 +328,24 @@ def test_components_of_an_interrupted_command_stay_out_of_another_commands_table
     assert len(whole) == 2 * 12
 
 
+@pytest.mark.parametrize("where", ["the part itself", "another part"])
+def test_rows_that_stand_there_twice_are_mended_as_the_sentence_says(
+    where: str, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    before = read(finish(llama, tmp_path, *TWO))
+    folder = tracing.RunFolder(tmp_path)
+    folder.key = tracing.digest(record_of(tmp_path)["fingerprint"])
+    name = min(path.stem for path in folder.parts.glob("sweep-*"))
+    rows, other = folder.read_part(name), f"{name}-copy"
+    if where == "the part itself":
+        rows, other = {column: 2 * values for column, values in rows.items()}, name
+    folder.write_part(other, rows)
+    said = answer("--model_id", llama, *TWO, "--output_dir", str(tmp_path))[2]
+    assert "Traceback" not in said
+    way_out = ["--overwrite"] if "--overwrite" in said else []
+    pd.testing.assert_frame_equal(read(finish(llama, tmp_path, *TWO, *way_out)), before)
+
+
 @pytest.mark.parametrize("factor", ["1e300", "1e38"])
 def test_an_edit_that_overflows_gives_a_sentence_and_no_table(
     factor: str, llama: str, tmp_path: Path, answer: Answer
