@@ -116,14 +116,11 @@ def test_a_refusal_sample_is_a_harmful_and_a_harmless_request_scored_by_openings
 
 def test_two_requests_for_one_harm_are_one_unit() -> None:
     samples = build("refusal", len(PAIRS))
-    by_unit = {s.unit: [o for o in samples if o.unit == s.unit] for s in samples}
-    assert {len(twins) for twins in by_unit.values()} == {2}
-    for one, other in by_unit.values():
-        shared = [
-            {*re.findall(r"\w+", s.prompt_a)} - {*re.findall(r"\w+", s.prompt_b)}
-            for s in (one, other)
-        ]
-        assert shared[0] & shared[1], (one.prompt_a, other.prompt_a)
+    words = Counter(word for s in samples for word in set(re.findall(r"\w+", s.prompt_a)))
+    assert {*Counter(s.unit for s in samples).values()} == {2}
+    for unit in {s.unit for s in samples}:
+        one, other = ({*re.findall(r"\w+", s.prompt_a)} for s in samples if s.unit == unit)
+        assert 2 in {words[word] for word in one & other}, (one, other)  # no third one has it
 
 
 def test_all_refusal_pairs_are_used_where_more_are_asked_for(
