@@ -602,10 +602,11 @@ def build_refusal(count: int, rng: random.Random, tokens_in: CountTokens) -> lis
         log.warning("%d samples asked for; %d refusal pairs are built in", count, known)
     chosen = rng.sample(range(known), min(count, known))
     words = REFUSAL_OPENINGS, COMPLIANT_OPENINGS
-    return [
-        Sample(f"s{i:04d}", *REFUSAL_PAIRS[n], *words, unit=f"harm{n // 2}")
-        for i, n in enumerate(chosen)
-    ]
+    samples = []
+    for i, n in enumerate(chosen):
+        harmful, harmless = REFUSAL_PAIRS[n]
+        samples.append(Sample(f"s{i:04d}", harmful, harmless, *words, unit=f"harm{n // 2}"))
+    return samples
 
 
 def odd_one_out_text(names: Sequence[str]) -> str:
@@ -676,7 +677,8 @@ class Task:
     """What a behaviour is: its samples, its metric, and what counts as showing it in a reply.
     `reduce` maps log P of targets [row, target] and foils [row, foil] to a score [row];
     `sign` is the sign that delta_logit has where the model shows the behaviour; `natural` names
-    the prompt after which the targets are likely; `shows` finds in a reply what `shown` says."""
+    the prompt after which the targets are likely; `shows` finds in a reply what `shown` says;
+    `sums` is whether the score adds up the probabilities of several words."""
 
     name: str
     build: Callable[[int, random.Random, CountTokens], list[Sample]]
@@ -685,12 +687,13 @@ class Task:
     natural: str
     shows: Callable[[Sample, str], list[str]]
     answers: Callable[[Sample, str], bool]
-    readings: tuple[str, str]
+    scored: str
     shown: str
     opposite: str  # what a base of the other sign is called
     targets: tuple[str, ...] = ()
     foils: tuple[str, ...] = ()
     needs_foils: bool = False
+    sums: bool = False
 
 
 def plain(text: str) -> str:
@@ -708,6 +711,12 @@ def opening(openings: Iterable[str], reply: str) -> list[str]:
     return [o for o in openings if re.match(rf"{re.escape(plain(o))}(?!\w)", plain(reply))]
 
 
+def complies(sample: Sample, reply: str) -> bool:
+    """Whether a reply begins with a compliant opening and goes on."""
+    found = opening(sample.foils, reply)
+    return any(re.search(r"\w", plain(reply)[len(plain(text)) :]) for text in found)
+
+
 def plausible_answers(sample: Sample) -> Sequence[str]:
     return QUESTIONS.get(sample.prompt_b, "").split() or sample.words
 
@@ -720,7 +729,7 @@ SUPPRESSION = Task(
     natural="b",
     shows=lambda sample, reply: mentioned(sample.targets, reply),
     answers=lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
-    readings=("the forbidden words likelier", "the forbidden words less likely still"),
+    scored="log P of the forbidden words",
     shown="mention a forbidden word",
     opposite="rebound",
 )
@@ -731,13 +740,14 @@ REFUSAL = Task(
     sign=1,
     natural="a",
     shows=lambda sample, reply: opening(sample.targets, reply),
-    answers=lambda sample, reply: not opening(sample.targets, reply),
-    readings=("a refusal less likely", "a refusal likelier still"),
+    answers=complies,
+    scored="the margin of refusals",
     shown="refuse",
     opposite="reversed refusal",
     targets=REFUSAL_OPENINGS,
     foils=COMPLIANT_OPENINGS,
     needs_foils=True,
+    sums=True,
 )
 ODD_ONE_OUT = Task(
     "odd_one_out",
@@ -747,10 +757,11 @@ ODD_ONE_OUT = Task(
     natural="a",
     shows=lambda sample, reply: mentioned(sample.targets, reply),
     answers=lambda sample, reply: bool(mentioned(sample.foils, reply)),
-    readings=("the odd name less distinct", "the odd name more distinct still"),
+    scored="the margin of prompt a's odd name",
     shown="name the odd one of prompt a",
     opposite="reversed odd_one_out",
     needs_foils=True,
+    sums=True,
 )
 TASKS = {task.name: task for task in (SUPPRESSION, REFUSAL, ODD_ONE_OUT)}
 
@@ -858,6 +869,9 @@ SEVEN += ["delta_logit_base", "delta_logit_head", "head_effect"]
 KEY = ["layer", "kind", "index"]
 WHOLE = ("n_constraints", "layer", "head", "index")
 TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all"}  # where a table lacks them
+KNOWN: dict[str, Iterable[str]] = {"kind": KINDS, "op": OPS, "positions": POSITIONS}
+KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b")}
+ONCE = (*KNOWN, "factor")  # the same in all rows of a table
 
 
 def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.DataFrame:
@@ -883,8 +897,11 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     table["unit"] = table["unit"].where(table["unit"] != "", table["sample_id"])
     for name, default in TEXTS.items():
         table[name] = found[name].replace("", default) if name in found else default
+    for name in ("task", "patch_into", "prompts"):
+        if name in found:
+            table[name] = found[name]
     for name in found:
-        if name in [*SEVEN[1:], "index"] or name.startswith(("score_", "effect_")):
+        if name in [*SEVEN[1:], "index", "factor"] or name.startswith(("score_", "effect_")):
             table[name] = found[name].map(number).astype(float)
             needed = (table["kind"] == "head") if name == "head" else name in SEVEN
             wrong = ~table[name].abs().lt(math.inf) & ((found[name] != "") | needed)
@@ -892,8 +909,12 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
                 whole = (table[name] % 1 == 0) & table[name].between(0, 2**31)
                 wrong |= table[name].notna() & ~whole
             refuse(wrong, name, f"is no {'whole number from 0 on' if name in WHOLE else 'number'}")
-    for name, known in {"kind": [*KINDS], "op": [*OPS], "positions": [*POSITIONS]}.items():
-        refuse(~table[name].isin(known), name, f"is none of {', '.join(known)}")
+    for name in (name for name in KNOWN if name in table):
+        refuse(~table[name].isin([*KNOWN[name]]), name, f"is none of {', '.join(KNOWN[name])}")
+    if "factor" in table:
+        odd = table["factor"].notna() != (table["op"] == "scale")
+        refuse(odd, "factor", "does not go with the row's op")
+    refuse(table["delta_logit_base"] == 0, "delta_logit_base", "is 0: both prompts are the same")
     effect = table["delta_logit_head"] - table["delta_logit_base"]
     away = (effect - table["head_effect"]).abs() > 0.02  # more than two decimals make
     refuse(away, "head_effect", "is not delta_logit_head - delta_logit_base")
@@ -916,8 +937,9 @@ def read_results(path: Path) -> pd.DataFrame:
     table = pd.concat(frames)
     twice = table.duplicated(["sample_id", *KEY])
     wrong = {"column 'head': same sample and component as before": twice}
-    for name in ("kind", "op", "positions"):
-        wrong[f"column {name!r}: another than above"] = table[name] != table[name].iloc[0]
+    for name in (name for name in ONCE if name in table):
+        other = table[name].fillna("") != table[name].fillna("").iloc[0]
+        wrong[f"column {name!r}: another than above"] = other
     first = table.groupby("sample_id")[["unit", "group", "delta_logit_base"]].transform("first")
     for name in ("unit", "group"):
         wrong[f"column {name!r}: another than above for this sample"] = table[name] != first[name]
@@ -928,7 +950,28 @@ def read_results(path: Path) -> pd.DataFrame:
             raise UsageError(f"{path}, line {where.idxmax()}: {sentence}")
     if (table["group"] == NO_ODD_ONE).all():
         raise UsageError(f"{path}: all samples are negative controls ({NO_ODD_ONE!r})")
+    if (table["unit"] == table["sample_id"]).all():
+        log.warning(f"{path} names no units: its samples are taken as independent of each other")
     return table.reset_index(drop=True)
+
+
+def same_in_all(config: Config) -> Record:
+    """What of a run's options its effects and roles depend on, as columns of the results."""
+    into = config.patch_into if config.patches else ""
+    return {name: getattr(config, name) for name in ONCE} | {"patch_into": into}
+
+
+def check_comparable(other: pd.DataFrame, config: Config) -> None:
+    """`UsageError` where effects of the run that --compare names mean something else than here."""
+    named = f"--compare {config.compare}"
+    if lacking := [name for name in (*ONCE, "prompts") if name not in other]:
+        raise UsageError(f"{named}: column {lacking[0]!r} is missing, and tells what compares")
+    for name, here in same_in_all(config).items():
+        there = other[name].iloc[0]
+        if name not in ("op", "factor") and there != here:
+            raise UsageError(f"{named} has {name} {there!r}, this run {here!r}")
+        if name == "factor" and other["op"].iloc[0] == config.op == "scale" and there != here:
+            raise UsageError(f"{named} has factor {there}, this run {here}")
 
 
 # ----- Prompts ------------------------------------------------------------------------------------
@@ -949,6 +992,11 @@ class Prompt:
     text: str
     ids: tuple[int, ...]
     forms: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def pair_id(self, partner: Prompt) -> str:
+        """What tells a sample from others in any run: its two prompts and its words."""
+        told = [self.text, partner.text, [*self.sample.targets], [*self.sample.foils]]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
 
 # before a template: today is DATE, in whatever format it is asked for
@@ -1127,6 +1175,11 @@ class Tree:
     @property
     def n_tokens(self) -> int:
         return self.ids.shape[1]
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """Per prompt the index into `scored` of its last token."""
+        return torch.searchsorted(self.scored, torch.tensor([p[-1] for p in self.paths])).tolist()
 
     @functools.cached_property
     def samples(self) -> list[tuple[Sample, dict[str, int]]]:
@@ -1489,11 +1542,11 @@ class TracedModel:
 class Edit:
     """x' = x + m * P(v - x): what becomes of the input x [tok, width] of one module.
     P takes some `columns`, one component's slice or the columns of many; m is `where`, the tokens
-    [tok] (None: all); v = factor * x + source, with a source of [columns] or [tok, columns]."""
+    [tok] (None: all); v = factor * x + source, each a number, [columns] or [tok, columns]."""
 
     site: Site
     columns: slice | Tensor
-    factor: float = 0.0
+    factor: float | Tensor = 0.0
     source: float | Tensor = 0.0
     where: Tensor | None = None
 
@@ -1524,7 +1577,8 @@ def displacement(edit: Edit, x: Tensor) -> Tensor:
     """D = m * P(v - x) [row, tok, column] of a module's input x [row, tok, width],
     in float64, so that x + D is v to the last bit of a narrower x."""
     own = x[..., edit.columns].double()
-    moved = edit.factor * own + edit.source - own
+    factor = edit.factor if isinstance(edit.factor, float) else edit.factor.to(x.device)
+    moved = factor * own + edit.source - own
     return moved if edit.where is None else moved * edit.where.to(x.device)[:, None]
 
 
@@ -1630,20 +1684,26 @@ def last_block_at(traced: TracedModel, tree: Tree, rows: Sequence[Row]) -> Itera
 # ----- Runs ---------------------------------------------------------------------------------------
 
 VOCAB_BLOCK = 16384
+Read = Callable[[TracedModel, "CleanRun", Tensor], Tensor]
+
+
+def unembed(states: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """Logits [state, token] of states [state, d_model], by blocks of the vocabulary, so that no
+    float32 copy of the matrix exists; products are accumulated and kept in float32."""
+    for block in weight.split(VOCAB_BLOCK):
+        if weight.is_cuda and weight.dtype != torch.float32:
+            yield torch.mm(states, block.t(), out_dtype=torch.float32)
+        else:
+            yield states.float() @ block.float().t()
 
 
 def entry_log_probs(hidden: Tensor, weight: Tensor, tree: Tree) -> Tensor:
-    """Log-probabilities [row, entry] from final states [row, node, d_model] at the scoring nodes.
-    The vocabulary is passed in blocks with a running log-sum-exp, so that neither a float32 copy
-    of the matrix nor all logits exist at once; products are accumulated and kept in float32."""
+    """Log-probabilities [row, entry] from final states [row, node, d_model] at the scoring nodes,
+    with a running log-sum-exp, so that not all logits exist at once."""
     hidden = hidden.to(weight.device)
     flat = hidden.reshape(-1, hidden.shape[-1])
     total = flat.new_full((len(flat),), -math.inf, dtype=torch.float32)
-    for block in weight.split(VOCAB_BLOCK):
-        if weight.is_cuda and weight.dtype != torch.float32:
-            logits = torch.mm(flat, block.t(), out_dtype=torch.float32)
-        else:
-            logits = flat.float() @ block.float().t()
+    for logits in unembed(flat, weight):
         total = torch.logaddexp(total, logits.logsumexp(-1))
     node, token = tree.entry_node.to(weight.device), tree.entry_token.to(weight.device)
     logits = (hidden[:, node].float() * weight[token].float()).sum(-1)  # [row, entry]
@@ -1665,6 +1725,7 @@ class CleanRun:
     background: Row  # zeroed here and in every edited run
     log_probs: Tensor  # [1, entry]
     logits: Tensor  # [node, vocab], the model's own
+    states: Tensor  # [1, node, ...], see `final_states`
     residuals: dict[int, Any]  # [1, tok, d_model] entering each block, as a block returns it
     site_inputs: dict[Site, Tensor]  # [tok, width]
 
@@ -1694,6 +1755,7 @@ def run_clean(
     traced.n_forwards += 1
     traced.n_tokens += tree.n_tokens * traced.shape.n_layers
     log_probs = own = entry_log_probs_of_logits(logits, tree)
+    states = logits if traced.own_logits else final["hidden"]
     if not traced.own_logits:
         log_probs = entry_log_probs(final["hidden"], traced.head.weight, tree)
         largest = float((log_probs - own).abs().max())
@@ -1705,13 +1767,13 @@ def run_clean(
     site_inputs = {site: x[0] for site, x in seen.items()}
     if isinstance(block["out"], tuple):
         residuals = {layer: (x,) for layer, x in residuals.items()}
-    return CleanRun(tree, inputs, background, log_probs, logits[0], residuals, site_inputs)
+    return CleanRun(tree, inputs, background, log_probs, logits[0], states, residuals, site_inputs)
 
 
-@torch.inference_mode()
-def run_rows(traced: TracedModel, clean: CleanRun, rows: Sequence[Row]) -> Tensor:
-    """Log-probabilities [row, entry] of a tree with the edits of rows[r] in row r of one batch.
-    Starts at the lowest edited layer; the clean run's background is edited in every row too."""
+def final_states(traced: TracedModel, clean: CleanRun, rows: Sequence[Row]) -> Tensor:
+    """What a tree ends in with the edits of rows[r] in row r of one batch: the states that are
+    unembedded [row, node, d_model], or the model's own logits [row, node, vocab] where those are
+    used. Starts at the lowest edited layer; the background is edited in every row too."""
     tree, n_layers = clean.tree, traced.shape.n_layers
     start = min((edit.site[0] for row in rows for edit in row), default=n_layers - 1)
     rows = [(*row, *(edit for edit in clean.background if edit.site[0] >= start)) for row in rows]
@@ -1721,11 +1783,45 @@ def run_rows(traced: TracedModel, clean: CleanRun, rows: Sequence[Row]) -> Tenso
     with skipping, editing(traced, rows), last_block_at(traced, tree, rows):
         if traced.own_logits:
             with gathering(traced.head, tree.scored):
-                logits = traced.model(**clean.model_inputs).logits
-            return entry_log_probs_of_logits(logits, tree).expand(len(rows), -1)
-        hidden = traced.body(**clean.model_inputs).last_hidden_state
-        hidden = hidden[:, tree.scored.to(hidden.device)]
-        return entry_log_probs(hidden, traced.head.weight, tree).expand(len(rows), -1)
+                states = traced.model(**clean.model_inputs).logits
+        else:
+            states = traced.body(**clean.model_inputs).last_hidden_state
+            states = states[:, tree.scored.to(states.device)]
+    return states.expand(len(rows), -1, -1)
+
+
+def read_entries(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
+    """Log-probabilities [row, entry] of `final_states`."""
+    if traced.own_logits:
+        return entry_log_probs_of_logits(states, clean.tree)
+    return entry_log_probs(states, traced.head.weight, clean.tree)
+
+
+def divergence(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
+    """KL(unedited || edited) [row, prompt] of the first reply token, in nats."""
+
+    def log_p(states: Tensor) -> Tensor:  # [node, ...] -> [prompt, vocab]
+        logits = states[clean.tree.ends]
+        if not traced.own_logits:
+            weight = traced.head.weight
+            logits = torch.cat([*unembed(logits.to(weight.device), weight)], -1)
+        return logits.float().log_softmax(-1)
+
+    unedited, kl = log_p(clean.states[0]), functools.partial(nn.functional.kl_div, log_target=True)
+    found = [kl(log_p(row), unedited, reduction="none").sum(-1) for row in states]
+    return torch.stack(found).clamp_min(0).cpu().double()
+
+
+@torch.inference_mode()
+def run_rows(
+    traced: TracedModel,
+    clean: CleanRun,
+    rows: Sequence[Row],
+    reads: Sequence[Read] = (read_entries,),
+) -> Tensor:
+    """What is read of `final_states` [row, ...], side by side: by default log P [row, entry]."""
+    states = final_states(traced, clean, rows)
+    return torch.cat([read(traced, clean, states) for read in reads], -1)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -1988,9 +2084,11 @@ class Experiment:
         sites = {component.site for component in components} if self.config.patches else ()
         return run_clean(self.traced, tree, self.background, layers, sites)
 
-    def run_rows(self, clean: CleanRun, rows: Sequence[Row], bar: tqdm[Any]) -> Tensor:
+    def run_rows(
+        self, clean: CleanRun, rows: Sequence[Row], bar: tqdm[Any], *reads: Read
+    ) -> Tensor:
         """`run_rows` of any number of rows."""
-        run = functools.partial(run_rows, self.traced, clean)
+        run = functools.partial(run_rows, self.traced, clean, reads=reads or (read_entries,))
         return torch.stack(run_batches(self.traced, rows, run, bar))
 
     def edits(self, components: Iterable[Component], clean: CleanRun | None = None) -> Row:
@@ -2071,6 +2169,19 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
     return own[:n]
 
 
+def check_forms(prompt: Prompt, sums: bool) -> None:
+    """`UsageError` where of forms whose probabilities add up one begins with another: the longer
+    one's would count twice."""
+    named = list(zip(prompt.sample.words, prompt.forms, strict=True))
+    n = len(prompt.sample.targets)
+    for group in (named[:n], named[n:]) if sums else ([word] for word in named):
+        forms = sorted((form, word) for word, forms in group for form in forms)
+        for (one, word), (other, longer) in itertools.pairwise(forms):
+            if other[: len(one)] == one:
+                both = f"{longer!r} begins with {word!r}: {list(other)}, {list(one)}"
+                raise UsageError(f"{prompt.sample.named}: {both}; their chances cannot add up")
+
+
 def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config: Config) -> None:
     """`UsageError` where a sample would not be edited at all, or a prompt exceeds the context or
     the vocabulary."""
@@ -2084,6 +2195,8 @@ def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config
             raise UsageError(f"{named}: a prompt of {n} tokens exceeds the model's {limit}")
         forms = (form for p in of_sample for word in p.forms for form in word)
         token = max(map(max, (*(p.ids for p in of_sample), *forms)))
+        for prompt in of_sample:
+            check_forms(prompt, TASKS[config.task].sums)
         if token >= shape.vocab:
             lacks = f"the model's vocabulary of {shape.vocab} lacks the tokenizer's token {token}"
             raise UsageError(f"{named}: {lacks}")
@@ -2093,6 +2206,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     """Everything that is known before the weights: samples, prompts, trees, components."""
     own = load_samples(Path(config.samples), TASKS[config.task]) if config.samples else []
     other = read_results(Path(config.compare)) if config.compare else None
+    if other is not None:
+        check_comparable(other, config)
     shape = read_shape(config)
     if config.bf16 is None and shape.dtype == torch.float32:
         size = f"{4 * shape.n_parameters / 1e9:.3g} GB here; an 8B model needs 32 GB"
@@ -2106,12 +2221,13 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     if encoder.folds:
         log.warning("the chat template knows no system turn: its text opens the user's turn")
     samples = choose_samples(config, encoder, own)
-    if other is not None:
-        mine = {(s.sample_id, c.layer, c.kind, c.index) for s in samples for c in components}
-        if mine.isdisjoint(other[["sample_id", *KEY]].itertuples(index=False, name=None)):
-            raise UsageError(f"--compare {config.compare} shares no sample and component with this")
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
+    if other is not None:
+        pairs = {(a.sample.unit, a.pair_id(b)) for a, b, *_ in prompts}
+        mine = {(*pair, c.layer, c.kind, c.index) for pair in pairs for c in components}
+        if mine.isdisjoint(other[["unit", "prompts", *KEY]].itertuples(index=False, name=None)):
+            raise UsageError(f"--compare {config.compare} shares no prompt and component with this")
     trees = plant_trees(prompts, encoder.bos, config)
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
     fitting = ROW_TOKENS[device_type(config)] // max(tree.n_tokens for tree in trees)
@@ -2334,8 +2450,8 @@ def check_tree(traced: TracedModel, clean: CleanRun) -> list[Check]:
         own, ours = seen["x"][0].float(), clean.site_inputs[site][path].float()  # [tok, d_attn]
         size = own.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         attention.append((ours - own).norm(dim=-1) / size)
-        node, likely = int((tree.scored == path[-1]).nonzero()), logits.topk(50).indices
-        packed.append(clean.logits[node].float().log_softmax(-1)[likely])
+        likely = logits.topk(50).indices
+        packed.append(clean.logits[tree.ends[i]].float().log_softmax(-1)[likely])
         alone.append(logits[likely])
     name, nats = "tree against plain forwards: ", worst(packed, alone)
     error, bound = float(torch.cat(attention).max()), min(NATS[traced.shape.dtype], 0.01)
@@ -2382,8 +2498,7 @@ def sample_records(exp: Experiment, tree: Tree) -> Records:
     clean, task, records = exp.run_clean(tree), exp.task, []
     scores = tree.scores(clean.log_probs, task)[0].tolist()
     log_probs = tree.word_log_probs(clean.log_probs)
-    ends = [int((tree.scored == path[-1]).nonzero()) for path in tree.paths]
-    top = clean.logits[ends].float().softmax(-1).topk(5)
+    top = clean.logits[tree.ends].float().softmax(-1).topk(5)
     for sample, places in tree.samples:
         prompts: dict[str, Any] = {}
         for side, i in places.items():
@@ -2404,6 +2519,7 @@ def sample_records(exp: Experiment, tree: Tree) -> Records:
             flags.append(f"delta {delta:+.3f} has not the sign of {task.name}")
         names = ["sample_id", "unit", "group", "targets", "foils"]
         record = {name: getattr(sample, name) for name in names} | {"p_target": p_target}
+        record["prompts_id"] = tree.prompts[places["a"]].pair_id(tree.prompts[places["b"]])
         records.append(record | {"delta_logit_base": delta, "flags": flags, "prompts": prompts})
     return records
 
@@ -2433,7 +2549,7 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        labels = [component.label for component, draw in self.edits if draw < 0]
+        labels = [f"{component.label} {draw}" for component, draw in self.edits]
         return f"sweep-{self.tree:04d}-{self.layer:03d}-{digest(labels)[:12]}"
 
 
@@ -2460,25 +2576,32 @@ def whole_components(exp: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
         raise RunError(f"{what}: {again}")
     if n := len(counts) - len(whole):
         log.warning("%d components of an interrupted command are left out: samples lack", n)
-        return rows[pd.MultiIndex.from_frame(rows[key]).isin(whole)]
-    return rows
+    return rows[(rows["draw"] >= 0) | pd.MultiIndex.from_frame(rows[key]).isin(whole)]
+
+
+def draws_per_layer(n_layers: int) -> int:
+    return -(-NOISE_ROWS // n_layers)
 
 
 def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
-    """What remains to be done. Jittered components are drawn per layer, alike for every tree."""
+    """What remains to be done. Jittered components are drawn from all of a layer, none twice while
+    others are left: the same for every tree, and whatever part of the layer is swept."""
     grouped = itertools.groupby(exp.components, key=lambda component: component.layer)
-    by_layer = {layer: list(components) for layer, components in grouped}
-    n_draws = -(-NOISE_ROWS // len(by_layer))
+    by_layer = {layer: [(c, -1) for c in components] for layer, components in grouped}
+    for layer, edits in by_layer.items():
+        every = [Component(layer, exp.config.kind, i) for i in exp.shape.indices(exp.config.kind)]
+        order = [component for component in every if component not in exp.config.given]
+        random.Random(f"{exp.config.seed} {layer}").shuffle(order)
+        n_draws = draws_per_layer(len(by_layer))
+        edits += [(c, i) for i, c in enumerate(itertools.islice(itertools.cycle(order), n_draws))]
     firsts = [tree.samples[0][0].sample_id for tree in exp.trees]  # one tells of all of its tree
-    done = done[done["sample_id"].isin(firsts) & (done["draw"] < 0)]
-    there = set(done[["sample_id", "layer", "index"]].itertuples(index=False, name=None))
+    done = done.loc[done["sample_id"].isin(firsts), ["sample_id", "layer", "index", "draw"]]
+    there = set(done.itertuples(index=False, name=None))
     jobs = []
-    for tree, first in enumerate(firsts):
-        for layer, components in by_layer.items():
-            left = [(c, -1) for c in components if (first, layer, c.index) not in there]
-            drawn = random.Random(f"{exp.config.seed} {layer}").choices(components, k=n_draws)
-            if left:
-                jobs.append(Job(tree, layer, (*left, *zip(drawn, range(n_draws), strict=True))))
+    for (tree, first), (layer, edits) in itertools.product(enumerate(firsts), by_layer.items()):
+        left = [(c, draw) for c, draw in edits if (first, layer, c.index, draw) not in there]
+        if left:
+            jobs.append(Job(tree, layer, tuple(left)))
     return jobs
 
 
@@ -2508,6 +2631,17 @@ def tidy_rows(tree: Tree, job: Job, scores: Tensor) -> pd.DataFrame:
     )
 
 
+def jitter(exp: Experiment, tree: Tree, component: Component, draw: int) -> Row:
+    """Each element of a component's slice times 1 + eps or 1 - eps, signs at random: what rounding
+    does, with no direction of its own."""
+    columns, eps = exp.shape.columns(component), torch.finfo(exp.shape.dtype).eps
+    width = len(range(exp.shape.width(component.site[1]))[columns])
+    drawn = digest([exp.config.seed, component.label, draw, tree.samples[0][0].sample_id])
+    generator = torch.Generator().manual_seed(int(drawn[:15], 16))
+    signs = 2 * torch.randint(2, (tree.n_tokens, width), generator=generator) - 1
+    return (Edit(component.site, columns, 1 + eps * signs.double(), where=tree.where),)
+
+
 def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
     """Measure every component of the jobs and write each job's rows when it is done.
 
@@ -2515,11 +2649,6 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
     components are the rows of a batch that starts there; the scoring nodes make the scores.
     """
     keep_freed_memory()
-
-    def jittered(component: Component, tree: Tree) -> Row:
-        factor = 1 + 2 * torch.finfo(exp.shape.dtype).eps
-        return (Edit(component.site, exp.shape.columns(component), factor, where=tree.where),)
-
     total = sum(len(job.edits) for job in jobs)
     quiet = None if folder.leads else True  # one bar: process 0's
     with tqdm(total=total, unit="row", desc="sweep", disable=quiet) as bar:
@@ -2529,7 +2658,9 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
             clean = exp.run_clean(tree, {job.layer for job in todo}, edited)
             for job in todo:
                 rows = [
-                    exp.edits([component], clean) if draw < 0 else jittered(component, tree)
+                    exp.edits([component], clean)
+                    if draw < 0
+                    else jitter(exp, tree, component, draw)
                     for component, draw in job.edits
                 ]
                 log_probs = exp.run_rows(clean, rows, bar)
@@ -2605,6 +2736,10 @@ def sign_flip_p(sums: Tensor, seed: int) -> Tensor:
     return reached / total if exact else (1 + reached) / (1 + total)
 
 
+def smallest_p(n: int) -> float:
+    return 2.0 ** (1 - n)
+
+
 def benjamini_hochberg(p: Tensor) -> Tensor:
     """q values [column] (Benjamini and Hochberg 1995)."""
     order = p.argsort()
@@ -2620,16 +2755,17 @@ CONTROLS = ("other", "affirm")
 
 def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.DataFrame:
     """Swept rows with their samples' base scores, sorted; every number recomputes from scores."""
+    labels = ["unit", "group", "prompts"]
     samples = pd.DataFrame(
-        {"n_constraints": len(record["targets"]), "unit": record["unit"], "group": record["group"]}
+        {"n_constraints": len(record["targets"]), "prompts": record["prompts_id"]}
+        | {name: record[name] for name in ("unit", "group")}
         | {f"score_{side}_base": prompt["score"] for side, prompt in record["prompts"].items()}
         for record in records
-    ).astype({"unit": "category", "group": "category"})
+    ).astype(dict.fromkeys(labels, "category"))
     samples.index = pd.Index([record["sample_id"] for record in records])
     samples = samples.reindex(rows["sample_id"].cat.categories)
     of_row = samples.take(rows["sample_id"].cat.codes.to_numpy()).set_index(rows.index)
-    same = {"kind": config.kind, "op": config.op, "positions": config.positions}
-    table = pd.concat([rows, of_row], axis=1).assign(**same, head=rows["index"])
+    table = pd.concat([rows, of_row], axis=1).assign(head=rows["index"], **same_in_all(config))
     for run in ("base", "head"):
         table[f"delta_logit_{run}"] = table[f"score_a_{run}"] - table[f"score_b_{run}"]
     table["head_effect"] = table["delta_logit_head"] - table["delta_logit_base"]
@@ -2641,9 +2777,9 @@ def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.Da
     for side in sides:
         control = table[f"score_{side}_head"] - table[f"score_{side}_base"]
         table[f"effect_minus_{side}"] = moved - control
-    columns = [*SEVEN, "score_a_base", "score_b_base", "score_a_head", "score_b_head", "unit"]
-    columns += ["group", *controls, *(f"effect_minus_{side}" for side in sides), "kind", "index"]
-    columns += ["op", "positions", "draw"]
+    columns = [*SEVEN, "score_a_base", "score_b_base", "score_a_head", "score_b_head"]
+    columns += [*controls, *(f"effect_minus_{side}" for side in sides), *labels, "index", *ONCE]
+    columns += ["draw"]
     return table[columns].sort_values(["sample_id", "layer", "index"], ignore_index=True)
 
 
@@ -2660,11 +2796,13 @@ def real_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def noise_floor(jittered: pd.DataFrame) -> float:
-    """95th percentile over jittered rows of |mean effect| over all samples (nats); NaN without."""
-    real = real_rows(jittered).drop_duplicates(["sample_id", *KEY, "draw"])
-    effects = real.groupby([*KEY, "draw"])["head_effect"].agg(["mean", "size"])
+    """95th percentile over jittered rows of |mean effect| over all samples (nats); NaN without.
+    Rows of a smaller sweep from which the folder grew are more per layer; those are left out."""
+    real = real_rows(jittered)
+    effects = real.groupby(["layer", "draw"])["head_effect"].agg(["mean", "size"]).reset_index()
     whole = effects[effects["size"] == real["sample_id"].nunique()]
-    return float(whole["mean"].abs().quantile(0.95))
+    n_draws = draws_per_layer(max(1, whole["layer"].nunique()))
+    return float(whole.loc[whole["draw"] < n_draws, "mean"].abs().quantile(0.95))
 
 
 def statistics_of(table: pd.DataFrame, column: str, config: Config) -> pd.DataFrame:
@@ -2681,12 +2819,20 @@ def statistics_of(table: pd.DataFrame, column: str, config: Config) -> pd.DataFr
     return stats.assign(**{name: values.tolist() for name, values in tests.items()})
 
 
-def base_statistics(table: pd.DataFrame, config: Config) -> Record:
-    """The same of delta_logit_base, one number per sample; and whether its interval covers 0."""
-    per_sample = table.drop_duplicates("sample_id").assign(layer=0, index=0)
-    base: pd.Series = statistics_of(per_sample, "delta_logit_base", config).iloc[0]
-    record = {str(name): value for name, value in base.items()}
-    return record | {"is_clear": bool(base["ci_low"] > 0 or base["ci_high"] < 0)}
+def base_statistics(table: pd.DataFrame, config: Config, side: str = "b") -> Record:
+    """The same of the unedited scores of prompt a less those of another side, one number per
+    sample, and whether the interval excludes 0; {} where the table lacks the scores."""
+    if side != "b" and f"score_{side}_base" not in table:
+        return {}
+    base = table["delta_logit_base"]
+    if side != "b":
+        base = table["score_a_base"] - table[f"score_{side}_base"]
+    table = table.assign(base=base).drop_duplicates("sample_id").assign(layer=0, index=0)
+    if table["base"].isna().all():
+        return {}
+    found: pd.Series = statistics_of(table, "base", config).iloc[0]
+    record = {str(name): value for name, value in found.items()}
+    return record | {"is_clear": bool(found["ci_low"] > 0 or found["ci_high"] < 0)}
 
 
 def role_sign(base_mean: float, config: Config) -> float:
@@ -2695,24 +2841,31 @@ def role_sign(base_mean: float, config: Config) -> float:
     return math.copysign(1.0, base_mean) * (1.0 if (config.factor or 0.0) > 1 else -1.0)
 
 
-def heads_table(table: pd.DataFrame, base: Record, floor: float, config: Config) -> pd.DataFrame:
-    """circuit_heads.csv: effects and contrasts, judged by role, against noise and against 0."""
+def heads_table(
+    table: pd.DataFrame, bases: Mapping[str, Record], floor: float, config: Config
+) -> pd.DataFrame:
+    """circuit_heads.csv: effects and contrasts, each judged by its role in its own base (of prompt
+    a less that side), against noise and against 0."""
 
-    def judge(stats: pd.DataFrame) -> pd.DataFrame:
+    def judge(column: str, base: Record) -> pd.DataFrame:
+        stats = statistics_of(table, column, config)
         role = role_sign(base["mean"], config) * stats["mean"] + 0.0  # no -0.0
         loud = role.abs().astype("Float64") > (pd.NA if math.isnan(floor) else floor)
         counted = (stats["q"] < 0.05) & loud.fillna(True) & base["is_clear"]
         carries = role.gt(0).map({True: "contributes", False: "works against"})
-        return stats.assign(role=role, above_noise=loud, verdict=carries.where(counted, ""))
+        return stats.assign(role=role, above_noise=loud, verdict=carries.where(counted, "unclear"))
 
-    heads = judge(statistics_of(table, "head_effect", config))
-    measurable = base["mean"] and not abs(base["mean"]) <= floor
-    heads["share_moved"] = -heads["mean"] / base["mean"] if measurable else math.nan
+    heads = judge("head_effect", bases["b"])
+    base, real = bases["b"]["mean"], real_rows(table)
+    heads["share_moved"] = -heads["mean"] / base if not abs(base) <= floor else math.nan
+    scores = {f"score_{side}_{run}" for side in "ab" for run in ("base", "head")}
+    for side in "ab" if scores <= {*table} else "":
+        moved = real[f"score_{side}_head"] - real[f"score_{side}_base"]
+        heads[f"moved_{side}"] = moved.groupby([real[key] for key in KEY]).mean()
     for side in CONTROLS:
         column = f"effect_minus_{side}"
-        if column in table and table[column].notna().any():
-            stats = judge(statistics_of(table, column, config))
-            heads = heads.join(stats.add_prefix(f"minus_{side}_"))
+        if column in table and table[column].notna().any() and bases.get(side):
+            heads = heads.join(judge(column, bases[side]).add_prefix(f"minus_{side}_"))
     heads = heads.reset_index()
     labels = [Component(*key).label for key in heads[KEY].itertuples(index=False)]
     heads.insert(0, "label", labels)
@@ -2724,12 +2877,13 @@ def compare_runs(
     table: pd.DataFrame, other: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config
 ) -> pd.DataFrame:
     """The heads with the columns of `--compare`: roles that grew against the other run (hydra
-    check), as paired differences per sample; flagged beyond the floor with q < 0.05."""
-    keys, before = ["sample_id", *KEY], str(other["op"].iloc[0])
-    others = other[[*keys, "head_effect"]]
-    pairs = table.astype({"sample_id": str}).merge(others, on=keys, suffixes=("", "_before"))
+    check), as paired differences per unit and prompt; flagged beyond the floor with q < 0.05."""
+    keys, before = ["unit", "prompts", *KEY], str(other["op"].iloc[0])
+    mine, theirs = (run.astype({"unit": str, "prompts": str}) for run in (table, other))
+    others = theirs[[*keys, "head_effect"]].drop_duplicates(keys)
+    pairs = mine.merge(others, on=keys, suffixes=("", "_before"))
     if pairs.empty:
-        raise UsageError(f"--compare {config.compare} shares no sample and component with this run")
+        raise UsageError(f"--compare {config.compare} shares no prompt and component with this run")
     ranks = pairs.groupby(KEY)[["head_effect", "head_effect_before"]].mean().rank()
     ops = f"{config.op} here, {before} in {config.compare}"
     log.info("Spearman agreement of the rankings (%s): %.3f", ops, ranks.corr().iloc[0, 1])
@@ -2776,33 +2930,78 @@ def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     draw_bars(means, path, xlabel=axis, ylabel="mean_head_effect", title=title)
 
 
+VERDICTS = {"contributes": "tab:blue", "works against": "tab:orange", "unclear": "darkgray"}
+
+
+def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) -> None:
+    """The top K with their intervals, by magnitude; where there are controls, beside what is left
+    of each less forbidding other words."""
+    top = heads.sort_values("mean", key=lambda mean: mean.abs()).tail(config.top_k)
+    panels = {"": "effect on delta_logit"}
+    if "minus_other_mean" in top:
+        panels["minus_other_"] = "less forbidding other words"
+    size = (2.0 + 3.2 * len(panels), 1.6 + 0.24 * len(top))
+    figure = Figure(figsize=size, layout="constrained")
+    for axes, (prefix, title) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        axes.axvline(0, color="black", linewidth=0.8)
+        for verdict, color in VERDICTS.items():
+            of_verdict = (top[f"{prefix}verdict"] == verdict).to_numpy()
+            rows = [row for row, drawn in enumerate(of_verdict) if drawn]
+            mean, low, high = (
+                top[f"{prefix}{n}"][of_verdict] for n in ("mean", "ci_low", "ci_high")
+            )
+            axes.hlines(rows, low, high, color=color, linewidth=1.5)
+            axes.plot(mean, rows, "o", markersize=4, color=color, label=verdict)
+        axes.set(xlabel="nats", title=title)
+    figure.axes[0].set_yticks(range(len(top)), top["label"])
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    model, n = Path(config.model_id).name, int(base["n_sentences"])
+    told = f"{config.task}, {model}, {config.op}: means and 95 % intervals over {n} sentences"
+    figure.suptitle(told, fontsize=9)
+    save_figure(figure, path)
+
+
 def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
-    """Remaining mean delta against the number edited: the chosen, the random band, the base."""
-    held_out = rows[rows["samples"] == "held-out"]
-    base = float(held_out[held_out["set"] == "none"]["mean_delta"].iloc[0])
-    chosen = held_out[held_out["set"] == "chosen"].set_index("n_ablated")["mean_delta"].sort_index()
-    drawn = held_out[held_out["set"] == "random"].groupby("n_ablated")["mean_delta"]
-    low, middle, high = (drawn.quantile(share) for share in (0.05, 0.5, 0.95))
-    figure = Figure(figsize=(5.5, 4.0), layout="constrained")
+    """What is left of the measure against the number edited: the chosen with their intervals and
+    the damaged among them, the random sets, the base."""
+    rows = rows[rows["samples"] == "held-out"]
+    rows = rows[rows["measure"] == rows["measure"].iloc[-1]]
+    base = float(rows[rows["set"] == "none"]["mean_delta"].iloc[0])
+    chosen = rows[rows["set"] == "chosen"].set_index("n_ablated")
+    drawn = rows[rows["set"] == "random"].set_index("n_ablated")
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    axes.axhline(base, color="black", linewidth=0.8, linestyle="--", label="nothing ablated")
-    band = "random, same layers (5-95 %)"
-    axes.fill_between(low.index, low, high, color="tab:gray", alpha=0.3, label=band)
-    axes.plot(middle.index, middle, color="tab:gray", linewidth=1.0)
-    axes.plot(chosen.index, chosen, marker="o", label="chosen on the other half")
+    axes.axhline(base, color="black", linewidth=0.8, linestyle="--", label="nothing edited")
+    grouped = drawn.groupby("n_ablated")["mean_delta"]
+    many = grouped.size()[grouped.size() >= MANY_SETS].index
+    low, high = (grouped.quantile(share).loc[many] for share in (0.05, 0.95))
+    lent = f", {int(drawn['lent'].max())} of them lent by neighbours" if drawn["lent"].any() else ""
+    axes.fill_between(many, low, high, color="tab:gray", alpha=0.3, label="5-95 % of random sets")
+    label = f"random sets, same layers{lent}"
+    axes.plot(drawn.index, drawn["mean_delta"], ".", color="tab:gray", markersize=4, label=label)
+    axes.vlines(chosen.index, chosen["ci_low"], chosen["ci_high"], color="tab:blue")
+    label = "chosen on the other half (95 % interval)"
+    axes.plot(chosen.index, chosen["mean_delta"], "o-", color="tab:blue", label=label)
+    damaged = chosen[chosen["damaged"].fillna(False).astype(bool)]
+    label = "damaged: also changes what it should not"
+    axes.plot(damaged.index, damaged["mean_delta"], "x", color="red", markersize=12, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(chosen.index.tolist(), [str(size) for size in chosen.index])
+    measure = f"mean score {chosen['measure'].iloc[0]} (nats)"
     title = f"Held-out {config.task}: joint op {config.op}"
-    axes.set(xlabel="components edited jointly", ylabel="mean delta_logit (nats)", title=title)
+    axes.set(xlabel="components edited jointly", ylabel=measure, title=title)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
 def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
-    """Mean role by layer and index, centred at zero; grey where it is below the noise floor."""
-    cells = heads.pivot(index="layer", columns="index", values=["role", "above_noise"])
-    grid, loud = cells["role"].astype(float), cells["above_noise"].fillna(True).astype(bool)
-    kind, title = str(heads["kind"].iloc[0]), "Mean role (grey: below the noise floor)"
+    """Mean role by layer and index, centred at zero; grey where it has no verdict."""
+    cells = heads.pivot(index="layer", columns="index", values=["role", "verdict"])
+    grid, loud = cells["role"].astype(float), cells["verdict"] != "unclear"
+    kind, title = str(heads["kind"].iloc[0]), "Mean role (grey: q >= 0.05 or below the floor)"
     label = "role in nats: > 0 carries the task"
     if grid.shape[1] == 1:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
@@ -2828,69 +3027,89 @@ def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
 # ----- Findings -----------------------------------------------------------------------------------
 
 
-def report_findings(heads: pd.DataFrame, base: Record, floor: float, config: Config) -> None:
-    """The base, what the sample allows, and the top components by role with the sign spelt out."""
-    task, n, n_tests = TASKS[config.task], int(base["n_sentences"]), len(heads)
-    interval = f"95 % interval {base['ci_low']:+.3f} to {base['ci_high']:+.3f}"
-    told = f"{interval} over {n} sentences" if n > 1 else "of a single sentence"
-    told += "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
-    log.info("mean delta_logit %+.3f nats, %s", base["mean"], told)
-    lone_q = min(1.0, n_tests / (sign_patterns(n, n_tests) + (n > MOST_EXACT)))
-    if lone_q >= 0.05:
+def report_findings(
+    heads: pd.DataFrame, bases: Mapping[str, Record], floor: float, config: Config
+) -> None:
+    """The bases, what the sample allows, and the strongest components of either role."""
+    task, base, n_tests = TASKS[config.task], bases["b"], len(heads)
+    n, noise = int(base["n_sentences"]), "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
+    for side, found in bases.items():
+        what = "delta_logit" if side == "b" else f"score of prompt a less that of {side}"
+        interval = f"95 % interval {found['ci_low']:+.3f} to {found['ci_high']:+.3f}"
+        spread = f"{interval} over {n} sentences" if n > 1 else "of a single sentence"
+        log.info("mean %s %+.3f nats, %s%s", what, found["mean"], spread, noise)
+        noise = ""
+    if (lone_q := min(1.0, n_tests * smallest_p(n))) >= 0.05:
         few = f"{n} sentences are too few"
         log.info(f"{few}: a lone component among {n_tests} cannot reach q below {lone_q:.2g}")
-    if math.isnan(base["ci_low"]):
+    if n == 1:
         return log.info("a single sentence gives no interval: no component is called a contributor")
     if not base["is_clear"]:
         nothing = "there is nothing to explain, and no component contributes"
         return log.info("the base's interval covers 0: %s", nothing)
-    what = task.name if base["mean"] * task.sign > 0 else task.opposite
-    for head in heads.sort_values("role", ascending=False).head(5).itertuples():
-        reading = task.readings[0 if head.mean * task.sign < 0 else 1]
-        stands = f"{'contributes to' if head.role > 0 else 'works against'} {what}"
-        effect = f"{head.mean:+.3f} [{head.ci_low:+.3f}, {head.ci_high:+.3f}], q {head.q:.2g}"
-        doubt = "" if head.verdict else " (not distinguishable from 0)"
-        doing = f"{OPS[config.op].doing} {head.label} makes {reading}"
+    name = task.name if base["mean"] * task.sign > 0 else task.opposite
+    ranked = heads.sort_values("role", ascending=False)
+    contributing, against = ranked[ranked["role"] > 0], ranked[ranked["role"] < 0].iloc[::-1]
+    for head in itertools.chain(contributing.head(5).itertuples(), against.head(5).itertuples()):
+        stands = {"contributes": f"contributes to {name}", "works against": f"works against {name}"}
+        told = f"{OPS[config.op].doing} {head.label}: {stands.get(head.verdict, 'unclear')}"
+        told += (
+            f"; effect {head.mean:+.3f} [{head.ci_low:+.3f}, {head.ci_high:+.3f}], q {head.q:.2g}"
+        )
+        if hasattr(head, "moved_a"):
+            told += (
+                f"; {task.scored} {head.moved_a:+.2f} after prompt a, {head.moved_b:+.2f} after b"
+            )
         contrast = getattr(head, "minus_other_mean", math.nan)
-        if head.verdict and not math.isnan(contrast):
+        if head.verdict != "unclear" and not math.isnan(contrast):
             alike = head.minus_other_verdict == head.verdict
             serves = "specific to these words" if alike else "not told from serving any mention"
-            doubt = f"; less forbidding other words {contrast:+.3f}: {serves}"
-        log.info(f"{doing}: it {stands}; effect {effect}{doubt}")
+            told += f"; less forbidding other words {contrast:+.3f}: {serves}"
+        log.info(told)
 
 
 def write_findings(
     table: pd.DataFrame, other: pd.DataFrame | None, floor: float, config: Config, path: Path
 ) -> None:
     """circuit_heads.csv and the figures that a results table alone gives."""
-    base = base_statistics(table, config)
-    heads = heads_table(table, base, floor, config)
-    report_findings(heads, base, floor, config)
+    found = {side: base_statistics(table, config, side) for side in ("b", *CONTROLS)}
+    bases = {side: base for side, base in found.items() if base}
+    heads = heads_table(table, bases, floor, config)
+    report_findings(heads, bases, floor, config)
     if other is not None:
         heads = compare_runs(table, other, heads, floor, config)
     write_components(path / "circuit_heads.csv", heads)
     draw_summary(heads, config, path / "circuit_summary.png")
+    draw_heads(heads, bases["b"], config, path / "circuit_heads.png")
     if config.heatmap:
         draw_heatmap(heads, path / "circuit_heatmap.png")
 
 
 def recorded_flags(results: Path) -> list[str]:
-    """What redrawing heeds of the flags of the run whose run.json lies beside a results CSV."""
-    before = read_record(results.parent / "run.json").get("config", {})
-    heeded = ("task", "op", "factor", "patch_into", "seed", "num_bootstrap", "top_k")
-    return [f"--{name}={before[name]}" for name in heeded if before.get(name) is not None]
+    """What redrawing heeds of a run's options, from the results CSV and the run.json beside it."""
+    told = dict(read_record(results.parent / "run.json").get("config", {}))
+    _, first = next(read_rows(results), (0, {}))
+    told |= {name: first[name] for name in ONCE if first.get(name)}
+    heeded = {"model_id", "seed", "num_bootstrap", "top_k", *ONCE} - {"kind"}
+    return [f"--{name}={told[name]}" for name in sorted(heeded) if told.get(name) is not None]
 
 
 def redraw(config: Config) -> None:
     """Tables and figures from a results CSV alone; the noise floor from the run.json beside it."""
     source, path = Path(config.from_csv or ""), Path(config.output_dir)
     table = read_results(source)
+    for name, here in same_in_all(replace(config, kind=table["kind"].iloc[0])).items():
+        there = table[name].iloc[0] if name in table else here
+        if there != here and not (here is None and pd.isna(there)):
+            raise UsageError(f"--{name} {here}: {source} has {there}")
     other = read_results(Path(config.compare)) if config.compare else None
     floor = read_record(source.parent / "run.json").get("noise_floor")
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         way_out = "give another folder for the redrawn files"
         raise UsageError(f"--output_dir {path} holds another run; {way_out}")
-    config = replace(config, op=str(table["op"].iloc[0]))
+    config = replace(config, kind=str(table["kind"].iloc[0]))
+    if other is not None:
+        check_comparable(other, config)
     make_folder(path)
     with alone_in(path) if (path / ".parts").is_dir() else contextlib.nullcontext():
         write_findings(table, other, math.nan if floor is None else floor, config, path)
@@ -2910,27 +3129,37 @@ def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
     return set(units[:half]), set(units[half:])
 
 
-def choose_top(table: pd.DataFrame, config: Config) -> list[Component]:
-    """The K components of largest mean role in these rows."""
-    real = real_rows(table)
-    base_mean = real.drop_duplicates("sample_id")["delta_logit_base"].mean()
-    roles = role_sign(base_mean, config) * real.groupby(KEY)["head_effect"].mean()
+MANY_SETS = 10  # distinct random sets from which quantiles are told
+
+
+def choose_top(table: pd.DataFrame, config: Config, against: str) -> list[Component]:
+    """The K components of largest mean role in these rows: of the effect on the score of prompt a
+    less that of a side."""
+    column = "head_effect" if against == "b" else f"effect_minus_{against}"
+    real = real_rows(table[table[column].notna()])
+    base = real["score_a_base"] - real[f"score_{against}_base"]
+    sign = role_sign(base.groupby(real["sample_id"], observed=True).first().mean(), config)
+    roles = sign * real.groupby(KEY)[column].mean()
     top = roles.sort_values(ascending=False, kind="stable").head(config.confirm)
     return [Component(int(layer), str(kind), int(index)) for layer, kind, index in top.index]
 
 
-def draw_random(chosen: Sequence[Component], exp: Experiment, draw: int) -> list[Component]:
-    """As many that were not chosen, each from its counterpart's layer or the nearest with some."""
-    rng, drawn = random.Random(f"{exp.config.seed} random {draw}"), []
-    taken, indices = {*chosen, *exp.config.given}, exp.shape.indices(exp.config.kind)
-    for component in chosen:
+def draw_random(chosen: Sequence[Component], n: int, exp: Experiment, draw: int) -> Components:
+    """As many as the first n, none chosen, each from its counterpart's layer or the nearest."""
+    rng, kind = random.Random(f"{exp.config.seed} random {n} {draw}"), exp.config.kind
+    taken: dict[int, set[int]] = defaultdict(set)
+    for component in (*chosen, *exp.config.given):
+        if component.kind == kind:
+            taken[component.layer].add(component.index)
+    drawn = []
+    for component in chosen[:n]:
         for layer in sorted(range(exp.shape.n_layers), key=lambda n: abs(n - component.layer)):
-            free = [c for i in indices if (c := Component(layer, component.kind, i)) not in taken]
+            free = [i for i in exp.shape.indices(kind) if i not in taken[layer]]
             if free:
                 break
-        drawn.append(rng.choice(free))
-        taken.add(drawn[-1])
-    return drawn
+        drawn.append(Component(layer, kind, rng.choice(free)))
+        taken[layer].add(drawn[-1].index)
+    return tuple(sorted(drawn))
 
 
 def joint_sizes(k: int) -> list[int]:
@@ -2939,74 +3168,153 @@ def joint_sizes(k: int) -> list[int]:
 
 
 def confirm_sets(chosen: Sequence[Component], exp: Experiment) -> list[JointSet]:
-    """Nothing, the top 1, 2, 4, ... K, and nested random sets of the same sizes."""
-    sizes, lent = joint_sizes(len(chosen)), 0
+    """Nothing, the top 1, 2, 4, ... K, and --num_random sets of each size, fewer where there are no
+    more distinct ones."""
     sets: list[JointSet] = [("none", 0, ())]
-    sets += [("chosen", 0, tuple(chosen[:n])) for n in sizes]
-    for draw in range(exp.config.num_random):
-        drawn = draw_random(chosen, exp, draw)
-        lent += sum(d.layer != c.layer for d, c in zip(drawn, chosen, strict=True))
-        sets += [("random", draw, tuple(drawn[:n])) for n in sizes]
-    if lent:
-        log.warning(f"{lent} random components are of a neighbouring layer: theirs had none left")
+    for n in joint_sizes(len(chosen)):
+        sets.append(("chosen", 0, tuple(chosen[:n])))
+        tries = (draw_random(chosen, n, exp, draw) for draw in range(10 * exp.config.num_random))
+        distinct: dict[Components, None] = {}
+        while len(distinct) < exp.config.num_random and (drawn := next(tries, None)):
+            distinct[drawn] = None
+        sets += [("random", draw, drawn) for draw, drawn in enumerate(distinct)]
     return sets
+
+
+def run_sets(
+    exp: Experiment, sets: Sequence[JointSet], prompts: Sequence[list[Prompt]]
+) -> list[list[list[float]]]:
+    """[set, sample, column]: the scores of prompts a, b and (with controls) other with each set
+    edited, and the KL divergence after a and b."""
+    involved = set(itertools.chain(*(components for _, _, components in sets)))
+    layers = {*(component.layer for component in involved), exp.shape.n_layers - 1}
+    trees = plant_trees(
+        [of[:2] + of_side(of, "other") for of in prompts], exp.encoder.bos, exp.config
+    )
+    found: list[Tensor] = []
+
+    def scores(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
+        return clean.tree.scores(read_entries(traced, clean, states), exp.task)
+
+    total = len(trees) * len(sets)
+    with tqdm(total=total, unit="row", desc="joint ablation", disable=None) as bar:
+        for tree in trees:
+            clean = exp.run_clean(tree, layers, involved)
+            rows = [exp.edits(components, clean) for _, _, components in sets]
+            both = exp.run_rows(clean, rows, bar, scores, divergence).chunk(2, 1)
+            nothing = torch.full_like(both[0][:, 0], math.nan)
+            for _, place in tree.samples:
+                columns = [(0, "a"), (0, "b"), (0, "other"), (1, "a"), (1, "b")]
+                of = [both[i][:, place[side]] if side in place else nothing for i, side in columns]
+                found.append(torch.stack(of, 1))
+    return torch.stack(found, 1).tolist()
+
+
+def of_side(prompts: Sequence[Prompt], side: str) -> list[Prompt]:
+    return [prompt for prompt in prompts if prompt.side == side]
 
 
 def measure_sets(
     exp: Experiment, folder: RunFolder, sets: Sequence[JointSet], samples: str, units: set[str]
-) -> Records:
-    """Rows of circuit_confirm.csv: the mean delta over some sentences with each set edited."""
+) -> pd.DataFrame:
+    """Rows of circuit_confirm.csv: the mean over some sentences of the score of prompt a less that
+    of b (with controls, of other too) with each set edited, and what else the sets move."""
     prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
     labels = [[component.label for component in components] for _, _, components in sets]
-
-    def compute() -> list[float]:
-        involved = set(itertools.chain(*(components for _, _, components in sets)))
-        layers = {*(component.layer for component in involved), exp.shape.n_layers - 1}
-        deltas: list[Tensor] = []
-        trees = plant_trees([of_sample[:2] for of_sample in prompts], exp.encoder.bos, exp.config)
-        total = len(trees) * len(sets)
-        with tqdm(total=total, unit="row", desc="joint ablation", disable=None) as bar:
-            for tree in trees:
-                clean = exp.run_clean(tree, layers, involved)
-                rows = [exp.edits(components, clean) for _, _, components in sets]
-                scores = tree.scores(exp.run_rows(clean, rows, bar), exp.task)
-                deltas += [scores[:, side["a"]] - scores[:, side["b"]] for _, side in tree.samples]
-        return torch.stack(deltas).mean(0).tolist()  # [set]
-
     key = [labels, [of_sample[0].sample.sample_id for of_sample in prompts]]
-    means = folder.part(f"joint-{digest(key)[:16]}", compute)
-    return [
-        {"samples": samples, "set": name, "draw": draw, "n_ablated": len(edited)}
-        | {"components": " ".join(edited), "n_samples": len(prompts), "n_sentences": len(units)}
-        | {"mean_delta": mean, "share_removed": 1 - mean / means[0] if means[0] else math.nan}
-        for (name, draw, _), edited, mean in zip(sets, labels, means, strict=True)
-    ]
+    found = folder.part(f"joint-{digest(key)[:16]}", run_sets, exp, sets, prompts)
+    a, b, other, kl_a, kl_b = torch.tensor(found, dtype=torch.float64).unbind(-1)  # [set, sample]
+    told = pd.DataFrame(
+        {"set": name, "draw": draw, "n_ablated": len(edited), "components": " ".join(edited)}
+        for (name, draw, _), edited in zip(sets, labels, strict=True)
+    ).assign(samples=samples, kl_a=kl_a.mean(1), kl_b=kl_b.mean(1))
+    told = told.assign(moved_a=(a - a[0]).mean(1), moved_b=(b - b[0]).mean(1))
+    frames = []
+    for against, theirs in {"b": b, "other": other}.items():
+        there = ~theirs[0].isnan()
+        names = [of[0].sample.unit for of, has in zip(prompts, there.tolist(), strict=True) if has]
+        if names:
+            stats = joint_statistics((a - theirs)[:, there].T, names, exp.config)
+            frames.append(told.assign(measure=f"a - {against}", n_samples=len(names), **stats))
+    return pd.concat(frames)
+
+
+def joint_statistics(deltas: Tensor, units: Sequence[str], config: Config) -> dict[str, Any]:
+    """Columns of circuit_confirm.csv from deltas [sample, set], the first set being empty."""
+    names, draws = sorted(set(units)), (config.num_bootstrap, config.seed)
+    place = torch.tensor([names.index(unit) for unit in units])
+    sums = torch.zeros(len(names), deltas.shape[1], dtype=torch.float64).index_add(0, place, deltas)
+    counts = place.bincount().double()[:, None].expand_as(sums)
+    low, high = bootstrap_interval(sums, counts, *draws)
+    mean = deltas.mean(0)
+    sign = -1.0 if mean[0] < 0 else 1.0
+    kept = bootstrap_interval(sign * sums, sign * sums[:, :1].expand_as(sums), *draws)
+    share = {
+        "share_removed": 1 - mean / mean[0],
+        "share_low": 1 - kept[1],
+        "share_high": 1 - kept[0],
+    }
+    interval = {"mean_delta": mean, "ci_low": low, "ci_high": high}
+    return {"n_sentences": len(names), **interval, **share}
 
 
 def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Component]:
     """Write circuit_confirm.csv and .png; returns the chosen components, best first."""
-    config, records, chosen = exp.config, [], []
+    config, frames, chosen = exp.config, [], []
     if not config.confirm and not config.ablate:
         return []
     choosing, held_out = split_units(table, config.seed)
     if config.confirm:
-        chosen = choose_top(table[table["unit"].isin(choosing)], config)
-        records += measure_sets(exp, folder, confirm_sets(chosen, exp), "held-out", held_out)
+        of_choosing = table[table["unit"].isin(choosing)]
+        other = of_choosing.get("effect_minus_other", pd.Series(dtype=float)).notna().any()
+        chosen = choose_top(of_choosing, config, "other" if other else "b")
+        frames.append(measure_sets(exp, folder, confirm_sets(chosen, exp), "held-out", held_out))
     if config.ablate:
         sets: list[JointSet] = [("none", 0, ()), ("ablate", 0, config.ablate)]
-        records += measure_sets(exp, folder, sets, "all", choosing | held_out)
-    rows = pd.DataFrame(records)
+        frames.append(measure_sets(exp, folder, sets, "all", choosing | held_out))
+    rows = judge_sets(pd.concat(frames, ignore_index=True), chosen)
     write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
-    drawn = rows[rows["set"] == "random"]
-    for row in rows[rows["set"].isin(("chosen", "ablate"))].itertuples():
-        same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
-        beside = f", random sets {same.quantile(0.05):.0%} to {same.quantile(0.95):.0%}"
-        what = f"{row.samples} samples, {row.n_ablated} jointly ({row.components})"
-        found = f"mean delta {row.mean_delta:+.3f}, {row.share_removed:.0%} removed"
-        log.info(f"{what}: {found}{beside if row.set == 'chosen' else ''}")
+    report_sets(rows, exp.task)
     if chosen:
         draw_confirm(rows, config, folder.path / "circuit_confirm.png")
     return chosen
+
+
+def judge_sets(rows: pd.DataFrame, chosen: Sequence[Component]) -> pd.DataFrame:
+    """The rows with `lent`, how many of a random set are of another layer than their counterparts,
+    and `damaged`: a chosen set that moves what the model says after prompt b, which does not show
+    the behaviour, further (KL) than 95 % of the random sets of its size do."""
+    layers = [Counter(c.layer for c in chosen[:n]) for n in range(len(chosen) + 1)]
+    random_sets, lent = rows["set"] == "random", []
+    for drawn in rows["components"].where(random_sets, "").str.split():
+        there = Counter(Component.parse(label).layer for label in drawn)
+        lent.append((there - layers[len(drawn) if len(drawn) < len(layers) else 0]).total())
+    limits = rows[random_sets].groupby("n_ablated")["kl_b"].quantile(0.95)
+    damaged = (rows["kl_b"] > rows["n_ablated"].map(limits)).where(rows["set"] == "chosen")
+    return rows.assign(lent=lent, damaged=damaged)
+
+
+def report_sets(rows: pd.DataFrame, task: Task) -> None:
+    """A log line per set that was chosen or asked for."""
+    rows = rows[rows["measure"] == rows["measure"].iloc[-1]]
+    drawn = rows[rows["set"] == "random"]
+    if lent := int(drawn["lent"].max() if len(drawn) else 0):
+        log.warning(f"{lent} of a random set's components are of neighbouring layers: none is left")
+    for row in rows[rows["set"].isin(("chosen", "ablate"))].itertuples():
+        told = f"{row.samples} samples, {row.n_ablated} jointly ({row.components}): "
+        told += (
+            f"mean {row.measure} {row.mean_delta:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
+        )
+        told += f"{row.share_removed:.0%} removed [{row.share_low:.0%}, {row.share_high:.0%}]"
+        same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
+        if row.set == "chosen":
+            ends = (0.05, 0.95) if len(same) >= MANY_SETS else (0, 1)
+            low, high = (same.quantile(end) for end in ends)
+            told += f", {len(same)} distinct random sets {low:.0%} to {high:.0%}"
+        told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
+        told += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
+        told += ": DAMAGED, b moves further than with random sets" if row.damaged == 1 else ""
+        log.info(told)
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -3081,6 +3389,7 @@ def check_behaviour(
     for rate in rates:
         shown = f"{rate['mentions_a']:.0f} % {exp.task.shown} after prompt a"
         beside = f"{rate['mentions_b']:.0f} % after b; {rate['answers_b']:.0f} % to b are answers"
+        beside += f", {rate['alike_b']:.0f} % are alike or repeat themselves"
         log.info(f"replies ({rate['samples']}, {rate['n_ablated']} ablated): {shown}, {beside}")
     folder.note(behaviour=rates)
 
@@ -3091,9 +3400,21 @@ def behaviour_rates(records: pd.DataFrame, held_out: set[str]) -> Records:
     held = records[records["sample_id"].isin(held_out)]
     unedited = records[records["n_ablated"] == 0].assign(samples="all")
     groups = pd.concat([unedited, held]).groupby(["samples", "n_ablated", "prompt"])
-    means = 100 * groups[["mentions", "answers"]].mean().unstack()
+    means = 100 * groups[["mentions", "answers"]].mean()
+    means["alike"] = 100 * groups["reply"].agg(share_alike)
+    means = means.unstack()
     means.columns = [f"{what}_{side}" for what, side in means.columns]
     return means.reset_index().to_dict("records")
+
+
+def share_alike(replies: Iterable[str]) -> float:
+    """How many of some replies to different prompts are the commonest one or repeat themselves: at
+    least four words of which more than half stood there before."""
+    said = [plain(reply).split() for reply in replies]
+    ((commonest, times),) = Counter(map(tuple, said)).most_common(1)
+    repeated = [len(words) > 3 and 2 * len({*words}) < len(words) for words in said]
+    common = [times > 1 and tuple(words) == commonest for words in said]
+    return sum(map(max, repeated, common)) / len(said)
 
 
 # ----- Main ---------------------------------------------------------------------------------------
