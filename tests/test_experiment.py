@@ -206,6 +206,21 @@ def test_a_model_folder_is_known_by_its_content(
     assert (identity(folder) == before) is same
 
 
+LOADED = "model.safetensors pytorch_model.bin model.gguf config.json tokenizer.model merges.txt"
+
+
+@pytest.mark.parametrize("name", [*LOADED.split(), "chat_template.jinja"])
+def test_every_kind_of_file_that_a_model_is_loaded_from_tells_it_apart(
+    name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text("{}")
+    found = set()
+    for content in ("one", "two"):
+        (tmp_path / name).write_text(content)
+        found.add(identity(tmp_path))
+    assert len(found) == 2
+
+
 def test_files_whose_size_and_time_are_known_are_not_read_again(llama: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "copy"))
     config = Config(model_id=str(folder))

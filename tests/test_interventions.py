@@ -337,6 +337,18 @@ def test_twins_that_share_both_prompts_are_patched_as_each_alone(plain: Bench) -
 # ----- what is computed, and what is left behind
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_alone_leaves_the_clean_run_as_it_was(plain: Bench, kind: str) -> None:
+    """What it reads may be what the clean run has kept: it is edited in a copy."""
+    exp = plain.experiment(f"--kind {kind} {WHICH.get(kind, '')} --op scale --factor 2 --layers 1")
+    clean = exp.run_clean(exp.trees[0], [1])
+    row = exp.edits(exp.components[:1], clean)
+    once, again = (tracing.run_rows(exp.traced, clean, [row]) for _ in range(2))
+    assert (once - clean.log_probs).abs().max() > 1e-3
+    assert (once - again).abs().max() < SAME
+    assert (tracing.run_rows(exp.traced, clean, [(), row])[0] - clean.log_probs).abs().max() < SAME
+
+
 @pytest.mark.parametrize(
     ("flags", "layer", "grows_at"),
     [

@@ -19,6 +19,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import llama3_circuit_tracing as tracing
 from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses
@@ -89,6 +90,23 @@ def test_a_refused_command_names_what_differs_and_deletes_nothing(
     assert all(text in err for text in REFUSED[line])
     assert "dtype" not in err and "layers:" not in err
     assert [path.read_bytes() for path in files] == before
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_a_run_does_not_go_on_with_other_weights(
+    weights: str, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    """In the same folder, under the same name and with the same config."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    state = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    command = ["--model_id", str(model), "--output_dir", str(tmp_path / "run"), *TWO]
+    for factor, code in ((1.0, 0), (1.01, 2)):
+        save = save_file if weights == "model.safetensors" else torch.save
+        save({name: factor * tensor for name, tensor in state.items()}, model / weights)
+        found, _, err = answer(*command, "--layers", "0")
+        assert found == code, err
+    assert "holds a run that differs in model: " in err
 
 
 def test_overwrite_starts_afresh_and_deletes_only_files_of_this_script(

@@ -347,6 +347,18 @@ def test_a_base_of_exactly_zero_leaves_cells_empty(floor: float) -> None:
     assert heads["verdict"].tolist() == [""]
 
 
+@pytest.mark.parametrize("base", [-1.0, 1.0])
+@pytest.mark.parametrize("factor", [-2.0, -0.5, 0.0, 0.5, 0.99, 1.01, 1.5, 3.0])
+def test_a_component_has_one_role_whatever_factor_it_is_scaled_by(
+    factor: float, base: float
+) -> None:
+    """A head that writes half of the base, and one that writes as much against it."""
+    moved = (factor - 1) * base / 2
+    config = tracing.Config(op="scale", factor=factor, num_bootstrap=100)
+    heads = find(results({"L0H0": [moved] * 8, "L0H1": [-moved] * 8}, base), config=config)[1]
+    assert heads["role"].tolist() == pytest.approx([abs(moved), -abs(moved)])
+
+
 def test_effects_that_are_all_zero_give_no_verdict_and_no_nan() -> None:
     heads = find(results({"L0H0": [0.0] * 6, "L0H1": [0.0] * 6}))[1]
     assert heads["p"].tolist() == [1.0, 1.0]
