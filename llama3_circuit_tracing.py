@@ -2819,15 +2819,22 @@ def statistics_of(table: pd.DataFrame, column: str, config: Config) -> pd.DataFr
     return stats.assign(**{name: values.tolist() for name, values in tests.items()})
 
 
+def base_of(table: pd.DataFrame, side: str) -> pd.Series:
+    """The unedited score of prompt a less that of another side; NaN where the table lacks it."""
+    if side == "b":
+        return table["delta_logit_base"]
+    lacking = pd.Series(math.nan, index=table.index)
+    return table.get("score_a_base", lacking) - table.get(f"score_{side}_base", lacking)
+
+
 def base_statistics(table: pd.DataFrame, config: Config, side: str = "b") -> Record:
     """The same of the unedited scores of prompt a less those of another side, one number per
     sample, and whether the interval excludes 0; {} where the table lacks the scores."""
-    if side != "b" and f"score_{side}_base" not in table:
-        return {}
-    base = table["delta_logit_base"]
-    if side != "b":
-        base = table["score_a_base"] - table[f"score_{side}_base"]
-    table = table.assign(base=base).drop_duplicates("sample_id").assign(layer=0, index=0)
+    table = (
+        table.assign(base=base_of(table, side))
+        .drop_duplicates("sample_id")
+        .assign(layer=0, index=0)
+    )
     if table["base"].isna().all():
         return {}
     found: pd.Series = statistics_of(table, "base", config).iloc[0]
@@ -3137,9 +3144,8 @@ def choose_top(table: pd.DataFrame, config: Config, against: str) -> list[Compon
     less that of a side."""
     column = "head_effect" if against == "b" else f"effect_minus_{against}"
     real = real_rows(table[table[column].notna()])
-    base = real["score_a_base"] - real[f"score_{against}_base"]
-    sign = role_sign(base.groupby(real["sample_id"], observed=True).first().mean(), config)
-    roles = sign * real.groupby(KEY)[column].mean()
+    base = base_of(real.drop_duplicates("sample_id"), against)
+    roles = role_sign(base.mean(), config) * real.groupby(KEY)[column].mean()
     top = roles.sort_values(ascending=False, kind="stable").head(config.confirm)
     return [Component(int(layer), str(kind), int(index)) for layer, kind, index in top.index]
 
