@@ -296,7 +296,6 @@ class Config:
     controls: bool = option(False, "add prompts that forbid other words and that affirm the same")
     confirm: Natural = option(0, "ablate the top K jointly on held-out sentences", metavar="K")
     num_random: Count = option(20, "random sets beside the top K")
-    num_bootstrap: int = option(2000, "bootstrap draws of intervals", type=whole_number(100))
     ablate: Components = option((), "measure one joint set of components: L2H5,L3mlp")
     compare: str | None = option(None, "results CSV of another run to compare with")
     max_new_tokens: Natural = option(0, "greedy reply length of the behaviour check; 0 = none")
@@ -2674,70 +2673,66 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
 
 # ----- Statistics ---------------------------------------------------------------------------------
 
-MOST_EXACT = 20  # sentences up to which every sign pattern is tried
+# chosen by simulation (tests/simulate_statistics.py): by how much skewness divides |t| at most
+MOST_SHRUNK = 2.5
 
 
-def bootstrap_interval(sums: Tensor, counts: Tensor, draws: int, seed: int) -> Tensor:
-    """95 % BCa interval [end, column] of the mean, resampling sentences (doi:10.2307/2289144).
-
-    sums, counts: [sentence, column], of each sentence's samples. A single one has no interval: NaN.
-    """
-    n, step = len(sums), max(1, 2**25 // draws)
-    if n < 2:
-        return torch.full((2, sums.shape[1]), math.nan)
-    if sums.shape[1] > step:  # so many columns at a time that their draws take 256 MB
-        blocks = zip(sums.split(step, 1), counts.split(step, 1), strict=True)
-        return torch.cat([bootstrap_interval(*block, draws, seed) for block in blocks], 1)
-    picks = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(draws, n, dtype=torch.float64)
-    times.scatter_add_(1, picks, torch.ones_like(times))
-    mean = sums.sum(0) / counts.sum(0)
-    drawn = (times @ sums) / (times @ counts)  # [draw, column]
-    drawn = torch.where(drawn.isnan(), mean, drawn).sort(dim=0).values
-    left_out = (sums.sum(0) - sums) / (counts.sum(0) - counts)  # jackknife [sentence, column]
-    away = torch.nan_to_num(left_out.mean(0) - left_out)
-    spread = (away**2).sum(0) ** 1.5
-    skew = torch.where(spread > 0, (away**3).sum(0) / (6 * spread), 0.0)
-    slack = 1e-12 * mean.abs()  # draws equal to the mean up to rounding are ties, and count half
-    below = ((drawn < mean - slack).double() + (drawn <= mean + slack).double()).mean(0) / 2
-    bias = torch.special.ndtri(below.clamp(1 / (2 * draws), 1 - 1 / (2 * draws)))
-    z = bias + torch.special.ndtri(torch.tensor([[0.025], [0.975]], dtype=torch.float64))
-    place = torch.special.ndtr(bias + z / (1 - skew * z)) * (draws - 1)  # [end, column]
-    low, high = (drawn.gather(0, at.long()) for at in (place.floor(), place.ceil()))
-    return low.lerp(high, place - place.floor()).masked_fill((counts > 0).sum(0) < 2, math.nan)
-
-
-def sign_patterns(n: int, n_tests: int) -> int:
-    """How many patterns `sign_flip_p` tries: all up to sign, or 100 random ones per test."""
-    return 2 ** (n - 1) if n <= MOST_EXACT else max(9999, 100 * n_tests)
-
-
-def sign_flip_p(sums: Tensor, seed: int) -> Tensor:
-    """Two-sided p [column] that the sentences' sums [sentence, column] are symmetric about 0.
-
-    Exact up to `MOST_EXACT` sentences: the share of all sign patterns whose |sum| reaches the
-    observed one. Beyond, random patterns, at least 100 per column, and p = (1 + c) / (1 + B)
-    (Phipson and Smyth 2010, doi:10.2202/1544-6115.1585).
-    """
-    n, n_columns = sums.shape
-    exact, total = n <= MOST_EXACT, sign_patterns(n, n_columns)
-    bound = sums.sum(0).abs() - (1e-9 if exact else 1e-6) * sums.abs().sum(0)
-    sums = sums if exact else sums.float()  # thousands of sentences take minutes otherwise
-    generator = torch.Generator().manual_seed(seed)
-    reached = torch.zeros(n_columns, dtype=torch.float64)
-    step = max(1, 2**24 // max(n, n_columns))
-    for first in range(0, total, step):
-        size = min(step, total - first)
-        if exact:  # the last sentence keeps its sign: a pattern and its opposite are alike
-            bits = (torch.arange(first, first + size)[:, None] >> torch.arange(n)) & 1
-        else:
-            bits = torch.randint(2, (size, n), generator=generator, dtype=torch.int8)
-        reached += (((1 - 2 * bits).to(sums) @ sums).abs() >= bound).sum(0)
-    return reached / total if exact else (1 + reached) / (1 + total)
-
-
-def smallest_p(n: int) -> float:
+def smallest_p(n: Any) -> Any:
+    """The least p that n sentences give: that of n signs alike."""
     return 2.0 ** (1 - n)
+
+
+def studentised(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per column of sums and counts [sentence, column] the mean, its jackknife standard error, the
+    number of sentences (Kish 1965: fewer where their counts differ) and the skewness, six times
+    the L-skewness (Hosking 1990, doi:10.1111/j.2517-6161.1990.tb01775.x) as in a gamma
+    distribution: bounded, so that one outlier does not decide it."""
+    n, total = (counts != 0).sum(0), counts.sum(0)
+    mean, rank = sums.sum(0) / total, torch.arange(len(sums), dtype=torch.float64)[:, None]
+    away = (sums - mean * counts) / (total - counts)  # by which the mean moves without a sentence
+    away = away.masked_fill(away.abs() <= 1e-12 * (sums / total).abs().amax(0), 0.0)  # rounding
+    error = ((away**2).sum(0) * (n - 1) / n).sqrt()
+    ordered = away.masked_fill(counts == 0, math.inf).T.sort().values.T.masked_fill(rank >= n, 0.0)
+    once, twice = (rank * ordered).sum(0), (rank * (rank - 1) * ordered).sum(0)
+    skewness = torch.where((n > 2) & (once > 0), 18 * (twice / ((n - 2) * once) - 1), 0.0)
+    return mean, error, total**2 / (counts**2).sum(0), skewness
+
+
+def mean_test(sums: Tensor, counts: Tensor) -> Tensor:
+    """Two-sided p [column] that the mean is 0: Student's t, corrected for skewness.
+
+    A tail that points away from the mean makes a large |t| likelier than Student's distribution
+    has it: |t| goes through the cubic of Hall 1992 (On the removal of skewness by transformation,
+    JRSS B 54), no further than it rises, and is divided by `MOST_SHRUNK` at most. A tail that
+    points with the mean makes it rarer: |t| gains half of the correction of Johnson 1978 (Modified
+    t tests and confidence intervals for asymmetrical populations). See `smallest_p`.
+    """
+    mean, error, size, skewness = studentised(sums, counts)
+    t = (mean.abs() / error).nan_to_num(0.0).clamp_max(1e6)  # 0 / 0: all sums are 0
+    bend = skewness * mean.sign() / (6 * size.sqrt())
+    against = 2 * (-bend).clamp_min(1e-9)
+    cubic = (1 - (1 - against * t).clamp_min(0) ** 3) / (3 * against)
+    t = torch.where(bend < 0, cubic.maximum(t / MOST_SHRUNK), t + bend * t**2)
+    df = (size - 1).clamp_min(1)  # to a normal quantile: Hill 1970, doi:10.1145/355598.362775
+    z = ((df - 0.5) * (t**2 / df).log1p()).sqrt()
+    z = z + (z**3 + 3 * z) / (48 * (df - 0.5) ** 2)
+    return (2 * torch.special.ndtr(-z)).maximum(smallest_p((counts != 0).sum(0))).clamp_max(1.0)
+
+
+def mean_interval(sums: Tensor, counts: Tensor) -> Tensor:
+    """95 % interval [end, column] of the mean: what `mean_test` does not reject at 0.05, but for
+    its least p. A single sentence has none: NaN."""
+    mean, error, size, skewness = studentised(sums, counts)
+    df = (size - 1).clamp_min(1)
+    z = 1.959964 * (8 * df + 3) / (8 * df + 1)
+    t = (df * (z**2 / df).expm1()).sqrt()  # Student's quantile: Wallace 1959
+    bend = skewness.abs().clamp_min(6e-6) / (6 * size.sqrt())
+    near = 2 * t / (1 + (1 + 4 * bend * t).sqrt())
+    root = (1 - 6 * bend * t).clamp_min(0) ** (1 / 3)
+    far = torch.where(root > 0, (1 - root) / (2 * bend), math.inf).minimum(MOST_SHRUNK * t)
+    low, high = torch.where(skewness > 0, near, far), torch.where(skewness > 0, far, near)
+    ends = torch.stack([mean - low * error, mean + high * error])
+    return ends.masked_fill((counts != 0).sum(0) < 2, math.nan)
 
 
 def benjamini_hochberg(p: Tensor) -> Tensor:
@@ -2805,17 +2800,17 @@ def noise_floor(jittered: pd.DataFrame) -> float:
     return float(whole.loc[whole["draw"] < n_draws, "mean"].abs().quantile(0.95))
 
 
-def statistics_of(table: pd.DataFrame, column: str, config: Config) -> pd.DataFrame:
-    """Mean, spread, interval and test of a column per component; sentences are resampled."""
+def statistics_of(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean, spread, interval and test of a column per component, over independent units."""
     real = real_rows(table[table[column].notna()])
     stats = real.groupby(KEY)[column].agg(n_samples="size", mean="mean", median="median", sd="std")
     by_unit = real.groupby(["unit", *KEY], observed=True)[column].agg(["sum", "count"]).unstack(KEY)
     filled = (by_unit[part][stats.index].fillna(0.0) for part in ("sum", "count"))
     sums, counts = (torch.tensor(part.to_numpy(float)) for part in filled)
     stats.insert(1, "n_sentences", (counts > 0).sum(0).tolist())
-    low, high = bootstrap_interval(sums, counts, config.num_bootstrap, config.seed)
-    p = sign_flip_p(sums, config.seed)
-    tests = {"ci_low": low, "ci_high": high, "p": p, "q": benjamini_hochberg(p)}
+    (low, high), p = mean_interval(sums, counts), mean_test(sums, counts)
+    tests = {"skewness": studentised(sums, counts)[-1], "ci_low": low, "ci_high": high, "p": p}
+    tests["q"] = benjamini_hochberg(p)
     return stats.assign(**{name: values.tolist() for name, values in tests.items()})
 
 
@@ -2827,7 +2822,7 @@ def base_of(table: pd.DataFrame, side: str) -> pd.Series:
     return table.get("score_a_base", lacking) - table.get(f"score_{side}_base", lacking)
 
 
-def base_statistics(table: pd.DataFrame, config: Config, side: str = "b") -> Record:
+def base_statistics(table: pd.DataFrame, side: str = "b") -> Record:
     """The same of the unedited scores of prompt a less those of another side, one number per
     sample, and whether the interval excludes 0; {} where the table lacks the scores."""
     table = (
@@ -2837,7 +2832,7 @@ def base_statistics(table: pd.DataFrame, config: Config, side: str = "b") -> Rec
     )
     if table["base"].isna().all():
         return {}
-    found: pd.Series = statistics_of(table, "base", config).iloc[0]
+    found: pd.Series = statistics_of(table, "base").iloc[0]
     record = {str(name): value for name, value in found.items()}
     return record | {"is_clear": bool(found["ci_low"] > 0 or found["ci_high"] < 0)}
 
@@ -2855,7 +2850,7 @@ def heads_table(
     a less that side), against noise and against 0."""
 
     def judge(column: str, base: Record) -> pd.DataFrame:
-        stats = statistics_of(table, column, config)
+        stats = statistics_of(table, column)
         role = role_sign(base["mean"], config) * stats["mean"] + 0.0  # no -0.0
         loud = role.abs().astype("Float64") > (pd.NA if math.isnan(floor) else floor)
         counted = (stats["q"] < 0.05) & loud.fillna(True) & base["is_clear"]
@@ -2896,9 +2891,9 @@ def compare_runs(
     log.info("Spearman agreement of the rankings (%s): %.3f", ops, ranks.corr().iloc[0, 1])
     if config.op != before:
         return heads  # what an op moves is no measure of what another's heads took over
-    sign = role_sign(base_statistics(table, config)["mean"], config)
+    sign = role_sign(base_statistics(table)["mean"], config)
     pairs["growth"] = sign * (pairs["head_effect"] - pairs["head_effect_before"])
-    growth = statistics_of(pairs, "growth", config)[["mean", "ci_low", "ci_high", "p", "q"]]
+    growth = statistics_of(pairs, "growth")[["mean", "ci_low", "ci_high", "p", "q"]]
     growth["flag"] = (growth["q"] < 0.05) & (growth["mean"] > (0 if math.isnan(floor) else floor))
     heads = heads.join(growth.add_prefix("growth_"), on=KEY)
     flagged = heads[heads["growth_flag"].fillna(False)]["label"]
@@ -3079,7 +3074,7 @@ def write_findings(
     table: pd.DataFrame, other: pd.DataFrame | None, floor: float, config: Config, path: Path
 ) -> None:
     """circuit_heads.csv and the figures that a results table alone gives."""
-    found = {side: base_statistics(table, config, side) for side in ("b", *CONTROLS)}
+    found = {side: base_statistics(table, side) for side in ("b", *CONTROLS)}
     bases = {side: base for side, base in found.items() if base}
     heads = heads_table(table, bases, floor, config)
     report_findings(heads, bases, floor, config)
@@ -3097,7 +3092,7 @@ def recorded_flags(results: Path) -> list[str]:
     told = dict(read_record(results.parent / "run.json").get("config", {}))
     _, first = next(read_rows(results), (0, {}))
     told |= {name: first[name] for name in ONCE if first.get(name)}
-    heeded = {"model_id", "seed", "num_bootstrap", "top_k", *ONCE} - {"kind"}
+    heeded = {"model_id", "top_k", *ONCE} - {"kind"}
     return [f"--{name}={told[name]}" for name in sorted(heeded) if told.get(name) is not None]
 
 
@@ -3240,28 +3235,21 @@ def measure_sets(
         there = ~theirs[0].isnan()
         names = [of[0].sample.unit for of, has in zip(prompts, there.tolist(), strict=True) if has]
         if names:
-            stats = joint_statistics((a - theirs)[:, there].T, names, exp.config)
+            stats = joint_statistics((a - theirs)[:, there].T, names)
             frames.append(told.assign(measure=f"a - {against}", n_samples=len(names), **stats))
     return pd.concat(frames)
 
 
-def joint_statistics(deltas: Tensor, units: Sequence[str], config: Config) -> dict[str, Any]:
+def joint_statistics(deltas: Tensor, units: Sequence[str]) -> dict[str, Any]:
     """Columns of circuit_confirm.csv from deltas [sample, set], the first set being empty."""
-    names, draws = sorted(set(units)), (config.num_bootstrap, config.seed)
+    names = sorted(set(units))
     place = torch.tensor([names.index(unit) for unit in units])
     sums = torch.zeros(len(names), deltas.shape[1], dtype=torch.float64).index_add(0, place, deltas)
     counts = place.bincount().double()[:, None].expand_as(sums)
-    low, high = bootstrap_interval(sums, counts, *draws)
-    mean = deltas.mean(0)
-    sign = -1.0 if mean[0] < 0 else 1.0
-    kept = bootstrap_interval(sign * sums, sign * sums[:, :1].expand_as(sums), *draws)
-    share = {
-        "share_removed": 1 - mean / mean[0],
-        "share_low": 1 - kept[1],
-        "share_high": 1 - kept[0],
-    }
-    interval = {"mean_delta": mean, "ci_low": low, "ci_high": high}
-    return {"n_sentences": len(names), **interval, **share}
+    mean, base, told = deltas.mean(0), sums[:, :1].expand_as(sums), {"n_sentences": len(names)}
+    ends = (*mean_interval(sums, counts), *mean_interval(base - sums, base))
+    named = zip(("ci_low", "ci_high", "share_low", "share_high"), ends, strict=True)
+    return told | {"mean_delta": mean, "share_removed": 1 - mean / mean[0], **dict(named)}
 
 
 def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Component]:
@@ -3557,7 +3545,7 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, UsageError | RunError):
         return str(error)
     if is_out_of_memory(error):
-        lower = "--tree_tokens, --rows_per_forward or --num_bootstrap"
+        lower = "--tree_tokens or --rows_per_forward"
         return f"out of memory: lower {lower}, use shorter prompts or fewer components"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
