@@ -2692,7 +2692,8 @@ def studentised(sums: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor, T
     away = (sums - mean * counts) / (total - counts)  # by which the mean moves without a sentence
     away = away.masked_fill(away.abs() <= 1e-12 * (sums / total).abs().amax(0), 0.0)  # rounding
     error = ((away**2).sum(0) * (n - 1) / n).sqrt()
-    ordered = away.masked_fill(counts == 0, math.inf).T.sort().values.T.masked_fill(rank >= n, 0.0)
+    centred = (away - away.sum(0) / n).masked_fill(counts == 0, math.inf)
+    ordered = centred.T.sort().values.T.masked_fill(rank >= n, 0.0)
     once, twice = (rank * ordered).sum(0), (rank * (rank - 1) * ordered).sum(0)
     skewness = torch.where((n > 2) & (once > 0), 18 * (twice / ((n - 2) * once) - 1), 0.0)
     return mean, error, total**2 / (counts**2).sum(0), skewness
@@ -2716,7 +2717,11 @@ def mean_test(sums: Tensor, counts: Tensor) -> Tensor:
     df = (size - 1).clamp_min(1)  # to a normal quantile: Hill 1970, doi:10.1145/355598.362775
     z = ((df - 0.5) * (t**2 / df).log1p()).sqrt()
     z = z + (z**3 + 3 * z) / (48 * (df - 0.5) ** 2)
-    return (2 * torch.special.ndtr(-z)).maximum(smallest_p((counts != 0).sum(0))).clamp_max(1.0)
+    return (
+        (2 * torch.special.ndtr(-z))
+        .maximum(smallest_p((counts != 0).double().sum(0)))
+        .clamp_max(1.0)
+    )
 
 
 def mean_interval(sums: Tensor, counts: Tensor) -> Tensor:

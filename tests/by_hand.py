@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -61,6 +63,7 @@ def results(
             "head_effect": effect,
             "unit": units[i] if units else f"u{i:03d}",
             "group": "",
+            "prompts": f"p{i:03d}",
             "kind": component.kind,
             "index": component.index,
             "op": op,
@@ -69,6 +72,27 @@ def results(
         for component in [tracing.Component.parse(label)]
         for i, (before, effect) in enumerate(zip(bases, of_component, strict=True))
     )
+
+
+def with_control(
+    table: pd.DataFrame, side: str, effects: Effects, base: Sequence[float] | float
+) -> pd.DataFrame:
+    """The table with a control prompt: its base is a's score less the control's, its effects are
+    what edits move of that. Prompt b scores 0 throughout."""
+    control = results(effects, base)
+    scores = {f"score_a_{run}": table[f"delta_logit_{run}"] for run in ("base", "head")}
+    scores |= {
+        f"score_{side}_{run}": table[f"delta_logit_{run}"] - control[f"delta_logit_{run}"]
+        for run in ("base", "head")
+    }
+    contrast = {f"effect_minus_{side}": control["head_effect"]}
+    return table.assign(**scores, **contrast, score_b_base=0.0, score_b_head=0.0)
+
+
+def bases_of(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """By side the statistics of the unedited score of prompt a less that side's."""
+    found = {side: tracing.base_statistics(table, side) for side in ("b", "other", "affirm")}
+    return {side: base for side, base in found.items() if base}
 
 
 # ----- a run
@@ -105,3 +129,65 @@ def ablated(model: Any, labels: Iterable[str]) -> AbstractContextManager[None]:
     """Some components zeroed at once, with a plain hook each."""
     components = map(tracing.Component.parse, labels)
     return naive.zeroed(model, [(c.layer, c.kind, c.index) for c in components])
+
+
+def student_tail(t: float, df: float, steps: int = 20_000) -> float:
+    """P(T > t) by the trapezoidal rule, over the angle whose tangent is T / sqrt(df)."""
+    start = math.atan(t / math.sqrt(df))
+    width = (math.pi / 2 - start) / steps
+    heights = [math.cos(start + i * width) ** (df - 1) for i in range(steps + 1)]
+    area = width * (sum(heights) - (heights[0] + heights[-1]) / 2)
+    whole = math.sqrt(math.pi) * math.exp(math.lgamma(df / 2) - math.lgamma((df + 1) / 2))
+    return area / whole
+
+
+def student_quantile(df: float) -> float:
+    """The t that 2.5 % exceed, by bisection."""
+    low, high = 0.0, 100.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_tail(middle, df, 2000) > 0.025 else (low, middle)
+    return low
+
+
+def mean_test(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, float, float]:
+    """p and 95 % interval of a mean, by the formulas in plain loops: leave one out, and L-moments
+    as means over pairs and triples."""
+    n, mean = len(sums), sum(sums) / sum(counts)
+    left_out = [
+        (sum(sums) - total) / (sum(counts) - count)
+        for total, count in zip(sums, counts, strict=True)
+    ]
+    away = [mean - one for one in left_out]
+    error = math.sqrt(sum(a * a for a in away) * (n - 1) / n)
+    size = sum(counts) ** 2 / sum(c * c for c in counts)
+    pairs = statistics.fmean((b - a) / 2 for a, b in itertools.combinations(sorted(away), 2))
+    triples = statistics.fmean(
+        (c - 2 * b + a) / 3 for a, b, c in itertools.combinations(sorted(away), 3)
+    )
+    skewness = 6 * triples / pairs
+
+    def corrected(t: float, bend: float) -> float:
+        """|t| by the skewness / sqrt(size) in the direction of the mean."""
+        if bend >= 0:
+            return t + bend * t**2 / 6
+        turn = 3 / -bend  # where Hall's cubic rises no further
+        cubic = turn / 3 * (1 - max(0.0, 1 - t / turn) ** 3)
+        return max(cubic, t / tracing.MOST_SHRUNK)
+
+    bend = skewness / math.sqrt(size)
+    t = corrected(abs(mean) / error, math.copysign(1, mean) * bend)
+    df = max(1.0, size - 1)
+    y = math.sqrt((df - 0.5) * math.log1p(t * t / df))
+    z = y + (y**3 + 3 * y) / (48 * (df - 0.5) ** 2)
+    p = min(1.0, max(2 * statistics.NormalDist().cdf(-z), 2.0 ** (1 - n)))
+
+    def reach(bend: float) -> float:
+        """The |t| whose correction is Student's quantile, by bisection."""
+        quantile, low, high = student_quantile(df), 0.0, 1e4
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            low, high = (middle, high) if corrected(middle, bend) < quantile else (low, middle)
+        return low
+
+    return p, mean - reach(bend) * error, mean + reach(-bend) * error

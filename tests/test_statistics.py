@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
-import statistics
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from torch import Tensor
 
 import by_hand
 import llama3_circuit_tracing as tracing
+import simulate_statistics as simulation
 
 X = (0.3, -0.1, 0.7, 2.0, 0.2, 0.9)
 
@@ -22,80 +20,87 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)[:, None]
 
 
-def interval(values: Tensor, draws: int = 4000, seed: int = 0) -> tuple[list[float], list[float]]:
+def p_of(values: Tensor) -> list[float]:
+    return tracing.mean_test(values, torch.ones_like(values)).tolist()
+
+
+def interval(values: Tensor) -> tuple[list[float], list[float]]:
     """The interval of each column of values [sentence, column], one sample per sentence."""
-    low, high = tracing.bootstrap_interval(values, torch.ones_like(values), draws, seed)
+    low, high = tracing.mean_interval(values, torch.ones_like(values))
     return low.tolist(), high.tolist()
+
+
+def any_counts(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Skewed sums of either direction and one to four samples per sentence, in 60 columns."""
+    counts = torch.randint(1, 5, (n, 60), generator=generator).double()
+    values = simulation.draw("exponential", n, 60, generator) + 0.4
+    values[:, ::2] *= -1
+    return values * counts, counts
+
+
+# ----- p
+
+
+@pytest.mark.parametrize("n", [6, 9, 16, 31])
+@pytest.mark.parametrize("mean", [0.0, 0.4, -1.0])
+def test_without_skewness_p_is_that_of_students_t(n: int, mean: float) -> None:
+    half = torch.linspace(0.3, 2.2, n // 2, dtype=torch.float64)
+    middle = torch.zeros(n % 2, dtype=torch.float64)
+    x = torch.cat([-half, middle, half])[:, None] + mean
+    t = float(x.mean() / x.std() * math.sqrt(n))
+    expected = max(2 * by_hand.student_tail(abs(t), n - 1), 2.0 ** (1 - n))
+    assert p_of(x) == [pytest.approx(expected, rel=0.02)]
+
+
+@pytest.mark.parametrize("n", [5, 8, 16, 40])
+def test_p_and_interval_are_those_of_plain_loops_with_samples_of_any_number(n: int) -> None:
+    sums, counts = any_counts(n, torch.Generator().manual_seed(n))
+    found = tracing.mean_test(sums, counts).tolist()
+    ends = tracing.mean_interval(sums, counts).T.tolist()
+    for i in range(sums.shape[1]):
+        p, low, high = by_hand.mean_test(sums[:, i].tolist(), counts[:, i].tolist())
+        assert found[i] == pytest.approx(p, rel=1e-6)
+        assert ends[i] == pytest.approx([low, high], abs=0.02 * (high - low))
+
+
+def test_a_tail_away_from_the_mean_makes_p_larger_and_one_along_it_smaller() -> None:
+    x = column(*(value - 0.35 for value in (0.02, 0.05, 0.11, 0.13, 0.2, 0.24, 0.31, 0.4, 1.9)))
+    along, away = (x - x.mean() + x.std() * mean for mean in (0.7, -0.7))
+    student = 2 * by_hand.student_tail(0.7 * math.sqrt(len(x)), len(x) - 1)
+    assert p_of(along)[0] < student < p_of(away)[0]
+
+
+@pytest.mark.parametrize("n", [2, 5, 16, 200])
+def test_no_p_is_below_that_of_all_signs_alike(n: int) -> None:
+    assert p_of(column(*[1.5] * n)) == [tracing.smallest_p(n)] == [2.0 ** (1 - n)]
+    assert p_of(torch.linspace(5, 5.001, n, dtype=torch.float64)[:, None]) == [2.0 ** (1 - n)]
+
+
+@pytest.mark.parametrize("sums", [[2.0], [0.0, 0.0, 0.0], [0.1, 0.2, -0.3]])
+def test_p_is_one_for_a_single_sentence_and_where_the_mean_is_0(sums: list[float]) -> None:
+    assert p_of(column(*sums)) == [pytest.approx(1.0)]
 
 
 # ----- intervals
 
 
-def test_the_interval_of_a_skewed_sample_is_that_of_scipy() -> None:
-    # scipy 1.17.1, bootstrap((x,), numpy.mean, method="BCa", n_resamples=200_000), three seeds:
-    # (0.199, 0.981), (0.199, 0.994), (0.199, 0.996); method="percentile": (0.157, 0.802)
-    x = column(0.02, 0.05, 0.11, 0.13, 0.2, 0.24, 0.31, 0.47, 0.8, 1.9)
-    (low,), (high,) = interval(x, draws=50_000)
-    assert low == pytest.approx(0.199, abs=0.01)
-    assert high == pytest.approx(0.99, abs=0.03)
-
-
-@pytest.mark.parametrize("counts", [[1, 1, 1, 1, 1], [1, 3, 1, 2, 1]])
-def test_the_interval_of_a_skewed_sample_agrees_with_all_resamples_enumerated(
-    counts: list[int],
-) -> None:
-    """A sentence weighs by its samples, in the mean as in every resample."""
-    values = list(zip([0.0, 0.3, 0.1, 2.0, 2.6], counts, strict=True))  # sums, counts
-
-    def mean_of(drawn: Sequence[tuple[float, int]]) -> float:
-        return sum(total for total, _ in drawn) / sum(count for _, count in drawn)
-
-    means = sorted(map(mean_of, itertools.product(values, repeat=5)))
-    mean, normal = mean_of(values), statistics.NormalDist()
-    left_out = [mean_of(values[:i] + values[i + 1 :]) for i in range(5)]
-    away = [statistics.fmean(left_out) - one for one in left_out]
-    skew = sum(a**3 for a in away) / (6 * sum(a**2 for a in away) ** 1.5)
-    below = sum(m < mean - 1e-12 for m in means) + sum(abs(m - mean) <= 1e-12 for m in means) / 2
-    bias = normal.inv_cdf(below / len(means))
-    expected = []
-    for tail in (0.025, 0.975):
-        z = bias + normal.inv_cdf(tail)
-        expected.append(means[round(normal.cdf(bias + z / (1 - skew * z)) * (len(means) - 1))])
-    sums = column(*(total for total, _ in values))
-    low, high = tracing.bootstrap_interval(sums, column(*counts), 50_000, 0)
-    assert float(low) == pytest.approx(expected[0], abs=0.03)
-    assert float(high) == pytest.approx(expected[1], abs=0.06)
-
-
-def test_the_interval_of_symmetric_data_is_the_percentile_interval() -> None:
-    values = [-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0]
-    (low,), (high,) = interval(column(*values), draws=20_000)
-    rng = random.Random(0)
-    drawn = sorted(statistics.fmean(rng.choices(values, k=8)) for _ in range(20_000))
-    assert low == pytest.approx(drawn[500], abs=0.1)
-    assert high == pytest.approx(drawn[19_500], abs=0.1)
-    assert low == pytest.approx(-high, abs=0.1)
-
-
-def test_the_interval_moves_and_stretches_with_the_data() -> None:
+def test_the_interval_moves_stretches_and_turns_with_the_data() -> None:
     x = column(*X)
     (low,), (high,) = interval(x)
+    assert low < float(x.mean()) < high
     assert interval(3 * x + 5) == ([pytest.approx(3 * low + 5)], [pytest.approx(3 * high + 5)])
-    assert interval(-x) == ([pytest.approx(-high, abs=0.03)], [pytest.approx(-low, abs=0.03)])
+    assert interval(-x) == ([pytest.approx(-high)], [pytest.approx(-low)])
 
 
-def test_every_column_has_the_interval_that_it_has_alone() -> None:
-    x = torch.tensor([[0.1, 5.0], [0.4, -2.0], [-0.3, 1.0], [0.9, 0.5]], dtype=torch.float64)
-    together = interval(x)
-    for i in range(2):
-        alone = interval(x[:, i : i + 1])
-        assert [end[i] for end in together] == pytest.approx([end[0] for end in alone])
-
-
-def test_the_interval_depends_on_the_seed_and_on_nothing_else() -> None:
-    x = column(*X)
-    assert interval(x, seed=1) == interval(x, seed=1)
-    assert interval(x, draws=200, seed=1) != interval(x, draws=200, seed=2)
+@pytest.mark.parametrize("n", [8, 16, 33])
+def test_the_interval_covers_0_where_p_is_at_least_five_percent(n: int) -> None:
+    values = simulation.draw("exponential", n, 4000, torch.Generator().manual_seed(n))
+    values += 2 / math.sqrt(n)
+    values[:, ::2] *= -1
+    p, (low, high) = torch.tensor(p_of(values)), map(torch.tensor, interval(values))
+    sure = (p - 0.05).abs() > 0.002  # both round Student's distribution
+    assert torch.equal((p < 0.05)[sure], ((low > 0) | (high < 0))[sure])
+    assert 0.1 < float((p < 0.05).double().mean()) < 0.9
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -1.7])
@@ -104,87 +109,61 @@ def test_the_interval_of_equal_values_is_a_point_and_a_single_value_has_none(val
     assert all(math.isnan(end) for (end,) in interval(column(value)))
 
 
-@pytest.mark.parametrize("shape", ["normal", "exponential"])
-def test_the_interval_covers_the_true_mean_nearly_95_times_in_100(shape: str) -> None:
-    draw, mean = (torch.randn, 0.0) if shape == "normal" else (torch.rand, 1.0)
-    values = draw(30, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values = values if shape == "normal" else -values.log()
-    low, high = tracing.bootstrap_interval(values, torch.ones_like(values), 1000, 0)
-    covered = float(((low <= mean) & (mean <= high)).double().mean())
-    assert 0.905 < covered < 0.97  # a bootstrap of 30 sentences covers a little less than it says
+# ----- both
 
 
-# ----- sign flips
+def test_every_column_has_what_it_has_alone_and_empty_sentences_do_not_count() -> None:
+    sums, counts = any_counts(9, torch.Generator().manual_seed(4))
+    sums[2:4, 1] = counts[2:4, 1] = 0
+    p, ends = tracing.mean_test(sums, counts), tracing.mean_interval(sums, counts)
+    for i in range(3):
+        there = counts[:, i] > 0
+        alone = sums[there, i : i + 1], counts[there, i : i + 1]
+        torch.testing.assert_close(tracing.mean_test(*alone), p[i : i + 1])
+        torch.testing.assert_close(tracing.mean_interval(*alone), ends[:, i : i + 1])
 
 
-@pytest.mark.parametrize(
-    ("sums", "p"),
-    [
-        ([2.0], 1.0),
-        ([1.0, 2.0], 2 / 4),
-        ([1.0, -2.0], 4 / 4),
-        ([1.0, 2.0, 3.0], 2 / 8),
-        ([3.0, -1.0, 1.0], 6 / 8),  # |sum| 3 is reached by 5, 3 and 3, not by 1
-        ([1.0, 2.0, 3.0, 4.0], 2 / 16),
-        ([-1.0, -2.0, -3.0, -4.0], 2 / 16),
-        ([4.0, 3.0, 2.0, -1.0], 4 / 16),  # 8 is reached by 10 and 8
-        ([0.0, 0.0, 0.0], 1.0),
-        ([0.1, 0.2, -0.3], 1.0),  # 0 up to rounding, which every pattern reaches
-    ],
-)
-def test_p_is_the_share_of_sign_patterns_that_reach_the_sum(sums: list[float], p: float) -> None:
-    assert tracing.sign_flip_p(column(*sums), 0).tolist() == [p]
-    assert by_hand.sign_flip_p(sums) == p
+def test_sentences_of_as_many_samples_each_count_once() -> None:
+    x = torch.cat([column(*X), -column(*X) - 0.2], 1)
+    many = tracing.mean_test(5 * x, torch.full_like(x, 5.0))
+    torch.testing.assert_close(many, torch.tensor(p_of(x), dtype=torch.float64))
 
 
-def test_p_agrees_with_a_plain_loop_over_all_patterns() -> None:
-    rng = random.Random(3)
-    table = [[rng.gauss(0.3, 1) for _ in range(5)] for _ in range(9)]
-    found = tracing.sign_flip_p(torch.tensor(table, dtype=torch.float64), 0).tolist()
-    assert found == [by_hand.sign_flip_p([row[i] for row in table]) for i in range(5)]
-    assert len(set(found)) > 1
+SIMULATED = [(name, n) for name in ("normal", "t, 2 df", "exponential") for n in (16, 32)]
 
 
-@pytest.mark.parametrize("n", [2, 5, 16, 20])
-def test_no_exact_p_is_below_two_to_the_one_minus_n(n: int) -> None:
-    sums = torch.linspace(1, 2, n, dtype=torch.float64)[:, None]
-    assert float(tracing.sign_flip_p(sums, 0)) == 2.0 ** (1 - n)
+@pytest.mark.parametrize(("name", "n"), SIMULATED)
+def test_few_tables_show_anything_where_nothing_is_there(name: str, n: int) -> None:
+    """At most 8 %, and three standard errors of 1,000 tables."""
+    values = simulation.draw(name, n, 32_000, torch.Generator().manual_seed(n))
+    shown = simulation.verdicts(simulation.test(values)).any(1).double().mean()
+    assert float(shown) < 0.08 + 3 * 0.0086
 
 
-def test_the_exact_p_of_many_columns_is_computed_in_pieces_without_loss() -> None:
-    sums = torch.linspace(1, 2, 19, dtype=torch.float64)[:, None].repeat(1, 80)
-    sums[:, 0] = 0
-    assert 2**18 * 80 > 2**24  # more than one piece
-    assert tracing.sign_flip_p(sums, 0).tolist() == [1.0] + [2.0**-18] * 79
+def test_an_effect_of_a_standard_deviation_is_found_nearly_as_often_as_by_sign_flips() -> None:
+    values = simulation.draw("normal", 16, 32_000, torch.Generator().manual_seed(1))
+    values.view(16, -1, 32)[..., :4] += 1
+    ours, flips = (
+        float(simulation.verdicts(p)[:, :4].double().mean())
+        for p in (simulation.test(values), simulation.sign_flip_p(values))
+    )
+    assert ours > 0.85 * flips - 0.02
 
 
-@pytest.mark.parametrize("n_columns", [1, 99, 150])
-def test_beyond_20_sentences_p_is_one_plus_c_by_one_plus_b_with_100_draws_per_test(
-    n_columns: int,
-) -> None:
-    all_alike = torch.linspace(1, 2, 40, dtype=torch.float64)[:, None]
-    p = tracing.sign_flip_p(all_alike.expand(-1, n_columns), 0)
-    assert p.tolist() == [1 / (1 + max(9999, 100 * n_columns))] * n_columns
+@pytest.mark.parametrize("n", [8, 16, 32, 64])
+@pytest.mark.parametrize("name", ["normal", "t, 2 df", "exponential"])
+def test_the_interval_covers_the_true_mean_about_95_times_in_100(name: str, n: int) -> None:
+    values = simulation.draw(name, n, 20_000, torch.Generator().manual_seed(n))
+    covered = simulation.covered(values, torch.ones_like(values), 0.0)
+    low, high = (0.94, 0.96) if name == "normal" else (0.93, 0.97)
+    assert low < covered < high + 0.002
 
 
-def test_the_random_p_agrees_with_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(1)
-    sums = torch.randn(12, 30, generator=generator, dtype=torch.float64) + 0.3
-    exact = tracing.sign_flip_p(sums, 0)
-    monkeypatch.setattr(tracing, "MOST_EXACT", 11)
-    drawn = tracing.sign_flip_p(sums, 0)
-    assert float((exact - drawn).abs().max()) < 0.02  # 4 standard errors of 9,999 draws
-    assert not torch.equal(exact, drawn)
-    assert torch.equal(drawn, tracing.sign_flip_p(sums, 0))
-    assert not torch.equal(drawn, tracing.sign_flip_p(sums, 1))
-
-
-def test_p_is_uniform_or_larger_where_nothing_is_there() -> None:
-    generator = torch.Generator().manual_seed(2)
-    sums = torch.randn(12, 2000, generator=generator, dtype=torch.float64)
-    p = tracing.sign_flip_p(sums, 0)
-    for level in (0.01, 0.05, 0.5):
-        assert float((p <= level).double().mean()) == pytest.approx(level, abs=0.035)
+def test_the_interval_of_a_ratio_covers_it_with_few_sentences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = -4 + simulation.draw("normal", 8, 20_000, generator)
+    edited = base / 2 + simulation.draw("normal", 8, 20_000, generator) / 2
+    assert 0.94 < simulation.covered(base - edited, base, 0.5) < 0.97
 
 
 # ----- many tests
@@ -212,15 +191,3 @@ def test_q_values_agree_with_a_plain_loop_ties_included(n: int) -> None:
     p = [rng.choice([rng.random(), rng.random() ** 4, 0.25]) for _ in range(n)]
     found = tracing.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
     assert found.tolist() == pytest.approx(by_hand.q_values(p))
-
-
-def test_intervals_of_many_columns_are_those_of_each_alone() -> None:
-    """They are drawn in blocks that fit into memory."""
-    torch.manual_seed(0)
-    sums, draws = torch.randn(6, 40, dtype=torch.float64), 2**22
-    counts = torch.ones_like(sums)
-    whole = tracing.bootstrap_interval(sums, counts, draws, seed=1)
-    for column in (0, 7, 8, 39):
-        alone = slice(column, column + 1)
-        found = tracing.bootstrap_interval(sums[:, alone], counts[:, alone], draws, seed=1)
-        torch.testing.assert_close(whole[:, alone], found, rtol=0, atol=1e-12)
