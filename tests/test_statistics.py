@@ -52,7 +52,7 @@ def test_without_skewness_p_is_that_of_students_t(n: int, mean: float) -> None:
     assert p_of(x) == [pytest.approx(expected, rel=0.02)]
 
 
-@pytest.mark.parametrize("n", [5, 8, 16, 40])
+@pytest.mark.parametrize("n", [7, 16, 40])
 def test_p_and_interval_are_those_of_plain_loops_with_samples_of_any_number(n: int) -> None:
     sums, counts = any_counts(n, torch.Generator().manual_seed(n))
     found = tracing.mean_test(sums, counts).tolist()

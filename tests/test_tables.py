@@ -13,22 +13,24 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
 from by_hand import Effects, results, steps
-from conftest import Answer, finish, read, write_samples
+from conftest import Answer, finish, read, record_of, refuses, write_samples
 
-CONFIG = tracing.Config(num_bootstrap=500)
-QUICK = tracing.Config(num_bootstrap=100)
+CONFIG = tracing.Config()
 SCORES = ["score_a_base", "score_b_base", "score_a_head", "score_b_head"]
 NUMBERS = ["delta_logit_base", "delta_logit_head", "head_effect", *SCORES]
-FIRST = ["sample_id", "n_constraints", "layer", "head", *NUMBERS, "unit", "group"]
+FIRST = ["sample_id", "n_constraints", "layer", "head", *NUMBERS]
 CONTROLS = ["score_other_base", "score_other_head", "score_affirm_base", "score_affirm_head"]
 CONTROLS += ["effect_minus_other", "effect_minus_affirm"]
-LAST = ["kind", "index", "op", "positions"]
-STATISTICS = ["n_samples", "n_sentences", "mean", "median", "sd", "ci_low", "ci_high", "p", "q"]
+RUN = ["kind", "op", "positions", "task", "patch_into", "factor"]  # the same in all rows
+LAST = ["unit", "group", "prompts", "index", *RUN]
+INTERVAL = ["mean", "ci_low", "ci_high", "p", "q"]
+STATISTICS = ["n_samples", "n_sentences", "mean", "median", "sd", "skewness", *INTERVAL[1:]]
 PLAIN, CONTROLLED = "--num_samples 6", "--num_samples 6 --controls"
 GOLF = {"sentence": "Name a sport.", "targets": ["golf"]}
 
@@ -48,12 +50,12 @@ def find(
     table: pd.DataFrame, floor: float = math.nan, config: tracing.Config = CONFIG
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """The base's statistics and the findings per component."""
-    base = tracing.base_statistics(table, config)
-    return base, tracing.heads_table(table, base, floor, config)
+    bases = by_hand.bases_of(table)
+    return bases["b"], tracing.heads_table(table, bases, floor, config)
 
 
 def of_effects(table: pd.DataFrame) -> pd.DataFrame:
-    return tracing.statistics_of(table, "head_effect", CONFIG)
+    return tracing.statistics_of(table, "head_effect")
 
 
 # ----- results per sample and component
@@ -69,6 +71,7 @@ def swept(*rows: tuple[str, int, int, float, float]) -> pd.DataFrame:
 def record(sample_id: str, a: float, b: float, **more: Any) -> dict[str, Any]:
     prompts = {"a": {"score": a}, "b": {"score": b}}
     known = {"targets": ["x", "y"], "unit": "u", "group": "", "prompts": prompts}
+    known["prompts_id"] = f"id of {sample_id}"
     return {"sample_id": sample_id, **known, **more}
 
 
@@ -85,13 +88,21 @@ def test_rows_meet_the_base_scores_of_their_sample_and_are_sorted() -> None:
     rows = swept(("t", 1, 0, -1, 0), ("s", 1, 10, -2, 0), ("s", 1, 9, -3, 0), ("s", 0, 11, -4, 0))
     records = [record("t", 5, 1, unit="v", group="g"), record("s", 7, 2)]
     table = tracing.results_table(rows, records, CONFIG)
-    names = ["sample_id", "layer", "index", "score_a_head", *SCORES[:2], "unit", "group"]
+    names = ["sample_id", "layer", "index", "score_a_head", *SCORES[:2], "unit", "group", "prompts"]
     assert table[names].to_numpy().tolist() == [
-        ["s", 0, 11, -4, 7, 2, "u", ""],
-        ["s", 1, 9, -3, 7, 2, "u", ""],
-        ["s", 1, 10, -2, 7, 2, "u", ""],
-        ["t", 1, 0, -1, 5, 1, "v", "g"],
+        ["s", 0, 11, -4, 7, 2, "u", "", "id of s"],
+        ["s", 1, 9, -3, 7, 2, "u", "", "id of s"],
+        ["s", 1, 10, -2, 7, 2, "u", "", "id of s"],
+        ["t", 1, 0, -1, 5, 1, "v", "g", "id of t"],
     ]
+
+
+def written(path: Path, index: int, **options: Any) -> list[list[str]]:
+    """The header and the only row of results of a component with some options."""
+    config = tracing.Config(**options)
+    table = tracing.results_table(swept(("s", 1, index, 0, 0)), [record("s", 0, 0)], config)
+    tracing.write_components(path, table.drop(columns="draw"))
+    return [line.split(",") for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -99,16 +110,57 @@ def test_rows_meet_the_base_scores_of_their_sample_and_are_sorted() -> None:
     [("head", 3, "3", "3"), ("neuron", 70, "", "70")]
     + [(kind, -1, "", "") for kind in ("attn", "mlp", "resid")],
 )
-def test_the_component_columns_come_last_and_head_is_for_heads_only(
+def test_the_columns_of_the_component_come_after_all_scores_and_head_is_for_heads_only(
     kind: str, index: int, head: str, shown: str, tmp_path: Path
 ) -> None:
-    config = tracing.Config(kind=kind, op="scale", factor=0.5, positions="last")
-    table = tracing.results_table(swept(("s", 1, index, 0, 0)), [record("s", 0, 0)], config)
-    tracing.write_components(tmp_path / "t.csv", table.drop(columns="draw"))
-    names, row = (line.split(",") for line in (tmp_path / "t.csv").read_text().splitlines())
+    names, row = written(tmp_path / "t.csv", index, kind=kind)
     assert names == [*FIRST, *LAST]
     assert row[names.index("head")] == head
-    assert row[-4:] == [kind, shown, "scale", "last"]
+    assert row[names.index("index")] == shown
+    assert row[names.index("kind")] == kind
+
+
+OF_RUN = {  # by what is edited, what the columns of the run tell
+    "zero": ({}, ["head", "zero", "all", "suppression", "", ""]),
+    "scale": ({"op": "scale", "factor": 0.5}, ["head", "scale", "all", "suppression", "", "0.5"]),
+    "patch": ({"op": "patch"}, ["head", "patch", "all", "suppression", "a", ""]),
+    "patch into b": (
+        {"op": "patch", "patch_into": "b", "positions": "last", "task": "refusal"},
+        ["head", "patch", "last", "refusal", "b", ""],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OF_RUN)
+def test_the_last_columns_tell_what_was_done_and_leave_empty_what_does_not_apply(
+    case: str, tmp_path: Path
+) -> None:
+    options, told = OF_RUN[case]
+    names, row = written(tmp_path / "t.csv", 3, **options)
+    assert dict(zip(names, row, strict=True)) | dict(zip(RUN, told, strict=True)) == dict(
+        zip(names, row, strict=True)
+    )
+
+
+def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
+    llama: str, tmp_path: Path
+) -> None:
+    """Same texts and words: same id; another text or other words: another."""
+    sport = {**GOLF, "sentence": "Name a good sport."}
+    again, words = {**GOLF, "sample_id": "again"}, {**GOLF, "targets": ["golf", "tennis"]}
+    samples = write_samples(tmp_path / "mine.jsonl", GOLF, sport, again, words)
+    folder = finish(llama, tmp_path / "out", "--samples", samples, "--layers", "0", "--heads", "0")
+    first, other, same, more = (
+        read(folder)
+        .set_index("sample_id")
+        .loc[["line00001", "line00002", "again", "line00004"], "prompts"]
+    )
+    assert first == same
+    assert len({first, other, more}) == 3
+    recorded = {
+        sample["sample_id"]: sample["prompts_id"] for sample in record_of(folder)["samples"]
+    }
+    assert recorded["again"] == recorded["line00001"] == first
 
 
 @pytest.mark.parametrize("task", tracing.TASKS)
@@ -136,7 +188,7 @@ def test_control_columns_come_between_and_change_none_of_those_before(
     plain, controlled = read(run_of(PLAIN)), read(run_of(CONTROLLED))
     assert list(plain) == [*FIRST, *LAST]
     assert list(controlled) == [*FIRST, *CONTROLS, *LAST]
-    assert controlled[FIRST].drop(columns=NUMBERS).equals(plain[FIRST].drop(columns=NUMBERS))
+    assert controlled[[*FIRST[:4], *LAST]].equals(plain[[*FIRST[:4], *LAST]])
     assert (controlled[NUMBERS] - plain[NUMBERS]).abs().max(axis=None) < 2e-5
 
 
@@ -209,12 +261,23 @@ def test_the_noise_floor_by_hand() -> None:
     for jittered, floor in {
         "as it is": (table, 4.8),
         "in the other direction": (table.assign(head_effect=-effect), 4.8),
-        "some rows twice": (pd.concat([table, table.head(3)]), 4.8),
         "with a negative control": (pd.concat([table, table.assign(**negative)]), 4.8),
         "samples that cancel": (table.assign(head_effect=opposite), 0),
         "no row": (table.head(0), math.nan),
     }.values():
         assert tracing.noise_floor(jittered) == pytest.approx(floor, nan_ok=True)
+
+
+def test_the_noise_floor_takes_as_many_draws_of_a_layer_as_the_whole_sweep_has() -> None:
+    """A sweep of one layer, from which the folder grew, drew more from that one."""
+    n_draws = tracing.draws_per_layer(2)
+    assert n_draws < tracing.draws_per_layer(1)
+    rows = [(layer, draw, 1.0) for layer in (0, 1) for draw in range(n_draws)]
+    rows += [(0, draw, 50.0) for draw in range(n_draws, tracing.draws_per_layer(1))]
+    table = pd.DataFrame(rows, columns=["layer", "draw", "head_effect"])
+    table = table.assign(sample_id="s", kind="head", index=table["draw"] % 4, group="")
+    assert tracing.noise_floor(table) == 1.0
+    assert tracing.noise_floor(table[table["layer"] == 0]) == 50.0
 
 
 # ----- statistics per component: sentences are the units
@@ -239,14 +302,14 @@ def test_samples_of_one_sentence_are_no_further_evidence() -> None:
     rng = random.Random(5)
     effects, deltas = by_hand.noise(rng, 8, 6), [rng.gauss(-1, 0.5) for _ in range(8)]
     twice = {label: [*of_head, *of_head] for label, of_head in effects.items()}
-    single, names = results(effects, deltas), ["mean", "ci_low", "ci_high", "p", "q"]
+    single, names = results(effects, deltas), ["skewness", *INTERVAL]
     double = results(twice, deltas * 2, [f"u{i:03d}" for i in range(8)] * 2)
     one, two, copied = (of_effects(table) for table in (single, double, results(twice, deltas * 2)))
     assert (two[["n_samples", "n_sentences"]] == [16, 8]).all(axis=None)
     pd.testing.assert_frame_equal(two[names], one[names])
     assert (copied["ci_high"] - copied["ci_low"] < one["ci_high"] - one["ci_low"]).all()
     assert copied["p"].tolist() != pytest.approx(one["p"].tolist())
-    of_one, of_two = (tracing.base_statistics(table, CONFIG) for table in (single, double))
+    of_one, of_two = (tracing.base_statistics(table) for table in (single, double))
     assert [of_two[name] for name in names] == pytest.approx([of_one[name] for name in names])
     assert of_one["mean"] == pytest.approx(statistics.fmean(deltas))
     assert of_one["ci_low"] < of_one["mean"] < of_one["ci_high"]
@@ -258,12 +321,12 @@ def test_cells_that_a_table_lacks_are_left_out() -> None:
     holes = table[(table["head"] != 1) | ~table["sample_id"].isin(["s001", "s004"])]
     full, found = of_effects(table), of_effects(holes)
     present = [effects["L0H1"][i] for i in (0, 2, 3, 5)]
-    row = found.iloc[1]
+    row, alone = found.iloc[1], of_effects(results({"L0H1": present})).iloc[0]
     assert (row["n_samples"], row["n_sentences"]) == (4, 4)
     assert row["mean"] == pytest.approx(statistics.fmean(present))
     assert row["sd"] == pytest.approx(statistics.stdev(present))
-    assert row["p"] == by_hand.sign_flip_p(present)
-    assert row["ci_low"] < row["mean"] < row["ci_high"]
+    names = ["skewness", *INTERVAL[:-1]]
+    assert row[names].tolist() == pytest.approx(alone[names].tolist())
     assert found.iloc[[0, 2]].drop(columns="q").equals(full.iloc[[0, 2]].drop(columns="q"))
     lone = of_effects(table[(table["head"] != 1) | (table["sample_id"] == "s003")]).iloc[1]
     assert (lone["n_sentences"], lone["p"]) == (1, 1.0)
@@ -298,7 +361,7 @@ def test_an_effect_among_noise_is_found_and_its_role_follows_the_sign_of_the_bas
     effects = dict(by_hand.noise(rng, 16, 32, 0.05))
     effects["L0H3"] = [moved + effect for moved in effects["L0H3"]]
     of_base, heads = find(results(effects, [base + rng.gauss(0, 0.3) for _ in range(16)]))
-    assert heads["verdict"].tolist() == [verdict if i == 3 else "" for i in range(32)]
+    assert heads["verdict"].tolist() == [verdict if i == 3 else "unclear" for i in range(32)]
     assert heads["label"][3] == "L0H3"
     assert (heads["role"][3] > 0) == (verdict == "contributes")
     assert heads["role"].tolist() == (-math.copysign(1, base) * heads["mean"]).tolist()
@@ -317,7 +380,7 @@ def test_no_verdict_is_given_where_the_base_is_not_clear(
     of_base, heads = find(results({"L0H0": [1.0] * 16, "L0H1": [0.01] * 16}, base, units))
     assert not (of_base["ci_low"] > 0 or of_base["ci_high"] < 0)
     assert heads["p"].tolist() == [1.0 if units else 2**-15] * 2
-    assert heads["verdict"].tolist() == ["", ""]
+    assert heads["verdict"].tolist() == ["unclear", "unclear"]
 
 
 def test_above_noise_is_a_mean_effect_beyond_the_floor_in_either_direction() -> None:
@@ -326,7 +389,7 @@ def test_above_noise_is_a_mean_effect_beyond_the_floor_in_either_direction() -> 
     heads = find(table, 0.1)[1]
     assert heads["above_noise"].tolist() == [True, True, False, False]
     assert (heads["q"] < 0.05).all()
-    assert heads["verdict"].tolist() == ["contributes", "works against", "", ""]
+    assert heads["verdict"].tolist() == ["contributes", "works against", "unclear", "unclear"]
     unknown = find(table)[1]
     assert unknown["above_noise"].isna().all()
     assert unknown["verdict"].tolist() == ["contributes", "works against"] * 2
@@ -341,10 +404,10 @@ def test_the_share_moved_is_empty_where_the_base_is_below_the_floor(
 
 
 @pytest.mark.parametrize("floor", [math.nan, 0.0, 0.1])
-def test_a_base_of_exactly_zero_leaves_cells_empty(floor: float) -> None:
-    heads = find(results({"L0H0": [0.25] * 8}, 0.0), floor)[1]
+def test_a_mean_base_of_exactly_zero_leaves_cells_empty(floor: float) -> None:
+    heads = find(results({"L0H0": [0.25] * 8}, [1.0, -1.0] * 4), floor)[1]
     assert heads["share_moved"].isna().all()
-    assert heads["verdict"].tolist() == [""]
+    assert heads["verdict"].tolist() == ["unclear"]
 
 
 @pytest.mark.parametrize("base", [-1.0, 1.0])
@@ -354,7 +417,7 @@ def test_a_component_has_one_role_whatever_factor_it_is_scaled_by(
 ) -> None:
     """A head that writes half of the base, and one that writes as much against it."""
     moved = (factor - 1) * base / 2
-    config = tracing.Config(op="scale", factor=factor, num_bootstrap=100)
+    config = tracing.Config(op="scale", factor=factor)
     heads = find(results({"L0H0": [moved] * 8, "L0H1": [-moved] * 8}, base), config=config)[1]
     assert heads["role"].tolist() == pytest.approx([abs(moved), -abs(moved)])
 
@@ -362,7 +425,7 @@ def test_a_component_has_one_role_whatever_factor_it_is_scaled_by(
 def test_effects_that_are_all_zero_give_no_verdict_and_no_nan() -> None:
     heads = find(results({"L0H0": [0.0] * 6, "L0H1": [0.0] * 6}))[1]
     assert heads["p"].tolist() == [1.0, 1.0]
-    assert heads["verdict"].tolist() == ["", ""]
+    assert heads["verdict"].tolist() == ["unclear", "unclear"]
     assert heads[["mean", "ci_low", "ci_high"]].to_numpy().tolist() == [[0.0] * 3] * 2
 
 
@@ -378,7 +441,7 @@ def test_where_nothing_is_there_few_tables_show_anything() -> None:
             for label, of_head in by_hand.noise(rng, n_sentences, 8, 1).items()
         }
         table = results(effects, -5.0, [f"u{i % 10}" for i in range(20)])
-        shown += (find(table, config=QUICK)[1]["verdict"] != "").any()
+        shown += (find(table)[1]["verdict"] != "unclear").any()
     assert shown / n_tables <= 0.08
     assert shown > 0  # the level is used, not only kept
 
@@ -389,8 +452,8 @@ def test_among_real_effects_few_of_the_discoveries_are_false() -> None:
     for _ in range(25):
         effects = dict(by_hand.noise(rng, 16, 40, 1.0))
         effects |= {label: [moved + 1.5 for moved in effects[label]] for label in real}
-        heads = find(results(effects), config=QUICK)[1]
-        called = set(heads["label"][heads["verdict"] != ""])
+        heads = find(results(effects))[1]
+        called = set(heads["label"][heads["verdict"] != "unclear"])
         shares.append(len(called - real) / max(1, len(called)))
         assert len(called & real) >= 4
     assert statistics.fmean(shares) <= 0.06
@@ -407,7 +470,7 @@ def test_circuit_heads_recomputes_from_circuit_results(
     prefix: str, run_of: Callable[[str], Path]
 ) -> None:
     column, table = CONTRASTS[prefix], read(run_of(CONTROLLED))
-    heads, ps = read(run_of(CONTROLLED), "circuit_heads.csv"), []
+    heads, by_unit = read(run_of(CONTROLLED), "circuit_heads.csv"), {}
     assert heads["label"].tolist() == [f"L{i}H{j}" for i in range(3) for j in range(4)]
     for head in heads.to_dict("records"):
         mine = table[(table["layer"] == head["layer"]) & (table["head"] == head["head"])]
@@ -416,26 +479,105 @@ def test_circuit_heads_recomputes_from_circuit_results(
         assert mean == pytest.approx(statistics.fmean(effects))
         assert head[f"{prefix}median"] == pytest.approx(statistics.median(effects))
         assert head[f"{prefix}sd"] == pytest.approx(statistics.stdev(effects))
-        assert min(effects) <= head[f"{prefix}ci_low"] < mean
-        assert mean < head[f"{prefix}ci_high"] <= max(effects)
-        ps.append(by_hand.sign_flip_p(mine.groupby("unit")[column].sum().tolist()))
+        assert head[f"{prefix}ci_low"] < mean < head[f"{prefix}ci_high"]
+        by_unit[head["label"]] = mine.groupby("unit")[column].agg(["sum", "count"])
+    sums, counts = (
+        torch.tensor([of_head[part].tolist() for of_head in by_unit.values()]).double().T
+        for part in ("sum", "count")
+    )
+    ps = tracing.mean_test(sums, counts).tolist()
     assert heads[f"{prefix}p"].tolist() == pytest.approx(ps)
     assert heads[f"{prefix}q"].tolist() == pytest.approx(by_hand.q_values(ps))
     assert (heads[f"{prefix}n_sentences"] == table["unit"].nunique()).all()
-    base = table.drop_duplicates("sample_id")["delta_logit_base"].mean()
+    side = prefix.split("_")[1] if prefix else "b"
+    first = table.drop_duplicates("sample_id")
+    base = (first["score_a_base"] - first[f"score_{side}_base"]).mean()
     roles = -math.copysign(1, base) * heads[f"{prefix}mean"]
     assert heads[f"{prefix}role"].tolist() == pytest.approx(roles.tolist())
 
 
-def test_the_effect_less_that_of_a_control_is_judged_alike() -> None:
-    table = results(by_hand.noise(random.Random(4), 8, 3))
-    table["effect_minus_other"] = 2 * table["head_effect"] - 0.1
-    found = find(table)[1]
-    renamed = find(table.assign(head_effect=table["effect_minus_other"]))[1]
+@pytest.mark.parametrize("side", ["other", "affirm"])
+def test_an_effect_less_that_of_a_control_is_judged_as_any_other(side: str) -> None:
+    effects, bases = by_hand.noise(random.Random(4), 8, 3), steps(-2.0)
+    table = results(by_hand.noise(random.Random(5), 8, 3))
+    found = find(by_hand.with_control(table, side, effects, bases))[1]
+    alone = find(results(effects, bases))[1]
     judged = [*STATISTICS, "role", "above_noise", "verdict"]
-    theirs = found[[f"minus_other_{name}" for name in judged]].set_axis(judged, axis=1)
-    pd.testing.assert_frame_equal(theirs, renamed[judged])
-    assert not any(name.startswith("minus_affirm") for name in found)
+    theirs = found[[f"minus_{side}_{name}" for name in judged]].set_axis(judged, axis=1)
+    pd.testing.assert_frame_equal(theirs, alone[judged])
+    (absent,) = {"other", "affirm"} - {side}
+    assert not any(name.startswith(f"minus_{absent}") for name in found)
+
+
+EFFECT = {"L0H0": steps(0.5), "L0H1": steps(-0.5)}
+BOTH = ["contributes", "works against"]
+
+
+@pytest.mark.parametrize("side", ["other", "affirm"])
+@pytest.mark.parametrize("base", [-2.0, 2.0])
+def test_a_contrast_has_the_role_that_its_own_base_gives_it(base: float, side: str) -> None:
+    """Prompt a is below b, and above the control: one effect has two roles."""
+    plain = results(EFFECT, steps(base))
+    heads = find(by_hand.with_control(plain, side, EFFECT, steps(-base)))[1]
+    roles, contrasts = heads["role"], heads[f"minus_{side}_role"]
+    assert roles.tolist() == pytest.approx((-contrasts).tolist())
+    assert roles[0] == pytest.approx(-math.copysign(statistics.fmean(EFFECT["L0H0"]), base))
+    verdicts = BOTH if base < 0 else BOTH[::-1]
+    assert heads["verdict"].tolist() == verdicts
+    assert heads[f"minus_{side}_verdict"].tolist() == verdicts[::-1]
+
+
+@pytest.mark.parametrize("unclear", ["b", "other"])
+def test_a_verdict_needs_its_own_base_to_be_clear_and_no_other(unclear: str) -> None:
+    bases = {side: [0.9, -1.0] * 4 if side == unclear else steps(-2.0) for side in ("b", "other")}
+    plain = results(EFFECT, bases["b"])
+    heads = find(by_hand.with_control(plain, "other", EFFECT, bases["other"]))[1]
+    for side, prefix in {"b": "", "other": "minus_other_"}.items():
+        assert (heads[f"{prefix}q"] < 0.05).all()
+        expected = ["unclear"] * 2 if side == unclear else BOTH
+        assert heads[f"{prefix}verdict"].tolist() == expected
+
+
+def test_a_contrast_without_the_scores_of_its_base_is_not_judged() -> None:
+    table = results(EFFECT)
+    heads = find(table.assign(effect_minus_other=table["head_effect"]))[1]
+    assert not any(name.startswith("minus_") for name in heads)
+
+
+def test_the_statistics_of_a_base_that_a_table_lacks_are_empty() -> None:
+    table = by_hand.with_control(results(EFFECT), "other", EFFECT, steps(1.0))
+    assert tracing.base_statistics(table, "affirm") == {}
+    assert tracing.base_statistics(table, "other")["mean"] == pytest.approx(1.035)
+    assert tracing.base_statistics(table)["mean"] == -1.0
+
+
+# ----- what an edit moves after either prompt
+
+
+def test_moved_is_the_mean_change_of_each_prompts_score() -> None:
+    table = results({"L0H0": steps(0.4), "L0H1": steps(-0.1)})
+    on_b = table["head"].map({0: 0.25, 1: -1.0})
+    table = table.assign(score_a_base=-3.0, score_b_base=-2.0, score_b_head=on_b - 2)
+    table["score_a_head"] = table["head_effect"] + on_b - 3
+    negative = table.assign(group=tracing.NO_ODD_ONE, score_a_head=9.0)
+    negative["sample_id"] = "n" + negative["sample_id"]
+    heads = find(pd.concat([table, negative]))[1]
+    assert heads["moved_a"].tolist() == pytest.approx([0.435 + 0.25, -0.065 - 1])
+    assert heads["moved_b"].tolist() == pytest.approx([0.25, -1])
+
+
+def test_moved_is_absent_where_a_table_lacks_a_score() -> None:
+    table = by_hand.with_control(results(EFFECT), "other", EFFECT, -1.0)
+    assert {"moved_a", "moved_b"} <= {*find(table)[1]}
+    for name in SCORES:
+        assert not {"moved_a", "moved_b"} & {*find(table.drop(columns=name))[1]}
+
+
+def test_moved_a_less_moved_b_is_the_effect_of_a_run(run_of: Callable[[str], Path]) -> None:
+    heads = read(run_of(PLAIN), "circuit_heads.csv")
+    moved = heads["moved_a"] - heads["moved_b"]
+    assert moved.tolist() == pytest.approx(heads["mean"].tolist())
+    assert heads["moved_b"].abs().min() > 1e-6
 
 
 # ----- comparison with another run
@@ -447,7 +589,7 @@ def compare(
     """The findings by label beside those of a run of --op zero on the same eight samples."""
     bases = [base + 0.1 * i for i in range(8)]
     table, other = results(now, bases, op=op), results(before, bases)
-    config = tracing.Config(num_bootstrap=100, op=op, compare="other.csv")
+    config = tracing.Config(op=op, compare="other.csv")
     heads = find(table, floor, config)[1]
     return tracing.compare_runs(table, other, heads, floor, config).set_index("label")
 
@@ -475,9 +617,9 @@ def test_a_role_that_grew_beyond_the_floor_is_flagged(
     assert heads["growth_flag"].astype(bool).tolist() == [False, False, flagged]
     expected = [0, 0, statistics.fmean(grown)]
     assert heads["growth_mean"].tolist() == pytest.approx(expected, abs=1e-9)
-    p = by_hand.sign_flip_p(grown)  # over sentences, and one of three tests
+    p = float(tracing.mean_test(torch.tensor(grown)[:, None].double(), torch.ones(8, 1).double()))
     found = heads.loc["L1H2", ["growth_p", "growth_q"]].tolist()
-    assert found == pytest.approx([p, min(1, 3 * p)])
+    assert found == pytest.approx([p, min(1, 3 * p)])  # one of three tests
     (line,) = (text for text in caplog.messages if text.startswith("role grew"))
     assert line.endswith(": L1H2" if flagged else ": none")
 
@@ -530,13 +672,118 @@ def test_growth_planted_in_a_real_run_is_flagged(
     assert float(line.split()[-1]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_comparison_that_shares_nothing_is_refused_before_the_model_is_loaded(
-    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+def agreement(lines: str) -> float:
+    """The number in the log that tells of the rankings."""
+    (line,) = (line for line in lines.splitlines() if "Spearman" in line)
+    return float(line.split()[-1])
+
+
+def test_samples_are_paired_by_their_prompts_and_units_whatever_they_are_called(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Effects differ by sample more than by head: other pairs would tell of growth."""
+    now = {f"L0H{h}": [5.0 * i + h for i in range(8)] for h in range(3)}
+    table = results(now).astype({"prompts": "category", "unit": "category"})
+    names = dict(zip(table["sample_id"].unique(), reversed(table["sample_id"].unique())))
+    other = results({**now, "L0H1": [moved - 1 for moved in now["L0H1"]]})
+    config, heads = tracing.Config(compare="other.csv"), find(table)[1]
+    found = []
+    for theirs in (other, other.assign(sample_id=other["sample_id"].map(names))):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="circuit"):
+            found.append(tracing.compare_runs(table, theirs, heads, 0.1, config))
+        assert agreement("\n".join(caplog.messages)) == 1.0
+    pd.testing.assert_frame_equal(*found)
+    assert found[1]["growth_mean"].tolist() == [0, 1, 0]
+    assert found[1]["growth_flag"].tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("column", ["prompts", "unit"])
+def test_samples_of_other_prompts_or_units_are_no_pairs(column: str) -> None:
+    table = results(EFFECT)
+    config, heads = tracing.Config(compare="other.csv"), find(table)[1]
+    other = table.assign(**{column: table[column].replace("[pu]00[0-3]", "x", regex=True)})
+    found = tracing.compare_runs(table, other.assign(head_effect=0.0), heads, 0.1, config)
+    half = [statistics.fmean(EFFECT[label][4:]) for label in EFFECT]
+    assert found["growth_mean"].tolist() == pytest.approx(half)
+    with pytest.raises(tracing.UsageError, match=r"other.csv shares no prompt"):
+        tracing.compare_runs(table, other.assign(**{column: "x"}), heads, 0.1, config)
+
+
+NO_SCALE = {"op": "zero", "factor": None}
+INCOMPARABLE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    # flags of the run, what the other's columns tell instead, what is said
+    "task": ("", {"task": "refusal"}, ["task 'refusal'", "'suppression'"]),
+    "kind": ("", {"kind": "neuron", "head": ""}, ["kind 'neuron'", "'head'"]),
+    "positions": ("", {"positions": "last"}, ["positions 'last'", "'all'"]),
+    "patch_into": ("--op patch", {"patch_into": "b"}, ["patch_into 'b'", "'a'"]),
+    "patched or not": ("--op patch", {"op": "zero", "patch_into": ""}, ["patch_into ''", "'a'"]),
+    "factor": ("--op scale --factor 0.5", {"factor": 2.0}, ["factor 2.0", "0.5"]),
+    "other prompts": ("", {"prompts": "p000"}, ["shares no prompt"]),
+    "other units": ("", {"unit": "u000"}, ["shares no prompt"]),
+    "another layer": ("", {"layer": 1}, ["shares no prompt and component"]),
+}
+TWO = "--num_samples 2 --layers 2"
+
+
+@pytest.fixture()
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "load_model", lambda *a: pytest.fail("weights were loaded"))
-    foreign = str(tmp_path / "foreign.csv")
-    results({"L2H0": steps(0.1)}).to_csv(foreign, index=False)  # s000 ... is no s0000
-    flags = ["--num_samples", "2", "--layers", "2", "--compare", foreign]
-    code, _, error = answer("--model_id", llama, "--output_dir", str(tmp_path / "out"), *flags)
-    assert (code, error.count("\n")) == (2, 1)
-    assert foreign in error
+
+
+@pytest.mark.parametrize("case", INCOMPARABLE)
+def test_a_run_that_means_something_else_is_not_compared_with_and_no_model_is_loaded(
+    case: str,
+    llama: str,
+    tmp_path: Path,
+    run_of: Callable[[str], Path],
+    answer: Answer,
+    request: pytest.FixtureRequest,
+) -> None:
+    flags, told, says = INCOMPARABLE[case]
+    other = tmp_path / "other.csv"
+    read(run_of(f"{TWO} {flags}")).assign(**told).to_csv(other, index=False)
+    request.getfixturevalue("no_weights")
+    argv = ["--output_dir", str(tmp_path / "out"), *TWO.split(), *flags.split()]
+    refuses(answer, "--model_id", llama, *argv, "--compare", str(other), says=[str(other), *says])
+
+
+@pytest.mark.parametrize("column", ["prompts", *RUN[3:]])
+def test_a_table_that_does_not_tell_what_it_compares_is_refused_by_the_column(
+    column: str, llama: str, tmp_path: Path, run_of: Callable[[str], Path], answer: Answer
+) -> None:
+    other = tmp_path / "other.csv"
+    read(run_of(TWO)).drop(columns=column).to_csv(other, index=False)
+    argv = ["--output_dir", str(tmp_path / "out"), *TWO.split(), "--compare", str(other)]
+    says = [str(other), f"column {column!r} is missing"]
+    refuses(answer, "--model_id", llama, *argv, says=says)
+
+
+@pytest.mark.parametrize(
+    ("flags", "before"),
+    [("--op mean", ""), ("--op scale --factor 0.5", ""), ("", "--op scale --factor 2")],
+)
+def test_runs_of_two_ops_are_compared_whatever_their_factors(
+    flags: str,
+    before: str,
+    llama: str,
+    tmp_path: Path,
+    run_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = run_of(f"{TWO} {before}".strip()) / "circuit_results.csv"
+    finish(llama, tmp_path, *TWO.split(), *flags.split(), "--compare", str(other))
+    assert -1 <= agreement(capsys.readouterr().out) <= 1
+
+
+def test_a_run_agrees_with_itself_under_other_sample_ids(
+    llama: str, tmp_path: Path, run_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, other = read(run_of(TWO)), tmp_path / "other.csv"
+    swapped = table["sample_id"].map({"s0000": "s0001", "s0001": "s0000"})
+    table.assign(sample_id=swapped).to_csv(other, index=False)
+    heads = read(
+        finish(llama, tmp_path / "out", *TWO.split(), "--compare", str(other)), "circuit_heads.csv"
+    )
+    assert agreement(capsys.readouterr().out) == 1.0
+    assert heads["growth_mean"].abs().max() < 1e-5
