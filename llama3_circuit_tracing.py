@@ -867,7 +867,9 @@ SEVEN = ["sample_id", "n_constraints", "layer", "head"]
 SEVEN += ["delta_logit_base", "delta_logit_head", "head_effect"]
 KEY = ["layer", "kind", "index"]
 WHOLE = ("n_constraints", "layer", "head", "index")
-TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all"}  # where a table lacks them
+# the texts of a table, and what stands for those that it lacks; None: nothing
+TEXTS: dict[str, str | None] = {"group": "", "kind": "head", "op": "zero", "positions": "all"}
+TEXTS |= dict.fromkeys(("task", "patch_into", "prompts"))
 KNOWN: dict[str, Iterable[str]] = {"kind": KINDS, "op": OPS, "positions": POSITIONS}
 KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b")}
 ONCE = (*KNOWN, "factor")  # the same in all rows of a table
@@ -895,10 +897,8 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     table = found[["sample_id"]].assign(unit=found.get("unit", ""))
     table["unit"] = table["unit"].where(table["unit"] != "", table["sample_id"])
     for name, default in TEXTS.items():
-        table[name] = found[name].replace("", default) if name in found else default
-    for name in ("task", "patch_into", "prompts"):
-        if name in found:
-            table[name] = found[name]
+        if name in found or default is not None:
+            table[name] = found[name].replace("", default or "") if name in found else default
     for name in found:
         if name in [*SEVEN[1:], "index", "factor"] or name.startswith(("score_", "effect_")):
             table[name] = found[name].map(number).astype(float)
@@ -910,18 +910,31 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
             refuse(wrong, name, f"is no {'whole number from 0 on' if name in WHOLE else 'number'}")
     for name in (name for name in KNOWN if name in table):
         refuse(~table[name].isin([*KNOWN[name]]), name, f"is none of {', '.join(KNOWN[name])}")
+    of_head = table["head"].where(table["kind"] == "head")
+    index = of_head.fillna(table["index"])
+    for (name, why), wrong in impossible(table, index).items():
+        refuse(wrong, name, why)
+    return table.assign(layer=table["layer"].astype(int), index=index.fillna(-1).astype(int))
+
+
+def impossible(table: pd.DataFrame, index: pd.Series) -> dict[tuple[str, str], pd.Series]:
+    """Rows that no run makes, by the column that shows it and by what is wrong there."""
+    sliced = table["kind"].map(lambda kind: bool(KINDS[kind].slices))
+    effect = table["delta_logit_head"] - table["delta_logit_base"]
+    wrong = {
+        ("delta_logit_base", "is 0: both prompts are the same"): table["delta_logit_base"] == 0,
+        # more than two decimals make
+        ("head_effect", "is not delta_logit_head - delta_logit_base"): (
+            (effect - table["head_effect"]).abs() > 0.02
+        ),
+        ("index", "does not go with the row's kind and head"): (
+            index.notna().ne(sliced) | (table["index"].notna() & index.ne(table["index"]))
+        ),
+    }
     if "factor" in table:
         odd = table["factor"].notna() != (table["op"] == "scale")
-        refuse(odd, "factor", "does not go with the row's op")
-    refuse(table["delta_logit_base"] == 0, "delta_logit_base", "is 0: both prompts are the same")
-    effect = table["delta_logit_head"] - table["delta_logit_base"]
-    away = (effect - table["head_effect"]).abs() > 0.02  # more than two decimals make
-    refuse(away, "head_effect", "is not delta_logit_head - delta_logit_base")
-    of_head = table["head"].where(table["kind"] == "head")
-    index, sliced = of_head.fillna(table["index"]), [bool(KINDS[k].slices) for k in table["kind"]]
-    odd = index.notna().ne(sliced) | (table["index"].notna() & index.ne(table["index"]))
-    refuse(odd, "index", "does not go with the row's kind and head")
-    return table.assign(layer=table["layer"].astype(int), index=index.fillna(-1).astype(int))
+        wrong["factor", "does not go with the row's op"] = odd
+    return wrong
 
 
 def read_results(path: Path) -> pd.DataFrame:
@@ -937,8 +950,8 @@ def read_results(path: Path) -> pd.DataFrame:
     twice = table.duplicated(["sample_id", *KEY])
     wrong = {"column 'head': same sample and component as before": twice}
     for name in (name for name in ONCE if name in table):
-        other = table[name].fillna("") != table[name].fillna("").iloc[0]
-        wrong[f"column {name!r}: another than above"] = other
+        values = table[name].astype(str)
+        wrong[f"column {name!r}: another than above"] = values != values.iloc[0]
     first = table.groupby("sample_id")[["unit", "group", "delta_logit_base"]].transform("first")
     for name in ("unit", "group"):
         wrong[f"column {name!r}: another than above for this sample"] = table[name] != first[name]
@@ -2410,6 +2423,8 @@ def check_rows(traced: TracedModel, clean: CleanRun, heads: Sequence[Component])
         return run_rows(traced, clean, [(Edit(site, slice(None), factor=1.0),) for site in sites])
 
     later = {min(1, n_layers - 1), n_layers // 2, n_layers - 1}
+    for layer in later:  # a row alone must not edit what the clean run keeps
+        run_rows(traced, clean, [(Edit(Component(layer, "resid").site, slice(None)),)])
     ablated = zeroing(heads, traced.shape)
     kept = tuple(replace(edit, factor=1.0) for edit in ablated)
     beside, alone = (run_rows(traced, clean, [row, ()])[1:] for row in (ablated, kept))
@@ -2985,16 +3000,21 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     grouped = drawn.groupby("n_ablated")["mean_delta"]
     many = grouped.size()[grouped.size() >= MANY_SETS].index
     low, high = (grouped.quantile(share).loc[many] for share in (0.05, 0.95))
-    lent = f", {int(drawn['lent'].max())} of them lent by neighbours" if drawn["lent"].any() else ""
-    axes.fill_between(many, low, high, color="tab:gray", alpha=0.3, label="5-95 % of random sets")
+    lent = f" (up to {int(drawn['lent'].max())} of a neighbour)" if drawn["lent"].any() else ""
+    if len(many):
+        label = "5-95 % of random sets"
+        axes.fill_between(many, low, high, color="tab:gray", alpha=0.3, label=label)
     label = f"random sets, same layers{lent}"
     axes.plot(drawn.index, drawn["mean_delta"], ".", color="tab:gray", markersize=4, label=label)
     axes.vlines(chosen.index, chosen["ci_low"], chosen["ci_high"], color="tab:blue")
     label = "chosen on the other half (95 % interval)"
     axes.plot(chosen.index, chosen["mean_delta"], "o-", color="tab:blue", label=label)
     damaged = chosen[chosen["damaged"].fillna(False).astype(bool)]
-    label = "damaged: also changes what it should not"
-    axes.plot(damaged.index, damaged["mean_delta"], "x", color="red", markersize=12, label=label)
+    if len(damaged):
+        label = "damaged: moves prompt b further than random sets"
+        axes.plot(
+            damaged.index, damaged["mean_delta"], "x", color="red", markersize=12, label=label
+        )
     axes.set_xscale("log", base=2)
     axes.set_xticks(chosen.index.tolist(), [str(size) for size in chosen.index])
     measure = f"mean score {chosen['measure'].iloc[0]} (nats)"
@@ -3095,10 +3115,15 @@ def write_findings(
 def recorded_flags(results: Path) -> list[str]:
     """What redrawing heeds of a run's options, from the results CSV and the run.json beside it."""
     told = dict(read_record(results.parent / "run.json").get("config", {}))
-    _, first = next(read_rows(results), (0, {}))
-    told |= {name: first[name] for name in ONCE if first.get(name)}
+    for first in itertools.islice(read_rows(results), 1):
+        table = parse_results(results, [first])
+        told |= {name: table[name].iloc[0] for name in ONCE if name in table}
     heeded = {"model_id", "top_k", *ONCE} - {"kind"}
-    return [f"--{name}={told[name]}" for name in sorted(heeded) if told.get(name) is not None]
+    return [
+        f"--{name}={told[name]}"
+        for name in sorted(heeded)
+        if not pd.isna(told.get(name)) and told[name] != ""
+    ]
 
 
 def redraw(config: Config) -> None:
@@ -3312,7 +3337,7 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
             told += f", {len(same)} distinct random sets {low:.0%} to {high:.0%}"
         told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
         told += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
-        told += ": DAMAGED, b moves further than with random sets" if row.damaged == 1 else ""
+        told += ": damaged, b moves further than with random sets" if row.damaged == 1 else ""
         log.info(told)
 
 

@@ -367,6 +367,7 @@ def fabricate_records(experiment: Any) -> list[dict[str, Any]]:
             "targets": prompts[0].sample.targets,
             "unit": prompts[0].sample.unit,
             "group": "",
+            "prompts_id": prompts[0].pair_id(prompts[1]),
             "prompts": {prompt.side: {"score": rng.gauss(-3.0, 1.0)} for prompt in prompts},
         }
         for prompts in experiment.prompts
