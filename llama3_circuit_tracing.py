@@ -1869,7 +1869,8 @@ def run_batches(
 # ----- Run folder ---------------------------------------------------------------------------------
 
 # what this script writes into a folder, and whether every run does
-OUTPUTS = {f"circuit_{name}": True for name in ("results.csv", "heads.csv", "summary.png")}
+OUTPUTS = {f"circuit_{name}": True for name in ("results.csv", "heads.csv")}
+OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", "heatmap.png")}
 OUTPUTS |= {"generations.jsonl": False, "run.json": True, "run.log": True}
 
@@ -3258,8 +3259,9 @@ def measure_sets(
     told = pd.DataFrame(
         {"set": name, "draw": draw, "n_ablated": len(edited), "components": " ".join(edited)}
         for (name, draw, _), edited in zip(sets, labels, strict=True)
-    ).assign(samples=samples, kl_a=kl_a.mean(1), kl_b=kl_b.mean(1))
-    told = told.assign(moved_a=(a - a[0]).mean(1), moved_b=(b - b[0]).mean(1))
+    ).assign(samples=samples)
+    moved = {"moved_a": a - a[0], "moved_b": b - b[0], "kl_a": kl_a, "kl_b": kl_b}
+    told = told.assign(**{name: of_sets.mean(1).tolist() for name, of_sets in moved.items()})
     frames = []
     for against, theirs in {"b": b, "other": other}.items():
         there = ~theirs[0].isnan()
@@ -3276,10 +3278,11 @@ def joint_statistics(deltas: Tensor, units: Sequence[str]) -> dict[str, Any]:
     place = torch.tensor([names.index(unit) for unit in units])
     sums = torch.zeros(len(names), deltas.shape[1], dtype=torch.float64).index_add(0, place, deltas)
     counts = place.bincount().double()[:, None].expand_as(sums)
-    mean, base, told = deltas.mean(0), sums[:, :1].expand_as(sums), {"n_sentences": len(names)}
-    ends = (*mean_interval(sums, counts), *mean_interval(base - sums, base))
-    named = zip(("ci_low", "ci_high", "share_low", "share_high"), ends, strict=True)
-    return told | {"mean_delta": mean, "share_removed": 1 - mean / mean[0], **dict(named)}
+    mean, base = deltas.mean(0), sums[:, :1].expand_as(sums)
+    (low, high), (kept, gone) = mean_interval(sums, counts), mean_interval(base - sums, base)
+    found = {"mean_delta": mean, "ci_low": low, "ci_high": high}
+    found |= {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
+    return {"n_sentences": len(names)} | {name: x.tolist() for name, x in found.items()}
 
 
 def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Component]:
@@ -3313,7 +3316,8 @@ def judge_sets(rows: pd.DataFrame, chosen: Sequence[Component]) -> pd.DataFrame:
     for drawn in rows["components"].where(random_sets, "").str.split():
         there = Counter(Component.parse(label).layer for label in drawn)
         lent.append((there - layers[len(drawn) if len(drawn) < len(layers) else 0]).total())
-    limits = rows[random_sets].groupby("n_ablated")["kl_b"].quantile(0.95)
+    drawn_once = rows[random_sets].drop_duplicates(["n_ablated", "draw"])
+    limits = drawn_once.groupby("n_ablated")["kl_b"].quantile(0.95)
     damaged = (rows["kl_b"] > rows["n_ablated"].map(limits)).where(rows["set"] == "chosen")
     return rows.assign(lent=lent, damaged=damaged)
 

@@ -114,7 +114,7 @@ def test_llama_3_8b_in_bfloat16_fits_a_24_gb_gpu_by_the_estimate(
 TEXTS = {"prompts", "targets"}
 DIFFERS: dict[str, set[str]] = {
     "--layers 0 --heads 1-2 --ablate L0H1 --confirm 2 --num_random 3": set(),
-    "--top_k 3 --num_bootstrap 200 --max_new_tokens 2 --heatmap --output_dir x": set(),
+    "--top_k 3 --max_new_tokens 2 --heatmap --output_dir x": set(),
     "--seed 7": {"seed", *TEXTS},
     "--num_samples 3": TEXTS,
     "--task refusal": {"task", *TEXTS},

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
+import random_models
 from by_hand import halves, prepared
 from conftest import Answer, finish, read, write_samples
-from llama3_circuit_tracing import Component
+from llama3_circuit_tracing import Component, Components
 
 CLOSE = 2e-5
-COLUMNS = ["samples", "set", "draw", "n_ablated", "components", "n_samples", "n_sentences"]
-COLUMNS += ["mean_delta", "share_removed"]
+COLUMNS = "samples measure set draw n_ablated components lent n_samples n_sentences mean_delta "
+COLUMNS += "ci_low ci_high share_removed share_low share_high moved_a moved_b kl_a kl_b damaged"
 CONFIRM = ["--num_samples", "6", "--confirm", "3", "--num_random", "4"]
 
 
@@ -31,8 +34,18 @@ def confirmed(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(llama, tmp_path_factory.mktemp("run"), *CONFIRM)
 
 
-def joint_rows(folder: Path) -> pd.DataFrame:
-    return read(folder, "circuit_confirm.csv").fillna({"components": ""})
+@pytest.fixture(scope="module")
+def controlled(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("run"), *CONFIRM, "--controls")
+
+
+def joint_rows(folder: Path, measure: str = "a - b") -> pd.DataFrame:
+    rows = read(folder, "circuit_confirm.csv").fillna({"components": ""})
+    return rows[rows["measure"] == measure].reset_index(drop=True)
+
+
+def parsed(labels: str) -> Components:
+    return tuple(map(Component.parse, labels.split()))
 
 
 def by_size(rows: pd.DataFrame, name: str = "chosen") -> dict[int, str]:
@@ -40,16 +53,20 @@ def by_size(rows: pd.DataFrame, name: str = "chosen") -> dict[int, str]:
     return dict(rows[rows["set"] == name].set_index("n_ablated")["components"])
 
 
+def naive_scores(
+    model: str, folder: Path, side: str, sample_ids: Sequence[str], labels: Iterable[str] = ()
+) -> list[float]:
+    """The score of one prompt of some samples, with some components zeroed."""
+    plain, texts, targets = naive.load(model), by_hand.texts(folder), by_hand.targets_of(folder)
+    with by_hand.ablated(plain[0], labels):
+        return [naive.suppression_score(*plain, texts[i][side], targets[i]) for i in sample_ids]
+
+
 def naive_delta(
     model: str, folder: Path, sample_ids: Sequence[str], labels: Sequence[str]
 ) -> float:
     """The mean delta_logit of some samples with some components zeroed."""
-    plain, texts, targets = naive.load(model), by_hand.texts(folder), by_hand.targets_of(folder)
-    with by_hand.ablated(plain[0], labels):
-        a, b = (
-            [naive.suppression_score(*plain, texts[i][side], targets[i]) for i in sample_ids]
-            for side in "ab"
-        )
+    a, b = (naive_scores(model, folder, side, sample_ids, labels) for side in "ab")
     return statistics.fmean(a) - statistics.fmean(b)
 
 
@@ -82,94 +99,393 @@ def test_the_chosen_components_are_those_of_largest_mean_role(
 ) -> None:
     table = by_hand.results({"L0N5": [0.1, 0.2], "L0N7": [-3.0, 0.1], "L1N2": [2.0, 0.1]}, base)
     for k in (1, 2, 3):
-        chosen = tracing.choose_top(table, tracing.Config(confirm=k, **config))
+        chosen = tracing.choose_top(table, tracing.Config(confirm=k, **config), "b")
         assert [component.label for component in chosen] == top[:k]
+
+
+@pytest.mark.parametrize(("base", "top"), [(1.0, "L0N7"), (-1.0, "L0N5")])
+def test_against_a_control_the_contrast_with_it_and_its_own_base_choose(
+    base: float, top: str
+) -> None:
+    """Samples without that control have no say."""
+    effects = {"L0N5": [0.0, 0.0, 9.0], "L0N7": [2.0, 2.0, -9.0], "L1N2": [1.0, 1.0, 1.0]}
+    contrast = {"L0N5": [3.0, 3.0, 0.0], "L0N7": [-3.0, -3.0, 0.0], "L1N2": [0.0, 0.0, 0.0]}
+    table = by_hand.with_control(by_hand.results(effects), "other", contrast, base)
+    lacking = table["sample_id"] == "s002"
+    controls = [name for name in table if "other" in name]
+    table[controls] = table[controls].mask(lacking)
+    chosen = tracing.choose_top(table, tracing.Config(confirm=1), "other")
+    assert [component.label for component in chosen] == [top]
+
+
+def best_heads(table: pd.DataFrame, effect: str, base: pd.Series) -> list[str]:
+    """All heads by their mean role."""
+    sign = -math.copysign(1, base.groupby(table["sample_id"]).first().mean())
+    roles = sign * table.groupby(["layer", "head"])[effect].mean()
+    return [f"L{layer}H{head}" for layer, head in roles.sort_values(ascending=False).index]
 
 
 def test_a_run_chooses_on_one_half_of_its_sentences(confirmed: Path) -> None:
     table, choosing = read(confirmed), halves(confirmed)[0]
     half = table[table["sample_id"].isin(choosing)]
-    sign = -math.copysign(1, half.drop_duplicates("sample_id")["delta_logit_base"].mean())
-    roles = sign * half.groupby(["layer", "head"])["head_effect"].mean()
-    best = [f"L{layer}H{head}" for layer, head in roles.sort_values(ascending=False).index]
+    best = best_heads(half, "head_effect", half["delta_logit_base"])
     assert len(choosing) == 3
     assert by_size(joint_rows(confirmed)) == {n: " ".join(best[:n]) for n in (1, 2, 3)}
 
 
-def test_random_sets_are_nested_disjoint_from_the_chosen_and_of_the_same_layers(
-    confirmed: Path,
+def test_with_controls_a_run_chooses_by_the_contrast_with_other_words(controlled: Path) -> None:
+    table = read(controlled)
+    half = table[table["sample_id"].isin(halves(controlled)[0])]
+    base = half["score_a_base"] - half["score_other_base"]
+    best = best_heads(half, "effect_minus_other", base)
+    assert best[:3] != best_heads(half, "head_effect", half["delta_logit_base"])[:3]
+    for measure in ("a - b", "a - other"):
+        assert by_size(joint_rows(controlled, measure)) == {
+            n: " ".join(best[:n]) for n in (1, 2, 3)
+        }
+
+
+def test_where_no_sample_has_controls_the_effect_itself_chooses(llama: str, tmp_path: Path) -> None:
+    kinds = {"apple": "fruit", "golf": "sport"}
+    records = [
+        {"prompt_a": f"Never say {word}! Name a {kind}.", "prompt_b": f"Name a {kind}."}
+        | {"targets": [word]}
+        for word, kind in kinds.items()
+    ]
+    flags = ["--samples", write_samples(tmp_path / "mine.jsonl", *records)]
+    flags += ["--confirm", "2", "--num_random", "2"]
+    without = joint_rows(finish(llama, tmp_path / "without", *flags))
+    with_controls = finish(llama, tmp_path / "with", *flags, "--controls")
+    assert set(read(with_controls, "circuit_confirm.csv")["measure"]) == {"a - b"}
+    pd.testing.assert_frame_equal(joint_rows(with_controls), without)
+
+
+def test_samples_of_one_unit_are_on_the_same_side_of_the_split(llama: str, tmp_path: Path) -> None:
+    """Whatever their sentences."""
+    kinds = {"apple": "fruit", "rose": "flower", "golf": "sport", "iron": "metal"}
+    records = [
+        {"sentence": f"Name a {kind}.", "targets": [word], "unit": f"half {i // 2}"}
+        for i, (word, kind) in enumerate(kinds.items())
+    ]
+    flags = ["--samples", write_samples(tmp_path / "mine.jsonl", *records)]
+    rows = joint_rows(finish(llama, tmp_path, *flags, "--confirm", "1", "--num_random", "1"))
+    assert (rows["n_samples"] == 2).all()
+    assert (rows["n_sentences"] == 1).all()
+    assert rows[["ci_low", "ci_high", "share_low", "share_high"]].isna().all(axis=None)
+
+
+# ----- random sets
+
+
+@pytest.mark.parametrize("chosen", ["L1H0 L2H0 L2H3", "L0H2", "L2H1 L0H3 L2H3"])
+def test_random_sets_are_distinct_sorted_of_the_same_layers_and_none_is_chosen_or_given(
+    chosen: str, llama: str
 ) -> None:
-    rows, largest = joint_rows(confirmed), set()
-    chosen = by_size(rows)[3].split()
-    for _, drawn in rows[rows["set"] == "random"].groupby("draw"):
-        sets = by_size(drawn, "random")
-        whole = sets[3].split()
-        assert sets == {n: " ".join(whole[:n]) for n in (1, 2, 3)}
-        assert len({*whole, *chosen}) == 6
-        assert [label[:2] for label in whole] == [label[:2] for label in chosen]
-        largest.add(sets[3])
-    assert len(largest) > 1
+    given = "L1H1,L0H0,L2mlp"
+    exp = prepared(llama, "--num_random", "4", "--given", given)
+    sets, everyone = tracing.confirm_sets(parsed(chosen), exp), parsed(chosen)
+    for n in tracing.joint_sizes(len(everyone)):
+        assert ("chosen", 0, everyone[:n]) in sets
+        drawn = [of for name, _, of in sets if name == "random" and len(of) == n]
+        assert 1 <= len(drawn) == len(set(drawn)) <= 4
+        for components in drawn:
+            assert len(set(components)) == n
+            assert list(components) == sorted(components)
+            assert not {*components} & {*everyone, *parsed(given.replace(",", " "))}
+            layers = [Counter(c.layer for c in of) for of in (components, everyone[:n])]
+            assert layers[0] == layers[1]
 
 
-def test_random_components_are_drawn_by_seed_and_none_is_given(llama: str) -> None:
-    chosen = [Component(1, "head", 0), Component(2, "head", 0)]
-    seeds = [prepared(llama, "--seed", str(seed)) for seed in (1, 1, 2, 3, 4)]
-    draws = [tracing.draw_random(chosen, exp, 0) for exp in seeds]
-    assert draws[0] == draws[1]
-    assert len(set(map(tuple, draws))) > 1
-    exp = prepared(llama, "--given", "L1H1,L1H2,L1mlp")
-    drawn = [tracing.draw_random(chosen, exp, draw) for draw in range(20)]
-    assert {first.label for first, _ in drawn} == {"L1H3"}
-    assert {second.label for _, second in drawn} == {"L2H1", "L2H2", "L2H3"}
-
-
-def test_where_a_layer_has_no_component_left_the_nearest_lends_one_and_it_is_said(
-    llama: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("asked", "found"), [("2", 2), ("3", 3), ("50", 3)])
+def test_there_are_no_more_random_sets_than_distinct_ones_and_all_are_found(
+    asked: str, found: int, llama: str
 ) -> None:
-    exp, chosen = prepared(llama, "--num_random", "2"), [Component(1, "head", i) for i in range(3)]
+    sets = tracing.confirm_sets([Component(1, "head", 2)], prepared(llama, "--num_random", asked))
+    drawn = [components for name, _, components in sets if name == "random"]
+    assert len(set(drawn)) == len(drawn) == found
+    assert {c.label for (c,) in drawn} <= {"L1H0", "L1H1", "L1H3"}
+    assert [draw for name, draw, _ in sets if name == "random"] == list(range(found))
+
+
+def test_random_sets_are_drawn_by_seed_for_each_size_anew(llama: str) -> None:
+    chosen = [Component(1, "neuron", 0), Component(2, "neuron", 0)]
+    flags = ["--kind", "neuron", "--neurons", "0", "--num_random", "3"]
+
+    def drawn(seed: str) -> list[Components]:
+        sets = tracing.confirm_sets(chosen, prepared(llama, *flags, "--seed", seed))
+        return [components for name, _, components in sets if name == "random"]
+
+    assert drawn("1") == drawn("1") != drawn("2")
+    single, double = ({c for of in drawn("1") if len(of) == n for c in of} for n in (1, 2))
+    assert not single & double
+
+
+def test_where_a_layer_has_no_component_left_the_nearest_lends_one(llama: str) -> None:
+    exp, chosen = prepared(llama), [Component(1, "head", i) for i in range(3)]
     for draw in range(20):
-        drawn = tracing.draw_random(chosen, exp, draw)
-        assert drawn[0].label == "L1H3"
-        assert {component.layer for component in drawn[1:]} <= {0, 2}
-        assert len(set(drawn)) == 3
+        first, *others = sorted(
+            tracing.draw_random(chosen, 3, exp, draw), key=lambda c: abs(c.layer - 1)
+        )
+        assert first.label == "L1H3"
+        assert {component.layer for component in others} <= {0, 2}
+        assert len(set(others)) == 2
     crowded = prepared(llama, "--given", "L0H1,L0H2,L0H3,L1H0,L1H1,L1H2,L1H3")
-    (far,) = tracing.draw_random([Component(0, "head", 0)], crowded, 0)
+    (far,) = tracing.draw_random([Component(0, "head", 0)], 1, crowded, 0)
     assert far.layer == 2
+
+
+def told_of(
+    components: str, name: str = "random", kl_b: float = 0.0, share: float = 0.0, **more: Any
+) -> dict[str, Any]:
+    """A row of the joint table."""
+    row = {"samples": "held-out", "measure": "a - b", "set": name, "components": components}
+    row |= {"n_ablated": len(components.split()), "kl_a": 0.0, "kl_b": kl_b, "share_removed": share}
+    numbers = "mean_delta ci_low ci_high share_low share_high moved_a moved_b"
+    return row | dict.fromkeys(numbers.split(), 0.0) | more
+
+
+def test_components_lent_by_another_layer_are_counted_by_hand_and_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "circuit")
+    chosen = parsed("L1H0 L2H1 L1H1")
+    sets = {"L1H2": 0, "L0H2": 1, "L1H2 L2H3": 0, "L1H2 L1H3": 1, "L0H0 L0H1": 2}
+    sets |= {"L1H2 L1H3 L2H2": 0, "L1H2 L2H2 L2H3": 1}
+    frame = [told_of("L0H0 L2H0", "ablate"), told_of("L1H0", "chosen"), *map(told_of, sets)]
+    rows = tracing.judge_sets(pd.DataFrame(frame), chosen)
+    assert rows["lent"].tolist() == [0, 0, *sets.values()]
+    tracing.report_sets(rows, tracing.SUPPRESSION)
+    assert "2 of a random set's components are of neighbouring layers" in caplog.text
     caplog.clear()
-    tracing.confirm_sets(chosen[:1], exp)
-    assert "neighbouring" not in caplog.text
-    tracing.confirm_sets(chosen, exp)
-    assert re.search("4 random components .* neighbouring layer", caplog.text)
+    tracing.report_sets(rows[rows["lent"] == 0], tracing.SUPPRESSION)
+    assert caplog.text and "neighbouring" not in caplog.text
+
+
+def test_a_run_tells_how_many_components_neighbouring_layers_lend(
+    llama: str, tmp_path: Path
+) -> None:
+    """Of two heads chosen in a layer of which the two others are given."""
+    flags = ["--layers", "1", "--given", "L1H0,L1H1", "--confirm", "2", "--num_random", "3"]
+    rows = joint_rows(finish(llama, tmp_path, "--num_samples", "2", *flags))
+    assert rows["lent"].equals(rows["n_ablated"].where(rows["set"] == "random", 0))
+    assert "2 of a random set's components are of" in (tmp_path / "run.log").read_text()
+
+
+# ----- damage
+
+
+@pytest.mark.parametrize(("kl_b", "damaged"), [(0.94, 0), (0.95, 0), (0.96, 1), (5.0, 1)])
+def test_a_chosen_set_is_damaged_where_b_moves_further_than_with_95_percent_of_random_ones(
+    kl_b: float, damaged: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of its own size; 21 random sets move b by 0 to 1, those of another size by 100."""
+    chosen = parsed("L0H0 L1H0")
+    frame = [told_of("L0H0", "chosen", kl_b), told_of("L0H0 L1H0", "chosen", kl_b)]
+    frame += [told_of("L0H1", kl_b=i / 20) for i in range(21)]
+    frame += [told_of("L0H1 L1H1", kl_b=100.0)]
+    frame += [told_of("L0H1", "ablate", kl_b=50.0), told_of("", "none")]
+    caplog.set_level(logging.INFO, "circuit")
+    rows = tracing.judge_sets(pd.DataFrame(frame), chosen)
+    assert rows["damaged"].tolist()[:2] == [damaged, 0]
+    assert rows["damaged"][2:].isna().all()
+    tracing.report_sets(rows, tracing.SUPPRESSION)
+    lines = [record.getMessage() for record in caplog.records]
+    assert ["damaged" in line for line in lines if "jointly" in line] == [damaged, False, False]
+
+
+def test_damage_is_the_same_whether_one_measure_is_told_or_two() -> None:
+    one = [told_of("L0H0", "chosen", 0.97), *(told_of("L0H1", kl_b=i / 10) for i in range(11))]
+    two = [*one, *(row | {"measure": "a - other"} for row in one)]
+    found = [tracing.judge_sets(pd.DataFrame(f), parsed("L0H0"))["damaged"] for f in (one, two)]
+    assert found[0][0] == found[1][0] == 1
 
 
 # ----- what becomes of the held-out sentences
 
 
-def test_the_joint_table_has_its_columns_and_rows_which_the_log_tells(confirmed: Path) -> None:
-    rows, told = joint_rows(confirmed), (confirmed / "run.log").read_text()
-    assert list(rows) == COLUMNS
+@pytest.mark.parametrize("measure", ["a - b", "a - other"])
+def test_the_joint_table_has_its_columns_and_rows_of_each_measure(
+    measure: str, controlled: Path
+) -> None:
+    rows = joint_rows(controlled, measure)
+    assert sorted(rows) == sorted(COLUMNS.split())
     assert set(rows["samples"]) == {"held-out"}
-    expected = {("none", 0): 1} | {("chosen", n): 1 for n in (1, 2, 3)}
-    expected |= {("random", n): 4 for n in (1, 2, 3)}
-    assert Counter(zip(rows["set"], rows["n_ablated"], strict=True)) == expected
+    sizes = Counter(rows["n_ablated"][rows["set"] == "chosen"])
+    assert sizes == {1: 1, 2: 1, 3: 1}
+    assert set(rows["set"]) == {"none", "chosen", "random"}
     assert (rows[["n_samples", "n_sentences"]] == 3).all(axis=None)
     shares = 1 - rows["mean_delta"] / rows["mean_delta"][0]
     assert rows["share_removed"].tolist() == pytest.approx(shares.tolist())
+    assert rows["damaged"].isna().equals(rows["set"] != "chosen")
+    assert (
+        rows.groupby("n_ablated")["components"].nunique().eq(rows.groupby("n_ablated").size()).all()
+    )
+
+
+def test_without_controls_one_measure_is_told(confirmed: Path) -> None:
+    assert set(read(confirmed, "circuit_confirm.csv")["measure"]) == {"a - b"}
+
+
+@pytest.mark.parametrize(("run", "measure"), [("confirmed", "a - b"), ("controlled", "a - other")])
+def test_the_log_tells_what_the_joint_table_holds(
+    run: str, measure: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(run)
+    rows, told = joint_rows(folder, measure), (folder / "run.log").read_text()
     for row in rows[rows["set"] == "chosen"].itertuples():
-        drawn = shares[(rows["set"] == "random") & (rows["n_ablated"] == row.n_ablated)]
-        band = f"random sets {drawn.quantile(0.05):.0%} to {drawn.quantile(0.95):.0%}"
-        what = f"held-out samples, {row.n_ablated} jointly ({row.components}): mean delta "
-        assert f"{what}{row.mean_delta:+.3f}, {row.share_removed:.0%} removed, {band}" in told
+        drawn = rows[(rows["set"] == "random") & (rows["n_ablated"] == row.n_ablated)]
+        low, high = drawn["share_removed"].agg(["min", "max"])
+        line = f"held-out samples, {row.n_ablated} jointly ({row.components}): mean {measure} "
+        line += f"{row.mean_delta:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
+        line += f"{row.share_removed:.0%} removed [{row.share_low:.0%}, {row.share_high:.0%}], "
+        line += f"{len(drawn)} distinct random sets {low:.0%} to {high:.0%}; "
+        line += f"log P of the forbidden words {row.moved_a:+.2f} after prompt a, "
+        line += f"{row.moved_b:+.2f} after b; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
+        assert line in told
+    assert told.count(" jointly (") == 3
+
+
+@pytest.mark.parametrize("extra", [-1, 0])
+def test_few_random_sets_are_told_by_their_ends_and_many_by_their_quantiles(
+    extra: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "circuit")
+    n = tracing.MANY_SETS + extra
+    frame = [told_of("L0H0", "chosen", damaged=0, lent=0)]
+    frame += [told_of("L0H1", share=i / (n - 1), lent=0) for i in range(n)]
+    tracing.report_sets(pd.DataFrame(frame), tracing.SUPPRESSION)
+    ends = "0% to 100%" if extra < 0 else "5% to 95%"
+    assert f", {n} distinct random sets {ends};" in caplog.text
 
 
 def test_the_joint_effect_on_held_out_sentences_is_what_the_naive_oracle_says(
+    controlled: Path, llama: str
+) -> None:
+    held_out, table = halves(controlled)[1], joint_rows(controlled)
+    random_one = (table["draw"] == 1) & (table["n_ablated"] == 3)
+    asked = (table["set"] != "random") | random_one
+    assert random_one.any()
+    of_other = joint_rows(controlled, "a - other")
+    bases = {s: statistics.fmean(naive_scores(llama, controlled, s, held_out)) for s in "ab"}
+    for i, row in table[asked].iterrows():
+        labels = row["components"].split()
+        scores = {
+            side: statistics.fmean(naive_scores(llama, controlled, side, held_out, labels))
+            for side in ("a", "b", "other")
+        }
+        expected = [scores["a"] - scores["b"], scores["a"] - scores["other"]]
+        expected += [scores[side] - bases[side] for side in "ab"]
+        found = [row["mean_delta"], of_other["mean_delta"][i], row["moved_a"], row["moved_b"]]
+        assert found == pytest.approx(expected, abs=CLOSE), labels
+
+
+@pytest.fixture(scope="module")
+def folder_of(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """A model folder by where its logits come from; the capped ones are the model's own."""
+
+    def build(name: str) -> str:
+        if name == "plain":
+            return llama
+        folder = tmp_path_factory.mktemp("capped") / "model"
+        widths = {"sliding_window": 400, "final_logit_softcapping": 2.0}
+        return str(random_models.build_model(folder, "gemma2", **widths))
+
+    return build
+
+
+@torch.no_grad()
+def reply_log_probs(plain: tuple[Any, Any], ids: Sequence[int]) -> torch.Tensor:
+    """[token] of the first reply token after a prompt, in a full forward."""
+    return plain[0](torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("rows", ["1", "64"])
+@pytest.mark.parametrize(("name", "given"), [("plain", ""), ("plain", "L0H1"), ("capped", "")])
+def test_the_divergence_of_the_first_reply_token_is_that_of_plain_forwards(
+    name: str, given: str, rows: str, folder_of: Callable[[str], str]
+) -> None:
+    """From what is said with the given components zeroed alone."""
+    folder = folder_of(name)
+    flags = ["--rows_per_forward", rows, "--attn_implementation", "eager"]
+    exp = prepared(folder, *flags, *(["--given", given] if given else []))
+    labels = ["", "L1H2", "L0H0 L2H3 L1mlp"]
+    found = tracing.run_sets(exp, [("", 0, parsed(of)) for of in labels], exp.prompts)
+    assert exp.traced.own_logits == (name == "capped")
+    plain = naive.load(folder)
+    for of, of_set in zip(labels, found, strict=True):
+        for prompts, (*_, kl_a, kl_b) in zip(exp.prompts, of_set, strict=True):
+            expected = []
+            for prompt in prompts[:2]:
+                with by_hand.ablated(plain[0], given.split()):
+                    before = reply_log_probs(plain, prompt.ids)
+                    with by_hand.ablated(plain[0], of.split()):
+                        after = reply_log_probs(plain, prompt.ids)
+                expected.append(float((before.exp() * (before - after)).sum()))
+            assert [kl_a, kl_b] == pytest.approx(expected, abs=CLOSE)
+            assert min(kl_a, kl_b) >= 0
+            assert (max(kl_a, kl_b) < 1e-6) == (not of)
+
+
+def test_the_table_holds_the_mean_divergence_over_the_held_out_samples(
     confirmed: Path, llama: str
 ) -> None:
-    rows, held_out = joint_rows(confirmed), halves(confirmed)[1]
-    random_one = (rows["draw"] == 2) & (rows["n_ablated"] == 3)
-    for row in rows[(rows["set"] != "random") | random_one].itertuples():
-        expected = naive_delta(llama, confirmed, held_out, row.components.split())
-        assert row.mean_delta == pytest.approx(expected, abs=CLOSE), row.components
+    plain, texts, held_out = naive.load(llama), by_hand.texts(confirmed), halves(confirmed)[1]
+    row = joint_rows(confirmed).query("set == 'chosen' and n_ablated == 3").iloc[0]
+    for side in "ab":
+        found = []
+        for ids in (naive.prompt_ids(plain[1], texts[i][side]) for i in held_out):
+            before = reply_log_probs(plain, ids)
+            with by_hand.ablated(plain[0], row["components"].split()):
+                found.append(float((before.exp() * (before - reply_log_probs(plain, ids))).sum()))
+        assert row[f"kl_{side}"] == pytest.approx(statistics.fmean(found), abs=CLOSE)
+        assert row[f"kl_{side}"] > 1e-3
+
+
+# ----- intervals
+
+
+def interval(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
+    ends = tracing.mean_interval(*(torch.tensor(v).double()[:, None] for v in (sums, counts)))
+    return ends[:, 0].tolist()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_joint_intervals_are_those_of_the_units_sums(sign: int) -> None:
+    """Four units of five samples; the share's interval is that of what is removed per base."""
+    units = ["u", "v", "u", "w", "x"]
+    base, edited = [sign * v for v in (2.0, 3.0, 1.0, 4.0, 2.5)], [1.0, -1.5, 0.5, 2.0, 1.0]
+    deltas = torch.tensor([base, edited], dtype=torch.float64).T
+    found = tracing.joint_statistics(deltas, units)
+    counts, sums = [2, 1, 1, 1], [1.5, -1.5, 2.0, 1.0]
+    bases = [sign * v for v in (3.0, 3.0, 4.0, 2.5)]
+    assert found["n_sentences"] == 4
+    assert found["mean_delta"].tolist() == pytest.approx([sum(bases) / 5, sum(sums) / 5])
+    ends = [float(found[name][1]) for name in ("ci_low", "ci_high")]
+    assert ends == pytest.approx(interval(sums, counts))
+    removed = [of_base - of for of_base, of in zip(bases, sums, strict=True)]
+    share, *ends = (float(found[f"share_{name}"][1]) for name in ("removed", "low", "high"))
+    assert ends == pytest.approx(interval(removed, bases))
+    assert ends[0] < share < ends[1]
+    assert share == pytest.approx(sum(removed) / sum(bases))
+    nothing = [float(found[f"share_{name}"][0]) for name in ("removed", "low", "high")]
+    assert nothing == pytest.approx([0.0] * 3, abs=1e-6)
+
+
+def test_the_interval_of_one_component_alone_is_that_of_its_sweep(confirmed: Path) -> None:
+    """On the held-out sentences."""
+    row = joint_rows(confirmed).query("set == 'chosen' and n_ablated == 1").iloc[0]
+    (component,), table = parsed(row["components"]), read(confirmed)
+    mine = (table["layer"] == component.layer) & (table["head"] == component.index)
+    mine &= table["sample_id"].isin(halves(confirmed)[1])
+    bases, deltas = (table[mine][f"delta_logit_{run}"].tolist() for run in ("base", "head"))
+    ones = [1.0] * len(deltas)
+    assert row[["ci_low", "ci_high"]].tolist() == pytest.approx(interval(deltas, ones), abs=CLOSE)
+    removed = [b - d for b, d in zip(bases, deltas, strict=True)]
+    share = row[["share_low", "share_high"]].tolist()
+    assert share == pytest.approx(interval(removed, bases), rel=1e-3)
+
+
+# ----- other samples and sizes
 
 
 def test_negative_controls_choose_nothing_and_confirm_nothing(llama: str, tmp_path: Path) -> None:
@@ -228,7 +544,7 @@ def test_a_set_of_ones_own_is_measured_on_all_samples_as_the_naive_oracle_does(
     samples = write_samples(tmp_path / "mine.jsonl", *records)
     folder = finish(llama, tmp_path, "--samples", samples, "--ablate", labels, "--layers", "1")
     rows = joint_rows(folder)
-    assert list(rows) == COLUMNS
+    assert sorted(rows) == sorted(COLUMNS.split())
     assert rows["set"].tolist() == ["none", "ablate"]
     assert rows["samples"].tolist() == ["all", "all"]
     assert rows["components"].tolist() == ["", labels.replace(",", " ")]
@@ -237,8 +553,11 @@ def test_a_set_of_ones_own_is_measured_on_all_samples_as_the_naive_oracle_does(
         everyone = list(by_hand.texts(folder))
         expected = naive_delta(llama, folder, everyone, row.components.split())
         assert row.mean_delta == pytest.approx(expected, abs=CLOSE)
-    told = f"all samples, {len(labels.split(','))} jointly ({rows['components'][1]}): mean delta "
-    assert re.search(re.escape(told) + r"[+-]\d.* removed\n", (folder / "run.log").read_text())
+    assert rows["damaged"].isna().all()
+    told = f"all samples, {len(labels.split(','))} jointly ({rows['components'][1]}): mean a - b "
+    log = (folder / "run.log").read_text()
+    assert re.search(re.escape(told) + r"[+-]\d.* removed \[.*\]; log P .* KL .* after b\n", log)
+    assert "random sets" not in log
 
 
 @pytest.mark.parametrize("positions", ["all", "last"])

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import llama3_circuit_tracing as tracing
 import naive
-from conftest import finish, record_of, user_text
+from conftest import Answer, finish, record_of, refuses, user_text, write_samples
 from llama3_circuit_tracing import Config, PromptEncoder, Sample, UsageError
 
 
@@ -208,6 +208,78 @@ def test_a_form_that_changes_the_tokens_before_it_or_adds_none_is_refused(word: 
         write(CHARACTERS, replace(FRUIT, targets=(word,), origin="mine, line 7"))
     (forms,) = write(CHARACTERS, replace(FRUIT, targets=("y~es",))).forms
     assert forms == (CHARACTERS.encode("yes"), CHARACTERS.encode("Yes"))
+
+
+# ----- forms that begin with one another
+
+
+def formed(targets: str, foils: str = "") -> tracing.Prompt:
+    """With a token per character, and words as they are written."""
+    words = {"targets": tuple(targets.split()), "foils": tuple(foils.split())}
+    return write(CHARACTERS, replace(FRUIT, **words, origin="mine, line 7"))
+
+
+@pytest.mark.parametrize(
+    ("targets", "foils", "longer", "shorter"),
+    [
+        ("ab abc", "q", "abc", "ab"),
+        ("q", "abcd r ab", "abcd", "ab"),
+        ("Abc zz ab", "q", "Abc", "ab"),  # by the form with a capital
+        ("ab abb abc", "q", "abb", "ab"),
+    ],
+)
+def test_where_words_are_summed_one_that_begins_with_another_is_refused(
+    targets: str, foils: str, longer: str, shorter: str
+) -> None:
+    prompt = formed(targets, foils)
+    with pytest.raises(UsageError, match=rf"mine, line 7.*'{longer}' begins with '{shorter}'"):
+        tracing.check_forms(prompt, sums=True)
+    tracing.check_forms(prompt, sums=False)
+
+
+@pytest.mark.parametrize(
+    ("targets", "foils"),
+    [("abc", "ab"), ("ab", "abc abd"), ("abc abd", "q"), ("bab ab", "q")],
+)
+def test_forms_of_opposite_sides_or_that_only_end_alike_are_let_pass(
+    targets: str, foils: str
+) -> None:
+    tracing.check_forms(formed(targets, foils), sums=True)
+
+
+@pytest.mark.parametrize("sums", [True, False])
+def test_a_word_of_which_one_form_begins_with_another_is_refused_in_any_task(sums: bool) -> None:
+    prompt = replace(formed("ab q"), forms=(((1, 2), (1, 2, 3)), ((4,),)))
+    with pytest.raises(UsageError, match=r"mine, line 7.*'ab' begins with 'ab'"):
+        tracing.check_forms(prompt, sums)
+
+
+@pytest.mark.parametrize(
+    ("task", "targets", "foils", "both"),
+    [
+        ("refusal", ["No", "No way"], ["Sure"], "'No way' begins with 'No'"),
+        ("refusal", ["No"], ["Sure", "Yes", "Sure thing"], "'Sure thing' begins with 'Sure'"),
+        ("odd_one_out", ["Bo"], ["Al", "Al Bo"], "'Al Bo' begins with 'Al'"),
+        ("suppression", ["ice", "ice cream"], [], ""),
+    ],
+)
+def test_a_command_names_the_sample_and_both_words(
+    task: str,
+    targets: list[str],
+    foils: list[str],
+    both: str,
+    llama: str,
+    tmp_path: Path,
+    answer: Answer,
+) -> None:
+    record = {"prompt_a": "Name it.", "prompt_b": "Say it.", "targets": targets, "foils": foils}
+    record = {name: value for name, value in record.items() if value}
+    samples = write_samples(tmp_path / "mine.jsonl", {**record, "sample_id": "seventh"})
+    argv = ["--model_id", llama, "--task", task, "--samples", samples, "--dry_run"]
+    if both:
+        refuses(answer, *argv, says=[f"{samples}, line 1 (seventh)", both])
+    else:
+        assert answer(*argv)[0] == 0
 
 
 # ----- control prompts

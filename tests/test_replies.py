@@ -207,9 +207,13 @@ def test_what_a_reply_shows_recomputes_from_its_text(runs: dict[str, Path]) -> N
         assert record["answers"] == any(answer in words for answer in answers)
     for record in generations(runs["refusing"]):
         start = record["reply"].lower()
-        found = [o for o in tracing.REFUSAL_OPENINGS if start.startswith(o.lower())]
-        assert record["mentions"] == found
-        assert record["answers"] == (not found)
+        refuses, complies = (
+            [o for o in openings if re.match(rf"{o.lower()}\b", start)]
+            for openings in (tracing.REFUSAL_OPENINGS, tracing.COMPLIANT_OPENINGS)
+        )
+        assert record["mentions"] == refuses
+        goes_on = any(re.search(r"\w", start[len(o) :]) for o in complies)
+        assert record["answers"] == goes_on
     assert any(record["mentions"] for record in generations(runs["refusing"]))
 
 
@@ -228,25 +232,50 @@ def test_the_rates_are_in_run_json_and_in_the_log(name: str, runs: dict[str, Pat
             for what in ("mentions", "answers"):
                 share = 100 * sum(map(bool, mine[what])) / len(mine)
                 assert rate[f"{what}_{side}"] == pytest.approx(share)
+            alike = 100 * tracing.share_alike(mine["reply"])
+            assert rate[f"alike_{side}"] == pytest.approx(alike)
         whose = f"({rate['samples']}, {rate['n_ablated']} ablated)"
         assert f"{whose}: {rate['mentions_a']:.0f} % " in told
+        beside = f"{rate['answers_b']:.0f} % to b are answers, {rate['alike_b']:.0f} % are alike"
+        assert f"{beside} or repeat themselves\n" in told[told.index(whose) :]
 
 
 def test_the_rates_by_hand() -> None:
     replies = [
-        ("s", "a", 0, [], False),
-        ("t", "a", 0, ["x"], True),
-        ("s", "b", 0, ["x", "y"], True),
+        ("s", "a", 0, [], False, "one"),
+        ("t", "a", 0, ["x"], True, "One "),
+        ("s", "b", 0, ["x", "y"], True, "one"),
+        ("t", "b", 0, ["x"], True, "no no no no no"),
+        ("t", "a", 2, ["x"], False, "one"),
+        ("t", "b", 2, [], False, ""),
     ]
-    replies += [("t", "b", 0, ["x"], True), ("t", "a", 2, ["x"], False), ("t", "b", 2, [], False)]
-    columns = ["sample_id", "prompt", "n_ablated", "mentions", "answers"]
+    columns = ["sample_id", "prompt", "n_ablated", "mentions", "answers", "reply"]
     found = tracing.behaviour_rates(pd.DataFrame(replies, columns=columns), {"t"})
-    names = ["samples", "n_ablated", "mentions_a", "answers_a", "mentions_b", "answers_b"]
-    assert [[rate[name] for name in names] for rate in found] == [
-        ["all", 0, 50, 50, 100, 100],
-        ["held-out", 0, 100, 100, 100, 100],
-        ["held-out", 2, 100, 0, 0, 0],
+    names = [f"{what}_{side}" for side in "ab" for what in ("mentions", "answers", "alike")]
+    assert [[rate[name] for name in ("samples", "n_ablated", *names)] for rate in found] == [
+        ["all", 0, 50, 50, 100, 100, 100, 50],
+        ["held-out", 0, 100, 100, 0, 100, 100, 100],
+        ["held-out", 2, 100, 0, 0, 0, 0, 0],
     ]
+
+
+@pytest.mark.parametrize(
+    ("replies", "share"),
+    [
+        (["red", "blue", "green"], 0),
+        (["red", "Red ", "green", "blue"], 1 / 2),
+        (["", "", "green"], 2 / 3),
+        (["red", "red", "red", "blue", "blue"], 3 / 5),  # the commonest alone
+        (["no no no no", "yes"], 1 / 2),
+        (["no no no", "yes"], 0),  # too short to repeat itself
+        (["a b a b a", "a b c a b c", "yes"], 1 / 3),  # more than half is said before, or half
+        (["no no no no", "no no no no", "yes"], 2 / 3),  # counted once
+    ],
+)
+def test_the_share_of_replies_that_are_alike_or_repeat_themselves_by_hand(
+    replies: list[str], share: float
+) -> None:
+    assert tracing.share_alike(replies) == pytest.approx(share)
 
 
 def test_everything_together_runs_on_the_bundled_model(tiny_llama: str, tmp_path: Path) -> None:
@@ -256,7 +285,8 @@ def test_everything_together_runs_on_the_bundled_model(tiny_llama: str, tmp_path
     controls = read(tmp_path).filter(regex="other|affirm")
     assert controls.shape[1] == 6
     assert not controls.isna().any(axis=None)
-    assert len(read(tmp_path, "circuit_confirm.csv")) == 1 + 3 + 3 * 3
+    n_measures = 2
+    assert len(read(tmp_path, "circuit_confirm.csv")) == n_measures * (1 + 3 + 3 * 3)
     assert all(record["answers"] in (True, False) for record in generations(tmp_path))
     assert record_of(tmp_path)["noise_floor"] < 2e-5
 

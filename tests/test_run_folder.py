@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import llama3_circuit_tracing as tracing
 from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses
-from test_sweep import EQUAL, TWO, largest_difference, naive_results
+from test_sweep import EQUAL, TWO, largest_difference, naive_results, parts_of
 
 EXTRAS = ["--confirm", "2", "--num_random", "3", "--max_new_tokens", "2", "--heatmap"]
 RESULTS = "circuit_results.csv"
@@ -34,11 +34,11 @@ def rows_run(patch: pytest.MonkeyPatch, limit: int, error: Callable[[], Exceptio
     asked: list[int] = []
     run_rows = tracing.run_rows
 
-    def limited(traced: Any, clean: Any, rows: Any) -> Any:
+    def limited(traced: Any, clean: Any, rows: Any, **reads: Any) -> Any:
         asked.append(len(rows))
         if len(rows) > limit:
             raise error()
-        return run_rows(traced, clean, rows)
+        return run_rows(traced, clean, rows, **reads)
 
     patch.setattr(tracing, "run_rows", limited)
     patch.setattr(tracing, "self_test", lambda exp: [])
@@ -58,9 +58,32 @@ def test_more_layers_in_the_same_folder_compute_only_what_is_missing(
     finish(llama, tmp_path, *TWO, "--layers", "0,2", "--heads", "0-2")
     asked = rows_run(monkeypatch, 1000, MemoryError)
     finish(llama, tmp_path, *TWO)
-    n_jittered = 3 * 4
-    assert sum(asked) == 12 - 6 + n_jittered
+    n_jittered_in_layer_1 = 4
+    assert sum(asked) == 12 - 6 + n_jittered_in_layer_1
     assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL
+
+
+@pytest.fixture(scope="module")
+def at_once(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("at_once"), *TWO, *ONE_BY_ONE)
+
+
+# so that a row's last bits do not depend on how many others are computed beside it
+ONE_BY_ONE = ["--rows_per_forward", "1", "--tree_tokens", "1"]
+GROWN = ["--layers 0|--layers 1|--layers 2", "--layers 2|--layers 0,1", "--layers 1|"]
+GROWN += ["--heads 3|--heads 0-1|--heads 2", "--heads 1|--layers 0-1|"]
+
+
+@pytest.mark.parametrize("lines", GROWN)
+def test_a_folder_that_grew_bit_by_bit_holds_what_one_run_of_all_does(
+    lines: str, llama: str, at_once: Path, tmp_path: Path
+) -> None:
+    for line in lines.split("|"):
+        finish(llama, tmp_path, *TWO, *ONE_BY_ONE, *line.split())
+    assert (tmp_path / RESULTS).read_bytes() == (at_once / RESULTS).read_bytes()
+    assert record_of(tmp_path)["noise_floor"] == record_of(at_once)["noise_floor"]
+    jittered = pd.concat(parts_of(tmp_path)).query("draw >= 0")
+    assert not jittered.duplicated(["sample_id", "layer", "draw"]).any()
 
 
 def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, tmp_path: Path) -> None:
@@ -141,7 +164,7 @@ def test_a_finished_run_computes_nothing_again(
 ) -> None:
     outputs = [p for p in two_runs[0].iterdir() if p.suffix in (".csv", ".png", ".jsonl")]
     before = [path.read_bytes() for path in outputs]
-    assert len(outputs) == 7
+    assert len(outputs) == 8
     for path in outputs:
         path.unlink()
     monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))

@@ -78,6 +78,41 @@ def test_every_word_of_every_prompt_has_its_plain_log_probability(
     assert (edited[0] - clean.log_probs).abs().max() > 1e-3
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("change", [None, with_bias])
+def test_what_is_read_of_the_final_states_stands_side_by_side(
+    plain: Plain, traced: TracedModel, tree: Tree, change: Callable[[Any], None] | None
+) -> None:
+    """Of the states that are unembedded, or of the model's own logits."""
+    model = copy.deepcopy(plain[0])
+    if change:
+        change(model)
+    traced = TracedModel(model, traced.shape, 64)
+    clean = tracing.run_clean(traced, tree, (), [1, 2], [])
+    rows = [(), tracing.zeroing([HEAD], traced.shape)]
+    width = traced.shape.vocab if change else traced.shape.d_model
+    states = tracing.final_states(traced, clean, rows)
+    assert states.shape == (2, len(tree.scored), width)
+    assert (states[:1] - clean.states).abs().max() < 1e-4
+    assert (states[1:] - clean.states).abs().max() > 1e-2
+    entries, kl = (
+        read(traced, clean, states) for read in (tracing.read_entries, tracing.divergence)
+    )
+    assert (entries[:1] - clean.log_probs).abs().max() < 5e-6
+    assert kl.shape == (2, len(tree.prompts))
+    assert (kl[0] < 1e-6).all() and (kl[1] > 1e-6).any()
+    reads = (tracing.divergence, tracing.read_entries)
+    found = tracing.run_rows(traced, clean, rows, reads)
+    assert torch.allclose(found, torch.cat([kl, entries], -1), rtol=0, atol=5e-6)
+    assert torch.allclose(tracing.run_rows(traced, clean, rows), entries, rtol=0, atol=5e-6)
+
+
+def test_the_ends_of_a_tree_are_the_last_tokens_of_its_prompts(tree: Tree) -> None:
+    assert tree.scored[tree.ends].tolist() == [path[-1] for path in tree.paths]
+    assert tree.ids[0, tree.scored[tree.ends]].tolist() == [p.ids[-1] for p in tree.prompts]
+    assert len(set(tree.ends)) == len(tree.prompts)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_unembedding_goes_by_blocks_of_the_vocabulary_in_float32(
     tree: Tree, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -43,6 +44,41 @@ def test_the_choice_of_samples_depends_on_the_seed_alone(task: str) -> None:
     assert build(task, 16, seed=43) != first
     assert build(task, 5) == first[:5]
     assert [sample.sample_id for sample in first] == sorted({s.sample_id for s in first})
+
+
+def in_common(sample: Sample) -> set[str]:
+    """What makes a sample no independent evidence beside another that has it too."""
+    if sample.foils == tracing.COMPLIANT_OPENINGS:
+        return {str([pair[0] for pair in tracing.REFUSAL_PAIRS].index(sample.prompt_a) // 2)}
+    return (
+        {sample.prompt_b}
+        if not sample.foils
+        else {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}
+    )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_two_halves_of_a_split_have_nothing_in_common(
+    task: str, tokens_in: CountTokens
+) -> None:
+    real = [sample for sample in build(task, 60, tokens_in=tokens_in) if sample.counts]
+    table = pd.DataFrame({"unit": sample.unit, "group": sample.group} for sample in real)
+    for seed in range(5):
+        halves = [
+            [sample for sample in real if sample.unit in half]
+            for half in tracing.split_units(table, seed)
+        ]
+        assert sum(map(len, halves)) == len(real)
+        choosing, held_out = (set.union(*map(in_common, half)) for half in halves)
+        assert not choosing & held_out
+
+
+def test_a_sample_is_of_the_unit_that_it_names_or_of_its_prompt_b() -> None:
+    one, same = Sample("s", "a", "b", ("x",)), Sample("t", "other", "b", ("y",))
+    assert one.unit == same.unit != Sample("s", "a", "another", ("x",)).unit
+    named = Sample("s", "a", "b", ("x",), unit="mine")
+    assert named.unit == "mine" == Sample("t", "c", "d", ("z",), unit="mine").unit
+    assert named != one
 
 
 # ----- suppression
@@ -314,7 +350,7 @@ def test_an_opening_is_how_a_reply_begins() -> None:
 def test_a_reply_shows_the_behaviour_of_a_task_or_answers_what_prompt_b_asks() -> None:
     fruit = Sample("s", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",))
     metal = Sample("s", "", "Name a metal. Answer in one word.", ("iron",))  # a built-in question
-    asked = Sample("s", "a", "b", ("I cannot", "Sorry"), ("Sure",))
+    asked = Sample("s", "a", "b", ("I cannot", "Sorry"), ("Sure", "Of course"))
     triple = Sample("s", "a", "b", ("Bob Dylan",), ("Tom Hanks", "Brad Pitt"))
     cases = [
         ("suppression", fruit, "An apple.", ["apple"], True),
@@ -322,7 +358,13 @@ def test_a_reply_shows_the_behaviour_of_a_task_or_answers_what_prompt_b_asks() -
         ("suppression", metal, "Gold.", [], True),
         ("suppression", metal, "Iron or gold", ["iron"], True),
         ("refusal", asked, "I cannot do that.", ["I cannot"], False),
-        ("refusal", asked, "Take a brush.", [], True),
+        ("refusal", asked, "Take a brush.", [], False),
+        ("refusal", asked, "Sure, take a brush.", [], True),
+        ("refusal", asked, " of course! 1.", [], True),
+        ("refusal", asked, "Sure!", [], False),
+        ("refusal", asked, "Sure... ", [], False),
+        ("refusal", asked, "Surely not.", [], False),
+        ("refusal", asked, "", [], False),
         ("odd_one_out", triple, "Bob Dylan", ["Bob Dylan"], False),
         ("odd_one_out", triple, "It is Tom Hanks.", [], True),
         ("odd_one_out", triple, "Nobody", [], False),

@@ -6,7 +6,8 @@ import functools
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import cpu_offload
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
+from by_hand import prepared
 from conftest import Answer, finish, read, record_of, refuses, write_samples
-from llama3_circuit_tracing import Tree
+from llama3_circuit_tracing import Component, Tree
 from test_self_test import MISTAKES
 
 EQUAL = 2e-5
@@ -242,22 +245,112 @@ def test_the_noise_floor_is_the_95th_percentile_of_the_mean_effects_of_jittered_
     assert heads["above_noise"].tolist() == (heads["mean"].abs() > floor).tolist()
 
 
-def test_a_jittered_row_scales_a_head_by_one_plus_two_eps_where_heads_are_edited(
+def test_a_jittered_row_turns_each_element_by_one_eps_where_heads_are_edited(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, run_rows = set(), tracing.Experiment.run_rows
+    jittered, run_rows, eps = [], tracing.Experiment.run_rows, 2**-7
 
     def watch(exp: Any, clean: Any, rows: Any, bar: Any) -> Any:
         for (edit,) in rows:
-            width = edit.columns.stop - edit.columns.start
+            assert edit.site[1] == "self_attn.o_proj"
             assert torch.equal(edit.where, clean.tree.where)
-            found.add((edit.site[1], width, edit.factor))
+            if isinstance(edit.factor, torch.Tensor):
+                assert edit.factor.shape == (clean.tree.n_tokens, 16)
+                assert edit.columns.stop - edit.columns.start == 16
+                jittered.append(edit.factor.flatten())
         return run_rows(exp, clean, rows, bar)
 
     monkeypatch.setattr(tracing.Experiment, "run_rows", watch)
     finish(llama, tmp_path, "--num_samples", "1", "--bf16", "--positions", "last")
-    o_proj = "self_attn.o_proj"
-    assert found == {(o_proj, 16, 0.0), (o_proj, 16, 1 + 2**-6)}
+    factors = torch.stack(jittered)
+    assert set(factors.unique().tolist()) == {1 - eps, 1 + eps}
+    assert ((factors > 1).double().mean(1) - 0.5).abs().max() < 0.05
+    assert len(factors.unique(dim=0)) == len(factors) == 12
+
+
+def test_the_signs_of_jitter_depend_on_seed_component_draw_and_tree_alone(llama: str) -> None:
+    exp, again, other = (prepared(llama, "--tree_tokens", "1", "--seed", s) for s in "112")
+    where = [Component(1, "attn"), Component(2, "attn")]
+    cases = [(exp, exp.trees[0], where[0], 0), (exp, exp.trees[0], where[0], 1)]
+    cases += [(exp, exp.trees[1], where[0], 0), (exp, exp.trees[0], where[1], 0)]
+    cases.append((other, exp.trees[0], where[0], 0))
+    found = []
+    for case in cases:
+        ((edit,), (same,)) = (tracing.jitter(*case) for _ in range(2))
+        assert torch.equal(edit.factor, same.factor)
+        found.append(edit.factor[:20])
+    assert torch.equal(tracing.jitter(again, *cases[0][1:])[0].factor[:20], found[0])
+    assert len(torch.stack(found).unique(dim=0)) == len(found)
+
+
+def test_jitter_moves_the_mean_effect_several_times_less_than_a_common_factor(
+    tiny_llama: str,
+) -> None:
+    """Of a whole attention input. With the eps of bfloat16, that the rounding of the forward, which
+    is in float32, does not hide."""
+    exp = prepared(tiny_llama, "--kind", "attn", "--no-bf16", "--num_samples", "12")
+    assert exp.traced.model.dtype == torch.float32
+    exp.shape = replace(exp.shape, dtype=torch.bfloat16)
+    found = []
+    for tree in exp.trees:
+        clean, of_tree = exp.run_clean(tree, range(exp.shape.n_layers)), []
+        for component in exp.components:
+            rows = [tracing.jitter(exp, tree, component, draw) for draw in range(4)]
+            rows.append((replace(rows[0][0], factor=1 + 2**-6),))
+            scores = tree.scores(exp.run_rows(clean, rows, tqdm(disable=True)), exp.task)
+            moved = (scores - tree.scores(clean.log_probs, exp.task)).unflatten(1, (-1, 2))
+            of_tree.append(moved[..., 0] - moved[..., 1])
+        found.append(torch.stack(of_tree))  # [component, row, sample]
+    effects = torch.cat(found, -1).mean(-1).abs()
+    assert (3 * effects[:, :-1].mean(1) < effects[:, -1]).all()
+
+
+# ----- which rows are jittered
+
+NOTHING = pd.DataFrame(columns=["sample_id", "layer", "index", "draw"], dtype=int)
+
+
+def drawn(model: str, line: str = "") -> dict[int, list[int]]:
+    """Per layer the index that each draw jitters, in every tree."""
+    exp = prepared(model, "--tree_tokens", "1", *line.split())
+    found = [
+        (job.layer, [component.index for component, draw in job.edits if draw >= 0])
+        for job in tracing.plan_jobs(exp, NOTHING)
+    ]
+    by_layer = dict(found)
+    assert len(exp.trees) == 2
+    assert found == 2 * list(by_layer.items())
+    return by_layer
+
+
+@pytest.mark.parametrize("line", ["--heads 2", "--layers 1", "--layers 0,2 --heads 1-2"])
+def test_the_draws_of_a_layer_are_the_same_whatever_is_swept(line: str, llama: str) -> None:
+    """Fewer of the same per layer, where more layers are swept."""
+    whole = drawn(llama)
+    for layer, indices in drawn(llama, line).items():
+        assert indices[: len(whole[layer])] == whole[layer]
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("--layers 1 --heads 2", range(4)),
+        ("--layers 1 --heads 2 --given L1H0,L1mlp", range(1, 4)),
+        ("--layers 0 --kind neuron --neurons 5 --given L0N7", {*range(80)} - {7}),
+        ("--layers 2 --kind mlp", [-1]),
+    ],
+)
+def test_all_components_of_a_layer_are_drawn_and_none_twice_while_others_are_left(
+    line: str, left: Collection[int], llama: str
+) -> None:
+    ((_, indices),) = drawn(llama, line).items()
+    assert len(indices) == tracing.NOISE_ROWS
+    assert {*indices} <= {*left}
+    n = len(left)
+    for start in range(0, len(indices), n):
+        turn = indices[start : start + n]
+        assert len(set(turn)) == len(turn)
+    assert sorted(indices) != indices or n == 1
 
 
 def test_the_noise_floor_depends_on_the_seed_and_is_larger_in_bfloat16(
