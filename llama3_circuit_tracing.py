@@ -3316,8 +3316,8 @@ def judge_sets(rows: pd.DataFrame, chosen: Sequence[Component]) -> pd.DataFrame:
     for drawn in rows["components"].where(random_sets, "").str.split():
         there = Counter(Component.parse(label).layer for label in drawn)
         lent.append((there - layers[len(drawn) if len(drawn) < len(layers) else 0]).total())
-    drawn_once = rows[random_sets].drop_duplicates(["n_ablated", "draw"])
-    limits = drawn_once.groupby("n_ablated")["kl_b"].quantile(0.95)
+    once = rows[random_sets & (rows["measure"] == rows["measure"].iloc[0])]
+    limits = once.groupby("n_ablated")["kl_b"].quantile(0.95)
     damaged = (rows["kl_b"] > rows["n_ablated"].map(limits)).where(rows["set"] == "chosen")
     return rows.assign(lent=lent, damaged=damaged)
 

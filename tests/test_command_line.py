@@ -137,6 +137,12 @@ def test_a_selection_is_sorted_and_names_each_index_once() -> None:
         assert "".join(map(str, tracing.select(config.layers, 6, "layers"))) == chosen
 
 
+def write_results(path: Path, **told: Any) -> None:
+    """A results file of one row that tells some options of its run."""
+    row = {**dict.fromkeys(tracing.SEVEN, 1), "head_effect": 0, **told}
+    path.write_text("".join(",".join(map(str, cells)) + "\n" for cells in (row, row.values())))
+
+
 # ----- what is refused
 
 SELECTIONS = "all,3|x||1,|,1|1-|1--2|1.5|1 2|L1|2-1|-1|0-99999999999999"
@@ -151,7 +157,6 @@ MEANINGLESS = {  # by flag
     "max_new_tokens": "-1",
     "confirm": "-1",
     "num_random": "0",
-    "num_bootstrap": "10",
     "seed": "1.5|99999999999999999999",
     "factor": "nan|inf|much",
     "given": "2:5|L2|L0",
@@ -200,8 +205,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_contradictions_and_abbreviations_are_refused_with_a_sentence(
-    answer: Answer, line: str
+    answer: Answer, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_results(tmp_path / "results.csv")
     code, _, err = answer(*line.split())
     assert code == 2
     assert REFUSED[line] in err.splitlines()[-1]
@@ -222,17 +229,23 @@ def test_options_that_go_together_are_taken(line: str) -> None:
 # ----- redrawing begins with the flags of the recorded run
 
 RESULTS = "circuit_results.csv"
-TOLD = "--task refusal --op scale --factor -0.5 --seed 7 --num_bootstrap 300 --top_k 5"
-NOT_TOLD = "--model_id some/model --output_dir there --device_map cpu --debug --overwrite"
+SCALED = "--model_id some/model --task refusal --op scale --factor -0.5 --top_k 5"
+NOT_TOLD = "--output_dir there --device_map cpu --seed 7 --kind mlp --debug --overwrite"
 
 
-def redrawn(folder: Path, *flags: str) -> Config:
-    """What is asked for where the results in a folder are redrawn."""
+def redrawn(folder: Path, *flags: str, **told: Any) -> Config:
+    """What is asked for where results that tell some options are redrawn."""
     asked: list[Config] = []
+    write_results(folder / RESULTS, **told)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "run", asked.append)
         assert tracing.main(["--from_csv", str(folder / RESULTS), *flags]) == 0
     return asked[0]
+
+
+def asking(folder: Path, *lines: str) -> Config:
+    words = [word for line in lines for word in line.split()]
+    return parse_args([*words, "--from_csv", str(folder / RESULTS)])
 
 
 def write_record(folder: Path, line: str) -> None:
@@ -240,20 +253,41 @@ def write_record(folder: Path, line: str) -> None:
     (folder / "run.json").write_text(json.dumps(record))
 
 
-@pytest.mark.parametrize("told", ["", TOLD, "--op patch --patch_into b --seed 0"])
+@pytest.mark.parametrize("told", ["", SCALED, "--op patch --patch_into b --top_k 3"])
 def test_redrawing_takes_up_what_results_and_figures_were_made_with(
     tmp_path: Path, told: str
 ) -> None:
+    """Of a table that tells of its op only."""
     if told:  # else there is no record
         write_record(tmp_path, f"{told} {NOT_TOLD} --compare other.csv --layers 0,2-3")
-    assert redrawn(tmp_path) == parse_args([*told.split(), "--from_csv", str(tmp_path / RESULTS)])
+    expected = asking(tmp_path, told)
+    assert redrawn(tmp_path, op=expected.op) == expected
 
 
-@pytest.mark.parametrize("again", ["--task suppression --seed 8 --top_k 6", "--factor 3"])
+OF_TABLE: dict[str, dict[str, Any]] = {  # columns of a table by the flags that they stand for
+    "--task odd_one_out": {"task": "odd_one_out"},
+    "--op scale --factor 2": {"op": "scale", "factor": 2.0},
+    "--op patch --patch_into b": {"op": "patch", "patch_into": "b", "factor": ""},
+    "--op mean --positions differing": {"op": "mean", "positions": "differing", "patch_into": ""},
+}
+
+
+@pytest.mark.parametrize("line", OF_TABLE)
+def test_redrawing_takes_up_what_the_table_itself_tells(line: str, tmp_path: Path) -> None:
+    assert redrawn(tmp_path, **OF_TABLE[line]) == asking(tmp_path, line)
+
+
+def test_what_the_table_tells_wins_over_the_record(tmp_path: Path) -> None:
+    write_record(tmp_path, SCALED)
+    told = {"task": "suppression", "op": "scale", "factor": 3.0, "positions": "all"}
+    flags = [f"--{name}={value}" for name, value in told.items()]
+    assert redrawn(tmp_path, **told) == asking(tmp_path, SCALED, *flags)
+
+
+@pytest.mark.parametrize("again", ["--task suppression --top_k 6", "--factor 3", "--model_id a/b"])
 def test_flags_that_are_given_again_win_over_the_recorded_ones(tmp_path: Path, again: str) -> None:
-    write_record(tmp_path, TOLD)
-    expected = parse_args([*TOLD.split(), *again.split(), "--from_csv", str(tmp_path / RESULTS)])
-    assert redrawn(tmp_path, *again.split()) == expected
+    write_record(tmp_path, SCALED)
+    assert redrawn(tmp_path, *again.split(), op="scale") == asking(tmp_path, SCALED, again)
 
 
 @pytest.mark.parametrize("content", ["not a record", "[1, 2]", ""])

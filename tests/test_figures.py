@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import LineCollection, PolyCollection
+from matplotlib.colors import to_rgba
 from PIL import Image
 
 import llama3_circuit_tracing as tracing
-from by_hand import Effects, results, steps
+from by_hand import Effects, bases_of, results, steps, with_control
 from conftest import finish
 
-CONFIG = tracing.Config(num_bootstrap=100)
-SUMMARY, HEATMAP, CONFIRM = (f"circuit_{name}.png" for name in ("summary", "heatmap", "confirm"))
+CONFIG = tracing.Config()
+SUMMARY, HEADS, HEATMAP, CONFIRM = (
+    f"circuit_{name}.png" for name in ("summary", "heads", "heatmap", "confirm")
+)
+ALWAYS = {SUMMARY, HEADS}
 
 
 def check_png(path: Path) -> None:
@@ -57,26 +64,38 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def heads_of(effects: Effects, base: float = -2.0, floor: float = math.nan) -> pd.DataFrame:
     table = results(effects, base)
-    return tracing.heads_table(table, tracing.base_statistics(table, CONFIG), floor, CONFIG)
+    return tracing.heads_table(table, bases_of(table), floor, CONFIG)
 
 
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
-        ("--layers 1", {SUMMARY}),
-        ("--layers 0 --confirm 1 --num_random 1", {SUMMARY, CONFIRM}),
-        ("--layers 0,2 --given L0H0 --heatmap", {SUMMARY, HEATMAP}),
-        ("--kind mlp --heatmap", {SUMMARY, HEATMAP}),
-        ("--kind neuron --neurons 0-3 --layers 1 --heatmap", {SUMMARY, HEATMAP}),
+        ("--layers 1", set()),
+        ("--layers 1 --controls", set()),
+        ("--layers 0 --confirm 1 --num_random 1", {CONFIRM}),
+        ("--layers 0,2 --given L0H0 --heatmap", {HEATMAP}),
+        ("--kind mlp --heatmap", {HEATMAP}),
+        ("--kind neuron --neurons 0-3 --layers 1 --heatmap", {HEATMAP}),
     ],
 )
-def test_a_run_draws_the_figures_that_are_asked_for(
+def test_a_run_draws_two_figures_and_those_that_are_asked_for(
     flags: str, names: set[str], llama: str, tmp_path: Path
 ) -> None:
     finish(llama, tmp_path, "--num_samples", "2", *flags.split())
-    assert {path.name for path in tmp_path.glob("*.png")} == names
-    for name in names:
+    assert {path.name for path in tmp_path.glob("*.png")} == ALWAYS | names
+    for name in ALWAYS | names:
         check_png(tmp_path / name)
+
+
+def test_the_outputs_say_which_figures_every_run_draws() -> None:
+    figures = {name: always for name, always in tracing.OUTPUTS.items() if name.endswith(".png")}
+    assert figures == {name: name in ALWAYS for name in (SUMMARY, HEADS, HEATMAP, CONFIRM)}
+
+
+def points(axes: Any) -> dict[float, float]:
+    """By row the mean that is drawn there."""
+    drawn = [line for line in axes.lines if line.get_marker() == "o"]
+    return {y: x for line in drawn for x, y in zip(*line.get_data(), strict=True)}
 
 
 # ----- any table
@@ -88,6 +107,7 @@ GRIDS: dict[str, Effects] = {
     "without a given one": ALL_BUT_GIVEN,
     "one layer of many": {f"L2H{h}": steps(h) for h in range(32)},
     "one head": {"L2H3": steps(1)},
+    "one sentence": {"L0H0": [0.5], "L0H1": [-0.1]},
     "no mean": {"L0H0": [0.1, -0.1], "L0H1": [-0.1, 0.1]},
     "nothing": {f"L{n}H{h}": [0.0] * 8 for n in range(2) for h in range(2)},
     "MLPs": {f"L{n}mlp": steps(n - 1) for n in range(4)},
@@ -101,13 +121,16 @@ GRIDS: dict[str, Effects] = {
 def test_the_figures_of_any_table_are_whole(
     grid: str, floor: float, top_k: int, tmp_path: Path, saved: dict[str, Any]
 ) -> None:
-    heads = heads_of(GRIDS[grid], floor=floor)
-    tracing.draw_summary(heads, tracing.Config(top_k=top_k), tmp_path / SUMMARY)
+    table, config = results(GRIDS[grid], -2.0), tracing.Config(top_k=top_k)
+    heads = tracing.heads_table(table, bases_of(table), floor, CONFIG)
+    tracing.draw_summary(heads, config, tmp_path / SUMMARY)
+    tracing.draw_heads(heads, bases_of(table)["b"], config, tmp_path / HEADS)
     tracing.draw_heatmap(heads, tmp_path / HEATMAP)
     for name, figure in saved.items():
         check_png(tmp_path / name)
         check_whole(figure)
     assert len(saved[SUMMARY].axes[0].patches) == min(top_k, len(heads))
+    assert len(points(saved[HEADS].axes[0])) == min(top_k, len(heads))
     for mesh in saved[HEATMAP].axes[0].collections:
         assert mesh.norm.vmin == -mesh.norm.vmax < 0
 
@@ -133,32 +156,234 @@ def test_the_summary_shows_the_top_k_mean_effects_by_magnitude(
     assert axes.get_title() == f"Top 3 {kind} effects on delta_logit"
 
 
-# ----- joint ablation
+# ----- the strongest with their intervals
+
+OF_VERDICT: Effects = {
+    "L0H0": steps(0.5),  # contributes
+    "L0H1": steps(-0.8),  # works against
+    "L0H2": [0.9, -0.7] * 4,  # varies too much
+    "L0H3": steps(0.02),  # below the floor
+}
+VERDICTS = ["unclear", "unclear", "contributes", "works against"]  # from the bottom
+ORDER = ["L0H3", "L0H2", "L0H0", "L0H1"]
 
 
-def joint_table(chosen: dict[int, float], drawn: dict[int, list[float]]) -> pd.DataFrame:
-    rows = [("held-out", "none", 0, 0, -0.61)]
-    rows += [("held-out", "chosen", 0, n, delta) for n, delta in chosen.items()]
-    rows += [("held-out", "random", i, n, d) for n, ds in drawn.items() for i, d in enumerate(ds)]
-    rows += [("all", "none", 0, 0, 5.0), ("all", "ablate", 0, 3, 7.0)]
-    return pd.DataFrame(rows, columns=["samples", "set", "draw", "n_ablated", "mean_delta"])
+def colored(axes: Any) -> dict[int, Any]:
+    """By row the color of its point, which is that of its interval."""
+    found: dict[int, Any] = {}
+    for line in axes.lines:
+        if line.get_marker() == "o":
+            found |= dict.fromkeys(map(int, line.get_ydata()), to_rgba(line.get_color()))
+    for bars in axes.collections:
+        for (_, row), _ in bars.get_segments():
+            assert found[int(row)] == tuple(bars.get_color()[0])
+    return found
 
 
-def test_the_joint_figure_shows_the_chosen_the_random_band_and_the_base(
+def intervals(axes: Any) -> dict[int, tuple[float, float]]:
+    segments = [segment for bars in axes.collections for segment in bars.get_segments()]
+    return {int(row): (low, high) for (low, row), (high, _) in segments}
+
+
+def drawn_heads(table: pd.DataFrame, path: Path, top_k: int = 20) -> pd.DataFrame:
+    """The findings that are drawn above a floor of 0.1, by label."""
+    bases = bases_of(table)
+    heads = tracing.heads_table(table, bases, 0.1, CONFIG)
+    tracing.draw_heads(heads, bases["b"], tracing.Config(top_k=top_k), path)
+    return heads.set_index("label")
+
+
+@pytest.mark.parametrize("top_k", [20, 2])
+def test_the_figure_of_heads_shows_the_top_k_means_with_their_intervals(
+    top_k: int, tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    heads = drawn_heads(results(OF_VERDICT, -2.0), tmp_path / HEADS, top_k)
+    (axes,) = saved[HEADS].axes
+    labels, rows = ORDER[-top_k:], range(min(top_k, len(ORDER)))
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == labels
+    assert points(axes) == dict(zip(rows, heads["mean"][labels], strict=True))
+    ends = heads.loc[labels, ["ci_low", "ci_high"]].itertuples(index=False, name=None)
+    assert intervals(axes) == dict(zip(rows, ends, strict=True))
+    assert axes.get_xlabel() == "nats"
+    assert "8 sentences" in saved[HEADS].get_suptitle()
+
+
+def test_the_figure_of_heads_colors_by_verdict_about_a_line_at_zero(
     tmp_path: Path, saved: dict[str, Any]
 ) -> None:
-    deltas = {1: [-0.6 - 0.02 * i for i in range(21)], 3: [-0.5 + 0.01 * i for i in range(21)]}
-    table = joint_table({1: -0.4, 3: 0.1}, deltas)
-    tracing.draw_confirm(table.sample(frac=1, random_state=0), CONFIG, tmp_path / CONFIRM)
-    (axes,) = saved[CONFIRM].axes
-    lines = {line.get_label(): line for line in axes.lines}
-    chosen = lines["chosen on the other half"]
-    assert list(chosen.get_xdata()) == [1, 3]
-    assert list(chosen.get_ydata()) == [-0.4, 0.1]
-    assert set(lines["nothing ablated"].get_ydata()) == {-0.61}
-    (band,) = axes.collections
+    heads = drawn_heads(results(OF_VERDICT, -2.0), tmp_path / HEADS)
+    (axes,), (legend,) = saved[HEADS].axes, saved[HEADS].legends
+    assert heads["verdict"][ORDER].tolist() == VERDICTS
+    expected = [to_rgba(tracing.VERDICTS[verdict]) for verdict in VERDICTS]
+    assert colored(axes) == dict(enumerate(expected))
+    assert len(set(expected)) == 3
+    assert {text.get_text() for text in legend.get_texts()} == set(VERDICTS)
+    zero = [line for line in axes.lines if list(line.get_xdata()) == [0, 0]]
+    assert len(zero) == 1
+
+
+def test_contrasts_have_a_panel_and_verdicts_of_their_own(
+    tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    contrast = {**OF_VERDICT, "L0H0": [0.9, -0.7] * 4}
+    table = with_control(results(OF_VERDICT, -2.0), "other", contrast, steps(1.0))
+    heads = drawn_heads(table, tmp_path / HEADS)
+    left, right = saved[HEADS].axes
+    for axes, prefix in ((left, ""), (right, "minus_other_")):
+        told = heads.loc[ORDER]
+        assert points(axes) == dict(enumerate(told[f"{prefix}mean"]))
+        colors = [to_rgba(tracing.VERDICTS[verdict]) for verdict in told[f"{prefix}verdict"]]
+        assert colored(axes) == dict(enumerate(colors))
+        assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines)
+    assert colored(left) != colored(right)
+    check_whole(saved[HEADS])
+
+
+def test_contrasts_that_a_component_lacks_are_no_hindrance(
+    tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    table = with_control(results(OF_VERDICT, -2.0), "other", OF_VERDICT, steps(1.0))
+    lacks = table["head"] == 1
+    table["effect_minus_other"] = table["effect_minus_other"].mask(lacks)
+    heads = drawn_heads(table, tmp_path / HEADS)
+    left, right = saved[HEADS].axes
+    assert len(points(left)) == len(heads) == 4
+    assert len(points(right)) == 3
+    check_png(tmp_path / HEADS)
+
+
+# ----- joint ablation
+
+JOINT = ["samples", "measure", "set", "draw", "n_ablated", "components", "lent", "mean_delta"]
+JOINT += ["ci_low", "ci_high", "damaged"]
+HALF = 0.1  # of the intervals of the chosen
+
+
+def joint_table(
+    chosen: dict[int, float],
+    drawn: dict[int, list[float]],
+    damaged: Sequence[int] = (),
+    lent: int = 0,
+    interval: float = HALF,
+) -> pd.DataFrame:
+    """Rows of circuit_confirm.csv; of the last random set of each size some are lent."""
+
+    def row(name: str, draw: int, n: int, delta: float, *more: Any) -> list[Any]:
+        components = " ".join(f"L0H{i}" for i in range(n))
+        lent_here, half, is_damaged = more or (0, math.nan, math.nan)
+        ends = [delta - half, delta + half]
+        told = ["held-out", "a - b", name, draw, n, components, lent_here, delta]
+        return [*told, *ends, is_damaged]
+
+    rows = [row("none", 0, 0, -0.61)]
+    rows += [row("chosen", 0, n, d, 0, interval, n in damaged) for n, d in chosen.items()]
+    for n, deltas in drawn.items():
+        last = len(deltas) - 1
+        rows += [
+            row("random", i, n, d, lent if i == last else 0, math.nan, math.nan)
+            for i, d in enumerate(deltas)
+        ]
+    rows += [["all", *row(name, 0, n, 9.0)[1:]] for name, n in (("none", 0), ("ablate", 3))]
+    return pd.DataFrame(rows, columns=JOINT)
+
+
+def joint_lines(figure: Any) -> dict[str, Any]:
+    (axes,) = figure.axes
+    return {line.get_label(): line for line in axes.lines}
+
+
+def one_that(begins: str, lines: dict[str, Any]) -> Any:
+    (line,) = (line for label, line in lines.items() if label.startswith(begins))
+    return line
+
+
+MANY = {1: [-0.6 - 0.02 * i for i in range(21)], 3: [-0.5 + 0.01 * i for i in range(21)]}
+
+
+def test_the_joint_figure_shows_the_chosen_every_random_set_their_band_and_the_base(
+    tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, MANY), CONFIG, tmp_path / CONFIRM)
+    (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
+    chosen, dots = one_that("chosen", lines), one_that("random sets", lines)
+    assert list(zip(*chosen.get_data(), strict=True)) == [(1, -0.4), (3, 0.1)]
+    every = [(n, delta) for n, deltas in MANY.items() for delta in deltas]
+    assert list(zip(*dots.get_data(), strict=True)) == every
+    assert set(lines["nothing edited"].get_ydata()) == {-0.61}
+    (bars,) = (c for c in axes.collections if isinstance(c, LineCollection))
+    ends = [(x, low, high) for (x, low), (_, high) in bars.get_segments()]
+    assert ends == [(1, -0.4 - HALF, -0.4 + HALF), (3, 0.1 - HALF, 0.1 + HALF)]
+    (band,) = (c for c in axes.collections if isinstance(c, PolyCollection))
     corners = {(x, round(float(y), 9)) for x, y in band.get_paths()[0].vertices}
     assert corners == {(1, -0.98), (1, -0.62), (3, -0.49), (3, -0.31)}  # 5 and 95 % of 21
+    check_png(tmp_path / CONFIRM)
+    check_whole(saved[CONFIRM])
+
+
+@pytest.mark.parametrize("n_sets", [1, tracing.MANY_SETS - 1, tracing.MANY_SETS])
+def test_a_band_is_drawn_where_there_are_many_distinct_sets_of_a_size_only(
+    n_sets: int, tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    few = {1: MANY[1][:n_sets], 3: MANY[3]}
+    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, few), CONFIG, tmp_path / CONFIRM)
+    (axes,) = saved[CONFIRM].axes
+    (band,) = (c for c in axes.collections if isinstance(c, PolyCollection))
+    sizes = {int(x) for path in band.get_paths() for x, _ in path.vertices}
+    assert sizes == ({1, 3} if n_sets >= tracing.MANY_SETS else {3})
+
+
+@pytest.mark.parametrize("damaged", [(), (1,), (1, 3)])
+def test_damaged_sets_bear_a_red_cross(
+    damaged: tuple[int, ...], tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    table = joint_table({1: -0.4, 3: 0.1}, MANY, damaged)
+    tracing.draw_confirm(table, CONFIG, tmp_path / CONFIRM)
+    crosses = [line for line in saved[CONFIRM].axes[0].lines if line.get_marker() == "x"]
+    places = {int(n): y for line in crosses for n, y in zip(*line.get_data(), strict=True)}
+    assert places == {n: {1: -0.4, 3: 0.1}[n] for n in damaged}
+    assert all(line.get_color() == "red" for line in crosses)
+    legend = " ".join(text.get_text() for text in saved[CONFIRM].legends[0].get_texts())
+    assert ("damaged" in legend) == bool(damaged)
+
+
+@pytest.mark.parametrize("lent", [0, 2])
+def test_the_legend_names_how_many_components_of_random_sets_are_lent(
+    lent: int, tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    table = joint_table({1: -0.4, 3: 0.1}, MANY, lent=lent)
+    tracing.draw_confirm(table, CONFIG, tmp_path / CONFIRM)
+    texts = [text.get_text() for text in saved[CONFIRM].legends[0].get_texts()]
+    (told,) = (text for text in texts if text.startswith("random sets"))
+    assert re.findall(r"\d+", told) == ([str(lent)] if lent else [])
+
+
+def test_with_controls_the_joint_figure_shows_the_measure_against_them(
+    tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    against_b, against_other = joint_table({1: -0.4}, MANY), joint_table({1: 0.7}, MANY)
+    both = pd.concat([against_b, against_other.assign(measure="a - other")], ignore_index=True)
+    tracing.draw_confirm(both, CONFIG, tmp_path / CONFIRM)
+    (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
+    assert list(one_that("chosen", lines).get_ydata()) == [0.7]
+    assert "a - other" in axes.get_ylabel()
+
+
+SMALL: dict[str, pd.DataFrame] = {
+    "one size, one set": joint_table({1: -0.4}, {1: [-0.6]}),
+    "one sentence": joint_table({1: -0.4, 2: -0.1}, {1: [-0.6], 2: [-0.7]}, interval=math.nan),
+    "all damaged and lent": joint_table({1: -0.4, 2: 0.0}, {1: [-0.6], 2: [-0.5]}, (1, 2), 2),
+    "all alike": joint_table({1: -0.61, 2: -0.61}, {1: [-0.61] * 20, 2: [-0.61] * 20}),
+    "many sizes": joint_table(
+        {2**i: -0.1 * i for i in range(9)}, {2**i: [-0.6] for i in range(9)}, (256,), 200
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_the_joint_figure_of_any_table_is_whole(
+    case: str, tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    tracing.draw_confirm(SMALL[case], CONFIG, tmp_path / CONFIRM)
     check_png(tmp_path / CONFIRM)
     check_whole(saved[CONFIRM])
 
@@ -169,7 +394,7 @@ def test_the_legend_of_the_joint_figure_hides_no_line(
     """The usual case: the chosen lift the delta to 0, random ones do little or the reverse."""
     chosen = {1: -0.44, 2: -0.1, 4: -0.01, 8: 0.01}
     drawn = {n: [-0.6 - 0.1 * i for i in range(6)] for n in chosen}
-    tracing.draw_confirm(joint_table(chosen, drawn), CONFIG, tmp_path / CONFIRM)
+    tracing.draw_confirm(joint_table(chosen, drawn, (8,), 1), CONFIG, tmp_path / CONFIRM)
     (axes,), (legend,) = saved[CONFIRM].axes, saved[CONFIRM].legends
     for line in axes.lines:
         path = line.get_path().transformed(line.get_transform())
@@ -180,7 +405,7 @@ def test_the_legend_of_the_joint_figure_hides_no_line(
 
 
 @pytest.mark.parametrize("base", [-2.0, 2.0])
-def test_the_heatmap_shows_the_mean_role_and_greys_what_is_below_the_floor(
+def test_the_heatmap_shows_the_mean_role_and_greys_what_has_no_verdict(
     base: float, tmp_path: Path, saved: dict[str, Any]
 ) -> None:
     tracing.draw_heatmap(heads_of(ALL_BUT_GIVEN, base, floor=0.6), tmp_path / HEATMAP)

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,79 +16,147 @@ import pandas as pd
 import pytest
 
 import llama3_circuit_tracing as tracing
-from by_hand import Effects, results
+from by_hand import Effects, bases_of, results, with_control
 from conftest import Answer, finish, read, refuses
 
 MOVED = {"L0H3": [0.3] * 16, "L0H4": [-0.2] * 16}
-LIKELIER, LESS = "makes the forbidden words likelier", "makes the forbidden words less likely still"
+SCORED = {
+    "suppression": "log P of the forbidden words",
+    "refusal": "the margin of refusals",
+    "odd_one_out": "the margin of prompt a's odd name",
+}
+Says = Callable[..., list[str]]
 
 
-def said_of(
-    caplog: pytest.LogCaptureFixture, effects: Effects, base: Any, repeated: int = 1, **more: Any
-) -> str:
-    """What the log says of some effects above a noise floor of 0.1, each component repeated."""
-    config, table = tracing.Config(num_bootstrap=100, **more), results(effects, base)
-    of_base = tracing.base_statistics(table, config)
-    heads = tracing.heads_table(table, of_base, 0.1, config)
-    caplog.clear()
-    with caplog.at_level(logging.INFO, logger="circuit"):
-        tracing.report_findings(pd.concat([heads] * repeated), of_base, 0.1, config)
-    return caplog.text
+@pytest.fixture()
+def says(caplog: pytest.LogCaptureFixture) -> Says:
+    """What the log says of a table above a noise floor of 0.1, each component repeated."""
+
+    def call(table: pd.DataFrame, repeated: int = 1, **options: Any) -> list[str]:
+        config, bases = tracing.Config(**options), bases_of(table)
+        heads = tracing.heads_table(table, bases, 0.1, config)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="circuit"):
+            tracing.report_findings(pd.concat([heads] * repeated), bases, 0.1, config)
+        return list(caplog.messages)
+
+    return call
 
 
-def test_with_controls_the_log_says_whether_a_component_serves_any_mention(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    config = tracing.Config(num_bootstrap=100)
-    table = results({**MOVED, "L0H5": [0.2] * 16, "L0H6": [0.01] * 16}, -1.0)
-    base = tracing.base_statistics(table, config)
-    heads = tracing.heads_table(table, base, 0.1, config).assign(minus_other_mean=0.25)
-    heads["minus_other_verdict"] = heads["verdict"].where(heads["label"] != "L0H5", "")
-    with caplog.at_level(logging.INFO, logger="circuit"):
-        tracing.report_findings(heads, base, 0.1, config)
-    contrast = "less forbidding other words +0.250: "
-    told = {label: line for line in caplog.messages for label in heads["label"] if label in line}
-    assert told["L0H3"].endswith(f"{contrast}specific to these words")
-    assert told["L0H5"].endswith(f"{contrast}not told from serving any mention")
-    assert told["L0H6"].endswith("(not distinguishable from 0)")
+def of_components(messages: Sequence[str]) -> dict[str, str]:
+    """By label in order the lines that tell of a component."""
+    found = ((re.search(r"\bL\d+H\d+\b", line), line) for line in messages)
+    return {label[0]: line for label, line in found if label}
 
 
 @pytest.mark.parametrize(
-    ("base", "options", "first", "last"),
+    ("base", "effect", "options", "told"),
     [
-        (-1.0, {}, f"removing L0H3 {LIKELIER}: it contributes to suppression", LESS),
-        (1.0, {}, f"removing L0H4 {LESS}: it contributes to rebound", LIKELIER),
-        (1.0, {"task": "refusal"}, "L0H4 makes a refusal less likely: it contributes to ref", ""),
-        (
-            -1.0,
-            {"task": "refusal"},
-            "L0H3 makes a refusal likelier still: it contributes to reversed refusal",
-            "",
-        ),
-        (1.0, {"task": "odd_one_out", "op": "patch"}, "patching L0H4 makes the odd name less", ""),
-        (-1.0, {"op": "mean"}, f"mean-ablating L0H3 {LIKELIER}: it contributes to supp", LESS),
-        (-1.0, {"op": "scale", "factor": 0.5}, f"scaling L0H3 {LIKELIER}: it contributes to", LESS),
-        (-1.0, {"op": "scale", "factor": 2.0}, f"scaling L0H4 {LESS}: it contributes to supp", ""),
+        (-1.0, 0.3, {}, "removing L0H3: contributes to suppression; effect +0.300 ["),
+        (-1.0, -0.3, {}, "removing L0H3: works against suppression; effect -0.300 ["),
+        (1.0, -0.3, {}, "removing L0H3: contributes to rebound; "),
+        (1.0, 0.3, {}, "removing L0H3: works against rebound; "),
+        (1.0, -0.3, {"task": "refusal"}, "removing L0H3: contributes to refusal; "),
+        (-1.0, 0.3, {"task": "refusal"}, "removing L0H3: contributes to reversed refusal; "),
+        (-1.0, -0.3, {"task": "odd_one_out"}, "L0H3: works against reversed odd_one_out; "),
+        (1.0, -0.3, {"task": "odd_one_out", "op": "patch"}, "patching L0H3: contributes to odd_"),
+        (-1.0, 0.3, {"op": "mean"}, "mean-ablating L0H3: contributes to suppression; "),
+        (-1.0, 0.3, {"op": "scale", "factor": 0.5}, "scaling L0H3: contributes to suppression; "),
+        (-1.0, 0.3, {"op": "scale", "factor": 2.0}, "scaling L0H3: works against suppression; "),
     ],
 )
-def test_the_log_says_what_an_edit_of_a_component_does_and_what_follows(
-    base: float, options: dict[str, Any], first: str, last: str, caplog: pytest.LogCaptureFixture
+def test_the_log_says_what_was_done_to_a_component_and_what_follows(
+    base: float, effect: float, options: dict[str, Any], told: str, says: Says
 ) -> None:
-    told = said_of(caplog, MOVED, base, **options)
-    assert first in told.splitlines()[1]
-    assert not last or f"{last}: it works against " in told.splitlines()[2]
-    assert f"mean delta_logit {base:+.3f} nats" in told
-    assert "over 16 sentences; noise floor 0.1" in told
-    assert "not distinguishable" not in told
+    first, line = says(results({"L0H3": [effect] * 16}, base), **options)
+    assert told in line
+    assert first.startswith(f"mean delta_logit {base:+.3f} nats, 95 % interval ")
+    assert first.endswith("over 16 sentences; noise floor 0.1")
 
 
-def test_the_log_names_five_components_and_which_cannot_be_told_from_0(
-    caplog: pytest.LogCaptureFixture,
+def test_a_line_tells_effect_interval_q_and_what_moved_after_either_prompt(says: Says) -> None:
+    table = with_control(results(MOVED), "other", MOVED, -1.0)
+    q = f"{2.0**-15:.2g}"
+    assert says(table)[2:] == [
+        f"removing L0H3: contributes to suppression; effect +0.300 [+0.300, +0.300], q {q}; "
+        "log P of the forbidden words +0.30 after prompt a, +0.00 after b; "
+        "less forbidding other words +0.300: specific to these words",
+        f"removing L0H4: works against suppression; effect -0.200 [-0.200, -0.200], q {q}; "
+        "log P of the forbidden words -0.20 after prompt a, +0.00 after b; "
+        "less forbidding other words -0.200: specific to these words",
+    ]
+
+
+@pytest.mark.parametrize("task", tracing.TASKS)
+def test_a_line_names_what_the_task_scores_where_the_table_has_the_scores(
+    task: str, says: Says
 ) -> None:
-    effects = {f"L0H{h}": [0.2 * h, -0.1 * h] * 8 for h in (3, 6, 1, 0, 5, 2, 4)}
-    told = said_of(caplog, effects, -1.0).splitlines()[1:]
-    assert [line.split("removing ")[1][:4] for line in told] == [f"L0H{h}" for h in (6, 5, 4, 3, 2)]
-    assert all(line.endswith("(not distinguishable from 0)") for line in told)
+    table = results(MOVED).assign(score_a_base=-3.0, score_a_head=-2.5, score_b_base=0.0)
+    lines = says(table.assign(score_b_head=-0.25), task=task)[1:]
+    assert all(f"; {SCORED[task]} +0.50 after prompt a, -0.25 after b" in line for line in lines)
+    assert not any(SCORED[task] in line for line in says(table, task=task))
+
+
+def test_each_base_has_a_line(says: Says) -> None:
+    table = with_control(results(MOVED), "affirm", MOVED, -1.5)
+    table = with_control(table, "other", MOVED, 0.25)
+    told = says(table)[:3]
+    assert [line.split(" nats, 95 % interval ")[0] for line in told] == [
+        "mean delta_logit -1.000",
+        "mean score of prompt a less that of other +0.250",
+        "mean score of prompt a less that of affirm -1.500",
+    ]
+    assert ["noise floor" in line for line in told] == [True, False, False]
+
+
+@pytest.mark.parametrize("n_there", [2, 1])
+def test_the_line_of_a_base_counts_the_sentences_that_have_it(n_there: int, says: Says) -> None:
+    table = with_control(results(MOVED), "other", MOVED, [1.0 + 0.01 * i for i in range(16)])
+    lacks = ~table["sample_id"].isin(table["sample_id"].unique()[:n_there])
+    columns = [name for name in table if "other" in name]
+    told = says(table.assign(**{name: table[name].mask(lacks) for name in columns}))
+    assert told[1].endswith("over 2 sentences" if n_there > 1 else "of a single sentence")
+    assert not any(re.search(r"\bnan\b", line) for line in told)
+
+
+@pytest.mark.parametrize(
+    ("contrast", "base", "serves"),
+    [
+        ([0.3] * 16, -1.0, "specific to these words"),
+        ([-0.3] * 16, 1.0, "specific to these words"),
+        ([0.3] * 16, [1.0, -1.0] * 8, "not told from serving any mention"),
+        ([0.3, -0.25] * 8, -1.0, "not told from serving any mention"),
+        ([-0.3] * 16, -1.0, "not told from serving any mention"),
+    ],
+    ids=["alike", "alike against its own base", "base unclear", "contrast unclear", "opposite"],
+)
+def test_with_controls_the_log_says_whether_a_component_serves_any_mention(
+    contrast: list[float], base: Any, serves: str, says: Says
+) -> None:
+    table = with_control(results({"L0H3": [0.3] * 16}), "other", {"L0H3": contrast}, base)
+    mean = sum(contrast) / len(contrast)
+    assert says(table)[-1].endswith(f"; less forbidding other words {mean:+.3f}: {serves}")
+
+
+def test_the_log_names_the_strongest_five_of_either_role(says: Says) -> None:
+    order = [3, 6, 1, 5, 2, 4]
+    effects = {f"L0H{h}": [0.2 * h] * 16 for h in order}
+    effects |= {f"L1H{h}": [-0.3 * h] * 16 for h in order}
+    expected = [f"L{layer}H{h}" for layer in (0, 1) for h in (6, 5, 4, 3, 2)]
+    assert list(of_components(says(results(effects)))) == expected
+    few = {label: effects[label] for label in ("L0H1", "L1H2", "L1H5")}
+    assert list(of_components(says(results(few)))) == ["L0H1", "L1H5", "L1H2"]
+
+
+def test_a_component_without_verdict_is_called_unclear_whatever_its_mean(says: Says) -> None:
+    """One that varies too much, and one below the floor, beside one that is clear."""
+    effects = {"L0H1": [2.0, -1.0] * 8, "L0H2": [0.05] * 16, "L0H3": [0.3] * 16}
+    lines = of_components(says(with_control(results(effects), "other", effects, -1.0)))
+    assert list(lines) == ["L0H1", "L0H3", "L0H2"]
+    for label in ("L0H1", "L0H2"):
+        assert lines[label].startswith(f"removing {label}: unclear; effect +")
+        assert not re.search("contributes|works against|these words", lines[label])
+    assert lines["L0H3"].startswith("removing L0H3: contributes to suppression; ")
 
 
 LONE_Q = {(5, 1): "0.062", (6, 2): "0.062", (15, 1024): "0.062"}  # of sentences and heads
@@ -96,12 +165,14 @@ LONE_Q |= dict.fromkeys([(6, 1), (16, 1024), (21, 1024), (40, 99)], "")
 
 @pytest.mark.parametrize(("n_sentences", "n_heads"), LONE_Q)
 def test_the_log_says_when_sentences_are_too_few_for_any_q_below_five_percent(
-    n_sentences: int, n_heads: int, caplog: pytest.LogCaptureFixture
+    n_sentences: int, n_heads: int, says: Says
 ) -> None:
-    told = said_of(caplog, {"L0H3": [0.3] * n_sentences}, -1.0, n_heads)
+    told = says(results({"L0H3": [0.3] * n_sentences}), n_heads)
     lone_q = LONE_Q[n_sentences, n_heads]
-    assert ("too few" in told) == bool(lone_q)
-    assert not lone_q or f"{n_heads} cannot reach q below {lone_q}\n" in told
+    few = [line for line in told if "too few" in line]
+    assert [line.endswith(f"{n_heads} cannot reach q below {lone_q}") for line in few] == (
+        [True] if lone_q else []
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,9 +180,9 @@ def test_the_log_says_when_sentences_are_too_few_for_any_q_below_five_percent(
     [(MOVED, [0.9, -1.0] * 8, "interval covers 0"), ({"L0H0": [1.0]}, -1.0, "a single sentence")],
 )
 def test_the_log_calls_no_component_a_contributor_where_the_base_is_not_clear(
-    effects: Effects, base: Any, why: str, caplog: pytest.LogCaptureFixture
+    effects: Effects, base: Any, why: str, says: Says
 ) -> None:
-    told = said_of(caplog, effects, base)
+    told = "\n".join(says(results(effects, base)))
     assert why in told
     assert "contributes to" not in told
     assert "works against" not in told
@@ -126,7 +197,7 @@ def test_the_log_of_a_single_sentence_tells_no_number_that_is_none(
 
 # ----- drawn anew from a results file
 
-DRAWN = ["circuit_heads.csv", "circuit_heatmap.png", "circuit_summary.png"]
+DRAWN = ["circuit_heads.csv", "circuit_heads.png", "circuit_heatmap.png", "circuit_summary.png"]
 Redraw = Callable[..., list[str]]
 
 
@@ -157,8 +228,8 @@ def redraw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         "--num_samples 3 --kind attn --bf16",
         "--num_samples 3 --kind neuron --neurons 0-2",
         "--num_samples 5 --task odd_one_out --op patch --patch_into b",
-        "--num_samples 6 --task refusal --seed 7 --num_bootstrap 150 --top_k 3",
-        "--num_samples 6 --op scale --factor 2 --layers 0",
+        "--num_samples 6 --task refusal --seed 7 --top_k 3",
+        "--num_samples 6 --op scale --factor 2 --layers 0 --positions last",
     ],
 )
 def test_redrawing_a_run_gives_the_same_findings_and_figures(
@@ -172,12 +243,28 @@ def test_redrawing_a_run_gives_the_same_findings_and_figures(
         assert (new / name).read_bytes() == (run / name).read_bytes(), name
 
 
-def write_run(folder: Path, **recorded: Any) -> Path:
-    """A results file beside the record of a run with some flags."""
+@pytest.mark.parametrize(
+    "flags", ["--op scale --factor 2", "--op scale --factor 0.5 --task refusal"]
+)
+def test_a_results_file_alone_gives_the_roles_of_its_run(
+    flags: str, llama: str, tmp_path: Path, redraw: Redraw
+) -> None:
+    run = finish(llama, tmp_path / "run", "--num_samples", "6", "--layers", "0", *flags.split())
+    alone = tmp_path / "alone.csv"
+    shutil.copy(run / "circuit_results.csv", alone)
+    redraw(alone, tmp_path / "new")
+    known, found = (read(folder, "circuit_heads.csv") for folder in (run, tmp_path / "new"))
+    assert known["role"].abs().min() > 0
+    unlike = ["above_noise", "share_moved", "verdict"]  # these need the noise floor
+    pd.testing.assert_frame_equal(found.drop(columns=unlike), known.drop(columns=unlike))
+
+
+def write_run(folder: Path, columns: dict[str, Any] | None = None, **recorded: Any) -> Path:
+    """A results file beside the record of a run with some flags; columns are the file's own."""
     folder.mkdir()
     effects = {f"L0H{h}": [0.1 * h + 0.02 * i**2 for i in range(8)] for h in range(4)}
     table = results(effects, [-1.0 - 0.1 * i for i in range(8)], op=recorded.get("op", "zero"))
-    table.to_csv(folder / "circuit_results.csv", index=False)
+    table.assign(**(columns or {})).to_csv(folder / "circuit_results.csv", index=False)
     record = {"noise_floor": 0.5, "config": {"layers": "all", "given": None, **recorded}}
     (folder / "run.json").write_text(json.dumps(record))
     return folder / "circuit_results.csv"
@@ -186,8 +273,6 @@ def write_run(folder: Path, **recorded: Any) -> Path:
 @pytest.mark.parametrize(
     ("name", "one", "other", "more"),
     [
-        ("seed", 1, 2, {}),
-        ("num_bootstrap", 100, 2000, {}),
         ("top_k", 2, 3, {}),
         ("task", "suppression", "refusal", {}),
         ("factor", 0.5, 2.0, {"op": "scale"}),
@@ -201,12 +286,77 @@ def test_redrawing_heeds_the_recorded_flags_unless_they_are_given_again(
 
     def drawn(source: Path, *flags: str) -> list[Any]:
         told, new = redraw(source, tmp_path / "new", *flags), tmp_path / "new"
-        return [told, *((new / file).read_bytes() for file in (DRAWN[0], DRAWN[2]))]
+        return [told, *((new / file).read_bytes() for file in DRAWN if (new / file).exists())]
 
     recorded, of_other = drawn(first), drawn(second)
     assert recorded != of_other
     assert drawn(first, f"--{name}={other}") == of_other
     assert drawn(second, f"--{name}={one}") == recorded
+
+
+SCALED = {"op": "scale", "factor": 2.0}
+TOLD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    # the table's columns, what run.json says instead, what the log says of L0H3
+    "task": ({"task": "refusal"}, {"task": "suppression"}, "contributes to reversed refusal"),
+    "op": ({"op": "mean"}, {"op": "patch"}, "mean-ablating L0H3: contributes to"),
+    "factor": (SCALED, {"op": "scale", "factor": 0.5}, "scaling L0H3: works against"),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_what_a_table_tells_of_its_run_wins_over_the_record(
+    case: str, tmp_path: Path, redraw: Redraw
+) -> None:
+    columns, recorded, told = TOLD[case]
+    lines = redraw(write_run(tmp_path / "run", columns, **recorded), tmp_path / "new")
+    (line,) = (line for line in lines if "L0H3" in line)
+    assert told in line
+
+
+PATCHED = {"op": "patch", "patch_into": "a"}
+CONTRARY: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    # the table's columns, an option, what is said
+    "task": ({"task": "refusal"}, "--task suppression", ["--task suppression", "refusal"]),
+    "op": ({}, "--op mean", ["--op mean", "zero"]),
+    "op and factor": ({}, "--op scale --factor 2", ["scale", "zero"]),
+    "factor": (SCALED, "--factor 3", ["--factor 3.0", "2.0"]),
+    "positions": ({"positions": "last"}, "--positions all", ["--positions all", "last"]),
+    "patch_into": (PATCHED, "--patch_into b", ["--patch_into b", " a"]),
+}
+
+
+@pytest.mark.parametrize("case", CONTRARY)
+def test_an_option_that_contradicts_the_table_is_refused_with_both_values(
+    case: str, tmp_path: Path, answer: Answer
+) -> None:
+    columns, option, said = CONTRARY[case]
+    source = write_run(tmp_path / "run", columns)
+    argv = ["--from_csv", str(source), "--output_dir", str(tmp_path / "new"), *option.split()]
+    refuses(answer, *argv, says=[str(source), *said])
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("case", CONTRARY)
+def test_an_option_that_says_what_the_table_says_is_taken(
+    case: str, tmp_path: Path, redraw: Redraw
+) -> None:
+    columns, _, _ = CONTRARY[case]
+    flags = [f"--{name}={value}" for name, value in {"op": "zero", **columns}.items()]
+    source = write_run(tmp_path / "run", columns)
+    assert redraw(source, tmp_path / "new", *flags) == redraw(source, tmp_path / "again")
+
+
+def test_a_scaled_run_of_unknown_factor_is_redrawn_with_a_given_one_only(
+    tmp_path: Path, redraw: Redraw, answer: Answer
+) -> None:
+    source = write_run(tmp_path / "run", {"op": "scale"})
+    argv = ["--from_csv", str(source), "--output_dir", str(tmp_path / "new")]
+    code, _, err = answer(*argv)
+    assert code == 2
+    assert "--factor" in err.splitlines()[-1]
+    for factor, stands in {"0.5": "contributes to", "2": "works against"}.items():
+        lines = redraw(source, tmp_path / "new", "--factor", factor)
+        assert any(f"scaling L0H3: {stands}" in line for line in lines)
 
 
 def test_redrawing_in_place_takes_the_recorded_noise_floor_and_leaves_the_run_as_it_was(
@@ -221,7 +371,8 @@ def test_redrawing_in_place_takes_the_recorded_noise_floor_and_leaves_the_run_as
 
 
 def test_redrawing_compares_with_another_file(tmp_path: Path, redraw: Redraw) -> None:
-    source, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    told_of_run = tracing.same_in_all(tracing.Config())
+    source, other = (write_run(tmp_path / name, told_of_run) for name in ("one", "other"))
     told = redraw(source, tmp_path / "new", "--compare", str(other))
     assert f"(zero here, zero in {other}): 1.000" in told[-2]
     assert not read(tmp_path / "new", "circuit_heads.csv")["growth_flag"].any()
@@ -231,7 +382,8 @@ def test_redrawing_compares_with_another_file(tmp_path: Path, redraw: Redraw) ->
 def test_what_redrawing_cannot_use_is_refused_by_name(
     spoilt: str, tmp_path: Path, answer: Answer
 ) -> None:
-    source, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    told_of_run = tracing.same_in_all(tracing.Config())
+    source, other = (write_run(tmp_path / name, told_of_run) for name in ("one", "other"))
     argv = ["--from_csv", str(source), "--output_dir", str(tmp_path / "new")]
     if spoilt == "record":
         named = source.with_name("run.json")
@@ -241,7 +393,7 @@ def test_what_redrawing_cannot_use_is_refused_by_name(
         argv[-1] = str(named)
     else:
         named = other
-        other.write_text(other.read_text().replace("s00", "t00"))  # shares no sample
+        other.write_text(other.read_text().replace("p00", "q00"))  # shares no prompt
         argv += ["--compare", str(other)]
     before = sorted(other.parent.iterdir())
     code, _, error = answer(*argv)
@@ -296,6 +448,6 @@ def test_columns_of_units_groups_and_op_are_heeded(tmp_path: Path, redraw: Redra
     lines = [f"{line},{'xyz'[int(line[1]) // 2]},,mean" for line in THEIRS]
     lines += [f"n{line[1:]},w,{tracing.NO_ODD_ONE},mean" for line in THEIRS]
     source = write_theirs(tmp_path / "theirs.csv", lines, f"{SEVEN},unit,group,op")
-    assert "mean-ablating L0H2" in redraw(source, tmp_path / "new")[2]
+    assert any("mean-ablating L0H2" in line for line in redraw(source, tmp_path / "new"))
     heads = read(tmp_path / "new", "circuit_heads.csv")
     assert (heads[["n_sentences", "n_samples"]] == [3, 6]).all(axis=None)

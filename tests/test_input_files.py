@@ -325,6 +325,11 @@ def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_
     assert len(both.drop_duplicates()) == len(known)
 
 
+def twice_with(*cells: str) -> list[str]:
+    """A row per cell, of one sample each."""
+    return [f"s{i}{ROW[2:]}{cell}" for i, cell in enumerate(cells)]
+
+
 KINDED = f"{HEADER},kind,index"
 ATTN, MLP, NEURON = (f"s0,1,0,,-1,-0.9,0.1,{kind}," for kind in ("attn", "mlp", "neuron"))
 
@@ -344,6 +349,40 @@ MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
     "no such kind": (f"{HEADER},kind", [ROW + ",heads"], "line 2", "'kind'", "'heads'"),
     "no such op": (f"{HEADER},op", [ROW + ",remove"], "line 2", "'op'", "'remove'"),
     "no such positions": (f"{HEADER},positions", [ROW + ",1"], "line 2", "'positions'", "'1'"),
+    "no such task": (f"{HEADER},task", [ROW + ",none"], "line 2", "'task'", "'none'"),
+    "no such task later": (
+        f"{HEADER},task",
+        [ROW + ",refusal", f"s1{ROW[2:]},none"],
+        "line 3",
+        "'task'",
+        "'none'",
+    ),
+    "no such side": (
+        f"{HEADER},op,patch_into",
+        [ROW + ",patch,c"],
+        "line 2",
+        "'patch_into'",
+        "'c'",
+    ),
+    "bad factor": (f"{HEADER},op,factor", [ROW + ",scale,x"], "line 2", "'factor'", "'x'"),
+    "factor of another op": (f"{HEADER},op,factor", [ROW + ",zero,2"], "line 2", "'factor'", "'2'"),
+    "factor without op": (f"{HEADER},factor", [ROW + ",2"], "line 2", "'factor'", "'2'"),
+    "scaled by nothing": (f"{HEADER},op,factor", [ROW + ",scale,"], "line 2", "'factor'", "''"),
+    "no base": (HEADER, [ROW, "s1,1,0,0,0,0.1,0.1"], "line 3", "'delta_logit_base'", "'0'"),
+    "two tasks": (f"{HEADER},task", twice_with(",refusal", ",suppression"), "line 3", "'task'"),
+    "two positions": (f"{HEADER},positions", twice_with(",last", ",all"), "line 3", "'positions'"),
+    "two sides": (
+        f"{HEADER},op,patch_into",
+        twice_with(",patch,a", ",patch,b"),
+        "line 3",
+        "'patch_into'",
+    ),
+    "two factors": (
+        f"{HEADER},op,factor",
+        twice_with(",scale,2", ",scale,3"),
+        "line 3",
+        "'factor'",
+    ),
     "two ops": (f"{HEADER},op", [ROW + ",zero", f"s1{ROW[2:]},mean"], "line 3", "'op'"),
     "no difference": (HEADER, [ROW, "s1,1,0,0,-1,-0.9,-0.1"], "line 3", "'head_effect'", "'-0.1'"),
     "negative controls": (f"{HEADER},group", [f"{ROW},{NO_ODD_ONE}"], NO_ODD_ONE),
@@ -376,6 +415,47 @@ def test_a_malformed_results_file_is_refused_with_file_line_and_column(
     argv = ["--from_csv", str(path), "--output_dir", str(tmp_path / "new")]
     refuses(answer, *argv, says=[str(path), *says])
     assert not (tmp_path / "new" / "circuit_heads.csv").exists()
+
+
+OF_RUN = {  # the columns that tell of a run -> cells that go together
+    "task": [",odd_one_out"],
+    "op,factor": [",scale,2", ",scale,-0.5", ",zero,", ",,"],
+    "op,patch_into": [",patch,a", ",patch,b", ",mean,"],
+}
+
+
+@pytest.mark.parametrize(("names", "cells"), [(n, c) for n, cells in OF_RUN.items() for c in cells])
+def test_what_tells_of_the_run_is_read_where_it_goes_together(
+    names: str, cells: str, tmp_path: Path
+) -> None:
+    path = results(tmp_path / "t.csv", twice_with(cells, cells), f"{HEADER},{names}")
+    table = tracing.read_results(path)
+    for name, cell in zip(names.split(","), cells[1:].split(","), strict=True):
+        if name == "factor":
+            assert table[name].tolist() == pytest.approx([float(cell or "nan")] * 2, nan_ok=True)
+        else:
+            assert table[name].tolist() == 2 * [cell or ("zero" if name == "op" else "")]
+
+
+@pytest.mark.parametrize("name", ["task", "patch_into", "factor", "prompts"])
+def test_a_column_that_tells_of_the_run_is_not_made_up(name: str, tmp_path: Path) -> None:
+    assert name not in tracing.read_results(results(tmp_path / "t.csv", THEIRS))
+
+
+@pytest.mark.parametrize(
+    ("units", "is_warned"),
+    [(None, True), ([""] * 6, True), ([f"s{i}" for i in range(6)], True), (list("uuvvww"), False)],
+    ids=["no column", "empty", "the samples", "units"],
+)
+def test_samples_without_units_are_taken_as_independent_with_a_warning(
+    units: list[str] | None, is_warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [line + (f",{units[int(line[1])]}" if units else "") for line in THEIRS]
+    path = results(tmp_path / "t.csv", lines, HEADER + (",unit" if units else ""))
+    tracing.read_results(path)
+    assert [str(path) in text and "independent" in text for text in caplog.messages] == (
+        [True] if is_warned else []
+    )
 
 
 def test_mixed_kinds_are_refused_before_a_heatmap_too(answer: Answer, tmp_path: Path) -> None:

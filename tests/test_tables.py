@@ -137,9 +137,8 @@ def test_the_last_columns_tell_what_was_done_and_leave_empty_what_does_not_apply
 ) -> None:
     options, told = OF_RUN[case]
     names, row = written(tmp_path / "t.csv", 3, **options)
-    assert dict(zip(names, row, strict=True)) | dict(zip(RUN, told, strict=True)) == dict(
-        zip(names, row, strict=True)
-    )
+    assert names[-len(RUN) :] == RUN
+    assert row[-len(RUN) :] == told
 
 
 def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
@@ -684,8 +683,9 @@ def test_samples_are_paired_by_their_prompts_and_units_whatever_they_are_called(
     """Effects differ by sample more than by head: other pairs would tell of growth."""
     now = {f"L0H{h}": [5.0 * i + h for i in range(8)] for h in range(3)}
     table = results(now).astype({"prompts": "category", "unit": "category"})
-    names = dict(zip(table["sample_id"].unique(), reversed(table["sample_id"].unique())))
-    other = results({**now, "L0H1": [moved - 1 for moved in now["L0H1"]]})
+    ids = list(table["sample_id"].unique())
+    names = dict(zip(ids, reversed(ids), strict=True))
+    other = results({**now, "L0H1": [moved - 0.5 for moved in now["L0H1"]]})
     config, heads = tracing.Config(compare="other.csv"), find(table)[1]
     found = []
     for theirs in (other, other.assign(sample_id=other["sample_id"].map(names))):
@@ -694,7 +694,7 @@ def test_samples_are_paired_by_their_prompts_and_units_whatever_they_are_called(
             found.append(tracing.compare_runs(table, theirs, heads, 0.1, config))
         assert agreement("\n".join(caplog.messages)) == 1.0
     pd.testing.assert_frame_equal(*found)
-    assert found[1]["growth_mean"].tolist() == [0, 1, 0]
+    assert found[1]["growth_mean"].tolist() == [0, 0.5, 0]
     assert found[1]["growth_flag"].tolist() == [False, True, False]
 
 
@@ -710,7 +710,6 @@ def test_samples_of_other_prompts_or_units_are_no_pairs(column: str) -> None:
         tracing.compare_runs(table, other.assign(**{column: "x"}), heads, 0.1, config)
 
 
-NO_SCALE = {"op": "zero", "factor": None}
 INCOMPARABLE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     # flags of the run, what the other's columns tell instead, what is said
     "task": ("", {"task": "refusal"}, ["task 'refusal'", "'suppression'"]),
