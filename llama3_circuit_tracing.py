@@ -950,7 +950,7 @@ def read_results(path: Path) -> pd.DataFrame:
     twice = table.duplicated(["sample_id", *KEY])
     wrong = {"column 'head': same sample and component as before": twice}
     for name in (name for name in ONCE if name in table):
-        values = table[name].astype(str)
+        values = table[name].astype(object).where(table[name].notna(), "")
         wrong[f"column {name!r}: another than above"] = values != values.iloc[0]
     first = table.groupby("sample_id")[["unit", "group", "delta_logit_base"]].transform("first")
     for name in ("unit", "group"):
@@ -1103,6 +1103,19 @@ class PromptEncoder:
                 owner[new], of_word[new] = word, form
             forms.append(tuple(of_word))
         return Prompt(sample, side, text, ids, tuple(forms))
+
+
+def check_forms(prompt: Prompt, sums: bool) -> None:
+    """`UsageError` where of forms whose probabilities add up one begins with another: the longer
+    one's would count twice."""
+    named = list(zip(prompt.sample.words, prompt.forms, strict=True))
+    n = len(prompt.sample.targets)
+    for group in (named[:n], named[n:]) if sums else ([word] for word in named):
+        forms = sorted((form, word) for word, forms in group for form in forms)
+        for (one, word), (other, longer) in itertools.pairwise(forms):
+            if other[: len(one)] == one:
+                both = f"{longer!r} begins with {word!r}: {list(other)}, {list(one)}"
+                raise UsageError(f"{prompt.sample.named}: {both}; their chances cannot add up")
 
 
 Texts = dict[str, dict[str, str]]  # per sample_id and side
@@ -2182,19 +2195,6 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
     return own[:n]
 
 
-def check_forms(prompt: Prompt, sums: bool) -> None:
-    """`UsageError` where of forms whose probabilities add up one begins with another: the longer
-    one's would count twice."""
-    named = list(zip(prompt.sample.words, prompt.forms, strict=True))
-    n = len(prompt.sample.targets)
-    for group in (named[:n], named[n:]) if sums else ([word] for word in named):
-        forms = sorted((form, word) for word, forms in group for form in forms)
-        for (one, word), (other, longer) in itertools.pairwise(forms):
-            if other[: len(one)] == one:
-                both = f"{longer!r} begins with {word!r}: {list(other)}, {list(one)}"
-                raise UsageError(f"{prompt.sample.named}: {both}; their chances cannot add up")
-
-
 def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config: Config) -> None:
     """`UsageError` where a sample would not be edited at all, or a prompt exceeds the context or
     the vocabulary."""
@@ -2880,7 +2880,7 @@ def heads_table(
 
     heads = judge("head_effect", bases["b"])
     base, real = bases["b"]["mean"], real_rows(table)
-    heads["share_moved"] = -heads["mean"] / base if not abs(base) <= floor else math.nan
+    heads["share_moved"] = -heads["mean"] / base if base and not abs(base) <= floor else math.nan
     scores = {f"score_{side}_{run}" for side in "ab" for run in ("base", "head")}
     for side in "ab" if scores <= {*table} else "":
         moved = real[f"score_{side}_head"] - real[f"score_{side}_base"]
@@ -2953,6 +2953,7 @@ def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     draw_bars(means, path, xlabel=axis, ylabel="mean_head_effect", title=title)
 
 
+MANY_SETS = 10  # distinct random sets, from which on their quantiles are told
 VERDICTS = {"contributes": "tab:blue", "works against": "tab:orange", "unclear": "darkgray"}
 
 
@@ -2963,7 +2964,7 @@ def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) ->
     panels = {"": "effect on delta_logit"}
     if "minus_other_mean" in top:
         panels["minus_other_"] = "less forbidding other words"
-    size = (2.0 + 3.2 * len(panels), 1.6 + 0.24 * len(top))
+    size = (2.6 + 3.0 * len(panels), 1.6 + 0.24 * len(top))
     figure = Figure(figsize=size, layout="constrained")
     for axes, (prefix, title) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
@@ -2982,7 +2983,7 @@ def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) ->
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     model, n = Path(config.model_id).name, int(base["n_sentences"])
-    told = f"{config.task}, {model}, {config.op}: means and 95 % intervals over {n} sentences"
+    told = f"{config.task}, {model}, {config.op}\nmeans, 95 % intervals over {n} sentences"
     figure.suptitle(told, fontsize=9)
     save_figure(figure, path)
 
@@ -3029,7 +3030,7 @@ def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
     """Mean role by layer and index, centred at zero; grey where it has no verdict."""
     cells = heads.pivot(index="layer", columns="index", values=["role", "verdict"])
     grid, loud = cells["role"].astype(float), cells["verdict"] != "unclear"
-    kind, title = str(heads["kind"].iloc[0]), "Mean role (grey: q >= 0.05 or below the floor)"
+    kind, title = str(heads["kind"].iloc[0]), "Mean role\n(grey: q >= 0.05 or below the floor)"
     label = "role in nats: > 0 carries the task"
     if grid.shape[1] == 1:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
@@ -3055,6 +3056,31 @@ def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
 # ----- Findings -----------------------------------------------------------------------------------
 
 
+def describe_base(side: str, base: Record) -> str:
+    what = "delta_logit" if side == "b" else f"score of prompt a less that of {side}"
+    interval = f"95 % interval {base['ci_low']:+.3f} to {base['ci_high']:+.3f}"
+    n = int(base["n_sentences"])
+    spread = f"{interval} over {n} sentences" if n > 1 else "of a single sentence"
+    return f"mean {what} {base['mean']:+.3f} nats, {spread}"
+
+
+def describe_effect(head: Any, what: str, config: Config) -> str:
+    """What editing a component, a row of circuit_heads.csv, says about its part in `what`."""
+    stands = {"contributes": f"contributes to {what}", "works against": f"works against {what}"}
+    told = [f"{OPS[config.op].doing} {head.label}: {stands.get(head.verdict, 'unclear')}"]
+    interval = f"[{head.ci_low:+.3f}, {head.ci_high:+.3f}]"
+    told.append(f"effect {head.mean:+.3f} {interval}, q {head.q:.2g}")
+    if hasattr(head, "moved_a"):
+        moved = f"{head.moved_a:+.2f} after prompt a, {head.moved_b:+.2f} after b"
+        told.append(f"{TASKS[config.task].scored} {moved}")
+    contrast = getattr(head, "minus_other_mean", math.nan)
+    if head.verdict != "unclear" and not math.isnan(contrast):
+        alike = head.minus_other_verdict == head.verdict
+        serves = "specific to these words" if alike else "not told from serving any mention"
+        told.append(f"less forbidding other words {contrast:+.3f}: {serves}")
+    return "; ".join(told)
+
+
 def report_findings(
     heads: pd.DataFrame, bases: Mapping[str, Record], floor: float, config: Config
 ) -> None:
@@ -3062,11 +3088,7 @@ def report_findings(
     task, base, n_tests = TASKS[config.task], bases["b"], len(heads)
     n, noise = int(base["n_sentences"]), "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
     for side, found in bases.items():
-        what = "delta_logit" if side == "b" else f"score of prompt a less that of {side}"
-        interval = f"95 % interval {found['ci_low']:+.3f} to {found['ci_high']:+.3f}"
-        spread = f"{interval} over {n} sentences" if n > 1 else "of a single sentence"
-        log.info("mean %s %+.3f nats, %s%s", what, found["mean"], spread, noise)
-        noise = ""
+        log.info("%s%s", describe_base(side, found), noise if side == "b" else "")
     if (lone_q := min(1.0, n_tests * smallest_p(n))) >= 0.05:
         few = f"{n} sentences are too few"
         log.info(f"{few}: a lone component among {n_tests} cannot reach q below {lone_q:.2g}")
@@ -3075,25 +3097,11 @@ def report_findings(
     if not base["is_clear"]:
         nothing = "there is nothing to explain, and no component contributes"
         return log.info("the base's interval covers 0: %s", nothing)
-    name = task.name if base["mean"] * task.sign > 0 else task.opposite
+    what = task.name if base["mean"] * task.sign > 0 else task.opposite
     ranked = heads.sort_values("role", ascending=False)
-    contributing, against = ranked[ranked["role"] > 0], ranked[ranked["role"] < 0].iloc[::-1]
-    for head in itertools.chain(contributing.head(5).itertuples(), against.head(5).itertuples()):
-        stands = {"contributes": f"contributes to {name}", "works against": f"works against {name}"}
-        told = f"{OPS[config.op].doing} {head.label}: {stands.get(head.verdict, 'unclear')}"
-        told += (
-            f"; effect {head.mean:+.3f} [{head.ci_low:+.3f}, {head.ci_high:+.3f}], q {head.q:.2g}"
-        )
-        if hasattr(head, "moved_a"):
-            told += (
-                f"; {task.scored} {head.moved_a:+.2f} after prompt a, {head.moved_b:+.2f} after b"
-            )
-        contrast = getattr(head, "minus_other_mean", math.nan)
-        if head.verdict != "unclear" and not math.isnan(contrast):
-            alike = head.minus_other_verdict == head.verdict
-            serves = "specific to these words" if alike else "not told from serving any mention"
-            told += f"; less forbidding other words {contrast:+.3f}: {serves}"
-        log.info(told)
+    strongest = ranked[ranked["role"] > 0].head(5), ranked[ranked["role"] < 0].iloc[:-6:-1]
+    for head in itertools.chain(*(side.itertuples() for side in strongest)):
+        log.info("%s", describe_effect(head, what, config))
 
 
 def write_findings(
@@ -3118,7 +3126,7 @@ def recorded_flags(results: Path) -> list[str]:
     told = dict(read_record(results.parent / "run.json").get("config", {}))
     for first in itertools.islice(read_rows(results), 1):
         table = parse_results(results, [first])
-        told |= {name: table[name].iloc[0] for name in ONCE if name in table}
+        told |= {name: table[name].iloc[0] for name in ONCE if name in first[1]}
     heeded = {"model_id", "top_k", *ONCE} - {"kind"}
     return [
         f"--{name}={told[name]}"
@@ -3160,9 +3168,6 @@ def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
     random.Random(seed).shuffle(units)
     half = -(-len(units) // 2)
     return set(units[:half]), set(units[half:])
-
-
-MANY_SETS = 10  # distinct random sets from which quantiles are told
 
 
 def choose_top(table: pd.DataFrame, config: Config, against: str) -> list[Component]:

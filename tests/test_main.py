@@ -39,7 +39,7 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(answer: Answer, tiny_
     [
         (tracing.UsageError("so not"), 2, ["so not"]),
         (tracing.RunError("it broke"), 1, ["it broke"]),
-        (torch.OutOfMemoryError("CUDA out of memory"), 1, ["--tree_tokens", "--num_bootstrap"]),
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, ["--tree_tokens", "--rows_per_forward"]),
         (OSError(28, "No space left on device", "/there/x"), 1, ["/there/x", "No space left"]),
         (ZeroDivisionError("first line\nsecond line"), 1, ["ZeroDivisionError", "first line"]),
         (KeyError(), 1, ["KeyError"]),

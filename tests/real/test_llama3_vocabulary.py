@@ -190,7 +190,7 @@ def test_the_scores_of_controls_are_those_of_plain_forwards(
 def test_the_joint_ablation_is_that_of_plain_forwards(run: Path, plain: tuple[Any, Any]) -> None:
     targets, texts, held_out = by_hand.targets_of(run), by_hand.texts(run), by_hand.halves(run)[1]
     rows = read(run, "circuit_confirm.csv")
-    rows = rows[rows["set"].isin(("none", "chosen"))]
+    rows = rows[rows["set"].isin(("none", "chosen")) & (rows["measure"] == "a - b")]
     assert list(rows["n_ablated"]) == [0, 1, 2]
     for row in rows.fillna({"components": ""}).itertuples():
         with by_hand.ablated(plain[0], row.components.split()):
