@@ -1429,11 +1429,11 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
     if path.suffix == ".gguf":
         path, needed, lacks = path.parent, path.name, "is no file"
         options["gguf_file"] = needed
-        if find_spec("gguf") is None:
-            raise RunError(f"{name}: reading it needs one more package: pip install gguf")
     local = name.startswith(("/", "./", "../", "~")) or path.is_dir()
     if local and not (path / needed).is_file():
         raise RunError(f"{name} {lacks}")
+    if "gguf_file" in options and find_spec("gguf") is None:
+        raise RunError(f"{name}: reading it needs one more package: pip install gguf")
     if config.attn_implementation and load != AutoTokenizer.from_pretrained:
         options["attn_implementation"] = config.attn_implementation
     options |= {"revision": revision, "local_files_only": config.local_files_only}
