@@ -3225,10 +3225,8 @@ def run_sets(
     edited, and the KL divergence after a and b."""
     involved = set(itertools.chain(*(components for _, _, components in sets)))
     layers = {*(component.layer for component in involved), exp.shape.n_layers - 1}
-    trees = plant_trees(
-        [of[:2] + of_side(of, "other") for of in prompts], exp.encoder.bos, exp.config
-    )
-    found: list[Tensor] = []
+    needed = [[prompt for prompt in of if prompt.side != "affirm"] for of in prompts]
+    trees, found = plant_trees(needed, exp.encoder.bos, exp.config), []
 
     def scores(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
         return clean.tree.scores(read_entries(traced, clean, states), exp.task)
@@ -3245,10 +3243,6 @@ def run_sets(
                 of = [both[i][:, place[side]] if side in place else nothing for i, side in columns]
                 found.append(torch.stack(of, 1))
     return torch.stack(found, 1).tolist()
-
-
-def of_side(prompts: Sequence[Prompt], side: str) -> list[Prompt]:
-    return [prompt for prompt in prompts if prompt.side == side]
 
 
 def measure_sets(
@@ -3329,15 +3323,14 @@ def judge_sets(rows: pd.DataFrame, chosen: Sequence[Component]) -> pd.DataFrame:
 
 def report_sets(rows: pd.DataFrame, task: Task) -> None:
     """A log line per set that was chosen or asked for."""
-    rows = rows[rows["measure"] == rows["measure"].iloc[-1]]
+    rows = rows[rows["measure"] == rows.groupby("samples")["measure"].transform("last")]
     drawn = rows[rows["set"] == "random"]
     if lent := int(drawn["lent"].max() if len(drawn) else 0):
         log.warning(f"{lent} of a random set's components are of neighbouring layers: none is left")
     for row in rows[rows["set"].isin(("chosen", "ablate"))].itertuples():
         told = f"{row.samples} samples, {row.n_ablated} jointly ({row.components}): "
-        told += (
-            f"mean {row.measure} {row.mean_delta:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
-        )
+        told += f"mean {row.measure} {row.mean_delta:+.3f} "
+        told += f"[{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
         told += f"{row.share_removed:.0%} removed [{row.share_low:.0%}, {row.share_high:.0%}]"
         same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
         if row.set == "chosen":
