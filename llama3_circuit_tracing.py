@@ -3329,9 +3329,11 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
         log.warning(f"{lent} of a random set's components are of neighbouring layers: none is left")
     for row in rows[rows["set"].isin(("chosen", "ablate"))].itertuples():
         told = f"{row.samples} samples, {row.n_ablated} jointly ({row.components}): "
-        told += f"mean {row.measure} {row.mean_delta:+.3f} "
-        told += f"[{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
-        told += f"{row.share_removed:.0%} removed [{row.share_low:.0%}, {row.share_high:.0%}]"
+        told += f"mean {row.measure} {row.mean_delta:+.3f}"
+        several = not math.isnan(row.ci_low)  # a single sentence has no interval
+        told += f" [{row.ci_low:+.3f}, {row.ci_high:+.3f}]" if several else ""
+        told += f", {row.share_removed:.0%} removed"
+        told += f" [{row.share_low:.0%}, {row.share_high:.0%}]" if several else ""
         same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
         if row.set == "chosen":
             ends = (0.05, 0.95) if len(same) >= MANY_SETS else (0, 1)
