@@ -2901,6 +2901,8 @@ def compare_runs(
 ) -> pd.DataFrame:
     """The heads with the columns of `--compare`: roles that grew against the other run (hydra
     check), as paired differences per unit and prompt; flagged beyond the floor with q < 0.05."""
+    if "prompts" not in table:
+        raise UsageError("--compare pairs prompts: this table has no column 'prompts'")
     keys, before = ["unit", "prompts", *KEY], str(other["op"].iloc[0])
     mine, theirs = (run.astype({"unit": str, "prompts": str}) for run in (table, other))
     others = theirs[[*keys, "head_effect"]].drop_duplicates(keys)
@@ -3491,6 +3493,10 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
             trees = tqdm(exp.trees, desc="unedited model", unit="tree", disable=None)
             for i, tree in enumerate(trees):
                 records += folder.part(f"base-{i:04d}", sample_records, exp, tree)
+            labels = {of[0].sample.sample_id: of[0].sample for of in exp.prompts}
+            for record in records:  # a part may be older than the units that a file now names
+                sample = labels[record["sample_id"]]
+                record |= {"unit": sample.unit, "group": sample.group}
             report_samples(records)
             folder.note(samples=records)
     if mine := share_jobs(exp, jobs, state.process_index, state.num_processes):

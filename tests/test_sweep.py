@@ -446,3 +446,17 @@ def test_an_edit_that_overflows_gives_a_sentence_and_no_table(
     argv = ["--model_id", llama, *TWO, "--op", "scale", "--factor", factor]
     refuses(answer, *argv, "--output_dir", str(tmp_path), says=["not finite", "--factor"], code=1)
     assert not (tmp_path / "circuit_results.csv").exists()
+
+
+def test_units_that_a_samples_file_names_later_are_taken_up(llama: str, tmp_path: Path) -> None:
+    """Without computing anything again."""
+    path, run = tmp_path / "samples.jsonl", tmp_path / "run"
+    flags = ["--samples", str(path), "--layers", "0", "--heads", "0"]
+    for units in (["a", "b"], ["a", "a"]):
+        samples = [
+            {"sentence": f"Name a {what}.", "targets": ["apple"], "unit": unit}
+            for what, unit in zip(("fruit", "tree"), units, strict=True)
+        ]
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        finish(llama, run, *flags)
+        assert list(read(run)["unit"]) == units
