@@ -995,6 +995,10 @@ def common_start(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i in range(n) if one[i] != other[i]), n)
 
 
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A rendered prompt: its tokens and, per scored word, the token ids of each surface form."""
@@ -1007,8 +1011,7 @@ class Prompt:
 
     def pair_id(self, partner: Prompt) -> str:
         """What tells a sample from others in any run: its two prompts and its words."""
-        told = [self.text, partner.text, [*self.sample.targets], [*self.sample.foils]]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+        return digest([self.text, partner.text, self.sample.targets, self.sample.foils])[:12]
 
 
 # before a template: today is DATE, in whatever format it is asked for
@@ -1886,10 +1889,6 @@ OUTPUTS = {f"circuit_{name}": True for name in ("results.csv", "heads.csv")}
 OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", "heatmap.png")}
 OUTPUTS |= {"generations.jsonl": False, "run.json": True, "run.log": True}
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -54,15 +54,21 @@ def with_bias(model: Any) -> None:
     model.lm_head.bias.data.normal_(generator=torch.Generator().manual_seed(1))
 
 
+def changed(plain: Plain, traced: TracedModel, change: Callable[[Any], None] | None) -> TracedModel:
+    """A copy of the model after a change."""
+    model = copy.deepcopy(plain[0])
+    if change:
+        change(model)
+    return TracedModel(model, traced.shape, 64)
+
+
 @pytest.mark.parametrize("change", [None, with_bias, lambda model: model.config.update(SCALED)])
 def test_every_word_of_every_prompt_has_its_plain_log_probability(
     plain: Plain, traced: TracedModel, tree: Tree, change: Callable[[Any], None] | None
 ) -> None:
     """Without and with an edit, by the unembedding or by the model's own logits."""
-    model = copy.deepcopy(plain[0])
-    if change:
-        change(model)
-    traced = TracedModel(model, traced.shape, 64)
+    traced = changed(plain, traced, change)
+    model = traced.model
     assert traced.own_logits == bool(change)
     clean = tracing.run_clean(traced, tree, (), [1, 2], [])
     edited = tracing.run_rows(traced, clean, [tracing.zeroing([HEAD], traced.shape), ()])
@@ -84,10 +90,7 @@ def test_what_is_read_of_the_final_states_stands_side_by_side(
     plain: Plain, traced: TracedModel, tree: Tree, change: Callable[[Any], None] | None
 ) -> None:
     """Of the states that are unembedded, or of the model's own logits."""
-    model = copy.deepcopy(plain[0])
-    if change:
-        change(model)
-    traced = TracedModel(model, traced.shape, 64)
+    traced = changed(plain, traced, change)
     clean = tracing.run_clean(traced, tree, (), [1, 2], [])
     rows = [(), tracing.zeroing([HEAD], traced.shape)]
     width = traced.shape.vocab if change else traced.shape.d_model
