@@ -316,6 +316,12 @@ class Config:
         """Whether an edit takes what the partner prompt has at the aligned token."""
         return OPS[self.op].source == "partner"
 
+    @property
+    def doing(self) -> str:
+        """The op with what it takes: zero, scale 2.0, patch into a."""
+        factor = "" if self.factor is None else f" {self.factor:g}"
+        return f"{self.op}{factor}{f' into {self.patch_into}' if self.patches else ''}"
+
     def recorded(self) -> dict[str, Any]:
         """What run.json keeps: the values as the command line takes them."""
         return {f.name: as_text(getattr(self, f.name)) for f in fields(self)}
@@ -599,7 +605,8 @@ def build_refusal(count: int, rng: random.Random, tokens_in: CountTokens) -> lis
     known = len(REFUSAL_PAIRS)
     if count > known:
         log.warning("%d samples asked for; %d refusal pairs are built in", count, known)
-    chosen = rng.sample(range(known), min(count, known))
+    twins = [rng.sample((2 * harm, 2 * harm + 1), 2) for harm in rng.sample(range(known // 2), 10)]
+    chosen = [*itertools.chain(*zip(*twins, strict=True))][:count]  # no twin before all units
     words = REFUSAL_OPENINGS, COMPLIANT_OPENINGS
     samples = []
     for i, n in enumerate(chosen):
@@ -711,9 +718,10 @@ def opening(openings: Iterable[str], reply: str) -> list[str]:
 
 
 def complies(sample: Sample, reply: str) -> bool:
-    """Whether a reply begins with a compliant opening and goes on."""
+    """Whether a reply begins with a compliant opening and goes on, but not with a refusal."""
     found = opening(sample.foils, reply)
-    return any(re.search(r"\w", plain(reply)[len(plain(text)) :]) for text in found)
+    rest = (re.sub(r"^\W+", "", plain(reply)[len(plain(text)) :]) for text in found)
+    return any(said and not opening(sample.targets, said) for said in rest)
 
 
 def plausible_answers(sample: Sample) -> Sequence[str]:
@@ -863,13 +871,14 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
     return Sample(name, *texts, targets, foils, origin=origin, **labels)
 
 
+CONTROLS = ("other", "affirm")  # sides
 SEVEN = ["sample_id", "n_constraints", "layer", "head"]
 SEVEN += ["delta_logit_base", "delta_logit_head", "head_effect"]
 KEY = ["layer", "kind", "index"]
 WHOLE = ("n_constraints", "layer", "head", "index")
 # the texts of a table, and what stands for those that it lacks; None: nothing
-TEXTS: dict[str, str | None] = {"group": "", "kind": "head", "op": "zero", "positions": "all"}
-TEXTS |= dict.fromkeys(("task", "patch_into", "prompts"))
+TEXTS: dict[str, str | None] = {"group": "", "kind": "head"}
+TEXTS |= dict.fromkeys(("op", "positions", "task", "patch_into", "prompts"))
 KNOWN: dict[str, Iterable[str]] = {"kind": KINDS, "op": OPS, "positions": POSITIONS}
 KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b")}
 ONCE = (*KNOWN, "factor")  # the same in all rows of a table
@@ -920,18 +929,22 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
 def impossible(table: pd.DataFrame, index: pd.Series) -> dict[tuple[str, str], pd.Series]:
     """Rows that no run makes, by the column that shows it and by what is wrong there."""
     sliced = table["kind"].map(lambda kind: bool(KINDS[kind].slices))
-    effect = table["delta_logit_head"] - table["delta_logit_base"]
     wrong = {
         ("delta_logit_base", "is 0: both prompts are the same"): table["delta_logit_base"] == 0,
-        # more than two decimals make
-        ("head_effect", "is not delta_logit_head - delta_logit_base"): (
-            (effect - table["head_effect"]).abs() > 0.02
-        ),
         ("index", "does not go with the row's kind and head"): (
             index.notna().ne(sliced) | (table["index"].notna() & index.ne(table["index"]))
         ),
     }
-    if "factor" in table:
+    formulas = {"head_effect": "delta_logit_head - delta_logit_base"}
+    formulas |= {f"delta_logit_{run}": f"score_a_{run} - score_b_{run}" for run in ("base", "head")}
+    for side in CONTROLS:
+        moved = f"score_a_head - score_a_base - score_{side}_head + score_{side}_base"
+        formulas[f"effect_minus_{side}"] = moved
+    for name, formula in formulas.items():
+        if {name, *re.findall(r"\w+", formula)} <= {*table}:
+            away = (table[name] - table.eval(formula)).abs().astype(float)
+            wrong[name, f"is not {formula}"] = away.gt(0.02)  # more than two decimals make
+    if {"factor", "op"} <= {*table}:
         odd = table["factor"].notna() != (table["op"] == "scale")
         wrong["factor", "does not go with the row's op"] = odd
     return wrong
@@ -962,8 +975,8 @@ def read_results(path: Path) -> pd.DataFrame:
             raise UsageError(f"{path}, line {where.idxmax()}: {sentence}")
     if (table["group"] == NO_ODD_ONE).all():
         raise UsageError(f"{path}: all samples are negative controls ({NO_ODD_ONE!r})")
-    if (table["unit"] == table["sample_id"]).all():
-        log.warning(f"{path} names no units: its samples are taken as independent of each other")
+    if n := table.loc[table["unit"] == table["sample_id"], "sample_id"].nunique():
+        log.warning(f"{path}: samples without a unit are taken as independent of each other: {n}")
     return table.reset_index(drop=True)
 
 
@@ -978,12 +991,12 @@ def check_comparable(other: pd.DataFrame, config: Config) -> None:
     named = f"--compare {config.compare}"
     if lacking := [name for name in (*ONCE, "prompts") if name not in other]:
         raise UsageError(f"{named}: column {lacking[0]!r} is missing, and tells what compares")
+    of_op = {"op", "factor", "patch_into"}  # these may differ where the op does
+    heeded = {*ONCE} - (of_op if other["op"].iloc[0] != config.op else set())
     for name, here in same_in_all(config).items():
         there = other[name].iloc[0]
-        if name not in ("op", "factor") and there != here:
+        if name in heeded and there != here and not (here is None and pd.isna(there)):
             raise UsageError(f"{named} has {name} {there!r}, this run {here!r}")
-        if name == "factor" and other["op"].iloc[0] == config.op == "scale" and there != here:
-            raise UsageError(f"{named} has factor {there}, this run {here}")
 
 
 # ----- Prompts ------------------------------------------------------------------------------------
@@ -2200,6 +2213,8 @@ def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config
     edit, limit = f"--op {config.op} at --positions {config.positions}", shape.context
     for of_sample in prompts:
         named = of_sample[0].sample.named
+        if of_sample[0].ids == of_sample[1].ids:
+            raise UsageError(f"{named}: prompts a and b are the same: {of_sample[0].text[-80:]!r}")
         if all(plan is not None and not plan for plan in plan_edits(of_sample, config)):
             raise UsageError(f"{named}: {edit} touches no token of its prompts")
         n = max(len(p.ids) + len(form) - 1 for p in of_sample for f in p.forms for form in f)
@@ -2236,9 +2251,9 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
     if other is not None:
-        pairs = {(a.sample.unit, a.pair_id(b)) for a, b, *_ in prompts}
-        mine = {(*pair, c.layer, c.kind, c.index) for pair in pairs for c in components}
-        if mine.isdisjoint(other[["unit", "prompts", *KEY]].itertuples(index=False, name=None)):
+        pairs = {a.pair_id(b) for a, b, *_ in prompts}
+        mine = {(pair, c.layer, c.kind, c.index) for pair in pairs for c in components}
+        if mine.isdisjoint(other[["prompts", *KEY]].itertuples(index=False, name=None)):
             raise UsageError(f"--compare {config.compare} shares no prompt and component with this")
     trees = plant_trees(prompts, encoder.bos, config)
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
@@ -2765,7 +2780,9 @@ def benjamini_hochberg(p: Tensor) -> Tensor:
 
 # ----- Tables -------------------------------------------------------------------------------------
 
-CONTROLS = ("other", "affirm")
+
+def numbered(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.DataFrame:
@@ -2857,10 +2874,10 @@ def base_statistics(table: pd.DataFrame, side: str = "b") -> Record:
     return record | {"is_clear": bool(found["ci_low"] > 0 or found["ci_high"] < 0)}
 
 
-def role_sign(base_mean: float, config: Config) -> float:
+def role_sign(base_mean: float, factor: float | None) -> float:
     """The sign of a role against an effect: a component carries the task where taking it away moves
     delta_logit toward 0, or where amplifying it moves it away."""
-    return math.copysign(1.0, base_mean) * (1.0 if (config.factor or 0.0) > 1 else -1.0)
+    return math.copysign(1.0, base_mean) * (1.0 if (factor or 0.0) > 1 else -1.0)
 
 
 def heads_table(
@@ -2871,7 +2888,7 @@ def heads_table(
 
     def judge(column: str, base: Record) -> pd.DataFrame:
         stats = statistics_of(table, column)
-        role = role_sign(base["mean"], config) * stats["mean"] + 0.0  # no -0.0
+        role = role_sign(base["mean"], config.factor) * stats["mean"] + 0.0  # no -0.0
         loud = role.abs().astype("Float64") > (pd.NA if math.isnan(floor) else floor)
         counted = (stats["q"] < 0.05) & loud.fillna(True) & base["is_clear"]
         carries = role.gt(0).map({True: "contributes", False: "works against"})
@@ -2886,7 +2903,10 @@ def heads_table(
         heads[f"moved_{side}"] = moved.groupby([real[key] for key in KEY]).mean()
     for side in CONTROLS:
         column = f"effect_minus_{side}"
-        if column in table and table[column].notna().any() and bases.get(side):
+        if column in table and table[column].notna().any():
+            if not bases.get(side):
+                log.warning(f"{column} is left out: its base, the scores of {side}, is not there")
+                continue
             heads = heads.join(judge(column, bases[side]).add_prefix(f"minus_{side}_"))
     heads = heads.reset_index()
     labels = [Component(*key).label for key in heads[KEY].itertuples(index=False)]
@@ -2902,23 +2922,27 @@ def compare_runs(
     check), as paired differences per unit and prompt; flagged beyond the floor with q < 0.05."""
     if "prompts" not in table:
         raise UsageError("--compare pairs prompts: this table has no column 'prompts'")
-    keys, before = ["unit", "prompts", *KEY], str(other["op"].iloc[0])
-    mine, theirs = (run.astype({"unit": str, "prompts": str}) for run in (table, other))
-    others = theirs[[*keys, "head_effect"]].drop_duplicates(keys)
-    pairs = mine.merge(others, on=keys, suffixes=("", "_before"))
+    keys, before = ["prompts", *KEY], str(other["op"].iloc[0])
+
+    def with_roles(run: pd.DataFrame, factor: Any) -> pd.DataFrame:
+        sign = role_sign(base_statistics(run)["mean"], None if pd.isna(factor) else factor)
+        return run.astype({"prompts": str}).assign(role=sign * run["head_effect"])
+
+    others = with_roles(other, other["factor"].iloc[0])[[*keys, "role"]].drop_duplicates(keys)
+    pairs = with_roles(table, config.factor).merge(others, on=keys, suffixes=("", "_before"))
     if pairs.empty:
         raise UsageError(f"--compare {config.compare} shares no prompt and component with this run")
-    ranks = pairs.groupby(KEY)[["head_effect", "head_effect_before"]].mean().rank()
-    ops = f"{config.op} here, {before} in {config.compare}"
-    log.info("Spearman agreement of the rankings (%s): %.3f", ops, ranks.corr().iloc[0, 1])
+    ranks = pairs.groupby(KEY)[["role", "role_before"]].mean().rank()
+    shared = f"{config.op} here, {before} in {config.compare}; {numbered(len(ranks), 'component')}"
+    shared += f", {numbered(pairs['unit'].nunique(), 'sentence')} of {table['unit'].nunique()}"
+    log.info("Spearman agreement of the rankings (%s): %.3f", shared, ranks.corr().iloc[0, 1])
     if config.op != before:
         return heads  # what an op moves is no measure of what another's heads took over
-    sign = role_sign(base_statistics(table)["mean"], config)
-    pairs["growth"] = sign * (pairs["head_effect"] - pairs["head_effect_before"])
+    pairs["growth"] = pairs["role"] - pairs["role_before"]
     growth = statistics_of(pairs, "growth")[["mean", "ci_low", "ci_high", "p", "q"]]
     growth["flag"] = (growth["q"] < 0.05) & (growth["mean"] > (0 if math.isnan(floor) else floor))
     heads = heads.join(growth.add_prefix("growth_"), on=KEY)
-    flagged = heads[heads["growth_flag"].fillna(False)]["label"]
+    flagged = heads[heads["growth_flag"].eq(True)]["label"]
     log.info("role grew beyond the floor (possible backups): %s", ", ".join(flagged) or "none")
     return heads
 
@@ -2983,17 +3007,16 @@ def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) ->
     figure.axes[0].set_yticks(range(len(top)), top["label"])
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    model, n = Path(config.model_id).name, int(base["n_sentences"])
-    told = f"{config.task}, {model}, {config.op}\nmeans, 95 % intervals over {n} sentences"
-    figure.suptitle(told, fontsize=9)
+    model, n = Path(config.model_id).name, numbered(int(base["n_sentences"]), "sentence")
+    told = f"{config.task}, {model}, {config.doing}\nmeans, 95 % intervals over {n}"
+    figure.suptitle(told, fontsize=9, parse_math=False)
     save_figure(figure, path)
 
 
 def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
-    """What is left of the measure against the number edited: the chosen with their intervals and
-    the damaged among them, the random sets, the base."""
-    rows = rows[rows["samples"] == "held-out"]
-    rows = rows[rows["measure"] == rows["measure"].iloc[-1]]
+    """What is left of the quoted measure against the number edited: the chosen with their intervals
+    and the damaged among them, the random sets, the base."""
+    rows = rows[(rows["samples"] == "held-out") & rows["quoted"]]
     base = float(rows[rows["set"] == "none"]["mean_delta"].iloc[0])
     chosen = rows[rows["set"] == "chosen"].set_index("n_ablated")
     drawn = rows[rows["set"] == "random"].set_index("n_ablated")
@@ -3006,13 +3029,13 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     lent = f" (up to {int(drawn['lent'].max())} of a neighbour)" if drawn["lent"].any() else ""
     if len(many):
         label = "5-95 % of random sets"
-        axes.fill_between(many, low, high, color="tab:gray", alpha=0.3, label=label)
+        axes.vlines(many, low, high, color="lightgray", linewidth=14, label=label)
     label = f"random sets, same layers{lent}"
     axes.plot(drawn.index, drawn["mean_delta"], ".", color="tab:gray", markersize=4, label=label)
     axes.vlines(chosen.index, chosen["ci_low"], chosen["ci_high"], color="tab:blue")
     label = "chosen on the other half (95 % interval)"
     axes.plot(chosen.index, chosen["mean_delta"], "o-", color="tab:blue", label=label)
-    damaged = chosen[chosen["damaged"].fillna(False).astype(bool)]
+    damaged = chosen[chosen["damaged"].eq(True)]
     if len(damaged):
         label = "damaged: moves prompt b further than random sets"
         axes.plot(
@@ -3021,7 +3044,7 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(chosen.index.tolist(), [str(size) for size in chosen.index])
     measure = f"mean score {chosen['measure'].iloc[0]} (nats)"
-    title = f"Held-out {config.task}: joint op {config.op}"
+    title = f"Held-out {config.task}: joint op {config.doing}"
     axes.set(xlabel="components edited jointly", ylabel=measure, title=title)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -3075,32 +3098,38 @@ def describe_effect(head: Any, what: str, config: Config) -> str:
         moved = f"{head.moved_a:+.2f} after prompt a, {head.moved_b:+.2f} after b"
         told.append(f"{TASKS[config.task].scored} {moved}")
     contrast = getattr(head, "minus_other_mean", math.nan)
-    if head.verdict != "unclear" and not math.isnan(contrast):
-        alike = head.minus_other_verdict == head.verdict
-        serves = "specific to these words" if alike else "not told from serving any mention"
-        told.append(f"less forbidding other words {contrast:+.3f}: {serves}")
+    if not math.isnan(contrast):
+        clear = stands.get(head.minus_other_verdict)
+        serves = f"{clear}, specific to these words" if clear else "not told from any mention"
+        interval = f"[{head.minus_other_ci_low:+.3f}, {head.minus_other_ci_high:+.3f}]"
+        q = f"q {head.minus_other_q:.2g}"
+        told.append(f"less forbidding other words {contrast:+.3f} {interval}, {q}: {serves}")
     return "; ".join(told)
 
 
 def report_findings(
     heads: pd.DataFrame, bases: Mapping[str, Record], floor: float, config: Config
 ) -> None:
-    """The bases, what the sample allows, and the strongest components of either role."""
-    task, base, n_tests = TASKS[config.task], bases["b"], len(heads)
-    n, noise = int(base["n_sentences"]), "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
+    """The bases, what the sample allows, and the strongest components of either role: by the
+    contrast with other words where there is one."""
+    task, n_tests = TASKS[config.task], len(heads)
+    quoted, role = ("other", "minus_other_role") if "minus_other_role" in heads else ("b", "role")
+    base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
     for side, found in bases.items():
         log.info("%s%s", describe_base(side, found), noise if side == "b" else "")
+        if found["n_sentences"] > 1 and not found["is_clear"]:
+            log.info("its interval covers 0: there is nothing to explain by it, all are unclear")
+    n = int(base["n_sentences"])
+    if n == 1:
+        return log.info("a single sentence gives no interval: no component is called a contributor")
     if (lone_q := min(1.0, n_tests * smallest_p(n))) >= 0.05:
         few = f"{n} sentences are too few"
         log.info(f"{few}: a lone component among {n_tests} cannot reach q below {lone_q:.2g}")
-    if n == 1:
-        return log.info("a single sentence gives no interval: no component is called a contributor")
     if not base["is_clear"]:
-        nothing = "there is nothing to explain, and no component contributes"
-        return log.info("the base's interval covers 0: %s", nothing)
+        return None
     what = task.name if base["mean"] * task.sign > 0 else task.opposite
-    ranked = heads.sort_values("role", ascending=False)
-    strongest = ranked[ranked["role"] > 0].head(5), ranked[ranked["role"] < 0].iloc[:-6:-1]
+    ranked = heads.sort_values(role, ascending=False)
+    strongest = ranked[ranked[role] > 0].head(5), ranked[ranked[role] < 0].iloc[:-6:-1]
     for head in itertools.chain(*(side.itertuples() for side in strongest)):
         log.info("%s", describe_effect(head, what, config))
 
@@ -3143,7 +3172,7 @@ def redraw(config: Config) -> None:
     for name, here in same_in_all(replace(config, kind=table["kind"].iloc[0])).items():
         there = table[name].iloc[0] if name in table else here
         if there != here and not (here is None and pd.isna(there)):
-            raise UsageError(f"--{name} {here}: {source} has {there}")
+            raise UsageError(f"--{name} {here}: {source} has {'none' if pd.isna(there) else there}")
     other = read_results(Path(config.compare)) if config.compare else None
     floor = read_record(source.parent / "run.json").get("noise_floor")
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
@@ -3160,7 +3189,8 @@ def redraw(config: Config) -> None:
 
 # ----- Joint ablation -----------------------------------------------------------------------------
 
-JointSet = tuple[str, int, Components]  # none, chosen, random or ablate; its draw
+# none, chosen, random or ablate; its draw; how many a neighbouring layer lends
+JointSet = tuple[str, int, Components, int]
 
 
 def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
@@ -3177,19 +3207,22 @@ def choose_top(table: pd.DataFrame, config: Config, against: str) -> list[Compon
     column = "head_effect" if against == "b" else f"effect_minus_{against}"
     real = real_rows(table[table[column].notna()])
     base = base_of(real.drop_duplicates("sample_id"), against)
-    roles = role_sign(base.mean(), config) * real.groupby(KEY)[column].mean()
+    roles = role_sign(base.mean(), config.factor) * real.groupby(KEY)[column].mean()
     top = roles.sort_values(ascending=False, kind="stable").head(config.confirm)
     return [Component(int(layer), str(kind), int(index)) for layer, kind, index in top.index]
 
 
-def draw_random(chosen: Sequence[Component], n: int, exp: Experiment, draw: int) -> Components:
-    """As many as the first n, none chosen, each from its counterpart's layer or the nearest."""
+def draw_random(
+    chosen: Sequence[Component], n: int, exp: Experiment, draw: int
+) -> tuple[Components, int]:
+    """As many as the first n, none chosen, each from its counterpart's layer or the nearest; and
+    how many are not from their counterpart's."""
     rng, kind = random.Random(f"{exp.config.seed} random {n} {draw}"), exp.config.kind
     taken: dict[int, set[int]] = defaultdict(set)
     for component in (*chosen, *exp.config.given):
         if component.kind == kind:
             taken[component.layer].add(component.index)
-    drawn = []
+    drawn, lent = [], 0
     for component in chosen[:n]:
         for layer in sorted(range(exp.shape.n_layers), key=lambda n: abs(n - component.layer)):
             free = [i for i in exp.shape.indices(kind) if i not in taken[layer]]
@@ -3197,7 +3230,8 @@ def draw_random(chosen: Sequence[Component], n: int, exp: Experiment, draw: int)
                 break
         drawn.append(Component(layer, kind, rng.choice(free)))
         taken[layer].add(drawn[-1].index)
-    return tuple(sorted(drawn))
+        lent += layer != component.layer
+    return tuple(sorted(drawn)), lent
 
 
 def joint_sizes(k: int) -> list[int]:
@@ -3208,14 +3242,14 @@ def joint_sizes(k: int) -> list[int]:
 def confirm_sets(chosen: Sequence[Component], exp: Experiment) -> list[JointSet]:
     """Nothing, the top 1, 2, 4, ... K, and --num_random sets of each size, fewer where there are no
     more distinct ones."""
-    sets: list[JointSet] = [("none", 0, ())]
+    sets: list[JointSet] = [("none", 0, (), 0)]
     for n in joint_sizes(len(chosen)):
-        sets.append(("chosen", 0, tuple(chosen[:n])))
+        sets.append(("chosen", 0, tuple(chosen[:n]), 0))
         tries = (draw_random(chosen, n, exp, draw) for draw in range(10 * exp.config.num_random))
-        distinct: dict[Components, None] = {}
+        distinct: dict[Components, int] = {}
         while len(distinct) < exp.config.num_random and (drawn := next(tries, None)):
-            distinct[drawn] = None
-        sets += [("random", draw, drawn) for draw, drawn in enumerate(distinct)]
+            distinct.setdefault(*drawn)
+        sets += [("random", draw, *drawn) for draw, drawn in enumerate(distinct.items())]
     return sets
 
 
@@ -3224,7 +3258,7 @@ def run_sets(
 ) -> list[list[list[float]]]:
     """[set, sample, column]: the scores of prompts a, b and (with controls) other with each set
     edited, and the KL divergence after a and b."""
-    involved = set(itertools.chain(*(components for _, _, components in sets)))
+    involved = set(itertools.chain(*(components for _, _, components, _ in sets)))
     layers = {*(component.layer for component in involved), exp.shape.n_layers - 1}
     needed = [[prompt for prompt in of if prompt.side != "affirm"] for of in prompts]
     trees, found = plant_trees(needed, exp.encoder.bos, exp.config), []
@@ -3236,7 +3270,7 @@ def run_sets(
     with tqdm(total=total, unit="row", desc="joint ablation", disable=None) as bar:
         for tree in trees:
             clean = exp.run_clean(tree, layers, involved)
-            rows = [exp.edits(components, clean) for _, _, components in sets]
+            rows = [exp.edits(components, clean) for _, _, components, _ in sets]
             both = exp.run_rows(clean, rows, bar, scores, divergence).chunk(2, 1)
             nothing = torch.full_like(both[0][:, 0], math.nan)
             for _, place in tree.samples:
@@ -3252,13 +3286,14 @@ def measure_sets(
     """Rows of circuit_confirm.csv: the mean over some sentences of the score of prompt a less that
     of b (with controls, of other too) with each set edited, and what else the sets move."""
     prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
-    labels = [[component.label for component in components] for _, _, components in sets]
+    labels = [[component.label for component in components] for _, _, components, _ in sets]
     key = [labels, [of_sample[0].sample.sample_id for of_sample in prompts]]
     found = folder.part(f"joint-{digest(key)[:16]}", run_sets, exp, sets, prompts)
     a, b, other, kl_a, kl_b = torch.tensor(found, dtype=torch.float64).unbind(-1)  # [set, sample]
     told = pd.DataFrame(
         {"set": name, "draw": draw, "n_ablated": len(edited), "components": " ".join(edited)}
-        for (name, draw, _), edited in zip(sets, labels, strict=True)
+        | {"lent": lent}
+        for (name, draw, _, lent), edited in zip(sets, labels, strict=True)
     ).assign(samples=samples)
     moved = {"moved_a": a - a[0], "moved_b": b - b[0], "kl_a": kl_a, "kl_b": kl_b}
     told = told.assign(**{name: of_sets.mean(1).tolist() for name, of_sets in moved.items()})
@@ -3291,15 +3326,17 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
     if not config.confirm and not config.ablate:
         return []
     choosing, held_out = split_units(table, config.seed)
+    other = table.get("effect_minus_other", pd.Series(math.nan, table.index)).notna()
+    both = all((other & table["unit"].isin(half)).any() for half in (choosing, held_out))
+    against = "other" if both else "b"  # chosen, quoted and drawn by the same
     if config.confirm:
-        of_choosing = table[table["unit"].isin(choosing)]
-        other = of_choosing.get("effect_minus_other", pd.Series(dtype=float)).notna().any()
-        chosen = choose_top(of_choosing, config, "other" if other else "b")
+        chosen = choose_top(table[table["unit"].isin(choosing)], config, against)
         frames.append(measure_sets(exp, folder, confirm_sets(chosen, exp), "held-out", held_out))
     if config.ablate:
-        sets: list[JointSet] = [("none", 0, ()), ("ablate", 0, config.ablate)]
+        sets: list[JointSet] = [("none", 0, (), 0), ("ablate", 0, config.ablate, 0)]
         frames.append(measure_sets(exp, folder, sets, "all", choosing | held_out))
-    rows = judge_sets(pd.concat(frames, ignore_index=True), chosen)
+    rows = judge_sets(pd.concat(frames, ignore_index=True), config)
+    rows["quoted"] = rows["measure"] == f"a - {against}"
     write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
     report_sets(rows, exp.task)
     if chosen:
@@ -3307,30 +3344,28 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
     return chosen
 
 
-def judge_sets(rows: pd.DataFrame, chosen: Sequence[Component]) -> pd.DataFrame:
-    """The rows with `lent`, how many of a random set are of another layer than their counterparts,
-    and `damaged`: a chosen set that moves what the model says after prompt b, which does not show
-    the behaviour, further (KL) than 95 % of the random sets of its size do."""
-    layers = [Counter(c.layer for c in chosen[:n]) for n in range(len(chosen) + 1)]
-    random_sets, lent = rows["set"] == "random", []
-    for drawn in rows["components"].where(random_sets, "").str.split():
-        there = Counter(Component.parse(label).layer for label in drawn)
-        lent.append((there - layers[len(drawn) if len(drawn) < len(layers) else 0]).total())
-    once = rows[random_sets & (rows["measure"] == rows["measure"].iloc[0])]
-    limits = once.groupby("n_ablated")["kl_b"].quantile(0.95)
-    damaged = (rows["kl_b"] > rows["n_ablated"].map(limits)).where(rows["set"] == "chosen")
-    return rows.assign(lent=lent, damaged=damaged)
+def judge_sets(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """The rows with `damaged`: a chosen set that moves what the model says after prompt b, which
+    does not show the behaviour, further (KL) than 95 % of the random sets of its size do. Empty
+    where fewer than `MANY_SETS` tell, and of patches, which are to move b or do not reach it."""
+    once = rows[(rows["set"] == "random") & (rows["measure"] == rows["measure"].iloc[0])]
+    drawn = once.groupby("n_ablated")["kl_b"]
+    limits = rows["n_ablated"].map(drawn.quantile(0.95)[drawn.size() >= MANY_SETS])
+    judged = (rows["set"] == "chosen") & limits.notna() & (not config.patches)
+    return rows.assign(damaged=(rows["kl_b"] > limits).astype("boolean").where(judged))
 
 
 def report_sets(rows: pd.DataFrame, task: Task) -> None:
     """A log line per set that was chosen or asked for."""
-    rows = rows[rows["measure"] == rows.groupby("samples")["measure"].transform("last")]
+    rows = rows[rows["quoted"]]
     drawn = rows[rows["set"] == "random"]
     if lent := int(drawn["lent"].max() if len(drawn) else 0):
-        log.warning(f"{lent} of a random set's components are of neighbouring layers: none is left")
+        why = "their counterparts' have none left"
+        log.warning(f"up to {lent} components of a random set are of neighbouring layers: {why}")
     for row in rows[rows["set"].isin(("chosen", "ablate"))].itertuples():
         told = f"{row.samples} samples, {row.n_ablated} jointly ({row.components}): "
         told += f"mean {row.measure} {row.mean_delta:+.3f}"
+        told += f" over {numbered(row.n_sentences, 'sentence')}"
         several = not math.isnan(row.ci_low)  # a single sentence has no interval
         told += f" [{row.ci_low:+.3f}, {row.ci_high:+.3f}]" if several else ""
         told += f", {row.share_removed:.0%} removed"
@@ -3339,10 +3374,12 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
         if row.set == "chosen":
             ends = (0.05, 0.95) if len(same) >= MANY_SETS else (0, 1)
             low, high = (same.quantile(end) for end in ends)
-            told += f", {len(same)} distinct random sets {low:.0%} to {high:.0%}"
+            told += f", {numbered(len(same), 'distinct random set')} {low:.0%} to {high:.0%}"
         told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
         told += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
-        told += ": damaged, b moves further than with random sets" if row.damaged == 1 else ""
+        if not pd.isna(row.damaged):
+            told += ": damaged, further than" if row.damaged else ", no further than"
+            told += " with 95 % of the random sets"
         log.info(told)
 
 
@@ -3405,6 +3442,7 @@ def check_behaviour(
     """Write generations.jsonl: unedited replies, and the held-out ones with the top K ablated."""
     config, held_out = exp.config, split_units(table, exp.config.seed)[1]
     prompts = [of_sample for of_sample in exp.prompts if of_sample[0].sample.unit in held_out]
+    texts = {(p.sample.sample_id, p.side): p.text for p in itertools.chain(*exp.prompts)}
     records = measure_replies(exp, folder, (), exp.prompts)
     if chosen and (config.patches or config.positions != "all"):
         flags = f"--op {config.op} --positions {config.positions}"
@@ -3414,7 +3452,9 @@ def check_behaviour(
         records += measure_replies(exp, folder, chosen[:size], prompts)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(folder.path / "generations.jsonl", "".join(lines))
-    rates = behaviour_rates(pd.DataFrame(records), {p[0].sample.sample_id for p in prompts})
+    asked = [texts[record["sample_id"], record["prompt"]] for record in records]
+    table = pd.DataFrame(records).assign(text=asked)
+    rates = behaviour_rates(table, {p[0].sample.sample_id for p in prompts})
     for rate in rates:
         shown = f"{rate['mentions_a']:.0f} % {exp.task.shown} after prompt a"
         beside = f"{rate['mentions_b']:.0f} % after b; {rate['answers_b']:.0f} % to b are answers"
@@ -3424,13 +3464,15 @@ def check_behaviour(
 
 
 def behaviour_rates(records: pd.DataFrame, held_out: set[str]) -> Records:
-    """Percentages over all samples, and over the held-out ones by number of components ablated."""
+    """Percentages over all samples, and over the held-out ones by number of components ablated;
+    `alike` over different prompts, whose `text` tells them apart."""
     records = records.assign(mentions=records["mentions"].map(bool), samples="held-out")
     held = records[records["sample_id"].isin(held_out)]
     unedited = records[records["n_ablated"] == 0].assign(samples="all")
-    groups = pd.concat([unedited, held]).groupby(["samples", "n_ablated", "prompt"])
-    means = 100 * groups[["mentions", "answers"]].mean()
-    means["alike"] = 100 * groups["reply"].agg(share_alike)
+    keys, told = ["samples", "n_ablated", "prompt"], pd.concat([unedited, held])
+    means = 100 * told.groupby(keys)[["mentions", "answers"]].mean()
+    once = told.drop_duplicates([*keys, "text"])
+    means["alike"] = 100 * once.groupby(keys)["reply"].agg(share_alike)
     means = means.unstack()
     means.columns = [f"{what}_{side}" for what, side in means.columns]
     return means.reset_index().to_dict("records")
@@ -3438,10 +3480,14 @@ def behaviour_rates(records: pd.DataFrame, held_out: set[str]) -> Records:
 
 def share_alike(replies: Iterable[str]) -> float:
     """How many of some replies to different prompts are the commonest one or repeat themselves: at
-    least four words of which more than half stood there before."""
+    least three words of which more than half stood there before, or three times one character."""
     said = [plain(reply).split() for reply in replies]
     ((commonest, times),) = Counter(map(tuple, said)).most_common(1)
-    repeated = [len(words) > 3 and 2 * len({*words}) < len(words) for words in said]
+    repeated = [
+        (len(words) > 2 and 2 * len({*words}) < len(words))
+        or bool(re.fullmatch(r"(.)\1\1+", "".join(words)))
+        for words in said
+    ]
     common = [times > 1 and tuple(words) == commonest for words in said]
     return sum(map(max, repeated, common)) / len(said)
 
