@@ -316,12 +316,6 @@ class Config:
         """Whether an edit takes what the partner prompt has at the aligned token."""
         return OPS[self.op].source == "partner"
 
-    @property
-    def doing(self) -> str:
-        """The op with what it takes: zero, scale 2.0, patch into a."""
-        factor = "" if self.factor is None else f" {self.factor:g}"
-        return f"{self.op}{factor}{f' into {self.patch_into}' if self.patches else ''}"
-
     def recorded(self) -> dict[str, Any]:
         """What run.json keeps: the values as the command line takes them."""
         return {f.name: as_text(getattr(self, f.name)) for f in fields(self)}
@@ -876,9 +870,9 @@ SEVEN = ["sample_id", "n_constraints", "layer", "head"]
 SEVEN += ["delta_logit_base", "delta_logit_head", "head_effect"]
 KEY = ["layer", "kind", "index"]
 WHOLE = ("n_constraints", "layer", "head", "index")
-# the texts of a table, and what stands for those that it lacks; None: nothing
-TEXTS: dict[str, str | None] = {"group": "", "kind": "head"}
-TEXTS |= dict.fromkeys(("op", "positions", "task", "patch_into", "prompts"))
+# the texts of a table, and what an empty one stands for
+TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all"}
+TEXTS |= dict.fromkeys(("task", "patch_into", "prompts"), "")
 KNOWN: dict[str, Iterable[str]] = {"kind": KINDS, "op": OPS, "positions": POSITIONS}
 KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b")}
 ONCE = (*KNOWN, "factor")  # the same in all rows of a table
@@ -906,8 +900,8 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     table = found[["sample_id"]].assign(unit=found.get("unit", ""))
     table["unit"] = table["unit"].where(table["unit"] != "", table["sample_id"])
     for name, default in TEXTS.items():
-        if name in found or default is not None:
-            table[name] = found[name].replace("", default or "") if name in found else default
+        if name in found or name in ("group", "kind"):
+            table[name] = found[name].replace("", default) if name in found else default
     for name in found:
         if name in [*SEVEN[1:], "index", "factor"] or name.startswith(("score_", "effect_")):
             table[name] = found[name].map(number).astype(float)
@@ -944,9 +938,9 @@ def impossible(table: pd.DataFrame, index: pd.Series) -> dict[tuple[str, str], p
         if {name, *re.findall(r"\w+", formula)} <= {*table}:
             away = (table[name] - table.eval(formula)).abs().astype(float)
             wrong[name, f"is not {formula}"] = away.gt(0.02)  # more than two decimals make
-    if {"factor", "op"} <= {*table}:
-        odd = table["factor"].notna() != (table["op"] == "scale")
-        wrong["factor", "does not go with the row's op"] = odd
+    if "factor" in table:
+        scaled = table["op"] == "scale" if "op" in table else False
+        wrong["factor", "does not go with the row's op"] = table["factor"].notna() != scaled
     return wrong
 
 
@@ -996,7 +990,7 @@ def check_comparable(other: pd.DataFrame, config: Config) -> None:
     for name, here in same_in_all(config).items():
         there = other[name].iloc[0]
         if name in heeded and there != here and not (here is None and pd.isna(there)):
-            raise UsageError(f"{named} has {name} {there!r}, this run {here!r}")
+            raise UsageError(f"{named} has {name} {there or 'none'}, this run {here or 'none'}")
 
 
 # ----- Prompts ------------------------------------------------------------------------------------
@@ -2930,12 +2924,15 @@ def compare_runs(
 
     others = with_roles(other, other["factor"].iloc[0])[[*keys, "role"]].drop_duplicates(keys)
     pairs = with_roles(table, config.factor).merge(others, on=keys, suffixes=("", "_before"))
+    sentences = table["unit"].nunique(), "sentence"
     if pairs.empty:
         raise UsageError(f"--compare {config.compare} shares no prompt and component with this run")
     ranks = pairs.groupby(KEY)[["role", "role_before"]].mean().rank()
-    shared = f"{config.op} here, {before} in {config.compare}; {numbered(len(ranks), 'component')}"
-    shared += f", {numbered(pairs['unit'].nunique(), 'sentence')} of {table['unit'].nunique()}"
-    log.info("Spearman agreement of the rankings (%s): %.3f", shared, ranks.corr().iloc[0, 1])
+    shared = f"{numbered(len(ranks), 'component')} and {pairs['unit'].nunique()} of "
+    log.info("shared with %s: %s", config.compare, shared + numbered(*sentences))
+    ops = f"{config.op} here, {before} in {config.compare}"
+    if not math.isnan(agreement := float(ranks.corr().iloc[0, 1])):  # of one component alone
+        log.info("Spearman agreement of the rankings (%s): %.3f", ops, agreement)
     if config.op != before:
         return heads  # what an op moves is no measure of what another's heads took over
     pairs["growth"] = pairs["role"] - pairs["role_before"]
@@ -2978,6 +2975,12 @@ def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     draw_bars(means, path, xlabel=axis, ylabel="mean_head_effect", title=title)
 
 
+def op_of(config: Config) -> str:
+    """The op with what it takes: zero, scale 2, patch into a."""
+    factor = "" if config.factor is None else f" {config.factor:g}"
+    return f"{config.op}{factor}{f' into {config.patch_into}' if config.patches else ''}"
+
+
 MANY_SETS = 10  # distinct random sets, from which on their quantiles are told
 VERDICTS = {"contributes": "tab:blue", "works against": "tab:orange", "unclear": "darkgray"}
 
@@ -3008,7 +3011,7 @@ def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) ->
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     model, n = Path(config.model_id).name, numbered(int(base["n_sentences"]), "sentence")
-    told = f"{config.task}, {model}, {config.doing}\nmeans, 95 % intervals over {n}"
+    told = f"{config.task}, {model}, {op_of(config)}\nmeans, 95 % intervals over {n}"
     figure.suptitle(told, fontsize=9, parse_math=False)
     save_figure(figure, path)
 
@@ -3044,7 +3047,7 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(chosen.index.tolist(), [str(size) for size in chosen.index])
     measure = f"mean score {chosen['measure'].iloc[0]} (nats)"
-    title = f"Held-out {config.task}: joint op {config.doing}"
+    title = f"Held-out {config.task}: joint op {op_of(config)}"
     axes.set(xlabel="components edited jointly", ylabel=measure, title=title)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -3088,22 +3091,25 @@ def describe_base(side: str, base: Record) -> str:
     return f"mean {what} {base['mean']:+.3f} nats, {spread}"
 
 
-def describe_effect(head: Any, what: str, config: Config) -> str:
-    """What editing a component, a row of circuit_heads.csv, says about its part in `what`."""
-    stands = {"contributes": f"contributes to {what}", "works against": f"works against {what}"}
-    told = [f"{OPS[config.op].doing} {head.label}: {stands.get(head.verdict, 'unclear')}"]
+def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
+    """What editing a component, a row of circuit_heads.csv, says about its part in what each base
+    shows."""
+    stands = {"contributes": "contributes to", "works against": "works against"}
+    clear = f"{stands[head.verdict]} {whats['b']}" if head.verdict in stands else "unclear"
+    told = [f"{OPS[config.op].doing} {head.label}: {clear}"]
     interval = f"[{head.ci_low:+.3f}, {head.ci_high:+.3f}]"
     told.append(f"effect {head.mean:+.3f} {interval}, q {head.q:.2g}")
     if hasattr(head, "moved_a"):
         moved = f"{head.moved_a:+.2f} after prompt a, {head.moved_b:+.2f} after b"
         told.append(f"{TASKS[config.task].scored} {moved}")
-    contrast = getattr(head, "minus_other_mean", math.nan)
-    if not math.isnan(contrast):
-        clear = stands.get(head.minus_other_verdict)
-        serves = f"{clear}, specific to these words" if clear else "not told from any mention"
+    if not math.isnan(getattr(head, "minus_other_ci_low", math.nan)):
+        serves = "not told from serving any mention"
+        if clear := stands.get(head.minus_other_verdict):
+            serves = f"{clear} {whats['other']} that is specific to these words"
         interval = f"[{head.minus_other_ci_low:+.3f}, {head.minus_other_ci_high:+.3f}]"
         q = f"q {head.minus_other_q:.2g}"
-        told.append(f"less forbidding other words {contrast:+.3f} {interval}, {q}: {serves}")
+        contrast = f"less forbidding other words {head.minus_other_mean:+.3f} {interval}, {q}"
+        told.append(f"{contrast}: {serves}")
     return "; ".join(told)
 
 
@@ -3111,9 +3117,10 @@ def report_findings(
     heads: pd.DataFrame, bases: Mapping[str, Record], floor: float, config: Config
 ) -> None:
     """The bases, what the sample allows, and the strongest components of either role: by the
-    contrast with other words where there is one."""
+    contrast with other words where that has a base."""
     task, n_tests = TASKS[config.task], len(heads)
-    quoted, role = ("other", "minus_other_role") if "minus_other_role" in heads else ("b", "role")
+    contrast = "minus_other_role" in heads and bases["other"]["is_clear"]
+    quoted, role = ("other", "minus_other_role") if contrast else ("b", "role")
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
     for side, found in bases.items():
         log.info("%s%s", describe_base(side, found), noise if side == "b" else "")
@@ -3127,11 +3134,12 @@ def report_findings(
         log.info(f"{few}: a lone component among {n_tests} cannot reach q below {lone_q:.2g}")
     if not base["is_clear"]:
         return None
-    what = task.name if base["mean"] * task.sign > 0 else task.opposite
+    signs = {side: found["mean"] * task.sign for side, found in bases.items()}
+    whats = {side: task.name if sign > 0 else task.opposite for side, sign in signs.items()}
     ranked = heads.sort_values(role, ascending=False)
     strongest = ranked[ranked[role] > 0].head(5), ranked[ranked[role] < 0].iloc[:-6:-1]
     for head in itertools.chain(*(side.itertuples() for side in strongest)):
-        log.info("%s", describe_effect(head, what, config))
+        log.info("%s", describe_effect(head, whats, config))
 
 
 def write_findings(

@@ -7,13 +7,13 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from PIL import Image
 
@@ -208,6 +208,25 @@ def test_the_figure_of_heads_shows_the_top_k_means_with_their_intervals(
     assert "8 sentences" in saved[HEADS].get_suptitle()
 
 
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [({}, "zero"), ({"op": "scale", "factor": 2.5}, "scale 2.5"), ({"op": "mean"}, "mean")]
+    + [({"op": "patch", "patch_into": side}, f"patch into {side}") for side in "ab"],
+)
+def test_titles_tell_the_whole_op_and_take_any_name_of_a_model(
+    flags: dict[str, Any], told: str, tmp_path: Path, saved: dict[str, Any]
+) -> None:
+    config = replace(CONFIG, model_id="a/x$_$y_{", **flags)
+    table = results(OF_VERDICT, -2.0)
+    bases = bases_of(table)
+    heads = tracing.heads_table(table, bases, 0.1, config)
+    tracing.draw_heads(heads, bases["b"], config, tmp_path / HEADS)
+    assert f", x$_$y_{{, {told}\n" in saved[HEADS].get_suptitle()
+    check_png(tmp_path / HEADS)
+    tracing.draw_confirm(joint_table({1: -0.4}, MANY), config, tmp_path / CONFIRM)
+    assert saved[CONFIRM].axes[0].get_title() == f"Held-out suppression: joint op {told}"
+
+
 def test_the_figure_of_heads_colors_by_verdict_about_a_line_at_zero(
     tmp_path: Path, saved: dict[str, Any]
 ) -> None:
@@ -255,7 +274,7 @@ def test_contrasts_that_a_component_lacks_are_no_hindrance(
 # ----- joint ablation
 
 JOINT = ["samples", "measure", "set", "draw", "n_ablated", "components", "lent", "mean_delta"]
-JOINT += ["ci_low", "ci_high", "damaged"]
+JOINT += ["ci_low", "ci_high", "damaged", "quoted"]
 HALF = 0.1  # of the intervals of the chosen
 
 
@@ -273,7 +292,7 @@ def joint_table(
         lent_here, half, is_damaged = more or (0, math.nan, math.nan)
         ends = [delta - half, delta + half]
         told = ["held-out", "a - b", name, draw, n, components, lent_here, delta]
-        return [*told, *ends, is_damaged]
+        return [*told, *ends, is_damaged, True]
 
     rows = [row("none", 0, 0, -0.61)]
     rows += [row("chosen", 0, n, d, 0, interval, n in damaged) for n, d in chosen.items()]
@@ -310,11 +329,10 @@ def test_the_joint_figure_shows_the_chosen_every_random_set_their_band_and_the_b
     every = [(n, delta) for n, deltas in MANY.items() for delta in deltas]
     assert list(zip(*dots.get_data(), strict=True)) == every
     assert set(lines["nothing edited"].get_ydata()) == {-0.61}
-    (bars,) = (c for c in axes.collections if isinstance(c, LineCollection))
+    band, bars = axes.collections
     ends = [(x, low, high) for (x, low), (_, high) in bars.get_segments()]
     assert ends == [(1, -0.4 - HALF, -0.4 + HALF), (3, 0.1 - HALF, 0.1 + HALF)]
-    (band,) = (c for c in axes.collections if isinstance(c, PolyCollection))
-    corners = {(x, round(float(y), 9)) for x, y in band.get_paths()[0].vertices}
+    corners = {(x, round(float(y), 9)) for ends in band.get_segments() for x, y in ends}
     assert corners == {(1, -0.98), (1, -0.62), (3, -0.49), (3, -0.31)}  # 5 and 95 % of 21
     check_png(tmp_path / CONFIRM)
     check_whole(saved[CONFIRM])
@@ -326,9 +344,8 @@ def test_a_band_is_drawn_where_there_are_many_distinct_sets_of_a_size_only(
 ) -> None:
     few = {1: MANY[1][:n_sets], 3: MANY[3]}
     tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, few), CONFIG, tmp_path / CONFIRM)
-    (axes,) = saved[CONFIRM].axes
-    (band,) = (c for c in axes.collections if isinstance(c, PolyCollection))
-    sizes = {int(x) for path in band.get_paths() for x, _ in path.vertices}
+    band = saved[CONFIRM].axes[0].collections[0]
+    sizes = {int(x) for ends in band.get_segments() for x, _ in ends}
     assert sizes == ({1, 3} if n_sets >= tracing.MANY_SETS else {3})
 
 
@@ -361,7 +378,7 @@ def test_with_controls_the_joint_figure_shows_the_measure_against_them(
     tmp_path: Path, saved: dict[str, Any]
 ) -> None:
     against_b, against_other = joint_table({1: -0.4}, MANY), joint_table({1: 0.7}, MANY)
-    both = pd.concat([against_b, against_other.assign(measure="a - other")], ignore_index=True)
+    both = pd.concat([against_b.assign(quoted=False), against_other.assign(measure="a - other")])
     tracing.draw_confirm(both, CONFIG, tmp_path / CONFIRM)
     (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
     assert list(one_that("chosen", lines).get_ydata()) == [0.7]

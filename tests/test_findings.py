@@ -74,16 +74,21 @@ def test_the_log_says_what_was_done_to_a_component_and_what_follows(
     assert first.endswith("over 16 sentences; noise floor 0.1")
 
 
+def specific(stands: str, what: str = "suppression") -> str:
+    return f"{stands} {what} that is specific to these words"
+
+
 def test_a_line_tells_effect_interval_q_and_what_moved_after_either_prompt(says: Says) -> None:
     table = with_control(results(MOVED), "other", MOVED, -1.0)
     q = f"{2.0**-15:.2g}"
     assert says(table)[2:] == [
         f"removing L0H3: contributes to suppression; effect +0.300 [+0.300, +0.300], q {q}; "
         "log P of the forbidden words +0.30 after prompt a, +0.00 after b; "
-        "less forbidding other words +0.300: specific to these words",
+        f"less forbidding other words +0.300 [+0.300, +0.300], q {q}: "
+        + specific("contributes to"),
         f"removing L0H4: works against suppression; effect -0.200 [-0.200, -0.200], q {q}; "
         "log P of the forbidden words -0.20 after prompt a, +0.00 after b; "
-        "less forbidding other words -0.200: specific to these words",
+        f"less forbidding other words -0.200 [-0.200, -0.200], q {q}: " + specific("works against"),
     ]
 
 
@@ -122,11 +127,11 @@ def test_the_line_of_a_base_counts_the_sentences_that_have_it(n_there: int, says
 @pytest.mark.parametrize(
     ("contrast", "base", "serves"),
     [
-        ([0.3] * 16, -1.0, "specific to these words"),
-        ([-0.3] * 16, 1.0, "specific to these words"),
+        ([0.3] * 16, -1.0, specific("contributes to")),
+        ([-0.3] * 16, 1.0, specific("contributes to", "rebound")),
         ([0.3] * 16, [1.0, -1.0] * 8, "not told from serving any mention"),
         ([0.3, -0.25] * 8, -1.0, "not told from serving any mention"),
-        ([-0.3] * 16, -1.0, "not told from serving any mention"),
+        ([-0.3] * 16, -1.0, specific("works against")),
     ],
     ids=["alike", "alike against its own base", "base unclear", "contrast unclear", "opposite"],
 )
@@ -135,7 +140,26 @@ def test_with_controls_the_log_says_whether_a_component_serves_any_mention(
 ) -> None:
     table = with_control(results({"L0H3": [0.3] * 16}), "other", {"L0H3": contrast}, base)
     mean = sum(contrast) / len(contrast)
-    assert says(table)[-1].endswith(f"; less forbidding other words {mean:+.3f}: {serves}")
+    (line,) = (line for line in says(table) if line.startswith("removing L0H3: contributes to"))
+    told = rf"; less forbidding other words {re.escape(f'{mean:+.3f}')} \[.*\], q \S+: {serves}"
+    assert re.search(f"{told}$", line)
+
+
+@pytest.mark.parametrize("controls", [False, True])
+def test_where_only_the_contrast_has_a_base_the_strongest_by_it_are_told(
+    controls: bool, says: Says
+) -> None:
+    """In the order of their contrasts, and none is said to contribute to the raw effect."""
+    raw = {"L0H1": [0.3] * 16, "L0H2": [0.1] * 16, "L0H3": [0.2] * 16}
+    table = results(raw, [1.0, -1.0] * 8)
+    contrast = {"L0H1": [0.1] * 16, "L0H2": [0.3] * 16, "L0H3": [-0.2] * 16}
+    lines = says(with_control(table, "other", contrast, -1.0) if controls else table)
+    assert lines[1] == "its interval covers 0: there is nothing to explain by it, all are unclear"
+    found = of_components(lines)
+    assert list(found) == (["L0H2", "L0H1", "L0H3"] if controls else [])
+    for label, line in found.items():
+        assert line.startswith(f"removing {label}: unclear; ")
+        assert line.endswith(specific("works against" if label == "L0H3" else "contributes to"))
 
 
 def test_the_log_names_the_strongest_five_of_either_role(says: Says) -> None:
@@ -442,6 +466,28 @@ def test_a_file_with_the_seven_columns_is_enough(tmp_path: Path, redraw: Redraw)
     assert (heads["n_sentences"] == 6).all()  # without a column of units every sample is one
     assert heads["above_noise"].isna().all()  # no noise floor is known
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == DRAWN
+
+
+@pytest.mark.parametrize("flags", ["", "--op patch --positions last", "--op scale --factor 3"])
+def test_options_tell_of_a_table_without_op_how_it_was_made(
+    flags: str, tmp_path: Path, redraw: Redraw
+) -> None:
+    """Amplifying turns every role."""
+    table = results(MOVED).drop(columns=["op", "prompts"])
+    table.to_csv(tmp_path / "t.csv", index=False)
+    told = of_components(redraw(tmp_path / "t.csv", tmp_path / "out", *flags.split()))
+    doing = {"": "removing", "patch": "patching", "scale": "scaling"}[flags[5:10].strip()]
+    stands = "works against" if "scale" in flags else "contributes to"
+    assert told["L0H3"].startswith(f"{doing} L0H3: {stands} suppression; ")
+
+
+def test_contrasts_without_the_scores_of_their_base_are_left_out_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    table = with_control(results(MOVED), "other", MOVED, -1.0).drop(columns=["score_other_base"])
+    heads = tracing.heads_table(table, bases_of(table), 0.1, tracing.Config())
+    assert "effect_minus_other is left out: its base, the scores of other" in caplog.text
+    assert "minus_other_mean" not in heads and "mean" in heads
 
 
 def test_columns_of_units_groups_and_op_are_heeded(tmp_path: Path, redraw: Redraw) -> None:

@@ -234,6 +234,15 @@ def test_samples_that_are_all_negative_controls_are_refused(
     refuses(answer, "--model_id", llama, *flags, says=[NO_ODD_ONE])
 
 
+def test_prompts_a_and_b_that_are_the_same_are_refused(
+    answer: Answer, tiny_llama: str, tmp_path: Path
+) -> None:
+    same = {"prompt_a": "Name a fruit.", "prompt_b": "Name a fruit.", "targets": ["apple"]}
+    path = write(tmp_path / "s.jsonl", [same])
+    says = [f"{path}, line 1", "prompts a and b are the same", "Name a fruit."]
+    refuses(answer, "--model_id", tiny_llama, "--samples", str(path), "--dry_run", says=says)
+
+
 def test_a_control_token_in_the_stem_is_refused(answer: Answer, tiny_llama: str) -> None:
     argv = ["--answer_prefix", "The <|eot_id|> is", "--num_samples", "1", "--dry_run"]
     says = ["'<|eot_id|>'", "The <|eot_id|> is"]
@@ -275,8 +284,8 @@ def test_a_file_with_the_seven_columns_has_heads_and_as_many_sentences_as_sample
     assert table["head_effect"].tolist() == list(EFFECTS.values())
     assert table["unit"].tolist() == table["sample_id"].tolist()
     assert table["index"].tolist() == table["head"].tolist() == 12 * [0, 1, 2]
-    for column, value in {"kind": "head", "op": "zero", "positions": "all", "group": ""}.items():
-        assert set(table[column]) == {value}
+    assert set(table["kind"]) == {"head"} and set(table["group"]) == {""}
+    assert not {"op", "positions"} & {*table}  # which options may tell
 
 
 @pytest.mark.parametrize(
@@ -325,6 +334,18 @@ def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_
     assert len(both.drop_duplicates()) == len(known)
 
 
+@pytest.mark.parametrize(("units", "n"), [(["u", "v"], 0), (["u", ""], 1), (["", ""], 2)])
+def test_samples_without_a_unit_are_counted_in_a_warning(
+    units: list[str], n: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = results(
+        tmp_path / "t.csv", twice_with(*(f",{unit}" for unit in units)), HEADER + ",unit"
+    )
+    tracing.read_results(path)
+    told = f"{path}: samples without a unit are taken as independent of each other: {n}"
+    assert caplog.messages == [told] * (n > 0)
+
+
 def twice_with(*cells: str) -> list[str]:
     """A row per cell, of one sample each."""
     return [f"s{i}{ROW[2:]}{cell}" for i, cell in enumerate(cells)]
@@ -332,6 +353,9 @@ def twice_with(*cells: str) -> list[str]:
 
 KINDED = f"{HEADER},kind,index"
 ATTN, MLP, NEURON = (f"s0,1,0,,-1,-0.9,0.1,{kind}," for kind in ("attn", "mlp", "neuron"))
+
+OF_CONTRAST = ["score_a_base", "score_a_head", "score_other_base", "score_other_head"]
+OF_CONTRAST += ["effect_minus_other"]
 
 # what is wrong -> header, rows, what is said beside the path
 MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
@@ -400,6 +424,26 @@ MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
     "neuron without index": (KINDED, [NEURON + "7", NEURON], "line 3", "index"),
     "attn with index": (KINDED, [ATTN + "3"], "line 2", "index", "3"),
     "head of another index": (KINDED, [ROW + ",head,0", f"s1{ROW[2:]},head,1"], "line 3", "index"),
+    "no difference of scores": (
+        f"{HEADER},score_a_base,score_b_base",
+        [ROW + ",-3,-2", f"s1{ROW[2:]},-3,-1.9"],
+        "line 3",
+        "'delta_logit_base'",
+        "score_a_base - score_b_base",
+    ),
+    "no difference of edited scores": (
+        f"{HEADER},score_a_head,score_b_head",
+        [ROW + ",-2.9,-3"],
+        "line 2",
+        "'delta_logit_head'",
+    ),
+    "contrast of the wrong sign": (
+        f"{HEADER},{','.join(OF_CONTRAST)}",
+        [ROW + ",-3,-2.5,-2,-1.7,0.2", f"s1{ROW[2:]},-3,-2.5,-2,-1.7,-0.2"],
+        "line 3",
+        "'effect_minus_other'",
+        "'-0.2'",
+    ),
     "two bases": (HEADER, [ROW, "s0,1,0,1,-1.5,-1.4,0.1"], "line ", "delta_logit_base"),
 }
 

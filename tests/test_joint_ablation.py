@@ -6,6 +6,7 @@ import logging
 import math
 import re
 import statistics
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,8 +25,11 @@ from conftest import Answer, finish, read, write_samples
 from llama3_circuit_tracing import Component, Components
 
 CLOSE = 2e-5
+CONFIG = tracing.Config()
 COLUMNS = "samples measure set draw n_ablated components lent n_samples n_sentences mean_delta "
-COLUMNS += "ci_low ci_high share_removed share_low share_high moved_a moved_b kl_a kl_b damaged"
+COLUMNS += (
+    "ci_low ci_high share_removed share_low share_high moved_a moved_b kl_a kl_b damaged quoted"
+)
 CONFIRM = ["--num_samples", "6", "--confirm", "3", "--num_random", "4"]
 
 
@@ -145,6 +149,25 @@ def test_with_controls_a_run_chooses_by_the_contrast_with_other_words(controlled
         }
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_where_one_half_lacks_controls_the_effect_itself_chooses_and_is_quoted(
+    half: int, controlled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever half it is."""
+    table, quoted = read(controlled), []
+    lacks = table["sample_id"].isin(halves(controlled)[half])
+    table["effect_minus_other"] = table["effect_minus_other"].mask(lacks)
+    config = tracing.parse_args(["--model_id", "x", *CONFIRM, "--controls"])
+    monkeypatch.setattr(tracing, "confirm_sets", lambda *a: [])
+    monkeypatch.setattr(tracing, "measure_sets", lambda *a: joint_rows(controlled, "a - other"))
+    monkeypatch.setattr(tracing, "choose_top", lambda t, c, against: quoted.append(against) or [])
+    folder = tracing.RunFolder(controlled.parent / "other")
+    folder.path.mkdir(exist_ok=True)
+    tracing.confirm(types.SimpleNamespace(config=config, task=tracing.SUPPRESSION), table, folder)
+    assert quoted == ["b"]
+    assert not joint_rows(folder.path, "a - other")["quoted"].any()
+
+
 def test_where_no_sample_has_controls_the_effect_itself_chooses(llama: str, tmp_path: Path) -> None:
     kinds = {"apple": "fruit", "golf": "sport"}
     records = [
@@ -185,8 +208,8 @@ def test_random_sets_are_distinct_sorted_of_the_same_layers_and_none_is_chosen_o
     exp = prepared(llama, "--num_random", "4", "--given", given)
     sets, everyone = tracing.confirm_sets(parsed(chosen), exp), parsed(chosen)
     for n in tracing.joint_sizes(len(everyone)):
-        assert ("chosen", 0, everyone[:n]) in sets
-        drawn = [of for name, _, of in sets if name == "random" and len(of) == n]
+        assert ("chosen", 0, everyone[:n], 0) in sets
+        drawn = [of for name, _, of, _ in sets if name == "random" and len(of) == n]
         assert 1 <= len(drawn) == len(set(drawn)) <= 4
         for components in drawn:
             assert len(set(components)) == n
@@ -201,10 +224,10 @@ def test_there_are_no_more_random_sets_than_distinct_ones_and_all_are_found(
     asked: str, found: int, llama: str
 ) -> None:
     sets = tracing.confirm_sets([Component(1, "head", 2)], prepared(llama, "--num_random", asked))
-    drawn = [components for name, _, components in sets if name == "random"]
+    drawn = [components for name, _, components, _ in sets if name == "random"]
     assert len(set(drawn)) == len(drawn) == found
     assert {c.label for (c,) in drawn} <= {"L1H0", "L1H1", "L1H3"}
-    assert [draw for name, draw, _ in sets if name == "random"] == list(range(found))
+    assert [draw for name, draw, *_ in sets if name == "random"] == list(range(found))
 
 
 def test_random_sets_are_drawn_by_seed_for_each_size_anew(llama: str) -> None:
@@ -213,7 +236,7 @@ def test_random_sets_are_drawn_by_seed_for_each_size_anew(llama: str) -> None:
 
     def drawn(seed: str) -> list[Components]:
         sets = tracing.confirm_sets(chosen, prepared(llama, *flags, "--seed", seed))
-        return [components for name, _, components in sets if name == "random"]
+        return [components for name, _, components, _ in sets if name == "random"]
 
     assert drawn("1") == drawn("1") != drawn("2")
     single, double = ({c for of in drawn("1") if len(of) == n for c in of} for n in (1, 2))
@@ -223,15 +246,15 @@ def test_random_sets_are_drawn_by_seed_for_each_size_anew(llama: str) -> None:
 def test_where_a_layer_has_no_component_left_the_nearest_lends_one(llama: str) -> None:
     exp, chosen = prepared(llama), [Component(1, "head", i) for i in range(3)]
     for draw in range(20):
-        first, *others = sorted(
-            tracing.draw_random(chosen, 3, exp, draw), key=lambda c: abs(c.layer - 1)
-        )
+        drawn, lent = tracing.draw_random(chosen, 3, exp, draw)
+        first, *others = sorted(drawn, key=lambda c: abs(c.layer - 1))
+        assert lent == 2
         assert first.label == "L1H3"
         assert {component.layer for component in others} <= {0, 2}
         assert len(set(others)) == 2
     crowded = prepared(llama, "--given", "L0H1,L0H2,L0H3,L1H0,L1H1,L1H2,L1H3")
-    (far,) = tracing.draw_random([Component(0, "head", 0)], 1, crowded, 0)
-    assert far.layer == 2
+    ((far,), lent) = tracing.draw_random([Component(0, "head", 0)], 1, crowded, 0)
+    assert (far.layer, lent) == (2, 1)
 
 
 def told_of(
@@ -241,21 +264,16 @@ def told_of(
     row = {"samples": "held-out", "measure": "a - b", "set": name, "components": components}
     row |= {"n_ablated": len(components.split()), "kl_a": 0.0, "kl_b": kl_b, "share_removed": share}
     numbers = "mean_delta ci_low ci_high share_low share_high moved_a moved_b"
-    return row | dict.fromkeys(numbers.split(), 0.0) | more
+    told = {"n_sentences": 8, "lent": 0, "quoted": True, "damaged": math.nan}
+    return row | dict.fromkeys(numbers.split(), 0.0) | told | more
 
 
-def test_components_lent_by_another_layer_are_counted_by_hand_and_warned_of(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_components_lent_by_another_layer_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "circuit")
-    chosen = parsed("L1H0 L2H1 L1H1")
-    sets = {"L1H2": 0, "L0H2": 1, "L1H2 L2H3": 0, "L1H2 L1H3": 1, "L0H0 L0H1": 2}
-    sets |= {"L1H2 L1H3 L2H2": 0, "L1H2 L2H2 L2H3": 1}
-    frame = [told_of("L0H0 L2H0", "ablate"), told_of("L1H0", "chosen"), *map(told_of, sets)]
-    rows = tracing.judge_sets(pd.DataFrame(frame), chosen)
-    assert rows["lent"].tolist() == [0, 0, *sets.values()]
+    drawn = [told_of("L1H2 L1H3", lent=lent) for lent in (0, 2, 1)]
+    rows = pd.DataFrame([told_of("L1H0 L1H1", "chosen"), *drawn])
     tracing.report_sets(rows, tracing.SUPPRESSION)
-    assert "2 of a random set's components are of neighbouring layers" in caplog.text
+    assert "up to 2 components of a random set are of neighbouring layers" in caplog.text
     caplog.clear()
     tracing.report_sets(rows[rows["lent"] == 0], tracing.SUPPRESSION)
     assert caplog.text and "neighbouring" not in caplog.text
@@ -268,7 +286,10 @@ def test_a_run_tells_how_many_components_neighbouring_layers_lend(
     flags = ["--layers", "1", "--given", "L1H0,L1H1", "--confirm", "2", "--num_random", "3"]
     rows = joint_rows(finish(llama, tmp_path, "--num_samples", "2", *flags))
     assert rows["lent"].equals(rows["n_ablated"].where(rows["set"] == "random", 0))
-    assert "2 of a random set's components are of" in (tmp_path / "run.log").read_text()
+    assert (
+        "up to 2 components of a random set are of neighbouring layers"
+        in (tmp_path / "run.log").read_text()
+    )
 
 
 # ----- damage
@@ -279,24 +300,35 @@ def test_a_chosen_set_is_damaged_where_b_moves_further_than_with_95_percent_of_r
     kl_b: float, damaged: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of its own size; 21 random sets move b by 0 to 1, those of another size by 100."""
-    chosen = parsed("L0H0 L1H0")
     frame = [told_of("L0H0", "chosen", kl_b), told_of("L0H0 L1H0", "chosen", kl_b)]
     frame += [told_of("L0H1", kl_b=i / 20) for i in range(21)]
     frame += [told_of("L0H1 L1H1", kl_b=100.0)]
     frame += [told_of("L0H1", "ablate", kl_b=50.0), told_of("", "none")]
     caplog.set_level(logging.INFO, "circuit")
-    rows = tracing.judge_sets(pd.DataFrame(frame), chosen)
-    assert rows["damaged"].tolist()[:2] == [damaged, 0]
-    assert rows["damaged"][2:].isna().all()
+    rows = tracing.judge_sets(pd.DataFrame(frame), CONFIG)
+    assert rows["damaged"][0] == damaged
+    assert rows["damaged"][1:].isna().all()  # a single random set tells nothing
     tracing.report_sets(rows, tracing.SUPPRESSION)
     lines = [record.getMessage() for record in caplog.records]
-    assert ["damaged" in line for line in lines if "jointly" in line] == [damaged, False, False]
+    told = [re.findall("damaged, further|no further", line) for line in lines if "jointly" in line]
+    assert told == [["damaged, further" if damaged else "no further"], [], []]
+
+
+@pytest.mark.parametrize("n_sets", [tracing.MANY_SETS - 1, tracing.MANY_SETS])
+@pytest.mark.parametrize("flags", [{}, {"op": "patch"}, {"op": "patch", "patch_into": "b"}])
+def test_damage_is_judged_by_many_sets_only_and_not_of_patches(
+    flags: dict[str, Any], n_sets: int
+) -> None:
+    """A patch into b is to move it, and one into a leaves it alone."""
+    frame = [told_of("L0H0", "chosen", 1.0), *(told_of("L0H1") for _ in range(n_sets))]
+    rows = tracing.judge_sets(pd.DataFrame(frame), tracing.Config(**flags))
+    assert rows["damaged"].notna()[0] == (not flags and n_sets == tracing.MANY_SETS)
 
 
 def test_damage_is_the_same_whether_one_measure_is_told_or_two() -> None:
     one = [told_of("L0H0", "chosen", 0.97), *(told_of("L0H1", kl_b=i / 10) for i in range(11))]
     two = [*one, *(row | {"measure": "a - other"} for row in one)]
-    found = [tracing.judge_sets(pd.DataFrame(f), parsed("L0H0"))["damaged"] for f in (one, two)]
+    found = [tracing.judge_sets(pd.DataFrame(f), CONFIG)["damaged"] for f in (one, two)]
     assert found[0][0] == found[1][0] == 1
 
 
@@ -316,7 +348,7 @@ def test_the_joint_table_has_its_columns_and_rows_of_each_measure(
     assert (rows[["n_samples", "n_sentences"]] == 3).all(axis=None)
     shares = 1 - rows["mean_delta"] / rows["mean_delta"][0]
     assert rows["share_removed"].tolist() == pytest.approx(shares.tolist())
-    assert rows["damaged"].isna().equals(rows["set"] != "chosen")
+    assert rows["damaged"].isna().all()  # by four random sets of a size
     assert (
         rows.groupby("n_ablated")["components"].nunique().eq(rows.groupby("n_ablated").size()).all()
     )
@@ -336,7 +368,7 @@ def test_the_log_tells_what_the_joint_table_holds(
         drawn = rows[(rows["set"] == "random") & (rows["n_ablated"] == row.n_ablated)]
         low, high = drawn["share_removed"].agg(["min", "max"])
         line = f"held-out samples, {row.n_ablated} jointly ({row.components}): mean {measure} "
-        line += f"{row.mean_delta:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
+        line += f"{row.mean_delta:+.3f} over 3 sentences [{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
         line += f"{row.share_removed:.0%} removed [{row.share_low:.0%}, {row.share_high:.0%}], "
         line += f"{len(drawn)} distinct random sets {low:.0%} to {high:.0%}; "
         line += f"log P of the forbidden words {row.moved_a:+.2f} after prompt a, "
@@ -409,7 +441,7 @@ def test_the_divergence_of_the_first_reply_token_is_that_of_plain_forwards(
     flags = ["--rows_per_forward", rows, "--attn_implementation", "eager"]
     exp = prepared(folder, *flags, *(["--given", given] if given else []))
     labels = ["", "L1H2", "L0H0 L2H3 L1mlp"]
-    found = tracing.run_sets(exp, [("", 0, parsed(of)) for of in labels], exp.prompts)
+    found = tracing.run_sets(exp, [("", 0, parsed(of), 0) for of in labels], exp.prompts)
     assert exp.traced.own_logits == (name == "capped")
     plain = naive.load(folder)
     for of, of_set in zip(labels, found, strict=True):
@@ -584,16 +616,6 @@ def test_beside_another_kind_a_component_has_the_effect_that_its_own_sweep_finds
     means = table[["delta_logit_base", "delta_logit_head"]].mean().tolist()
     assert rows["mean_delta"].tolist() == pytest.approx(means, abs=CLOSE)
     assert means[0] != pytest.approx(means[1], abs=1e-4)
-
-
-def test_a_base_of_exactly_zero_has_no_share_to_remove(llama: str, tmp_path: Path) -> None:
-    """Prompts a and b that are the same text."""
-    same = {"prompt_a": "Name a fruit.", "prompt_b": "Name a fruit.", "targets": ["apple"]}
-    samples = write_samples(tmp_path / "s.jsonl", same)
-    flags = ["--samples", samples, "--layers", "0", "--heads", "0", "--ablate", "L0H1"]
-    rows = joint_rows(finish(llama, tmp_path / "run", *flags))
-    assert rows["mean_delta"].tolist() == [0.0, 0.0]
-    assert rows["share_removed"].isna().all()
 
 
 # ----- resume

@@ -250,13 +250,24 @@ def test_the_rates_by_hand() -> None:
         ("t", "b", 2, [], False, ""),
     ]
     columns = ["sample_id", "prompt", "n_ablated", "mentions", "answers", "reply"]
-    found = tracing.behaviour_rates(pd.DataFrame(replies, columns=columns), {"t"})
+    table = pd.DataFrame(replies, columns=columns)
+    found = tracing.behaviour_rates(table.assign(text=table["sample_id"]), {"t"})
     names = [f"{what}_{side}" for side in "ab" for what in ("mentions", "answers", "alike")]
     assert [[rate[name] for name in ("samples", "n_ablated", *names)] for rate in found] == [
         ["all", 0, 50, 50, 100, 100, 100, 50],
         ["held-out", 0, 100, 100, 0, 100, 100, 100],
         ["held-out", 2, 100, 0, 0, 0, 0, 0],
     ]
+
+
+def test_equal_replies_to_the_same_prompt_are_not_alike() -> None:
+    """Two samples that share prompt b have one reply to it."""
+    row = {"n_ablated": 0, "mentions": [], "answers": True}
+    said = [("s", "a", "x", "one"), ("t", "a", "y", "one"), ("s", "b", "z", "two")]
+    said += [("t", "b", "z", "two"), ("u", "b", "w", "three")]
+    rows = [row | dict(zip(("sample_id", "prompt", "text", "reply"), r, strict=True)) for r in said]
+    (_, rate) = tracing.behaviour_rates(pd.DataFrame(rows), {"s", "t", "u"})
+    assert (rate["alike_a"], rate["alike_b"]) == (100, 0)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +278,8 @@ def test_the_rates_by_hand() -> None:
         (["", "", "green"], 2 / 3),
         (["red", "red", "red", "blue", "blue"], 3 / 5),  # the commonest alone
         (["no no no no", "yes"], 1 / 2),
-        (["no no no", "yes"], 0),  # too short to repeat itself
+        (["no no no", "!!!!", "yes"], 2 / 3),
+        (["no no", "!!", "mississippi", "yes"], 0),  # too short to repeat themselves
         (["a b a b a", "a b c a b c", "yes"], 1 / 3),  # more than half is said before, or half
         (["no no no no", "no no no no", "yes"], 2 / 3),  # counted once
     ],

@@ -587,7 +587,8 @@ def compare(
 ) -> pd.DataFrame:
     """The findings by label beside those of a run of --op zero on the same eight samples."""
     bases = [base + 0.1 * i for i in range(8)]
-    table, other = results(now, bases, op=op), results(before, bases)
+    table = results(now, bases, op=op)
+    other = results(before, bases).assign(factor=math.nan)
     config = tracing.Config(op=op, compare="other.csv")
     heads = find(table, floor, config)[1]
     return tracing.compare_runs(table, other, heads, floor, config).set_index("label")
@@ -639,7 +640,8 @@ def test_the_rankings_agree_by_spearman_and_growth_is_of_one_op_only(
     now, before = ({f"L0H{h}": steps(e) for h, e in enumerate(es)} for es in RANKED[agreement])
     with caplog.at_level(logging.INFO, logger="circuit"):
         heads = compare(now, before, op=op)
-    assert f"({op} here, zero in other.csv): {agreement}" in caplog.messages[0]
+    assert caplog.messages[0] == "shared with other.csv: 4 components and 8 of 8 sentences"
+    assert f"({op} here, zero in other.csv): {agreement}" in caplog.messages[1]
     assert ("growth_mean" in heads) == (op == "zero")
 
 
@@ -656,7 +658,8 @@ def test_growth_planted_in_a_real_run_is_flagged(
     flags = "--num_samples 8 --layers 2 --heads 0-2"
     table = read(run_of(flags))
     sign = math.copysign(1.0, table.drop_duplicates("sample_id")["delta_logit_base"].mean())
-    table.loc[table["head"] == 1, ["head_effect", "delta_logit_head"]] += 5 * sign
+    grown = ["head_effect", "delta_logit_head", "score_a_head"]
+    table.loc[table["head"] == 1, grown] += 5 * sign
     table.to_csv(tmp_path / "before.csv", index=False)
     again = [*flags.split(), "--compare", str(tmp_path / "before.csv")]
     heads = read(finish(llama, run_of(flags), *again), "circuit_heads.csv")
@@ -677,7 +680,7 @@ def agreement(lines: str) -> float:
     return float(line.split()[-1])
 
 
-def test_samples_are_paired_by_their_prompts_and_units_whatever_they_are_called(
+def test_samples_are_paired_by_their_prompts_whatever_they_are_called(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Effects differ by sample more than by head: other pairs would tell of growth."""
@@ -685,7 +688,8 @@ def test_samples_are_paired_by_their_prompts_and_units_whatever_they_are_called(
     table = results(now).astype({"prompts": "category", "unit": "category"})
     ids = list(table["sample_id"].unique())
     names = dict(zip(ids, reversed(ids), strict=True))
-    other = results({**now, "L0H1": [moved - 0.5 for moved in now["L0H1"]]})
+    lower = [moved - 0.5 for moved in now["L0H1"]]
+    other = results({**now, "L0H1": lower}).assign(factor=math.nan)
     config, heads = tracing.Config(compare="other.csv"), find(table)[1]
     found = []
     for theirs in (other, other.assign(sample_id=other["sample_id"].map(names))):
@@ -698,28 +702,53 @@ def test_samples_are_paired_by_their_prompts_and_units_whatever_they_are_called(
     assert found[1]["growth_flag"].tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("column", ["prompts", "unit"])
-def test_samples_of_other_prompts_or_units_are_no_pairs(column: str) -> None:
+def test_samples_of_other_prompts_are_no_pairs_and_units_need_not_agree(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "circuit")
     table = results(EFFECT)
     config, heads = tracing.Config(compare="other.csv"), find(table)[1]
-    other = table.assign(**{column: table[column].replace("[pu]00[0-3]", "x", regex=True)})
+    prompts = table["prompts"].replace("p00[0-3]", "x", regex=True)
+    other = table.assign(prompts=prompts, unit="other", factor=math.nan)
     found = tracing.compare_runs(table, other.assign(head_effect=0.0), heads, 0.1, config)
     half = [statistics.fmean(EFFECT[label][4:]) for label in EFFECT]
     assert found["growth_mean"].tolist() == pytest.approx(half)
     with pytest.raises(tracing.UsageError, match=r"other.csv shares no prompt"):
-        tracing.compare_runs(table, other.assign(**{column: "x"}), heads, 0.1, config)
+        tracing.compare_runs(table, other.assign(prompts="x"), heads, 0.1, config)
+    assert "2 components and 4 of 8 sentences" in caplog.text
+
+
+@pytest.mark.parametrize("base", [-2.0, 2.0])
+@pytest.mark.parametrize(("factor", "agree"), [(2.0, "-1.000"), (0.5, "1.000")])
+def test_an_amplification_ranks_by_its_own_roles(
+    factor: float, agree: str, base: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same effects, of taking away here and of amplifying there, are opposite roles."""
+    caplog.set_level(logging.INFO, "circuit")
+    effects = {f"L0H{h}": steps(e) for h, e in enumerate([1.0, 2.0, 3.0])}
+    table = results(effects, base)
+    other = results(effects, base, op="scale").assign(factor=factor)
+    config = tracing.Config(compare="other.csv")
+    heads = tracing.compare_runs(table, other, find(table)[1], 0.1, config)
+    assert f"(zero here, scale in other.csv): {agree}" in caplog.text
+    assert "growth_mean" not in heads
+
+
+def test_a_single_component_has_no_ranking(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "circuit")
+    compare({"L0H1": steps(1.0)}, {"L0H1": steps(1.0)})
+    assert "1 component and 8 of 8 sentences" in caplog.text
+    assert "Spearman" not in caplog.text
 
 
 INCOMPARABLE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     # flags of the run, what the other's columns tell instead, what is said
-    "task": ("", {"task": "refusal"}, ["task 'refusal'", "'suppression'"]),
-    "kind": ("", {"kind": "neuron", "head": ""}, ["kind 'neuron'", "'head'"]),
-    "positions": ("", {"positions": "last"}, ["positions 'last'", "'all'"]),
-    "patch_into": ("--op patch", {"patch_into": "b"}, ["patch_into 'b'", "'a'"]),
-    "patched or not": ("--op patch", {"op": "zero", "patch_into": ""}, ["patch_into ''", "'a'"]),
+    "task": ("", {"task": "refusal"}, ["task refusal", "suppression"]),
+    "kind": ("", {"kind": "neuron", "head": ""}, ["kind neuron", "head"]),
+    "positions": ("", {"positions": "last"}, ["positions last", "all"]),
+    "patch_into": ("--op patch", {"patch_into": "b"}, ["patch_into b", "this run a"]),
     "factor": ("--op scale --factor 0.5", {"factor": 2.0}, ["factor 2.0", "0.5"]),
     "other prompts": ("", {"prompts": "p000"}, ["shares no prompt"]),
-    "other units": ("", {"unit": "u000"}, ["shares no prompt"]),
     "another layer": ("", {"layer": 1}, ["shares no prompt and component"]),
 }
 TWO = "--num_samples 2 --layers 2"
@@ -760,7 +789,13 @@ def test_a_table_that_does_not_tell_what_it_compares_is_refused_by_the_column(
 
 @pytest.mark.parametrize(
     ("flags", "before"),
-    [("--op mean", ""), ("--op scale --factor 0.5", ""), ("", "--op scale --factor 2")],
+    [
+        ("--op mean", ""),
+        ("--op scale --factor 0.5", ""),
+        ("", "--op scale --factor 2"),
+        ("--op patch", ""),
+        ("", "--op patch --patch_into b"),
+    ],
 )
 def test_runs_of_two_ops_are_compared_whatever_their_factors(
     flags: str,
