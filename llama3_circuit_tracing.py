@@ -3104,8 +3104,9 @@ def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
         told.append(f"{TASKS[config.task].scored} {moved}")
     if not math.isnan(getattr(head, "minus_other_ci_low", math.nan)):
         serves = "not told from serving any mention"
-        if clear := stands.get(head.minus_other_verdict):
-            serves = f"{clear} {whats['other']} that is specific to these words"
+        if head.minus_other_verdict in stands:
+            stand = stands[head.minus_other_verdict]
+            serves = f"{stand} {whats['other']} that is specific to these words"
         interval = f"[{head.minus_other_ci_low:+.3f}, {head.minus_other_ci_high:+.3f}]"
         q = f"q {head.minus_other_q:.2g}"
         contrast = f"less forbidding other words {head.minus_other_mean:+.3f} {interval}, {q}"
