@@ -980,16 +980,23 @@ def same_in_all(config: Config) -> Record:
     return {name: getattr(config, name) for name in ONCE} | {"patch_into": into}
 
 
+def differences(table: pd.DataFrame, config: Config) -> dict[str, tuple[Any, Any]]:
+    """What a table tells of its run in another way than the options do: (there, here) by name."""
+    here = same_in_all(config)
+    there = {name: table[name].iloc[0] for name in here if name in table}
+    there = {name: None if pd.isna(value) else value for name, value in there.items()}
+    return {name: (t, here[name]) for name, t in there.items() if t != here[name]}
+
+
 def check_comparable(other: pd.DataFrame, config: Config) -> None:
     """`UsageError` where effects of the run that --compare names mean something else than here."""
     named = f"--compare {config.compare}"
     if lacking := [name for name in (*ONCE, "prompts") if name not in other]:
         raise UsageError(f"{named}: column {lacking[0]!r} is missing, and tells what compares")
     of_op = {"op", "factor", "patch_into"}  # these may differ where the op does
-    heeded = {*ONCE} - (of_op if other["op"].iloc[0] != config.op else set())
-    for name, here in same_in_all(config).items():
-        there = other[name].iloc[0]
-        if name in heeded and there != here and not (here is None and pd.isna(there)):
+    ignored = of_op if other["op"].iloc[0] != config.op else set()
+    for name, (there, here) in differences(other, config).items():
+        if name not in ignored:
             raise UsageError(f"{named} has {name} {there or 'none'}, this run {here or 'none'}")
 
 
@@ -2540,9 +2547,9 @@ def sample_records(exp: Experiment, tree: Tree) -> Records:
             flags.append(f"{after}: the targets are no natural reply")
         if delta * task.sign <= 0 and sample.counts:
             flags.append(f"delta {delta:+.3f} has not the sign of {task.name}")
-        names = ["sample_id", "unit", "group", "targets", "foils"]
-        record = {name: getattr(sample, name) for name in names} | {"p_target": p_target}
-        record["prompts_id"] = tree.prompts[places["a"]].pair_id(tree.prompts[places["b"]])
+        record = {name: getattr(sample, name) for name in ("sample_id", "targets", "foils")}
+        pair_id = tree.prompts[places["a"]].pair_id(tree.prompts[places["b"]])
+        record |= {"p_target": p_target, "prompts_id": pair_id}
         records.append(record | {"delta_logit_base": delta, "flags": flags, "prompts": prompts})
     return records
 
@@ -2680,12 +2687,8 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
             edited = [component for job in todo for component, _ in job.edits]
             clean = exp.run_clean(tree, {job.layer for job in todo}, edited)
             for job in todo:
-                rows = [
-                    exp.edits([component], clean)
-                    if draw < 0
-                    else jitter(exp, tree, component, draw)
-                    for component, draw in job.edits
-                ]
+                jittered = functools.partial(jitter, exp, tree)
+                rows = [exp.edits([c], clean) if d < 0 else jittered(c, d) for c, d in job.edits]
                 log_probs = exp.run_rows(clean, rows, bar)
                 scores = tree.scores(log_probs, exp.task)
                 folder.write_part(job.name, tidy_rows(tree, job, scores).to_dict("list"))
@@ -3178,16 +3181,14 @@ def redraw(config: Config) -> None:
     """Tables and figures from a results CSV alone; the noise floor from the run.json beside it."""
     source, path = Path(config.from_csv or ""), Path(config.output_dir)
     table = read_results(source)
-    for name, here in same_in_all(replace(config, kind=table["kind"].iloc[0])).items():
-        there = table[name].iloc[0] if name in table else here
-        if there != here and not (here is None and pd.isna(there)):
-            raise UsageError(f"--{name} {here}: {source} has {'none' if pd.isna(there) else there}")
+    config = replace(config, kind=str(table["kind"].iloc[0]))
+    for name, (there, here) in differences(table, config).items():
+        raise UsageError(f"--{name} {here}: {source} has {there or 'none'}")
     other = read_results(Path(config.compare)) if config.compare else None
     floor = read_record(source.parent / "run.json").get("noise_floor")
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         way_out = "give another folder for the redrawn files"
         raise UsageError(f"--output_dir {path} holds another run; {way_out}")
-    config = replace(config, kind=str(table["kind"].iloc[0]))
     if other is not None:
         check_comparable(other, config)
     make_folder(path)
@@ -3547,9 +3548,9 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
             trees = tqdm(exp.trees, desc="unedited model", unit="tree", disable=None)
             for i, tree in enumerate(trees):
                 records += folder.part(f"base-{i:04d}", sample_records, exp, tree)
-            labels = {of[0].sample.sample_id: of[0].sample for of in exp.prompts}
-            for record in records:  # a part may be older than the units that a file now names
-                sample = labels[record["sample_id"]]
+            samples = {of[0].sample.sample_id: of[0].sample for of in exp.prompts}
+            for record in records:  # a file may name other units than when the part was made
+                sample = samples[record["sample_id"]]
                 record |= {"unit": sample.unit, "group": sample.group}
             report_samples(records)
             folder.note(samples=records)
