@@ -964,6 +964,10 @@ def read_results(path: Path) -> pd.DataFrame:
         wrong[f"column {name!r}: another than above for this sample"] = table[name] != first[name]
     away = (table["delta_logit_base"] - first["delta_logit_base"]).abs() > 0.02  # as above
     wrong["column 'delta_logit_base': another than above for this sample"] = away
+    if "prompts" in table:
+        of_prompts = table.groupby(table["prompts"].where(table["prompts"] != ""))
+        away = table["delta_logit_base"] - of_prompts["delta_logit_base"].transform("first")
+        wrong["column 'prompts': another base above for these prompts"] = away.abs() > 0.02
     for sentence, where in wrong.items():
         if where.any():
             raise UsageError(f"{path}, line {where.idxmax()}: {sentence}")
@@ -980,12 +984,13 @@ def same_in_all(config: Config) -> Record:
     return {name: getattr(config, name) for name in ONCE} | {"patch_into": into}
 
 
-def differences(table: pd.DataFrame, config: Config) -> dict[str, tuple[Any, Any]]:
+def differences(table: pd.DataFrame, config: Config) -> dict[str, tuple[Any, ...]]:
     """What a table tells of its run in another way than the options do: (there, here) by name."""
     here = same_in_all(config)
     there = {name: table[name].iloc[0] for name in here if name in table}
     there = {name: None if pd.isna(value) else value for name, value in there.items()}
-    return {name: (t, here[name]) for name, t in there.items() if t != here[name]}
+    told = {name: (value, here[name]) for name, value in there.items() if value != here[name]}
+    return {name: tuple("none" if v in (None, "") else v for v in of) for name, of in told.items()}
 
 
 def check_comparable(other: pd.DataFrame, config: Config) -> None:
@@ -997,7 +1002,7 @@ def check_comparable(other: pd.DataFrame, config: Config) -> None:
     ignored = of_op if other["op"].iloc[0] != config.op else set()
     for name, (there, here) in differences(other, config).items():
         if name not in ignored:
-            raise UsageError(f"{named} has {name} {there or 'none'}, this run {here or 'none'}")
+            raise UsageError(f"{named} has {name} {there}, this run {here}")
 
 
 # ----- Prompts ------------------------------------------------------------------------------------
@@ -2920,19 +2925,25 @@ def compare_runs(
     if "prompts" not in table:
         raise UsageError("--compare pairs prompts: this table has no column 'prompts'")
     keys, before = ["prompts", *KEY], str(other["op"].iloc[0])
-
-    def with_roles(run: pd.DataFrame, factor: Any) -> pd.DataFrame:
-        sign = role_sign(base_statistics(run)["mean"], None if pd.isna(factor) else factor)
-        return run.astype({"prompts": str}).assign(role=sign * run["head_effect"])
-
-    others = with_roles(other, other["factor"].iloc[0])[[*keys, "role"]].drop_duplicates(keys)
-    pairs = with_roles(table, config.factor).merge(others, on=keys, suffixes=("", "_before"))
-    sentences = table["unit"].nunique(), "sentence"
-    if pairs.empty:
+    mine, theirs = (real_rows(run).astype({"prompts": str}) for run in (table, other))
+    n_sentences, shared = mine["unit"].nunique(), mine[keys].merge(theirs[keys]).drop_duplicates()
+    shared = shared[shared["prompts"] != ""]
+    if shared.empty:
         raise UsageError(f"--compare {config.compare} shares no prompt and component with this run")
+    mine, theirs = (run.merge(shared, on=keys) for run in (mine, theirs))
+    told = f"{mine['unit'].nunique()} of {numbered(n_sentences, 'sentence')}"
+    components = numbered(len(shared[KEY].drop_duplicates()), "component")
+    log.info("shared with %s: %s and %s", config.compare, components, told)
+    for run, factor in ((mine, config.factor), (theirs, other["factor"].iloc[0])):
+        base = base_statistics(run)
+        if not base["is_clear"]:
+            log.info("nothing is compared: over these, the interval of a base covers 0 or is none")
+            return heads
+        sign = role_sign(base["mean"], None if pd.isna(factor) else factor)
+        run["role"] = sign * run["head_effect"]
+    theirs = theirs[[*keys, "role"]].drop_duplicates(keys)
+    pairs = mine.merge(theirs, on=keys, suffixes=("", "_before"))
     ranks = pairs.groupby(KEY)[["role", "role_before"]].mean().rank()
-    shared = f"{numbered(len(ranks), 'component')} and {pairs['unit'].nunique()} of "
-    log.info("shared with %s: %s", config.compare, shared + numbered(*sentences))
     ops = f"{config.op} here, {before} in {config.compare}"
     if not math.isnan(agreement := float(ranks.corr().iloc[0, 1])):  # of one component alone
         log.info("Spearman agreement of the rankings (%s): %.3f", ops, agreement)
@@ -3102,7 +3113,7 @@ def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
     told = [f"{OPS[config.op].doing} {head.label}: {clear}"]
     interval = f"[{head.ci_low:+.3f}, {head.ci_high:+.3f}]"
     told.append(f"effect {head.mean:+.3f} {interval}, q {head.q:.2g}")
-    if hasattr(head, "moved_a"):
+    if not math.isnan(getattr(head, "moved_a", math.nan)):
         moved = f"{head.moved_a:+.2f} after prompt a, {head.moved_b:+.2f} after b"
         told.append(f"{TASKS[config.task].scored} {moved}")
     if not math.isnan(getattr(head, "minus_other_ci_low", math.nan)):
@@ -3124,6 +3135,7 @@ def report_findings(
     contrast with other words where that has a base."""
     task, n_tests = TASKS[config.task], len(heads)
     contrast = "minus_other_role" in heads and bases["other"]["is_clear"]
+    contrast &= 2 * bases.get("other", bases["b"])["n_sentences"] > bases["b"]["n_sentences"]
     quoted, role = ("other", "minus_other_role") if contrast else ("b", "role")
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
     for side, found in bases.items():
@@ -3183,9 +3195,15 @@ def redraw(config: Config) -> None:
     table = read_results(source)
     config = replace(config, kind=str(table["kind"].iloc[0]))
     for name, (there, here) in differences(table, config).items():
-        raise UsageError(f"--{name} {here}: {source} has {there or 'none'}")
+        raise UsageError(f"--{name} {here}: {source} has {there}")
+    record = read_record(source.parent / "run.json")
+    told = {*table, *record.get("config", {})}
+    taken = {n: v for n, v in same_in_all(config).items() if n not in told and v not in (None, "")}
+    if taken:
+        options = " ".join(f"--{name} {value}" for name, value in taken.items())
+        log.warning(f"{source} does not tell how it was made: {options} is taken")
     other = read_results(Path(config.compare)) if config.compare else None
-    floor = read_record(source.parent / "run.json").get("noise_floor")
+    floor = record.get("noise_floor")
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         way_out = "give another folder for the redrawn files"
         raise UsageError(f"--output_dir {path} holds another run; {way_out}")
@@ -3306,13 +3324,13 @@ def measure_sets(
         for (name, draw, _, lent), edited in zip(sets, labels, strict=True)
     ).assign(samples=samples)
     moved = {"moved_a": a - a[0], "moved_b": b - b[0], "kl_a": kl_a, "kl_b": kl_b}
-    told = told.assign(**{name: of_sets.mean(1).tolist() for name, of_sets in moved.items()})
     frames = []
     for against, theirs in {"b": b, "other": other}.items():
         there = ~theirs[0].isnan()
         names = [of[0].sample.unit for of, has in zip(prompts, there.tolist(), strict=True) if has]
         if names:
             stats = joint_statistics((a - theirs)[:, there].T, names)
+            stats |= {name: x[:, there].mean(1).tolist() for name, x in moved.items()}
             frames.append(told.assign(measure=f"a - {against}", n_samples=len(names), **stats))
     return pd.concat(frames)
 
@@ -3337,8 +3355,9 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
         return []
     choosing, held_out = split_units(table, config.seed)
     other = table.get("effect_minus_other", pd.Series(math.nan, table.index)).notna()
-    both = all((other & table["unit"].isin(half)).any() for half in (choosing, held_out))
-    against = "other" if both else "b"  # chosen, quoted and drawn by the same
+    there = real_rows(table[other])["unit"].unique()
+    most = all(2 * len(half.intersection(there)) > len(half) for half in (choosing, held_out))
+    against = "other" if most else "b"  # chosen, quoted and drawn by the same
     if config.confirm:
         chosen = choose_top(table[table["unit"].isin(choosing)], config, against)
         frames.append(measure_sets(exp, folder, confirm_sets(chosen, exp), "held-out", held_out))
@@ -3358,9 +3377,9 @@ def judge_sets(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
     """The rows with `damaged`: a chosen set that moves what the model says after prompt b, which
     does not show the behaviour, further (KL) than 95 % of the random sets of its size do. Empty
     where fewer than `MANY_SETS` tell, and of patches, which are to move b or do not reach it."""
-    once = rows[(rows["set"] == "random") & (rows["measure"] == rows["measure"].iloc[0])]
-    drawn = once.groupby("n_ablated")["kl_b"]
-    limits = rows["n_ablated"].map(drawn.quantile(0.95)[drawn.size() >= MANY_SETS])
+    keys = ["measure", "n_ablated"]
+    drawn = rows[rows["set"] == "random"].groupby(keys)["kl_b"]
+    limits = rows[keys].join(drawn.quantile(0.95)[drawn.size() >= MANY_SETS], on=keys)["kl_b"]
     judged = (rows["set"] == "chosen") & limits.notna() & (not config.patches)
     return rows.assign(damaged=(rows["kl_b"] > limits).astype("boolean").where(judged))
 
@@ -3390,6 +3409,8 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
         if not pd.isna(row.damaged):
             told += ": damaged, further than" if row.damaged else ", no further than"
             told += " with 95 % of the random sets"
+        elif row.set == "chosen":
+            told += ": damage is not judged"
         log.info(told)
 
 

@@ -481,6 +481,36 @@ def test_options_tell_of_a_table_without_op_how_it_was_made(
     assert told["L0H3"].startswith(f"{doing} L0H3: {stands} suppression; ")
 
 
+def test_what_a_table_does_not_tell_of_its_run_is_warned_of_as_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_theirs(tmp_path / "theirs.csv")
+    flags = ["--op", "patch", "--output_dir", str(tmp_path / "out")]
+    assert tracing.main(["--from_csv", str(source), *flags]) == 0
+    taken = "--op patch --positions all --task suppression --patch_into a is taken"
+    assert f"{source} does not tell how it was made: {taken}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("n_there", "by_contrast"), [(8, False), (9, True)])
+def test_the_contrast_of_few_sentences_does_not_rank(
+    n_there: int, by_contrast: bool, says: Says
+) -> None:
+    effects = {"L0H1": [0.3] * 16, "L0H2": [0.1] * 16}
+    table = with_control(results(effects), "other", {"L0H1": [0.1] * 16, "L0H2": [0.3] * 16}, -1.0)
+    lacks = ~table["sample_id"].isin(table["sample_id"].unique()[:n_there])
+    columns = [name for name in table if "other" in name]
+    told = says(table.assign(**{name: table[name].mask(lacks) for name in columns}))
+    assert list(of_components(told)) == (["L0H2", "L0H1"] if by_contrast else ["L0H1", "L0H2"])
+
+
+def test_scores_that_are_empty_are_not_told(says: Says) -> None:
+    scores = dict.fromkeys(("score_a_base", "score_a_head", "score_b_base", "score_b_head"))
+    lines = says(
+        results(MOVED).astype({"group": str}).assign(**scores).astype(dict.fromkeys(scores, float))
+    )
+    assert not any("nan" in line for line in lines)
+
+
 def test_contrasts_without_the_scores_of_their_base_are_left_out_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -444,6 +444,12 @@ MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
         "'effect_minus_other'",
         "'-0.2'",
     ),
+    "prompts of two bases": (
+        f"{HEADER},prompts",
+        [ROW + ",p", "s1,1,0,0,-1.5,-1.4,0.1,p"],
+        "line 3",
+        "'prompts'",
+    ),
     "two bases": (HEADER, [ROW, "s0,1,0,1,-1.5,-1.4,0.1"], "line ", "delta_logit_base"),
 }
 

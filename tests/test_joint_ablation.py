@@ -150,12 +150,12 @@ def test_with_controls_a_run_chooses_by_the_contrast_with_other_words(controlled
 
 
 @pytest.mark.parametrize("half", [0, 1])
-def test_where_one_half_lacks_controls_the_effect_itself_chooses_and_is_quoted(
+def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quoted(
     half: int, controlled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever half it is."""
     table, quoted = read(controlled), []
-    lacks = table["sample_id"].isin(halves(controlled)[half])
+    lacks = table["sample_id"].isin(halves(controlled)[half][1:])  # one of three has it
     table["effect_minus_other"] = table["effect_minus_other"].mask(lacks)
     config = tracing.parse_args(["--model_id", "x", *CONFIRM, "--controls"])
     monkeypatch.setattr(tracing, "confirm_sets", lambda *a: [])
@@ -166,6 +166,27 @@ def test_where_one_half_lacks_controls_the_effect_itself_chooses_and_is_quoted(
     tracing.confirm(types.SimpleNamespace(config=config, task=tracing.SUPPRESSION), table, folder)
     assert quoted == ["b"]
     assert not joint_rows(folder.path, "a - other")["quoted"].any()
+
+
+def test_each_measure_tells_of_its_own_samples(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What moves is averaged over the samples that have the measure."""
+    exp = prepared(llama, "--num_samples", "3", "--controls")
+    nothing, edited = [1.0, 2.0, 0.0, 0.0, 0.0], [4.0, 6.0, 1.0, 7.0, 9.0]
+    lacks = [math.nan if i == 2 else 0.0 for i in range(5)]
+    found = [[nothing, [a + b for a, b in zip(nothing, lacks, strict=True)]]]
+    found += [[edited, [2 * a + b for a, b in zip(edited, lacks, strict=True)]]]
+    monkeypatch.setattr(tracing, "run_sets", lambda *a: found)
+    folder = tracing.RunFolder(tmp_path)
+    folder.parts.mkdir()
+    sets = [("none", 0, (), 0), ("chosen", 0, (Component(0, "head", 0),), 0)]
+    units = {of[0].sample.unit for of in exp.prompts[:2]}
+    rows = tracing.measure_sets(exp, folder, sets, "held-out", units)
+    of_set = rows[rows["set"] == "chosen"].set_index("measure")
+    columns = ["n_samples", "moved_a", "moved_b", "kl_a", "kl_b"]
+    assert of_set.loc["a - other", columns].tolist() == [1, 3, 4, 7, 9]
+    assert of_set.loc["a - b", columns].tolist() == [2, (3 + 7) / 2, (4 + 10) / 2, 10.5, 13.5]
 
 
 def test_where_no_sample_has_controls_the_effect_itself_chooses(llama: str, tmp_path: Path) -> None:
@@ -373,6 +394,7 @@ def test_the_log_tells_what_the_joint_table_holds(
         line += f"{len(drawn)} distinct random sets {low:.0%} to {high:.0%}; "
         line += f"log P of the forbidden words {row.moved_a:+.2f} after prompt a, "
         line += f"{row.moved_b:+.2f} after b; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
+        line += ": damage is not judged"  # by four random sets
         assert line in told
     assert told.count(" jointly (") == 3
 

@@ -46,6 +46,19 @@ def run_of(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     return run
 
 
+@pytest.fixture(scope="module")
+def clear_run_of(
+    tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The same of the bundled model, whose base is clear."""
+
+    @functools.cache
+    def run(flags: str) -> Path:
+        return finish(tiny_llama, tmp_path_factory.mktemp("run"), *flags.split())
+
+    return run
+
+
 def find(
     table: pd.DataFrame, floor: float = math.nan, config: tracing.Config = CONFIG
 ) -> tuple[dict[str, float], pd.DataFrame]:
@@ -653,20 +666,23 @@ def test_runs_of_components_without_heads_are_compared(end: str) -> None:
 
 
 def test_growth_planted_in_a_real_run_is_flagged(
-    run_of: Callable[[str], Path], llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clear_run_of: Callable[[str], Path],
+    tiny_llama: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = "--num_samples 8 --layers 2 --heads 0-2"
-    table = read(run_of(flags))
+    table = read(clear_run_of(flags))
     sign = math.copysign(1.0, table.drop_duplicates("sample_id")["delta_logit_base"].mean())
     grown = ["head_effect", "delta_logit_head", "score_a_head"]
     table.loc[table["head"] == 1, grown] += 5 * sign
     table.to_csv(tmp_path / "before.csv", index=False)
     again = [*flags.split(), "--compare", str(tmp_path / "before.csv")]
-    heads = read(finish(llama, run_of(flags), *again), "circuit_heads.csv")
+    heads = read(finish(tiny_llama, clear_run_of(flags), *again), "circuit_heads.csv")
     assert heads["growth_flag"].astype(bool).tolist() == [False, True, False]
     assert heads["growth_mean"].tolist() == pytest.approx([0, 5, 0], abs=1e-5)
     assert "L2H1" in capsys.readouterr().out.split("role grew")[1].splitlines()[0]
-    finish(llama, tmp_path / "mean", *again, "--op", "mean")
+    finish(tiny_llama, tmp_path / "mean", *again, "--op", "mean")
     (line,) = (text for text in capsys.readouterr().out.splitlines() if "Spearman" in text)
     means = [t.groupby("head")["head_effect"].mean() for t in (read(tmp_path / "mean"), table)]
     expected = means[0].rank().corr(means[1].rank())
@@ -709,12 +725,13 @@ def test_samples_of_other_prompts_are_no_pairs_and_units_need_not_agree(
     table = results(EFFECT)
     config, heads = tracing.Config(compare="other.csv"), find(table)[1]
     prompts = table["prompts"].replace("p00[0-3]", "x", regex=True)
-    other = table.assign(prompts=prompts, unit="other", factor=math.nan)
+    other = table.assign(prompts=prompts, unit="other " + table["unit"], factor=math.nan)
     found = tracing.compare_runs(table, other.assign(head_effect=0.0), heads, 0.1, config)
     half = [statistics.fmean(EFFECT[label][4:]) for label in EFFECT]
     assert found["growth_mean"].tolist() == pytest.approx(half)
-    with pytest.raises(tracing.UsageError, match=r"other.csv shares no prompt"):
-        tracing.compare_runs(table, other.assign(prompts="x"), heads, 0.1, config)
+    for mine, theirs in ((table, other.assign(prompts="x")), (table.assign(prompts=""),) * 2):
+        with pytest.raises(tracing.UsageError, match=r"other.csv shares no prompt"):
+            tracing.compare_runs(mine, theirs, heads, 0.1, config)
     assert "2 components and 4 of 8 sentences" in caplog.text
 
 
@@ -734,6 +751,37 @@ def test_an_amplification_ranks_by_its_own_roles(
     assert "growth_mean" not in heads
 
 
+@pytest.mark.parametrize("unclear", ["here", "there"])
+def test_nothing_is_compared_where_a_base_of_the_shared_sentences_is_unclear(
+    unclear: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though that of all sentences is clear: four of them are shared."""
+    caplog.set_level(logging.INFO, "circuit")
+    clear, mixed = [-2.0 - 0.1 * i for i in range(8)], [2.0, -2.0, 2.5, -2.5, *[-40.0] * 4]
+    table = results(EFFECT, mixed if unclear == "here" else clear)
+    other = results(EFFECT, clear if unclear == "here" else mixed).assign(factor=math.nan)
+    other = other[other["prompts"] < "p004"]
+    heads = find(table)[1]
+    found = tracing.compare_runs(table, other, heads, 0.1, tracing.Config(compare="other.csv"))
+    assert "growth_mean" not in found and "Spearman" not in caplog.text
+    assert "shared with other.csv: 2 components and 4 of 8 sentences" in caplog.text
+    assert "the interval of a base covers 0" in caplog.text
+
+
+def test_negative_controls_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "circuit")
+    table = results(EFFECT)
+    negative = table.assign(group=tracing.NO_ODD_ONE)
+    negative[["sample_id", "prompts", "unit"]] = "n" + negative[["sample_id", "prompts", "unit"]]
+    other = pd.concat([table, negative.assign(head_effect=-9 * negative["head_effect"])])
+    both = pd.concat([table, negative])
+    config = tracing.Config(compare="other.csv")
+    heads = tracing.compare_runs(both, other.assign(factor=math.nan), find(both)[1], 0.1, config)
+    assert agreement(caplog.text) == 1.0
+    assert "2 components and 8 of 8 sentences" in caplog.text
+    assert heads["growth_mean"].tolist() == [0, 0]
+
+
 def test_a_single_component_has_no_ranking(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "circuit")
     compare({"L0H1": steps(1.0)}, {"L0H1": steps(1.0)})
@@ -748,7 +796,7 @@ INCOMPARABLE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "positions": ("", {"positions": "last"}, ["positions last", "all"]),
     "patch_into": ("--op patch", {"patch_into": "b"}, ["patch_into b", "this run a"]),
     "factor": ("--op scale --factor 0.5", {"factor": 2.0}, ["factor 2.0", "0.5"]),
-    "other prompts": ("", {"prompts": "p000"}, ["shares no prompt"]),
+    "other prompts": ("", {"prompts": lambda table: table["sample_id"]}, ["shares no prompt"]),
     "another layer": ("", {"layer": 1}, ["shares no prompt and component"]),
 }
 TWO = "--num_samples 2 --layers 2"
@@ -800,24 +848,28 @@ def test_a_table_that_does_not_tell_what_it_compares_is_refused_by_the_column(
 def test_runs_of_two_ops_are_compared_whatever_their_factors(
     flags: str,
     before: str,
-    llama: str,
+    tiny_llama: str,
     tmp_path: Path,
-    run_of: Callable[[str], Path],
+    clear_run_of: Callable[[str], Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    other = run_of(f"{TWO} {before}".strip()) / "circuit_results.csv"
-    finish(llama, tmp_path, *TWO.split(), *flags.split(), "--compare", str(other))
+    other = clear_run_of(f"{TWO} {before}".strip()) / "circuit_results.csv"
+    finish(tiny_llama, tmp_path, *TWO.split(), *flags.split(), "--compare", str(other))
     assert -1 <= agreement(capsys.readouterr().out) <= 1
 
 
 def test_a_run_agrees_with_itself_under_other_sample_ids(
-    llama: str, tmp_path: Path, run_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    tiny_llama: str,
+    tmp_path: Path,
+    clear_run_of: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    table, other = read(run_of(TWO)), tmp_path / "other.csv"
+    table, other = read(clear_run_of(TWO)), tmp_path / "other.csv"
     swapped = table["sample_id"].map({"s0000": "s0001", "s0001": "s0000"})
     table.assign(sample_id=swapped).to_csv(other, index=False)
     heads = read(
-        finish(llama, tmp_path / "out", *TWO.split(), "--compare", str(other)), "circuit_heads.csv"
+        finish(tiny_llama, tmp_path / "out", *TWO.split(), "--compare", str(other)),
+        "circuit_heads.csv",
     )
     assert agreement(capsys.readouterr().out) == 1.0
     assert heads["growth_mean"].abs().max() < 1e-5
