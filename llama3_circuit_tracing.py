@@ -599,7 +599,8 @@ def build_refusal(count: int, rng: random.Random, tokens_in: CountTokens) -> lis
     known = len(REFUSAL_PAIRS)
     if count > known:
         log.warning("%d samples asked for; %d refusal pairs are built in", count, known)
-    twins = [rng.sample((2 * harm, 2 * harm + 1), 2) for harm in rng.sample(range(known // 2), 10)]
+    harms = rng.sample(range(known // 2), known // 2)
+    twins = [rng.sample((2 * harm, 2 * harm + 1), 2) for harm in harms]
     chosen = [*itertools.chain(*zip(*twins, strict=True))][:count]  # no twin before all units
     words = REFUSAL_OPENINGS, COMPLIANT_OPENINGS
     samples = []
@@ -873,6 +874,8 @@ WHOLE = ("n_constraints", "layer", "head", "index")
 # the texts of a table, and what an empty one stands for
 TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all"}
 TEXTS |= dict.fromkeys(("task", "patch_into", "prompts"), "")
+
+DECIMALS = 0.02  # by which numbers of two decimals may miss what they recompute from
 KNOWN: dict[str, Iterable[str]] = {"kind": KINDS, "op": OPS, "positions": POSITIONS}
 KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b")}
 ONCE = (*KNOWN, "factor")  # the same in all rows of a table
@@ -896,12 +899,12 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     if lacking := [name for name in SEVEN if name not in found]:
         raise UsageError(f"{path}, line 1: column {lacking[0]!r} is missing")
     refuse(found["sample_id"] == "", "sample_id", "is empty")
-    found = found.assign(index=found.get("index", ""))
-    table = found[["sample_id"]].assign(unit=found.get("unit", ""))
+    always = ("unit", "group", "kind", "index")
+    found = found.assign(**{name: found.get(name, "") for name in always})
+    table = found[["sample_id"]].assign(unit=found["unit"])
     table["unit"] = table["unit"].where(table["unit"] != "", table["sample_id"])
-    for name, default in TEXTS.items():
-        if name in found or name in ("group", "kind"):
-            table[name] = found[name].replace("", default) if name in found else default
+    for name in (name for name in TEXTS if name in found):
+        table[name] = found[name].replace("", TEXTS[name])
     for name in found:
         if name in [*SEVEN[1:], "index", "factor"] or name.startswith(("score_", "effect_")):
             table[name] = found[name].map(number).astype(float)
@@ -937,7 +940,7 @@ def impossible(table: pd.DataFrame, index: pd.Series) -> dict[tuple[str, str], p
     for name, formula in formulas.items():
         if {name, *re.findall(r"\w+", formula)} <= {*table}:
             away = (table[name] - table.eval(formula)).abs().astype(float)
-            wrong[name, f"is not {formula}"] = away.gt(0.02)  # more than two decimals make
+            wrong[name, f"is not {formula}"] = away.gt(DECIMALS)
     if "factor" in table:
         scaled = table["op"] == "scale" if "op" in table else False
         wrong["factor", "does not go with the row's op"] = table["factor"].notna() != scaled
@@ -962,12 +965,12 @@ def read_results(path: Path) -> pd.DataFrame:
     first = table.groupby("sample_id")[["unit", "group", "delta_logit_base"]].transform("first")
     for name in ("unit", "group"):
         wrong[f"column {name!r}: another than above for this sample"] = table[name] != first[name]
-    away = (table["delta_logit_base"] - first["delta_logit_base"]).abs() > 0.02  # as above
+    away = (table["delta_logit_base"] - first["delta_logit_base"]).abs() > DECIMALS
     wrong["column 'delta_logit_base': another than above for this sample"] = away
     if "prompts" in table:
         of_prompts = table.groupby(table["prompts"].where(table["prompts"] != ""))
         away = table["delta_logit_base"] - of_prompts["delta_logit_base"].transform("first")
-        wrong["column 'prompts': another base above for these prompts"] = away.abs() > 0.02
+        wrong["column 'prompts': another base above for these prompts"] = away.abs() > DECIMALS
     for sentence, where in wrong.items():
         if where.any():
             raise UsageError(f"{path}, line {where.idxmax()}: {sentence}")
@@ -986,11 +989,13 @@ def same_in_all(config: Config) -> Record:
 
 def differences(table: pd.DataFrame, config: Config) -> dict[str, tuple[Any, ...]]:
     """What a table tells of its run in another way than the options do: (there, here) by name."""
-    here = same_in_all(config)
-    there = {name: table[name].iloc[0] for name in here if name in table}
-    there = {name: None if pd.isna(value) else value for name, value in there.items()}
-    told = {name: (value, here[name]) for name, value in there.items() if value != here[name]}
-    return {name: tuple("none" if v in (None, "") else v for v in of) for name, of in told.items()}
+    found = {}
+    for name, here in same_in_all(config).items():
+        there = table[name].iloc[0] if name in table else here
+        there = None if pd.isna(there) else there
+        if there != here:
+            found[name] = tuple("none" if value in (None, "") else value for value in (there, here))
+    return found
 
 
 def check_comparable(other: pd.DataFrame, config: Config) -> None:
@@ -2677,30 +2682,37 @@ def jitter(exp: Experiment, tree: Tree, component: Component, draw: int) -> Row:
     return (Edit(component.site, columns, 1 + eps * signs.double(), where=tree.where),)
 
 
-def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
-    """Measure every component of the jobs and write each job's rows when it is done.
+def sweep_tree(
+    exp: Experiment, tree: Tree, jobs: Sequence[Job], folder: RunFolder, bar: tqdm[Any]
+) -> None:
+    """The jobs of one tree. Its clean run keeps the residual stream entering each layer that is
+    edited; a layer's components are the rows of a batch that starts there; the scoring nodes make
+    the scores."""
+    edited = [component for job in jobs for component, _ in job.edits]
+    clean = exp.run_clean(tree, {job.layer for job in jobs}, edited)
+    for job in jobs:
+        rows = [
+            exp.edits([component], clean) if draw < 0 else jitter(exp, tree, component, draw)
+            for component, draw in job.edits
+        ]
+        log_probs = exp.run_rows(clean, rows, bar)
+        scores = tree.scores(log_probs, exp.task)
+        folder.write_part(job.name, tidy_rows(tree, job, scores).to_dict("list"))
+        if exp.traced.rows_per_forward < exp.rows_per_forward and folder.leads:
+            folder.note(rows_after_halving=exp.traced.rows_per_forward)
+        clean.residuals.pop(job.layer)
+        clean.site_inputs.pop(job.edits[0][0].site, None)
 
-    One clean run per tree keeps the residual stream entering each layer that is edited; a layer's
-    components are the rows of a batch that starts there; the scoring nodes make the scores.
-    """
+
+def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
+    """Measure every component of the jobs, tree by tree, and write each job's rows when it is
+    done."""
     keep_freed_memory()
     total = sum(len(job.edits) for job in jobs)
     quiet = None if folder.leads else True  # one bar: process 0's
     with tqdm(total=total, unit="row", desc="sweep", disable=quiet) as bar:
         for number, of_tree in itertools.groupby(jobs, key=lambda job: job.tree):
-            todo, tree = list(of_tree), exp.trees[number]
-            edited = [component for job in todo for component, _ in job.edits]
-            clean = exp.run_clean(tree, {job.layer for job in todo}, edited)
-            for job in todo:
-                jittered = functools.partial(jitter, exp, tree)
-                rows = [exp.edits([c], clean) if d < 0 else jittered(c, d) for c, d in job.edits]
-                log_probs = exp.run_rows(clean, rows, bar)
-                scores = tree.scores(log_probs, exp.task)
-                folder.write_part(job.name, tidy_rows(tree, job, scores).to_dict("list"))
-                if exp.traced.rows_per_forward < exp.rows_per_forward and folder.leads:
-                    folder.note(rows_after_halving=exp.traced.rows_per_forward)
-                clean.residuals.pop(job.layer)
-                clean.site_inputs.pop(job.edits[0][0].site, None)
+            sweep_tree(exp, exp.trees[number], list(of_tree), folder, bar)
 
 
 # ----- Statistics ---------------------------------------------------------------------------------
@@ -2876,6 +2888,17 @@ def base_statistics(table: pd.DataFrame, side: str = "b") -> Record:
     return record | {"is_clear": bool(found["ci_low"] > 0 or found["ci_high"] < 0)}
 
 
+def bases_of(table: pd.DataFrame) -> dict[str, Record]:
+    """`base_statistics` by side, of those that the table has."""
+    found = {side: base_statistics(table, side) for side in ("b", *CONTROLS)}
+    return {side: base for side, base in found.items() if base}
+
+
+def has_contrast(bases: Mapping[str, Record]) -> bool:
+    """Whether most sentences have a control with other words: then the contrast is quoted."""
+    return bool(2 * bases.get("other", {}).get("n_sentences", 0) > bases["b"]["n_sentences"])
+
+
 def role_sign(base_mean: float, factor: float | None) -> float:
     """The sign of a role against an effect: a component carries the task where taking it away moves
     delta_logit toward 0, or where amplifying it moves it away."""
@@ -2921,7 +2944,7 @@ def compare_runs(
     table: pd.DataFrame, other: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config
 ) -> pd.DataFrame:
     """The heads with the columns of `--compare`: roles that grew against the other run (hydra
-    check), as paired differences per unit and prompt; flagged beyond the floor with q < 0.05."""
+    check), as paired differences per prompt; flagged beyond the floor with q < 0.05."""
     if "prompts" not in table:
         raise UsageError("--compare pairs prompts: this table has no column 'prompts'")
     keys, before = ["prompts", *KEY], str(other["op"].iloc[0])
@@ -3134,8 +3157,7 @@ def report_findings(
     """The bases, what the sample allows, and the strongest components of either role: by the
     contrast with other words where that has a base."""
     task, n_tests = TASKS[config.task], len(heads)
-    contrast = "minus_other_role" in heads and bases["other"]["is_clear"]
-    contrast &= 2 * bases.get("other", bases["b"])["n_sentences"] > bases["b"]["n_sentences"]
+    contrast = has_contrast(bases) and "minus_other_role" in heads and bases["other"]["is_clear"]
     quoted, role = ("other", "minus_other_role") if contrast else ("b", "role")
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
     for side, found in bases.items():
@@ -3162,8 +3184,7 @@ def write_findings(
     table: pd.DataFrame, other: pd.DataFrame | None, floor: float, config: Config, path: Path
 ) -> None:
     """circuit_heads.csv and the figures that a results table alone gives."""
-    found = {side: base_statistics(table, side) for side in ("b", *CONTROLS)}
-    bases = {side: base for side, base in found.items() if base}
+    bases = bases_of(table)
     heads = heads_table(table, bases, floor, config)
     report_findings(heads, bases, floor, config)
     if other is not None:
@@ -3354,12 +3375,11 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Com
     if not config.confirm and not config.ablate:
         return []
     choosing, held_out = split_units(table, config.seed)
-    other = table.get("effect_minus_other", pd.Series(math.nan, table.index)).notna()
-    there = real_rows(table[other])["unit"].unique()
-    most = all(2 * len(half.intersection(there)) > len(half) for half in (choosing, held_out))
-    against = "other" if most else "b"  # chosen, quoted and drawn by the same
+    halves = [table[table["unit"].isin(half)] for half in (choosing, held_out)]
+    contrast = bool(held_out) and all(has_contrast(bases_of(half)) for half in halves)
+    against = "other" if contrast else "b"  # chosen, quoted and drawn by the same
     if config.confirm:
-        chosen = choose_top(table[table["unit"].isin(choosing)], config, against)
+        chosen = choose_top(halves[0], config, against)
         frames.append(measure_sets(exp, folder, confirm_sets(chosen, exp), "held-out", held_out))
     if config.ablate:
         sets: list[JointSet] = [("none", 0, (), 0), ("ablate", 0, config.ablate, 0)]
@@ -3483,9 +3503,9 @@ def check_behaviour(
         records += measure_replies(exp, folder, chosen[:size], prompts)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(folder.path / "generations.jsonl", "".join(lines))
-    asked = [texts[record["sample_id"], record["prompt"]] for record in records]
-    table = pd.DataFrame(records).assign(text=asked)
-    rates = behaviour_rates(table, {p[0].sample.sample_id for p in prompts})
+    told = pd.DataFrame(records)
+    told["text"] = [texts[key] for key in zip(told["sample_id"], told["prompt"], strict=True)]
+    rates = behaviour_rates(told, {p[0].sample.sample_id for p in prompts})
     for rate in rates:
         shown = f"{rate['mentions_a']:.0f} % {exp.task.shown} after prompt a"
         beside = f"{rate['mentions_b']:.0f} % after b; {rate['answers_b']:.0f} % to b are answers"

@@ -89,12 +89,6 @@ def with_control(
     return table.assign(**scores, **contrast, score_b_base=0.0, score_b_head=0.0)
 
 
-def bases_of(table: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """By side the statistics of the unedited score of prompt a less that side's."""
-    found = {side: tracing.base_statistics(table, side) for side in ("b", "other", "affirm")}
-    return {side: base for side, base in found.items() if base}
-
-
 # ----- a run
 
 

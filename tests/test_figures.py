@@ -18,8 +18,9 @@ from matplotlib.colors import to_rgba
 from PIL import Image
 
 import llama3_circuit_tracing as tracing
-from by_hand import Effects, bases_of, results, steps, with_control
+from by_hand import Effects, results, steps, with_control
 from conftest import finish
+from llama3_circuit_tracing import bases_of
 
 CONFIG = tracing.Config()
 SUMMARY, HEADS, HEATMAP, CONFIRM = (

@@ -16,8 +16,9 @@ import pandas as pd
 import pytest
 
 import llama3_circuit_tracing as tracing
-from by_hand import Effects, bases_of, results, with_control
+from by_hand import Effects, results, with_control
 from conftest import Answer, finish, read, refuses
+from llama3_circuit_tracing import bases_of
 
 MOVED = {"L0H3": [0.3] * 16, "L0H4": [-0.2] * 16}
 SCORED = {

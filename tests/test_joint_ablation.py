@@ -156,7 +156,8 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
     """Whichever half it is."""
     table, quoted = read(controlled), []
     lacks = table["sample_id"].isin(halves(controlled)[half][1:])  # one of three has it
-    table["effect_minus_other"] = table["effect_minus_other"].mask(lacks)
+    controls = [name for name in table if "other" in name]
+    table[controls] = table[controls].mask(lacks)
     config = tracing.parse_args(["--model_id", "x", *CONFIRM, "--controls"])
     monkeypatch.setattr(tracing, "confirm_sets", lambda *a: [])
     monkeypatch.setattr(tracing, "measure_sets", lambda *a: joint_rows(controlled, "a - other"))
@@ -231,6 +232,7 @@ def test_random_sets_are_distinct_sorted_of_the_same_layers_and_none_is_chosen_o
     for n in tracing.joint_sizes(len(everyone)):
         assert ("chosen", 0, everyone[:n], 0) in sets
         drawn = [of for name, _, of, _ in sets if name == "random" and len(of) == n]
+        assert not any(lent for *_, lent in sets)
         assert 1 <= len(drawn) == len(set(drawn)) <= 4
         for components in drawn:
             assert len(set(components)) == n

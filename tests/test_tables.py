@@ -35,15 +35,14 @@ PLAIN, CONTROLLED = "--num_samples 6", "--num_samples 6 --controls"
 GOLF = {"sentence": "Name a sport.", "targets": ["golf"]}
 
 
+def run_with(model: str, folders: pytest.TempPathFactory, flags: str) -> Path:
+    return finish(model, folders.mktemp("run"), *flags.split())
+
+
 @pytest.fixture(scope="module")
 def run_of(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a run with some flags, done once."""
-
-    @functools.cache
-    def run(flags: str) -> Path:
-        return finish(llama, tmp_path_factory.mktemp("run"), *flags.split())
-
-    return run
+    return functools.cache(functools.partial(run_with, llama, tmp_path_factory))
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +50,14 @@ def clear_run_of(
     tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """The same of the bundled model, whose base is clear."""
-
-    @functools.cache
-    def run(flags: str) -> Path:
-        return finish(tiny_llama, tmp_path_factory.mktemp("run"), *flags.split())
-
-    return run
+    return functools.cache(functools.partial(run_with, tiny_llama, tmp_path_factory))
 
 
 def find(
     table: pd.DataFrame, floor: float = math.nan, config: tracing.Config = CONFIG
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """The base's statistics and the findings per component."""
-    bases = by_hand.bases_of(table)
+    bases = tracing.bases_of(table)
     return bases["b"], tracing.heads_table(table, bases, floor, config)
 
 
