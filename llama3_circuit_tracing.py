@@ -31,6 +31,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 
 # Contents, in the order of the data:
 #   Components         what can be edited, and what becomes of it
+#   Option values      what the texts of a command line stand for
 #   Command line       one configuration; every option is parsed here
 #   Built-in texts     questions, requests, people
 #   Samples            pairs of user texts and the words that are scored
@@ -42,15 +43,18 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Interventions      x' = x + m * P(v - x): the context managers that register hooks
 #   Runs               clean and edited forwards, and their log-probabilities
 #   Run folder         parts, resume, record
-#   Experiment         everything that is known before the weights
+#   Experiment         what is asked for, and the model when it is needed
+#   Preparation        samples, prompts, trees and components before any weight is loaded
 #   Dry run            what would be done, and how much memory it takes
 #   Self-test          the loaded model through the same context managers
 #   Unedited model     base scores of every sample
 #   Sweep              jobs, and the rows that they leave behind
+#   Estimates          effects to first order, from gradients
 #   Statistics         intervals, tests, corrections
 #   Tables             results per sample, findings per component
 #   Figures            drawn from the tables alone
 #   Findings           what the log says of the tables; redrawing
+#   Screen             which components to measure, and what estimates are worth
 #   Joint ablation     several components together, on held-out sentences
 #   Replies            what the model says with and without them
 #   Main               stages, log, exit codes
@@ -128,6 +132,8 @@ OPS = {
     "scale": Op("scaling", factor=None),
 }
 
+# at which shares of an edit's displacement the gradient is taken; none: effects are measured
+METHODS = {"exact": (), "atp": (0.0,), "ig": (0.1, 0.3, 0.5, 0.7, 0.9), "relp": (0.0,)}
 POSITIONS = ("all", "last", "differing")
 Site = tuple[int, str]  # a layer and the module in it whose first input is edited
 
@@ -159,7 +165,7 @@ class Component:
         raise ValueError(f"{label!r} is no component: write L2H5, L3N120, L4attn, L4mlp, L4resid")
 
 
-# ----- Command line -------------------------------------------------------------------------------
+# ----- Option values ------------------------------------------------------------------------------
 
 Count = int  # at least 1
 Natural = int  # at least 0
@@ -254,6 +260,9 @@ def as_text(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict) else value
 
 
+# ----- Command line -------------------------------------------------------------------------------
+
+
 def option(default: Any, text: str, one_of: str = "", shown: str = "", **argument: Any) -> Any:
     """One field of `Config` together with its command-line flag."""
     if one_of:
@@ -284,12 +293,14 @@ class Config:
     kind: str = option("head", "what is edited", " ".join(KINDS))
     layers: Ranges = option("all", "all, 7, 0,5,9, 8-15, or a mixture")
     heads: Ranges = option("all", "heads of each layer, same form")
-    neurons: Ranges | None = option(None, "neurons of each layer; needed by --kind neuron")
+    neurons: Ranges | None = option(None, "neurons of each layer", shown="all of an estimate")
     op: str = option("zero", "what the edited slice becomes", " ".join(OPS))
     factor: float | None = option(None, "factor of --op scale")
     positions: str = option("all", "tokens at which it is edited", " ".join(POSITIONS))
     patch_into: str = option("a", "the prompt that --op patch edits, from the other", "a b")
     given: Components = option((), "components zeroed in every run, base included: L2H5,L3mlp")
+    method: str = option("exact", "how effects are found; gradients estimate", " ".join(METHODS))
+    screen: Natural = option(0, "estimate all, measure the best K and 32 random ones", metavar="K")
     tree_tokens: Count = option(512, "tokens that one prompt tree may hold")
     rows_per_forward: Count | None = option(None, "components edited side by side", shown="auto")
 
@@ -315,6 +326,16 @@ class Config:
     def patches(self) -> bool:
         """Whether an edit takes what the partner prompt has at the aligned token."""
         return OPS[self.op].source == "partner"
+
+    @property
+    def estimator(self) -> str:
+        """The method whose gradients estimate effects, a screen's included; "" where none do."""
+        return self.method if self.method != "exact" else "atp" if self.screen else ""
+
+    @property
+    def row_method(self) -> str:
+        """How the effects in the results table are found: those of a screen are measured."""
+        return "exact" if self.screen else self.method
 
     def recorded(self) -> dict[str, Any]:
         """What run.json keeps: the values as the command line takes them."""
@@ -368,9 +389,15 @@ def contradictions(config: Config) -> dict[str, bool]:
     edited = {kind, *(component.kind for component in config.ablate)}
     given = {component.kind for component in config.given}
     odd = f"--kind resid with --op {config.op} at all positions"
+    flat = f"--method {config.estimator}: a norm makes the gradient along a residual stream flat"
+    unnamed = config.neurons is None
     return {
         "--op scale and --factor go together": (op.factor is None) != (config.factor is not None),
-        "--kind neuron and --neurons go together": (kind == "neuron") == (config.neurons is None),
+        "--kind neuron and --neurons go together": (
+            unnamed and not config.estimator if kind == "neuron" else not unnamed
+        ),
+        f"{flat}; no --kind resid --op zero": config.estimator != ""
+        and (kind, config.op) == ("resid", "zero"),
         f"--heads does not apply to --kind {kind}": kind != "head" and config.heads != "all",
         "--patch_into applies to --op patch only": into_b and not config.patches,
         f"{odd} removes the input itself and means nothing": emptied and "resid" in edited,
@@ -870,15 +897,16 @@ CONTROLS = ("other", "affirm")  # sides
 SEVEN = ["sample_id", "n_constraints", "layer", "head"]
 SEVEN += ["delta_logit_base", "delta_logit_head", "head_effect"]
 KEY = ["layer", "kind", "index"]
-WHOLE = ("n_constraints", "layer", "head", "index")
+WHOLE = ("n_constraints", "layer", "head", "index", "n_screened")
 # the texts of a table, and what an empty one stands for
-TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all"}
+TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all", "method": "exact"}
 TEXTS |= dict.fromkeys(("task", "patch_into", "prompts"), "")
 
 DECIMALS = 0.02  # by which numbers of two decimals may miss what they recompute from
 KNOWN: dict[str, Iterable[str]] = {"kind": KINDS, "op": OPS, "positions": POSITIONS}
-KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b")}
-ONCE = (*KNOWN, "factor")  # the same in all rows of a table
+KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b"), "method": METHODS}
+ONCE = (*KNOWN, "factor")  # the same in all rows of a table, as n_screened is
+NUMBERS = (*SEVEN[1:], "index", "factor", "estimate", "n_screened")
 
 
 def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.DataFrame:
@@ -906,7 +934,7 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     for name in (name for name in TEXTS if name in found):
         table[name] = found[name].replace("", TEXTS[name])
     for name in found:
-        if name in [*SEVEN[1:], "index", "factor"] or name.startswith(("score_", "effect_")):
+        if name in NUMBERS or name.startswith(("score_", "effect_")):
             table[name] = found[name].map(number).astype(float)
             needed = (table["kind"] == "head") if name == "head" else name in SEVEN
             wrong = ~table[name].abs().lt(math.inf) & ((found[name] != "") | needed)
@@ -959,7 +987,7 @@ def read_results(path: Path) -> pd.DataFrame:
     table = pd.concat(frames)
     twice = table.duplicated(["sample_id", *KEY])
     wrong = {"column 'head': same sample and component as before": twice}
-    for name in (name for name in ONCE if name in table):
+    for name in (name for name in (*ONCE, "n_screened") if name in table):
         values = table[name].astype(object).where(table[name].notna(), "")
         wrong[f"column {name!r}: another than above"] = values != values.iloc[0]
     first = table.groupby("sample_id")[["unit", "group", "delta_logit_base"]].transform("first")
@@ -984,7 +1012,8 @@ def read_results(path: Path) -> pd.DataFrame:
 def same_in_all(config: Config) -> Record:
     """What of a run's options its effects and roles depend on, as columns of the results."""
     into = config.patch_into if config.patches else ""
-    return {name: getattr(config, name) for name in ONCE} | {"patch_into": into}
+    told = {name: getattr(config, name) for name in ONCE}
+    return told | {"patch_into": into, "method": config.row_method}
 
 
 def differences(table: pd.DataFrame, config: Config) -> dict[str, tuple[Any, ...]]:
@@ -1225,6 +1254,12 @@ class Tree:
     b_weight: Tensor  # [tok], in how many prompt_b the node stands, BOS left out
 
     @property
+    def sample_of(self) -> Tensor:
+        """[tok], the index into `samples` of a node's sample, where samples share no node."""
+        roots = [self.paths[min(places.values())][0] for _, places in self.samples]
+        return self.visible[:, roots].int().argmax(1)
+
+    @property
     def n_tokens(self) -> int:
         return self.ids.shape[1]
 
@@ -1295,12 +1330,15 @@ def grow(nodes: Nodes, parent: int, tokens: Sequence[int], owner: object = None)
     return [parent := nodes.setdefault((parent, token, owner), len(nodes)) for token in tokens]
 
 
-def place_prompts(nodes: Nodes, prompts: Sequence[Prompt], config: Config) -> list[Placed]:
-    """Let a tree grow by the prompts of a sample; edited nodes belong to one prompt only."""
+def place_prompts(
+    nodes: Nodes, prompts: Sequence[Prompt], config: Config, apart: bool
+) -> list[Placed]:
+    """Let a tree grow by the prompts of a sample; edited nodes belong to one prompt only, all nodes
+    to one sample where samples stand `apart`."""
     placed: list[Placed] = []
     for prompt, plan in zip(prompts, plan_edits(prompts, config), strict=True):
         n_shared = min(plan or [len(prompt.ids)])
-        path = grow(nodes, -1, prompt.ids[:n_shared])
+        path = grow(nodes, -1, prompt.ids[:n_shared], prompt.sample.sample_id if apart else None)
         owner = (prompt.sample.sample_id, prompt.side)
         path += grow(nodes, path[-1] if path else -1, prompt.ids[n_shared:], owner)
         branches = [[grow(nodes, path[-1], f[:-1]) for f in forms] for forms in prompt.forms]
@@ -1308,20 +1346,23 @@ def place_prompts(nodes: Nodes, prompts: Sequence[Prompt], config: Config) -> li
     return placed
 
 
-def plant_trees(samples: Sequence[Sequence[Prompt]], bos: int | None, config: Config) -> list[Tree]:
-    """Samples in order, as many per tree as --tree_tokens nodes hold, at least one."""
+def plant_trees(
+    samples: Sequence[Sequence[Prompt]], bos: int | None, config: Config, apart: bool = False
+) -> list[Tree]:
+    """Samples in order, as many per tree as --tree_tokens nodes hold, at least one; `apart`: none
+    shares a node with another."""
     trees: list[Tree] = []
     nodes: Nodes = {}
     placed: list[Placed] = []
     for prompts in samples:
         before = len(nodes)
-        new = place_prompts(nodes, prompts, config)
+        new = place_prompts(nodes, prompts, config, apart)
         if placed and len(nodes) > config.tree_tokens:
             while len(nodes) > before:
                 nodes.popitem()
             trees.append(build_tree(nodes, placed, bos, config))
             nodes, placed = {}, []
-            new = place_prompts(nodes, prompts, config)
+            new = place_prompts(nodes, prompts, config, apart)
         placed += new
     return [*trees, build_tree(nodes, placed, bos, config)]
 
@@ -1404,6 +1445,7 @@ class ModelShape:
     context: int
     attn_implementation: str
     dtype: torch.dtype
+    no_rules: str  # what `linearised` has no rule for; "" where it has all
 
     @property
     def d_attn(self) -> int:
@@ -1526,7 +1568,20 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
         context=min(text.max_position_embeddings, window or math.inf),
         attn_implementation=attention,
         dtype=dtype,
+        no_rules=", ".join(without_rules(modules)),
     )
+
+
+def without_rules(modules: Mapping[str, nn.Module]) -> list[str]:
+    """The types of norms that are no RMSNorm, and of MLPs that are not act(gate) * up with SiLU or
+    GELU."""
+    found = set()
+    for path, module in modules.items():
+        name, act = type(module).__name__, type(getattr(module, "act_fn", None)).__name__
+        gated = hasattr(module, "gate_proj") and re.search("SiLU|GELU", act)
+        if (path.endswith(".mlp") and not gated) or re.search("Norm(?<!RMSNorm)", name):
+            found.add(name)
+    return sorted(found)
 
 
 def load_model(
@@ -1557,7 +1612,7 @@ def load_model(
     if used & {"cpu", "disk"} and used - {"cpu"}:
         places = ", ".join(sorted(used))
         log.warning(f"some layers are offloaded ({places}): this is exact but slow")
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 class TracedModel:
@@ -1568,7 +1623,8 @@ class TracedModel:
         self.layers: nn.ModuleList = model.get_submodule(shape.layers_path)
         self.body = model.get_submodule(shape.layers_path.rpartition(".")[0])
         self.head = model.get_output_embeddings()
-        self.rows_per_forward = rows  # halved for good when memory runs out
+        self.rows_per_forward = rows  # these two are halved for good when memory runs out
+        self.samples_per_backward = 2**31
         self.n_forwards = self.n_tokens = 0  # tokens: through a block
         text = model.config.get_text_config()
         scaled = any(getattr(text, name, None) not in (None, 1, 1.0) for name in SCALED_LOGITS)
@@ -1662,6 +1718,37 @@ def editing(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
         for site in by_site:
             hook = functools.partial(edit_input, site)
             stack.enter_context(traced.module(site).register_forward_pre_hook(hook))
+        yield
+
+
+def with_slope(y: Tensor, x: Tensor, slope: float | Tensor) -> Tensor:
+    """y itself, whose derivative with respect to x is taken to be `slope`, element by element."""
+    return y.detach() + (x - x.detach()) * slope
+
+
+@contextlib.contextmanager
+def linearised(traced: TracedModel) -> Iterator[None]:
+    """Take gradients by the rules of RelP (arXiv:2508.21258); the forward stays what it is. A norm
+    multiplies by constants, an activation has the slope act(z) / z, and of the gradient of
+    act(gate) * up either factor gets half. To be entered before what reads gradients of the input
+    of down_proj, which are not to be halved themselves."""
+
+    def secant(at_zero: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        return with_slope(output, x, torch.where(x == 0, at_zero, output / x).detach())
+
+    def halve(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (with_slope(args[0], args[0], 0.5), *args[1:])
+
+    with contextlib.ExitStack() as stack:
+        for module in traced.body.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                hook = functools.partial(secant, 0.0)
+                stack.enter_context(module.register_forward_hook(hook))
+        for layer in range(traced.shape.n_layers):
+            act, product = (traced.module((layer, f"mlp.{n}")) for n in ("act_fn", "down_proj"))
+            stack.enter_context(act.register_forward_hook(functools.partial(secant, 0.5)))
+            stack.enter_context(product.register_forward_pre_hook(halve))
         yield
 
 
@@ -1782,7 +1869,7 @@ class CleanRun:
     site_inputs: dict[Site, Tensor]  # [tok, width]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # gradients may start from what it keeps
 def run_clean(
     traced: TracedModel, tree: Tree, background: Row, layers: Iterable[int], sites: Iterable[Site]
 ) -> CleanRun:
@@ -1876,6 +1963,25 @@ def run_rows(
     return torch.cat([read(traced, clean, states) for read in reads], -1)
 
 
+def side_gradients(
+    traced: TracedModel, clean: CleanRun, task: Task, rows: Sequence[Row], leaves: Sequence[Tensor]
+) -> dict[str, tuple[Tensor, ...]]:
+    """Per side the gradients of its prompts' scores, summed over rows, with respect to tensors that
+    the edits of these rows take; `RunError` where one is not finite."""
+    with torch.enable_grad():
+        log_probs = read_entries(traced, clean, final_states(traced, clean, rows))
+        scores = clean.tree.scores(log_probs, task).sum(0)  # [prompt]
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, prompt in enumerate(clean.tree.prompts):
+        places[prompt.side].append(place)
+    found = {}
+    for side, of_side in places.items():
+        found[side] = torch.autograd.grad(scores[of_side].sum(), leaves, retain_graph=True)
+        if not all(gradient.isfinite().all() for gradient in found[side]):
+            raise RunError("a gradient is not finite; try --attn_implementation eager")
+    return found
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """CUDA, the CPU allocator, cuBLAS and Python itself."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -1883,13 +1989,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def run_batches(
-    traced: TracedModel, items: Sequence[Any], run: Callable[[Sequence[Any]], Any], bar: tqdm[Any]
+    traced: TracedModel,
+    items: Sequence[Any],
+    run: Callable[[Sequence[Any]], Any],
+    bar: tqdm[Any],
+    at_once: str = "rows_per_forward",
 ) -> list[Any]:
-    """What `run` gives for each of some items, rows of a batch, --rows_per_forward at a time;
-    `RunError` where one does not fit alone."""
+    """What `run` gives for each of some items, rows of a batch, as many at a time as the model's
+    attribute `at_once` says; `RunError` where one does not fit alone."""
     found: list[Any] = []
     while left := len(items) - len(found):
-        size = -(-left // -(-left // traced.rows_per_forward))  # even batches
+        size = -(-left // -(-left // getattr(traced, at_once)))  # even batches
         try:
             found += run(items[len(found) : len(found) + size])
             bar.update(size)
@@ -1899,10 +2009,12 @@ def run_batches(
                 raise
             if size == 1:
                 way_out = "lower --tree_tokens, or use shorter prompts"
-                raise RunError(f"out of memory with one row alone: {way_out}") from error
-        traced.rows_per_forward = size // 2  # outside except: the traceback is freed
+                one = at_once.split("s_")[0]
+                raise RunError(f"out of memory with one {one} alone: {way_out}") from error
+        setattr(traced, at_once, size // 2)  # outside except: the traceback is freed
         clear_device_cache(garbage_collection=True)
-        log.warning("out of memory: continuing with %d rows per forward", traced.rows_per_forward)
+        told = at_once.replace("_", " ")
+        log.warning("out of memory: continuing with %d %s", size // 2, told)
     return found
 
 
@@ -1912,6 +2024,7 @@ def run_batches(
 OUTPUTS = {f"circuit_{name}": True for name in ("results.csv", "heads.csv")}
 OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", "heatmap.png")}
+OUTPUTS |= {f"circuit_{name}": False for name in ("screen.csv", "screen.png")}
 OUTPUTS |= {"generations.jsonl": False, "run.json": True, "run.log": True}
 
 
@@ -2066,7 +2179,7 @@ class RunFolder:
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".gguf")
-TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens"
+TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens method"
 
 
 @dataclass
@@ -2083,11 +2196,18 @@ class Experiment:
     other: pd.DataFrame | None = None  # the results that --compare names
     device: torch.device | None = None  # this process's own, where there are several
     scratch: Path | None = None  # for weights that do not fit into memory; None: the system's
+    estimates: Tensor | None = None  # [sample, component, side], see `estimate`
+    screened: dict[Component, str] = field(default_factory=dict)  # see `choose_screened`
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def task(self) -> Task:
         return TASKS[self.config.task]
+
+    @property
+    def measured(self) -> list[Component]:
+        """The components that are measured exactly."""
+        return sorted(self.screened) if self.config.estimator else self.components
 
     @property
     def background(self) -> Row:
@@ -2156,6 +2276,9 @@ class Experiment:
         return tuple(edits)
 
 
+# ----- Preparation --------------------------------------------------------------------------------
+
+
 def select(chosen: Ranges, count: int, what: str) -> list[int]:
     """The sorted indices that are chosen of `count`; `UsageError` where they are not there."""
     if isinstance(chosen, str):
@@ -2184,7 +2307,7 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     indices = shape.indices(kind)
     every = len(indices) * shape.n_layers - sum(component.kind == kind for component in given)
     if KINDS[kind].slices:
-        indices = select(getattr(config, f"{kind}s"), len(indices), f"{kind}s")
+        indices = select(getattr(config, f"{kind}s") or "all", len(indices), f"{kind}s")
     layers = select(config.layers, shape.n_layers, "layers")
     swept = [c for n in layers for i in indices if (c := Component(n, kind, i)) not in given]
     if not swept:
@@ -2250,6 +2373,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     if config.bf16 is None and shape.dtype == torch.float32:
         size = f"{4 * shape.n_parameters / 1e9:.3g} GB here; an 8B model needs 32 GB"
         log.warning(f"no GPU with native bfloat16: float32 weights, {size}")
+    if config.estimator == "relp" and shape.no_rules:
+        raise UsageError(f"--method relp has no rule for {shape.no_rules} of {shape.name}")
     components = choose_components(config, shape)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config)
     if not getattr(tokenizer, "chat_template", None):
@@ -2610,12 +2735,14 @@ def whole_components(exp: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
     key = ["layer", "index"]
     counts = rows[rows["draw"] < 0].groupby(key).size()
     whole = counts.index[counts == len(exp.prompts)]
-    if lacking := [c.label for c in exp.components if (c.layer, c.index) not in whole]:
+    if lacking := [c.label for c in exp.measured if (c.layer, c.index) not in whole]:
         again = "run the same command again; if they still do, with --overwrite"
         what = f"{len(lacking)} components lack rows or have some twice ({lacking[0]} first)"
         raise RunError(f"{what}: {again}")
     if n := len(counts) - len(whole):
         log.warning("%d components of an interrupted command are left out: samples lack", n)
+    if exp.screened:  # not of another screen in this folder
+        whole = whole.intersection([(c.layer, c.index) for c in exp.screened])
     return rows[(rows["draw"] >= 0) | pd.MultiIndex.from_frame(rows[key]).isin(whole)]
 
 
@@ -2626,7 +2753,7 @@ def draws_per_layer(n_layers: int) -> int:
 def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
     """What remains to be done. Jittered components are drawn from all of a layer, none twice while
     others are left: the same for every tree, and whatever part of the layer is swept."""
-    grouped = itertools.groupby(exp.components, key=lambda component: component.layer)
+    grouped = itertools.groupby(exp.measured, key=lambda component: component.layer)
     by_layer = {layer: [(c, -1) for c in components] for layer, components in grouped}
     for layer, edits in by_layer.items():
         every = [Component(layer, exp.config.kind, i) for i in exp.shape.indices(exp.config.kind)]
@@ -2715,6 +2842,120 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
             sweep_tree(exp, exp.trees[number], list(of_tree), folder, bar)
 
 
+# ----- Estimates ----------------------------------------------------------------------------------
+
+SIDES = ("a", "b", *CONTROLS)
+
+
+def mean_gradients(
+    exp: Experiment, clean: CleanRun, moves: Mapping[Site, Tensor]
+) -> Iterator[tuple[str, Site, Tensor]]:
+    """By side and site the gradient [tok, width] of the side's scores with respect to the site's
+    input x: at x, of all sites at once, or the mean over points x + share * D of one site."""
+    method, sites = exp.config.estimator, list(moves)
+    shares = METHODS[method]
+    for group in [sites] if len(shares) == 1 else [[site] for site in sites]:
+        leaves = {
+            (share, site): torch.zeros_like(moves[site], dtype=torch.float32, requires_grad=True)
+            for share, site in itertools.product(shares, group)
+        }
+        rows = [
+            tuple(
+                Edit(site, slice(None), 1.0, share * moves[site] + leaves[share, site])
+                for site in group
+            )
+            for share in shares
+        ]
+        with linearised(exp.traced) if method == "relp" else contextlib.nullcontext():
+            found = side_gradients(exp.traced, clean, exp.task, rows, [*leaves.values()])
+        for side, gradients in found.items():
+            by_leaf = dict(zip(leaves, gradients, strict=True))
+            for site in group:
+                along = torch.stack([by_leaf[share, site] for share in shares])
+                yield side, site, along.mean(0)
+
+
+def estimate_tree(exp: Experiment, tree: Tree) -> Tensor:
+    """[sample, component, side]: what the op on a component adds to the score of a side, to first
+    order: <dS/dx, D> over the component's slice and all tokens, with the displacement D of the op.
+    NaN for a side that a sample lacks; the samples of the tree share no node.
+
+    `atp`: the gradient at the unedited run (attribution patching: arXiv:2310.10348). `relp`: that
+    by the rules of `linearised`. `ig`: its mean over the way to x + D, on which all components of
+    a module move together (integrated gradients, arXiv:1703.01365, by midpoints).
+    """
+    traced, kind, layers = exp.traced, exp.config.kind, {c.layer for c in exp.components}
+    module = KINDS[kind].module
+    whole = next(name for name, of in KINDS.items() if of.module == module and not of.slices)
+    modules = [Component(layer, whole) for layer in sorted(layers)]
+    sites = [module.site for module in modules]
+    clean = run_clean(traced, tree, exp.background, layers, sites)
+    moves = {
+        edit.site: displacement(edit, clean.site_inputs[edit.site][None])[0]  # [tok, width]
+        for edit in exp.edits(modules, clean)
+    }
+    n_slices, n_samples = len(exp.shape.indices(kind)), len(tree.samples)
+    found = torch.full((n_samples, len(sites), n_slices, len(SIDES)), math.nan).double()
+    for side, site, gradient in mean_gradients(exp, clean, moves):
+        has = [n for n, (_, places) in enumerate(tree.samples) if side in places]
+        by_slice = (gradient * moves[site]).unflatten(-1, (n_slices, -1)).sum(-1).cpu()
+        sums = by_slice.new_zeros(n_samples, n_slices).index_add(0, tree.sample_of, by_slice)
+        found[has, sites.index(site), :, SIDES.index(side)] = sums[has]
+    wanted = [(sites.index(c.site), max(c.index, 0)) for c in exp.components]
+    of_site, index = torch.tensor(wanted).unbind(1)
+    return found[:, of_site, index]
+
+
+def estimate(exp: Experiment, folder: RunFolder) -> Tensor:
+    """`estimate_tree` of all samples; `UsageError` where a gradient cannot be had."""
+    method, config = exp.config.estimator, exp.config
+    labels = digest([component.label for component in exp.components])
+    trees = plant_trees(exp.prompts, exp.encoder.bos, config, apart=True)
+    whole = replace(config, tree_tokens=2**31)
+
+    def some(prompts: Sequence[list[Prompt]]) -> list[Any]:
+        (tree,) = plant_trees(prompts, exp.encoder.bos, whole, apart=True)
+        return list(estimate_tree(exp, tree).tolist())
+
+    def compute(prompts: Sequence[list[Prompt]]) -> list[Any]:
+        if any(weight.is_meta for weight in exp.traced.model.parameters()):
+            raise UsageError(f"--method {method} needs weights at hand; some are offloaded")
+        return run_batches(exp.traced, prompts, some, bar, "samples_per_backward")
+
+    left, found = list(exp.prompts), []
+    with tqdm(total=len(left), unit="sample", desc="estimates", disable=None) as bar:
+        for tree in trees:
+            prompts, left = left[: len(tree.samples)], left[len(tree.samples) :]
+            key = digest([method, labels, [of[0].sample.sample_id for of in prompts]])
+            found += folder.part(f"estimate-{key[:16]}", compute, prompts)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def estimated_rows(exp: Experiment, estimates: Tensor, records: Records) -> pd.DataFrame:
+    """The estimates as rows like those of `tidy_rows`: an unedited score and what is added."""
+    layers, indices = zip(*((c.layer, c.index) for c in exp.components), strict=True)
+    frames, components = [], {"layer": layers, "index": indices, "draw": -1}
+    for record, of_sample in zip(records, estimates.unbind(), strict=True):
+        frames.append(pd.DataFrame(components).assign(sample_id=record["sample_id"]))
+        for side, prompt in record["prompts"].items():
+            added = of_sample[:, SIDES.index(side)]
+            frames[-1][f"score_{side}_head"] = (prompt["score"] + added).tolist()
+    return pd.concat(frames, ignore_index=True).astype({"sample_id": "category"})
+
+
+def beside_estimates(exp: Experiment, estimates: Tensor, rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the columns `estimate`, of head_effect, and `n_screened`, of how many estimated
+    components the measured were taken."""
+    ids = pd.Index([of_sample[0].sample.sample_id for of_sample in exp.prompts])
+    known = pd.MultiIndex.from_tuples([(c.layer, c.index) for c in exp.components])
+    component = known.get_indexer(pd.MultiIndex.from_frame(rows[["layer", "index"]]))
+    effects = (estimates[..., 0] - estimates[..., 1]).numpy()
+    found = pd.Series(effects[ids.get_indexer(rows["sample_id"]), component], rows.index)
+    n_screened = len(known) if exp.config.screen else math.nan
+    is_op = (rows["draw"] < 0) & (component >= 0)
+    return rows.assign(estimate=found.where(is_op), n_screened=n_screened)
+
+
 # ----- Statistics ---------------------------------------------------------------------------------
 
 # chosen by simulation (tests/simulate_statistics.py): by how much skewness divides |t| at most
@@ -2784,10 +3025,12 @@ def mean_interval(sums: Tensor, counts: Tensor) -> Tensor:
     return ends.masked_fill((counts != 0).sum(0) < 2, math.nan)
 
 
-def benjamini_hochberg(p: Tensor) -> Tensor:
-    """q values [column] (Benjamini and Hochberg 1995)."""
+def benjamini_hochberg(p: Tensor, n_tests: int = 0) -> Tensor:
+    """q values [column] (Benjamini and Hochberg 1995) of the smallest p of `n_tests` tests, where
+    there are more than these."""
     order = p.argsort()
-    scaled = p[order] * len(p) / torch.arange(1, len(p) + 1, dtype=torch.float64)
+    ranks = torch.arange(1, len(p) + 1, dtype=torch.float64)
+    scaled = p[order] * max(n_tests, len(p)) / ranks
     q = scaled.clamp(max=1.0).flip(0).cummin(0).values.flip(0)
     return torch.empty_like(q).scatter(0, order, q)
 
@@ -2818,6 +3061,7 @@ def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.Da
     sides = CONTROLS if config.controls else ()
     controls = [f"score_{side}_{run}" for side in sides for run in ("base", "head")]
     lacking = [name for name in controls if name not in table]  # where no sample has a control
+    lacking += [name for name in ("estimate", "n_screened") if name not in table]
     table = table.assign(**dict.fromkeys(lacking, math.nan))
     moved = table["score_a_head"] - table["score_a_base"]
     for side in sides:
@@ -2825,7 +3069,7 @@ def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.Da
         table[f"effect_minus_{side}"] = moved - control
     columns = [*SEVEN, "score_a_base", "score_b_base", "score_a_head", "score_b_head"]
     columns += [*controls, *(f"effect_minus_{side}" for side in sides), *labels, "index", *ONCE]
-    columns += ["draw"]
+    columns += ["estimate", "n_screened", "draw"]
     return table[columns].sort_values(["sample_id", "layer", "index"], ignore_index=True)
 
 
@@ -2841,6 +3085,14 @@ def real_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[table["group"] != NO_ODD_ONE]
 
 
+def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
+    """(choosing, held-out) halves of the sentences; the choosing half has the odd one."""
+    units = sorted(real_rows(table)["unit"].unique())
+    random.Random(seed).shuffle(units)
+    half = -(-len(units) // 2)
+    return set(units[:half]), set(units[half:])
+
+
 def noise_floor(jittered: pd.DataFrame) -> float:
     """95th percentile over jittered rows of |mean effect| over all samples (nats); NaN without.
     Rows of a smaller sweep from which the folder grew are more per layer; those are left out."""
@@ -2849,6 +3101,12 @@ def noise_floor(jittered: pd.DataFrame) -> float:
     whole = effects[effects["size"] == real["sample_id"].nunique()]
     n_draws = draws_per_layer(max(1, whole["layer"].nunique()))
     return float(whole.loc[whole["draw"] < n_draws, "mean"].abs().quantile(0.95))
+
+
+def count_tests(table: pd.DataFrame) -> int:
+    """Of the components in a table, or of all from which a screen took them."""
+    screened = table["n_screened"].max() if "n_screened" in table else math.nan
+    return len(table[KEY].drop_duplicates()) if math.isnan(screened) else int(screened)
 
 
 def statistics_of(table: pd.DataFrame, column: str) -> pd.DataFrame:
@@ -2861,7 +3119,7 @@ def statistics_of(table: pd.DataFrame, column: str) -> pd.DataFrame:
     stats.insert(1, "n_sentences", (counts > 0).sum(0).tolist())
     (low, high), p = mean_interval(sums, counts), mean_test(sums, counts)
     tests = {"skewness": studentised(sums, counts)[-1], "ci_low": low, "ci_high": high, "p": p}
-    tests["q"] = benjamini_hochberg(p)
+    tests["q"] = benjamini_hochberg(p, count_tests(table))
     return stats.assign(**{name: values.tolist() for name, values in tests.items()})
 
 
@@ -2933,7 +3191,7 @@ def heads_table(
                 log.warning(f"{column} is left out: its base, the scores of {side}, is not there")
                 continue
             heads = heads.join(judge(column, bases[side]).add_prefix(f"minus_{side}_"))
-    heads = heads.reset_index()
+    heads = heads.reset_index().assign(n_tests=count_tests(table))
     labels = [Component(*key).label for key in heads[KEY].itertuples(index=False)]
     heads.insert(0, "label", labels)
     heads.insert(2, "head", heads["index"])
@@ -3007,7 +3265,8 @@ def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     top = heads.sort_values("mean", key=lambda mean: mean.abs(), ascending=False).head(config.top_k)
     kind = str(top["kind"].iloc[0])
     axis = kind if KINDS[kind].slices else "layer"
-    title = f"Top {len(top)} {kind} effects on delta_logit"
+    by = "" if config.row_method == "exact" else f"{config.row_method} estimates of "
+    title = f"Top {len(top)} {by}{kind} effects on delta_logit"
     means = top.set_index("label")["mean"]
     draw_bars(means, path, xlabel=axis, ylabel="mean_head_effect", title=title)
 
@@ -3048,7 +3307,8 @@ def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) ->
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     model, n = Path(config.model_id).name, numbered(int(base["n_sentences"]), "sentence")
-    told = f"{config.task}, {model}, {op_of(config)}\nmeans, 95 % intervals over {n}"
+    by = "means" if config.row_method == "exact" else f"means of {config.row_method} estimates"
+    told = f"{config.task}, {model}, {op_of(config)}\n{by}, 95 % intervals over {n}"
     figure.suptitle(told, fontsize=9, parse_math=False)
     save_figure(figure, path)
 
@@ -3090,11 +3350,13 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_heatmap(heads: pd.DataFrame, path: Path) -> None:
+def draw_heatmap(heads: pd.DataFrame, config: Config, path: Path) -> None:
     """Mean role by layer and index, centred at zero; grey where it has no verdict."""
     cells = heads.pivot(index="layer", columns="index", values=["role", "verdict"])
     grid, loud = cells["role"].astype(float), cells["verdict"] != "unclear"
-    kind, title = str(heads["kind"].iloc[0]), "Mean role\n(grey: q >= 0.05 or below the floor)"
+    by = "" if config.row_method == "exact" else f" by {config.row_method} estimates"
+    kind = str(heads["kind"].iloc[0])
+    title = f"Mean role{by}\n(grey: q >= 0.05 or below the floor)"
     label = "role in nats: > 0 carries the task"
     if grid.shape[1] == 1:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
@@ -3133,7 +3395,8 @@ def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
     shows."""
     stands = {"contributes": "contributes to", "works against": "works against"}
     clear = f"{stands[head.verdict]} {whats['b']}" if head.verdict in stands else "unclear"
-    told = [f"{OPS[config.op].doing} {head.label}: {clear}"]
+    by = "" if config.row_method == "exact" else f"by {config.row_method}, "
+    told = [f"{by}{OPS[config.op].doing} {head.label}: {clear}"]
     interval = f"[{head.ci_low:+.3f}, {head.ci_high:+.3f}]"
     told.append(f"effect {head.mean:+.3f} {interval}, q {head.q:.2g}")
     if not math.isnan(getattr(head, "moved_a", math.nan)):
@@ -3156,10 +3419,12 @@ def report_findings(
 ) -> None:
     """The bases, what the sample allows, and the strongest components of either role: by the
     contrast with other words where that has a base."""
-    task, n_tests = TASKS[config.task], len(heads)
+    task, n_tests = TASKS[config.task], int(heads["n_tests"].iloc[0])
     contrast = has_contrast(bases) and "minus_other_role" in heads and bases["other"]["is_clear"]
     quoted, role = ("other", "minus_other_role") if contrast else ("b", "role")
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
+    if config.row_method != "exact":
+        log.warning(f"all effects here are estimates by {config.row_method}, none is measured")
     for side, found in bases.items():
         log.info("%s%s", describe_base(side, found), noise if side == "b" else "")
         if found["n_sentences"] > 1 and not found["is_clear"]:
@@ -3182,8 +3447,8 @@ def report_findings(
 
 def write_findings(
     table: pd.DataFrame, other: pd.DataFrame | None, floor: float, config: Config, path: Path
-) -> None:
-    """circuit_heads.csv and the figures that a results table alone gives."""
+) -> pd.DataFrame:
+    """circuit_heads.csv, which is returned, and the figures that a results table alone gives."""
     bases = bases_of(table)
     heads = heads_table(table, bases, floor, config)
     report_findings(heads, bases, floor, config)
@@ -3193,7 +3458,8 @@ def write_findings(
     draw_summary(heads, config, path / "circuit_summary.png")
     draw_heads(heads, bases["b"], config, path / "circuit_heads.png")
     if config.heatmap:
-        draw_heatmap(heads, path / "circuit_heatmap.png")
+        draw_heatmap(heads, config, path / "circuit_heatmap.png")
+    return heads
 
 
 def recorded_flags(results: Path) -> list[str]:
@@ -3236,18 +3502,121 @@ def redraw(config: Config) -> None:
     log.info("redrawn in %s", path)
 
 
+# ----- Screen -------------------------------------------------------------------------------------
+
+SCREEN_RANDOM = 32  # components measured beside the best estimates, to see what those miss
+
+
+def quoted_estimates(exp: Experiment) -> tuple[str, Tensor]:
+    """The estimates [sample, component] of what is quoted, and less which side that is: of the
+    contrast with other words where most sentences have one."""
+    assert exp.estimates is not None
+    a, b, other, _ = exp.estimates.unbind(-1)
+    units = {of[0].sample.unit: "other" in {p.side for p in of} for of in exp.prompts}
+    against = "other" if 2 * sum(units.values()) > len(units) else "b"
+    effects = a - (other if against == "other" else b)
+    counts = torch.tensor([of_sample[0].sample.counts for of_sample in exp.prompts])
+    return against, effects.masked_fill(~counts[:, None], math.nan)
+
+
+def choose_screened(exp: Experiment) -> dict[Component, str]:
+    """The --screen K components of largest mean |estimate| as `top`, and others as `random`. With
+    --confirm the estimates of its choosing half rank them, so that the other is held out."""
+    config, (_, effects) = exp.config, quoted_estimates(exp)
+    of_samples = (of_sample[0].sample for of_sample in exp.prompts)
+    samples = pd.DataFrame({"unit": s.unit, "group": s.group} for s in of_samples)
+    choosing = split_units(samples, config.seed)[0] if config.confirm else {*samples["unit"]}
+    means = effects[samples["unit"].isin(choosing).tolist()].nanmean(0).nan_to_num()
+    order = [exp.components[i] for i in means.abs().argsort(descending=True, stable=True)]
+    top, rest = order[: config.screen], order[config.screen :]
+    drawn = random.Random(f"{config.seed} screen").sample(rest, min(SCREEN_RANDOM, len(rest)))
+    return dict.fromkeys(top, "top") | dict.fromkeys(drawn, "random")
+
+
+def share_bound(seen: int, n: int) -> float:
+    """95 % upper bound of a share of which n random ones showed `seen` (Clopper and Pearson 1934,
+    doi:10.1093/biomet/26.4.404): 1 - 0.05 ** (1 / n) where none did."""
+    low, high = seen / n, 1.0
+    for _ in range(50):
+        p = (low + high) / 2
+        fewer = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(seen + 1))
+        low, high = (p, high) if fewer > 0.05 else (low, p)
+    return low
+
+
+def agreement(pairs: pd.DataFrame) -> Record:
+    """Of estimate_mean with mean: Pearson's r, Spearman's, and the slope of the latter; NaN where
+    there are no two different ones."""
+    estimate, exact = pairs["estimate_mean"], pairs["mean"]
+    r, rank = estimate.corr(exact), estimate.rank().corr(exact.rank())
+    return {"n": len(pairs), "r": r, "rank": rank, "slope": r * exact.std() / estimate.std()}
+
+
+def write_screen(exp: Experiment, heads: pd.DataFrame, folder: RunFolder) -> None:
+    """circuit_screen.csv and .png: every estimate, beside the measurement where there is one; the
+    log and run.json say how they agree and what the screen missed."""
+    config, (against, effects) = exp.config, quoted_estimates(exp)
+    prefix = "minus_other_" if against == "other" else ""
+    table = pd.DataFrame({"label": c.label} | vars(c) for c in exp.components)
+    there = ~effects.isnan()
+    table["measure"], table["n_samples"] = f"a - {against}", there.sum(0).tolist()
+    of_component = pd.DataFrame(effects.numpy())
+    table["estimate_mean"], table["estimate_sd"] = of_component.mean(), of_component.std()
+    table["rank"] = table["estimate_mean"].abs().rank(ascending=False, method="first").astype(int)
+    table["measured"] = [exp.screened.get(component, "no") for component in exp.components]
+    exact = heads.set_index(KEY)[[f"{prefix}mean", f"{prefix}verdict"]]
+    table = table.join(exact.set_axis(["mean", "verdict"], axis=1), on=KEY).sort_values("rank")
+    write_components(folder.path / "circuit_screen.csv", table.assign(head=table["index"]))
+    folder.note(screen=report_screen(table, config))
+    draw_screen(table, config, folder.path / "circuit_screen.png")
+
+
+def report_screen(table: pd.DataFrame, config: Config) -> Record:
+    """What run.json says of a screen, said in the log as well."""
+    by, measured = config.estimator, table[table["measured"] != "no"]
+    top, drawn = (measured[measured["measured"] == name] for name in ("top", "random"))
+    every, random_ones = agreement(measured), agreement(drawn)
+    told = "; ".join(
+        f"r {of['r']:.3f}, rank {of['rank']:.3f}, slope {of['slope']:.2f} over {which} {of['n']}"
+        for which, of in {"all": every, "the random": random_ones}.items()
+    )
+    log.info(f"screen: {by} of {len(table)} components against measurement: {told}")
+    called = top[top["verdict"] != "unclear"]["mean"].abs()
+    least = top["mean"].abs().median() if called.empty else called.min()
+    missed, n = int((drawn["mean"].abs() > least).sum()), len(drawn)
+    n_left = len(table) - len(top)
+    bound = missed / n if 0 < n == n_left else share_bound(missed, n) if n else 0.0
+    which = "the median of the best" if called.empty else "the least that has a verdict"
+    told = f"{missed} of {n} random others exceed {which} ({least:.3g} nats)"
+    log.info(f"missed: {told}; of all {n_left} others at most {bound:.0%} do (95 %)")
+    if missed or every["r"] < 0.8:
+        log.warning(f"{by} is a poor screen here: raise --screen or use another --method")
+    return {"all": every, "random": random_ones, "missed": missed, "missed_upper_95": bound}
+
+
+def draw_screen(table: pd.DataFrame, config: Config, path: Path) -> None:
+    """Estimate against measurement."""
+    figure = Figure(figsize=(4.6, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, color in {"top": "tab:blue", "random": "tab:orange"}.items():
+        drawn = table[table["measured"] == name]
+        label = f"{'best estimates' if name == 'top' else 'random others'} ({len(drawn)})"
+        axes.plot(
+            drawn["estimate_mean"], drawn["mean"], "o", markersize=4, color=color, label=label
+        )
+    axes.axline((0, 0), slope=1, color="black", linewidth=0.8, label="equal")
+    measure = f"score {table['measure'].iloc[0]} (nats)"
+    title = f"{len(table)} {config.kind}s of {config.task}, {op_of(config)}"
+    axes.set(xlabel=f"{config.estimator} estimate, {measure}", ylabel=f"measured, {measure}")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
 # ----- Joint ablation -----------------------------------------------------------------------------
 
 # none, chosen, random or ablate; its draw; how many a neighbouring layer lends
 JointSet = tuple[str, int, Components, int]
-
-
-def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
-    """(choosing, held-out) halves of the sentences; the choosing half has the odd one."""
-    units = sorted(real_rows(table)["unit"].unique())
-    random.Random(seed).shuffle(units)
-    half = -(-len(units) // 2)
-    return set(units[:half]), set(units[half:])
 
 
 def choose_top(table: pd.DataFrame, config: Config, against: str) -> list[Component]:
@@ -3561,6 +3930,11 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     files = file_digests(exp.config, folder.record.get("files", {}))
     folder.enter(fingerprint_of(exp, files), exp.config.overwrite)
     folder.note(files=files)
+    if exp.config.estimator:
+        with exp.stage("estimates", f" of {numbered(len(exp.components), 'component')}"):
+            exp.estimates = estimate(exp, folder)
+    if exp.config.screen:
+        exp.screened = choose_screened(exp)
     swept, rows = read_sweep(exp, folder), folder.record.get("rows_after_halving")
     jobs = plan_jobs(exp, swept)
     for job in jobs:  # whatever lies there is no part of this run
@@ -3581,7 +3955,7 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     jobs, folder.key, n_rows, tested_on = todo
     if jobs:
         exp.traced.rows_per_forward = n_rows
-    if exp.config.check_attentions or (jobs and tested_on != place):
+    if exp.config.check_attentions or ((jobs or "traced" in vars(exp)) and tested_on != place):
         with exp.stage("self-test"):
             folder.note(self_test=self_test(exp), tested_on=place)
     if folder.leads:
@@ -3605,6 +3979,10 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
         time.sleep(0.2)  # a launcher ends the run if a process dies
         there |= {name for name in names - there if folder.part_path(name).exists()}
     swept = whole_components(exp, read_sweep(exp, folder) if jobs else swept)
+    if exp.estimates is not None:
+        if not exp.config.screen:
+            swept = estimated_rows(exp, exp.estimates, records)
+        swept = beside_estimates(exp, exp.estimates, swept)
     return results_table(swept, records, exp.config)
 
 
@@ -3634,7 +4012,8 @@ def run(config: Config) -> None:
         disable_progress_bar()  # the library's own; ours know by themselves
     if config.from_csv:
         start_log(None, speaks=True)
-        return redraw(config)
+        redraw(config)
+        return None
     state = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(Path(config.output_dir), state.is_main_process)
     if config.dry_run or config.self_test:
@@ -3662,11 +4041,14 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     write_components(folder.path / "circuit_results.csv", table)
     # those of another command in this folder; this one's are made anew
     folder.delete(name for name, always in OUTPUTS.items() if not always)
-    folder.record.pop("behaviour", None)
+    for name in ("behaviour", "screen"):
+        folder.record.pop(name, None)
     folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
     folder.note(system_turn="in the user's turn" if exp.encoder.folds else "its own")
     with exp.stage("statistics"):
-        write_findings(table, exp.other, floor, config, folder.path)
+        heads = write_findings(table, exp.other, floor, config, folder.path)
+        if config.screen:
+            write_screen(exp, heads, folder)
     with exp.stage("joint ablation"):
         chosen = confirm(exp, table, folder)
     if config.max_new_tokens:
