@@ -57,6 +57,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Screen             which components to measure, and what estimates are worth
 #   Joint ablation     several components together, on held-out sentences
 #   Replies            what the model says with and without them
+#   Steering           replies and scores with a circuit scaled
 #   Main               stages, log, exit codes
 
 from __future__ import annotations
@@ -170,7 +171,17 @@ class Component:
 Count = int  # at least 1
 Natural = int  # at least 0
 Ranges = str | tuple[range, ...]  # "all", or indices
+Choice = tuple[str, float]  # a rule of `CHOICES`, and its amount
+Numbers = tuple[float, ...]
 Components = tuple[Component, ...]
+CHOICES = ("top", "mass", "share", "layer")  # see `choose_circuit`
+
+
+class Circuit(Components):
+    """Components in order and once each; of the model of this identity, where a file tells it, with
+    what has to be said of the file."""
+
+    model = warning = ""
 
 
 def ranges(text: str) -> Ranges:
@@ -184,9 +195,46 @@ def ranges(text: str) -> Ranges:
     return tuple(filter(None, found))
 
 
-def components(text: str) -> Components:
-    """The components that a text such as L2H5,L3mlp names, in order and once each."""
-    return tuple(dict.fromkeys(map(Component.parse, text.split(","))))
+def components(text: str) -> Circuit:
+    """What a text such as L2H5,L3mlp names, or a file with such names, a circuit.json, or a JSON of
+    neurons by "layer,position,neuron" (then the neurons at all positions)."""
+    if not os.path.isfile(text):
+        return Circuit(dict.fromkeys(map(Component.parse, text.split(","))))
+    told: dict[str, Any] = {}
+    try:
+        said = Path(text).read_text(encoding="utf-8")
+        names = said.replace(",", " ").split()
+        if said.lstrip().startswith("{"):
+            told = from_json(said)
+            names = [component["label"] for component in told.get("components", ())]
+            keys = [key.split(",") for key in told.get("neurons", ())]
+            names += [f"L{int(layer)}N{int(neuron)}" for layer, _, neuron in keys]
+        if not names:
+            raise ValueError("it names no component")
+        found = Circuit(dict.fromkeys(map(Component.parse, names)))
+        found.model = str(told.get("model", ""))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no circuit: {error}") from error
+    if "neurons" in told:
+        found.warning = f"{text}: positions are left out; its neurons are edited at all tokens"
+    return found
+
+
+def choice(text: str) -> Choice:
+    """8 or top:8, mass:0.05, share:0.005, layer:10; else `ValueError`."""
+    rule, _, amount = text.rpartition(":")
+    if rule in ("mass", "share") and 0 < float(amount) <= 1:
+        return rule, float(amount)
+    if rule in ("", "top", "layer") and 0 <= int(amount) <= 2**31:
+        return rule or "top", int(amount)
+    raise ValueError(text)
+
+
+def numbers(text: str) -> Numbers:
+    """Different finite numbers, as 0,0.5,2; else `ValueError`."""
+    found = tuple(map(finite_number, text.split(",")))
+    once_each([f"{number:g}" for number in found], "number")
+    return found
 
 
 def whole_number(minimum: int, auto: bool = False) -> Callable[[str], int | None]:
@@ -244,6 +292,8 @@ PARSERS: dict[str, Callable[[str], Any]] = {  # by the type of an option
     "float | None": finite_number,
     "Ranges": ranges,
     "Ranges | None": ranges,
+    "Choice": choice,
+    "Numbers": numbers,
     "Components": components,
     "str | dict[str, Any]": device_map,
 }
@@ -255,8 +305,10 @@ def as_text(value: Any) -> Any:
         return value.label
     if isinstance(value, range):
         return f"{value[0]}-{value[-1]}" if len(value) > 1 else str(value[0])
+    if isinstance(value, tuple) and value and isinstance(value[0], str):
+        return value[1] if value[0] == "top" else f"{value[0]}:{value[1]:g}"
     if isinstance(value, tuple):
-        return ",".join(map(as_text, value)) or None
+        return ",".join(str(as_text(one)) for one in value) or None
     return json.dumps(value) if isinstance(value, dict) else value
 
 
@@ -268,7 +320,7 @@ def option(default: Any, text: str, one_of: str = "", shown: str = "", **argumen
     if one_of:
         argument["choices"] = tuple(one_of.split())
     named = {"None": "none", "()": "none", "": "empty", "False": "off"}
-    shown = shown or named.get(str(default), str(default))
+    shown = shown or named.get(str(default), str(as_text(default)))
     return field(default=default, metadata={"shown": shown, "help": text, **argument})
 
 
@@ -298,16 +350,23 @@ class Config:
     factor: float | None = option(None, "factor of --op scale")
     positions: str = option("all", "tokens at which it is edited", " ".join(POSITIONS))
     patch_into: str = option("a", "the prompt that --op patch edits, from the other", "a b")
-    given: Components = option((), "components zeroed in every run, base included: L2H5,L3mlp")
+    given: Components = option((), "components zeroed in every run, base included: names or a file")
     method: str = option("exact", "how effects are found; gradients estimate", " ".join(METHODS))
     screen: Natural = option(0, "estimate all, measure the best K and 32 random ones", metavar="K")
     tree_tokens: Count = option(512, "tokens that one prompt tree may hold")
     rows_per_forward: Count | None = option(None, "components edited side by side", shown="auto")
 
     controls: bool = option(False, "add prompts that forbid other words and that affirm the same")
-    confirm: Natural = option(0, "ablate the top K jointly on held-out sentences", metavar="K")
-    num_random: Count = option(20, "random sets beside the top K")
-    ablate: Components = option((), "measure one joint set of components: L2H5,L3mlp")
+    confirm: Choice = option(
+        ("top", 0),
+        "choose a circuit on half of the sentences and edit it jointly on the others: the top K,"
+        " mass:0.05 of all roles, those of share:0.005 of the base, the best of each layer:10",
+        metavar="K",
+    )
+    num_random: Count = option(20, "random sets beside the circuit")
+    skip: Components = option((), "components that no circuit has: names, or a file of them")
+    ablate: Components = option((), "measure one joint set: names L2H5,L3mlp, or a circuit.json")
+    multipliers: Numbers = option((), "scale the circuit in replies: 0,0.5,1,2")
     compare: str | None = option(None, "results CSV of another run to compare with")
     max_new_tokens: Natural = option(0, "greedy reply length of the behaviour check; 0 = none")
 
@@ -328,6 +387,10 @@ class Config:
         return OPS[self.op].source == "partner"
 
     @property
+    def confirms(self) -> bool:
+        return self.confirm[1] > 0
+
+    @property
     def estimator(self) -> str:
         """The method whose gradients estimate effects, a screen's included; "" where none do."""
         return self.method if self.method != "exact" else "atp" if self.screen else ""
@@ -342,6 +405,7 @@ class Config:
         return {f.name: as_text(getattr(self, f.name)) for f in fields(self)}
 
 
+ALSO = {"model_id": "model_name_or_path", "ablate": "circuit"}  # second names of options
 GROUPS = {"model_id": "model", "task": "task", "kind": "sweep"}  # of options, by the first
 GROUPS |= {"controls": "evidence", "output_dir": "output", "dry_run": "checks"}
 
@@ -356,7 +420,7 @@ def build_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(GROUPS[f.name])
         more = dict(f.metadata)
         text = f"{more.pop('help')} (default: {more.pop('shown')})".replace("%", "%%")
-        names = [f.name, "model_name_or_path"] if f.name == "model_id" else [f.name]
+        names = [f.name, *([ALSO[f.name]] if f.name in ALSO else [])]
         flags = [f"--{spelt}" for name in names for spelt in (name, name.replace("_", "-"))]
         if f.type == "bool":
             more["action"] = "store_true"
@@ -405,6 +469,10 @@ def contradictions(config: Config) -> dict[str, bool]:
         "--controls belong to --task suppression": config.controls and config.task != "suppression",
         "--controls share one prompt b, which --patch_into b patches from one": config.controls
         and into_b,
+        "--multipliers need a circuit (--confirm or --ablate) and --max_new_tokens": (
+            bool(config.multipliers)
+            and not (config.max_new_tokens and (config.confirms or config.ablate))
+        ),
         "--dry_run loads a model's config and --from_csv loads none": config.dry_run
         and config.from_csv is not None,
         **{
@@ -1676,6 +1744,19 @@ def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Sit
     return {site: join(site, spans) for site, spans in by_site.items()}
 
 
+def other_columns(
+    components: Iterable[Component], kinds: Iterable[str], shape: ModelShape
+) -> dict[Site, Tensor]:
+    """Per module of some kinds, in every layer, the columns that are of none of the components."""
+    taken, found = join_columns(components, shape), {}
+    modules = {KINDS[kind].module for kind in kinds}
+    for site in itertools.product(range(shape.n_layers), sorted(modules)):
+        left = torch.ones(shape.width(site[1]), dtype=torch.bool)
+        left[taken.get(site, slice(0))] = False
+        found[site] = left.nonzero()[:, 0]
+    return found
+
+
 def zeroing(components: Iterable[Component], shape: ModelShape) -> Row:
     """Some components zeroed at every token."""
     return tuple(Edit(site, columns) for site, columns in join_columns(components, shape).items())
@@ -2024,7 +2105,8 @@ def run_batches(
 OUTPUTS = {f"circuit_{name}": True for name in ("results.csv", "heads.csv")}
 OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", "heatmap.png")}
-OUTPUTS |= {f"circuit_{name}": False for name in ("screen.csv", "screen.png")}
+OUTPUTS |= {f"circuit_{name}": False for name in ("screen.csv", "screen.png", "steer.csv")}
+OUTPUTS |= {"circuit_steer.png": False, "circuit.json": False}
 OUTPUTS |= {"generations.jsonl": False, "run.json": True, "run.log": True}
 
 
@@ -2177,6 +2259,7 @@ class RunFolder:
 # ----- Experiment ---------------------------------------------------------------------------------
 
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
+SCREEN_RANDOM = 32  # components measured beside the best estimates, to see what those miss
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".gguf")
 TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens method"
@@ -2260,12 +2343,29 @@ class Experiment:
         run = functools.partial(run_rows, self.traced, clean, reads=reads or (read_entries,))
         return torch.stack(run_batches(self.traced, rows, run, bar))
 
-    def edits(self, components: Iterable[Component], clean: CleanRun | None = None) -> Row:
-        """The op on some components, one edit per module; without a clean run, at every token."""
+    def n_edited(self, components: Sequence[Component], others_of: Sequence[str] = ()) -> int:
+        """Of how many components `edits` speaks."""
+        n = self.shape.n_layers * sum(len(self.shape.indices(kind)) for kind in others_of)
+        return n - len(components) if others_of else len(components)
+
+    def edits(
+        self,
+        components: Iterable[Component],
+        clean: CleanRun | None = None,
+        others_of: Sequence[str] = (),
+        multiplier: float | None = None,
+    ) -> Row:
+        """The op on some components, or on all others of some kinds, one edit per module; without a
+        clean run, at every token. A multiplier scales them at every token in place of the op."""
         op = OPS[self.config.op]
         factor = op.factor if op.factor is not None else self.config.factor or 0.0
+        joined: Mapping[Site, slice | Tensor] = join_columns(components, self.shape)
+        if multiplier is not None:
+            return tuple(Edit(site, columns, multiplier) for site, columns in joined.items())
+        if others_of:
+            joined = other_columns(components, others_of, self.shape)
         edits = []
-        for site, columns in join_columns(components, self.shape).items():
+        for site, columns in joined.items():
             source: float | Tensor = 0.0
             if op.source == "means":
                 source = self.means[site][columns]
@@ -2292,12 +2392,14 @@ def select(chosen: Ranges, count: int, what: str) -> list[int]:
 
 def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     """The components to sweep; `UsageError` where the model does not have what is named."""
-    kind, k, given = config.kind, config.confirm, config.given
+    kind, (rule, k), given = config.kind, config.confirm, config.given
     for named in {kind, *(component.kind for component in (*given, *config.ablate))}:
         if not shape.width(KINDS[named].module):
             lacks = "has blocks without mlp.down_proj, such as a mixture of experts"
             raise UsageError(f"--kind {named}: {shape.name} {lacks}")
-    for what in ("given", "ablate"):
+    for what in ("given", "ablate", "skip"):
+        if warning := getattr(getattr(config, what), "warning", ""):
+            log.warning(warning)
         for component in getattr(config, what):
             n = len(shape.indices(component.kind))
             if component.layer >= shape.n_layers or component.index >= n:
@@ -2305,15 +2407,18 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
                 there += f" and {component.kind}s 0-{n - 1}" if n > 1 else ""
                 raise UsageError(f"--{what} {component.label}: {there}")
     indices = shape.indices(kind)
-    every = len(indices) * shape.n_layers - sum(component.kind == kind for component in given)
+    left_out = sum(component.kind == kind for component in {*given, *config.skip})
+    every = len(indices) * shape.n_layers - left_out
     if KINDS[kind].slices:
         indices = select(getattr(config, f"{kind}s") or "all", len(indices), f"{kind}s")
     layers = select(config.layers, shape.n_layers, "layers")
     swept = [c for n in layers for i in indices if (c := Component(n, kind, i)) not in given]
     if not swept:
         raise UsageError(f"nothing is left to sweep beside --given {as_text(given)}")
-    if k > len(swept) or 2 * k > every:
-        there = f"{len(swept)} components are swept, of {every} in this model"
+    n = len({*swept} - {*config.skip})
+    n = min(n, config.screen + SCREEN_RANDOM) if config.screen else n
+    if rule == "top" and (k > n or 2 * k > every):
+        there = f"{n} components are measured, of {every} in this model"
         raise UsageError(f"--confirm {k} takes the best, and as many others at random: {there}")
     return swept
 
@@ -2336,7 +2441,7 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
     units = {sample.unit for sample in own[:n] if sample.counts}
     if not units:
         raise UsageError(f"all {len(own[:n])} samples are negative controls ({NO_ODD_ONE!r})")
-    if config.confirm and len(units) < 2:
+    if config.confirms and len(units) < 2:
         raise UsageError("--confirm needs at least two different sentences")
     return own[:n]
 
@@ -3035,6 +3140,13 @@ def benjamini_hochberg(p: Tensor, n_tests: int = 0) -> Tensor:
     return torch.empty_like(q).scatter(0, order, q)
 
 
+def wilson(seen: int, n: int) -> tuple[float, float, float]:
+    """A share with its 95 % interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    share, z = seen / n, 1.959964
+    middle, wide = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
+    return share, (middle - wide) / (1 + z**2 / n), (middle + wide) / (1 + z**2 / n)
+
+
 # ----- Tables -------------------------------------------------------------------------------------
 
 
@@ -3504,8 +3616,6 @@ def redraw(config: Config) -> None:
 
 # ----- Screen -------------------------------------------------------------------------------------
 
-SCREEN_RANDOM = 32  # components measured beside the best estimates, to see what those miss
-
 
 def quoted_estimates(exp: Experiment) -> tuple[str, Tensor]:
     """The estimates [sample, component] of what is quoted, and less which side that is: of the
@@ -3525,7 +3635,7 @@ def choose_screened(exp: Experiment) -> dict[Component, str]:
     config, (_, effects) = exp.config, quoted_estimates(exp)
     of_samples = (of_sample[0].sample for of_sample in exp.prompts)
     samples = pd.DataFrame({"unit": s.unit, "group": s.group} for s in of_samples)
-    choosing = split_units(samples, config.seed)[0] if config.confirm else {*samples["unit"]}
+    choosing = split_units(samples, config.seed)[0] if config.confirms else {*samples["unit"]}
     means = effects[samples["unit"].isin(choosing).tolist()].nanmean(0).nan_to_num()
     order = [exp.components[i] for i in means.abs().argsort(descending=True, stable=True)]
     top, rest = order[: config.screen], order[config.screen :]
@@ -3615,39 +3725,62 @@ def draw_screen(table: pd.DataFrame, config: Config, path: Path) -> None:
 
 # ----- Joint ablation -----------------------------------------------------------------------------
 
-# none, chosen, random or ablate; its draw; how many a neighbouring layer lends
-JointSet = tuple[str, int, Components, int]
+
+class JointSet(NamedTuple):
+    """Components that are edited together, or that are left while all others of some kinds are."""
+
+    name: str  # none, chosen, complement, all, random, random complement, or ablate
+    components: Components = ()
+    draw: int = 0
+    lent: int = 0  # how many are of a neighbour of their counterpart's layer
+    others_of: tuple[str, ...] = ()  # the kinds all of whose others are edited instead
+    multiplier: float | None = None  # scaled at every token in place of the op
 
 
-def choose_top(table: pd.DataFrame, config: Config, against: str) -> list[Component]:
-    """The K components of largest mean role in these rows: of the effect on the score of prompt a
-    less that of a side."""
+def choose_circuit(table: pd.DataFrame, config: Config, against: str) -> pd.DataFrame:
+    """Components by falling mean role in these rows, of the effect on the score of prompt a less
+    that of a side: the `top` so many, the fewest with a `mass` of all that carry the task, those
+    with a `share` of the base, or the best so many of each `layer`; the last three only carriers.
+    Columns label, role and mean, indexed by component."""
     column = "head_effect" if against == "b" else f"effect_minus_{against}"
     real = real_rows(table[table[column].notna()])
-    base = base_of(real.drop_duplicates("sample_id"), against)
-    roles = role_sign(base.mean(), config.factor) * real.groupby(KEY)[column].mean()
-    top = roles.sort_values(ascending=False, kind="stable").head(config.confirm)
-    return [Component(int(layer), str(kind), int(index)) for layer, kind, index in top.index]
+    base = base_of(real.drop_duplicates("sample_id"), against).mean()
+    means = real.groupby(KEY)[column].mean().rename("mean").to_frame()
+    means.index = pd.Index([Component(*key) for key in means.index], tupleize_cols=False)
+    means = means.drop(index=[*config.skip], errors="ignore")
+    means["role"] = role_sign(base, config.factor) * means["mean"]
+    ranked = means.sort_values("role", ascending=False, kind="stable")
+    (rule, amount), carriers = config.confirm, ranked[ranked["role"] > 0]
+    if rule == "top":
+        return ranked.head(int(amount))
+    if rule == "mass":
+        before = carriers["role"].cumsum().shift(fill_value=0.0)
+        return carriers[before < amount * carriers["role"].sum()]
+    if rule == "share":
+        return carriers[carriers["role"] >= amount * abs(base)]
+    return carriers.groupby([component.layer for component in carriers.index]).head(int(amount))
 
 
 def draw_random(
     chosen: Sequence[Component], n: int, exp: Experiment, draw: int
-) -> tuple[Components, int]:
+) -> tuple[Components, int] | None:
     """As many as the first n, none chosen, each from its counterpart's layer or the nearest; and
-    how many are not from their counterpart's."""
-    rng, kind = random.Random(f"{exp.config.seed} random {n} {draw}"), exp.config.kind
-    taken: dict[int, set[int]] = defaultdict(set)
-    for component in (*chosen, *exp.config.given):
-        if component.kind == kind:
-            taken[component.layer].add(component.index)
+    how many are not from their counterpart's. None where there are too few."""
+    rng = random.Random(f"{exp.config.seed} random {n} {draw}")
+    taken = {*chosen, *exp.config.given, *exp.config.skip}
     drawn, lent = [], 0
     for component in chosen[:n]:
+        indices = exp.shape.indices(component.kind)
         for layer in sorted(range(exp.shape.n_layers), key=lambda n: abs(n - component.layer)):
-            free = [i for i in exp.shape.indices(kind) if i not in taken[layer]]
-            if free:
+            there = functools.partial(Component, layer, component.kind)
+            if any(there(index) not in taken for index in indices):
                 break
-        drawn.append(Component(layer, kind, rng.choice(free)))
-        taken[layer].add(drawn[-1].index)
+        else:
+            return None
+        while (one := there(rng.choice(indices))) in taken:
+            pass
+        taken.add(one)
+        drawn.append(one)
         lent += layer != component.layer
     return tuple(sorted(drawn)), lent
 
@@ -3657,18 +3790,22 @@ def joint_sizes(k: int) -> list[int]:
     return sorted({2**i for i in range(k.bit_length())} | {k} - {0})
 
 
-def confirm_sets(chosen: Sequence[Component], exp: Experiment) -> list[JointSet]:
+def confirm_sets(chosen: Components, exp: Experiment) -> list[JointSet]:
     """Nothing, the top 1, 2, 4, ... K, and --num_random sets of each size, fewer where there are no
-    more distinct ones."""
-    sets: list[JointSet] = [("none", 0, (), 0)]
+    more distinct ones; all, and all but the K or but a random set of that size."""
+    kinds = (exp.config.kind,)
+    sets = [JointSet("none"), JointSet("all", others_of=kinds)]
     for n in joint_sizes(len(chosen)):
-        sets.append(("chosen", 0, tuple(chosen[:n]), 0))
+        sets.append(JointSet("chosen", chosen[:n]))
         tries = (draw_random(chosen, n, exp, draw) for draw in range(10 * exp.config.num_random))
         distinct: dict[Components, int] = {}
         while len(distinct) < exp.config.num_random and (drawn := next(tries, None)):
             distinct.setdefault(*drawn)
-        sets += [("random", draw, *drawn) for draw, drawn in enumerate(distinct.items())]
-    return sets
+        drawn_sets = enumerate(distinct.items())
+        sets += [JointSet("random", of, draw, lent) for draw, (of, lent) in drawn_sets]
+    names = {"chosen": "complement", "random": "random complement"}
+    whole = [of for of in sets if of.name in names and len(of.components) == len(chosen)]
+    return sets + [of._replace(name=names[of.name], others_of=kinds) for of in whole]
 
 
 def run_sets(
@@ -3676,8 +3813,9 @@ def run_sets(
 ) -> list[list[list[float]]]:
     """[set, sample, column]: the scores of prompts a, b and (with controls) other with each set
     edited, and the KL divergence after a and b."""
-    involved = set(itertools.chain(*(components for _, _, components, _ in sets)))
-    layers = {*(component.layer for component in involved), exp.shape.n_layers - 1}
+    layers = range(exp.shape.n_layers)
+    kinds = {kind for of in sets for kind in (*of.others_of, *(c.kind for c in of.components))}
+    every = [Component(layer, kind) for layer in layers for kind in kinds]
     needed = [[prompt for prompt in of if prompt.side != "affirm"] for of in prompts]
     trees, found = plant_trees(needed, exp.encoder.bos, exp.config), []
 
@@ -3687,8 +3825,8 @@ def run_sets(
     total = len(trees) * len(sets)
     with tqdm(total=total, unit="row", desc="joint ablation", disable=None) as bar:
         for tree in trees:
-            clean = exp.run_clean(tree, layers, involved)
-            rows = [exp.edits(components, clean) for _, _, components, _ in sets]
+            clean = exp.run_clean(tree, layers, every)
+            rows = [exp.edits(of.components, clean, *of[4:]) for of in sets]
             both = exp.run_rows(clean, rows, bar, scores, divergence).chunk(2, 1)
             nothing = torch.full_like(both[0][:, 0], math.nan)
             for _, place in tree.samples:
@@ -3698,20 +3836,28 @@ def run_sets(
     return torch.stack(found, 1).tolist()
 
 
+def set_scores(
+    exp: Experiment, folder: RunFolder, sets: Sequence[JointSet], prompts: Sequence[list[Prompt]]
+) -> Tensor:
+    """`run_sets` as a part of the run."""
+    ids = [of_sample[0].sample.sample_id for of_sample in prompts]
+    key = [[[c.label for c in of.components], *of[4:]] for of in sets], ids
+    found = folder.part(f"joint-{digest(key)[:16]}", run_sets, exp, sets, prompts)
+    return torch.tensor(found, dtype=torch.float64)
+
+
 def measure_sets(
     exp: Experiment, folder: RunFolder, sets: Sequence[JointSet], samples: str, units: set[str]
 ) -> pd.DataFrame:
     """Rows of circuit_confirm.csv: the mean over some sentences of the score of prompt a less that
     of b (with controls, of other too) with each set edited, and what else the sets move."""
     prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
-    labels = [[component.label for component in components] for _, _, components, _ in sets]
-    key = [labels, [of_sample[0].sample.sample_id for of_sample in prompts]]
-    found = folder.part(f"joint-{digest(key)[:16]}", run_sets, exp, sets, prompts)
-    a, b, other, kl_a, kl_b = torch.tensor(found, dtype=torch.float64).unbind(-1)  # [set, sample]
+    a, b, other, kl_a, kl_b = set_scores(exp, folder, sets, prompts).unbind(-1)  # [set, sample]
     told = pd.DataFrame(
-        {"set": name, "draw": draw, "n_ablated": len(edited), "components": " ".join(edited)}
-        | {"lent": lent}
-        for (name, draw, _, lent), edited in zip(sets, labels, strict=True)
+        {"set": of.name, "draw": of.draw, "n_ablated": exp.n_edited(of.components, of.others_of)}
+        | {"components": " ".join(c.label for c in of.components), "kept": bool(of.others_of)}
+        | {"lent": of.lent}
+        for of in sets
     ).assign(samples=samples)
     moved = {"moved_a": a - a[0], "moved_b": b - b[0], "kl_a": kl_a, "kl_b": kl_b}
     frames = []
@@ -3719,14 +3865,19 @@ def measure_sets(
         there = ~theirs[0].isnan()
         names = [of[0].sample.unit for of, has in zip(prompts, there.tolist(), strict=True) if has]
         if names:
-            stats = joint_statistics((a - theirs)[:, there].T, names)
+            stats = joint_statistics((a - theirs)[:, there].T, names, told)
             stats |= {name: x[:, there].mean(1).tolist() for name, x in moved.items()}
             frames.append(told.assign(measure=f"a - {against}", n_samples=len(names), **stats))
     return pd.concat(frames)
 
 
-def joint_statistics(deltas: Tensor, units: Sequence[str]) -> dict[str, Any]:
-    """Columns of circuit_confirm.csv from deltas [sample, set], the first set being empty."""
+def joint_statistics(deltas: Tensor, units: Sequence[str], sets: pd.DataFrame) -> dict[str, Any]:
+    """Columns of circuit_confirm.csv from deltas [sample, set], the first set being empty.
+
+    With m the mean delta, (m - m(all)) / (m(none) - m(all)) is the `faithfulness` of what is kept,
+    with its interval, and what is `remaining` without the others (Marks et al. 2403.19647): empty
+    where the interval of its denominator covers 0.
+    """
     names = sorted(set(units))
     place = torch.tensor([names.index(unit) for unit in units])
     sums = torch.zeros(len(names), deltas.shape[1], dtype=torch.float64).index_add(0, place, deltas)
@@ -3735,31 +3886,70 @@ def joint_statistics(deltas: Tensor, units: Sequence[str]) -> dict[str, Any]:
     (low, high), (kept, gone) = mean_interval(sums, counts), mean_interval(base - sums, base)
     found = {"mean_delta": mean, "ci_low": low, "ci_high": high}
     found |= {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
+    every = sums[:, [list(sets["set"]).index("all")]].expand_as(sums)
+    least, most = mean_interval((base - every)[:, :1], counts[:, :1])[:, 0]
+    clear = bool(least > 0 or most < 0)
+    left = (sums - every).sum(0) / (base - every).sum(0)
+    ends = mean_interval(sums - every, base - every)
+    of_kept = torch.tensor(sets["kept"].to_numpy()) & clear
+    for name, value in zip(("", "_low", "_high"), (left, *ends), strict=True):
+        found[f"faithfulness{name}"] = value.masked_fill(~of_kept, math.nan)
+    others = torch.tensor(~sets["kept"].to_numpy()) & clear
+    found["remaining"] = left.masked_fill(~others, math.nan)
     return {"n_sentences": len(names)} | {name: x.tolist() for name, x in found.items()}
 
 
-def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Component]:
-    """Write circuit_confirm.csv and .png; returns the chosen components, best first."""
-    config, frames, chosen = exp.config, [], []
-    if not config.confirm and not config.ablate:
-        return []
+def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> Components:
+    """Write circuit_confirm.csv and .png and circuit.json; returns the circuit, best first."""
+    config, frames, chosen = exp.config, [], ()
     choosing, held_out = split_units(table, config.seed)
     halves = [table[table["unit"].isin(half)] for half in (choosing, held_out)]
     contrast = bool(held_out) and all(has_contrast(bases_of(half)) for half in halves)
     against = "other" if contrast else "b"  # chosen, quoted and drawn by the same
-    if config.confirm:
-        chosen = choose_top(halves[0], config, against)
+    if config.confirms:
+        found = choose_circuit(halves[0], config, against)
+        n_most = (exp.n_edited((), (config.kind,)) - len({*config.given, *config.skip})) // 2
+        if len(found) > n_most:
+            log.warning(f"the best {n_most} of {len(found)} are taken, to leave as many at random")
+        found = found.head(n_most)
+        chosen = tuple(found.index)
+        write_circuit(exp, found, f"a - {against}", choosing, folder)
+    if chosen:
         frames.append(measure_sets(exp, folder, confirm_sets(chosen, exp), "held-out", held_out))
+    elif config.confirms:
+        log.warning(f"--confirm {as_text(config.confirm)} chooses no component")
     if config.ablate:
-        sets: list[JointSet] = [("none", 0, (), 0), ("ablate", 0, config.ablate, 0)]
+        kinds = tuple(sorted({component.kind for component in config.ablate}))
+        sets = [JointSet("none"), JointSet("all", others_of=kinds)]
+        sets.append(JointSet("ablate", config.ablate))
+        sets.append(JointSet("complement", config.ablate, others_of=kinds))
         frames.append(measure_sets(exp, folder, sets, "all", choosing | held_out))
+    if not frames:
+        return chosen
     rows = judge_sets(pd.concat(frames, ignore_index=True), config)
     rows["quoted"] = rows["measure"] == f"a - {against}"
+    by_role = f"{as_text(config.confirm)} by role of {config.row_method} effects"
+    rows["selection"] = (rows["samples"] == "held-out").map({True: by_role, False: "named"})
     write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
     report_sets(rows, exp.task)
     if chosen:
         draw_confirm(rows, config, folder.path / "circuit_confirm.png")
     return chosen
+
+
+def write_circuit(
+    exp: Experiment, found: pd.DataFrame, measure: str, units: set[str], folder: RunFolder
+) -> None:
+    """circuit.json: what was chosen, in which model, how and on which sentences."""
+    config = exp.config
+    told: Record = {"format": "circuit/1", "model": folder.record["fingerprint"]["model"]}
+    told |= {"model_id": config.model_id, "task": config.task, "op": op_of(config)}
+    told |= {"method": config.row_method, "selection": as_text(config.confirm), "measure": measure}
+    told |= {"chosen_on": sorted(units), "components": []}
+    for component, role, mean in zip(found.index, found["role"], found["mean"], strict=True):
+        named = {"label": component.label, **vars(component)}
+        told["components"].append(named | {"role": role, "mean": mean})
+    write_text(folder.path / "circuit.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 def judge_sets(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
@@ -3773,26 +3963,43 @@ def judge_sets(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
     return rows.assign(damaged=(rows["kl_b"] > limits).astype("boolean").where(judged))
 
 
+def spread(values: pd.Series, what: str) -> str:
+    """How many distinct random sets there are, and from where to where they reach."""
+    low, high = (
+        values.quantile(end) for end in ((0.05, 0.95) if len(values) >= MANY_SETS else (0, 1))
+    )
+    return f"{numbered(len(values), f'distinct random {what}')} {low:.0%} to {high:.0%}"
+
+
 def report_sets(rows: pd.DataFrame, task: Task) -> None:
-    """A log line per set that was chosen or asked for."""
+    """A log line per set that was chosen or asked for, and one for what it does alone."""
     rows = rows[rows["quoted"]]
-    drawn = rows[rows["set"] == "random"]
+    drawn, beside = (rows[rows["set"] == f"random{what}"] for what in ("", " complement"))
     if lent := int(drawn["lent"].max() if len(drawn) else 0):
         why = "their counterparts' have none left"
         log.warning(f"up to {lent} components of a random set are of neighbouring layers: {why}")
-    for row in rows[rows["set"].isin(("chosen", "ablate"))].itertuples():
-        told = f"{row.samples} samples, {row.n_ablated} jointly ({row.components}): "
+    for row in rows[rows["set"].isin(("chosen", "ablate", "complement"))].itertuples():
+        several = not math.isnan(row.ci_low)  # a single sentence has no interval
+        named = f"all but these {len(row.components.split())}" if row.kept else "jointly"
+        named += f" ({row.components:.200})" if not row.kept else ""
+        told = f"{row.samples} samples, {row.n_ablated} {named}: "
         told += f"mean {row.measure} {row.mean_delta:+.3f}"
         told += f" over {numbered(row.n_sentences, 'sentence')}"
-        several = not math.isnan(row.ci_low)  # a single sentence has no interval
         told += f" [{row.ci_low:+.3f}, {row.ci_high:+.3f}]" if several else ""
+        if row.kept:
+            if math.isnan(row.faithfulness):
+                log.info(f"{told}; no faithfulness: what all of them do is not clear")
+                continue
+            told += f", faithfulness {row.faithfulness:.0%}"
+            told += f" [{row.faithfulness_low:.0%}, {row.faithfulness_high:.0%}]" if several else ""
+            told += f", {spread(beside['faithfulness'], 'complement')}" if len(beside) else ""
+            log.info(told)
+            continue
         told += f", {row.share_removed:.0%} removed"
         told += f" [{row.share_low:.0%}, {row.share_high:.0%}]" if several else ""
-        same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
         if row.set == "chosen":
-            ends = (0.05, 0.95) if len(same) >= MANY_SETS else (0, 1)
-            low, high = (same.quantile(end) for end in ends)
-            told += f", {numbered(len(same), 'distinct random set')} {low:.0%} to {high:.0%}"
+            same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
+            told += f", {spread(same, 'set')}"
         told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
         told += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
         if not pd.isna(row.damaged):
@@ -3807,10 +4014,8 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
 
 
 @torch.inference_mode()
-def greedy_replies(
-    exp: Experiment, components: Sequence[Component], prompts: Sequence[Prompt]
-) -> list[str]:
-    """The replies with the components edited at every token, replies included. What the model's own
+def greedy_replies(exp: Experiment, edits: Row, prompts: Sequence[Prompt]) -> list[str]:
+    """The replies with some edits at every token, those of replies included. What the model's own
     generation config asks for besides is left out: a repetition penalty biases against words that
     the prompt names."""
     tokenizer, model, device = exp.encoder.tokenizer, exp.traced.model, exp.traced.device
@@ -3825,8 +4030,7 @@ def greedy_replies(
     n = max(len(prompt.ids) for prompt in prompts)  # the shorter ones are padded on the left
     ids = torch.tensor([[pad] * (n - len(p.ids)) + list(p.ids) for p in prompts], device=device)
     mask = torch.tensor([[0] * (n - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
-    edits = (*exp.edits(components), *exp.background)
-    with editing(exp.traced, [edits] * len(prompts)):
+    with editing(exp.traced, [(*edits, *exp.background)] * len(prompts)):
         out = model.generate(input_ids=ids, attention_mask=mask)
     until_end = functools.partial(itertools.takewhile, lambda token: token not in ends)
     said = (list(until_end(reply)) for reply in out[:, n:].tolist())
@@ -3834,7 +4038,11 @@ def greedy_replies(
 
 
 def measure_replies(
-    exp: Experiment, folder: RunFolder, components: Sequence[Component], prompts: list[list[Prompt]]
+    exp: Experiment,
+    folder: RunFolder,
+    components: Sequence[Component],
+    prompts: list[list[Prompt]],
+    multiplier: float | None = None,
 ) -> Records:
     """Greedy replies to prompts a and b of some samples, and whether they show the behaviour."""
     labels, task = [component.label for component in components], exp.task
@@ -3842,17 +4050,18 @@ def measure_replies(
     def judged(prompt: Prompt, reply: str) -> Record:
         sample = prompt.sample
         edited = {"prompt": prompt.side, "ablated": " ".join(labels), "n_ablated": len(labels)}
+        edited |= {"multiplier": multiplier}
         shown = {"mentions": task.shows(sample, reply), "answers": task.answers(sample, reply)}
         return {"sample_id": sample.sample_id, **edited, "reply": reply, **shown}
 
     def compute() -> Records:
         asked = [prompt for of_sample in prompts for prompt in of_sample[:2]]
-        run = functools.partial(greedy_replies, exp, components)
+        run = functools.partial(greedy_replies, exp, exp.edits(components, multiplier=multiplier))
         with tqdm(total=len(asked), unit="reply", desc="replies", disable=None) as bar:
             return list(map(judged, asked, run_batches(exp.traced, asked, run, bar)))
 
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
-    key = [labels, ids, exp.config.max_new_tokens]
+    key = [labels, multiplier, ids, exp.config.max_new_tokens]
     return list(folder.part(f"replies-{digest(key)[:16]}", compute))
 
 
@@ -3898,18 +4107,89 @@ def behaviour_rates(records: pd.DataFrame, held_out: set[str]) -> Records:
     return means.reset_index().to_dict("records")
 
 
+def repeats(reply: str) -> bool:
+    """At least three words of which more than half stood there before, or three times one
+    character."""
+    words = plain(reply).split()
+    often = len(words) > 2 and 2 * len({*words}) < len(words)
+    return often or bool(re.fullmatch(r"(.)\1\1+", "".join(words)))
+
+
 def share_alike(replies: Iterable[str]) -> float:
-    """How many of some replies to different prompts are the commonest one or repeat themselves: at
-    least three words of which more than half stood there before, or three times one character."""
-    said = [plain(reply).split() for reply in replies]
-    ((commonest, times),) = Counter(map(tuple, said)).most_common(1)
-    repeated = [
-        (len(words) > 2 and 2 * len({*words}) < len(words))
-        or bool(re.fullmatch(r"(.)\1\1+", "".join(words)))
-        for words in said
-    ]
-    common = [times > 1 and tuple(words) == commonest for words in said]
-    return sum(map(max, repeated, common)) / len(said)
+    """How many of some replies to different prompts are the commonest one or repeat themselves."""
+    said = [*map(plain, replies)]
+    ((commonest, times),) = Counter(said).most_common(1)
+    return sum(repeats(one) or (times > 1 and one == commonest) for one in said) / len(said)
+
+
+# ----- Steering -----------------------------------------------------------------------------------
+
+
+def steer(exp: Experiment, chosen: Components, table: pd.DataFrame, folder: RunFolder) -> None:
+    """Write circuit_steer.csv and .png: the circuit, of --confirm on its held-out sentences or else
+    of --ablate, scaled at every token, replies included, beside a random set."""
+    config, halves = exp.config, split_units(table, exp.config.seed)
+    circuit, units = (chosen, halves[1]) if chosen else (config.ablate, set().union(*halves))
+    if not circuit:
+        return
+    sets = {"circuit": circuit}
+    if drawn := draw_random(circuit, len(circuit), exp, 0):
+        sets["random"] = drawn[0]
+    else:
+        log.warning("no random set is steered: the circuit leaves too few other components")
+    pairs = list(itertools.product(sets, config.multipliers))
+    joint = [JointSet(name, sets[name], multiplier=factor) for name, factor in pairs]
+    prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
+    scores = set_scores(exp, folder, [JointSet("none"), *joint], prompts)[1:]
+    lines = (folder.path / "generations.jsonl").read_text(encoding="utf-8").splitlines()
+    rows: Records = []
+    for (name, factor), found in zip(pairs, scores, strict=True):
+        records = measure_replies(exp, folder, sets[name], prompts, factor)
+        lines += [json.dumps(record, ensure_ascii=False) for record in records]
+        a, b, _, *kl = found.mean(0).tolist()
+        for side, away in zip("ab", kl, strict=True):
+            of_side = [record for record in records if record["prompt"] == side]
+            row = {"factor": factor, "set": name, "side": side, "n": len(of_side)}
+            row |= {"components": " ".join(c.label for c in sets[name]), "mean_delta": a - b}
+            shown = sum(bool(record["mentions"]) for record in of_side)
+            row["shown"], row["shown_low"], row["shown_high"] = wilson(shown, len(of_side))
+            row["answers"] = sum(record["answers"] for record in of_side) / len(of_side)
+            repeating = sum(repeats(record["reply"]) for record in of_side) / len(of_side)
+            rows.append(row | {"kl": away, "repeating": repeating})
+    write_text(folder.path / "generations.jsonl", "\n".join(lines) + "\n")
+    steered = pd.DataFrame(rows)
+    write_text(folder.path / "circuit_steer.csv", steered.to_csv(index=False))
+    for row in steered.itertuples():
+        told = (
+            f"{row.set} times {row.factor:g}, after prompt {row.side}: {row.shown:.0%} of {row.n}"
+        )
+        told += f" {exp.task.shown} [{row.shown_low:.0%}, {row.shown_high:.0%}]"
+        told += f", {row.answers:.0%} are answers, {row.repeating:.0%} repeat themselves"
+        log.info(f"{told}; mean a - b {row.mean_delta:+.3f}, KL {row.kl:.2g}")
+    draw_steer(steered, exp, folder.path / "circuit_steer.png")
+
+
+def draw_steer(rows: pd.DataFrame, exp: Experiment, path: Path) -> None:
+    """Rate of the behaviour and mean delta against the factor, of the circuit and a random set."""
+    figure = Figure(figsize=(8.0, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for (name, side), of in rows.sort_values("factor").groupby(["set", "side"]):
+        style = {"linestyle": "-" if name == "circuit" else ":"}
+        color, label = ("tab:blue" if side == "a" else "tab:orange"), f"{name}, after prompt {side}"
+        left.plot(of["factor"], of["shown"], marker="o", color=color, label=label, **style)
+        if name == "circuit":
+            left.vlines(of["factor"], of["shown_low"], of["shown_high"], color=color, alpha=0.4)
+        if side == "a":
+            right.plot(of["factor"], of["mean_delta"], "o", color="black", label=name, **style)
+    n = len(str(rows["components"].iloc[0]).split())
+    measure = "mean score a - b (nats)"
+    left.set(xlabel="factor", ylabel=f"share of replies: {exp.task.shown}", ylim=(-0.05, 1.05))
+    right.set(xlabel="factor", ylabel=measure)
+    right.axvline(1, color="gray", linewidth=0.8)
+    figure.suptitle(f"{exp.task.name}: {numbered(n, exp.config.kind)} scaled", fontsize=10)
+    left.legend(frameon=False, fontsize=7)
+    right.legend(frameon=False, fontsize=7)
+    save_figure(figure, path)
 
 
 # ----- Main ---------------------------------------------------------------------------------------
@@ -3928,7 +4208,12 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     """Enter the folder: what was swept before, and what every process needs to know: the jobs that
     are left, the run's key, the rows per forward, and where a self-test was passed."""
     files = file_digests(exp.config, folder.record.get("files", {}))
-    folder.enter(fingerprint_of(exp, files), exp.config.overwrite)
+    fingerprint = fingerprint_of(exp, files)
+    for what in ("given", "ablate", "skip"):
+        of = getattr(getattr(exp.config, what), "model", "")
+        if of not in ("", fingerprint["model"]):
+            raise UsageError(f"--{what}: that circuit is of model {of}, not {fingerprint['model']}")
+    folder.enter(fingerprint, exp.config.overwrite)
     folder.note(files=files)
     if exp.config.estimator:
         with exp.stage("estimates", f" of {numbered(len(exp.components), 'component')}"):
@@ -4049,11 +4334,16 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
         heads = write_findings(table, exp.other, floor, config, folder.path)
         if config.screen:
             write_screen(exp, heads, folder)
-    with exp.stage("joint ablation"):
-        chosen = confirm(exp, table, folder)
+    chosen: Components = ()
+    if config.confirms or config.ablate:
+        with exp.stage("joint ablation"):
+            chosen = confirm(exp, table, folder)
     if config.max_new_tokens:
         with exp.stage("replies"):
             check_behaviour(exp, chosen, table, folder)
+    if config.multipliers:
+        with exp.stage("steering"):
+            steer(exp, chosen, table, folder)
     if "traced" in vars(exp):  # something was computed
         folder.note(run=describe_run(exp, started))
     log.info("results in %s", folder.path)
