@@ -1744,6 +1744,10 @@ def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Sit
     return {site: join(site, spans) for site, spans in by_site.items()}
 
 
+def labels_of(components: Iterable[Component]) -> str:
+    return " ".join(component.label for component in components)
+
+
 def other_columns(
     components: Iterable[Component], kinds: Iterable[str], shape: ModelShape
 ) -> dict[Site, Tensor]:
@@ -3629,17 +3633,23 @@ def quoted_estimates(exp: Experiment) -> tuple[str, Tensor]:
     return against, effects.masked_fill(~counts[:, None], math.nan)
 
 
-def choose_screened(exp: Experiment) -> dict[Component, str]:
-    """The --screen K components of largest mean |estimate| as `top`, and others as `random`. With
-    --confirm the estimates of its choosing half rank them, so that the other is held out."""
+def screen_order(exp: Experiment) -> list[int]:
+    """Places in `exp.components` by falling |mean estimate|: with --confirm over the sentences of
+    its choosing half, so that the other is held out."""
     config, (_, effects) = exp.config, quoted_estimates(exp)
-    of_samples = (of_sample[0].sample for of_sample in exp.prompts)
+    of_samples = [of_sample[0].sample for of_sample in exp.prompts]
     samples = pd.DataFrame({"unit": s.unit, "group": s.group} for s in of_samples)
     choosing = split_units(samples, config.seed)[0] if config.confirms else {*samples["unit"]}
     means = effects[samples["unit"].isin(choosing).tolist()].nanmean(0).nan_to_num()
-    order = [exp.components[i] for i in means.abs().argsort(descending=True, stable=True)]
-    top, rest = order[: config.screen], order[config.screen :]
-    drawn = random.Random(f"{config.seed} screen").sample(rest, min(SCREEN_RANDOM, len(rest)))
+    return list(means.abs().argsort(descending=True, stable=True).tolist())
+
+
+def choose_screened(exp: Experiment) -> dict[Component, str]:
+    """The --screen K components of best estimates as `top`, and others as `random`."""
+    order = [exp.components[place] for place in screen_order(exp)]
+    top, rest = order[: exp.config.screen], order[exp.config.screen :]
+    rng = random.Random(f"{exp.config.seed} screen")
+    drawn = rng.sample(rest, min(SCREEN_RANDOM, len(rest)))
     return dict.fromkeys(top, "top") | dict.fromkeys(drawn, "random")
 
 
@@ -3668,15 +3678,16 @@ def write_screen(exp: Experiment, heads: pd.DataFrame, folder: RunFolder) -> Non
     config, (against, effects) = exp.config, quoted_estimates(exp)
     prefix = "minus_other_" if against == "other" else ""
     table = pd.DataFrame({"label": c.label} | vars(c) for c in exp.components)
+    table.insert(2, "head", table["index"])
     there = ~effects.isnan()
     table["measure"], table["n_samples"] = f"a - {against}", there.sum(0).tolist()
     of_component = pd.DataFrame(effects.numpy())
     table["estimate_mean"], table["estimate_sd"] = of_component.mean(), of_component.std()
-    table["rank"] = table["estimate_mean"].abs().rank(ascending=False, method="first").astype(int)
+    table.loc[screen_order(exp), "rank"] = range(1, len(table) + 1)
     table["measured"] = [exp.screened.get(component, "no") for component in exp.components]
     exact = heads.set_index(KEY)[[f"{prefix}mean", f"{prefix}verdict"]]
     table = table.join(exact.set_axis(["mean", "verdict"], axis=1), on=KEY).sort_values("rank")
-    write_components(folder.path / "circuit_screen.csv", table.assign(head=table["index"]))
+    write_components(folder.path / "circuit_screen.csv", table.astype({"rank": int}))
     folder.note(screen=report_screen(table, config))
     draw_screen(table, config, folder.path / "circuit_screen.png")
 
@@ -3855,7 +3866,7 @@ def measure_sets(
     a, b, other, kl_a, kl_b = set_scores(exp, folder, sets, prompts).unbind(-1)  # [set, sample]
     told = pd.DataFrame(
         {"set": of.name, "draw": of.draw, "n_ablated": exp.n_edited(of.components, of.others_of)}
-        | {"components": " ".join(c.label for c in of.components), "kept": bool(of.others_of)}
+        | {"components": labels_of(of.components), "kept": bool(of.others_of)}
         | {"lent": of.lent}
         for of in sets
     ).assign(samples=samples)
@@ -4125,6 +4136,16 @@ def share_alike(replies: Iterable[str]) -> float:
 # ----- Steering -----------------------------------------------------------------------------------
 
 
+def judged_replies(records: Records) -> Record:
+    """Of some replies the number, how many show the behaviour with its interval, and how many are
+    answers or repeat themselves, as shares."""
+    n = len(records)
+    rates = wilson(sum(bool(record["mentions"]) for record in records), n)
+    told = {"n": n} | dict(zip(("shown", "shown_low", "shown_high"), rates, strict=True))
+    told["answers"] = sum(record["answers"] for record in records) / n
+    return told | {"repeating": sum(repeats(record["reply"]) for record in records) / n}
+
+
 def steer(exp: Experiment, chosen: Components, table: pd.DataFrame, folder: RunFolder) -> None:
     """Write circuit_steer.csv and .png: the circuit, of --confirm on its held-out sentences or else
     of --ablate, scaled at every token, replies included, beside a random set."""
@@ -4132,8 +4153,8 @@ def steer(exp: Experiment, chosen: Components, table: pd.DataFrame, folder: RunF
     circuit, units = (chosen, halves[1]) if chosen else (config.ablate, set().union(*halves))
     if not circuit:
         return
-    sets = {"circuit": circuit}
-    if drawn := draw_random(circuit, len(circuit), exp, 0):
+    sets, drawn = {"circuit": circuit}, draw_random(circuit, len(circuit), exp, 0)
+    if drawn:
         sets["random"] = drawn[0]
     else:
         log.warning("no random set is steered: the circuit leaves too few other components")
@@ -4141,31 +4162,26 @@ def steer(exp: Experiment, chosen: Components, table: pd.DataFrame, folder: RunF
     joint = [JointSet(name, sets[name], multiplier=factor) for name, factor in pairs]
     prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
     scores = set_scores(exp, folder, [JointSet("none"), *joint], prompts)[1:]
-    lines = (folder.path / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    rows: Records = []
+    said, rows = folder.path / "generations.jsonl", []
+    lines = said.read_text(encoding="utf-8").splitlines()
     for (name, factor), found in zip(pairs, scores, strict=True):
         records = measure_replies(exp, folder, sets[name], prompts, factor)
         lines += [json.dumps(record, ensure_ascii=False) for record in records]
         a, b, _, *kl = found.mean(0).tolist()
+        row = {"factor": factor, "set": name, "components": labels_of(sets[name])}
         for side, away in zip("ab", kl, strict=True):
             of_side = [record for record in records if record["prompt"] == side]
-            row = {"factor": factor, "set": name, "side": side, "n": len(of_side)}
-            row |= {"components": " ".join(c.label for c in sets[name]), "mean_delta": a - b}
-            shown = sum(bool(record["mentions"]) for record in of_side)
-            row["shown"], row["shown_low"], row["shown_high"] = wilson(shown, len(of_side))
-            row["answers"] = sum(record["answers"] for record in of_side) / len(of_side)
-            repeating = sum(repeats(record["reply"]) for record in of_side) / len(of_side)
-            rows.append(row | {"kl": away, "repeating": repeating})
-    write_text(folder.path / "generations.jsonl", "\n".join(lines) + "\n")
+            told = {"mean_delta": a - b, "kl": away} | judged_replies(of_side)
+            rows.append(row | {"side": side} | told)
+    write_text(said, "\n".join(lines) + "\n")
     steered = pd.DataFrame(rows)
     write_text(folder.path / "circuit_steer.csv", steered.to_csv(index=False))
-    for row in steered.itertuples():
-        told = (
-            f"{row.set} times {row.factor:g}, after prompt {row.side}: {row.shown:.0%} of {row.n}"
-        )
-        told += f" {exp.task.shown} [{row.shown_low:.0%}, {row.shown_high:.0%}]"
-        told += f", {row.answers:.0%} are answers, {row.repeating:.0%} repeat themselves"
-        log.info(f"{told}; mean a - b {row.mean_delta:+.3f}, KL {row.kl:.2g}")
+    for of in steered.itertuples():
+        shown = f"{of.shown:.0%} of {of.n} {exp.task.shown}"
+        shown += f" [{of.shown_low:.0%}, {of.shown_high:.0%}], {of.answers:.0%} are answers"
+        moved = f"mean a - b {of.mean_delta:+.3f}, KL {of.kl:.2g}"
+        named = f"{of.set} x {of.factor:g}, prompt {of.side}"
+        log.info(f"{named}: {shown}, {of.repeating:.0%} repeat themselves; {moved}")
     draw_steer(steered, exp, folder.path / "circuit_steer.png")
 
 
