@@ -306,9 +306,10 @@ def as_text(value: Any) -> Any:
     if isinstance(value, range):
         return f"{value[0]}-{value[-1]}" if len(value) > 1 else str(value[0])
     if isinstance(value, tuple) and value and isinstance(value[0], str):
-        return value[1] if value[0] == "top" else f"{value[0]}:{value[1]:g}"
+        return f"{value[0]}:{value[1]:g}".removeprefix("top:")
     if isinstance(value, tuple):
-        return ",".join(str(as_text(one)) for one in value) or None
+        texts = (f"{one:g}" if isinstance(one, float) else as_text(one) for one in value)
+        return ",".join(texts) or None
     return json.dumps(value) if isinstance(value, dict) else value
 
 
@@ -3931,9 +3932,9 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> Componen
         log.warning(f"--confirm {as_text(config.confirm)} chooses no component")
     if config.ablate:
         kinds = tuple(sorted({component.kind for component in config.ablate}))
-        sets = [JointSet("none"), JointSet("all", others_of=kinds)]
-        sets.append(JointSet("ablate", config.ablate))
+        sets = [JointSet("none"), JointSet("ablate", config.ablate)]
         sets.append(JointSet("complement", config.ablate, others_of=kinds))
+        sets.append(JointSet("all", others_of=kinds))
         frames.append(measure_sets(exp, folder, sets, "all", choosing | held_out))
     if not frames:
         return chosen

@@ -99,7 +99,9 @@ def other_than_default(name: str) -> tuple[str, Any]:
     for text in TAKEN if action.type not in (None, str) else ():
         with contextlib.suppress(ValueError, argparse.ArgumentTypeError):
             if action.type(text) != text:
-                return text, TAKEN[text]
+                return text, {"confirm": ("top", 1234), "multipliers": (-0.5,)}.get(
+                    name, TAKEN[text]
+                )
     return "some text", "some text"
 
 

@@ -90,7 +90,9 @@ def test_a_run_draws_two_figures_and_those_that_are_asked_for(
 
 def test_the_outputs_say_which_figures_every_run_draws() -> None:
     figures = {name: always for name, always in tracing.OUTPUTS.items() if name.endswith(".png")}
-    assert figures == {name: name in ALWAYS for name in (SUMMARY, HEADS, HEATMAP, CONFIRM)}
+    others = "circuit_screen.png", "circuit_steer.png"
+    every = (SUMMARY, HEADS, HEATMAP, CONFIRM, *others)
+    assert figures == {name: name in ALWAYS for name in every}
 
 
 def points(axes: Any) -> dict[float, float]:
@@ -126,7 +128,7 @@ def test_the_figures_of_any_table_are_whole(
     heads = tracing.heads_table(table, bases_of(table), floor, CONFIG)
     tracing.draw_summary(heads, config, tmp_path / SUMMARY)
     tracing.draw_heads(heads, bases_of(table)["b"], config, tmp_path / HEADS)
-    tracing.draw_heatmap(heads, tmp_path / HEATMAP)
+    tracing.draw_heatmap(heads, CONFIG, tmp_path / HEATMAP)
     for name, figure in saved.items():
         check_png(tmp_path / name)
         check_whole(figure)
@@ -426,7 +428,7 @@ def test_the_legend_of_the_joint_figure_hides_no_line(
 def test_the_heatmap_shows_the_mean_role_and_greys_what_has_no_verdict(
     base: float, tmp_path: Path, saved: dict[str, Any]
 ) -> None:
-    tracing.draw_heatmap(heads_of(ALL_BUT_GIVEN, base, floor=0.6), tmp_path / HEATMAP)
+    tracing.draw_heatmap(heads_of(ALL_BUT_GIVEN, base, floor=0.6), CONFIG, tmp_path / HEATMAP)
     axes, bar = saved[HEATMAP].axes
     (mesh,) = axes.collections
     shown = mesh.get_array().reshape(3, 4)
@@ -443,7 +445,7 @@ def test_the_heatmap_shows_the_mean_role_and_greys_what_has_no_verdict(
 def test_components_without_index_are_drawn_as_one_bar_per_layer(
     tmp_path: Path, saved: dict[str, Any]
 ) -> None:
-    tracing.draw_heatmap(heads_of(GRIDS["MLPs"], floor=0.5), tmp_path / HEATMAP)
+    tracing.draw_heatmap(heads_of(GRIDS["MLPs"], floor=0.5), CONFIG, tmp_path / HEATMAP)
     (axes,) = saved[HEATMAP].axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx(
         [-0.965, 0.035, 1.035, 2.035]

@@ -38,7 +38,8 @@ def says(caplog: pytest.LogCaptureFixture) -> Says:
         heads = tracing.heads_table(table, bases, 0.1, config)
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="circuit"):
-            tracing.report_findings(pd.concat([heads] * repeated), bases, 0.1, config)
+            many = pd.concat([heads] * repeated).assign(n_tests=repeated * len(heads))
+            tracing.report_findings(many, bases, 0.1, config)
         return list(caplog.messages)
 
     return call
@@ -229,7 +230,11 @@ Redraw = Callable[..., list[str]]
 def findings_in(log: str) -> list[str]:
     """What is said of the base and of components, between the stages."""
     lines = itertools.dropwhile(lambda line: not line.startswith("mean delta"), log.splitlines())
-    return list(itertools.takewhile(lambda line: not line.startswith(("-----", "redrawn")), lines))
+    return list(
+        itertools.takewhile(
+            lambda line: not line.startswith(("-----", "results in", "redrawn")), lines
+        )
+    )
 
 
 @pytest.fixture()
@@ -488,7 +493,7 @@ def test_what_a_table_does_not_tell_of_its_run_is_warned_of_as_taken(
     source = write_theirs(tmp_path / "theirs.csv")
     flags = ["--op", "patch", "--output_dir", str(tmp_path / "out")]
     assert tracing.main(["--from_csv", str(source), *flags]) == 0
-    taken = "--op patch --positions all --task suppression --patch_into a is taken"
+    taken = "--op patch --positions all --task suppression --patch_into a --method exact is taken"
     assert f"{source} does not tell how it was made: {taken}" in capsys.readouterr().out
 
 

@@ -22,14 +22,15 @@ import naive
 import random_models
 from by_hand import halves, prepared
 from conftest import Answer, finish, read, write_samples
-from llama3_circuit_tracing import Component, Components
+from llama3_circuit_tracing import Component, Components, JointSet
 
 CLOSE = 2e-5
 CONFIG = tracing.Config()
-COLUMNS = "samples measure set draw n_ablated components lent n_samples n_sentences mean_delta "
-COLUMNS += (
-    "ci_low ci_high share_removed share_low share_high moved_a moved_b kl_a kl_b damaged quoted"
+COLUMNS = (
+    "samples measure set draw n_ablated components kept lent n_samples n_sentences mean_delta "
 )
+COLUMNS += "ci_low ci_high share_removed share_low share_high faithfulness faithfulness_low "
+COLUMNS += "faithfulness_high remaining moved_a moved_b kl_a kl_b damaged quoted selection"
 CONFIRM = ["--num_samples", "6", "--confirm", "3", "--num_random", "4"]
 
 
@@ -103,8 +104,9 @@ def test_the_chosen_components_are_those_of_largest_mean_role(
 ) -> None:
     table = by_hand.results({"L0N5": [0.1, 0.2], "L0N7": [-3.0, 0.1], "L1N2": [2.0, 0.1]}, base)
     for k in (1, 2, 3):
-        chosen = tracing.choose_top(table, tracing.Config(confirm=k, **config), "b")
-        assert [component.label for component in chosen] == top[:k]
+        config_of_k = tracing.Config(confirm=("top", k), **config)
+        chosen = tracing.choose_circuit(table, config_of_k, "b")
+        assert [component.label for component in chosen.index] == top[:k]
 
 
 @pytest.mark.parametrize(("base", "top"), [(1.0, "L0N7"), (-1.0, "L0N5")])
@@ -118,8 +120,8 @@ def test_against_a_control_the_contrast_with_it_and_its_own_base_choose(
     lacking = table["sample_id"] == "s002"
     controls = [name for name in table if "other" in name]
     table[controls] = table[controls].mask(lacking)
-    chosen = tracing.choose_top(table, tracing.Config(confirm=1), "other")
-    assert [component.label for component in chosen] == [top]
+    chosen = tracing.choose_circuit(table, tracing.Config(confirm=("top", 1)), "other")
+    assert [component.label for component in chosen.index] == [top]
 
 
 def best_heads(table: pd.DataFrame, effect: str, base: pd.Series) -> list[str]:
@@ -161,11 +163,15 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
     config = tracing.parse_args(["--model_id", "x", *CONFIRM, "--controls"])
     monkeypatch.setattr(tracing, "confirm_sets", lambda *a: [])
     monkeypatch.setattr(tracing, "measure_sets", lambda *a: joint_rows(controlled, "a - other"))
-    monkeypatch.setattr(tracing, "choose_top", lambda t, c, against: quoted.append(against) or [])
+    monkeypatch.setattr(
+        tracing, "write_circuit", lambda exp, found, measure, *a: quoted.append(measure)
+    )
     folder = tracing.RunFolder(controlled.parent / "other")
     folder.path.mkdir(exist_ok=True)
-    tracing.confirm(types.SimpleNamespace(config=config, task=tracing.SUPPRESSION), table, folder)
-    assert quoted == ["b"]
+    monkeypatch.setattr(tracing, "draw_confirm", lambda *a: None)
+    exp = types.SimpleNamespace(config=config, task=tracing.SUPPRESSION, n_edited=lambda *a: 12)
+    tracing.confirm(exp, table, folder)
+    assert quoted == ["a - b"]
     assert not joint_rows(folder.path, "a - other")["quoted"].any()
 
 
@@ -178,10 +184,11 @@ def test_each_measure_tells_of_its_own_samples(
     lacks = [math.nan if i == 2 else 0.0 for i in range(5)]
     found = [[nothing, [a + b for a, b in zip(nothing, lacks, strict=True)]]]
     found += [[edited, [2 * a + b for a, b in zip(edited, lacks, strict=True)]]]
+    found += [found[0]]
     monkeypatch.setattr(tracing, "run_sets", lambda *a: found)
     folder = tracing.RunFolder(tmp_path)
     folder.parts.mkdir()
-    sets = [("none", 0, (), 0), ("chosen", 0, (Component(0, "head", 0),), 0)]
+    sets = [JointSet("none"), JointSet("chosen", (Component(0, "head", 0),)), JointSet("all")]
     units = {of[0].sample.unit for of in exp.prompts[:2]}
     rows = tracing.measure_sets(exp, folder, sets, "held-out", units)
     of_set = rows[rows["set"] == "chosen"].set_index("measure")
@@ -230,9 +237,9 @@ def test_random_sets_are_distinct_sorted_of_the_same_layers_and_none_is_chosen_o
     exp = prepared(llama, "--num_random", "4", "--given", given)
     sets, everyone = tracing.confirm_sets(parsed(chosen), exp), parsed(chosen)
     for n in tracing.joint_sizes(len(everyone)):
-        assert ("chosen", 0, everyone[:n], 0) in sets
-        drawn = [of for name, _, of, _ in sets if name == "random" and len(of) == n]
-        assert not any(lent for *_, lent in sets)
+        assert JointSet("chosen", everyone[:n]) in sets
+        drawn = [of.components for of in sets if of.name == "random" and len(of.components) == n]
+        assert not any(of.lent for of in sets)
         assert 1 <= len(drawn) == len(set(drawn)) <= 4
         for components in drawn:
             assert len(set(components)) == n
@@ -246,20 +253,20 @@ def test_random_sets_are_distinct_sorted_of_the_same_layers_and_none_is_chosen_o
 def test_there_are_no_more_random_sets_than_distinct_ones_and_all_are_found(
     asked: str, found: int, llama: str
 ) -> None:
-    sets = tracing.confirm_sets([Component(1, "head", 2)], prepared(llama, "--num_random", asked))
-    drawn = [components for name, _, components, _ in sets if name == "random"]
+    sets = tracing.confirm_sets((Component(1, "head", 2),), prepared(llama, "--num_random", asked))
+    drawn = [of.components for of in sets if of.name == "random"]
     assert len(set(drawn)) == len(drawn) == found
     assert {c.label for (c,) in drawn} <= {"L1H0", "L1H1", "L1H3"}
-    assert [draw for name, draw, *_ in sets if name == "random"] == list(range(found))
+    assert [of.draw for of in sets if of.name == "random"] == list(range(found))
 
 
 def test_random_sets_are_drawn_by_seed_for_each_size_anew(llama: str) -> None:
-    chosen = [Component(1, "neuron", 0), Component(2, "neuron", 0)]
+    chosen = Component(1, "neuron", 0), Component(2, "neuron", 0)
     flags = ["--kind", "neuron", "--neurons", "0", "--num_random", "3"]
 
     def drawn(seed: str) -> list[Components]:
         sets = tracing.confirm_sets(chosen, prepared(llama, *flags, "--seed", seed))
-        return [components for name, _, components, _ in sets if name == "random"]
+        return [of.components for of in sets if of.name == "random"]
 
     assert drawn("1") == drawn("1") != drawn("2")
     single, double = ({c for of in drawn("1") if len(of) == n for c in of} for n in (1, 2))
@@ -287,7 +294,7 @@ def told_of(
     row = {"samples": "held-out", "measure": "a - b", "set": name, "components": components}
     row |= {"n_ablated": len(components.split()), "kl_a": 0.0, "kl_b": kl_b, "share_removed": share}
     numbers = "mean_delta ci_low ci_high share_low share_high moved_a moved_b"
-    told = {"n_sentences": 8, "lent": 0, "quoted": True, "damaged": math.nan}
+    told = {"n_sentences": 8, "lent": 0, "quoted": True, "damaged": math.nan, "kept": False}
     return row | dict.fromkeys(numbers.split(), 0.0) | told | more
 
 
@@ -308,7 +315,8 @@ def test_a_run_tells_how_many_components_neighbouring_layers_lend(
     """Of two heads chosen in a layer of which the two others are given."""
     flags = ["--layers", "1", "--given", "L1H0,L1H1", "--confirm", "2", "--num_random", "3"]
     rows = joint_rows(finish(llama, tmp_path, "--num_samples", "2", *flags))
-    assert rows["lent"].equals(rows["n_ablated"].where(rows["set"] == "random", 0))
+    n_named = rows["components"].str.split().str.len()
+    assert rows["lent"].equals(n_named.where(rows["set"].str.startswith("random"), 0))
     assert (
         "up to 2 components of a random set are of neighbouring layers"
         in (tmp_path / "run.log").read_text()
@@ -367,14 +375,15 @@ def test_the_joint_table_has_its_columns_and_rows_of_each_measure(
     assert set(rows["samples"]) == {"held-out"}
     sizes = Counter(rows["n_ablated"][rows["set"] == "chosen"])
     assert sizes == {1: 1, 2: 1, 3: 1}
-    assert set(rows["set"]) == {"none", "chosen", "random"}
+    names = Counter(rows["set"])
+    assert names["none"] == names["all"] == names["complement"] == 1
+    assert set(names) == {"none", "chosen", "random", "all", "complement", "random complement"}
     assert (rows[["n_samples", "n_sentences"]] == 3).all(axis=None)
     shares = 1 - rows["mean_delta"] / rows["mean_delta"][0]
     assert rows["share_removed"].tolist() == pytest.approx(shares.tolist())
     assert rows["damaged"].isna().all()  # by four random sets of a size
-    assert (
-        rows.groupby("n_ablated")["components"].nunique().eq(rows.groupby("n_ablated").size()).all()
-    )
+    by_set = rows.groupby(["n_ablated", "kept"])["components"]
+    assert by_set.nunique().eq(by_set.size()).all()
 
 
 def test_without_controls_one_measure_is_told(confirmed: Path) -> None:
@@ -419,7 +428,7 @@ def test_the_joint_effect_on_held_out_sentences_is_what_the_naive_oracle_says(
 ) -> None:
     held_out, table = halves(controlled)[1], joint_rows(controlled)
     random_one = (table["draw"] == 1) & (table["n_ablated"] == 3)
-    asked = (table["set"] != "random") | random_one
+    asked = table["set"].isin(("none", "chosen")) | random_one
     assert random_one.any()
     of_other = joint_rows(controlled, "a - other")
     bases = {s: statistics.fmean(naive_scores(llama, controlled, s, held_out)) for s in "ab"}
@@ -465,7 +474,7 @@ def test_the_divergence_of_the_first_reply_token_is_that_of_plain_forwards(
     flags = ["--rows_per_forward", rows, "--attn_implementation", "eager"]
     exp = prepared(folder, *flags, *(["--given", given] if given else []))
     labels = ["", "L1H2", "L0H0 L2H3 L1mlp"]
-    found = tracing.run_sets(exp, [("", 0, parsed(of), 0) for of in labels], exp.prompts)
+    found = tracing.run_sets(exp, [JointSet("", parsed(of)) for of in labels], exp.prompts)
     assert exp.traced.own_logits == (name == "capped")
     plain = naive.load(folder)
     for of, of_set in zip(labels, found, strict=True):
@@ -510,12 +519,13 @@ def test_joint_intervals_are_those_of_the_units_sums(sign: int) -> None:
     """Four units of five samples; the share's interval is that of what is removed per base."""
     units = ["u", "v", "u", "w", "x"]
     base, edited = [sign * v for v in (2.0, 3.0, 1.0, 4.0, 2.5)], [1.0, -1.5, 0.5, 2.0, 1.0]
-    deltas = torch.tensor([base, edited], dtype=torch.float64).T
-    found = tracing.joint_statistics(deltas, units)
+    deltas = torch.tensor([base, edited, base], dtype=torch.float64).T
+    sets = pd.DataFrame({"set": ["none", "chosen", "all"], "kept": [False, False, True]})
+    found = tracing.joint_statistics(deltas, units, sets)
     counts, sums = [2, 1, 1, 1], [1.5, -1.5, 2.0, 1.0]
     bases = [sign * v for v in (3.0, 3.0, 4.0, 2.5)]
     assert found["n_sentences"] == 4
-    assert found["mean_delta"] == pytest.approx([sum(bases) / 5, sum(sums) / 5])
+    assert found["mean_delta"] == pytest.approx([sum(v) / 5 for v in (bases, sums, bases)])
     ends = [float(found[name][1]) for name in ("ci_low", "ci_high")]
     assert ends == pytest.approx(interval(sums, counts))
     removed = [of_base - of for of_base, of in zip(bases, sums, strict=True)]
@@ -601,11 +611,12 @@ def test_a_set_of_ones_own_is_measured_on_all_samples_as_the_naive_oracle_does(
     folder = finish(llama, tmp_path, "--samples", samples, "--ablate", labels, "--layers", "1")
     rows = joint_rows(folder)
     assert sorted(rows) == sorted(COLUMNS.split())
-    assert rows["set"].tolist() == ["none", "ablate"]
-    assert rows["samples"].tolist() == ["all", "all"]
-    assert rows["components"].tolist() == ["", labels.replace(",", " ")]
+    assert rows["set"].tolist() == ["none", "ablate", "complement", "all"]
+    assert (rows["samples"] == "all").all()
+    named = labels.replace(",", " ")
+    assert rows["components"].tolist() == ["", named, named, ""]
     assert (rows[["n_samples", "n_sentences"]] == [4, 3]).all(axis=None)
-    for row in rows.itertuples():
+    for row in rows[~rows["kept"]].itertuples():
         everyone = list(by_hand.texts(folder))
         expected = naive_delta(llama, folder, everyone, row.components.split())
         assert row.mean_delta == pytest.approx(expected, abs=CLOSE)
@@ -638,7 +649,7 @@ def test_beside_another_kind_a_component_has_the_effect_that_its_own_sweep_finds
     table = read(run(own, "--layers", label[1]))
     rows = joint_rows(run(others, "--layers", "0,2", "--ablate", label))
     means = table[["delta_logit_base", "delta_logit_head"]].mean().tolist()
-    assert rows["mean_delta"].tolist() == pytest.approx(means, abs=CLOSE)
+    assert rows["mean_delta"][:2].tolist() == pytest.approx(means, abs=CLOSE)
     assert means[0] != pytest.approx(means[1], abs=1e-4)
 
 
@@ -661,9 +672,9 @@ def test_joint_sets_and_replies_that_are_there_are_not_made_again(
     assert finish_without("load_model") == before
     more = finish_without("sweep", "--ablate", "L0H0,L1mlp")
     assert more.startswith(before)
-    assert joint_rows(tmp_path)["set"].tolist()[-2:] == ["none", "ablate"]
+    assert joint_rows(tmp_path)["set"].tolist()[-4:] == ["none", "ablate", "complement", "all"]
     assert finish_without("load_model", "--ablate", "L0H0,L1mlp") == more
     fewer = finish_without("sweep", "--num_random", "2")  # an option that comes again wins
-    assert len(fewer.splitlines()) == 1 + 1 + 3 + 3 * 2
+    assert len(fewer.splitlines()) == 1 + 2 + 3 + 1 + 4 * 2
     assert finish_without("load_model") == before
     assert (tmp_path / "generations.jsonl").read_bytes() == replies

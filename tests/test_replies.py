@@ -118,7 +118,7 @@ def test_replies_are_edited_by_any_op_that_applies_at_every_token(
     block = naive.layers_of(plain[0])[component.layer]
     with naive.hooked(block.get_submodule(component.site[1]), edit):
         expected = [naive_reply(plain, user, 4) for user in users]
-    assert tracing.greedy_replies(exp, [component], prompts) == expected
+    assert tracing.greedy_replies(exp, exp.edits([component]), prompts) == expected
     assert expected[0] != naive_reply(plain, users[0], 4)
 
 
@@ -173,7 +173,7 @@ def test_a_model_without_any_end_speaks_to_the_last_token(llama: str, tmp_path: 
 def test_replies_leave_no_hook_behind(llama: str) -> None:
     exp = prepared(llama, "--max_new_tokens", "2", "--given", "L2mlp")
     before = tracing.count_hooks(exp.traced)
-    tracing.greedy_replies(exp, exp.components[:3], exp.prompts[0])
+    tracing.greedy_replies(exp, exp.edits(exp.components[:3]), exp.prompts[0])
     assert tracing.count_hooks(exp.traced) == before
 
 
@@ -292,13 +292,14 @@ def test_the_share_of_replies_that_are_alike_or_repeat_themselves_by_hand(
 
 def test_everything_together_runs_on_the_bundled_model(tiny_llama: str, tmp_path: Path) -> None:
     flags = "--num_samples 4 --controls --confirm 4 --num_random 3 --max_new_tokens 4 --heatmap"
+    flags += " --screen 8 --multipliers 0,1"
     finish(tiny_llama, tmp_path, *flags.split())
     assert {path.name for path in tmp_path.iterdir()} - {".parts"} == set(tracing.OUTPUTS)
     controls = read(tmp_path).filter(regex="other|affirm")
     assert controls.shape[1] == 6
     assert not controls.isna().any(axis=None)
     n_measures = 2
-    assert len(read(tmp_path, "circuit_confirm.csv")) == n_measures * (1 + 3 + 3 * 3)
+    assert len(read(tmp_path, "circuit_confirm.csv")) == n_measures * (2 + 3 + 1 + 4 * 3)
     assert all(record["answers"] in (True, False) for record in generations(tmp_path))
     assert record_of(tmp_path)["noise_floor"] < 2e-5
 

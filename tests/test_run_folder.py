@@ -25,7 +25,18 @@ import llama3_circuit_tracing as tracing
 from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses
 from test_sweep import EQUAL, TWO, largest_difference, naive_results, parts_of
 
-EXTRAS = ["--confirm", "2", "--num_random", "3", "--max_new_tokens", "2", "--heatmap"]
+EXTRAS = [
+    "--confirm",
+    "2",
+    "--num_random",
+    "3",
+    "--max_new_tokens",
+    "2",
+    "--heatmap",
+    "--screen",
+    "4",
+]
+EXTRAS += ["--multipliers", "0"]
 RESULTS = "circuit_results.csv"
 
 

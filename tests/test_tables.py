@@ -27,8 +27,8 @@ NUMBERS = ["delta_logit_base", "delta_logit_head", "head_effect", *SCORES]
 FIRST = ["sample_id", "n_constraints", "layer", "head", *NUMBERS]
 CONTROLS = ["score_other_base", "score_other_head", "score_affirm_base", "score_affirm_head"]
 CONTROLS += ["effect_minus_other", "effect_minus_affirm"]
-RUN = ["kind", "op", "positions", "task", "patch_into", "factor"]  # the same in all rows
-LAST = ["unit", "group", "prompts", "index", *RUN]
+RUN = ["kind", "op", "positions", "task", "patch_into", "method", "factor"]  # the same in all rows
+LAST = ["unit", "group", "prompts", "index", *RUN, "estimate", "n_screened"]
 INTERVAL = ["mean", "ci_low", "ci_high", "p", "q"]
 STATISTICS = ["n_samples", "n_sentences", "mean", "median", "sd", "skewness", *INTERVAL[1:]]
 PLAIN, CONTROLLED = "--num_samples 6", "--num_samples 6 --controls"
@@ -128,12 +128,15 @@ def test_the_columns_of_the_component_come_after_all_scores_and_head_is_for_head
 
 
 OF_RUN = {  # by what is edited, what the columns of the run tell
-    "zero": ({}, ["head", "zero", "all", "suppression", "", ""]),
-    "scale": ({"op": "scale", "factor": 0.5}, ["head", "scale", "all", "suppression", "", "0.5"]),
-    "patch": ({"op": "patch"}, ["head", "patch", "all", "suppression", "a", ""]),
+    "zero": ({}, ["head", "zero", "all", "suppression", "", "exact", ""]),
+    "scale": (
+        {"op": "scale", "factor": 0.5},
+        ["head", "scale", "all", "suppression", "", "exact", "0.5"],
+    ),
+    "patch": ({"op": "patch"}, ["head", "patch", "all", "suppression", "a", "exact", ""]),
     "patch into b": (
         {"op": "patch", "patch_into": "b", "positions": "last", "task": "refusal"},
-        ["head", "patch", "last", "refusal", "b", ""],
+        ["head", "patch", "last", "refusal", "b", "exact", ""],
     ),
 }
 
@@ -144,8 +147,8 @@ def test_the_last_columns_tell_what_was_done_and_leave_empty_what_does_not_apply
 ) -> None:
     options, told = OF_RUN[case]
     names, row = written(tmp_path / "t.csv", 3, **options)
-    assert names[-len(RUN) :] == RUN
-    assert row[-len(RUN) :] == told
+    assert names[-len(LAST) :] == LAST
+    assert row[-len(RUN) - 2 :] == [*told, "", ""]
 
 
 def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
