@@ -1325,8 +1325,9 @@ class Tree:
     @property
     def sample_of(self) -> Tensor:
         """[tok], the index into `samples` of a node's sample, where samples share no node."""
-        roots = [self.paths[min(places.values())][0] for _, places in self.samples]
-        return self.visible[:, roots].int().argmax(1)
+        places = [(n, i) for n, (_, of) in enumerate(self.samples) for i in of.values()]
+        roots = {self.paths[i][0]: n for n, i in places}
+        return torch.tensor([*roots.values()])[self.visible[:, [*roots]].int().argmax(1)]
 
     @property
     def n_tokens(self) -> int:
@@ -3627,8 +3628,10 @@ def quoted_estimates(exp: Experiment) -> tuple[str, Tensor]:
     contrast with other words where most sentences have one."""
     assert exp.estimates is not None
     a, b, other, _ = exp.estimates.unbind(-1)
-    units = {of[0].sample.unit: "other" in {p.side for p in of} for of in exp.prompts}
-    against = "other" if 2 * sum(units.values()) > len(units) else "b"
+    real = [of_sample for of_sample in exp.prompts if of_sample[0].sample.counts]
+    sentences = {of_sample[0].sample.unit for of_sample in real}
+    there = {of[0].sample.unit for of in real if "other" in {prompt.side for prompt in of}}
+    against = "other" if 2 * len(there) > len(sentences) else "b"
     effects = a - (other if against == "other" else b)
     counts = torch.tensor([of_sample[0].sample.counts for of_sample in exp.prompts])
     return against, effects.masked_fill(~counts[:, None], math.nan)

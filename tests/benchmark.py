@@ -6,6 +6,7 @@
   python tests/benchmark.py growth                 (double layers, heads, samples; time against work)
   python tests/benchmark.py scale                  (5,000 samples: planning, table, statistics)
   python tests/benchmark.py job                    (the README's job: seconds by stage)
+  python tests/benchmark.py screen --pairs 8       (estimates against the exact sweep of mid)
 
 The naive loop runs as the protocol reads (one pre-hook, two full forwards per head and sample,
 `model(ids).logits`) on a stated subset of heads spread over the layers, and is scaled to all of
@@ -193,6 +194,7 @@ def our_sweep(experiment: Any) -> dict[tuple[str, int, int], float]:
         folder.parts.mkdir()
         jobs = tracing.plan_jobs(experiment, tracing.read_sweep(experiment, folder))
         records = [r for tree in experiment.trees for r in tracing.sample_records(experiment, tree)]
+        records = [{"unit": r["sample_id"], "group": "", **r} for r in records]
         tracing.sweep(experiment, jobs, folder)
         rows = tracing.read_sweep(experiment, folder)
         table = tracing.results_table(rows, records, experiment.config)
@@ -321,6 +323,40 @@ def growth(options: argparse.Namespace) -> None:
         )
 
 
+# ----- estimates
+
+
+def screen(options: argparse.Namespace) -> None:
+    """Per method the CPU seconds against those of the exact sweep, how many of the exact top 20
+    are in the estimated top 20 and 60, and what a gradient costs in plain forwards of its tokens."""
+    shape = PRESETS["mid"]
+    model = random_model(shape, options.seed).requires_grad_(False)
+    prompts = random_prompts(options.pairs, (options.shared, options.sentence), shape["vocab_size"])
+    experiment = build_experiment(model, prompts, options.rows_per_forward)
+    with timed() as exact:
+        found = our_sweep(experiment)
+    heads = [(c.layer, c.index) for c in experiment.components]
+    ids = [of_sample[0].sample.sample_id for of_sample in prompts]
+    effects = torch.tensor([[found[i, *head] for head in heads] for i in ids]).mean(0)
+    best = {*effects.abs().argsort(descending=True)[:20].tolist()}
+    trees = tracing.plant_trees(prompts, None, experiment.config, apart=True)
+    with timed() as plain:
+        for tree in trees:
+            tracing.run_clean(experiment.traced, tree, (), (), ())
+    print(f"exact sweep of {len(heads)} heads, {len(ids)} pairs: {exact.cpu:.1f} s CPU")
+    for method in ("atp", "relp", "ig"):
+        experiment.config = dataclasses.replace(experiment.config, method=method)
+        with timed() as clock:
+            moves = torch.cat([tracing.estimate_tree(experiment, tree) for tree in trees])
+        estimates = (moves[..., 0] - moves[..., 1]).mean(0)
+        order = estimates.abs().argsort(descending=True).tolist()
+        recall = [len(best.intersection(order[:n])) for n in (20, 60)]
+        r = float(torch.corrcoef(torch.stack([estimates, effects]))[0, 1])
+        print(
+            f"{method}: {clock.cpu:.2f} s CPU, 1/{exact.cpu / clock.cpu:.1f} of the sweep, {clock.cpu / plain.cpu / 2:.1f} forwards a side; {recall[0]} of the exact top 20 in its top 20, {recall[1]} in its top 60, r {r:.3f}"
+        )
+
+
 # ----- thousands of samples
 
 
@@ -439,7 +475,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("preset", choices=[*PRESETS, "growth", "scale", "job"])
+    parser.add_argument("preset", choices=[*PRESETS, "growth", "scale", "job", "screen"])
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--shared", type=int, default=25, help="tokens that all prompts share")
     parser.add_argument("--sentence", type=int, default=20, help="tokens of a sentence")
@@ -455,6 +491,8 @@ def main() -> None:
         scale(options)
     elif options.preset == "job":
         job()
+    elif options.preset == "screen":
+        screen(options)
     else:
         compare(PRESETS[options.preset], options)
 
