@@ -337,7 +337,7 @@ def screen(options: argparse.Namespace) -> None:
         found = our_sweep(experiment)
     heads = [(c.layer, c.index) for c in experiment.components]
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
-    effects = torch.tensor([[found[i, *head] for head in heads] for i in ids]).mean(0)
+    effects = torch.tensor([[found[(i, *head)] for head in heads] for i in ids]).mean(0)
     best = {*effects.abs().argsort(descending=True)[:20].tolist()}
     trees = tracing.plant_trees(prompts, None, experiment.config, apart=True)
     with timed() as plain:
