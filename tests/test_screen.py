@@ -1,0 +1,325 @@
+"""Screens: which components are measured, what the tables hold and what is said to be missed."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import llama3_circuit_tracing as tracing
+from by_hand import halves, prepared, q_values
+from conftest import Answer, finish, read, record_of, refuses
+from llama3_circuit_tracing import Component
+
+RESULTS, HEADS, SCREEN = (f"circuit_{name}.csv" for name in ("results", "heads", "screen"))
+EIGHT = ["--num_samples", "8", "--rows_per_forward", "1", "--tree_tokens", "1"]
+KEY = ["sample_id", "layer", "index"]
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def few() -> Any:
+    """Three others are measured, so that some of the twelve heads are not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "SCREEN_RANDOM", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def screened(few: None, llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("screened"), *EIGHT, "--screen", "2")
+
+
+@pytest.fixture(scope="module")
+def exact(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("exact"), *EIGHT)
+
+
+@pytest.fixture(scope="module")
+def estimated(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("estimated"), *EIGHT, "--method", "atp")
+
+
+# ----- the tables
+
+
+def test_effects_of_the_measured_are_those_of_an_exact_sweep(
+    screened: Path, exact: Path, estimated: Path
+) -> None:
+    table, whole, estimates = (read(f).set_index(KEY) for f in (screened, exact, estimated))
+    assert len(table) == 5 * 8 and set(table["method"]) == {"exact"}
+    assert set(table["n_screened"]) == {12}
+    of_sweep = whole.loc[table.index]
+    columns = [c for c in table if c not in ("estimate", "n_screened")]
+    pd.testing.assert_frame_equal(table[columns], of_sweep[columns], check_exact=True)
+    expected = estimates["head_effect"].loc[table.index]
+    assert (table["estimate"] - expected).abs().max() < 1e-9
+    assert record_of(screened)["noise_floor"] == record_of(exact)["noise_floor"]
+
+
+def test_q_is_corrected_for_all_that_were_estimated(screened: Path, exact: Path) -> None:
+    heads, whole = read(screened, HEADS), read(exact, HEADS).set_index("label")
+    assert heads["n_tests"].tolist() == [12] * 5 and set(whole["n_tests"]) == {12}
+    assert heads["p"].tolist() == whole["p"][heads["label"]].tolist()
+    assert heads["q"].tolist() == pytest.approx(q_values([*heads["p"], *[1.0] * 7])[:5])
+    assert heads["q"].tolist() != pytest.approx(q_values([*heads["p"]]))
+
+
+def test_the_screen_has_every_estimate_in_order(screened: Path, estimated: Path) -> None:
+    screen, heads = read(screened, SCREEN), read(screened, HEADS).set_index("label")
+    columns = "label layer kind index head measure n_samples estimate_mean estimate_sd rank"
+    assert {*columns.split(), "measured", "mean", "verdict"} == {*screen.columns}
+    by_label = read(estimated, HEADS).set_index("label")
+    of_label = by_label.loc[screen["label"]]
+    assert screen["estimate_mean"].tolist() == pytest.approx(of_label["mean"].tolist())
+    assert screen["estimate_sd"].tolist() == pytest.approx(of_label["sd"].tolist())
+    order = by_label["mean"].abs().sort_values(ascending=False).index
+    assert screen["label"].tolist() == order.tolist()
+    assert screen["rank"].tolist() == list(range(1, 13))
+    assert (set(screen["measure"]), set(screen["n_samples"])) == ({"a - b"}, {8})
+    assert screen["measured"].tolist()[:2] == ["top", "top"]
+    assert screen["measured"].tolist()[2:].count("random") == 3
+    there = screen[screen["measured"] != "no"].set_index("label")
+    assert there[["mean", "verdict"]].equals(heads.loc[there.index, ["mean", "verdict"]])
+    assert screen[screen["measured"] == "no"][["mean", "verdict"]].isna().all(axis=None)
+
+
+def test_the_record_says_what_the_table_gives(screened: Path) -> None:
+    screen, told = read(screened, SCREEN), record_of(screened)["screen"]
+    there = screen[screen["measured"] != "no"]
+    assert told["all"] == pytest.approx(tracing.agreement(there))
+    random_ones = there[there["measured"] == "random"]
+    assert told["random"] == pytest.approx(tracing.agreement(random_ones))
+    assert told["random"]["n"] == 3
+
+
+def test_a_redrawn_screen_has_the_same_findings(screened: Path, tmp_path: Path) -> None:
+    argv = ["--from_csv", str(screened / RESULTS), "--output_dir", str(tmp_path)]
+    assert tracing.main(argv) == 0
+    assert (tmp_path / HEADS).read_bytes() == (screened / HEADS).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("n_screened", 13, "another than above"),
+        ("method", "ig", "another than above"),
+        ("method", "guess", "'guess'"),
+    ],
+)
+def test_a_table_of_two_screens_or_methods_is_refused(
+    column: str, value: Any, says: str, screened: Path, tmp_path: Path, answer: Answer
+) -> None:
+    table = read(screened)
+    table.loc[7, column] = value
+    table.to_csv(tmp_path / RESULTS, index=False)
+    argv = ["--from_csv", str(tmp_path / RESULTS), "--output_dir", str(tmp_path / "out")]
+    refuses(answer, *argv, says=["line 9", repr(column), says])
+
+
+def test_a_second_run_loads_no_weights_and_another_screen_needs_no_new_estimates(
+    few: None, screened: Path, llama: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    before = [(screened / name).read_bytes() for name in (RESULTS, HEADS, SCREEN)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+        finish(llama, screened, *EIGHT, "--screen", "2")
+    assert [(screened / name).read_bytes() for name in (RESULTS, HEADS, SCREEN)] == before
+    flags = ["--num_samples", "2", "--screen"]
+    finish(llama, tmp_path, *flags, "4")
+    monkeypatch.setattr(tracing, "estimate_tree", lambda *_: pytest.fail("estimated again"))
+    finish(llama, tmp_path, *flags, "1")
+    assert read(tmp_path, HEADS).shape[0] == 4, "none of the other screen"
+    finish(llama, tmp_path, *flags[:2])
+    assert not (tmp_path / SCREEN).exists() and "screen" not in record_of(tmp_path)
+    assert len(read(tmp_path, HEADS)) == 12
+
+
+def test_all_are_measured_where_there_are_no_more(llama: str, tmp_path: Path) -> None:
+    flags = ["--num_samples", "2", "--layers", "1", "--screen", "9", "--method", "relp"]
+    screen = read(finish(llama, tmp_path, *flags), SCREEN)
+    assert screen["measured"].tolist() == ["top"] * 4
+    told = record_of(tmp_path)["screen"]
+    assert (told["missed"], told["missed_upper_95"]) == (0, 0.0)
+    assert told["random"]["n"] == 0 and told["all"]["n"] == 4
+    assert set(read(tmp_path)["method"]) == {"exact"}
+    assert (tmp_path / "circuit_screen.png").stat().st_size > 5000
+
+
+# ----- the choice
+
+
+def with_estimates(model: str, flags: str, more: float = 0.0) -> tracing.Experiment:
+    """What some flags ask for, with random estimates of every sample and side."""
+    exp = prepared(model, *flags.split())
+    torch.manual_seed(0)
+    exp.estimates = torch.randn(len(exp.prompts), len(exp.components), 4).double() + more
+    return exp
+
+
+def chosen(exp: tracing.Experiment, name: str) -> list[Component]:
+    return [c for c, how in tracing.choose_screened(exp).items() if how == name]
+
+
+def largest(exp: tracing.Experiment, less: int, which: list[bool], k: int) -> list[Component]:
+    """By |mean| of prompt a's estimates less those of a side, over some samples."""
+    assert exp.estimates is not None
+    means = {
+        c: sum(float(of[i, 0] - of[i, less]) for of in itertools.compress(exp.estimates, which))
+        for i, c in enumerate(exp.components)
+    }
+    return sorted(means, key=lambda c: -abs(means[c]))[:k]
+
+
+def test_the_best_are_those_of_largest_mean_estimate_of_either_sign(llama: str) -> None:
+    exp = with_estimates(llama, "--num_samples 5 --screen 4")
+    assert chosen(exp, "top") == largest(exp, 1, [True] * 5, 4)
+    exp.estimates = -exp.estimates
+    assert chosen(exp, "top") == largest(exp, 1, [True] * 5, 4)
+    assert len(exp.measured) == 0
+    exp.screened = tracing.choose_screened(exp)
+    assert exp.measured == sorted(exp.screened)
+
+
+def test_the_contrast_with_other_words_chooses_where_most_have_one(llama: str) -> None:
+    exp = with_estimates(llama, "--num_samples 5 --screen 4 --controls")
+    assert {p.side for p in exp.prompts[0]} == {*tracing.SIDES}
+    assert chosen(exp, "top") == largest(exp, 2, [True] * 5, 4) != largest(exp, 1, [True] * 5, 4)
+    for i in (0, 1):
+        exp.prompts[i] = exp.prompts[i][:2]
+        exp.estimates[i, :, 2:] = math.nan
+    have = [False, False, True, True, True]
+    assert chosen(exp, "top") == largest(exp, 2, have, 4)
+    exp.prompts[2] = exp.prompts[2][:2]
+    assert chosen(exp, "top") == largest(exp, 1, [True] * 5, 4)
+
+
+def test_negative_controls_have_no_say(tiny_llama: str) -> None:
+    exp = with_estimates(tiny_llama, "--task odd_one_out --num_samples 16 --screen 5")
+    real = [of[0].sample.group != tracing.NO_ODD_ONE for of in exp.prompts]
+    assert 0 < sum(real) < 16
+    assert chosen(exp, "top") == largest(exp, 1, real, 5) != largest(exp, 1, [True] * 16, 5)
+
+
+def test_with_confirm_the_choosing_half_alone_ranks(llama: str, tmp_path: Path, few: None) -> None:
+    flags = "--num_samples 6 --screen 4 --confirm 2"
+    folder = finish(llama, tmp_path, *flags.split())
+    choosing, held_out = halves(folder)
+    exp = with_estimates(llama, flags)
+    ids = [of[0].sample.sample_id for of in exp.prompts]
+    assert {*choosing, *held_out} == {*ids}
+    assert chosen(exp, "top") == largest(exp, 1, [i in choosing for i in ids], 4)
+    assert chosen(exp, "top") != largest(exp, 1, [True] * 6, 4)
+    real = read(folder).merge(read(folder, SCREEN)[["label", "layer", "index", "measured"]])
+    means = real[real["sample_id"].isin(choosing)].groupby("label")["estimate"].mean().abs()
+    top = set(real["label"][real["measured"] == "top"])
+    assert means[list(top)].min() > means.drop(list(top)).max()
+
+
+def test_random_others_are_of_the_rest_and_drawn_by_the_seed(llama: str, few: None) -> None:
+    exp = with_estimates(llama, "--num_samples 3 --screen 6")
+    drawn = set()
+    for seed in range(20):
+        exp.config = replace(exp.config, seed=seed)
+        top, others = chosen(exp, "top"), chosen(exp, "random")
+        assert len(top) == 6 and len({*others}) == 3 and not {*top} & {*others}
+        assert chosen(exp, "random") == others
+        drawn |= {*others}
+    assert drawn == {*exp.components} - {*top}
+
+
+# ----- what it is worth
+
+
+@pytest.mark.parametrize("n", [1, 5, 32])
+def test_the_bound_is_the_share_that_seldom_shows_so_few(n: int) -> None:
+    assert tracing.share_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), abs=1e-9)
+    assert tracing.share_bound(n, n) == pytest.approx(1.0)
+    for seen in range(n):
+        p = tracing.share_bound(seen, n)
+        at_most = torch.distributions.Binomial(n, torch.tensor(p).double())
+        found = at_most.log_prob(torch.arange(seen + 1).double()).exp().sum()
+        assert float(found) == pytest.approx(0.05, abs=1e-6)
+
+
+def pairs(estimate: list[float], exact: list[float]) -> pd.DataFrame:
+    return pd.DataFrame({"estimate_mean": estimate, "mean": exact}, dtype=float)
+
+
+def test_agreement_by_hand() -> None:
+    found = tracing.agreement(pairs([1, 2, 3], [2, 4, 6]))
+    assert found == pytest.approx({"n": 3, "r": 1, "rank": 1, "slope": 2})
+    found = tracing.agreement(pairs([1, 2, 3], [3, 2, 1]))
+    assert found == pytest.approx({"n": 3, "r": -1, "rank": -1, "slope": -1})
+    found = tracing.agreement(pairs([0, 1, 2, 3], [0, 1, 0, 1]))
+    assert found["r"] == pytest.approx(2 / math.sqrt(5 * 4))
+    assert found["slope"] == pytest.approx(0.2)
+    assert found["rank"] == pytest.approx(2 / math.sqrt(20))
+    for one in (pairs([], []), pairs([1], [2])):
+        assert {math.isnan(tracing.agreement(one)[name]) for name in ("r", "rank", "slope")} == {
+            True
+        }
+
+
+def screen_of(top: str, drawn: str, n_left_out: int = 2, factor: float = 1.0) -> pd.DataFrame:
+    """A screen by the measured means of its parts; `!` marks a verdict."""
+    rows = []
+    for name, values in (("top", top), ("random", drawn), ("no", "0 " * n_left_out)):
+        for text in values.split():
+            value = float(text.strip("!"))
+            verdict = "contributes" if "!" in text else "unclear"
+            rows.append((f"L0H{len(rows)}", factor * value, value, name, verdict))
+    table = pd.DataFrame(rows, columns=["label", "estimate_mean", "mean", "measured", "verdict"])
+    return table.assign(measure="a - b")
+
+
+CASES: dict[str, tuple[pd.DataFrame, int, float, bool]] = {  # missed, bound, poor
+    "none": (screen_of("3! -2! 0.1", "0.5 -1"), 0, tracing.share_bound(0, 2), False),
+    "of either sign": (screen_of("3! -2!", "2.5 -2.1 2"), 2, tracing.share_bound(2, 3), True),
+    "no verdict": (screen_of("3 -2 1", "1.9 -2.1"), 1, tracing.share_bound(1, 2), True),
+    "all measured": (screen_of("3! -2!", "2.5 -1 0 0", 0), 1, 0.25, True),
+    "no others": (screen_of("3! -2!", "", 0), 0, 0.0, False),
+    "uncorrelated": (screen_of("3! -2!", "1 0.5", factor=-1), 0, tracing.share_bound(0, 2), True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_random_others_exceed_is_missed_and_warned_of(
+    case: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    table, missed, bound, poor = CASES[case]
+    found = tracing.report_screen(table, tracing.Config(screen=2))
+    assert (found["missed"], found["missed_upper_95"]) == (missed, pytest.approx(bound))
+    assert found["all"]["n"] == (table["measured"] != "no").sum()
+    warned = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert warned == ["atp is a poor screen here: raise --screen or use another --method"] * poor
+    said = f"missed: {missed} of {(table['measured'] == 'random').sum()} random others exceed"
+    assert said in caplog.text
+
+
+def test_the_figure_has_a_point_for_each_measured_component(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    saved: list[Any] = []
+    save: Callable[..., None] = tracing.save_figure
+    monkeypatch.setattr(tracing, "save_figure", lambda f, path: (saved.append(f), save(f, path)))
+    table, path = screen_of("3! -2! 1", "0.5 -1"), tmp_path / "screen.png"
+    tracing.draw_screen(table, tracing.Config(screen=3, method="relp"), path)
+    (axes,) = saved[0].axes
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [line.get_xydata().tolist() for line in dots] == [
+        table[table["measured"] == name][["estimate_mean", "mean"]].to_numpy().tolist()
+        for name in ("top", "random")
+    ]
+    assert axes.get_xlabel().startswith("relp estimate") and "5" not in axes.get_title()[:1]
+    assert path.stat().st_size > 5000
