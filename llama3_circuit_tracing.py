@@ -401,6 +401,11 @@ class Config:
         """How the effects in the results table are found: those of a screen are measured."""
         return "exact" if self.screen else self.method
 
+    @property
+    def by(self) -> str:
+        """What a title adds where its effects are estimates."""
+        return "" if self.row_method == "exact" else f" by {self.row_method} estimates"
+
     def recorded(self) -> dict[str, Any]:
         """What run.json keeps: the values as the command line takes them."""
         return {f.name: as_text(getattr(self, f.name)) for f in fields(self)}
@@ -3383,8 +3388,7 @@ def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     top = heads.sort_values("mean", key=lambda mean: mean.abs(), ascending=False).head(config.top_k)
     kind = str(top["kind"].iloc[0])
     axis = kind if KINDS[kind].slices else "layer"
-    by = "" if config.row_method == "exact" else f"{config.row_method} estimates of "
-    title = f"Top {len(top)} {by}{kind} effects on delta_logit"
+    title = f"Top {len(top)} {kind} effects on delta_logit{config.by}"
     means = top.set_index("label")["mean"]
     draw_bars(means, path, xlabel=axis, ylabel="mean_head_effect", title=title)
 
@@ -3425,8 +3429,7 @@ def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) ->
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     model, n = Path(config.model_id).name, numbered(int(base["n_sentences"]), "sentence")
-    by = "means" if config.row_method == "exact" else f"means of {config.row_method} estimates"
-    told = f"{config.task}, {model}, {op_of(config)}\n{by}, 95 % intervals over {n}"
+    told = f"{config.task}, {model}, {op_of(config)}\nmeans{config.by}, 95 % intervals over {n}"
     figure.suptitle(told, fontsize=9, parse_math=False)
     save_figure(figure, path)
 
@@ -3472,9 +3475,8 @@ def draw_heatmap(heads: pd.DataFrame, config: Config, path: Path) -> None:
     """Mean role by layer and index, centred at zero; grey where it has no verdict."""
     cells = heads.pivot(index="layer", columns="index", values=["role", "verdict"])
     grid, loud = cells["role"].astype(float), cells["verdict"] != "unclear"
-    by = "" if config.row_method == "exact" else f" by {config.row_method} estimates"
     kind = str(heads["kind"].iloc[0])
-    title = f"Mean role{by}\n(grey: q >= 0.05 or below the floor)"
+    title = f"Mean role{config.by}\n(grey: q >= 0.05 or below the floor)"
     label = "role in nats: > 0 carries the task"
     if grid.shape[1] == 1:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
@@ -3513,8 +3515,7 @@ def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
     shows."""
     stands = {"contributes": "contributes to", "works against": "works against"}
     clear = f"{stands[head.verdict]} {whats['b']}" if head.verdict in stands else "unclear"
-    by = "" if config.row_method == "exact" else f"by {config.row_method}, "
-    told = [f"{by}{OPS[config.op].doing} {head.label}: {clear}"]
+    told = [f"{OPS[config.op].doing} {head.label}{config.by}: {clear}"]
     interval = f"[{head.ci_low:+.3f}, {head.ci_high:+.3f}]"
     told.append(f"effect {head.mean:+.3f} {interval}, q {head.q:.2g}")
     if not math.isnan(getattr(head, "moved_a", math.nan)):
@@ -3541,8 +3542,8 @@ def report_findings(
     contrast = has_contrast(bases) and "minus_other_role" in heads and bases["other"]["is_clear"]
     quoted, role = ("other", "minus_other_role") if contrast else ("b", "role")
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
-    if config.row_method != "exact":
-        log.warning(f"all effects here are estimates by {config.row_method}, none is measured")
+    if config.by:
+        log.warning(f"all effects here are{config.by}, none is measured")
     for side, found in bases.items():
         log.info("%s%s", describe_base(side, found), noise if side == "b" else "")
         if found["n_sentences"] > 1 and not found["is_clear"]:
