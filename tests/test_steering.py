@@ -1,0 +1,259 @@
+"""Circuits scaled by factors: what the model then says, and the table of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import by_hand
+import llama3_circuit_tracing as tracing
+import naive
+from by_hand import halves, prepared
+from conftest import Answer, finish, generations, read
+
+COLUMNS = "factor set components side mean_delta kl n shown shown_low shown_high answers repeating"
+REPLYING = "--num_samples 4 --num_random 2 --max_new_tokens 4"
+CONFIRMED = f"{REPLYING} --confirm 2 --multipliers 0,1,-6".split()
+NAMED = f"{REPLYING} --layers 0 --multipliers 1,-9 --ablate L1N5,L2H3,L1N40".split()
+PATCHED = f"{REPLYING} --layers 2 --op patch --positions last".split()
+PATCHED += ["--ablate", "L1H2,L2H0", "--multipliers", "-6"]
+RUNS = {"confirmed": CONFIRMED, "named": NAMED, "patched": PATCHED}
+
+
+@pytest.fixture(scope="module")
+def runs(llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: finish(llama, tmp_path_factory.mktemp(name), *RUNS[name]) for name in RUNS}
+
+
+@pytest.fixture(scope="module")
+def plain(llama: str) -> Any:
+    return naive.load(llama)
+
+
+def steered(folder: Path) -> pd.DataFrame:
+    return read(folder, "circuit_steer.csv")
+
+
+def sentences(folder: Path) -> list[str]:
+    """The samples that are steered: held-out ones where the run chose its circuit."""
+    return halves(folder)[1] if (folder / "circuit.json").exists() else [*by_hand.texts(folder)]
+
+
+@torch.no_grad()
+def scaled_reply(
+    plain: Any, user: str, labels: Iterable[str], factor: float, n_tokens: int = 4
+) -> str:
+    """A greedy loop of full forwards with some components' columns multiplied throughout."""
+    model, tokenizer = plain
+    ids = naive.prompt_ids(tokenizer, user)
+    n, ends = len(ids), {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
+    with ExitStack() as stack:
+        for one in map(tracing.Component.parse, labels):
+            module = naive.module_of(model, one.layer, one.kind)
+            scale = torch.ones(module.in_features)
+            scale[naive.span_of(model, one.layer, one.kind, one.index)] = factor
+            stack.enter_context(naive.hooked(module, lambda x, scale=scale: x * scale))
+        while len(ids) < n + n_tokens:
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            if token in ends:
+                break
+            ids.append(token)
+    return str(tokenizer.decode(ids[n:], skip_special_tokens=True)).strip()
+
+
+# ----- replies
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_steered_replies_are_those_of_a_plain_loop_with_multiplied_columns(
+    name: str, runs: dict[str, Path], plain: Any
+) -> None:
+    folder, texts = runs[name], by_hand.texts(runs[name])
+    records = [r for r in generations(folder) if r["multiplier"] is not None]
+    of_set = steered(folder)[["components", "factor"]].drop_duplicates()
+    asked = itertools.product(of_set.itertuples(index=False, name=None), sentences(folder), "ab")
+    wanted = [(labels, factor, i, side) for (labels, factor), i, side in asked]
+    keys = ("ablated", "multiplier", "sample_id", "prompt")
+    assert sorted(tuple(r[key] for key in keys) for r in records) == sorted(wanted)
+    for record in records:
+        user, labels = texts[record["sample_id"]][record["prompt"]], record["ablated"].split()
+        assert record["reply"] == scaled_reply(plain, user, labels, record["multiplier"])
+        assert record["n_ablated"] == len(labels)
+    said = {(r["sample_id"], r["prompt"], r["reply"]) for r in generations(folder)}
+    assert len(said) > len({key[:2] for key in said}), "some reply is changed"
+
+
+def test_factor_1_leaves_the_replies_and_factor_0_ablates(runs: dict[str, Path]) -> None:
+    records = generations(runs["confirmed"])
+    best = steered(runs["confirmed"]).query("set == 'circuit'")["components"].iloc[0]
+    keys = ("ablated", "multiplier", "sample_id", "prompt")
+    replies = {tuple(record[key] for key in keys): record["reply"] for record in records}
+    assert len(replies) == len(records)
+    ones = [key for key in replies if key[1] == 1]
+    zeros = [key for key in replies if key[:2] == (best, 0)]
+    assert len(ones) == 2 * len(zeros) == 2 * 2 * 2
+    for labels, _, sample, side in ones:
+        assert replies[labels, 1, sample, side] == replies["", None, sample, side]
+    for _, _, sample, side in zeros:
+        assert replies[best, 0, sample, side] == replies[best, None, sample, side]
+
+
+# ----- circuit_steer.csv
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_table_has_a_row_per_factor_set_and_side(name: str, runs: dict[str, Path]) -> None:
+    rows, ids = steered(runs[name]), sentences(runs[name])
+    assert list(rows) == COLUMNS.split()
+    flags = RUNS[name]
+    factors = [float(f) for f in flags[flags.index("--multipliers") + 1].split(",")]
+    wanted = [(name, f, side) for name in ("circuit", "random") for f in factors for side in "ab"]
+    assert list(rows[["set", "factor", "side"]].itertuples(index=False, name=None)) == wanted
+    assert len(ids) == (2 if name == "confirmed" else 4)
+    assert (rows["n"] == len(ids)).all()
+    records = [r for r in generations(runs[name]) if r["multiplier"] is not None]
+    for row in rows.itertuples():
+        key = (row.components, row.factor, row.side)
+        mine = [r for r in records if (r["ablated"], r["multiplier"], r["prompt"]) == key]
+        assert {r["sample_id"] for r in mine} == set(ids)
+        shown = sum(bool(r["mentions"]) for r in mine)
+        assert (row.shown, row.shown_low, row.shown_high) == tracing.wilson(shown, len(ids))
+        assert row.answers == sum(r["answers"] for r in mine) / len(ids)
+        assert row.repeating == sum(tracing.repeats(r["reply"]) for r in mine) / len(ids)
+    if name != "patched":
+        assert (rows[rows["factor"] == 1]["kl"] == 0).all()
+    assert (rows[rows["factor"] < 0]["kl"] > 1e-4).all()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_random_set_has_as_many_of_each_layer_and_kind(
+    name: str, runs: dict[str, Path]
+) -> None:
+    sets = steered(runs[name]).groupby("set")["components"].unique()
+    mine, drawn = ([*map(tracing.Component.parse, sets[s].item().split())] for s in sets.index)
+    assert len(set(drawn)) == len(mine) == len(drawn)
+    assert Counter(c.kind for c in mine) == Counter(c.kind for c in drawn)
+    assert Counter(c.layer for c in mine) == Counter(c.layer for c in drawn)
+    assert not {*mine} & {*drawn}
+
+
+@pytest.mark.parametrize("name", ["named", "patched"])
+def test_mean_delta_is_that_of_a_run_that_scales_the_same_components(
+    name: str, runs: dict[str, Path], llama: str, tmp_path: Path
+) -> None:
+    rows = steered(runs[name]).query("side == 'a' and factor < 0")
+    for row in rows.itertuples():
+        flags = ["--num_samples", "4", "--layers", "0", "--heads", "0", "--op", "scale"]
+        flags += ["--factor", str(row.factor), "--ablate", row.components.replace(" ", ",")]
+        joint = read(finish(llama, tmp_path / row.set, *flags), "circuit_confirm.csv")
+        (same,) = joint[joint["set"] == "ablate"].itertuples()
+        assert row.mean_delta == pytest.approx(same.mean_delta, abs=1e-5)
+        both = steered(runs[name]).query("set == @row.set and factor == @row.factor")
+        assert both["kl"].tolist() == pytest.approx([same.kl_a, same.kl_b], rel=1e-4)
+        assert both["mean_delta"].nunique() == 1
+
+
+def test_a_chosen_circuit_is_steered_on_the_held_out_sentences(runs: dict[str, Path]) -> None:
+    """At factor 0 it is what the confirmation measures, at 1 nothing."""
+    folder = runs["confirmed"]
+    joint = read(folder, "circuit_confirm.csv").query("n_ablated == 2 and set == 'chosen'").iloc[0]
+    rows = steered(folder).query("set == 'circuit' and side == 'a'").set_index("factor")
+    best = [c["label"] for c in json.loads((folder / "circuit.json").read_text())["components"]]
+    assert rows["components"].unique().tolist() == [" ".join(best)] == [joint["components"]]
+    assert rows["mean_delta"][0] == pytest.approx(joint["mean_delta"], abs=1e-5)
+    assert rows["kl"][0] == pytest.approx(joint["kl_a"], rel=1e-4)
+    held = read(folder).query("sample_id in @ids", local_dict={"ids": halves(folder)[1]})
+    base = held.drop_duplicates("sample_id")["delta_logit_base"].mean()
+    assert rows["mean_delta"][1] == pytest.approx(base, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("seen", "n", "low", "high"),
+    [
+        (0, 8, 0, 0.324),
+        (4, 8, 0.215, 0.785),
+        (8, 8, 0.676, 1),
+        (1, 1, 0.207, 1),
+        (2, 20, 0.028, 0.301),
+    ],
+)
+def test_the_interval_of_a_share_by_hand(seen: int, n: int, low: float, high: float) -> None:
+    assert tracing.wilson(seen, n) == pytest.approx((seen / n, low, high), abs=6e-4)
+
+
+# ----- the rest of a run
+
+
+def test_the_figure_has_two_labelled_axes(
+    runs: dict[str, Path], llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(tracing, "save_figure", lambda figure, path: figures.append(figure))
+    exp = prepared(llama, *NAMED)
+    tracing.draw_steer(steered(runs["named"]), exp, tmp_path / "steer.png")
+    left, right = figures[0].axes
+    assert left.get_xlabel() == right.get_xlabel() == "factor"
+    assert "mention a forbidden word" in left.get_ylabel()
+    assert "a - b" in right.get_ylabel()
+    assert len(left.lines) == 4  # of two sets after two prompts
+    for folder in runs.values():
+        assert (folder / "circuit_steer.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_command_again_loads_no_weights_and_changes_no_file(
+    runs: dict[str, Path], llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "load_model", lambda *a: pytest.fail("weights are loaded"))
+    folder = Path(shutil.copytree(runs["confirmed"], tmp_path / "run"))
+    written = [*folder.glob("circuit*"), folder / "generations.jsonl"]
+    before = {path: path.read_bytes() for path in written}
+    finish(llama, folder, *CONFIRMED)
+    assert {path: path.read_bytes() for path in written} == before
+    assert {folder / f"circuit_steer.{kind}" for kind in ("csv", "png")} < set(before)
+
+
+def test_without_multipliers_again_no_steering_is_left(
+    runs: dict[str, Path], llama: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(runs["confirmed"], tmp_path / "run"))
+    finish(llama, folder, *CONFIRMED[:-2])
+    assert not list(folder.glob("circuit_steer*"))
+    assert all(record["multiplier"] is None for record in generations(folder))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--confirm 2", "--ablate L0H0", "--max_new_tokens 2", "--confirm 0 --max_new_tokens 2", ""],
+)
+def test_multipliers_need_a_circuit_and_replies(flags: str, answer: Answer) -> None:
+    code, _, err = answer("--model_id", "nowhere", "--multipliers", "0,1", *flags.split())
+    assert code == 2
+    assert "--multipliers need a circuit" in err.splitlines()[-1]
+
+
+def test_a_circuit_of_more_than_half_of_all_heads_is_steered_alone(
+    llama: str, tmp_path: Path
+) -> None:
+    heads = [f"L{n}H{i}" for n in range(3) for i in range(4)][:7]
+    flags = "--num_samples 2 --layers 0 --heads 0 --max_new_tokens 1 --multipliers 0 --ablate"
+    folder = finish(llama, tmp_path, *flags.split(), ",".join(heads))
+    assert steered(folder)["set"].tolist() == ["circuit"] * 2
+    assert "no random set is steered" in (folder / "run.log").read_text()
+
+
+def test_the_log_tells_each_row(runs: dict[str, Path]) -> None:
+    told = (runs["confirmed"] / "run.log").read_text()
+    for row in steered(runs["confirmed"]).itertuples():
+        line = f"{row.set} x {row.factor:g}, prompt {row.side}: {row.shown:.0%} of 2 "
+        assert line in told
+        assert f"mean a - b {row.mean_delta:+.3f}, KL {row.kl:.2g}" in told[told.index(line) :]
