@@ -233,7 +233,7 @@ def choice(text: str) -> Choice:
 def numbers(text: str) -> Numbers:
     """Different finite numbers, as 0,0.5,2; else `ValueError`."""
     found = tuple(map(finite_number, text.split(",")))
-    once_each([f"{number:g}" for number in found], "number")
+    once_each(list(map(str, found)), "number")
     return found
 
 
@@ -306,10 +306,9 @@ def as_text(value: Any) -> Any:
     if isinstance(value, range):
         return f"{value[0]}-{value[-1]}" if len(value) > 1 else str(value[0])
     if isinstance(value, tuple) and value and isinstance(value[0], str):
-        return f"{value[0]}:{value[1]:g}".removeprefix("top:")
+        return f"{value[0]}:{value[1]}".removeprefix("top:")
     if isinstance(value, tuple):
-        texts = (f"{one:g}" if isinstance(one, float) else as_text(one) for one in value)
-        return ",".join(texts) or None
+        return ",".join(str(as_text(one)) for one in value) or None
     return json.dumps(value) if isinstance(value, dict) else value
 
 
@@ -1758,13 +1757,13 @@ def labels_of(components: Iterable[Component]) -> str:
 def other_columns(
     components: Iterable[Component], kinds: Iterable[str], shape: ModelShape
 ) -> dict[Site, Tensor]:
-    """Per module of some kinds, in every layer, the columns that are of none of the components."""
+    """Per module of some kinds, in every layer, which columns [width] are of no component."""
     taken, found = join_columns(components, shape), {}
     modules = {KINDS[kind].module for kind in kinds}
     for site in itertools.product(range(shape.n_layers), sorted(modules)):
         left = torch.ones(shape.width(site[1]), dtype=torch.bool)
         left[taken.get(site, slice(0))] = False
-        found[site] = left.nonzero()[:, 0]
+        found[site] = left
     return found
 
 
@@ -2374,7 +2373,8 @@ class Experiment:
         if multiplier is not None:
             return tuple(Edit(site, columns, multiplier) for site, columns in joined.items())
         if others_of:
-            joined = other_columns(components, others_of, self.shape)
+            free = other_columns(components, others_of, self.shape)
+            joined = {site: columns.nonzero()[:, 0] for site, columns in free.items()}
         edits = []
         for site, columns in joined.items():
             source: float | Tensor = 0.0
@@ -2401,6 +2401,12 @@ def select(chosen: Ranges, count: int, what: str) -> list[int]:
     return sorted(set(itertools.chain(*chosen)))
 
 
+def count_free(config: Config, shape: ModelShape) -> int:
+    """The model's components of the swept kind that circuits may have."""
+    taken = {c for c in (*config.given, *config.skip) if c.kind == config.kind}
+    return shape.n_layers * len(shape.indices(config.kind)) - len(taken)
+
+
 def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     """The components to sweep; `UsageError` where the model does not have what is named."""
     kind, (rule, k), given = config.kind, config.confirm, config.given
@@ -2418,8 +2424,7 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
                 there += f" and {component.kind}s 0-{n - 1}" if n > 1 else ""
                 raise UsageError(f"--{what} {component.label}: {there}")
     indices = shape.indices(kind)
-    left_out = sum(component.kind == kind for component in {*given, *config.skip})
-    every = len(indices) * shape.n_layers - left_out
+    every = count_free(config, shape)
     if KINDS[kind].slices:
         indices = select(getattr(config, f"{kind}s") or "all", len(indices), f"{kind}s")
     layers = select(config.layers, shape.n_layers, "layers")
@@ -3782,21 +3787,22 @@ def draw_random(
 ) -> tuple[Components, int] | None:
     """As many as the first n, none chosen, each from its counterpart's layer or the nearest; and
     how many are not from their counterpart's. None where there are too few."""
-    rng = random.Random(f"{exp.config.seed} random {n} {draw}")
-    taken = {*chosen, *exp.config.given, *exp.config.skip}
+    rng, shape = random.Random(f"{exp.config.seed} random {n} {draw}"), exp.shape
+    no_more = (*chosen, *exp.config.given, *exp.config.skip)
+    free = other_columns(no_more, {component.kind for component in no_more}, shape)
     drawn, lent = [], 0
     for component in chosen[:n]:
-        indices = exp.shape.indices(component.kind)
-        for layer in sorted(range(exp.shape.n_layers), key=lambda n: abs(n - component.layer)):
-            there = functools.partial(Component, layer, component.kind)
-            if any(there(index) not in taken for index in indices):
+        indices = shape.indices(component.kind)
+        for layer in sorted(range(shape.n_layers), key=lambda n: abs(n - component.layer)):
+            site = layer, KINDS[component.kind].module
+            slices = free[site].unflatten(0, (len(indices), -1)).all(-1).nonzero()[:, 0]
+            if len(slices):
                 break
         else:
             return None
-        while (one := there(rng.choice(indices))) in taken:
-            pass
-        taken.add(one)
-        drawn.append(one)
+        index = indices[int(slices[rng.randrange(len(slices))])]
+        drawn.append(Component(layer, component.kind, index))
+        free[site][shape.columns(drawn[-1])] = False
         lent += layer != component.layer
     return tuple(sorted(drawn)), lent
 
@@ -3924,7 +3930,7 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> Componen
     against = "other" if contrast else "b"  # chosen, quoted and drawn by the same
     if config.confirms:
         found = choose_circuit(halves[0], config, against)
-        n_most = (exp.n_edited((), (config.kind,)) - len({*config.given, *config.skip})) // 2
+        n_most = count_free(config, exp.shape) // 2
         if len(found) > n_most:
             log.warning(f"the best {n_most} of {len(found)} are taken, to leave as many at random")
         found = found.head(n_most)
@@ -4207,7 +4213,7 @@ def draw_steer(rows: pd.DataFrame, exp: Experiment, path: Path) -> None:
     left.set(xlabel="factor", ylabel=f"share of replies: {exp.task.shown}", ylim=(-0.05, 1.05))
     right.set(xlabel="factor", ylabel=measure)
     right.axvline(1, color="gray", linewidth=0.8)
-    figure.suptitle(f"{exp.task.name}: {numbered(n, exp.config.kind)} scaled", fontsize=10)
+    figure.suptitle(f"{exp.task.name}: {numbered(n, 'component')} scaled", fontsize=10)
     left.legend(frameon=False, fontsize=7)
     right.legend(frameon=False, fontsize=7)
     save_figure(figure, path)

@@ -153,7 +153,7 @@ def test_with_controls_a_run_chooses_by_the_contrast_with_other_words(controlled
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quoted(
-    half: int, controlled: Path, monkeypatch: pytest.MonkeyPatch
+    half: int, controlled: Path, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever half it is."""
     table, quoted = read(controlled), []
@@ -169,7 +169,8 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
     folder = tracing.RunFolder(controlled.parent / "other")
     folder.path.mkdir(exist_ok=True)
     monkeypatch.setattr(tracing, "draw_confirm", lambda *a: None)
-    exp = types.SimpleNamespace(config=config, task=tracing.SUPPRESSION, n_edited=lambda *a: 12)
+    told = {"shape": prepared(llama).shape, "task": tracing.SUPPRESSION}
+    exp = types.SimpleNamespace(config=config, **told)
     tracing.confirm(exp, table, folder)
     assert quoted == ["a - b"]
     assert not joint_rows(folder.path, "a - other")["quoted"].any()
