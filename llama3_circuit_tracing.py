@@ -2608,6 +2608,10 @@ def describe_plan(exp: Experiment) -> str:
     forwards = len(exp.trees) * sum(-(-n // rows) for n in counts)
     most = min(rows, max(counts) - (-NOISE_ROWS // len(counts)))
     one_by_one = 2 * len(exp.prompts) * len(swept)
+    work = f"about {forwards} forwards of {rows} rows; one head at a time takes {one_by_one}"
+    if by := exp.config.estimator:
+        n = min(len(swept), exp.config.screen + SCREEN_RANDOM) if exp.config.screen else 0
+        work = f"all are estimated by {by}, {n} of them measured"
     largest = max(exp.trees, key=lambda tree: tree.n_tokens)
     memory = memory_estimate(shape, largest, most)
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items())
@@ -2615,7 +2619,7 @@ def describe_plan(exp: Experiment) -> str:
         f"{shape.name}: {shape.n_layers} layers, {shape.n_heads} heads of {shape.d_head}",
         f"{len(swept)} components ({swept[0].label} to {swept[-1].label})",
         f"{len(exp.prompts)} samples in {len(exp.trees)} trees of up to {largest.n_tokens} tokens",
-        f"about {forwards} forwards of {rows} rows; one head at a time takes {one_by_one}",
+        work,
         f"memory in GB: {sizes}, together {sum(memory.values()) / 1e9:.2f}",
     ]
     return "\n".join(lines)
@@ -3719,7 +3723,8 @@ def report_screen(table: pd.DataFrame, config: Config) -> Record:
     bound = missed / n if 0 < n == n_left else share_bound(missed, n) if n else 0.0
     which = "the median of the best" if called.empty else "the least that has a verdict"
     told = f"{missed} of {n} random others exceed {which} ({least:.3g} nats)"
-    log.info(f"missed: {told}; of all {n_left} others at most {bound:.0%} do (95 %)")
+    told += f"; of all {n_left} others at most {bound:.0%} do (95 %)" if n < n_left else ""
+    log.info(f"missed: {told}")
     if missed or every["r"] < 0.8:
         log.warning(f"{by} is a poor screen here: raise --screen or use another --method")
     return {"all": every, "random": random_ones, "missed": missed, "missed_upper_95": bound}

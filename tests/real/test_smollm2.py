@@ -104,6 +104,29 @@ def test_the_sweep_equals_the_naive_loop(flags: str, plain: Plain, tmp_path: Pat
     assert table["head_effect"].abs().max() > 1000 * EQUAL
 
 
+@pytest.mark.parametrize("flags", [flags for flags in SWEPT if "mlp" not in flags])
+def test_a_gradient_is_the_slope_of_the_sweep(flags: str) -> None:
+    """<dS/dx, x> against the scores with x scaled by 0.99 and 1.01."""
+    exp = prepared(MODEL, *flags.split(), "--op", "scale", "--factor", "2", "--method", "atp")
+    (tree,) = tracing.plant_trees(exp.prompts, exp.encoder.bos, exp.config, apart=True)
+    found = tracing.estimate_tree(exp, tree)  # [sample, component, side]
+    clean = exp.run_clean(tree, range(exp.shape.n_layers))
+    rows = [
+        exp.edits([component], clean, multiplier=factor)
+        for component in exp.components
+        for factor in (1.01, 0.99)
+    ]
+    log_probs = torch.cat([tracing.run_rows(exp.traced, clean, [row]) for row in rows])
+    up, down = tree.scores(log_probs, exp.task).unflatten(0, (-1, 2)).unbind(1)
+    slopes = (up - down) / 0.02  # [component, prompt]
+    for n, (_, places) in enumerate(tree.samples):
+        for side, place in places.items():
+            expected = slopes[:, place]
+            of_side = found[n, :, tracing.SIDES.index(side)]
+            assert (of_side - expected).abs().max() < 0.01 * slopes.abs().max()
+    assert slopes.abs().max() > 0.05
+
+
 @pytest.mark.usefixtures("untested")
 def test_a_forbidden_word_is_likelier_after_every_sentence_and_the_log_calls_it_rebound(
     tmp_path: Path,
