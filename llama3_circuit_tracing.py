@@ -198,10 +198,10 @@ def ranges(text: str) -> Ranges:
 def components(text: str) -> Circuit:
     """What a text such as L2H5,L3mlp names, or a file with such names, a circuit.json, or a JSON of
     neurons by "layer,position,neuron" (then the neurons at all positions)."""
-    if not os.path.isfile(text):
-        return Circuit(dict.fromkeys(map(Component.parse, text.split(","))))
     told: dict[str, Any] = {}
     try:
+        if not os.path.isfile(text):
+            return Circuit(dict.fromkeys(map(Component.parse, text.split(","))))
         said = Path(text).read_text(encoding="utf-8")
         names = said.replace(",", " ").split()
         if said.lstrip().startswith("{"):
@@ -209,25 +209,26 @@ def components(text: str) -> Circuit:
             names = [component["label"] for component in told.get("components", ())]
             keys = [key.split(",") for key in told.get("neurons", ())]
             names += [f"L{int(layer)}N{int(neuron)}" for layer, _, neuron in keys]
-        if not names:
-            raise ValueError("it names no component")
+        if not names or told.get("format", "circuit/1") != "circuit/1":
+            raise ValueError("it names no component in a format that is known")
         found = Circuit(dict.fromkeys(map(Component.parse, names)))
         found.model = str(told.get("model", ""))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is no circuit: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text} is no file of components: {error}") from error
     if "neurons" in told:
         found.warning = f"{text}: positions are left out; its neurons are edited at all tokens"
     return found
 
 
 def choice(text: str) -> Choice:
-    """8 or top:8, mass:0.05, share:0.005, layer:10; else `ValueError`."""
+    """8 or top:8, mass:0.05, share:0.005, layer:10."""
     rule, _, amount = text.rpartition(":")
-    if rule in ("mass", "share") and 0 < float(amount) <= 1:
-        return rule, float(amount)
-    if rule in ("", "top", "layer") and 0 <= int(amount) <= 2**31:
-        return rule or "top", int(amount)
-    raise ValueError(text)
+    with contextlib.suppress(ValueError):
+        if rule in ("mass", "share") and 0 < float(amount) <= 1:
+            return rule, float(amount)
+        if rule in ("", "top", "layer") and bool(rule) <= int(amount) <= 2**31:
+            return rule or "top", int(amount)
+    raise argparse.ArgumentTypeError(f"{text!r}: write 8, mass:0.05, share:0.005 or layer:10")
 
 
 def numbers(text: str) -> Numbers:
@@ -352,7 +353,9 @@ class Config:
     patch_into: str = option("a", "the prompt that --op patch edits, from the other", "a b")
     given: Components = option((), "components zeroed in every run, base included: names or a file")
     method: str = option("exact", "how effects are found; gradients estimate", " ".join(METHODS))
-    screen: Natural = option(0, "estimate all, measure the best K and 32 random ones", metavar="K")
+    screen: Natural = option(
+        0, "estimate all (by atp, or --method), measure K and 32 others", metavar="K"
+    )
     tree_tokens: Count = option(512, "tokens that one prompt tree may hold")
     rows_per_forward: Count | None = option(None, "components edited side by side", shown="auto")
 
@@ -360,7 +363,7 @@ class Config:
     confirm: Choice = option(
         ("top", 0),
         "choose a circuit on half of the sentences and edit it jointly on the others: the top K,"
-        " mass:0.05 of all roles, those of share:0.005 of the base, the best of each layer:10",
+        " mass:0.05 of all roles found, those of share:0.005 of the base, the best of each layer:10",
         metavar="K",
     )
     num_random: Count = option(20, "random sets beside the circuit")
@@ -465,8 +468,8 @@ def contradictions(config: Config) -> dict[str, bool]:
         "--kind neuron and --neurons go together": (
             unnamed and not config.estimator if kind == "neuron" else not unnamed
         ),
-        f"{flat}; no --kind resid --op zero": config.estimator != ""
-        and (kind, config.op) == ("resid", "zero"),
+        f"{flat}; no --kind resid --op {config.op}": config.estimator != ""
+        and (kind == "resid" and not op.source and not (config.factor or op.factor)),
         f"--heads does not apply to --kind {kind}": kind != "head" and config.heads != "all",
         "--patch_into applies to --op patch only": into_b and not config.patches,
         f"{odd} removes the input itself and means nothing": emptied and "resid" in edited,
@@ -1653,7 +1656,7 @@ def without_rules(modules: Mapping[str, nn.Module]) -> list[str]:
     for path, module in modules.items():
         name, act = type(module).__name__, type(getattr(module, "act_fn", None)).__name__
         gated = hasattr(module, "gate_proj") and re.search("SiLU|GELU", act)
-        if (path.endswith(".mlp") and not gated) or re.search("Norm(?<!RMSNorm)", name):
+        if (path.endswith(".mlp") and not gated) or ("Norm" in name and name[-7:] != "RMSNorm"):
             found.add(name)
     return sorted(found)
 
@@ -2272,7 +2275,7 @@ ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which bat
 SCREEN_RANDOM = 32  # components measured beside the best estimates, to see what those miss
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".gguf")
-TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens method"
+TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens"
 
 
 @dataclass
@@ -2354,9 +2357,10 @@ class Experiment:
         return torch.stack(run_batches(self.traced, rows, run, bar))
 
     def n_edited(self, components: Sequence[Component], others_of: Sequence[str] = ()) -> int:
-        """Of how many components `edits` speaks."""
+        """How many components `edits` edits: these, or all others of some kinds but those given."""
         n = self.shape.n_layers * sum(len(self.shape.indices(kind)) for kind in others_of)
-        return n - len(components) if others_of else len(components)
+        given = (component for component in self.config.given if component.kind in others_of)
+        return n - len({*components, *given}) if others_of else len(components)
 
     def edits(
         self,
@@ -2567,6 +2571,7 @@ def fingerprint_of(exp: Experiment, files: Mapping[str, list[Any]]) -> dict[str,
         "attn_implementation": exp.shape.attn_implementation,
         "device_type": device_type(exp.config),
         **{name: as_text(getattr(exp.config, name)) for name in TOLD.split()},
+        "method": exp.config.row_method,
         "prompts": digest([(p.sample.sample_id, p.side, p.text, p.ids) for p in flat])[:16],
         "targets": digest([(p.sample.words, p.forms) for p in flat])[:16],
         "rows_per_forward": exp.rows_per_forward,
@@ -3151,8 +3156,8 @@ def mean_interval(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def benjamini_hochberg(p: Tensor, n_tests: int = 0) -> Tensor:
-    """q values [column] (Benjamini and Hochberg 1995) of the smallest p of `n_tests` tests, where
-    there are more than these."""
+    """q values [column] (Benjamini and Hochberg 1995); where there are `n_tests`, more than these,
+    the others are taken to have p = 1."""
     order = p.argsort()
     ranks = torch.arange(1, len(p) + 1, dtype=torch.float64)
     scaled = p[order] * max(n_tests, len(p)) / ranks
@@ -3160,11 +3165,12 @@ def benjamini_hochberg(p: Tensor, n_tests: int = 0) -> Tensor:
     return torch.empty_like(q).scatter(0, order, q)
 
 
-def wilson(seen: int, n: int) -> tuple[float, float, float]:
-    """A share with its 95 % interval (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
-    share, z = seen / n, 1.959964
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share of n sentences (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
+    z = 1.959964
     middle, wide = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
-    return share, (middle - wide) / (1 + z**2 / n), (middle + wide) / (1 + z**2 / n)
+    low, high = ((middle + sign * wide) / (1 + z**2 / n) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)
 
 
 # ----- Tables -------------------------------------------------------------------------------------
@@ -3287,6 +3293,17 @@ def bases_of(table: pd.DataFrame) -> dict[str, Record]:
 def has_contrast(bases: Mapping[str, Record]) -> bool:
     """Whether most sentences have a control with other words: then the contrast is quoted."""
     return bool(2 * bases.get("other", {}).get("n_sentences", 0) > bases["b"]["n_sentences"])
+
+
+def quoted_side(prompts: Sequence[Sequence[Prompt]], groups: Iterable[set[str]]) -> str:
+    """Less which side the score of prompt a is quoted: `other` where most sentences of each group
+    have that control."""
+    sides: dict[str, set[str]] = defaultdict(set)
+    for of_sample in prompts:
+        if of_sample[0].sample.counts:
+            sides[of_sample[0].sample.unit] |= {prompt.side for prompt in of_sample}
+    has = [[unit in sides and "other" in sides[unit] for unit in units] for units in groups]
+    return "other" if all(2 * sum(of_units) > len(of_units) for of_units in has) else "b"
 
 
 def role_sign(base_mean: float, factor: float | None) -> float:
@@ -3633,34 +3650,27 @@ def redraw(config: Config) -> None:
 # ----- Screen -------------------------------------------------------------------------------------
 
 
-def quoted_estimates(exp: Experiment) -> tuple[str, Tensor]:
-    """The estimates [sample, component] of what is quoted, and less which side that is: of the
-    contrast with other words where most sentences have one."""
+def quoted_estimates(exp: Experiment) -> tuple[str, Tensor, list[int]]:
+    """What is quoted is less which side, its estimates [sample, component], and the places in
+    `exp.components` by falling |mean| of these: with --confirm over the sentences of its choosing
+    half, so that the other is held out."""
     assert exp.estimates is not None
-    a, b, other, _ = exp.estimates.unbind(-1)
-    real = [of_sample for of_sample in exp.prompts if of_sample[0].sample.counts]
-    sentences = {of_sample[0].sample.unit for of_sample in real}
-    there = {of[0].sample.unit for of in real if "other" in {prompt.side for prompt in of}}
-    against = "other" if 2 * len(there) > len(sentences) else "b"
-    effects = a - (other if against == "other" else b)
-    counts = torch.tensor([of_sample[0].sample.counts for of_sample in exp.prompts])
-    return against, effects.masked_fill(~counts[:, None], math.nan)
-
-
-def screen_order(exp: Experiment) -> list[int]:
-    """Places in `exp.components` by falling |mean estimate|: with --confirm over the sentences of
-    its choosing half, so that the other is held out."""
-    config, (_, effects) = exp.config, quoted_estimates(exp)
     of_samples = [of_sample[0].sample for of_sample in exp.prompts]
     samples = pd.DataFrame({"unit": s.unit, "group": s.group} for s in of_samples)
-    choosing = split_units(samples, config.seed)[0] if config.confirms else {*samples["unit"]}
-    means = effects[samples["unit"].isin(choosing).tolist()].nanmean(0).nan_to_num()
-    return list(means.abs().argsort(descending=True, stable=True).tolist())
+    every = {*real_rows(samples)["unit"]}
+    groups = split_units(samples, exp.config.seed) if exp.config.confirms else (every,)
+    against = quoted_side(exp.prompts, groups)
+    effects = exp.estimates[..., 0] - exp.estimates[..., SIDES.index(against)]
+    counts = torch.tensor([sample.counts for sample in of_samples])
+    effects = effects.masked_fill(~counts[:, None], math.nan)
+    means = effects[samples["unit"].isin(groups[0]).tolist()].nanmean(0).nan_to_num()
+    return against, effects, means.abs().argsort(descending=True, stable=True).tolist()
 
 
 def choose_screened(exp: Experiment) -> dict[Component, str]:
     """The --screen K components of best estimates as `top`, and others as `random`."""
-    order = [exp.components[place] for place in screen_order(exp)]
+    places = quoted_estimates(exp)[2]
+    order = [c for c in (exp.components[i] for i in places) if c not in exp.config.skip]
     top, rest = order[: exp.config.screen], order[exp.config.screen :]
     rng = random.Random(f"{exp.config.seed} screen")
     drawn = rng.sample(rest, min(SCREEN_RANDOM, len(rest)))
@@ -3689,7 +3699,7 @@ def agreement(pairs: pd.DataFrame) -> Record:
 def write_screen(exp: Experiment, heads: pd.DataFrame, folder: RunFolder) -> None:
     """circuit_screen.csv and .png: every estimate, beside the measurement where there is one; the
     log and run.json say how they agree and what the screen missed."""
-    config, (against, effects) = exp.config, quoted_estimates(exp)
+    config, (against, effects, order) = exp.config, quoted_estimates(exp)
     prefix = "minus_other_" if against == "other" else ""
     table = pd.DataFrame({"label": c.label} | vars(c) for c in exp.components)
     table.insert(2, "head", table["index"])
@@ -3697,7 +3707,7 @@ def write_screen(exp: Experiment, heads: pd.DataFrame, folder: RunFolder) -> Non
     table["measure"], table["n_samples"] = f"a - {against}", there.sum(0).tolist()
     of_component = pd.DataFrame(effects.numpy())
     table["estimate_mean"], table["estimate_sd"] = of_component.mean(), of_component.std()
-    table.loc[screen_order(exp), "rank"] = range(1, len(table) + 1)
+    table.loc[order, "rank"] = range(1, len(table) + 1)
     table["measured"] = [exp.screened.get(component, "no") for component in exp.components]
     exact = heads.set_index(KEY)[[f"{prefix}mean", f"{prefix}verdict"]]
     table = table.join(exact.set_axis(["mean", "verdict"], axis=1), on=KEY).sort_values("rank")
@@ -3714,17 +3724,18 @@ def report_screen(table: pd.DataFrame, config: Config) -> Record:
     told = "; ".join(
         f"r {of['r']:.3f}, rank {of['rank']:.3f}, slope {of['slope']:.2f} over {which} {of['n']}"
         for which, of in {"all": every, "the random": random_ones}.items()
+        if of["n"] > 2
     )
     log.info(f"screen: {by} of {len(table)} components against measurement: {told}")
     called = top[top["verdict"] != "unclear"]["mean"].abs()
     least = top["mean"].abs().median() if called.empty else called.min()
     missed, n = int((drawn["mean"].abs() > least).sum()), len(drawn)
     n_left = len(table) - len(top)
-    bound = missed / n if 0 < n == n_left else share_bound(missed, n) if n else 0.0
+    bound = share_bound(missed, n) if n < n_left else None
     which = "the median of the best" if called.empty else "the least that has a verdict"
     told = f"{missed} of {n} random others exceed {which} ({least:.3g} nats)"
-    told += f"; of all {n_left} others at most {bound:.0%} do (95 %)" if n < n_left else ""
-    log.info(f"missed: {told}")
+    told += f"; of all {n_left} others at most {bound:.0%} do (95 %)" if bound is not None else ""
+    log.info(f"missed: {told}" if n else "nothing is missed: all are measured")
     if missed or every["r"] < 0.8:
         log.warning(f"{by} is a poor screen here: raise --screen or use another --method")
     return {"all": every, "random": random_ones, "missed": missed, "missed_upper_95": bound}
@@ -3853,7 +3864,7 @@ def run_sets(
     with tqdm(total=total, unit="row", desc="joint ablation", disable=None) as bar:
         for tree in trees:
             clean = exp.run_clean(tree, layers, every)
-            rows = [exp.edits(of.components, clean, *of[4:]) for of in sets]
+            rows = [exp.edits(s.components, clean, s.others_of, s.multiplier) for s in sets]
             both = exp.run_rows(clean, rows, bar, scores, divergence).chunk(2, 1)
             nothing = torch.full_like(both[0][:, 0], math.nan)
             for _, place in tree.samples:
@@ -3868,7 +3879,7 @@ def set_scores(
 ) -> Tensor:
     """`run_sets` as a part of the run."""
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
-    key = [[[c.label for c in of.components], *of[4:]] for of in sets], ids
+    key = [(labels_of(s.components), s.others_of, s.multiplier) for s in sets], ids
     found = folder.part(f"joint-{digest(key)[:16]}", run_sets, exp, sets, prompts)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -3930,11 +3941,9 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> Componen
     """Write circuit_confirm.csv and .png and circuit.json; returns the circuit, best first."""
     config, frames, chosen = exp.config, [], ()
     choosing, held_out = split_units(table, config.seed)
-    halves = [table[table["unit"].isin(half)] for half in (choosing, held_out)]
-    contrast = bool(held_out) and all(has_contrast(bases_of(half)) for half in halves)
-    against = "other" if contrast else "b"  # chosen, quoted and drawn by the same
+    against = quoted_side(exp.prompts, [choosing, held_out])  # chosen, quoted and drawn by the same
     if config.confirms:
-        found = choose_circuit(halves[0], config, against)
+        found = choose_circuit(table[table["unit"].isin(choosing)], config, against)
         n_most = count_free(config, exp.shape) // 2
         if len(found) > n_most:
             log.warning(f"the best {n_most} of {len(found)} are taken, to leave as many at random")
@@ -3955,7 +3964,8 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> Componen
         return chosen
     rows = judge_sets(pd.concat(frames, ignore_index=True), config)
     rows["quoted"] = rows["measure"] == f"a - {against}"
-    by_role = f"{as_text(config.confirm)} by role of {config.row_method} effects"
+    n = len(table[KEY].drop_duplicates())
+    by_role = f"{as_text(config.confirm)} by role of {n} {config.row_method} effects"
     rows["selection"] = (rows["samples"] == "held-out").map({True: by_role, False: "named"})
     write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
     report_sets(rows, exp.task)
@@ -3990,6 +4000,13 @@ def judge_sets(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
     return rows.assign(damaged=(rows["kl_b"] > limits).astype("boolean").where(judged))
 
 
+def tell_lent(lent: int) -> None:
+    """Warn of random sets that are not all of their counterparts' layers."""
+    if lent:
+        why = "their counterparts' have none left"
+        log.warning(f"up to {lent} components of a random set are of neighbouring layers: {why}")
+
+
 def spread(values: pd.Series, what: str) -> str:
     """How many distinct random sets there are, and from where to where they reach."""
     low, high = (
@@ -4002,13 +4019,12 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
     """A log line per set that was chosen or asked for, and one for what it does alone."""
     rows = rows[rows["quoted"]]
     drawn, beside = (rows[rows["set"] == f"random{what}"] for what in ("", " complement"))
-    if lent := int(drawn["lent"].max() if len(drawn) else 0):
-        why = "their counterparts' have none left"
-        log.warning(f"up to {lent} components of a random set are of neighbouring layers: {why}")
+    tell_lent(int(drawn["lent"].max() if len(drawn) else 0))
     for row in rows[rows["set"].isin(("chosen", "ablate", "complement"))].itertuples():
         several = not math.isnan(row.ci_low)  # a single sentence has no interval
-        named = f"all but these {len(row.components.split())}" if row.kept else "jointly"
-        named += f" ({row.components:.200})" if not row.kept else ""
+        named = f"jointly ({row.components:.200})"
+        if row.kept:
+            named = f"jointly (all of the kind in the model but {len(row.components.split())})"
         told = f"{row.samples} samples, {row.n_ablated} {named}: "
         told += f"mean {row.measure} {row.mean_delta:+.3f}"
         told += f" over {numbered(row.n_sentences, 'sentence')}"
@@ -4019,7 +4035,8 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
                 continue
             told += f", faithfulness {row.faithfulness:.0%}"
             told += f" [{row.faithfulness_low:.0%}, {row.faithfulness_high:.0%}]" if several else ""
-            told += f", {spread(beside['faithfulness'], 'complement')}" if len(beside) else ""
+            same = beside[beside["samples"] == row.samples]["faithfulness"]
+            told += f", {spread(same, 'complement')}" if len(same) else ""
             log.info(told)
             continue
         told += f", {row.share_removed:.0%} removed"
@@ -4152,12 +4169,14 @@ def share_alike(replies: Iterable[str]) -> float:
 # ----- Steering -----------------------------------------------------------------------------------
 
 
-def judged_replies(records: Records) -> Record:
-    """Of some replies the number, how many show the behaviour with its interval, and how many are
-    answers or repeat themselves, as shares."""
+def judged_replies(records: Records, n_sentences: int) -> Record:
+    """How many of some replies show the behaviour, with the interval over sentences, and how many
+    are answers or repeat themselves, as shares."""
     n = len(records)
-    rates = wilson(sum(bool(record["mentions"]) for record in records), n)
-    told = {"n": n} | dict(zip(("shown", "shown_low", "shown_high"), rates, strict=True))
+    shown = sum(bool(record["mentions"]) for record in records) / n
+    low, high = share_interval(shown, n_sentences)
+    told = {"n": n, "n_sentences": n_sentences, "shown": shown}
+    told |= {"shown_low": low, "shown_high": high}
     told["answers"] = sum(record["answers"] for record in records) / n
     return told | {"repeating": sum(repeats(record["reply"]) for record in records) / n}
 
@@ -4169,35 +4188,36 @@ def steer(exp: Experiment, chosen: Components, table: pd.DataFrame, folder: RunF
     circuit, units = (chosen, halves[1]) if chosen else (config.ablate, set().union(*halves))
     if not circuit:
         return
-    sets, drawn = {"circuit": circuit}, draw_random(circuit, len(circuit), exp, 0)
+    sets, drawn = [JointSet("circuit", circuit)], draw_random(circuit, len(circuit), exp, 0)
     if drawn:
-        sets["random"] = drawn[0]
+        sets.append(JointSet("random", drawn[0], lent=drawn[1]))
+        tell_lent(drawn[1])
     else:
         log.warning("no random set is steered: the circuit leaves too few other components")
-    pairs = list(itertools.product(sets, config.multipliers))
-    joint = [JointSet(name, sets[name], multiplier=factor) for name, factor in pairs]
+    joint = [of._replace(multiplier=factor) for of in sets for factor in config.multipliers]
     prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
     scores = set_scores(exp, folder, [JointSet("none"), *joint], prompts)[1:]
     said, rows = folder.path / "generations.jsonl", []
     lines = said.read_text(encoding="utf-8").splitlines()
-    for (name, factor), found in zip(pairs, scores, strict=True):
-        records = measure_replies(exp, folder, sets[name], prompts, factor)
+    for of, found in zip(joint, scores, strict=True):
+        records = measure_replies(exp, folder, of.components, prompts, of.multiplier)
         lines += [json.dumps(record, ensure_ascii=False) for record in records]
         a, b, _, *kl = found.mean(0).tolist()
-        row = {"factor": factor, "set": name, "components": labels_of(sets[name])}
+        row = {"factor": of.multiplier, "set": of.name, "components": labels_of(of.components)}
+        row["lent"] = of.lent
         for side, away in zip("ab", kl, strict=True):
             of_side = [record for record in records if record["prompt"] == side]
-            told = {"mean_delta": a - b, "kl": away} | judged_replies(of_side)
+            told = {"mean_delta": a - b, "kl": away} | judged_replies(of_side, len(units))
             rows.append(row | {"side": side} | told)
     write_text(said, "\n".join(lines) + "\n")
     steered = pd.DataFrame(rows)
     write_text(folder.path / "circuit_steer.csv", steered.to_csv(index=False))
-    for of in steered.itertuples():
-        shown = f"{of.shown:.0%} of {of.n} {exp.task.shown}"
-        shown += f" [{of.shown_low:.0%}, {of.shown_high:.0%}], {of.answers:.0%} are answers"
-        moved = f"mean a - b {of.mean_delta:+.3f}, KL {of.kl:.2g}"
-        named = f"{of.set} x {of.factor:g}, prompt {of.side}"
-        log.info(f"{named}: {shown}, {of.repeating:.0%} repeat themselves; {moved}")
+    for told in steered.itertuples():
+        shown = f"{told.shown:.0%} of {told.n} {exp.task.shown}"
+        shown += f" [{told.shown_low:.0%}, {told.shown_high:.0%}], {told.answers:.0%} are answers"
+        moved = f"mean a - b {told.mean_delta:+.3f}, KL {told.kl:.2g}"
+        named = f"{told.set} x {told.factor:g}, prompt {told.side}"
+        log.info(f"{named}: {shown}, {told.repeating:.0%} repeat themselves; {moved}")
     draw_steer(steered, exp, folder.path / "circuit_steer.png")
 
 
@@ -4272,7 +4292,7 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     jobs, folder.key, n_rows, tested_on = todo
     if jobs:
         exp.traced.rows_per_forward = n_rows
-    if exp.config.check_attentions or ((jobs or "traced" in vars(exp)) and tested_on != place):
+    if exp.config.check_attentions or ((jobs or exp.config.estimator) and tested_on != place):
         with exp.stage("self-test"):
             folder.note(self_test=self_test(exp), tested_on=place)
     if folder.leads:
@@ -4329,8 +4349,7 @@ def run(config: Config) -> None:
         disable_progress_bar()  # the library's own; ours know by themselves
     if config.from_csv:
         start_log(None, speaks=True)
-        redraw(config)
-        return None
+        return redraw(config)
     state = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(Path(config.output_dir), state.is_main_process)
     if config.dry_run or config.self_test:
@@ -4356,8 +4375,8 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     table = measured[measured["draw"] < 0].drop(columns="draw")
     floor = noise_floor(measured[measured["draw"] >= 0])
     write_components(folder.path / "circuit_results.csv", table)
-    # those of another command in this folder; this one's are made anew
-    folder.delete(name for name, always in OUTPUTS.items() if not always)
+    # those of another command in this folder; a circuit tells where it is from and may be read
+    folder.delete(name for name, always in OUTPUTS.items() if not always and name != "circuit.json")
     for name in ("behaviour", "screen"):
         folder.record.pop(name, None)
     folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
