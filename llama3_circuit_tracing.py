@@ -55,6 +55,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Figures            drawn from the tables alone
 #   Findings           what the log says of the tables; redrawing
 #   Screen             which components to measure, and what estimates are worth
+#   Circuits           which components together, beside which random ones
 #   Joint ablation     several components together, on held-out sentences
 #   Replies            what the model says with and without them
 #   Steering           replies and scores with a circuit scaled
@@ -363,7 +364,7 @@ class Config:
     confirm: Choice = option(
         ("top", 0),
         "choose a circuit on half of the sentences and edit it jointly on the others: the top K,"
-        " mass:0.05 of all roles found, those of share:0.005 of the base, the best of each layer:10",
+        " mass:0.05 of all roles found, those of share:0.005 of the base, the best layer:10 each",
         metavar="K",
     )
     num_random: Count = option(20, "random sets beside the circuit")
@@ -3760,7 +3761,7 @@ def draw_screen(table: pd.DataFrame, config: Config, path: Path) -> None:
     save_figure(figure, path)
 
 
-# ----- Joint ablation -----------------------------------------------------------------------------
+# ----- Circuits -----------------------------------------------------------------------------------
 
 
 class JointSet(NamedTuple):
@@ -3844,6 +3845,24 @@ def confirm_sets(chosen: Components, exp: Experiment) -> list[JointSet]:
     names = {"chosen": "complement", "random": "random complement"}
     whole = [of for of in sets if of.name in names and len(of.components) == len(chosen)]
     return sets + [of._replace(name=names[of.name], others_of=kinds) for of in whole]
+
+
+def write_circuit(
+    exp: Experiment, found: pd.DataFrame, measure: str, units: set[str], folder: RunFolder
+) -> None:
+    """circuit.json: what was chosen, in which model, how and on which sentences."""
+    config = exp.config
+    told: Record = {"format": "circuit/1", "model": folder.record["fingerprint"]["model"]}
+    told |= {"model_id": config.model_id, "task": config.task, "op": op_of(config)}
+    told |= {"method": config.row_method, "selection": as_text(config.confirm), "measure": measure}
+    told |= {"chosen_on": sorted(units), "components": []}
+    for component, role, mean in zip(found.index, found["role"], found["mean"], strict=True):
+        named = {"label": component.label, **vars(component)}
+        told["components"].append(named | {"role": role, "mean": mean})
+    write_text(folder.path / "circuit.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+
+
+# ----- Joint ablation -----------------------------------------------------------------------------
 
 
 def run_sets(
@@ -3972,21 +3991,6 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> Componen
     if chosen:
         draw_confirm(rows, config, folder.path / "circuit_confirm.png")
     return chosen
-
-
-def write_circuit(
-    exp: Experiment, found: pd.DataFrame, measure: str, units: set[str], folder: RunFolder
-) -> None:
-    """circuit.json: what was chosen, in which model, how and on which sentences."""
-    config = exp.config
-    told: Record = {"format": "circuit/1", "model": folder.record["fingerprint"]["model"]}
-    told |= {"model_id": config.model_id, "task": config.task, "op": op_of(config)}
-    told |= {"method": config.row_method, "selection": as_text(config.confirm), "measure": measure}
-    told |= {"chosen_on": sorted(units), "components": []}
-    for component, role, mean in zip(found.index, found["role"], found["mean"], strict=True):
-        named = {"label": component.label, **vars(component)}
-        told["components"].append(named | {"role": role, "mean": mean})
-    write_text(folder.path / "circuit.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 def judge_sets(rows: pd.DataFrame, config: Config) -> pd.DataFrame:

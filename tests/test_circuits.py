@@ -245,7 +245,7 @@ def test_a_broken_file_is_refused_by_name(content: bytes, answer: Answer, tmp_pa
         code, _, err = answer("--model_id", "nowhere", flag, str(file))
         assert code == 2
         assert f"{flag}" in err.splitlines()[-1]
-        assert f"{file} is no circuit: " in err.splitlines()[-1]
+        assert f"{file} is no file of components: " in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("flag", ["ablate", "given", "skip"])
@@ -587,3 +587,24 @@ def test_random_sets_share_no_column_with_the_circuit_nor_with_themselves(
             ]
             assert len(taken) == len({*taken})
             assert Counter(c.kind for c in drawn[0]) == Counter(c.kind for c in circuit)
+
+
+def test_a_circuit_read_from_the_folder_of_the_run_stays_there(llama: str, tmp_path: Path) -> None:
+    finish(llama, tmp_path, "--num_samples", "4", "--confirm", "2", "--num_random", "2")
+    before = (tmp_path / "circuit.json").read_bytes()
+    for _ in range(2):
+        flags = ["--num_samples", "4", "--ablate", str(tmp_path / "circuit.json")]
+        finish(llama, tmp_path, *flags)
+    assert (tmp_path / "circuit.json").read_bytes() == before
+
+
+def test_random_complements_stand_beside_the_confirmed_circuit_alone(
+    llama: str, tmp_path: Path
+) -> None:
+    flags = "--num_samples 4 --confirm 2 --num_random 2 --ablate L0H0,L1H1"
+    finish(llama, tmp_path, *flags.split())
+    log = (tmp_path / "run.log").read_text().splitlines()
+    (named,) = (
+        line for line in log if line.startswith("all samples") and "all of the kind" in line
+    )
+    assert "random complement" not in named

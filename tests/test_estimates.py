@@ -453,7 +453,7 @@ def test_the_table_of_estimates_says_so(by_method: Callable[[str], Path]) -> Non
 
 
 def test_the_log_warns_that_nothing_is_measured(by_method: Callable[[str], Path]) -> None:
-    warned = "all effects here are estimates by relp, none is measured"
+    warned = "all effects here are by relp estimates, none is measured"
     assert warned in (by_method("relp") / "run.log").read_text()
     assert warned not in (by_method("exact") / "run.log").read_text()
 
@@ -569,3 +569,29 @@ def test_offloaded_weights_are_refused(
     code, _, err = answer(*argv)
     assert code == 2
     assert "--method atp needs weights at hand; some are offloaded" in err
+
+
+def test_an_estimate_is_not_resumed_past_a_self_test_that_was_not_passed(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(exp: Any) -> list[Any]:
+        raise tracing.RunError("the self-test failed")
+
+    command = ["--model_id", llama, "--output_dir", str(tmp_path), "--num_samples", "2"]
+    command += ["--layers", "0", "--method", "atp"]
+    monkeypatch.setattr(tracing, "self_test", fail)
+    for _ in range(2):
+        assert tracing.main(command) == 1
+    assert not (tmp_path / "circuit_results.csv").exists()
+
+
+def test_a_screens_method_may_change_in_its_folder(llama: str, tmp_path: Path) -> None:
+    """What is measured does not depend on it."""
+    flags = ["--num_samples", "2", "--screen", "2", "--layers", "0"]
+    finish(llama, tmp_path / "one", *flags, "--method", "relp")
+    for folder in ("one", "other"):
+        finish(llama, tmp_path / folder, *flags)
+    one, other = (
+        (tmp_path / name / "circuit_results.csv").read_bytes() for name in ("one", "other")
+    )
+    assert one == other

@@ -6,7 +6,6 @@ import logging
 import math
 import re
 import statistics
-import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -157,10 +156,10 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
 ) -> None:
     """Whichever half it is."""
     table, quoted = read(controlled), []
-    lacks = table["sample_id"].isin(halves(controlled)[half][1:])  # one of three has it
-    controls = [name for name in table if "other" in name]
-    table[controls] = table[controls].mask(lacks)
-    config = tracing.parse_args(["--model_id", "x", *CONFIRM, "--controls"])
+    exp = prepared(llama, *CONFIRM, "--controls")
+    for of_sample in exp.prompts:
+        if of_sample[0].sample.sample_id in halves(controlled)[half][1:]:  # one of three has it
+            of_sample[:] = [prompt for prompt in of_sample if prompt.side != "other"]
     monkeypatch.setattr(tracing, "confirm_sets", lambda *a: [])
     monkeypatch.setattr(tracing, "measure_sets", lambda *a: joint_rows(controlled, "a - other"))
     monkeypatch.setattr(
@@ -169,8 +168,6 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
     folder = tracing.RunFolder(controlled.parent / "other")
     folder.path.mkdir(exist_ok=True)
     monkeypatch.setattr(tracing, "draw_confirm", lambda *a: None)
-    told = {"shape": prepared(llama).shape, "task": tracing.SUPPRESSION}
-    exp = types.SimpleNamespace(config=config, **told)
     tracing.confirm(exp, table, folder)
     assert quoted == ["a - b"]
     assert not joint_rows(folder.path, "a - other")["quoted"].any()
@@ -408,7 +405,7 @@ def test_the_log_tells_what_the_joint_table_holds(
         line += f"{row.moved_b:+.2f} after b; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
         line += ": damage is not judged"  # by four random sets
         assert line in told
-    assert told.count(" jointly (") == 3
+    assert told.count(" jointly (L") == 3
 
 
 @pytest.mark.parametrize("extra", [-1, 0])

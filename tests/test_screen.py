@@ -149,7 +149,7 @@ def test_all_are_measured_where_there_are_no_more(llama: str, tmp_path: Path) ->
     screen = read(finish(llama, tmp_path, *flags), SCREEN)
     assert screen["measured"].tolist() == ["top"] * 4
     told = record_of(tmp_path)["screen"]
-    assert (told["missed"], told["missed_upper_95"]) == (0, 0.0)
+    assert (told["missed"], told["missed_upper_95"]) == (0, None)
     assert told["random"]["n"] == 0 and told["all"]["n"] == 4
     assert set(read(tmp_path)["method"]) == {"exact"}
     assert (tmp_path / "circuit_screen.png").stat().st_size > 5000
@@ -282,12 +282,12 @@ def screen_of(top: str, drawn: str, n_left_out: int = 2, factor: float = 1.0) ->
     return table.assign(measure="a - b")
 
 
-CASES: dict[str, tuple[pd.DataFrame, int, float, bool]] = {  # missed, bound, poor
+CASES: dict[str, tuple[pd.DataFrame, int, float | None, bool]] = {  # missed, bound, poor
     "none": (screen_of("3! -2! 0.1", "0.5 -1"), 0, tracing.share_bound(0, 2), False),
     "of either sign": (screen_of("3! -2!", "2.5 -2.1 2"), 2, tracing.share_bound(2, 3), True),
     "no verdict": (screen_of("3 -2 1", "1.9 -2.1"), 1, tracing.share_bound(1, 2), True),
-    "all measured": (screen_of("3! -2!", "2.5 -1 0 0", 0), 1, 0.25, True),
-    "no others": (screen_of("3! -2!", "", 0), 0, 0.0, False),
+    "all measured": (screen_of("3! -2!", "2.5 -1 0 0", 0), 1, None, True),
+    "no others": (screen_of("3! -2!", "", 0), 0, None, False),
     "uncorrelated": (screen_of("3! -2!", "1 0.5", factor=-1), 0, tracing.share_bound(0, 2), True),
 }
 
@@ -303,8 +303,10 @@ def test_what_random_others_exceed_is_missed_and_warned_of(
     assert found["all"]["n"] == (table["measured"] != "no").sum()
     warned = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert warned == ["atp is a poor screen here: raise --screen or use another --method"] * poor
-    said = f"missed: {missed} of {(table['measured'] == 'random').sum()} random others exceed"
+    n = (table["measured"] == "random").sum()
+    said = f"missed: {missed} of {n} random others exceed" if n else "all are measured"
     assert said in caplog.text
+    assert ("at most" in caplog.text) == (bound is not None)
 
 
 def test_the_figure_has_a_point_for_each_measured_component(

@@ -21,7 +21,8 @@ import naive
 from by_hand import halves, prepared
 from conftest import Answer, finish, generations, read
 
-COLUMNS = "factor set components side mean_delta kl n shown shown_low shown_high answers repeating"
+COLUMNS = "factor set components lent side mean_delta kl n n_sentences shown shown_low shown_high "
+COLUMNS += "answers repeating"
 REPLYING = "--num_samples 4 --num_random 2 --max_new_tokens 4"
 CONFIRMED = f"{REPLYING} --confirm 2 --multipliers 0,1,-6".split()
 NAMED = f"{REPLYING} --layers 0 --multipliers 1,-9 --ablate L1N5,L2H3,L1N40".split()
@@ -127,7 +128,8 @@ def test_the_table_has_a_row_per_factor_set_and_side(name: str, runs: dict[str, 
         mine = [r for r in records if (r["ablated"], r["multiplier"], r["prompt"]) == key]
         assert {r["sample_id"] for r in mine} == set(ids)
         shown = sum(bool(r["mentions"]) for r in mine)
-        assert (row.shown, row.shown_low, row.shown_high) == tracing.wilson(shown, len(ids))
+        ends = tracing.share_interval(shown / len(ids), row.n_sentences)
+        assert (row.shown, row.shown_low, row.shown_high) == (shown / len(ids), *ends)
         assert row.answers == sum(r["answers"] for r in mine) / len(ids)
         assert row.repeating == sum(tracing.repeats(r["reply"]) for r in mine) / len(ids)
     if name != "patched":
@@ -188,7 +190,7 @@ def test_a_chosen_circuit_is_steered_on_the_held_out_sentences(runs: dict[str, P
     ],
 )
 def test_the_interval_of_a_share_by_hand(seen: int, n: int, low: float, high: float) -> None:
-    assert tracing.wilson(seen, n) == pytest.approx((seen / n, low, high), abs=6e-4)
+    assert tracing.share_interval(seen / n, n) == pytest.approx((low, high), abs=6e-4)
 
 
 # ----- the rest of a run
