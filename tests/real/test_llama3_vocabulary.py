@@ -204,7 +204,8 @@ def test_the_joint_ablation_is_that_of_plain_forwards(run: Path, plain: tuple[An
 
 def test_the_command_leaves_every_file_and_replies_to_every_prompt(run: Path) -> None:
     there = {path.name for path in run.iterdir()} - {".parts"}
-    assert there == set(tracing.OUTPUTS) - {"circuit_heatmap.png"}
+    asked = {"circuit_confirm.csv", "circuit_confirm.png", "circuit.json", "generations.jsonl"}
+    assert there == asked | {name for name, always in tracing.OUTPUTS.items() if always}
     replied = [(r["sample_id"], r["prompt"]) for r in generations(run) if not r["n_ablated"]]
     assert replied == [(i, side) for i in by_hand.texts(run) for side in "ab"]
     assert record_of(run)["noise_floor"] < EQUAL

@@ -179,7 +179,8 @@ def test_batched_replies_are_those_of_one_prompt_at_a_time(plain: Plain) -> None
     for labels in ([], FOUR):
         with by_hand.ablated(plain[0], labels):
             alone = [reply(plain, user) for user in users]
-        batched = tracing.greedy_replies(exp, list(map(tracing.Component.parse, labels)), prompts)
+        edits = exp.edits(map(tracing.Component.parse, labels))
+        batched = tracing.greedy_replies(exp, edits, prompts)
         assert batched == alone
         said.append(alone)
     assert sum(one != other for one, other in zip(*said, strict=True)) > 8
