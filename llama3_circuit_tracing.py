@@ -57,6 +57,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Screen             which components to measure, and what estimates are worth
 #   Circuits           which components together, beside which random ones
 #   Joint ablation     several components together, on held-out sentences
+#   Paths              what of an effect reaches the logits, or through receivers
 #   Replies            what the model says with and without them
 #   Steering           replies and scores with a circuit scaled
 #   Main               stages, log, exit codes
@@ -136,6 +137,7 @@ OPS = {
 
 # at which shares of an edit's displacement the gradient is taken; none: effects are measured
 METHODS = {"exact": (), "atp": (0.0,), "ig": (0.1, 0.3, 0.5, 0.7, 0.9), "relp": (0.0,)}
+ORDER = ("", "self_attn.o_proj", "mlp.down_proj")  # of a block's modules along the residual stream
 POSITIONS = ("all", "last", "differing")
 Site = tuple[int, str]  # a layer and the module in it whose first input is edited
 
@@ -151,6 +153,11 @@ class Component:
     @property
     def site(self) -> Site:
         return self.layer, KINDS[self.kind].module
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """How far along the residual stream it stands."""
+        return self.layer, ORDER.index(KINDS[self.kind].module)
 
     @property
     def label(self) -> str:
@@ -175,6 +182,7 @@ Ranges = str | tuple[range, ...]  # "all", or indices
 Choice = tuple[str, float]  # a rule of `CHOICES`, and its amount
 Numbers = tuple[float, ...]
 Components = tuple[Component, ...]
+Via = str | Components
 CHOICES = ("top", "mass", "share", "layer")  # see `choose_circuit`
 
 
@@ -219,6 +227,11 @@ def components(text: str) -> Circuit:
     if "neurons" in told:
         found.warning = f"{text}: positions are left out; its neurons are edited at all tokens"
     return found
+
+
+def via(text: str) -> Via:
+    """logits, each, or the components that a text or a file names."""
+    return text if text in ("logits", "each") else components(text)
 
 
 def choice(text: str) -> Choice:
@@ -297,6 +310,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {  # by the type of an option
     "Choice": choice,
     "Numbers": numbers,
     "Components": components,
+    "Via": via,
     "str | dict[str, Any]": device_map,
 }
 
@@ -368,6 +382,10 @@ class Config:
         metavar="K",
     )
     num_random: Count = option(20, "random sets beside the circuit")
+    via: Via = option(
+        (), "what of an effect takes this path: logits, L9H9,L10H0 (jointly), or each"
+    )
+    freeze: str = option("heads", "what a path does not pass through", "heads all")
     skip: Components = option((), "components that no circuit has: names, or a file of them")
     ablate: Components = option((), "measure one joint set: names L2H5,L3mlp, or a circuit.json")
     multipliers: Numbers = option((), "scale the circuit in replies: 0,0.5,1,2")
@@ -478,6 +496,11 @@ def contradictions(config: Config) -> dict[str, bool]:
         "--controls belong to --task suppression": config.controls and config.task != "suppression",
         "--controls share one prompt b, which --patch_into b patches from one": config.controls
         and into_b,
+        "--via measures paths; --method and --screen estimate": bool(config.via)
+        and config.estimator != "",
+        "--freeze applies to --via only": not config.via and config.freeze != "heads",
+        "--via takes heads and MLPs: L9H9, L20mlp": not isinstance(config.via, str)
+        and not {component.kind for component in config.via} <= {"head", "mlp"},
         "--multipliers need a circuit (--confirm or --ablate) and --max_new_tokens": (
             bool(config.multipliers)
             and not (config.max_new_tokens and (config.confirms or config.ablate))
@@ -2120,7 +2143,8 @@ OUTPUTS = {f"circuit_{name}": True for name in ("results.csv", "heads.csv")}
 OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", "heatmap.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("screen.csv", "screen.png", "steer.csv")}
-OUTPUTS |= {"circuit_steer.png": False, "circuit.json": False}
+OUTPUTS |= {f"circuit_{name}": False for name in ("steer.png", "paths.csv", "paths.png")}
+OUTPUTS |= {"circuit.json": False}
 OUTPUTS |= {"generations.jsonl": False, "run.json": True, "run.log": True}
 
 
@@ -2419,10 +2443,11 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
         if not shape.width(KINDS[named].module):
             lacks = "has blocks without mlp.down_proj, such as a mixture of experts"
             raise UsageError(f"--kind {named}: {shape.name} {lacks}")
-    for what in ("given", "ablate", "skip"):
-        if warning := getattr(getattr(config, what), "warning", ""):
+    for what in ("given", "ablate", "skip", "via"):
+        named_there = getattr(config, what)
+        if warning := getattr(named_there, "warning", ""):
             log.warning(warning)
-        for component in getattr(config, what):
+        for component in () if isinstance(named_there, str) else named_there:
             n = len(shape.indices(component.kind))
             if component.layer >= shape.n_layers or component.index >= n:
                 there = f"this model has layers 0-{shape.n_layers - 1}"
@@ -2436,6 +2461,10 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     swept = [c for n in layers for i in indices if (c := Component(n, kind, i)) not in given]
     if not swept:
         raise UsageError(f"nothing is left to sweep beside --given {as_text(given)}")
+    for receiver in () if isinstance(config.via, str) else config.via:
+        if last := [c.label for c in swept if c.depth >= receiver.depth][-1:]:
+            there = f"{last[0]} is swept too; give the --layers below it"
+            raise UsageError(f"--via {receiver.label} receives from components below it: {there}")
     n = len({*swept} - {*config.skip})
     n = min(n, config.screen + SCREEN_RANDOM) if config.screen else n
     if rule == "top" and (k > n or 2 * k > every):
@@ -3242,23 +3271,23 @@ def noise_floor(jittered: pd.DataFrame) -> float:
     return float(whole.loc[whole["draw"] < n_draws, "mean"].abs().quantile(0.95))
 
 
-def count_tests(table: pd.DataFrame) -> int:
+def count_tests(table: pd.DataFrame, key: Sequence[str] = KEY) -> int:
     """Of the components in a table, or of all from which a screen took them."""
     screened = table["n_screened"].max() if "n_screened" in table else math.nan
-    return len(table[KEY].drop_duplicates()) if math.isnan(screened) else int(screened)
+    return len(table[[*key]].drop_duplicates()) if math.isnan(screened) else int(screened)
 
 
-def statistics_of(table: pd.DataFrame, column: str) -> pd.DataFrame:
+def statistics_of(table: pd.DataFrame, column: str, key: Sequence[str] = KEY) -> pd.DataFrame:
     """Mean, spread, interval and test of a column per component, over independent units."""
-    real = real_rows(table[table[column].notna()])
-    stats = real.groupby(KEY)[column].agg(n_samples="size", mean="mean", median="median", sd="std")
-    by_unit = real.groupby(["unit", *KEY], observed=True)[column].agg(["sum", "count"]).unstack(KEY)
+    real, key = real_rows(table[table[column].notna()]), [*key]
+    stats = real.groupby(key)[column].agg(n_samples="size", mean="mean", median="median", sd="std")
+    by_unit = real.groupby(["unit", *key], observed=True)[column].agg(["sum", "count"]).unstack(key)
     filled = (by_unit[part][stats.index].fillna(0.0) for part in ("sum", "count"))
     sums, counts = (torch.tensor(part.to_numpy(float)) for part in filled)
     stats.insert(1, "n_sentences", (counts > 0).sum(0).tolist())
     (low, high), p = mean_interval(sums, counts), mean_test(sums, counts)
     tests = {"skewness": studentised(sums, counts)[-1], "ci_low": low, "ci_high": high, "p": p}
-    tests["q"] = benjamini_hochberg(p, count_tests(table))
+    tests["q"] = benjamini_hochberg(p, count_tests(table, key))
     return stats.assign(**{name: values.tolist() for name, values in tests.items()})
 
 
@@ -3509,6 +3538,15 @@ def draw_heatmap(heads: pd.DataFrame, config: Config, path: Path) -> None:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
         settings = {"xlabel": f"layer ({kind})", "ylabel": label, "title": title}
         return draw_bars(grid.iloc[:, 0], path, color=colors, **settings)
+    settings = {"xlabel": kind, "ylabel": "layer", "title": title}
+    return draw_grid(grid, loud, path, f"{label}, < 0 works against it", **settings)
+
+
+def draw_grid(
+    grid: pd.DataFrame, loud: pd.DataFrame, path: Path, label: str, **settings: Any
+) -> None:
+    """A cell per entry of a grid, coloured from blue over white at zero to red; grey where it is
+    not `loud`. Settings are those of the axes, the label that of the colours."""
     size = (2.5 + 0.3 * grid.shape[1], 1.5 + 0.3 * len(grid))
     width, height = (min(20, max(4.5, side)) for side in size)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -3521,8 +3559,10 @@ def draw_heatmap(heads: pd.DataFrame, config: Config, path: Path) -> None:
     for axis, names in ((axes.xaxis, list(grid.columns)), (axes.yaxis, list(grid.index))):
         some = range(0, len(names), -(-len(names) // 16))
         axis.set_ticks([i + 0.5 for i in some], [str(names[i]) for i in some])
-    axes.set(xlabel=kind, ylabel="layer", title=title)
-    figure.colorbar(image, ax=axes, label=f"{label}, < 0 works against it")
+    if grid.shape[1] > 6 and max(map(len, map(str, grid.columns))) > 3:
+        axes.tick_params(axis="x", rotation=90)
+    axes.set(**settings)
+    figure.colorbar(image, ax=axes, label=label)
     save_figure(figure, path)
 
 
@@ -4058,6 +4098,125 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
         log.info(told)
 
 
+# ----- Paths --------------------------------------------------------------------------------------
+
+PATH = ["sender", "receiver"]
+
+
+def receivers_of(exp: Experiment, sender: Component) -> list[Components]:
+    """What receives together, path by path: nothing but the logits; what --via names; or each of
+    the heads above the sender."""
+    if exp.config.via == "logits":
+        return [()]
+    if not isinstance(exp.config.via, str):
+        return [exp.config.via]
+    heads = itertools.product(range(exp.shape.n_layers), ["head"], range(exp.shape.n_heads))
+    return [(head,) for head in itertools.starmap(Component, heads) if head.depth > sender.depth]
+
+
+@torch.inference_mode()
+def run_paths(
+    exp: Experiment, clean: CleanRun, bar: tqdm[Any], senders: Sequence[Component]
+) -> Any:
+    """[sender, path, prompt]: scores with what reaches the receivers of a path from a sender alone
+    (path patching: Wang et al. 2211.00593, Goldowsky-Dill et al. 2304.05969). The senders are of
+    one module.
+
+    First the senders are edited while all heads above them (--freeze all: MLPs too) keep their
+    clean inputs to o_proj; what those would have been is recorded. What the logits get then is the
+    direct path. Then what was recorded of the receivers is written into the clean run.
+    """
+    tree, depth, paths = clean.tree, senders[0].depth, receivers_of(exp, senders[0])
+    kinds = ("attn", "mlp") if exp.config.freeze == "all" else ("attn",)
+    above = itertools.starmap(Component, itertools.product(range(exp.shape.n_layers), kinds))
+    frozen = {module.site for module in above if module.depth > depth}
+    received = {component.site for path in paths for component in path}
+    held = [Edit(site, slice(None), 0.0, clean.site_inputs[site]) for site in sorted(frozen)]
+    held += [Edit(site, slice(None), 1.0) for site in received - frozen]  # recorded at all tokens
+    rows = [(*exp.edits([sender], clean), *held) for sender in senders]
+    with recording({site: exp.traced.module(site) for site in received}) as seen:
+        states = final_states(exp.traced, clean, rows)
+    if paths == [()]:
+        direct = tree.scores(read_entries(exp.traced, clean, states), exp.task)
+        return direct[:, None].tolist()
+    written = []
+    for row, path in itertools.product(range(len(senders)), paths):
+        columns = {component: exp.shape.columns(component) for component in path}
+        edits = (Edit(c.site, of, 0.0, seen[c.site][row][:, of]) for c, of in columns.items())
+        written.append(tuple(edits))
+    log_probs = exp.run_rows(clean, written, bar)
+    return tree.scores(log_probs, exp.task).unflatten(0, (len(senders), -1)).tolist()
+
+
+def path_rows(
+    exp: Experiment, clean: CleanRun, senders: Sequence[Component], bar: tqdm[Any]
+) -> Any:
+    """`run_paths` of the senders of one layer, a row per sample, sender and path."""
+    run = functools.partial(run_paths, exp, clean, bar)
+    found = run_batches(exp.traced, senders, run, bar)
+    names = [labels_of(path) or "logits" for path in receivers_of(exp, senders[0])]
+    rows: Records = []
+    for (sample, places), (sender, scores) in itertools.product(
+        clean.tree.samples, zip(senders, found, strict=True)
+    ):
+        for name, of_path in zip(names, scores, strict=True):
+            row = {"sample_id": sample.sample_id, "sender": sender.label, "receiver": name}
+            rows.append(row | {f"score_{side}": of_path[place] for side, place in places.items()})
+    return pd.DataFrame(rows).to_dict("list")
+
+
+def trace_paths(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolder) -> None:
+    """Write circuit_paths.csv and .png: of each sender's effect, what takes each path."""
+    frames, shape, by_layer = [], exp.shape, defaultdict(list)
+    for component in exp.components:
+        by_layer[component.layer].append(component)
+    modules = ("attn", "mlp") if shape.d_mlp else ("attn",)
+    kinds = sorted({exp.config.kind, *modules})
+    sites = {Component(n, kind).site for n in range(shape.n_layers) for kind in kinds}
+    told = [as_text(exp.config.via), exp.config.freeze]
+    total = len(exp.trees) * len(exp.components)
+    with tqdm(total=total, unit="row", desc="paths", disable=None) as bar:
+        for number, tree in enumerate(exp.trees):
+            of_tree = (exp.traced, tree, exp.background, range(shape.n_layers), sites)
+            clean = functools.cache(functools.partial(run_clean, *of_tree))
+            for layer, senders in by_layer.items():
+                if not receivers_of(exp, senders[0]):
+                    continue  # the last layer with --via each
+                key = digest([*told, [sender.label for sender in senders]])[:12]
+                name = f"paths-{number:04d}-{layer:03d}-{key}"
+                compute = functools.partial(path_rows, exp, senders=senders, bar=bar)
+                frames.append(folder.part(name, lambda: compute(clean())))  # noqa: B023
+    rows = pd.concat(map(pd.DataFrame, frames), ignore_index=True)
+    of_sample = table.drop_duplicates("sample_id").set_index("sample_id")
+    rows = rows.join(of_sample[["unit", "group", "delta_logit_base"]], on="sample_id")
+    rows["effect"] = rows["score_a"] - rows["score_b"] - rows["delta_logit_base"]
+    paths = statistics_of(rows, "effect", PATH).drop(columns=["median", "skewness"])
+    totals = statistics_of(table, "head_effect")["mean"]
+    totals.index = pd.Index([Component(*key).label for key in totals.index])
+    paths = paths.reset_index().join(totals.rename("total"), on="sender")
+    share = (paths["mean"] / paths["total"]).where(paths["total"].abs() > (floor or 0.0))
+    paths = paths.assign(share_of_total=share, above_noise=paths["mean"].abs() > floor)
+    paths = paths.assign(freeze=exp.config.freeze, op=op_of(exp.config))
+    write_text(folder.path / "circuit_paths.csv", paths.to_csv(index=False))
+    report_paths(paths, exp, folder.path / "circuit_paths.png")
+
+
+def report_paths(paths: pd.DataFrame, exp: Experiment, path: Path) -> None:
+    """The strongest paths in the log, and all of them in circuit_paths.png."""
+    held = {"heads": "all heads above the sender", "all": "all heads and MLPs above the sender"}
+    log.info("paths pass %s at their clean values", held[exp.config.freeze])
+    for told in paths.sort_values("mean", key=abs, ascending=False).head(8).itertuples():
+        interval = f"[{told.ci_low:+.3f}, {told.ci_high:+.3f}], q {told.q:.2g}"
+        of_total = f"{told.share_of_total:.0%} of its {told.total:+.3f}"
+        log.info(f"{told.sender} -> {told.receiver}: {told.mean:+.3f} {interval}; {of_total}")
+    order = [c.label for c in exp.components if c.label in set(paths["sender"])]
+    wide = paths.pivot(index="sender", columns="receiver", values="mean").loc[order]
+    wide = wide[paths["receiver"].drop_duplicates()]
+    title = f"What of {op_of(exp.config)} of a sender\nreaches delta_logit through a receiver"
+    settings = {"xlabel": "receiver", "ylabel": "sender", "title": title}
+    draw_grid(wide, wide.notna(), path, "mean effect (nats)", **settings)
+
+
 # ----- Replies ------------------------------------------------------------------------------------
 
 
@@ -4265,7 +4424,7 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     are left, the run's key, the rows per forward, and where a self-test was passed."""
     files = file_digests(exp.config, folder.record.get("files", {}))
     fingerprint = fingerprint_of(exp, files)
-    for what in ("given", "ablate", "skip"):
+    for what in ("given", "ablate", "skip", "via"):
         of = getattr(getattr(exp.config, what), "model", "")
         if of not in ("", fingerprint["model"]):
             raise UsageError(f"--{what}: that circuit is of model {of}, not {fingerprint['model']}")
@@ -4393,6 +4552,9 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     if config.confirms or config.ablate:
         with exp.stage("joint ablation"):
             chosen = confirm(exp, table, folder)
+    if config.via:
+        with exp.stage("paths"):
+            trace_paths(exp, table, floor, folder)
     if config.max_new_tokens:
         with exp.stage("replies"):
             check_behaviour(exp, chosen, table, folder)
