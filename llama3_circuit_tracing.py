@@ -331,6 +331,9 @@ def as_text(value: Any) -> Any:
 # ----- Command line -------------------------------------------------------------------------------
 
 
+SYSTEM_PROMPT = "You are an assistant."
+
+
 def option(default: Any, text: str, one_of: str = "", shown: str = "", **argument: Any) -> Any:
     """One field of `Config` together with its command-line flag."""
     if one_of:
@@ -351,9 +354,11 @@ class Config:
     device_map: str | dict[str, Any] = option("auto", "as from_pretrained takes it; or JSON")
     attn_implementation: str | None = option(None, "as from_pretrained", shown="the model's own")
 
-    task: str = option("suppression", "the behaviour", "suppression refusal odd_one_out")
+    task: str = option("suppression", "the behaviour", "suppression refusal odd_one_out contrast")
     num_samples: Count = option(16, "how many built-in samples; at most so many of one's own")
     samples: str | None = option(None, "one's own samples, .jsonl or .csv", shown="built in")
+    chat: bool | None = option(True, "--no-chat: a sample's texts as they are, after the BOS")
+    system_prompt: str = option(SYSTEM_PROMPT, "text of the system turn; empty: no such turn")
     answer_prefix: str = option("", "stem that the assistant's reply is made to start with")
     target_form: str = option("word", "literal: only the first token of ' word'", "word literal")
     seed: Natural = option(42, "sample choice and all randomness")
@@ -465,7 +470,7 @@ def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None =
     with 2 where it contradicts itself. That is only known of --from_csv with the recorded flags."""
     parser = build_parser()
     given = [*(before or ()), *(sys.argv[1:] if argv is None else argv)]
-    given = ["--no-bf16" if text == "--no_bf16" else text for text in given]
+    given = [re.sub("^--no_(bf16|chat)$", r"--no-\1", text) for text in given]
     config = Config(**vars(parser.parse_args(given)))
     for sentence, holds in contradictions(config).items():
         if holds and (before is not None or not config.from_csv):
@@ -505,12 +510,14 @@ def contradictions(config: Config) -> dict[str, bool]:
             bool(config.multipliers)
             and not (config.max_new_tokens and (config.confirms or config.ablate))
         ),
+        "--task contrast needs --samples, with targets and foils": config.task == "contrast"
+        and not (config.samples or config.from_csv),
         "--dry_run loads a model's config and --from_csv loads none": config.dry_run
         and config.from_csv is not None,
         **{
             f"--{f.name} is empty; is a shell variable unset?": getattr(config, f.name) == ""
             for f in fields(config)
-            if f.default != ""
+            if f.default != "" and f.name != "system_prompt"
         },
     }
 
@@ -554,7 +561,6 @@ Records = list[Record]
 
 # ----- Built-in texts -----------------------------------------------------------------------------
 
-SYSTEM_PROMPT = "You are an assistant."
 DATE = datetime.date(2024, 7, 26)  # for templates that write today's
 
 
@@ -804,7 +810,8 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) ->
 class Task:
     """What a behaviour is: its samples, its metric, and what counts as showing it in a reply.
     `reduce` maps log P of targets [row, target] and foils [row, foil] to a score [row];
-    `sign` is the sign that delta_logit has where the model shows the behaviour; `natural` names
+    `sign` is the sign that delta_logit has where the model shows the behaviour, 0 where either
+    will do; `natural` names
     the prompt after which the targets are likely; `shows` finds in a reply what `shown` says;
     `sums` is whether the score adds up the probabilities of several words."""
 
@@ -892,7 +899,21 @@ ODD_ONE_OUT = Task(
     needs_foils=True,
     sums=True,
 )
-TASKS = {task.name: task for task in (SUPPRESSION, REFUSAL, ODD_ONE_OUT)}
+CONTRAST = Task(
+    "contrast",
+    lambda *_: [],  # samples are one's own
+    lambda targets, foils: targets.logsumexp(-1) - foils.logsumexp(-1),
+    sign=0,
+    natural="a",
+    shows=lambda sample, reply: mentioned(sample.targets, reply),
+    answers=lambda sample, reply: bool(mentioned(sample.words, reply)),
+    scored="the margin of the targets",
+    shown="mention a target",
+    opposite="contrast",
+    needs_foils=True,
+    sums=True,
+)
+TASKS = {task.name: task for task in (SUPPRESSION, REFUSAL, ODD_ONE_OUT, CONTRAST)}
 
 # ----- Input files --------------------------------------------------------------------------------
 
@@ -983,6 +1004,9 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
     if not targets or (task.needs_foils and not foils):
         name = "foils" if targets else "targets"
         raise UsageError(f"{origin}: {name!r} is missing or empty; --task {task.name} needs it")
+    if foils and not task.needs_foils:
+        way_out = "give --task contrast, or leave them out"
+        raise UsageError(f"{origin}: --task {task.name} takes no foils; {way_out}")
     name = text("sample_id", f"line{line:05d}")
     labels = {label: text(label) for label in ("group", "unit") if label in record}
     if "sentence" in record and task.name == "suppression":
@@ -1183,6 +1207,8 @@ class PromptEncoder:
     tokenizer: Any
     stem: str
     target_form: str
+    system: str = SYSTEM_PROMPT
+    is_chat: bool = True
 
     @functools.cached_property
     def bos(self) -> int | None:
@@ -1193,8 +1219,10 @@ class PromptEncoder:
     @functools.cached_property
     def folds(self) -> bool:
         """Whether the template knows no system turn, so that its text opens the user's."""
+        if not self.system or not self.is_chat:
+            return False
         try:
-            return SYSTEM_PROMPT not in self.chat({"system": SYSTEM_PROMPT, "user": "x"})
+            return self.system.strip() not in self.chat({"system": self.system, "user": "x"})
         except UsageError:
             return True
 
@@ -1211,8 +1239,10 @@ class PromptEncoder:
         return str(chat)
 
     def render(self, user_text: str) -> str:
-        """The chat up to where the reply is scored, the stem included."""
-        turns = {"system": SYSTEM_PROMPT, "user": user_text}
+        """The chat, or the text alone, up to where the reply is scored, the stem included."""
+        if not self.is_chat:
+            return user_text + self.stem
+        turns = ({"system": self.system} if self.system else {}) | {"user": user_text}
         text = self.chat({"user": "\n\n".join(turns.values())} if self.folds else turns)
         if lost := [said for said in turns.values() if said.strip() not in text]:
             raise UsageError(f"the chat template changes or drops {lost[0]!r}")
@@ -1225,6 +1255,11 @@ class PromptEncoder:
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    def encode_prompt(self, text: str) -> tuple[int, ...]:
+        """With the tokenizer's own BOS, unless a chat template writes it."""
+        opened = self.bos is not None and not self.is_chat
+        return (self.bos,) * opened + self.encode(text)  # type: ignore[return-value]
+
     def count(self, text: str) -> int:
         return len(self.encode(text))
 
@@ -1236,7 +1271,7 @@ class PromptEncoder:
         white space and for the literal metric; its ids are tokens(text + form) minus tokens(text).
         """
         text, name, literal = self.render(user_text), sample.named, self.target_form == "literal"
-        ids, bos = self.encode(text), self.tokenizer.bos_token_id
+        ids, bos = self.encode_prompt(text), self.tokenizer.bos_token_id
         n = common_start(ids, [bos] * len(ids))
         if n > 1 or (n == 0 and self.bos is not None):
             way_out = "" if n else ": let the template in a local copy begin with {{ bos_token }}"
@@ -1248,7 +1283,7 @@ class PromptEncoder:
             of_word: dict[tuple[int, ...], str] = {}
             capital = word if literal else word[:1].upper() + word[1:]
             for form in dict.fromkeys((space + word, space + capital)):
-                whole = self.encode(text + form)
+                whole = self.encode_prompt(text + form)
                 if whole[: len(ids)] != ids or len(whole) == len(ids):
                     merges = f"the form {form!r} merges with the tokens before it"
                     raise UsageError(f"{name}: {merges}: {text[-40:]!r}")
@@ -2532,10 +2567,11 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
         raise UsageError(f"--method relp has no rule for {shape.no_rules} of {shape.name}")
     components = choose_components(config, shape)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config)
-    if not getattr(tokenizer, "chat_template", None):
-        lacks = "has no chat template; use an Instruct model"
+    if config.chat and not getattr(tokenizer, "chat_template", None):
+        lacks = "has no chat template; use an Instruct model, or --no-chat"
         raise UsageError(f"the tokenizer of {config.model_id} {lacks}")
-    encoder = PromptEncoder(tokenizer, config.answer_prefix, config.target_form)
+    told = config.answer_prefix, config.target_form, config.system_prompt, bool(config.chat)
+    encoder = PromptEncoder(tokenizer, *told)
     if encoder.folds:
         log.warning("the chat template knows no system turn: its text opens the user's turn")
     samples = choose_samples(config, encoder, own)
@@ -2840,7 +2876,7 @@ def sample_records(exp: Experiment, tree: Tree) -> Records:
         if p_target < 1e-3:
             after = f"P(target) is {p_target:.2g} after prompt {task.natural}"
             flags.append(f"{after}: the targets are no natural reply")
-        if delta * task.sign <= 0 and sample.counts:
+        if task.sign and delta * task.sign <= 0 and sample.counts:
             flags.append(f"delta {delta:+.3f} has not the sign of {task.name}")
         record = {name: getattr(sample, name) for name in ("sample_id", "targets", "foils")}
         pair_id = tree.prompts[places["a"]].pair_id(tree.prompts[places["b"]])
@@ -4543,7 +4579,9 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     for name in ("behaviour", "screen"):
         folder.record.pop(name, None)
     folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
-    folder.note(system_turn="in the user's turn" if exp.encoder.folds else "its own")
+    turn = "in the user's turn" if exp.encoder.folds else "its own"
+    has_turn = config.chat and config.system_prompt
+    folder.note(system_turn=turn if has_turn else "none")
     with exp.stage("statistics"):
         heads = write_findings(table, exp.other, floor, config, folder.path)
         if config.screen:
