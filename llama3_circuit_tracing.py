@@ -58,6 +58,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Circuits           which components together, beside which random ones
 #   Joint ablation     several components together, on held-out sentences
 #   Paths              what of an effect reaches the logits, or through receivers
+#   Positions          one token at a time
 #   Replies            what the model says with and without them
 #   Steering           replies and scores with a circuit scaled
 #   Main               stages, log, exit codes
@@ -138,7 +139,7 @@ OPS = {
 # at which shares of an edit's displacement the gradient is taken; none: effects are measured
 METHODS = {"exact": (), "atp": (0.0,), "ig": (0.1, 0.3, 0.5, 0.7, 0.9), "relp": (0.0,)}
 ORDER = ("", "self_attn.o_proj", "mlp.down_proj")  # of a block's modules along the residual stream
-POSITIONS = ("all", "last", "differing")
+POSITIONS = ("all", "last", "differing", "each")
 Site = tuple[int, str]  # a layer and the module in it whose first input is edited
 
 
@@ -369,7 +370,7 @@ class Config:
     neurons: Ranges | None = option(None, "neurons of each layer", shown="all of an estimate")
     op: str = option("zero", "what the edited slice becomes", " ".join(OPS))
     factor: float | None = option(None, "factor of --op scale")
-    positions: str = option("all", "tokens at which it is edited", " ".join(POSITIONS))
+    positions: str = option("all", "edited tokens; each: one by one too", " ".join(POSITIONS))
     patch_into: str = option("a", "the prompt that --op patch edits, from the other", "a b")
     given: Components = option((), "components zeroed in every run, base included: names or a file")
     method: str = option("exact", "how effects are found; gradients estimate", " ".join(METHODS))
@@ -428,6 +429,11 @@ class Config:
         return "exact" if self.screen else self.method
 
     @property
+    def span(self) -> str:
+        """The edited tokens of the results table: `each` comes on top of `all`."""
+        return "all" if self.positions == "each" else self.positions
+
+    @property
     def by(self) -> str:
         """What a title adds where its effects are estimates."""
         return "" if self.row_method == "exact" else f" by {self.row_method} estimates"
@@ -482,6 +488,7 @@ def contradictions(config: Config) -> dict[str, bool]:
     """Does it hold?, by sentence, for every combination of options that means nothing."""
     kind, op, into_b = config.kind, OPS[config.op], config.patch_into == "b"
     emptied = op.factor == 0 and not config.patches and config.positions == "all"
+    each, few = config.positions == "each", bool(config.estimator) or kind == "neuron"
     edited = {kind, *(component.kind for component in config.ablate)}
     given = {component.kind for component in config.given}
     odd = f"--kind resid with --op {config.op} at all positions"
@@ -506,6 +513,7 @@ def contradictions(config: Config) -> dict[str, bool]:
         "--freeze applies to --via only": not config.via and config.freeze != "heads",
         "--via takes heads and MLPs: L9H9, L20mlp": not isinstance(config.via, str)
         and not {component.kind for component in config.via} <= {"head", "mlp"},
+        "--positions each measures resid, attn, mlp and head": each and few,
         "--multipliers need a circuit (--confirm or --ablate) and --max_new_tokens": (
             bool(config.multipliers)
             and not (config.max_new_tokens and (config.confirms or config.ablate))
@@ -1137,7 +1145,7 @@ def same_in_all(config: Config) -> Record:
     """What of a run's options its effects and roles depend on, as columns of the results."""
     into = config.patch_into if config.patches else ""
     told = {name: getattr(config, name) for name in ONCE}
-    return told | {"patch_into": into, "method": config.row_method}
+    return told | {"patch_into": into, "method": config.row_method, "positions": config.span}
 
 
 def differences(table: pd.DataFrame, config: Config) -> dict[str, tuple[Any, ...]]:
@@ -1442,13 +1450,13 @@ def edited_positions(own: Sequence[int], partner: Sequence[int], config: Config)
     None stands for all tokens, forms included. A patch touches aligned positions only: from the
     first difference on in pairs of equal length, else the longest common suffix."""
     n, shift, patches = len(own), len(partner) - len(own), config.patches
-    if not patches and config.positions == "all":
+    if not patches and config.span == "all":
         return None
     prefix = common_start(own, partner)
     suffix = common_start(own[prefix:][::-1], partner[prefix:][::-1])  # after the prefix
     aligned = prefix if shift == 0 else n - common_start(own[::-1], partner[::-1])
     spans = {"all": range(n), "last": range(n - 1, n), "differing": range(prefix, n - suffix)}
-    return {i: i + shift for i in spans[config.positions] if i >= aligned or not patches}
+    return {i: i + shift for i in spans[config.span] if i >= aligned or not patches}
 
 
 def plan_edits(prompts: Sequence[Prompt], config: Config) -> list[Plan]:
@@ -1549,7 +1557,7 @@ def place_edits(placed: Sequence[Placed], n: int, config: Config) -> tuple[Tenso
         side = "a" if prompt.side == "b" else "b"
         their_path, their_branches = by_side[prompt.sample.sample_id, side]
         pairs = [(path[mine], their_path[theirs]) for mine, theirs in (plan or {}).items()]
-        if plan and config.patches and config.positions == "all":
+        if plan and config.patches and config.span == "all":
             for my_word, their_word in zip(branches, their_branches, strict=True):
                 for my_form, their_form in zip(my_word, their_word, strict=True):
                     pairs += zip(my_form, their_form, strict=True)
@@ -2179,7 +2187,7 @@ OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", "heatmap.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("screen.csv", "screen.png", "steer.csv")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("steer.png", "paths.csv", "paths.png")}
-OUTPUTS |= {"circuit.json": False}
+OUTPUTS |= {"circuit_positions.csv": False, "circuit_positions.png": False, "circuit.json": False}
 OUTPUTS |= {"generations.jsonl": False, "run.json": True, "run.log": True}
 
 
@@ -2335,7 +2343,7 @@ ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which bat
 SCREEN_RANDOM = 32  # components measured beside the best estimates, to see what those miss
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".gguf")
-TOLD = "task kind op factor positions patch_into given controls target_form seed tree_tokens"
+TOLD = "task kind op factor patch_into given controls target_form seed tree_tokens"
 
 
 @dataclass
@@ -2535,6 +2543,10 @@ def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config
     """`UsageError` where a sample would not be edited at all, or a prompt exceeds the context or
     the vocabulary."""
     edit, limit = f"--op {config.op} at --positions {config.positions}", shape.context
+    lengths = sorted({len(prompt.ids) for of_sample in prompts for prompt in of_sample[:2]})
+    if config.positions == "each" and len(lengths) > 1:
+        there = f"these have {', '.join(map(str, lengths))} tokens"
+        raise UsageError(f"--positions each needs prompts of one template and length; {there}")
     for of_sample in prompts:
         named = of_sample[0].sample.named
         if of_sample[0].ids == of_sample[1].ids:
@@ -2638,6 +2650,7 @@ def fingerprint_of(exp: Experiment, files: Mapping[str, list[Any]]) -> dict[str,
         "device_type": device_type(exp.config),
         **{name: as_text(getattr(exp.config, name)) for name in TOLD.split()},
         "method": exp.config.row_method,
+        "positions": exp.config.span,
         "prompts": digest([(p.sample.sample_id, p.side, p.text, p.ids) for p in flat])[:16],
         "targets": digest([(p.sample.words, p.forms) for p in flat])[:16],
         "rows_per_forward": exp.rows_per_forward,
@@ -3574,12 +3587,17 @@ def draw_heatmap(heads: pd.DataFrame, config: Config, path: Path) -> None:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
         settings = {"xlabel": f"layer ({kind})", "ylabel": label, "title": title}
         return draw_bars(grid.iloc[:, 0], path, color=colors, **settings)
-    settings = {"xlabel": kind, "ylabel": "layer", "title": title}
-    return draw_grid(grid, loud, path, f"{label}, < 0 works against it", **settings)
+    axes: Record = {"xlabel": kind, "ylabel": "layer", "title": title}
+    return draw_grid(grid, loud, path, f"{label}, < 0 works against it", **axes)
 
 
 def draw_grid(
-    grid: pd.DataFrame, loud: pd.DataFrame, path: Path, label: str, **settings: Any
+    grid: pd.DataFrame,
+    loud: pd.DataFrame,
+    path: Path,
+    label: str,
+    most_ticks: int = 16,
+    **settings: Any,
 ) -> None:
     """A cell per entry of a grid, coloured from blue over white at zero to red; grey where it is
     not `loud`. Settings are those of the axes, the label that of the colours."""
@@ -3593,8 +3611,9 @@ def draw_grid(
     shown = grid.where(loud).to_numpy(dtype=float)
     image = axes.pcolormesh(columns, rows, shown, cmap="RdBu_r", vmin=-bound, vmax=bound)
     for axis, names in ((axes.xaxis, list(grid.columns)), (axes.yaxis, list(grid.index))):
-        some = range(0, len(names), -(-len(names) // 16))
-        axis.set_ticks([i + 0.5 for i in some], [str(names[i]) for i in some])
+        some = range(0, len(names), -(-len(names) // most_ticks))
+        labels = [str(names[i]) for i in some]
+        axis.set_ticks([i + 0.5 for i in some], labels, parse_math=False)
     if grid.shape[1] > 6 and max(map(len, map(str, grid.columns))) > 3:
         axes.tick_params(axis="x", rotation=90)
     axes.set(**settings)
@@ -4249,8 +4268,83 @@ def report_paths(paths: pd.DataFrame, exp: Experiment, path: Path) -> None:
     wide = paths.pivot(index="sender", columns="receiver", values="mean").loc[order]
     wide = wide[paths["receiver"].drop_duplicates()]
     title = f"What of {op_of(exp.config)} of a sender\nreaches delta_logit through a receiver"
-    settings = {"xlabel": "receiver", "ylabel": "sender", "title": title}
+    settings: Record = {"xlabel": "receiver", "ylabel": "sender", "title": title}
     draw_grid(wide, wide.notna(), path, "mean effect (nats)", **settings)
+
+
+# ----- Positions ----------------------------------------------------------------------------------
+
+
+def token_positions(exp: Experiment) -> range:
+    """Of all prompts, which are equally long; a patch touches none before the first difference."""
+    starts = (common_start(a.ids, b.ids) for a, b, *_ in exp.prompts)
+    return range(min(starts) if exp.config.patches else 0, len(exp.prompts[0][0].ids))
+
+
+def run_positions(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[list[float]]]:
+    """[component, position, sample]: delta with a component edited at one position of all prompts
+    (causal tracing: Meng et al. 2202.05262, layer by token)."""
+    clean = exp.run_clean(tree, {c.layer for c in exp.components}, exp.components)
+    rows = []
+    for component, position in itertools.product(exp.components, token_positions(exp)):
+        there = torch.zeros(tree.n_tokens, dtype=torch.bool)
+        there[[path[position] for path in tree.paths]] = True
+        there &= True if tree.where is None else tree.where
+        edits = exp.edits([component], clean)
+        rows.append(tuple(replace(edit, where=there) for edit in edits))
+    scores = tree.scores(exp.run_rows(clean, rows, bar), exp.task)
+    places = [of for _, of in tree.samples]
+    deltas = torch.stack([scores[:, of["a"]] - scores[:, of["b"]] for of in places], -1)
+    return list(deltas.unflatten(0, (len(exp.components), -1)).tolist())
+
+
+def describe_tokens(exp: Experiment) -> pd.DataFrame:
+    """Of each position in the first sample the tokens, and the scored word that they belong to."""
+    a, b, *_ = exp.prompts[0]
+    words = [""] * len(a.ids)
+    for word, prompt in itertools.product(a.sample.words, (a, b)):
+        for form in (exp.encoder.encode(f" {word}"), exp.encoder.encode(word)):
+            for i in range(len(prompt.ids)):
+                if prompt.ids[i : i + len(form)] == form:
+                    words[i : i + len(form)] = [word] * len(form)
+    decode = exp.encoder.tokenizer.decode
+    told = ((i, decode([a.ids[i]]), decode([b.ids[i]]), words[i]) for i in token_positions(exp))
+    return pd.DataFrame(told, columns=["position", "token", "token_b", "word"])
+
+
+def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> None:
+    """Write circuit_positions.csv and .png: each component edited at each token on its own."""
+    labels = [component.label for component in exp.components]
+    places = pd.MultiIndex.from_product([labels, token_positions(exp)], names=["label", "position"])
+    frames = []
+    with tqdm(total=len(places) * len(exp.trees), unit="row", disable=None) as bar:
+        for number, tree in enumerate(exp.trees):
+            name = f"positions-{number:04d}-{digest(labels)[:12]}"
+            found = torch.tensor(folder.part(name, run_positions, exp, tree, bar))
+            for (sample, _), deltas in zip(tree.samples, found.unbind(-1), strict=True):
+                frames.append(pd.DataFrame({"delta": deltas.flatten()}, places).reset_index())
+                frames[-1]["sample_id"] = sample.sample_id
+    of_sample = table.drop_duplicates("sample_id").set_index("sample_id")
+    rows = pd.concat(frames).join(of_sample[["unit", "group", "delta_logit_base"]], on="sample_id")
+    rows["effect"] = rows["delta"] - rows["delta_logit_base"]
+    stats = statistics_of(rows, "effect", ["label", "position"]).drop(columns="skewness")
+    tokens = describe_tokens(exp)
+    told = stats.reset_index().merge(tokens, on="position")
+    write_text(folder.path / "circuit_positions.csv", told.to_csv(index=False))
+    strongest = told.sort_values("mean", key=abs, ascending=False).head(5)
+    for row in strongest.itertuples():
+        where = f"token {row.position} {row.token!r} ({row.token_b!r} in b)"
+        log.info(f"{OPS[exp.config.op].doing} {row.label} at {where}: {row.mean:+.3f}")
+    grid = told.pivot(index="label", columns="position", values="mean").loc[labels]
+    marks = ["*" if a != b else "" for a, b in zip(tokens["token"], tokens["token_b"], strict=True)]
+    names = [f"{t!r}{mark}" for t, mark in zip(tokens["token"], marks, strict=True)]
+    title = f"{op_of(exp.config)} at one token of {Path(exp.config.model_id).name}"
+    title += f"\n{exp.task.name}, {numbered(len(exp.prompts), 'sample')}; * differs between a and b"
+    settings: Record = {"xlabel": "token of prompt a", "ylabel": exp.config.kind, "title": title}
+    figure = folder.path / "circuit_positions.png"
+    loud, label = grid.notna(), "mean effect on delta (nats)"
+    grid.columns = loud.columns = pd.Index(names)
+    draw_grid(grid, loud, figure, label, most_ticks=80, **settings)
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -4316,7 +4410,7 @@ def check_behaviour(
     prompts = [of_sample for of_sample in exp.prompts if of_sample[0].sample.unit in held_out]
     texts = {(p.sample.sample_id, p.side): p.text for p in itertools.chain(*exp.prompts)}
     records = measure_replies(exp, folder, (), exp.prompts)
-    if chosen and (config.patches or config.positions != "all"):
+    if chosen and (config.patches or config.span != "all"):
         flags = f"--op {config.op} --positions {config.positions}"
         log.warning("edited replies need an op that applies at every token: none with %s", flags)
         chosen = ()
@@ -4593,6 +4687,9 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     if config.via:
         with exp.stage("paths"):
             trace_paths(exp, table, floor, folder)
+    if config.positions == "each":
+        with exp.stage("positions"):
+            trace_positions(exp, table, folder)
     if config.max_new_tokens:
         with exp.stage("replies"):
             check_behaviour(exp, chosen, table, folder)
