@@ -2504,6 +2504,8 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     swept = [c for n in layers for i in indices if (c := Component(n, kind, i)) not in given]
     if not swept:
         raise UsageError(f"nothing is left to sweep beside --given {as_text(given)}")
+    if config.via == "each" and all(c.depth >= (shape.n_layers - 1, 1) for c in swept):
+        raise UsageError(f"--via each: no head is above {swept[0].label}; give lower --layers")
     for receiver in () if isinstance(config.via, str) else config.via:
         if last := [c.label for c in swept if c.depth >= receiver.depth][-1:]:
             there = f"{last[0]} is swept too; give the --layers below it"
@@ -3340,6 +3342,14 @@ def statistics_of(table: pd.DataFrame, column: str, key: Sequence[str] = KEY) ->
     return stats.assign(**{name: values.tolist() for name, values in tests.items()})
 
 
+def effects_of(rows: pd.DataFrame, table: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
+    """`statistics_of` what a column `delta` of some rows is away from their samples' base."""
+    samples = table.drop_duplicates("sample_id").set_index("sample_id")
+    rows = rows.join(samples[["unit", "group", "delta_logit_base"]], on="sample_id")
+    effects = rows.assign(effect=rows["delta"] - rows["delta_logit_base"])
+    return statistics_of(effects, "effect", key).drop(columns=["median", "skewness"]).reset_index()
+
+
 def base_of(table: pd.DataFrame, side: str) -> pd.Series:
     """The unedited score of prompt a less that of another side; NaN where the table lacks it."""
     if side == "b":
@@ -4155,8 +4165,6 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
 
 # ----- Paths --------------------------------------------------------------------------------------
 
-PATH = ["sender", "receiver"]
-
 
 def receivers_of(exp: Experiment, sender: Component) -> list[Components]:
     """What receives together, path by path: nothing but the logits; what --via names; or each of
@@ -4242,13 +4250,11 @@ def trace_paths(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunF
                 compute = functools.partial(path_rows, exp, senders=senders, bar=bar)
                 frames.append(folder.part(name, lambda: compute(clean())))  # noqa: B023
     rows = pd.concat(map(pd.DataFrame, frames), ignore_index=True)
-    of_sample = table.drop_duplicates("sample_id").set_index("sample_id")
-    rows = rows.join(of_sample[["unit", "group", "delta_logit_base"]], on="sample_id")
-    rows["effect"] = rows["score_a"] - rows["score_b"] - rows["delta_logit_base"]
-    paths = statistics_of(rows, "effect", PATH).drop(columns=["median", "skewness"])
+    rows["delta"] = rows["score_a"] - rows["score_b"]
+    paths = effects_of(rows, table, ["sender", "receiver"])
     totals = statistics_of(table, "head_effect")["mean"]
     totals.index = pd.Index([Component(*key).label for key in totals.index])
-    paths = paths.reset_index().join(totals.rename("total"), on="sender")
+    paths = paths.join(totals.rename("total"), on="sender")
     share = (paths["mean"] / paths["total"]).where(paths["total"].abs() > (floor or 0.0))
     paths = paths.assign(share_of_total=share, above_noise=paths["mean"].abs() > floor)
     paths = paths.assign(freeze=exp.config.freeze, op=op_of(exp.config))
@@ -4324,12 +4330,8 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
             for (sample, _), deltas in zip(tree.samples, found.unbind(-1), strict=True):
                 frames.append(pd.DataFrame({"delta": deltas.flatten()}, places).reset_index())
                 frames[-1]["sample_id"] = sample.sample_id
-    of_sample = table.drop_duplicates("sample_id").set_index("sample_id")
-    rows = pd.concat(frames).join(of_sample[["unit", "group", "delta_logit_base"]], on="sample_id")
-    rows["effect"] = rows["delta"] - rows["delta_logit_base"]
-    stats = statistics_of(rows, "effect", ["label", "position"]).drop(columns="skewness")
     tokens = describe_tokens(exp)
-    told = stats.reset_index().merge(tokens, on="position")
+    told = effects_of(pd.concat(frames), table, ["label", "position"]).merge(tokens, on="position")
     write_text(folder.path / "circuit_positions.csv", told.to_csv(index=False))
     strongest = told.sort_values("mean", key=abs, ascending=False).head(5)
     for row in strongest.itertuples():
