@@ -2482,7 +2482,9 @@ def count_free(config: Config, shape: ModelShape) -> int:
 def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     """The components to sweep; `UsageError` where the model does not have what is named."""
     kind, (rule, k), given = config.kind, config.confirm, config.given
-    for named in {kind, *(component.kind for component in (*given, *config.ablate))}:
+    via = () if isinstance(config.via, str) else config.via
+    frozen = {"mlp"} if config.freeze == "all" else set()
+    for named in {kind, *frozen, *(c.kind for c in (*given, *config.ablate, *via))}:
         if not shape.width(KINDS[named].module):
             lacks = "has blocks without mlp.down_proj, such as a mixture of experts"
             raise UsageError(f"--kind {named}: {shape.name} {lacks}")
@@ -2506,7 +2508,7 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
         raise UsageError(f"nothing is left to sweep beside --given {as_text(given)}")
     if config.via == "each" and all(c.depth >= (shape.n_layers - 1, 1) for c in swept):
         raise UsageError(f"--via each: no head is above {swept[0].label}; give lower --layers")
-    for receiver in () if isinstance(config.via, str) else config.via:
+    for receiver in via:
         if last := [c.label for c in swept if c.depth >= receiver.depth][-1:]:
             there = f"{last[0]} is swept too; give the --layers below it"
             raise UsageError(f"--via {receiver.label} receives from components below it: {there}")
@@ -4233,22 +4235,25 @@ def trace_paths(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunF
     frames, shape, by_layer = [], exp.shape, defaultdict(list)
     for component in exp.components:
         by_layer[component.layer].append(component)
-    modules = ("attn", "mlp") if shape.d_mlp else ("attn",)
-    kinds = sorted({exp.config.kind, *modules})
-    sites = {Component(n, kind).site for n in range(shape.n_layers) for kind in kinds}
-    told = [as_text(exp.config.via), exp.config.freeze]
+    kinds = {exp.config.kind, "attn", *(["mlp"] if shape.d_mlp else [])}
+    sites = {Component(layer, kind).site for layer in range(shape.n_layers) for kind in kinds}
+    asked = [as_text(exp.config.via), exp.config.freeze]
+
+    @functools.lru_cache(maxsize=1)
+    def clean_run(number: int) -> CleanRun:
+        layers = range(shape.n_layers)
+        return run_clean(exp.traced, exp.trees[number], exp.background, layers, sites)
+
+    def compute(number: int, senders: Sequence[Component]) -> Any:
+        return path_rows(exp, clean_run(number), senders, bar)
+
     total = len(exp.trees) * len(exp.components)
     with tqdm(total=total, unit="row", desc="paths", disable=None) as bar:
-        for number, tree in enumerate(exp.trees):
-            of_tree = (exp.traced, tree, exp.background, range(shape.n_layers), sites)
-            clean = functools.cache(functools.partial(run_clean, *of_tree))
-            for layer, senders in by_layer.items():
-                if not receivers_of(exp, senders[0]):
-                    continue  # the last layer with --via each
-                key = digest([*told, [sender.label for sender in senders]])[:12]
+        for number, (layer, senders) in itertools.product(range(len(exp.trees)), by_layer.items()):
+            if receivers_of(exp, senders[0]):  # none are above the last layer with --via each
+                key = digest([*asked, labels_of(senders)])[:12]
                 name = f"paths-{number:04d}-{layer:03d}-{key}"
-                compute = functools.partial(path_rows, exp, senders=senders, bar=bar)
-                frames.append(folder.part(name, lambda: compute(clean())))  # noqa: B023
+                frames.append(folder.part(name, compute, number, senders))
     rows = pd.concat(map(pd.DataFrame, frames), ignore_index=True)
     rows["delta"] = rows["score_a"] - rows["score_b"]
     paths = effects_of(rows, table, ["sender", "receiver"])
