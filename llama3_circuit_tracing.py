@@ -2482,9 +2482,9 @@ def count_free(config: Config, shape: ModelShape) -> int:
 def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     """The components to sweep; `UsageError` where the model does not have what is named."""
     kind, (rule, k), given = config.kind, config.confirm, config.given
-    via = () if isinstance(config.via, str) else config.via
+    receivers = () if isinstance(config.via, str) else config.via
     frozen = {"mlp"} if config.freeze == "all" else set()
-    for named in {kind, *frozen, *(c.kind for c in (*given, *config.ablate, *via))}:
+    for named in {kind, *frozen, *(c.kind for c in (*given, *config.ablate, *receivers))}:
         if not shape.width(KINDS[named].module):
             lacks = "has blocks without mlp.down_proj, such as a mixture of experts"
             raise UsageError(f"--kind {named}: {shape.name} {lacks}")
@@ -2508,7 +2508,7 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
         raise UsageError(f"nothing is left to sweep beside --given {as_text(given)}")
     if config.via == "each" and all(c.depth >= (shape.n_layers - 1, 1) for c in swept):
         raise UsageError(f"--via each: no head is above {swept[0].label}; give lower --layers")
-    for receiver in via:
+    for receiver in receivers:
         if last := [c.label for c in swept if c.depth >= receiver.depth][-1:]:
             there = f"{last[0]} is swept too; give the --layers below it"
             raise UsageError(f"--via {receiver.label} receives from components below it: {there}")

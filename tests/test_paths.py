@@ -239,7 +239,7 @@ def test_each_head_sends_to_all_heads_above_it(each: Path) -> None:
 def test_the_numbers_of_a_path_are_those_of_its_samples(each: Path, llama: str) -> None:
     """Mean, interval, p and q by hand; no share of a total that is noise."""
     exp = by_hand.prepared(llama, *FOUR[2:], "--num_samples", "4", "--via", "each")
-    sweep, paths = read(each), read(each, PATHS).set_index(tracing.PATH)
+    sweep, paths = read(each), read(each, PATHS).set_index(["sender", "receiver"])
     units = sweep.drop_duplicates("sample_id").set_index("sample_id")["unit"]
     rows = []
     for tree, sender in itertools.product(exp.trees, exp.components[:8]):
@@ -251,12 +251,12 @@ def test_the_numbers_of_a_path_are_those_of_its_samples(each: Path, llama: str) 
         for (name, of), (sample, at) in itertools.product(pairs, tree.samples):
             row = (sender.label, name, units[sample.sample_id], "", of[at["a"]] - of[at["b"]])
             rows.append(row)
-    table = pd.DataFrame(rows, columns=[*tracing.PATH, "unit", "group", "effect"])
-    expected = tracing.statistics_of(table, "effect", tracing.PATH)
+    table = pd.DataFrame(rows, columns=[*["sender", "receiver"], "unit", "group", "effect"])
+    expected = tracing.statistics_of(table, "effect", ["sender", "receiver"])
     columns = ["n_samples", "n_sentences", "mean", "sd", "ci_low", "ci_high", "p", "q"]
     assert (paths[columns] - expected[columns]).abs().max(axis=None) < CLOSE
     assert paths["mean"].to_dict() == pytest.approx(
-        table.groupby(tracing.PATH)["effect"].mean().to_dict(), abs=CLOSE
+        table.groupby(["sender", "receiver"])["effect"].mean().to_dict(), abs=CLOSE
     )
     assert paths["q"].tolist() == pytest.approx(q_values(paths["p"].tolist()))
     labels = "L" + sweep["layer"].astype(str) + "H" + sweep["index"].astype(str)
