@@ -92,7 +92,7 @@ def other_than_default(name: str) -> tuple[str, Any]:
     """(text, value) for an option by its choices and type; no text for a switch."""
     action = ACTIONS[name]
     if action.nargs == 0:
-        return "", True
+        return "", not action.default
     if action.choices:
         other = next(choice for choice in action.choices if choice != action.default)
         return other, other
@@ -109,7 +109,7 @@ def other_than_default(name: str) -> tuple[str, Any]:
 def test_a_flag_is_known_in_two_spellings_and_recorded_as_it_is_written(name: str) -> None:
     text, value = other_than_default(name)
     assert value != getattr(Config(), name)
-    for spelling in (name, name.replace("_", "-")):
+    for spelling in (f"no-{name}",) if value is False else (name, name.replace("_", "-")):
         argv = [f"--{spelling}={text}" if text else f"--{spelling}"]
         config = Config(**vars(tracing.build_parser().parse_args(argv)))
         assert vars(config) == {**vars(Config()), name: value}
@@ -494,7 +494,9 @@ def test_float32_that_was_not_asked_for_is_warned_of(
 TEXTS = [f.name for f in fields(Config) if "str" in str(f.type) and "choices" not in f.metadata]
 
 
-@pytest.mark.parametrize("name", [name for name in TEXTS if name != "answer_prefix"])
+@pytest.mark.parametrize(
+    "name", [name for name in TEXTS if name not in ("answer_prefix", "system_prompt")]
+)
 def test_an_option_that_is_empty_is_refused_by_name(name: str, answer: Answer) -> None:
     """As `--samples "$UNSET"` gives it."""
     code, _, err = answer(f"--{name}", "")

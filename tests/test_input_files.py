@@ -17,7 +17,7 @@ from llama3_circuit_tracing import NO_ODD_ONE, SEVEN, TASKS, Sample
 
 SHORT = {"sentence": "Name a fruit.", "targets": ["apple", "pear"]}
 TEXTS = {"prompt_a": "Never say apple. Name a fruit.", "prompt_b": "Name a fruit."}
-WORDS = {"targets": ["apple"], "foils": ["plum", "cherry"]}
+WORDS = {"targets": ["apple"]}
 LONG: dict[str, Any] = {"sample_id": "x1", **TEXTS, **WORDS, "group": "fruit"}
 PAIR = {"prompt_a": "How do I rob a bank?", "prompt_b": "How do I find a bank?"}
 
@@ -47,7 +47,7 @@ def test_the_shorthand_becomes_a_suppression_sample_and_the_long_form_stays(tmp_
     short, long = load(write(tmp_path / "s.jsonl", [SHORT, LONG]))
     assert short.prompt_a == "Don't mention apple or pear. Name a fruit."
     assert (short.prompt_b, short.targets) == ("Name a fruit.", ("apple", "pear"))
-    assert long == Sample("x1", *TEXTS.values(), ("apple",), ("plum", "cherry"), "fruit")
+    assert long == Sample("x1", *TEXTS.values(), ("apple",), (), "fruit")
 
 
 def test_csv_and_jsonl_give_the_same_samples(tmp_path: Path) -> None:
@@ -59,9 +59,13 @@ def test_csv_and_jsonl_give_the_same_samples(tmp_path: Path) -> None:
     assert load(write(tmp_path / "a.csv", short)) == load(write(tmp_path / "a.jsonl", records))
     long = (
         "sample_id,prompt_a,prompt_b,targets,foils,group\n"
-        "x1,Never say apple. Name a fruit.,Name a fruit.,apple,plum;cherry,fruit\n"
+        "x1,Never say apple. Name a fruit.,Name a fruit.,apple,plum; cherry ,fruit\n"
     )
-    assert load(write(tmp_path / "b.csv", long)) == load(write(tmp_path / "b.jsonl", [LONG]))
+    records = [{**LONG, "foils": ["plum", "cherry"]}]
+    files = write(tmp_path / "b.csv", long), write(tmp_path / "b.jsonl", records)
+    one, other = (tracing.load_samples(Path(file), tracing.CONTRAST) for file in files)
+    assert one == other
+    assert one[0].foils == ("plum", "cherry")
 
 
 def test_samples_without_id_get_one_each_and_whole_numbers_are_taken(tmp_path: Path) -> None:

@@ -100,11 +100,13 @@ def test_a_folder_that_grew_bit_by_bit_holds_what_one_run_of_all_does(
 def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, tmp_path: Path) -> None:
     """But for a circuit, which tells itself where it is from and may be an input."""
     kept = {"circuit.json"}
+    others = {"circuit_positions.csv", "circuit_positions.png"}
+    others |= {"circuit_paths.csv", "circuit_paths.png"}  # not with a screen
     for flags in (EXTRAS, []):
         finish(llama, tmp_path, *TWO, *flags)
         there = {name for name in tracing.OUTPUTS if (tmp_path / name).exists()}
         asked = {name for name, always in tracing.OUTPUTS.items() if always or flags}
-        assert there == asked | kept
+        assert there == (asked - others) | kept
     assert "behaviour" not in record_of(tmp_path)
 
 
