@@ -1,0 +1,253 @@
+"""Any contrast of one's own words, any system prompt, and texts without a chat."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import by_hand
+import llama3_circuit_tracing as tracing
+import naive
+from conftest import (
+    Answer,
+    finish,
+    generations,
+    read,
+    record_of,
+    refuses,
+    user_text,
+    write_samples,
+)
+from llama3_circuit_tracing import PromptEncoder, Sample
+
+CLOSE = 2e-5  # nats, in float32
+RESULTS = "circuit_results.csv"
+TARGETS, FOILS = ["apple", "dog"], ["car", "I"]
+TEXTS = [(f"Do you like {x} or {y}?", f"Do you like {y} or {x}?") for x, y in ("ab", "cd", "ef")]
+TEXTS += [(f"What is {x} to {y}?", f"What is {y} to {x}?") for x, y in ("ab", "cd", "ef")]
+SAMPLES = [{"prompt_a": a, "prompt_b": b, "targets": TARGETS, "foils": FOILS} for a, b in TEXTS]
+IOI = [f"When John and Mary went to the store, {name} gave a drink to" for name in ("John", "Mary")]
+GIVING = {"prompt_a": IOI[0], "prompt_b": IOI[1], "targets": ["Mary"], "foils": ["John"]}
+CONTRAST = ("--task", "contrast", "--samples")
+
+
+@pytest.fixture()
+def samples(tmp_path: Path) -> str:
+    return write_samples(tmp_path / "samples.jsonl", *SAMPLES)
+
+
+@pytest.fixture()
+def giving(tmp_path: Path) -> str:
+    return write_samples(tmp_path / "giving.jsonl", GIVING)
+
+
+def contrast(
+    model: Any, tokenizer: Any, user: str, words: Any, edit: naive.Edit | None = None
+) -> float:
+    """The score in plain arithmetic; the words are targets and foils."""
+    told = [
+        sum(math.exp(naive.word_log_prob(model, tokenizer, user, word, edit)) for word in of)
+        for of in words
+    ]
+    return math.log(told[0]) - math.log(told[1])
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Of a text without a chat, as everyone encodes it: here with a BOS."""
+    return list(tokenizer(text)["input_ids"])
+
+
+@pytest.fixture()
+def no_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The naive protocol on texts without a chat, by contrast."""
+
+    def forms(tokenizer: Any, word: str) -> list[list[int]]:
+        both = (f" {word}", f" {word[0].upper()}{word[1:]}")
+        return [tokenizer.encode(form, add_special_tokens=False) for form in dict.fromkeys(both)]
+
+    monkeypatch.setattr(naive, "prompt_ids", plain_ids)
+    monkeypatch.setattr(naive, "form_ids", forms)
+    monkeypatch.setattr(naive, "suppression_score", contrast)
+
+
+def without_template(model: str, folder: Path) -> str:
+    shutil.copytree(model, folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template")
+    path.write_text(json.dumps(settings))
+    return str(folder)
+
+
+# ----- contrasts
+
+
+def test_a_contrast_is_all_targets_less_all_foils_of_either_sign(
+    llama: str, samples: str, tmp_path: Path
+) -> None:
+    """By hand, with and without a head; neither sign is warned of or has a name."""
+    mirrored = [{**s, "prompt_a": s["prompt_b"], "prompt_b": s["prompt_a"]} for s in SAMPLES]
+    other = write_samples(tmp_path / "mirrored.jsonl", *mirrored)
+    flags = ["--layers", "1", "--heads", "0,2"]
+    folders = [
+        finish(llama, tmp_path / name, *CONTRAST, path, *flags)
+        for name, path in (("one", samples), ("other", other))
+    ]
+    loaded, tables = naive.load(llama), [read(folder) for folder in folders]
+    rows = tables[0][tables[0]["head"] == 2].iloc[:2]
+    for (_, row), texts in zip(rows.iterrows(), TEXTS, strict=False):
+        for side, text in zip("ab", texts, strict=True):
+            base = contrast(*loaded, text, (TARGETS, FOILS))
+            with naive.zeroed(loaded[0], [(1, "head", 2)]):
+                edited = contrast(*loaded, text, (TARGETS, FOILS))
+            found = [row[f"score_{side}_base"], row[f"score_{side}_head"]]
+            assert found == pytest.approx([base, edited], abs=CLOSE)
+    one, mirror = (table["delta_logit_base"].to_numpy() for table in tables)
+    assert abs(one + mirror).max() < CLOSE < abs(one).min()
+    heads = [read(folder, "circuit_heads.csv") for folder in folders]
+    assert list(heads[0]["role"]) == pytest.approx(list(heads[1]["role"]), abs=CLOSE)
+    for folder in folders:
+        told = (folder / "run.log").read_text() + json.dumps(record_of(folder)["samples"])
+        assert "the sign" not in told and "rebound" not in told
+
+
+@pytest.mark.parametrize(("base", "role"), [(-1.0, "contributes to"), (1.0, "works against")])
+def test_a_clear_base_of_either_sign_is_a_contrast_and_gives_verdicts(
+    base: float, role: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    table = by_hand.results({"L0H1": by_hand.steps(0.3), "L1H0": by_hand.steps(-0.3)}, base)
+    told = ["--model_id", "m", *CONTRAST, "mine.jsonl"]
+    with caplog.at_level("INFO"):
+        config = tracing.parse_args(told)
+        tracing.write_findings(table.assign(task="contrast"), None, 0.01, config, tmp_path)
+    assert f"L0H1: {role} contrast" in caplog.text
+    assert "rebound" not in caplog.text and "suppression" not in caplog.text
+
+
+def test_a_contrast_is_redrawn_from_its_results(llama: str, samples: str, tmp_path: Path) -> None:
+    run = finish(llama, tmp_path / "run", *CONTRAST, samples, "--layers", "1")
+    new = tmp_path / "new"
+    assert tracing.main(["--from_csv", str(run / RESULTS), "--output_dir", str(new)]) == 0
+    for name in ("circuit_heads.csv", "circuit_summary.png", "circuit_heads.png"):
+        assert (new / name).read_bytes() == (run / name).read_bytes(), name
+
+
+def test_a_contrast_needs_samples_with_foils_and_suppression_takes_none(
+    llama: str, samples: str, tmp_path: Path, answer: Answer
+) -> None:
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path / "run")]
+    code, _, err = answer(*argv, "--task", "contrast")
+    assert code == 2 and "--task contrast needs --samples, with targets and foils" in err
+    bare = {name: SAMPLES[0][name] for name in ("prompt_a", "prompt_b", "targets")}
+    lacking = write_samples(tmp_path / "lacking.jsonl", SAMPLES[0], bare)
+    says = ["lacking.jsonl", "line 2", "'foils' is missing or empty"]
+    refuses(answer, *argv, *CONTRAST, lacking, says=says)
+    mixed = write_samples(tmp_path / "mixed.jsonl", bare, SAMPLES[0])
+    says = ["mixed.jsonl", "line 2", "--task suppression takes no foils; give --task contrast"]
+    refuses(answer, *argv, "--samples", mixed, says=says)
+
+
+# ----- no chat
+
+
+@pytest.mark.parametrize("into", ["a", "b"])
+@pytest.mark.parametrize("name", ["llama", "tiny"])
+def test_sentences_without_a_chat_are_patched_as_by_plain_hooks(
+    no_chat: None,
+    llama: str,
+    tiny_llama: str,
+    giving: str,
+    tmp_path: Path,
+    name: str,
+    into: str,
+) -> None:
+    """Whose giver is of another length; the model needs no chat template."""
+    model = without_template({"llama": llama, "tiny": tiny_llama}[name], tmp_path / "model")
+    flags = [*CONTRAST, giving, "--no-chat", "--op", "patch", "--patch_into", into]
+    folder = finish(model, tmp_path / "run", *flags, "--layers", "1", "--no-bf16")
+    config = tracing.parse_args(["--model_id", model, *flags])
+    loaded, words, table = naive.load(model), (["Mary"], ["John"]), read(folder)
+    clean = [contrast(*loaded, text, words) for text in IOI]
+    texts = IOI if into == "a" else IOI[::-1]
+    for _, row in table.iterrows():
+        edited = naive.edited_score(*loaded, config, texts, words, 1, row["head"])
+        delta = edited - clean[1] if into == "a" else clean[0] - edited
+        assert row["delta_logit_base"] == pytest.approx(clean[0] - clean[1], abs=CLOSE)
+        assert row["delta_logit_head"] == pytest.approx(delta, abs=CLOSE)
+    assert table["head_effect"].abs().max() > 100 * CLOSE
+    assert record_of(folder)["system_turn"] == "none"
+
+
+def test_a_text_without_a_chat_is_the_bos_the_text_and_the_stem(tiny_llama: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    sample = Sample("s", *IOI, ("Mary", "apple"), ("John",))
+    for stem in ("", " the old"):
+        encoder = PromptEncoder(tokenizer, stem, "word", "Be brief.", is_chat=False)
+        prompt = encoder.write(sample, "a", IOI[0])
+        assert prompt.text == IOI[0] + stem
+        assert list(prompt.ids) == plain_ids(tokenizer, IOI[0] + stem)
+        assert prompt.ids[0] == tokenizer.bos_token_id and prompt.ids.count(prompt.ids[0]) == 1
+        texts = [[tokenizer.decode(form) for form in forms] for forms in prompt.forms]
+        assert texts == [[" Mary"], [" apple", " Apple"], [" John"]]
+    tokenizer.bos_token = "<|eot_id|>"  # which the tokenizer does not add
+    none = PromptEncoder(tokenizer, "", "word", is_chat=False)
+    found = none.write(sample, "a", IOI[0]).ids
+    assert none.bos is None and list(found) == plain_ids(tokenizer, IOI[0])[1:]
+
+
+def test_without_a_template_a_chat_is_refused_and_plain_texts_have_replies(
+    llama: str, giving: str, tmp_path: Path, answer: Answer
+) -> None:
+    model, run = without_template(llama, tmp_path / "model"), tmp_path / "run"
+    flags = [*CONTRAST, giving, "--layers", "0", "--max_new_tokens", "3"]
+    says = ["has no chat template; use an Instruct model, or --no-chat"]
+    refuses(answer, "--model_id", model, "--output_dir", str(run), *flags, says=says)
+    finish(model, run, *flags, "--no-chat", "--answer_prefix", " the")
+    model_of, tokenizer = naive.load(model)
+    assert len(generations(run)) == 2
+    for record in generations(run):
+        ids = plain_ids(tokenizer, IOI["ab".index(record["prompt"])] + " the")
+        reply: list[int] = []
+        while len(reply) < 3 and reply[-1:] != [1]:  # the end of a text
+            reply.append(int(model_of(torch.tensor([ids + reply])).logits[0, -1].argmax()))
+        assert record["reply"] == tokenizer.decode(reply, skip_special_tokens=True)
+
+
+# ----- the system's text
+
+
+def test_the_systems_text_is_ones_own_or_there_is_no_turn(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    said, flags = {}, ["--num_samples", "2", "--layers", "0"]
+    for name, system in (("own", "Be brief."), ("none", "")):
+        record = record_of(finish(llama, tmp_path / name, *flags, "--system_prompt", system))
+        prompt = record["samples"][0]["prompts"]["b"]["text"]
+        said[name] = prompt.count("<|start_header_id|>"), record["system_turn"]
+        assert ("system<|end_header_id|>\n\nBe brief.<|eot_id|>" in prompt) == bool(system)
+        assert "You are" not in prompt and user_text(prompt) in tracing.QUESTIONS
+    assert said == {"own": (3, "its own"), "none": (2, "none")}
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path / "own"), *flags]
+    refuses(answer, *argv, "--system_prompt", "Be long.", says=["holds a run that differs in"])
+
+
+@pytest.mark.parametrize("system", ["You are an assistant.", " Be brief.\n", ""])
+def test_a_template_without_a_system_turn_folds_the_text_into_the_users(
+    system: str, tiny_llama: str
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system') }}{% endif %}[INST] {{ m.content }} [/INST]{% endfor %}"
+    )
+    encoder = PromptEncoder(tokenizer, "", "word", system)
+    assert encoder.folds == bool(system)
+    before = f"{system}\n\n" if system else ""
+    assert encoder.render("Name it.") == f"<|begin_of_text|>[INST] {before}Name it. [/INST]"
