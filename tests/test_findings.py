@@ -25,6 +25,7 @@ SCORED = {
     "suppression": "log P of the forbidden words",
     "refusal": "the margin of refusals",
     "odd_one_out": "the margin of prompt a's odd name",
+    "contrast": "the margin of the targets",
 }
 Says = Callable[..., list[str]]
 
