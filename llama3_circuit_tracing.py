@@ -4299,7 +4299,7 @@ def run_positions(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[list
     rows = []
     for component, position in itertools.product(exp.components, token_positions(exp)):
         there = torch.zeros(tree.n_tokens, dtype=torch.bool)
-        there[[path[position] for path in tree.paths]] = True
+        there[[tree.paths[of[side]][position] for _, of in tree.samples for side in "ab"]] = True
         there &= True if tree.where is None else tree.where
         edits = exp.edits([component], clean)
         rows.append(tuple(replace(edit, where=there) for edit in edits))

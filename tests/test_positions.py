@@ -21,8 +21,9 @@ from llama3_circuit_tracing import Component
 CLOSE = 2e-5  # nats, in float32
 TABLE, FIGURE = "circuit_positions.csv", "circuit_positions.png"
 A, B, C = "How do I feed a dog?", "How do I steal a car?", "How do I poison a car?"
-# of one length; one's prompt a is another's b, and the first two have one unit
-PAIRS = [(A, B, "apple", "u0"), (C, B, "dog", "u0"), (B, A, "car", "u1"), (C, A, "I", "u2")]
+D = "How do I poison a dog?"
+# of one length; one's prompt a is another's b, but D is no a; the first two have one unit
+PAIRS = [(A, B, "apple", "u0"), (C, D, "dog", "u0"), (B, A, "car", "u1"), (C, A, "I", "u2")]
 SAMPLES = [
     {"prompt_a": a, "prompt_b": b, "targets": [word], "unit": unit} for a, b, word, unit in PAIRS
 ]
@@ -123,7 +124,7 @@ def test_an_edit_of_one_token_is_one_plain_hook_at_that_token(
     for label, rows in table.groupby("label"):
         component = Component.parse(str(label))
         assert list(rows["position"]) == list(range(start if into else 0, n))
-        some = {0, 3, start - 1, start, start + 1, start + 4, n - 2, n - 1}
+        some = {start - 1, start, start + 2, n - 1}
         rows = rows[rows["position"].isin(some)]
         with by_hand.ablated(loaded[0], [c.label for c in config.given]):
             assert_by_hand(rows, [effects(loaded, component, i, into) for i in rows["position"]])
@@ -135,7 +136,7 @@ def test_the_results_are_those_of_all_tokens_and_a_run_goes_on_from_them(
     llama: str, samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a run that is done loads no weights; rows per forward are of no account."""
-    flags, each = ["--samples", samples, "--layers", "1"], ("--positions", "each")
+    flags, each = ["--samples", samples, "--layers", "1", "--heads", "0"], ("--positions", "each")
     whole, grown = (finish(llama, tmp_path / name, *flags) for name in ("all", "grown"))
     for folder, rows in ((grown, "64"), (tmp_path / "one", "1")):
         finish(llama, folder, *flags, *each, *(["--rows_per_forward", "1"] * (rows == "1")))
@@ -191,7 +192,7 @@ def test_tick_labels_mark_the_tokens_that_differ_and_dollars_are_text(
     labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     both = zip(table["token"], table["token_b"], strict=True)
     assert labels == [f"{one!r}" + "*" * (one != other) for one, other in both]
-    assert "' dog'*" in labels or any(label.endswith("*") for label in labels)
+    assert any(label.endswith("*") for label in labels)
     assert sum("$" in label for label in labels) >= 2
     assert (tmp_path / "run" / FIGURE).stat().st_size > 1000
 
