@@ -444,6 +444,7 @@ class Config:
 
 
 ALSO = {"model_id": "model_name_or_path", "ablate": "circuit"}  # second names of options
+NAMING = ("given", "ablate", "skip", "via")  # options that name components
 GROUPS = {"model_id": "model", "task": "task", "kind": "sweep"}  # of options, by the first
 GROUPS |= {"controls": "evidence", "output_dir": "output", "dry_run": "checks"}
 
@@ -458,7 +459,7 @@ def build_parser() -> argparse.ArgumentParser:
             group = parser.add_argument_group(GROUPS[f.name])
         more = dict(f.metadata)
         text = f"{more.pop('help')} (default: {more.pop('shown')})".replace("%", "%%")
-        names = [f.name, *([ALSO[f.name]] if f.name in ALSO else [])]
+        names = f.name, ALSO.get(f.name, f.name)
         flags = [f"--{spelt}" for name in names for spelt in (name, name.replace("_", "-"))]
         if f.type == "bool":
             more["action"] = "store_true"
@@ -910,7 +911,7 @@ ODD_ONE_OUT = Task(
 CONTRAST = Task(
     "contrast",
     lambda *_: [],  # samples are one's own
-    lambda targets, foils: targets.logsumexp(-1) - foils.logsumexp(-1),
+    REFUSAL.reduce,
     sign=0,
     natural="a",
     shows=lambda sample, reply: mentioned(sample.targets, reply),
@@ -2424,6 +2425,10 @@ class Experiment:
         run = functools.partial(run_rows, self.traced, clean, reads=reads or (read_entries,))
         return torch.stack(run_batches(self.traced, rows, run, bar))
 
+    def prompts_of(self, units: set[str]) -> list[list[Prompt]]:
+        """Those of the samples of some sentences, without negative controls."""
+        return [p for p in self.prompts if p[0].sample.unit in units and p[0].sample.counts]
+
     def n_edited(self, components: Sequence[Component], others_of: Sequence[str] = ()) -> int:
         """How many components `edits` edits: these, or all others of some kinds but those given."""
         n = self.shape.n_layers * sum(len(self.shape.indices(kind)) for kind in others_of)
@@ -2488,7 +2493,7 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
         if not shape.width(KINDS[named].module):
             lacks = "has blocks without mlp.down_proj, such as a mixture of experts"
             raise UsageError(f"--kind {named}: {shape.name} {lacks}")
-    for what in ("given", "ablate", "skip", "via"):
+    for what in NAMING:
         named_there = getattr(config, what)
         if warning := getattr(named_there, "warning", ""):
             log.warning(warning)
@@ -3811,8 +3816,7 @@ def write_screen(exp: Experiment, heads: pd.DataFrame, folder: RunFolder) -> Non
     prefix = "minus_other_" if against == "other" else ""
     table = pd.DataFrame({"label": c.label} | vars(c) for c in exp.components)
     table.insert(2, "head", table["index"])
-    there = ~effects.isnan()
-    table["measure"], table["n_samples"] = f"a - {against}", there.sum(0).tolist()
+    table["measure"], table["n_samples"] = f"a - {against}", effects.isfinite().sum(0).tolist()
     of_component = pd.DataFrame(effects.numpy())
     table["estimate_mean"], table["estimate_sd"] = of_component.mean(), of_component.std()
     table.loc[order, "rank"] = range(1, len(table) + 1)
@@ -4015,7 +4019,7 @@ def measure_sets(
 ) -> pd.DataFrame:
     """Rows of circuit_confirm.csv: the mean over some sentences of the score of prompt a less that
     of b (with controls, of other too) with each set edited, and what else the sets move."""
-    prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
+    prompts = exp.prompts_of(units)
     a, b, other, kl_a, kl_b = set_scores(exp, folder, sets, prompts).unbind(-1)  # [set, sample]
     told = pd.DataFrame(
         {"set": of.name, "draw": of.draw, "n_ablated": exp.n_edited(of.components, of.others_of)}
@@ -4230,7 +4234,9 @@ def path_rows(
     return pd.DataFrame(rows).to_dict("list")
 
 
-def trace_paths(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolder) -> None:
+def trace_paths(
+    exp: Experiment, table: pd.DataFrame, heads: pd.DataFrame, floor: float, folder: RunFolder
+) -> None:
     """Write circuit_paths.csv and .png: of each sender's effect, what takes each path."""
     frames, shape, by_layer = [], exp.shape, defaultdict(list)
     for component in exp.components:
@@ -4257,9 +4263,7 @@ def trace_paths(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunF
     rows = pd.concat(map(pd.DataFrame, frames), ignore_index=True)
     rows["delta"] = rows["score_a"] - rows["score_b"]
     paths = effects_of(rows, table, ["sender", "receiver"])
-    totals = statistics_of(table, "head_effect")["mean"]
-    totals.index = pd.Index([Component(*key).label for key in totals.index])
-    paths = paths.join(totals.rename("total"), on="sender")
+    paths = paths.join(heads.set_index("label")["mean"].rename("total"), on="sender")
     share = (paths["mean"] / paths["total"]).where(paths["total"].abs() > (floor or 0.0))
     paths = paths.assign(share_of_total=share, above_noise=paths["mean"].abs() > floor)
     paths = paths.assign(freeze=exp.config.freeze, op=op_of(exp.config))
@@ -4313,11 +4317,11 @@ def describe_tokens(exp: Experiment) -> pd.DataFrame:
     """Of each position in the first sample the tokens, and the scored word that they belong to."""
     a, b, *_ = exp.prompts[0]
     words = [""] * len(a.ids)
-    for word, prompt in itertools.product(a.sample.words, (a, b)):
-        for form in (exp.encoder.encode(f" {word}"), exp.encoder.encode(word)):
-            for i in range(len(prompt.ids)):
-                if prompt.ids[i : i + len(form)] == form:
-                    words[i : i + len(form)] = [word] * len(form)
+    leads = itertools.product(a.sample.words, (" ", ""))
+    forms = [(word, exp.encoder.encode(lead + word)) for word, lead in leads]
+    for (word, form), prompt, i in itertools.product(forms, (a, b), range(len(a.ids))):
+        if prompt.ids[i : i + len(form)] == form:
+            words[i : i + len(form)] = [word] * len(form)
     decode = exp.encoder.tokenizer.decode
     told = ((i, decode([a.ids[i]]), decode([b.ids[i]]), words[i]) for i in token_positions(exp))
     return pd.DataFrame(told, columns=["position", "token", "token_b", "word"])
@@ -4338,20 +4342,17 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     tokens = describe_tokens(exp)
     told = effects_of(pd.concat(frames), table, ["label", "position"]).merge(tokens, on="position")
     write_text(folder.path / "circuit_positions.csv", told.to_csv(index=False))
-    strongest = told.sort_values("mean", key=abs, ascending=False).head(5)
-    for row in strongest.itertuples():
+    for row in told.sort_values("mean", key=abs, ascending=False).head(5).itertuples():
         where = f"token {row.position} {row.token!r} ({row.token_b!r} in b)"
         log.info(f"{OPS[exp.config.op].doing} {row.label} at {where}: {row.mean:+.3f}")
     grid = told.pivot(index="label", columns="position", values="mean").loc[labels]
-    marks = ["*" if a != b else "" for a, b in zip(tokens["token"], tokens["token_b"], strict=True)]
-    names = [f"{t!r}{mark}" for t, mark in zip(tokens["token"], marks, strict=True)]
+    both = zip(tokens["token"], tokens["token_b"], strict=True)
+    grid.columns = pd.Index([f"{a!r}{'' if a == b else '*'}" for a, b in both])
     title = f"{op_of(exp.config)} at one token of {Path(exp.config.model_id).name}"
     title += f"\n{exp.task.name}, {numbered(len(exp.prompts), 'sample')}; * differs between a and b"
     settings: Record = {"xlabel": "token of prompt a", "ylabel": exp.config.kind, "title": title}
-    figure = folder.path / "circuit_positions.png"
-    loud, label = grid.notna(), "mean effect on delta (nats)"
-    grid.columns = loud.columns = pd.Index(names)
-    draw_grid(grid, loud, figure, label, most_ticks=80, **settings)
+    figure, label = folder.path / "circuit_positions.png", "mean effect on delta (nats)"
+    draw_grid(grid, grid.notna(), figure, label, most_ticks=80, **settings)
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -4495,7 +4496,7 @@ def steer(exp: Experiment, chosen: Components, table: pd.DataFrame, folder: RunF
     else:
         log.warning("no random set is steered: the circuit leaves too few other components")
     joint = [of._replace(multiplier=factor) for of in sets for factor in config.multipliers]
-    prompts = [p for p in exp.prompts if p[0].sample.unit in units and p[0].sample.counts]
+    prompts = exp.prompts_of(units)
     scores = set_scores(exp, folder, [JointSet("none"), *joint], prompts)[1:]
     said, rows = folder.path / "generations.jsonl", []
     lines = said.read_text(encoding="utf-8").splitlines()
@@ -4534,9 +4535,8 @@ def draw_steer(rows: pd.DataFrame, exp: Experiment, path: Path) -> None:
         if side == "a":
             right.plot(of["factor"], of["mean_delta"], "o", color="black", label=name, **style)
     n = len(str(rows["components"].iloc[0]).split())
-    measure = "mean score a - b (nats)"
     left.set(xlabel="factor", ylabel=f"share of replies: {exp.task.shown}", ylim=(-0.05, 1.05))
-    right.set(xlabel="factor", ylabel=measure)
+    right.set(xlabel="factor", ylabel="mean score a - b (nats)")
     right.axvline(1, color="gray", linewidth=0.8)
     figure.suptitle(f"{exp.task.name}: {numbered(n, 'component')} scaled", fontsize=10)
     left.legend(frameon=False, fontsize=7)
@@ -4561,7 +4561,7 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     are left, the run's key, the rows per forward, and where a self-test was passed."""
     files = file_digests(exp.config, folder.record.get("files", {}))
     fingerprint = fingerprint_of(exp, files)
-    for what in ("given", "ablate", "skip", "via"):
+    for what in NAMING:
         of = getattr(getattr(exp.config, what), "model", "")
         if of not in ("", fingerprint["model"]):
             raise UsageError(f"--{what}: that circuit is of model {of}, not {fingerprint['model']}")
@@ -4693,7 +4693,7 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
             chosen = confirm(exp, table, folder)
     if config.via:
         with exp.stage("paths"):
-            trace_paths(exp, table, floor, folder)
+            trace_paths(exp, table, heads, floor, folder)
     if config.positions == "each":
         with exp.stage("positions"):
             trace_positions(exp, table, folder)
