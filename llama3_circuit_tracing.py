@@ -55,6 +55,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Figures            drawn from the tables alone
 #   Findings           what the log says of the tables; redrawing
 #   Screen             which components to measure, and what estimates are worth
+#   Directions         what tells prompt a from b, and edits along it alone
 #   Circuits           which components together, beside which random ones
 #   Joint ablation     several components together, on held-out sentences
 #   Paths              what of an effect reaches the logits, or through receivers
@@ -126,7 +127,7 @@ class Op(NamedTuple):
 
     doing: str
     factor: float | None = 0.0
-    source: str = ""  # "", "means" or "partner"
+    source: str = ""  # "", "means", "partner" or "direction"
 
 
 OPS = {
@@ -134,11 +135,14 @@ OPS = {
     "mean": Op("mean-ablating", source="means"),
     "patch": Op("patching", source="partner"),
     "scale": Op("scaling", factor=None),
+    "add": Op("adding", factor=1.0, source="direction"),
 }
 
 # at which shares of an edit's displacement the gradient is taken; none: effects are measured
 METHODS = {"exact": (), "atp": (0.0,), "ig": (0.1, 0.3, 0.5, 0.7, 0.9), "relp": (0.0,)}
+FITS = ("difference", "logistic")  # how a direction is found, see `fit_directions`
 ORDER = ("", "self_attn.o_proj", "mlp.down_proj")  # of a block's modules along the residual stream
+MIDDLE, FINAL = "post_attention_layernorm", "norm"  # where else the residual stream is read
 POSITIONS = ("all", "last", "differing", "each")
 Site = tuple[int, str]  # a layer and the module in it whose first input is edited
 
@@ -184,7 +188,7 @@ Choice = tuple[str, float]  # a rule of `CHOICES`, and its amount
 Numbers = tuple[float, ...]
 Components = tuple[Component, ...]
 Via = str | Components
-CHOICES = ("top", "mass", "share", "layer")  # see `choose_circuit`
+CHOICES = ("top", "mass", "share", "layer", "all")  # see `choose_circuit`, `choose_direction`
 
 
 class Circuit(Components):
@@ -236,14 +240,16 @@ def via(text: str) -> Via:
 
 
 def choice(text: str) -> Choice:
-    """8 or top:8, mass:0.05, share:0.005, layer:10."""
+    """8 or top:8, mass:0.05, share:0.005, layer:10, all."""
     rule, _, amount = text.rpartition(":")
+    if text == "all":
+        return text, 1
     with contextlib.suppress(ValueError):
         if rule in ("mass", "share") and 0 < float(amount) <= 1:
             return rule, float(amount)
         if rule in ("", "top", "layer") and bool(rule) <= int(amount) <= 2**31:
             return rule or "top", int(amount)
-    raise argparse.ArgumentTypeError(f"{text!r}: write 8, mass:0.05, share:0.005 or layer:10")
+    raise argparse.ArgumentTypeError(f"{text!r}: write 8, mass:0.05, share:0.005, layer:10 or all")
 
 
 def numbers(text: str) -> Numbers:
@@ -274,6 +280,10 @@ def finite_number(text: str) -> float:
 def once_each(names: Sequence[str], what: str) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{what} {twice[0]!r} stands there twice")
+
+
+def numbered(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def from_json(text: str) -> Any:
@@ -323,7 +333,7 @@ def as_text(value: Any) -> Any:
     if isinstance(value, range):
         return f"{value[0]}-{value[-1]}" if len(value) > 1 else str(value[0])
     if isinstance(value, tuple) and value and isinstance(value[0], str):
-        return f"{value[0]}:{value[1]}".removeprefix("top:")
+        return "all" if value[0] == "all" else f"{value[0]}:{value[1]}".removeprefix("top:")
     if isinstance(value, tuple):
         return ",".join(str(as_text(one)) for one in value) or None
     return json.dumps(value) if isinstance(value, dict) else value
@@ -372,6 +382,11 @@ class Config:
     factor: float | None = option(None, "factor of --op scale")
     positions: str = option("all", "edited tokens; each: one by one too", " ".join(POSITIONS))
     patch_into: str = option("a", "the prompt that --op patch edits, from the other", "a b")
+    along: str | None = option(
+        None,
+        "edit along one direction of each component only, from b to a in half of the sentences:"
+        " difference (of means), logistic, or FILE.safetensors of such",
+    )
     given: Components = option((), "components zeroed in every run, base included: names or a file")
     method: str = option("exact", "how effects are found; gradients estimate", " ".join(METHODS))
     screen: Natural = option(
@@ -384,7 +399,8 @@ class Config:
     confirm: Choice = option(
         ("top", 0),
         "choose a circuit on half of the sentences and edit it jointly on the others: the top K,"
-        " mass:0.05 of all roles found, those of share:0.005 of the base, the best layer:10 each",
+        " mass:0.05 of all roles found, those of share:0.005 of the base, the best layer:10 each;"
+        " with --along, all: one layer's direction wherever the residual stream is read",
         metavar="K",
     )
     num_random: Count = option(20, "random sets beside the circuit")
@@ -434,9 +450,21 @@ class Config:
         return "all" if self.positions == "each" else self.positions
 
     @property
+    def everywhere(self) -> bool:
+        """Whether one direction is confirmed, at every reading point of the residual stream."""
+        return self.confirm[0] == "all"
+
+    @property
     def by(self) -> str:
-        """What a title adds where its effects are estimates."""
+        """What a title adds where its effects are estimates, or of one direction only."""
+        if self.along:
+            return f" along {self.along_name}"
         return "" if self.row_method == "exact" else f" by {self.row_method} estimates"
+
+    @property
+    def along_name(self) -> str:
+        """What a table says of --along; of a file its name."""
+        return Path(self.along or "").name
 
     def recorded(self) -> dict[str, Any]:
         """What run.json keeps: the values as the command line takes them."""
@@ -489,6 +517,7 @@ def contradictions(config: Config) -> dict[str, bool]:
     """Does it hold?, by sentence, for every combination of options that means nothing."""
     kind, op, into_b = config.kind, OPS[config.op], config.patch_into == "b"
     emptied = op.factor == 0 and not config.patches and config.positions == "all"
+    emptied = emptied and not config.along
     each, few = config.positions == "each", bool(config.estimator) or kind == "neuron"
     edited = {kind, *(component.kind for component in config.ablate)}
     given = {component.kind for component in config.given}
@@ -519,6 +548,18 @@ def contradictions(config: Config) -> dict[str, bool]:
             bool(config.multipliers)
             and not (config.max_new_tokens and (config.confirms or config.ablate))
         ),
+        f"--along edits directions of heads, attn, mlp and resid, no --kind {kind}": (
+            config.along is not None and kind == "neuron"
+        ),
+        "--along measures; --method and --screen estimate": config.along is not None
+        and config.estimator != "",
+        "--along edits directions; --ablate and --multipliers whole components": (
+            config.along is not None and bool(config.ablate or config.multipliers)
+        ),
+        "--op add adds a direction: give --along": config.op == "add" and not config.along,
+        "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
+        and (kind, config.op, config.positions) != ("resid", "zero", "all"),
+        "--confirm all ablates a direction: give --along": config.everywhere and not config.along,
         "--task contrast needs --samples, with targets and foils": config.task == "contrast"
         and not (config.samples or config.from_csv),
         "--dry_run loads a model's config and --from_csv loads none": config.dry_run
@@ -550,6 +591,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from matplotlib.figure import Figure
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
@@ -715,6 +758,14 @@ class Sample:
     def counts(self) -> bool:
         """Whether statistics take it in: it is no negative control."""
         return self.group != NO_ODD_ONE
+
+
+def halves(units: Iterable[str], seed: int) -> tuple[set[str], set[str]]:
+    """(choosing, held-out) halves of the sentences; the choosing half has the odd one."""
+    order = sorted(set(units))
+    random.Random(seed).shuffle(order)
+    half = -(-len(order) // 2)
+    return set(order[:half]), set(order[half:])
 
 
 def instruct(opening: str, words: Sequence[str], sentence: str) -> str:
@@ -1033,12 +1084,12 @@ KEY = ["layer", "kind", "index"]
 WHOLE = ("n_constraints", "layer", "head", "index", "n_screened")
 # the texts of a table, and what an empty one stands for
 TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all", "method": "exact"}
-TEXTS |= dict.fromkeys(("task", "patch_into", "prompts"), "")
+TEXTS |= dict.fromkeys(("task", "patch_into", "prompts", "along"), "")
 
 DECIMALS = 0.02  # by which numbers of two decimals may miss what they recompute from
 KNOWN: dict[str, Iterable[str]] = {"kind": KINDS, "op": OPS, "positions": POSITIONS}
 KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b"), "method": METHODS}
-ONCE = (*KNOWN, "factor")  # the same in all rows of a table, as n_screened is
+ONCE = (*KNOWN, "factor", "along")  # the same in all rows of a table, as n_screened is
 NUMBERS = (*SEVEN[1:], "index", "factor", "estimate", "n_screened")
 
 
@@ -1145,8 +1196,9 @@ def read_results(path: Path) -> pd.DataFrame:
 def same_in_all(config: Config) -> Record:
     """What of a run's options its effects and roles depend on, as columns of the results."""
     into = config.patch_into if config.patches else ""
-    told = {name: getattr(config, name) for name in ONCE}
-    return told | {"patch_into": into, "method": config.row_method, "positions": config.span}
+    told = {name: getattr(config, name) for name in ONCE} | {"patch_into": into}
+    told |= {"method": config.row_method, "positions": config.span, "along": config.along_name}
+    return told
 
 
 def differences(table: pd.DataFrame, config: Config) -> dict[str, tuple[Any, ...]]:
@@ -1426,6 +1478,11 @@ class Tree:
         hidden = torch.zeros(self.visible.shape, dtype=dtype)
         return hidden.masked_fill(~self.visible, torch.finfo(dtype).min)[None, None].to(device)
 
+    def deltas(self, scores: Tensor) -> Tensor:
+        """[row, prompt] -> [row, sample]: of prompt a less that of b."""
+        places = [of for _, of in self.samples]
+        return torch.stack([scores[:, of["a"]] - scores[:, of["b"]] for of in places], -1)
+
     def word_log_probs(self, log_probs: Tensor) -> list[Tensor]:
         """[row, entry] -> per prompt [row, word]: a form's tokens follow each other (their log P
         add up); a word's forms are alternatives."""
@@ -1591,6 +1648,7 @@ class ModelShape:
     attn_implementation: str
     dtype: torch.dtype
     no_rules: str  # what `linearised` has no rule for; "" where it has all
+    pre_norms: bool  # whether each block's MLP, and the model, read the stream through a norm alone
 
     @property
     def d_attn(self) -> int:
@@ -1598,8 +1656,15 @@ class ModelShape:
         return self.n_heads * self.d_head
 
     def width(self, module: str) -> int:
-        """The width of a module's input; `KeyError` for one that no kind edits."""
-        return int(getattr(self, {kind.module: kind.width for kind in KINDS.values()}[module]))
+        """The width of a module's input; `KeyError` for one that nothing edits."""
+        widths = {kind.module: kind.width for kind in KINDS.values()}
+        return int(getattr(self, (widths | {MIDDLE: "d_model", FINAL: "d_model"})[module]))
+
+    @property
+    def reading_points(self) -> list[Site]:
+        """Where the residual stream is read: by each block, by its MLP, and by the unembedding."""
+        in_blocks = itertools.product(range(self.n_layers), ("", MIDDLE))
+        return [*in_blocks, (self.n_layers, FINAL)]
 
     def indices(self, kind: str) -> Sequence[int]:
         """Of the components of a kind in one layer."""
@@ -1714,7 +1779,17 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
         attn_implementation=attention,
         dtype=dtype,
         no_rules=", ".join(without_rules(modules)),
+        pre_norms=has_pre_norms(modules, layers_path),
     )
+
+
+def has_pre_norms(modules: Mapping[str, nn.Module], layers_path: str) -> bool:
+    """Whether all norms beside the heads' own are those of Llama, by name: input_layernorm and
+    post_attention_layernorm in each block, before attention and MLP, and norm after all."""
+    block = rf"{re.escape(layers_path)}\.\d+\."
+    found = {re.sub(block, "", path) for path in modules if re.match(block + r"\w*norm\w*$", path)}
+    final = f"{layers_path.rpartition('.')[0]}.{FINAL}"
+    return found == {"input_layernorm", MIDDLE} and final.lstrip(".") in modules
 
 
 def without_rules(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -1785,7 +1860,10 @@ class TracedModel:
         return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
     def module(self, site: Site) -> nn.Module:
-        return self.layers[site[0]].get_submodule(site[1])
+        """Of a block; below the last one, of the model's body."""
+        owner = self.layers[site[0]] if site[0] < self.shape.n_layers else self.body
+        module: nn.Module = owner.get_submodule(site[1])
+        return module
 
 
 # ----- Interventions ------------------------------------------------------------------------------
@@ -1794,14 +1872,16 @@ class TracedModel:
 @dataclass(frozen=True, eq=False)
 class Edit:
     """x' = x + m * P(v - x): what becomes of the input x [tok, width] of one module.
-    P takes some `columns`, one component's slice or the columns of many; m is `where`, the tokens
-    [tok] (None: all); v = factor * x + source, each a number, [columns] or [tok, columns]."""
+    P takes some `columns`, one component's slice or the columns of many, and there only what lies
+    `along` a direction; m is `where`, the tokens [tok] (None: all); v = factor * x + source, each a
+    number, [columns] or [tok, columns]."""
 
     site: Site
     columns: slice | Tensor
     factor: float | Tensor = 0.0
     source: float | Tensor = 0.0
     where: Tensor | None = None
+    along: Tensor | None = None  # [2, columns]: unit vectors, read by and written to; None: all
 
 
 Row = tuple[Edit, ...]  # what is edited in one row of a batch
@@ -1843,12 +1923,22 @@ def zeroing(components: Iterable[Component], shape: ModelShape) -> Row:
     return tuple(Edit(site, columns) for site, columns in join_columns(components, shape).items())
 
 
+def unit(direction: Tensor) -> Tensor:
+    """Of length 1; 0 where the direction is."""
+    return (direction / direction.norm()).nan_to_num()
+
+
 def displacement(edit: Edit, x: Tensor) -> Tensor:
     """D = m * P(v - x) [row, tok, column] of a module's input x [row, tok, width],
     in float64, so that x + D is v to the last bit of a narrower x."""
     own = x[..., edit.columns].double()
-    factor = edit.factor if isinstance(edit.factor, float) else edit.factor.to(x.device)
-    moved = factor * own + edit.source - own
+    factor, source = (
+        of if isinstance(of, float) else of.to(x.device) for of in (edit.factor, edit.source)
+    )
+    moved = factor * own + source - own
+    if edit.along is not None:
+        reads, writes = edit.along.to(x.device)
+        moved = (moved @ reads)[..., None] * writes
     return moved if edit.where is None else moved * edit.where.to(x.device)[:, None]
 
 
@@ -2189,6 +2279,8 @@ OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", 
 OUTPUTS |= {f"circuit_{name}": False for name in ("screen.csv", "screen.png", "steer.csv")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("steer.png", "paths.csv", "paths.png")}
 OUTPUTS |= {"circuit_positions.csv": False, "circuit_positions.png": False, "circuit.json": False}
+OUTPUTS |= {"circuit_directions.csv": False, "circuit_directions.png": False}
+OUTPUTS |= {"directions.safetensors": False}
 OUTPUTS |= {"generations.jsonl": False, "run.json": True, "run.log": True}
 
 
@@ -2363,6 +2455,9 @@ class Experiment:
     scratch: Path | None = None  # for weights that do not fit into memory; None: the system's
     estimates: Tensor | None = None  # [sample, component, side], see `estimate`
     screened: dict[Component, str] = field(default_factory=dict)  # see `choose_screened`
+    fitting: list[list[Prompt]] = field(default_factory=list)  # that give or choose directions
+    directions: dict[Component, Tensor] = field(default_factory=dict)  # [columns], raw, toward a
+    along_model: str = ""  # whose directions those of a file are, where it tells
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -2444,24 +2539,53 @@ class Experiment:
     ) -> Row:
         """The op on some components, or on all others of some kinds, one edit per module; without a
         clean run, at every token. A multiplier scales them at every token in place of the op."""
-        op = OPS[self.config.op]
+        op, edits = OPS[self.config.op], []
         factor = op.factor if op.factor is not None else self.config.factor or 0.0
-        joined: Mapping[Site, slice | Tensor] = join_columns(components, self.shape)
-        if multiplier is not None:
-            return tuple(Edit(site, columns, multiplier) for site, columns in joined.items())
-        if others_of:
-            free = other_columns(components, others_of, self.shape)
-            joined = {site: columns.nonzero()[:, 0] for site, columns in free.items()}
-        edits = []
-        for site, columns in joined.items():
+        where = clean.tree.where if clean else None
+        for site, columns, direction in self.parts(components, others_of):
             source: float | Tensor = 0.0
+            if multiplier is not None:
+                edits.append(Edit(site, columns, multiplier))
+                continue
             if op.source == "means":
                 source = self.means[site][columns]
             elif op.source == "partner":
                 assert clean is not None
                 source = clean.site_inputs[site][:, columns][clean.tree.partner]
-            edits.append(Edit(site, columns, factor, source, clean.tree.where if clean else None))
+            elif op.source == "direction":
+                assert direction is not None
+                source = direction
+            along = None if direction is None else unit(direction).expand(2, -1)
+            edits.append(Edit(site, columns, factor, source, where, along))
         return tuple(edits)
+
+    def parts(
+        self, components: Iterable[Component], others_of: Sequence[str]
+    ) -> Iterator[tuple[Site, slice | Tensor, Tensor | None]]:
+        """Module, columns and direction of what is edited: with --along one component at a time,
+        else all of a module together."""
+        if self.config.along:
+            if others_of:
+                components = {*self.every(*others_of)} - {*components}
+            for c in sorted(components):
+                yield c.site, self.shape.columns(c), self.directions[c]
+        elif others_of:
+            for site, free in other_columns(components, others_of, self.shape).items():
+                yield site, free.nonzero()[:, 0], None
+        else:
+            for site, columns in join_columns(components, self.shape).items():
+                yield site, columns, None
+
+    def every(self, *kinds: str) -> list[Component]:
+        """All components of some kinds in the model."""
+        layers = itertools.product(range(self.shape.n_layers), kinds)
+        return [Component(n, kind, i) for n, kind in layers for i in self.shape.indices(kind)]
+
+    def everywhere(self, component: Component) -> Row:
+        """A component's direction zeroed wherever the residual stream is read, at every token: the
+        ablation of a direction of Arditi et al. (arXiv:2406.11717), who zero what is written."""
+        along = unit(self.directions[component]).expand(2, -1)
+        return tuple(Edit(at, slice(None), along=along) for at in self.shape.reading_points)
 
 
 # ----- Preparation --------------------------------------------------------------------------------
@@ -2574,6 +2698,61 @@ def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config
             raise UsageError(f"{named}: {lacks}")
 
 
+def read_directions(
+    config: Config, shape: ModelShape, swept: Sequence[Component]
+) -> tuple[dict[Component, Tensor], Record]:
+    """The directions [width] in the file that --along names, by component, and what the file tells
+    of itself; `UsageError` where it lacks one that is needed."""
+    path = Path(config.along or "")
+    try:
+        with safe_open(path, "pt") as file:
+            told = from_json((file.metadata() or {}).get("told", "{}"))
+            names = list(file.keys())
+            found = {Component.parse(name): file.get_tensor(name).double() for name in names}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UsageError(f"--along {path} is no file of directions: {error}") from error
+    needed = swept
+    if config.confirms and not config.everywhere:  # random sets are of the whole model
+        layers, indices = range(shape.n_layers), shape.indices(config.kind)
+        needed = [Component(n, config.kind, i) for n, i in itertools.product(layers, indices)]
+    for component in needed:
+        if component not in found:
+            raise UsageError(f"--along {path} has no direction of {component.label}")
+        width = len(range(shape.width(component.site[1]))[shape.columns(component)])
+        direction = found[component]
+        if direction.shape != (width,) or not direction.isfinite().all():
+            there = f"{component.label} is no {width} finite numbers"
+            raise UsageError(f"--along {path}: {there}: {list(direction.shape)}")
+    return found, told
+
+
+def set_apart(
+    prompts: list[list[Prompt]], config: Config, told: Record
+) -> tuple[list[list[Prompt]], list[list[Prompt]]]:
+    """The samples that give the directions of --along, or choose one of a file's, and those that
+    are measured: none that gave the file's. `UsageError` where too few are left."""
+    if not config.along:
+        return [], prompts
+    given_by = told.get("fitted_on", ())
+    left = [of for of in prompts if of[0].pair_id(of[1]) not in given_by]
+    if len(left) < len(prompts):
+        n = numbered(len(prompts) - len(left), "sample")
+        log.info(f"{n} left out, on which the directions of {config.along} were fitted")
+    units = {of[0].sample.unit for of in left if of[0].sample.counts}
+    fitting, measured = set[str](), units
+    if config.along in FITS or config.everywhere:
+        fitting, measured = halves(units, config.seed)
+    least = 2 if config.confirms and not config.everywhere else 1
+    if len(measured) < least:
+        there = f"{len(units)} different sentences, {len(measured)} of them are left to measure"
+        raise UsageError(f"--along {config.along}: {there}; {least} needed")
+    gives = {of[0].sample for of in left if of[0].sample.unit in fitting and of[0].sample.counts}
+    return (
+        [of for of in left if of[0].sample in gives],
+        [of for of in left if of[0].sample not in gives],
+    )
+
+
 def prepare(config: Config, folder: RunFolder, device: torch.device | None = None) -> Experiment:
     """Everything that is known before the weights: samples, prompts, trees, components."""
     own = load_samples(Path(config.samples), TASKS[config.task]) if config.samples else []
@@ -2584,6 +2763,9 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     if config.bf16 is None and shape.dtype == torch.float32:
         size = f"{4 * shape.n_parameters / 1e9:.3g} GB here; an 8B model needs 32 GB"
         log.warning(f"no GPU with native bfloat16: float32 weights, {size}")
+    if config.everywhere and not shape.pre_norms:
+        lacks = f"whose blocks have input_layernorm and {MIDDLE}, and no other norm"
+        raise UsageError(f"--confirm all is for models {lacks}: not {shape.name}")
     if config.estimator == "relp" and shape.no_rules:
         raise UsageError(f"--method relp has no rule for {shape.no_rules} of {shape.name}")
     components = choose_components(config, shape)
@@ -2598,6 +2780,10 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     samples = choose_samples(config, encoder, own)
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
+    found: tuple[dict[Component, Tensor], Record] = ({}, {})
+    if config.along not in (None, *FITS):
+        found = read_directions(config, shape, components)
+    apart, prompts = set_apart(prompts, config, found[1])
     if other is not None:
         pairs = {a.pair_id(b) for a, b, *_ in prompts}
         mine = {(pair, c.layer, c.kind, c.index) for pair in pairs for c in components}
@@ -2607,9 +2793,10 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
     fitting = ROW_TOKENS[device_type(config)] // max(tree.n_tokens for tree in trees)
     rows = config.rows_per_forward or before.get("rows_per_forward") or max(1, fitting)
-    return Experiment(
+    exp = Experiment(
         config, shape, encoder, prompts, trees, components, rows, other, device, folder.parts
     )
+    return replace(exp, fitting=apart, directions=found[0], along_model=found[1].get("model", ""))
 
 
 def sha256_of(file: Path) -> str:
@@ -2649,6 +2836,15 @@ def model_identity(config: Config, files: Mapping[str, list[Any]]) -> str:
     return f"{config.model_id}@{Path(str(found)).parent.name}"
 
 
+def along_told(exp: Experiment) -> Record:
+    """Of a run along directions, what these depend on."""
+    if not exp.config.along:
+        return {}
+    fitting = digest([of[0].pair_id(of[1]) for of in exp.fitting])[:16]
+    of_file = {c.label: d.tolist() for c, d in sorted(exp.directions.items())}
+    return {"along": exp.config.along_name, "fitting": fitting, "directions": digest(of_file)[:16]}
+
+
 def fingerprint_of(exp: Experiment, files: Mapping[str, list[Any]]) -> dict[str, Any]:
     """All that results depend on. Layers, heads and what is made of the results are left out."""
     flat = [prompt for of_sample in exp.prompts for prompt in of_sample]
@@ -2658,6 +2854,7 @@ def fingerprint_of(exp: Experiment, files: Mapping[str, list[Any]]) -> dict[str,
         "attn_implementation": exp.shape.attn_implementation,
         "device_type": device_type(exp.config),
         **{name: as_text(getattr(exp.config, name)) for name in TOLD.split()},
+        **along_told(exp),
         "method": exp.config.row_method,
         "positions": exp.config.span,
         "prompts": digest([(p.sample.sample_id, p.side, p.text, p.ids) for p in flat])[:16],
@@ -2702,6 +2899,8 @@ def describe_plan(exp: Experiment) -> str:
     most = min(rows, max(counts) - (-NOISE_ROWS // len(counts)))
     one_by_one = 2 * len(exp.prompts) * len(swept)
     work = f"about {forwards} forwards of {rows} rows; one head at a time takes {one_by_one}"
+    if exp.fitting:
+        lines.append(f"{numbered(len(exp.fitting), 'other sample')} give or choose directions")
     if by := exp.config.estimator:
         n = min(len(swept), exp.config.screen + SCREEN_RANDOM) if exp.config.screen else 0
         work = f"all are estimated by {by}, {n} of them measured"
@@ -3016,13 +3215,18 @@ def tidy_rows(tree: Tree, job: Job, scores: Tensor) -> pd.DataFrame:
     )
 
 
+def seeded(*names: Any) -> torch.Generator:
+    """The random numbers that belong to some names."""
+    return torch.Generator().manual_seed(int(digest(names)[:15], 16))
+
+
 def jitter(exp: Experiment, tree: Tree, component: Component, draw: int) -> Row:
     """Each element of a component's slice times 1 + eps or 1 - eps, signs at random: what rounding
     does, with no direction of its own."""
     columns, eps = exp.shape.columns(component), torch.finfo(exp.shape.dtype).eps
     width = len(range(exp.shape.width(component.site[1]))[columns])
-    drawn = digest([exp.config.seed, component.label, draw, tree.samples[0][0].sample_id])
-    generator = torch.Generator().manual_seed(int(drawn[:15], 16))
+    first = tree.samples[0][0].sample_id
+    generator = seeded(exp.config.seed, component.label, draw, first)
     signs = 2 * torch.randint(2, (tree.n_tokens, width), generator=generator) - 1
     return (Edit(component.site, columns, 1 + eps * signs.double(), where=tree.where),)
 
@@ -3058,6 +3262,25 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
     with tqdm(total=total, unit="row", desc="sweep", disable=quiet) as bar:
         for number, of_tree in itertools.groupby(jobs, key=lambda job: job.tree):
             sweep_tree(exp, exp.trees[number], list(of_tree), folder, bar)
+
+
+def measure_places(
+    exp: Experiment,
+    folder: RunFolder,
+    what: str,
+    places: pd.MultiIndex,
+    run: Callable[[Experiment, Tree, tqdm[Any]], list[list[float]]],
+) -> pd.DataFrame:
+    """What `run` gives for each tree [place, sample], a part of the run each, as rows with the
+    levels of `places`, sample_id and delta."""
+    frames, key = [], digest([what, [list(map(str, place)) for place in places]])[:12]
+    with tqdm(total=len(places) * len(exp.trees), unit="row", desc=what, disable=None) as bar:
+        for number, tree in enumerate(exp.trees):
+            found = folder.part(f"{what}-{number:04d}-{key}", run, exp, tree, bar)
+            for (sample, _), deltas in zip(tree.samples, zip(*found, strict=True), strict=True):
+                frames.append(pd.DataFrame({"delta": deltas}, places).reset_index())
+                frames[-1]["sample_id"] = sample.sample_id
+    return pd.concat(frames, ignore_index=True)
 
 
 # ----- Estimates ----------------------------------------------------------------------------------
@@ -3264,10 +3487,6 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
 # ----- Tables -------------------------------------------------------------------------------------
 
 
-def numbered(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
-
-
 def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.DataFrame:
     """Swept rows with their samples' base scores, sorted; every number recomputes from scores."""
     labels = ["unit", "group", "prompts"]
@@ -3312,11 +3531,8 @@ def real_rows(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
-    """(choosing, held-out) halves of the sentences; the choosing half has the odd one."""
-    units = sorted(real_rows(table)["unit"].unique())
-    random.Random(seed).shuffle(units)
-    half = -(-len(units) // 2)
-    return set(units[:half]), set(units[half:])
+    """`halves` of the sentences of a table, without the negative controls."""
+    return halves(real_rows(table)["unit"], seed)
 
 
 def noise_floor(jittered: pd.DataFrame) -> float:
@@ -3518,7 +3734,8 @@ def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
 def op_of(config: Config) -> str:
     """The op with what it takes: zero, scale 2, patch into a."""
     factor = "" if config.factor is None else f" {config.factor:g}"
-    return f"{config.op}{factor}{f' into {config.patch_into}' if config.patches else ''}"
+    into = f" into {config.patch_into}" if config.patches else ""
+    return f"{config.op}{factor}{into}{config.by if config.along else ''}"
 
 
 MANY_SETS = 10  # distinct random sets, from which on their quantiles are told
@@ -3573,7 +3790,7 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     if len(many):
         label = "5-95 % of random sets"
         axes.vlines(many, low, high, color="lightgray", linewidth=14, label=label)
-    label = f"random sets, same layers{lent}"
+    label = "random directions, as far" if config.everywhere else f"random sets, same layers{lent}"
     axes.plot(drawn.index, drawn["mean_delta"], ".", color="tab:gray", markersize=4, label=label)
     axes.vlines(chosen.index, chosen["ci_low"], chosen["ci_high"], color="tab:blue")
     label = "chosen on the other half (95 % interval)"
@@ -3681,7 +3898,7 @@ def report_findings(
     contrast = has_contrast(bases) and "minus_other_role" in heads and bases["other"]["is_clear"]
     quoted, role = ("other", "minus_other_role") if contrast else ("b", "role")
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
-    if config.by:
+    if config.row_method != "exact":
         log.warning(f"all effects here are{config.by}, none is measured")
     for side, found in bases.items():
         log.info("%s%s", describe_base(side, found), noise if side == "b" else "")
@@ -3872,6 +4089,231 @@ def draw_screen(table: pd.DataFrame, config: Config, path: Path) -> None:
     save_figure(figure, path)
 
 
+# ----- Directions ---------------------------------------------------------------------------------
+
+Fit = tuple[Tensor, Tensor]  # [component, width], raw, toward a; [component], where a begins on it
+N_SHUFFLES = 20
+
+
+def last_inputs(
+    exp: Experiment, prompts: Sequence[list[Prompt]], components: Sequence[Component]
+) -> Tensor:
+    """[component, sample, side, width]: what components of one kind take in at the last token of
+    prompts a and b."""
+    sites, found = sorted({component.site for component in components}), []
+    for tree in plant_trees([of[:2] for of in prompts], exp.encoder.bos, exp.config):
+        clean = run_clean(exp.traced, tree, exp.background, (), sites)
+        for _, places in tree.samples:
+            ends = [tree.paths[places[side]][-1] for side in "ab"]
+            x = {site: seen[ends].double().cpu() for site, seen in clean.site_inputs.items()}
+            found.append(torch.stack([x[c.site][:, exp.shape.columns(c)] for c in components]))
+    return torch.stack(found, 1)
+
+
+def difference_of_means(x: Tensor) -> Fit:
+    """Of inputs x [component, sample, side, width]; its threshold is half way between the means."""
+    a, b = x.mean(1).unbind(1)
+    return a - b, ((a - b) * (a + b) / 2).sum(-1)
+
+
+def logistic(x: Tensor) -> Fit:
+    """The normal of a logistic regression of the side on inputs x [component, sample, side, width],
+    each coordinate divided by its SD, with half the squared norm as penalty (C = 1); of the length
+    that the difference of means has along it, so that adding it moves the mean of b to that of a."""
+    flat, n = x.flatten(1, 2), x.shape[1]
+    mean, sd = flat.mean(1), flat.std(1, correction=0)
+    scaled = (flat - mean[:, None]) / sd.where(sd > 0, 1.0)[:, None]
+    sign = torch.tensor([1.0, -1.0], dtype=x.dtype).repeat(n)
+    w, bias = (torch.zeros_like(of, requires_grad=True) for of in (mean, mean[:, 0]))
+    solver = torch.optim.LBFGS([w, bias], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        margin = (scaled @ w[..., None])[..., 0] + bias[:, None]
+        total = nn.functional.softplus(-sign * margin).sum() + (w**2).sum() / 2
+        total.backward()
+        return total
+
+    solver.step(loss)
+    normal = w.detach() / sd.where(sd > 0, 1.0)
+    a, b = x.mean(1).unbind(1)
+    scale = (((a - b) * normal).sum(-1) / (normal**2).sum(-1)).nan_to_num()
+    return scale[:, None] * normal, scale * ((mean * normal).sum(-1) - bias.detach())
+
+
+def separation(fit: Fit, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Accuracy of the threshold and area under the ROC curve [component] of the projections of
+    inputs x [component, sample, side, width]; ties count half."""
+    direction, threshold = fit
+    a, b = (x @ direction[:, None, :, None])[..., 0].unbind(-1)  # [component, sample]
+    right = (a - threshold[:, None]).sign() - (b - threshold[:, None]).sign()
+    order = (a[:, :, None] - b[:, None]).sign()  # [component, sample, sample]
+    return (right.mean(1) + 2) / 4, (order.mean((1, 2)) + 1) / 2
+
+
+def probe(exp: Experiment, components: Sequence[Component]) -> tuple[Records, Tensor]:
+    """Rows of circuit_directions.csv, and the directions [component, width]: of the samples that
+    are set apart or of a file, tested on the others. Accuracy goes with the fit that it tells of:
+    of a file's directions there is none, nor is there a shuffled one."""
+    config = exp.config
+    tested = [of_sample for of_sample in exp.prompts if of_sample[0].sample.counts]
+    x, n = last_inputs(exp, tested, components), len({of[0].sample.unit for of in tested})
+    if config.along in FITS:
+        find = {"difference": difference_of_means, "logistic": logistic}[config.along]
+        given = last_inputs(exp, exp.fitting, components)
+        fit, shuffled = find(given), []
+        units = [of_sample[0].sample.unit for of_sample in exp.fitting]
+        for draw in range(N_SHUFFLES):  # a sentence's two sides change places, or do not
+            rng = random.Random(f"{config.seed} shuffle {draw}")
+            change = {unit: rng.random() < 0.5 for unit in sorted(set(units))}
+            changed = torch.tensor([change[unit] for unit in units])[:, None, None]
+            shuffled.append(separation(find(torch.where(changed, given.flip(2), given)), x)[0])
+        of_chance = torch.stack(shuffled).quantile(0.95, 0).tolist()
+        known = [separation(fit, given)[0].tolist(), separation(fit, x)[0].tolist(), of_chance]
+    else:
+        fit = torch.stack([exp.directions[c] for c in components]), x.new_zeros(len(components))
+        known = [[math.nan] * len(components)] * 3
+    squared, auc, rows = fit[0] ** 2, separation(fit, x)[1].tolist(), []
+    largest = (squared.amax(1) / squared.sum(1)).tolist()
+    for component, norm, share, area, trained, accuracy, chance in zip(
+        components, squared.sum(1).sqrt().tolist(), largest, auc, *known, strict=True
+    ):
+        row: Record = {"label": component.label} | vars(component) | {"norm": norm}
+        row |= {"largest_share": share, "accuracy_fit": trained, "accuracy": accuracy}
+        low, high = share_interval(accuracy, n) if accuracy == accuracy else (math.nan, math.nan)
+        row |= {"accuracy_low": low, "accuracy_high": high, "accuracy_shuffled": chance}
+        rows.append(row | {"auc": area, "n_sentences": n})
+    return rows, fit[0]
+
+
+def find_directions(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
+    """Fill `exp.directions` where no file gave them; returns the rows of `probe`, of the stream
+    into layer 0 as well: there only the last token itself tells the prompts apart."""
+    fitted, kind = exp.config.along in FITS, exp.config.kind
+    components = exp.every(kind) if fitted else exp.components
+
+    def compute() -> Record:
+        rows, found = probe(exp, components)
+        lexical = [] if kind == "resid" or not fitted else probe(exp, [Component(0, "resid")])[0]
+        return {"rows": rows + lexical, "directions": found.tolist()}
+
+    key = digest([component.label for component in components])[:12]
+    payload = folder.part(f"probe-{key}", compute)
+    found = torch.tensor(payload["directions"], dtype=torch.float64)
+    exp.directions |= dict(zip(components, found, strict=True))
+    return pd.DataFrame(payload["rows"])
+
+
+def random_along(exp: Experiment, component: Component, draw: int = 0) -> Tensor:
+    """A unit vector [width] in a random direction."""
+    generator, like = seeded(exp.config.seed, "along", component.label, draw), exp.directions
+    return unit(torch.randn(len(like[component]), generator=generator, dtype=torch.float64))
+
+
+def ways_beside(config: Config) -> list[str]:
+    """What an edit along a direction is measured beside: the same displacement in a `random` one,
+    and the op on the `whole` component where that means anything."""
+    whole = config.op != "add" and (config.kind != "resid" or OPS[config.op].source != "")
+    return ["random", "whole"] if whole else ["random"]
+
+
+def edit_beside(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[float]]:
+    """[way and component, sample]: delta with `ways_beside`."""
+    clean, rows = exp.run_clean(tree, {c.layer for c in exp.components}, exp.components), []
+    for way, component in itertools.product(ways_beside(exp.config), exp.components):
+        (edit,) = exp.edits([component], clean)
+        reads, writes = unit(exp.directions[component]), random_along(exp, component)
+        along = torch.stack([reads, writes]) if way == "random" else None
+        rows.append((replace(edit, along=along),))
+    return list(tree.deltas(tree.scores(exp.run_rows(clean, rows, bar), exp.task)).tolist())
+
+
+def trace_directions(
+    exp: Experiment,
+    table: pd.DataFrame,
+    heads: pd.DataFrame,
+    probed: pd.DataFrame,
+    folder: RunFolder,
+) -> None:
+    """Write circuit_directions.csv and .png, and directions.safetensors where they were found here:
+    how well each direction tells the prompts apart, and what of the base an edit along it moves."""
+    config, labels = exp.config, [component.label for component in exp.components]
+    names = ["mean", "ci_low", "ci_high", "q"]
+    places = pd.MultiIndex.from_product([ways_beside(config), labels], names=["way", "label"])
+    rows = measure_places(exp, folder, "beside", places, edit_beside)
+    beside = effects_of(rows, table, ["way", "label"]).set_index(["label", "way"])[names].unstack()
+    beside.columns = pd.Index([f"{way}_{name}" for name, way in beside.columns])
+    own = heads.set_index("label")[[*names, "share_moved"]].add_prefix("along_")
+    told = probed[probed["label"].isin(["L0resid", *labels])].sort_values(["layer", "index"])
+    told = told.join(own, on="label").join(beside, on="label")
+    per_nat = (told["along_share_moved"] / told["along_mean"]).median()  # -1 / base, or NaN
+    for way in ways_beside(config):
+        told[f"{way}_share_moved"] = told[f"{way}_mean"] * per_nat
+    n_fit = len({of[0].sample.unit for of in exp.fitting})
+    told = told.assign(method=config.along_name, op=op_of(config), n_fit=n_fit)
+    write_components(folder.path / "circuit_directions.csv", told)
+    if config.along in FITS:
+        write_directions(exp, folder)
+    report_directions(told, exp)
+    draw_directions(told, exp, folder.path / "circuit_directions.png")
+
+
+def write_directions(exp: Experiment, folder: RunFolder) -> None:
+    """directions.safetensors: [width], raw, by label, and what they are of."""
+    told: Record = {"format": "directions/1", "model": folder.record["fingerprint"]["model"]}
+    told |= {name: getattr(exp.config, name) for name in ("model_id", "task", "kind", "along")}
+    told["fitted_on"] = [of_sample[0].pair_id(of_sample[1]) for of_sample in exp.fitting]
+    found = {component.label: of.contiguous() for component, of in exp.directions.items()}
+    save = functools.partial(save_file, found, metadata={"told": json.dumps(told)})
+    write_atomically(folder.path / "directions.safetensors", save)
+
+
+def report_directions(told: pd.DataFrame, exp: Experiment) -> None:
+    """How well the strongest directions tell the prompts apart, and what is moved along them."""
+    lexical = told[told["label"] == "L0resid"]
+    for row in lexical[lexical["accuracy"].notna()].itertuples():
+        log.info(f"layer 0, where only the last token itself tells: accuracy {row.accuracy:.0%}")
+    ranked = told[told["along_mean"].notna() & (told["norm"] > 0)]
+    ranked = ranked.sort_values("along_mean", key=abs, ascending=False)
+    for row in ranked.head(5).itertuples():
+        apart = f"AUC {row.auc:.2f} over {numbered(row.n_sentences, 'held-out sentence')}"
+        if not math.isnan(row.accuracy):
+            apart += f", accuracy {row.accuracy:.0%} [{row.accuracy_low:.0%},"
+            apart += f" {row.accuracy_high:.0%}] (shuffled: up to {row.accuracy_shuffled:.0%})"
+        moved = ", ".join(
+            f"{getattr(row, f'{way}_share_moved'):.0%} {said}"
+            for way, said in {"along": "along it", "random": "as far at random"}.items()
+        )
+        moved += f", {row.whole_share_moved:.0%} by the whole" if "whole_mean" in told else ""
+        log.info(f"direction of {row.label}: {apart}; moved {moved}")
+
+
+def draw_directions(told: pd.DataFrame, exp: Experiment, path: Path) -> None:
+    """Held-out accuracy, and the share of the base that edits move, of the strongest components."""
+    config = exp.config
+    order = told["along_mean"].abs().sort_values(ascending=False).index[: config.top_k]
+    drawn = told.loc[sorted(order)].reset_index(drop=True)
+    figure = Figure(figsize=(max(6.0, 2.5 + 0.4 * len(drawn)), 5.5), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    above.vlines(drawn.index, drawn["accuracy_low"], drawn["accuracy_high"], color="tab:blue")
+    above.plot(drawn["accuracy"], "o", color="tab:blue", label="accuracy")
+    above.plot(drawn["accuracy_shuffled"], "_", color="black", label="95 % of shuffled labels")
+    above.plot(drawn["auc"], "x", color="tab:gray", label="AUC")
+    above.set(ylim=(-0.05, 1.05), ylabel="held-out")
+    ways = {"along": "along the direction", "random": "as far in a random direction"}
+    ways |= {"whole": "the whole component"} if "whole_mean" in drawn else {}
+    for (way, label), mark in zip(ways.items(), "o.x", strict=False):
+        below.plot(drawn[f"{way}_share_moved"], mark, label=label)
+    below.axhline(0, color="black", linewidth=0.8)
+    below.set(ylabel="share of the base moved")
+    below.set_xticks(drawn.index, drawn["label"], rotation=90 if len(drawn) > 6 else 0)
+    for axes in (above, below):
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    title = f"{config.task}, {Path(config.model_id).name}: {op_of(config)}"
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    save_figure(figure, path)
+
+
 # ----- Circuits -----------------------------------------------------------------------------------
 
 
@@ -3883,7 +4325,12 @@ class JointSet(NamedTuple):
     draw: int = 0
     lent: int = 0  # how many are of a neighbour of their counterpart's layer
     others_of: tuple[str, ...] = ()  # the kinds all of whose others are edited instead
+    everywhere: bool = False  # its one direction is zeroed at all reading points of the stream
     multiplier: float | None = None  # scaled at every token in place of the op
+
+    @property
+    def text(self) -> str:
+        return labels_of(self.components) + " everywhere" * self.everywhere
 
 
 def choose_circuit(table: pd.DataFrame, config: Config, against: str) -> pd.DataFrame:
@@ -3933,6 +4380,27 @@ def draw_random(
         free[site][shape.columns(drawn[-1])] = False
         lent += layer != component.layer
     return tuple(sorted(drawn)), lent
+
+
+def row_of(exp: Experiment, clean: CleanRun | None, of: JointSet) -> Row:
+    """The edits of a set; without a clean run, at every token."""
+    if not of.everywhere:
+        return exp.edits(of.components, clean, of.others_of, of.multiplier)
+    row = exp.everywhere(of.components[0])
+    if of.name != "random":
+        return row
+    # as far as the chosen direction goes at each token and reading point, in a random direction
+    assert clean is not None
+    with recording({edit.site: exp.traced.module(edit.site) for edit in row}) as seen:
+        final_states(exp.traced, clean, [row])
+    width, writes = exp.shape.d_model, random_along(exp, of.components[0], of.draw)
+    along, moved = torch.stack([torch.full((width,), 1 / width).double(), writes]), []
+    for edit in row:
+        assert edit.along is not None
+        reads = edit.along[0].to(seen[edit.site].device)
+        far = (displacement(edit, seen[edit.site][:1])[0] @ reads)[:, None]  # [tok, 1]
+        moved.append(Edit(edit.site, slice(None), 1.0, far, along=along))
+    return tuple(moved)
 
 
 def joint_sizes(k: int) -> list[int]:
@@ -3994,7 +4462,7 @@ def run_sets(
     with tqdm(total=total, unit="row", desc="joint ablation", disable=None) as bar:
         for tree in trees:
             clean = exp.run_clean(tree, layers, every)
-            rows = [exp.edits(s.components, clean, s.others_of, s.multiplier) for s in sets]
+            rows = [row_of(exp, clean, of) for of in sets]
             both = exp.run_rows(clean, rows, bar, scores, divergence).chunk(2, 1)
             nothing = torch.full_like(both[0][:, 0], math.nan)
             for _, place in tree.samples:
@@ -4009,7 +4477,8 @@ def set_scores(
 ) -> Tensor:
     """`run_sets` as a part of the run."""
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
-    key = [(labels_of(s.components), s.others_of, s.multiplier) for s in sets], ids
+    one = [s.text + f" {s.name} {s.draw}" * s.everywhere for s in sets]
+    key = [(text, s.others_of, s.multiplier) for text, s in zip(one, sets, strict=True)], ids
     found = folder.part(f"joint-{digest(key)[:16]}", run_sets, exp, sets, prompts)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -4023,7 +4492,7 @@ def measure_sets(
     a, b, other, kl_a, kl_b = set_scores(exp, folder, sets, prompts).unbind(-1)  # [set, sample]
     told = pd.DataFrame(
         {"set": of.name, "draw": of.draw, "n_ablated": exp.n_edited(of.components, of.others_of)}
-        | {"components": labels_of(of.components), "kept": bool(of.others_of)}
+        | {"components": of.text, "kept": bool(of.others_of)}
         | {"lent": of.lent}
         for of in sets
     ).assign(samples=samples)
@@ -4054,7 +4523,8 @@ def joint_statistics(deltas: Tensor, units: Sequence[str], sets: pd.DataFrame) -
     (low, high), (kept, gone) = mean_interval(sums, counts), mean_interval(base - sums, base)
     found = {"mean_delta": mean, "ci_low": low, "ci_high": high}
     found |= {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
-    every = sums[:, [list(sets["set"]).index("all")]].expand_as(sums)
+    all_of = (sets["set"] == "all").argmax()  # 0, the empty set, where there is none
+    every = sums[:, [int(all_of)]].expand_as(sums)
     least, most = mean_interval((base - every)[:, :1], counts[:, :1])[:, 0]
     clear = bool(least > 0 or most < 0)
     left = (sums - every).sum(0) / (base - every).sum(0)
@@ -4067,29 +4537,72 @@ def joint_statistics(deltas: Tensor, units: Sequence[str], sets: pd.DataFrame) -
     return {"n_sentences": len(names)} | {name: x.tolist() for name, x in found.items()}
 
 
-def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> Components:
-    """Write circuit_confirm.csv and .png and circuit.json; returns the circuit, best first."""
-    config, frames, chosen = exp.config, [], ()
+MOST_KL = 0.1  # by which the ablation of a direction may move what prompt b leaves
+
+
+def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[JointSet]:
+    """The layer whose direction, zeroed everywhere, moves the quoted measure most against its sign
+    in the sentences that are set apart, with random directions; nothing where none does. As in
+    Arditi et al. (arXiv:2406.11717) it is none of the last fifth, nor one that moves what is said
+    after prompt b by a KL above 0.1, as long as another moves half as much as the best; where all
+    do, it is the one of the least KL. That adding it induces the behaviour is not asked."""
+    early = (c for c in exp.components if c.layer < 0.8 * exp.shape.n_layers)
+    layers = [component for component in early if exp.directions[component].any()]
+    every = [JointSet("chosen", (component,), everywhere=True) for component in layers]
+    scores = set_scores(exp, folder, [JointSet("none"), *every], exp.fitting)
+    a, b, other, _, kl = scores.nanmean(1).unbind(-1)  # [set]
+    deltas = a - (other if against == "other" else b)
+    roles = (role_sign(float(deltas[0]), 0.0) * (deltas - deltas[0]))[1:]
+    for of, role, away in zip(every, roles.tolist(), kl[1:].tolist(), strict=True):
+        told = f"moves {role:+.3f} of {abs(float(deltas[0])):.3f} nats, KL {away:.2g} after b"
+        log.info(f"{of.text}, {len(exp.fitting)} samples that gave directions: {told}")
+    if not (roles > 0).any():
+        return []
+    best = roles >= roles.max() / 2
+    least = float(kl[1:][best].min())
+    if least > MOST_KL:
+        log.warning(f"each of them moves what is said after prompt b: KL {least:.2g} at least")
+    fit = best & (kl[1:] <= max(MOST_KL, least))
+    chosen = every[int(roles.where(fit, -math.inf).argmax())]
+    draws = range(1, exp.config.num_random + 1)
+    random_ones = [chosen._replace(name="random", draw=draw) for draw in draws]
+    return [JointSet("none"), chosen, *random_ones]
+
+
+def held_out_units(table: pd.DataFrame, config: Config) -> set[str]:
+    """The sentences on which a choice is confirmed: all here, where others were set apart for it."""
+    choosing, held_out = split_units(table, config.seed)
+    return choosing | held_out if config.everywhere else held_out
+
+
+def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[JointSet]:
+    """Write circuit_confirm.csv and .png and circuit.json; returns the sets that were chosen, by
+    size."""
+    config, frames, sets = exp.config, [], list[JointSet]()
     choosing, held_out = split_units(table, config.seed)
     against = quoted_side(exp.prompts, [choosing, held_out])  # chosen, quoted and drawn by the same
-    if config.confirms:
+    if config.everywhere:
+        sets = choose_direction(exp, folder, against)
+    elif config.confirms:
         found = choose_circuit(table[table["unit"].isin(choosing)], config, against)
         n_most = count_free(config, exp.shape) // 2
         if len(found) > n_most:
             log.warning(f"the best {n_most} of {len(found)} are taken, to leave as many at random")
         found = found.head(n_most)
-        chosen = tuple(found.index)
         write_circuit(exp, found, f"a - {against}", choosing, folder)
-    if chosen:
-        frames.append(measure_sets(exp, folder, confirm_sets(chosen, exp), "held-out", held_out))
+        sets = confirm_sets(tuple(found.index), exp) if len(found) else []
+    if sets:
+        units = held_out_units(table, config)
+        frames.append(measure_sets(exp, folder, sets, "held-out", units))
     elif config.confirms:
         log.warning(f"--confirm {as_text(config.confirm)} chooses no component")
     if config.ablate:
         kinds = tuple(sorted({component.kind for component in config.ablate}))
-        sets = [JointSet("none"), JointSet("ablate", config.ablate)]
-        sets.append(JointSet("complement", config.ablate, others_of=kinds))
-        sets.append(JointSet("all", others_of=kinds))
-        frames.append(measure_sets(exp, folder, sets, "all", choosing | held_out))
+        named = [JointSet("none"), JointSet("ablate", config.ablate)]
+        named.append(JointSet("complement", config.ablate, others_of=kinds))
+        named.append(JointSet("all", others_of=kinds))
+        frames.append(measure_sets(exp, folder, named, "all", choosing | held_out))
+    chosen = [of for of in sets if of.name == "chosen"]
     if not frames:
         return chosen
     rows = judge_sets(pd.concat(frames, ignore_index=True), config)
@@ -4296,9 +4809,9 @@ def token_positions(exp: Experiment) -> range:
     return range(min(starts) if exp.config.patches else 0, len(exp.prompts[0][0].ids))
 
 
-def run_positions(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[list[float]]]:
-    """[component, position, sample]: delta with a component edited at one position of all prompts
-    (causal tracing: Meng et al. 2202.05262, layer by token)."""
+def run_positions(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[float]]:
+    """[component and position, sample]: delta with a component edited at one position of all
+    prompts (causal tracing: Meng et al. 2202.05262, layer by token)."""
     clean = exp.run_clean(tree, {c.layer for c in exp.components}, exp.components)
     rows = []
     for component, position in itertools.product(exp.components, token_positions(exp)):
@@ -4307,10 +4820,8 @@ def run_positions(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[list
         there &= True if tree.where is None else tree.where
         edits = exp.edits([component], clean)
         rows.append(tuple(replace(edit, where=there) for edit in edits))
-    scores = tree.scores(exp.run_rows(clean, rows, bar), exp.task)
-    places = [of for _, of in tree.samples]
-    deltas = torch.stack([scores[:, of["a"]] - scores[:, of["b"]] for of in places], -1)
-    return list(deltas.unflatten(0, (len(exp.components), -1)).tolist())
+    deltas = tree.deltas(tree.scores(exp.run_rows(clean, rows, bar), exp.task))
+    return list(deltas.tolist())
 
 
 def describe_tokens(exp: Experiment) -> pd.DataFrame:
@@ -4331,16 +4842,11 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     """Write circuit_positions.csv and .png: each component edited at each token on its own."""
     labels = [component.label for component in exp.components]
     places = pd.MultiIndex.from_product([labels, token_positions(exp)], names=["label", "position"])
-    frames = []
-    with tqdm(total=len(places) * len(exp.trees), unit="row", disable=None) as bar:
-        for number, tree in enumerate(exp.trees):
-            name = f"positions-{number:04d}-{digest(labels)[:12]}"
-            found = torch.tensor(folder.part(name, run_positions, exp, tree, bar))
-            for (sample, _), deltas in zip(tree.samples, found.unbind(-1), strict=True):
-                frames.append(pd.DataFrame({"delta": deltas.flatten()}, places).reset_index())
-                frames[-1]["sample_id"] = sample.sample_id
-    tokens = describe_tokens(exp)
-    told = effects_of(pd.concat(frames), table, ["label", "position"]).merge(tokens, on="position")
+    rows, tokens = (
+        measure_places(exp, folder, "positions", places, run_positions),
+        describe_tokens(exp),
+    )
+    told = effects_of(rows, table, ["label", "position"]).merge(tokens, on="position")
     write_text(folder.path / "circuit_positions.csv", told.to_csv(index=False))
     for row in told.sort_values("mean", key=abs, ascending=False).head(5).itertuples():
         where = f"token {row.position} {row.token!r} ({row.token_b!r} in b)"
@@ -4383,25 +4889,22 @@ def greedy_replies(exp: Experiment, edits: Row, prompts: Sequence[Prompt]) -> li
 
 
 def measure_replies(
-    exp: Experiment,
-    folder: RunFolder,
-    components: Sequence[Component],
-    prompts: list[list[Prompt]],
-    multiplier: float | None = None,
+    exp: Experiment, folder: RunFolder, of: JointSet, prompts: list[list[Prompt]]
 ) -> Records:
-    """Greedy replies to prompts a and b of some samples, and whether they show the behaviour."""
-    labels, task = [component.label for component in components], exp.task
+    """Greedy replies to prompts a and b of some samples with a set edited, and whether they show
+    the behaviour."""
+    labels, multiplier, task = of.text.split(), of.multiplier, exp.task
 
     def judged(prompt: Prompt, reply: str) -> Record:
         sample = prompt.sample
-        edited = {"prompt": prompt.side, "ablated": " ".join(labels), "n_ablated": len(labels)}
+        edited = {"prompt": prompt.side, "ablated": of.text, "n_ablated": len(of.components)}
         edited |= {"multiplier": multiplier}
         shown = {"mentions": task.shows(sample, reply), "answers": task.answers(sample, reply)}
         return {"sample_id": sample.sample_id, **edited, "reply": reply, **shown}
 
     def compute() -> Records:
         asked = [prompt for of_sample in prompts for prompt in of_sample[:2]]
-        run = functools.partial(greedy_replies, exp, exp.edits(components, multiplier=multiplier))
+        run = functools.partial(greedy_replies, exp, row_of(exp, None, of))
         with tqdm(total=len(asked), unit="reply", desc="replies", disable=None) as bar:
             return list(map(judged, asked, run_batches(exp.traced, asked, run, bar)))
 
@@ -4411,19 +4914,19 @@ def measure_replies(
 
 
 def check_behaviour(
-    exp: Experiment, chosen: Sequence[Component], table: pd.DataFrame, folder: RunFolder
+    exp: Experiment, chosen: Sequence[JointSet], table: pd.DataFrame, folder: RunFolder
 ) -> None:
-    """Write generations.jsonl: unedited replies, and the held-out ones with the top K ablated."""
-    config, held_out = exp.config, split_units(table, exp.config.seed)[1]
+    """Write generations.jsonl: unedited replies, and the held-out ones with each chosen set."""
+    config, held_out = exp.config, held_out_units(table, exp.config)
     prompts = [of_sample for of_sample in exp.prompts if of_sample[0].sample.unit in held_out]
     texts = {(p.sample.sample_id, p.side): p.text for p in itertools.chain(*exp.prompts)}
-    records = measure_replies(exp, folder, (), exp.prompts)
+    records = measure_replies(exp, folder, JointSet("none"), exp.prompts)
     if chosen and (config.patches or config.span != "all"):
         flags = f"--op {config.op} --positions {config.positions}"
         log.warning("edited replies need an op that applies at every token: none with %s", flags)
         chosen = ()
-    for size in joint_sizes(len(chosen)):
-        records += measure_replies(exp, folder, chosen[:size], prompts)
+    for of in chosen:
+        records += measure_replies(exp, folder, of, prompts)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(folder.path / "generations.jsonl", "".join(lines))
     told = pd.DataFrame(records)
@@ -4482,11 +4985,13 @@ def judged_replies(records: Records, n_sentences: int) -> Record:
     return told | {"repeating": sum(repeats(record["reply"]) for record in records) / n}
 
 
-def steer(exp: Experiment, chosen: Components, table: pd.DataFrame, folder: RunFolder) -> None:
+def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: RunFolder) -> None:
     """Write circuit_steer.csv and .png: the circuit, of --confirm on its held-out sentences or else
     of --ablate, scaled at every token, replies included, beside a random set."""
     config, halves = exp.config, split_units(table, exp.config.seed)
-    circuit, units = (chosen, halves[1]) if chosen else (config.ablate, set().union(*halves))
+    circuit, units = config.ablate, set().union(*halves)
+    if chosen:
+        circuit, units = chosen[-1].components, halves[1]
     if not circuit:
         return
     sets, drawn = [JointSet("circuit", circuit)], draw_random(circuit, len(circuit), exp, 0)
@@ -4501,7 +5006,7 @@ def steer(exp: Experiment, chosen: Components, table: pd.DataFrame, folder: RunF
     said, rows = folder.path / "generations.jsonl", []
     lines = said.read_text(encoding="utf-8").splitlines()
     for of, found in zip(joint, scores, strict=True):
-        records = measure_replies(exp, folder, of.components, prompts, of.multiplier)
+        records = measure_replies(exp, folder, of, prompts)
         lines += [json.dumps(record, ensure_ascii=False) for record in records]
         a, b, _, *kl = found.mean(0).tolist()
         row = {"factor": of.multiplier, "set": of.name, "components": labels_of(of.components)}
@@ -4558,15 +5063,18 @@ def start_log(path: Path | None, speaks: bool) -> None:
 
 def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]]:
     """Enter the folder: what was swept before, and what every process needs to know: the jobs that
-    are left, the run's key, the rows per forward, and where a self-test was passed."""
+    are left, the run's key, the rows per forward, where a self-test was passed, the directions."""
     files = file_digests(exp.config, folder.record.get("files", {}))
     fingerprint = fingerprint_of(exp, files)
-    for what in NAMING:
-        of = getattr(getattr(exp.config, what), "model", "")
+    models = {what: getattr(getattr(exp.config, what), "model", "") for what in NAMING}
+    for what, of in {**models, "along": exp.along_model}.items():
         if of not in ("", fingerprint["model"]):
-            raise UsageError(f"--{what}: that circuit is of model {of}, not {fingerprint['model']}")
+            raise UsageError(f"--{what}: that file is of model {of}, not {fingerprint['model']}")
     folder.enter(fingerprint, exp.config.overwrite)
     folder.note(files=files)
+    if exp.config.along:
+        with exp.stage("directions", f" by {exp.config.along_name}"):
+            find_directions(exp, folder)
     if exp.config.estimator:
         with exp.stage("estimates", f" of {numbered(len(exp.components), 'component')}"):
             exp.estimates = estimate(exp, folder)
@@ -4576,20 +5084,21 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     jobs = plan_jobs(exp, swept)
     for job in jobs:  # whatever lies there is no part of this run
         discard(folder.part_path(job.name))
-    return swept, [jobs, folder.key, rows or exp.rows_per_forward, folder.record.get("tested_on")]
+    shared = [jobs, folder.key, rows or exp.rows_per_forward, folder.record.get("tested_on")]
+    return swept, [*shared, exp.directions]
 
 
 def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
     """The results table with its jittered rows in process 0; None in others, when their share of
     the work is done."""
     records: Records = []
-    todo: list[Any] = [[], "", 0, None]
+    todo: list[Any] = [[], "", 0, None, {}]
     place = [as_text(exp.config.device_map), device_names(), state.num_processes]
     swept = pd.DataFrame()
     if folder.leads:
         swept, todo = take_up(exp, folder)
     todo = todo if state.num_processes == 1 else broadcast_object_list(todo)
-    jobs, folder.key, n_rows, tested_on = todo
+    jobs, folder.key, n_rows, tested_on, exp.directions = todo
     if jobs:
         exp.traced.rows_per_forward = n_rows
     if exp.config.check_attentions or ((jobs or exp.config.estimator) and tested_on != place):
@@ -4687,7 +5196,10 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
         heads = write_findings(table, exp.other, floor, config, folder.path)
         if config.screen:
             write_screen(exp, heads, folder)
-    chosen: Components = ()
+    if config.along:
+        with exp.stage("directions"):
+            trace_directions(exp, table, heads, find_directions(exp, folder), folder)
+    chosen: list[JointSet] = []
     if config.confirms or config.ablate:
         with exp.stage("joint ablation"):
             chosen = confirm(exp, table, folder)
