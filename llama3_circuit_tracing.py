@@ -2730,22 +2730,23 @@ def set_apart(
     prompts: list[list[Prompt]], config: Config, told: Record
 ) -> tuple[list[list[Prompt]], list[list[Prompt]]]:
     """The samples that give the directions of --along, or choose one of a file's, and those that
-    are measured: none that gave the file's. `UsageError` where too few are left."""
+    are measured: of no sentence that gave the file's. `UsageError` where too few are left."""
     if not config.along:
         return [], prompts
     given_by = told.get("fitted_on", ())
-    left = [of for of in prompts if of[0].pair_id(of[1]) not in given_by]
+    known = {of[0].sample.unit for of in prompts if of[0].pair_id(of[1]) in given_by}
+    left = [of for of in prompts if of[0].sample.unit not in known]
     if len(left) < len(prompts):
         n = numbered(len(prompts) - len(left), "sample")
-        log.info(f"{n} left out, on which the directions of {config.along} were fitted")
+        log.info(f"{n} left out: the directions of {config.along} are of their sentences")
     units = {of[0].sample.unit for of in left if of[0].sample.counts}
     fitting, measured = set[str](), units
     if config.along in FITS or config.everywhere:
         fitting, measured = halves(units, config.seed)
     least = 2 if config.confirms and not config.everywhere else 1
     if len(measured) < least:
-        there = f"{len(units)} different sentences, {len(measured)} of them are left to measure"
-        raise UsageError(f"--along {config.along}: {there}; {least} needed")
+        there = f"of {numbered(len(units), 'sentence')} {len(measured)} are left to measure"
+        raise UsageError(f"--along {config.along}: {there}, at least {least} are needed")
     gives = {of[0].sample for of in left if of[0].sample.unit in fitting and of[0].sample.counts}
     return (
         [of for of in left if of[0].sample in gives],
