@@ -32,7 +32,8 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 # Contents, in the order of the data:
 #   Components         what can be edited, and what becomes of it
 #   Option values      what the texts of a command line stand for
-#   Command line       one configuration; every option is parsed here
+#   Configuration      every option, its default and its help
+#   Command line       one configuration; what contradicts itself is refused
 #   Built-in texts     questions, requests, people
 #   Samples            pairs of user texts and the words that are scored
 #   Tasks              what a behaviour is: its samples, its metric, how a reply shows it
@@ -339,7 +340,7 @@ def as_text(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, dict) else value
 
 
-# ----- Command line -------------------------------------------------------------------------------
+# ----- Configuration ------------------------------------------------------------------------------
 
 
 SYSTEM_PROMPT = "You are an assistant."
@@ -470,6 +471,8 @@ class Config:
         """What run.json keeps: the values as the command line takes them."""
         return {f.name: as_text(getattr(self, f.name)) for f in fields(self)}
 
+
+# ----- Command line -------------------------------------------------------------------------------
 
 ALSO = {"model_id": "model_name_or_path", "ablate": "circuit"}  # second names of options
 NAMING = ("given", "ablate", "skip", "via")  # options that name components

@@ -268,7 +268,7 @@ def test_a_circuit_of_another_model_is_refused_and_the_folder_stays(
         assert code == 2
         (line,) = err.splitlines()
         mine = record_of(folder)["fingerprint"]["model"]
-        assert f"--{flag}: that circuit is of model 0123456789abcdef, not {mine}" in line
+        assert f"--{flag}: that file is of model 0123456789abcdef, not {mine}" in line
     assert files() == before
 
 

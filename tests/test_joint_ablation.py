@@ -160,7 +160,9 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
     for of_sample in exp.prompts:
         if of_sample[0].sample.sample_id in halves(controlled)[half][1:]:  # one of three has it
             of_sample[:] = [prompt for prompt in of_sample if prompt.side != "other"]
-    monkeypatch.setattr(tracing, "confirm_sets", lambda *a: [])
+    monkeypatch.setattr(
+        tracing, "confirm_sets", lambda chosen, exp: [tracing.JointSet("chosen", chosen)]
+    )
     monkeypatch.setattr(tracing, "measure_sets", lambda *a: joint_rows(controlled, "a - other"))
     monkeypatch.setattr(
         tracing, "write_circuit", lambda exp, found, measure, *a: quoted.append(measure)

@@ -296,6 +296,7 @@ def test_everything_together_runs_on_the_bundled_model(tiny_llama: str, tmp_path
     finish(tiny_llama, tmp_path, *flags.split())
     others = {f"circuit_{name}" for name in ("paths.csv", "paths.png")}  # not with a screen
     others |= {f"circuit_{name}" for name in ("positions.csv", "positions.png")}
+    others |= {"circuit_directions.csv", "circuit_directions.png", "directions.safetensors"}
     there = {path.name for path in tmp_path.iterdir()} - {".parts"}
     assert there == set(tracing.OUTPUTS) - others
     controls = read(tmp_path).filter(regex="other|affirm")

@@ -27,7 +27,7 @@ NUMBERS = ["delta_logit_base", "delta_logit_head", "head_effect", *SCORES]
 FIRST = ["sample_id", "n_constraints", "layer", "head", *NUMBERS]
 CONTROLS = ["score_other_base", "score_other_head", "score_affirm_base", "score_affirm_head"]
 CONTROLS += ["effect_minus_other", "effect_minus_affirm"]
-RUN = ["kind", "op", "positions", "task", "patch_into", "method", "factor"]  # the same in all rows
+RUN = ["kind", "op", "positions", "task", "patch_into", "method", "factor", "along"]  # all rows
 LAST = ["unit", "group", "prompts", "index", *RUN, "estimate", "n_screened"]
 INTERVAL = ["mean", "ci_low", "ci_high", "p", "q"]
 STATISTICS = ["n_samples", "n_sentences", "mean", "median", "sd", "skewness", *INTERVAL[1:]]
@@ -128,15 +128,19 @@ def test_the_columns_of_the_component_come_after_all_scores_and_head_is_for_head
 
 
 OF_RUN = {  # by what is edited, what the columns of the run tell
-    "zero": ({}, ["head", "zero", "all", "suppression", "", "exact", ""]),
+    "zero": ({}, ["head", "zero", "all", "suppression", "", "exact", "", ""]),
     "scale": (
         {"op": "scale", "factor": 0.5},
-        ["head", "scale", "all", "suppression", "", "exact", "0.5"],
+        ["head", "scale", "all", "suppression", "", "exact", "0.5", ""],
     ),
-    "patch": ({"op": "patch"}, ["head", "patch", "all", "suppression", "a", "exact", ""]),
+    "patch": ({"op": "patch"}, ["head", "patch", "all", "suppression", "a", "exact", "", ""]),
     "patch into b": (
         {"op": "patch", "patch_into": "b", "positions": "last", "task": "refusal"},
-        ["head", "patch", "last", "refusal", "b", "exact", ""],
+        ["head", "patch", "last", "refusal", "b", "exact", "", ""],
+    ),
+    "along": (
+        {"along": "some/where/of.safetensors"},
+        ["head", "zero", "all", "suppression", "", "exact", "", "of.safetensors"],
     ),
 }
 
