@@ -46,6 +46,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Run folder         parts, resume, record
 #   Experiment         what is asked for, and the model when it is needed
 #   Preparation        samples, prompts, trees and components before any weight is loaded
+#   Identity           which model, and all else that results depend on
 #   Dry run            what would be done, and how much memory it takes
 #   Self-test          the loaded model through the same context managers
 #   Unedited model     base scores of every sample
@@ -2803,6 +2804,9 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     return replace(exp, fitting=apart, directions=found[0], along_model=found[1].get("model", ""))
 
 
+# ----- Identity -----------------------------------------------------------------------------------
+
+
 def sha256_of(file: Path) -> str:
     sha, size = hashlib.sha256(), file.stat().st_size
     shown: Record = {"total": size, "desc": file.name, "disable": None}
@@ -3485,7 +3489,7 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
     z = 1.959964
     middle, wide = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / n / 2) ** 2)
     low, high = ((middle + sign * wide) / (1 + z**2 / n) for sign in (-1, 1))
-    return max(0.0, low), min(1.0, high)
+    return max(low, 0.0), min(high, 1.0)  # NaN where the share is
 
 
 # ----- Tables -------------------------------------------------------------------------------------
@@ -4157,37 +4161,33 @@ def separation(fit: Fit, x: Tensor) -> tuple[Tensor, Tensor]:
 
 def probe(exp: Experiment, components: Sequence[Component]) -> tuple[Records, Tensor]:
     """Rows of circuit_directions.csv, and the directions [component, width]: of the samples that
-    are set apart or of a file, tested on the others. Accuracy goes with the fit that it tells of:
-    of a file's directions there is none, nor is there a shuffled one."""
-    config = exp.config
+    are set apart or of a file, tested on the others. Of a file's directions no accuracy is told:
+    that goes with a threshold."""
     tested = [of_sample for of_sample in exp.prompts if of_sample[0].sample.counts]
     x, n = last_inputs(exp, tested, components), len({of[0].sample.unit for of in tested})
-    if config.along in FITS:
-        find = {"difference": difference_of_means, "logistic": logistic}[config.along]
-        given = last_inputs(exp, exp.fitting, components)
-        fit, shuffled = find(given), []
-        units = [of_sample[0].sample.unit for of_sample in exp.fitting]
+    told: dict[str, Tensor] = {}
+    if exp.config.along in FITS:
+        find = {"difference": difference_of_means, "logistic": logistic}[exp.config.along]
+        given, shuffled = last_inputs(exp, exp.fitting, components), []
+        fit, units = find(given), [of_sample[0].sample.unit for of_sample in exp.fitting]
         for draw in range(N_SHUFFLES):  # a sentence's two sides change places, or do not
-            rng = random.Random(f"{config.seed} shuffle {draw}")
+            rng = random.Random(f"{exp.config.seed} shuffle {draw}")
             change = {unit: rng.random() < 0.5 for unit in sorted(set(units))}
             changed = torch.tensor([change[unit] for unit in units])[:, None, None]
             shuffled.append(separation(find(torch.where(changed, given.flip(2), given)), x)[0])
-        of_chance = torch.stack(shuffled).quantile(0.95, 0).tolist()
-        known = [separation(fit, given)[0].tolist(), separation(fit, x)[0].tolist(), of_chance]
+        told |= {"accuracy_fit": separation(fit, given)[0], "accuracy": separation(fit, x)[0]}
+        told["accuracy_shuffled"] = torch.stack(shuffled).quantile(0.95, 0)
     else:
-        fit = torch.stack([exp.directions[c] for c in components]), x.new_zeros(len(components))
-        known = [[math.nan] * len(components)] * 3
-    squared, auc, rows = fit[0] ** 2, separation(fit, x)[1].tolist(), []
-    largest = (squared.amax(1) / squared.sum(1)).tolist()
-    for component, norm, share, area, trained, accuracy, chance in zip(
-        components, squared.sum(1).sqrt().tolist(), largest, auc, *known, strict=True
-    ):
-        row: Record = {"label": component.label} | vars(component) | {"norm": norm}
-        row |= {"largest_share": share, "accuracy_fit": trained, "accuracy": accuracy}
-        low, high = share_interval(accuracy, n) if accuracy == accuracy else (math.nan, math.nan)
-        row |= {"accuracy_low": low, "accuracy_high": high, "accuracy_shuffled": chance}
-        rows.append(row | {"auc": area, "n_sentences": n})
-    return rows, fit[0]
+        unknown = x.new_full((len(components),), math.nan)
+        fit = torch.stack([exp.directions[component] for component in components]), unknown
+        told |= dict.fromkeys(("accuracy_fit", "accuracy", "accuracy_shuffled"), unknown)
+    squared = fit[0] ** 2
+    told |= {"norm": squared.sum(1).sqrt(), "largest_share": squared.amax(1) / squared.sum(1)}
+    rows = pd.DataFrame({"label": component.label} | vars(component) for component in components)
+    rows = rows.assign(**{name: of.numpy() for name, of in told.items()}, n_sentences=n)
+    ends = [share_interval(accuracy, n) for accuracy in rows["accuracy"]]
+    rows["accuracy_low"], rows["accuracy_high"] = zip(*ends, strict=True)
+    return rows.assign(auc=separation(fit, x)[1].numpy()).to_dict("records"), fit[0]
 
 
 def find_directions(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
@@ -4284,11 +4284,9 @@ def report_directions(told: pd.DataFrame, exp: Experiment) -> None:
         if not math.isnan(row.accuracy):
             apart += f", accuracy {row.accuracy:.0%} [{row.accuracy_low:.0%},"
             apart += f" {row.accuracy_high:.0%}] (shuffled: up to {row.accuracy_shuffled:.0%})"
-        moved = ", ".join(
-            f"{getattr(row, f'{way}_share_moved'):.0%} {said}"
-            for way, said in {"along": "along it", "random": "as far at random"}.items()
-        )
-        moved += f", {row.whole_share_moved:.0%} by the whole" if "whole_mean" in told else ""
+        moved = f"along it {row.along_share_moved:.0%} of the base"
+        moved += f", as far at random {row.random_share_moved:.0%}"
+        moved += f", the whole {row.whole_share_moved:.0%}" if "whole_mean" in told else ""
         log.info(f"direction of {row.label}: {apart}; moved {moved}")
 
 
