@@ -4104,18 +4104,21 @@ N_SHUFFLES = 20
 
 
 def last_inputs(
-    exp: Experiment, prompts: Sequence[list[Prompt]], components: Sequence[Component]
-) -> Tensor:
-    """[component, sample, side, width]: what components of one kind take in at the last token of
-    prompts a and b."""
-    sites, found = sorted({component.site for component in components}), []
+    exp: Experiment, prompts: Sequence[list[Prompt]], sites: Iterable[Site]
+) -> dict[Site, Tensor]:
+    """[sample, side, width] by site: its inputs at the last token of prompts a and b."""
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for tree in plant_trees([of[:2] for of in prompts], exp.encoder.bos, exp.config):
-        clean = run_clean(exp.traced, tree, exp.background, (), sites)
-        for _, places in tree.samples:
-            ends = [tree.paths[places[side]][-1] for side in "ab"]
-            x = {site: seen[ends].double().cpu() for site, seen in clean.site_inputs.items()}
-            found.append(torch.stack([x[c.site][:, exp.shape.columns(c)] for c in components]))
-    return torch.stack(found, 1)
+        clean = run_clean(exp.traced, tree, exp.background, (), found)
+        ends = [[tree.paths[of[side]][-1] for side in "ab"] for _, of in tree.samples]
+        for site, x in clean.site_inputs.items():
+            found[site].append(x[torch.tensor(ends, device=x.device)].float().cpu())
+    return {site: torch.cat(parts) for site, parts in found.items()}
+
+
+def slices_of(shape: ModelShape, x: Tensor, components: Iterable[Component]) -> Tensor:
+    """[component, sample, side, width] of a module's inputs [sample, side, width of all]."""
+    return torch.stack([x[..., shape.columns(component)] for component in components]).double()
 
 
 def difference_of_means(x: Tensor) -> Fit:
@@ -4155,57 +4158,71 @@ def separation(fit: Fit, x: Tensor) -> tuple[Tensor, Tensor]:
     direction, threshold = fit
     a, b = (x @ direction[:, None, :, None])[..., 0].unbind(-1)  # [component, sample]
     right = (a - threshold[:, None]).sign() - (b - threshold[:, None]).sign()
-    order = (a[:, :, None] - b[:, None]).sign()  # [component, sample, sample]
-    return (right.mean(1) + 2) / 4, (order.mean((1, 2)) + 1) / 2
+    below = [torch.searchsorted(b.sort().values, a, right=ties) for ties in (False, True)]
+    return (right.mean(1) + 2) / 4, (below[0] + below[1]).double().mean(1) / (2 * x.shape[1])
 
 
-def probe(exp: Experiment, components: Sequence[Component]) -> tuple[Records, Tensor]:
-    """Rows of circuit_directions.csv, and the directions [component, width]: of the samples that
+def accuracy_by_chance(
+    find: Callable[[Tensor], Fit], given: Tensor, tested: Tensor, units: Sequence[str], seed: int
+) -> Tensor:
+    """[component], the 95th percentile over fits to inputs `given` [component, sample, side, width]
+    in which the two sides of a sentence change places, or do not."""
+    found = []
+    for draw in range(N_SHUFFLES):
+        rng = random.Random(f"{seed} shuffle {draw}")
+        change = {name: rng.random() < 0.5 for name in sorted(set(units))}
+        changed = torch.tensor([change[name] for name in units])[:, None, None]
+        fit = find(torch.where(changed, given.flip(2), given))
+        found.append(separation(fit, tested)[0])
+    return torch.stack(found).quantile(0.95, 0)
+
+
+def probe(exp: Experiment, components: Sequence[Component]) -> Iterator[tuple[Record, Tensor]]:
+    """By component a row of circuit_directions.csv and the direction [width]: of the samples that
     are set apart or of a file, tested on the others. Of a file's directions no accuracy is told:
     that goes with a threshold."""
     tested = [of_sample for of_sample in exp.prompts if of_sample[0].sample.counts]
-    x, n = last_inputs(exp, tested, components), len({of[0].sample.unit for of in tested})
-    told: dict[str, Tensor] = {}
-    if exp.config.along in FITS:
-        find = {"difference": difference_of_means, "logistic": logistic}[exp.config.along]
-        given, shuffled = last_inputs(exp, exp.fitting, components), []
-        fit, units = find(given), [of_sample[0].sample.unit for of_sample in exp.fitting]
-        for draw in range(N_SHUFFLES):  # a sentence's two sides change places, or do not
-            rng = random.Random(f"{exp.config.seed} shuffle {draw}")
-            change = {unit: rng.random() < 0.5 for unit in sorted(set(units))}
-            changed = torch.tensor([change[unit] for unit in units])[:, None, None]
-            shuffled.append(separation(find(torch.where(changed, given.flip(2), given)), x)[0])
-        told |= {"accuracy_fit": separation(fit, given)[0], "accuracy": separation(fit, x)[0]}
-        told["accuracy_shuffled"] = torch.stack(shuffled).quantile(0.95, 0)
-    else:
-        unknown = x.new_full((len(components),), math.nan)
-        fit = torch.stack([exp.directions[component] for component in components]), unknown
-        told |= dict.fromkeys(("accuracy_fit", "accuracy", "accuracy_shuffled"), unknown)
-    squared = fit[0] ** 2
-    told |= {"norm": squared.sum(1).sqrt(), "largest_share": squared.amax(1) / squared.sum(1)}
-    rows = pd.DataFrame({"label": component.label} | vars(component) for component in components)
-    rows = rows.assign(**{name: of.numpy() for name, of in told.items()}, n_sentences=n)
-    ends = [share_interval(accuracy, n) for accuracy in rows["accuracy"]]
-    rows["accuracy_low"], rows["accuracy_high"] = zip(*ends, strict=True)
-    return rows.assign(auc=separation(fit, x)[1].numpy()).to_dict("records"), fit[0]
+    units = [of_sample[0].sample.unit for of_sample in exp.fitting]
+    n, sites = len({of[0].sample.unit for of in tested}), {c.site for c in components}
+    find = {"difference": difference_of_means, "logistic": logistic}.get(exp.config.along or "")
+    held_out = last_inputs(exp, tested, sites)
+    fitting = last_inputs(exp, exp.fitting, sites) if find else {}
+    for site, group in itertools.groupby(components, key=lambda component: component.site):
+        some = list(group)
+        x, unknown = slices_of(exp.shape, held_out[site], some), torch.full((len(some),), math.nan)
+        told = dict.fromkeys(("accuracy_fit", "accuracy", "accuracy_shuffled"), unknown)
+        if find:
+            given = slices_of(exp.shape, fitting[site], some)
+            fit = find(given)
+            told = {"accuracy_fit": separation(fit, given)[0], "accuracy": separation(fit, x)[0]}
+            chance = accuracy_by_chance(find, given, x, units, exp.config.seed)
+            told["accuracy_shuffled"] = chance
+        else:
+            fit = torch.stack([exp.directions[component] for component in some]), unknown
+        squared, told["auc"] = fit[0] ** 2, separation(fit, x)[1]
+        told |= {"norm": squared.sum(1).sqrt(), "largest_share": squared.amax(1) / squared.sum(1)}
+        for i, component in enumerate(some):
+            row: Record = {"label": component.label} | vars(component) | {"n_sentences": n}
+            row |= {name: float(of[i]) for name, of in told.items()}
+            row["accuracy_low"], row["accuracy_high"] = share_interval(row["accuracy"], n)
+            yield row, fit[0][i]
 
 
 def find_directions(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
     """Fill `exp.directions` where no file gave them; returns the rows of `probe`, of the stream
     into layer 0 as well: there only the last token itself tells the prompts apart."""
-    fitted, kind = exp.config.along in FITS, exp.config.kind
-    components = exp.every(kind) if fitted else exp.components
+    fitted, lexical = exp.config.along in FITS, Component(0, "resid")
+    components = exp.every(exp.config.kind) if fitted else exp.components
+    if fitted and lexical not in components:
+        components = [lexical, *components]
 
-    def compute() -> Record:
-        rows, found = probe(exp, components)
-        lexical = [] if kind == "resid" or not fitted else probe(exp, [Component(0, "resid")])[0]
-        return {"rows": rows + lexical, "directions": found.tolist()}
+    def compute() -> list[Any]:
+        return [(row, direction.tolist()) for row, direction in probe(exp, components)]
 
-    key = digest([component.label for component in components])[:12]
-    payload = folder.part(f"probe-{key}", compute)
-    found = torch.tensor(payload["directions"], dtype=torch.float64)
-    exp.directions |= dict(zip(components, found, strict=True))
-    return pd.DataFrame(payload["rows"])
+    found = folder.part(f"probe-{digest(labels_of(components))[:12]}", compute)
+    directions = [torch.tensor(direction, dtype=torch.float64) for _, direction in found]
+    exp.directions |= dict(zip(components, directions, strict=True))
+    return pd.DataFrame([row for row, _ in found])
 
 
 def random_along(exp: Experiment, component: Component, draw: int = 0) -> Tensor:
