@@ -64,17 +64,20 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Positions          one token at a time
 #   Replies            what the model says with and without them
 #   Steering           replies and scores with a circuit scaled
+#   Report             one page to look at
 #   Main               stages, log, exit codes
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import csv
 import ctypes
 import datetime
 import functools
 import hashlib
+import html
 import itertools
 import json
 import logging
@@ -92,6 +95,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -594,7 +598,10 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -2278,7 +2285,7 @@ def run_batches(
 
 # what this script writes into a folder, and whether every run does
 OUTPUTS = {f"circuit_{name}": True for name in ("results.csv", "heads.csv")}
-OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png")}
+OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png", "report.html")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", "heatmap.png")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("screen.csv", "screen.png", "steer.csv")}
 OUTPUTS |= {f"circuit_{name}": False for name in ("steer.png", "paths.csv", "paths.png")}
@@ -3897,14 +3904,19 @@ def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
     return "; ".join(told)
 
 
+def quoted_role(heads: pd.DataFrame, bases: Mapping[str, Record]) -> tuple[str, str]:
+    """The side and the column that components are ranked by."""
+    contrast = has_contrast(bases) and "minus_other_role" in heads and bases["other"]["is_clear"]
+    return ("other", "minus_other_role") if contrast else ("b", "role")
+
+
 def report_findings(
     heads: pd.DataFrame, bases: Mapping[str, Record], floor: float, config: Config
 ) -> None:
     """The bases, what the sample allows, and the strongest components of either role: by the
     contrast with other words where that has a base."""
     task, n_tests = TASKS[config.task], int(heads["n_tests"].iloc[0])
-    contrast = has_contrast(bases) and "minus_other_role" in heads and bases["other"]["is_clear"]
-    quoted, role = ("other", "minus_other_role") if contrast else ("b", "role")
+    quoted, role = quoted_role(heads, bases)
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
     if config.row_method != "exact":
         log.warning(f"all effects here are{config.by}, none is measured")
@@ -3959,8 +3971,9 @@ def recorded_flags(results: Path) -> list[str]:
     ]
 
 
-def redraw(config: Config) -> None:
-    """Tables and figures from a results CSV alone; the noise floor from the run.json beside it."""
+def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float]:
+    """Tables and figures from a results CSV alone; the noise floor from the run.json beside it.
+    That CSV, circuit_heads.csv and the floor are returned."""
     source, path = Path(config.from_csv or ""), Path(config.output_dir)
     table = read_results(source)
     config = replace(config, kind=str(table["kind"].iloc[0]))
@@ -3973,7 +3986,7 @@ def redraw(config: Config) -> None:
         options = " ".join(f"--{name} {value}" for name, value in taken.items())
         log.warning(f"{source} does not tell how it was made: {options} is taken")
     other = read_results(Path(config.compare)) if config.compare else None
-    floor = record.get("noise_floor")
+    floor = math.nan if record.get("noise_floor") is None else record["noise_floor"]
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         way_out = "give another folder for the redrawn files"
         raise UsageError(f"--output_dir {path} holds another run; {way_out}")
@@ -3981,8 +3994,8 @@ def redraw(config: Config) -> None:
         check_comparable(other, config)
     make_folder(path)
     with alone_in(path) if (path / ".parts").is_dir() else contextlib.nullcontext():
-        write_findings(table, other, math.nan if floor is None else floor, config, path)
-    log.info("redrawn in %s", path)
+        heads = write_findings(table, other, floor, config, path)
+    return table, heads, floor
 
 
 # ----- Screen -------------------------------------------------------------------------------------
@@ -5068,6 +5081,312 @@ def draw_steer(rows: pd.DataFrame, exp: Experiment, path: Path) -> None:
     save_figure(figure, path)
 
 
+# ----- Report -------------------------------------------------------------------------------------
+
+REPORT = "circuit_report.html"
+MOST_ROWS = 500  # components in the page's table
+ASIDE = ("traced", "load_model", "run_batches", "read_part")  # what these tell is no finding
+FIGURES = {  # what they show
+    "heads": "The strongest components with their 95 % intervals, coloured by verdict.",
+    "summary": "The strongest mean effects on delta_logit.",
+    "heatmap": "Mean role by layer and index; grey where there is no verdict.",
+    "screen": "Estimates against measurements of the same components.",
+    "confirm": "Held-out sentences: what is left with components edited jointly.",
+    "paths": "Effects by sender and receiver of a path.",
+    "positions": "Effects of editing one token at a time.",
+    "steer": "Replies and scores with a circuit scaled.",
+}
+MEASURES = {  # columns of circuit_heads.csv begin so
+    "minus_other_": "less forbidding other words",
+    "": "effect on delta_logit",
+    "minus_affirm_": "less affirming the same words",
+    "growth_": "growth of the role",
+}
+COLUMNS = {  # and end so; heading and format
+    "mean": ("mean", "+.3f"),
+    "ci_low": ("95 % from", "+.3f"),
+    "ci_high": ("to", "+.3f"),
+    "q": ("q", ".2g"),
+    "verdict": ("verdict", ""),
+    "flag": ("flag", ""),
+}
+DETAILS = {
+    "median": ("median", "+.3f"),
+    "moved_a": ("score a moves", "+.2f"),
+    "moved_b": ("score b moves", "+.2f"),
+    "share_moved": ("share of base", ".0%"),
+    "above_noise": ("above noise", ""),
+    "n_sentences": ("sentences", "d"),
+}
+PAGE_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;
+  max-width: 75rem; padding: 0 1rem 3rem; overflow-wrap: anywhere }
+h1, h2, h3 { line-height: 1.2 } h2 { border-top: 1px solid #bbb; padding-top: 1rem }
+h3 { font-size: 1rem; margin-bottom: 0 } p { margin: .4rem 0 }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem }
+dt { font-weight: 600 } dd { margin: 0 }
+.warning { background: #fff1c2; padding: 0 .3rem }
+.wide { overflow-x: auto; margin: .6rem 0 }
+table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal }
+th, td { border-bottom: 1px solid #ddd; padding: .15rem .5rem; text-align: right }
+.sortable td { white-space: nowrap; font-variant-numeric: tabular-nums }
+.sortable .level0 { text-align: left; border-left: 1px solid #bbb }
+th button { all: unset; cursor: pointer } th button:focus-visible { outline: 2px solid #05c }
+th[aria-sort=ascending] button::after { content: " \\25b2" }
+th[aria-sort=descending] button::after { content: " \\25bc" }
+.grid td { padding: 0; border: 1px solid #fff } .grid th { border: 0; padding: .1rem .3rem }
+.grid span { display: block; width: 1.8em; line-height: 1.8em; text-align: center }
+figure { margin: 1rem 0 } figure img { max-width: min(100%, 48rem); max-height: 60rem }
+.prompts td { text-align: left; vertical-align: top; white-space: pre-wrap; min-width: 9em }
+summary { cursor: pointer }
+@media (max-width: 40rem) { dl { display: block } dd { margin-bottom: .4rem } }
+@media print { .wide { overflow: visible } table { font-size: .6rem } tr, img { break-inside: avoid } }
+"""
+PAGE_SCRIPT = """
+const key = cell => {
+  const data = cell.querySelector("data");
+  return data ? Number(data.value) : cell.textContent;
+};
+const order = (a, b) => typeof a === "number" && typeof b === "number" ? a - b
+  : String(a).localeCompare(String(b), "en", {numeric: true});
+for (const head of document.querySelectorAll(".sortable thead tr:last-child th")) {
+  const button = document.createElement("button");
+  button.append(...head.childNodes);
+  head.append(button);
+  button.onclick = () => {
+    const way = head.ariaSort === "ascending" ? -1 : 1;
+    for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+    const body = head.closest("table").tBodies[0];
+    const rows = [...body.rows].map(row => [key(row.cells[head.cellIndex]), row]);
+    rows.sort(([a], [b]) => (a === "") - (b === "") || way * order(a, b));
+    body.append(...rows.map(([, row]) => row));
+  };
+}
+addEventListener("beforeprint", () => {
+  for (const sample of document.querySelectorAll("details")) sample.open = true;
+});
+"""
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[logging.LogRecord]]:
+    """What the log is told, but for what a resumed run is told otherwise: of loading, memory and
+    parts."""
+    handler = BufferingHandler(sys.maxsize)
+    handler.addFilter(lambda told: told.funcName not in ASIDE)
+    handler.addFilter(lambda told: not told.getMessage().startswith("----- loading"))
+    log.addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        log.removeHandler(handler)
+
+
+def as_html(value: Any) -> str:
+    """A text that shows as it is, with what is invisible written out."""
+    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(value))
+    return html.escape("".join(shown))
+
+
+def rounded(value: Any, form: str) -> str:
+    """A cell: a number rounded for reading, and whole for sorting."""
+    return f'<data value="{float(value)!r}">{value:{form}}</data>' if form else as_html(value)
+
+
+def shade(value: float, bound: float) -> str:
+    """CSS of a colour from blue over white at zero to red, all of them light behind dark text."""
+    share = 0.0 if math.isnan(value) else value / bound
+    return f"background-color: {to_hex(colormaps['RdBu_r'](0.5 + 0.3 * share))}"
+
+
+def list_facts(
+    table: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config, record: Record
+) -> dict[str, str]:
+    """The run in ten lines. What neither the table nor a run.json tells is left out."""
+    told, bases, task = record.get("fingerprint", {}), bases_of(table), TASKS[config.task]
+    n_tests, n = int(heads["n_tests"].iloc[0]), table["sample_id"].nunique()
+    n_real, n_sentences = (int(bases["b"][name]) for name in ("n_samples", "n_sentences"))
+    known = config.model_id != Config.model_id or "model_id" in record.get("config", {})
+    given = f"; {told['given']} zeroed in every run" if told.get("given") else ""
+    controls = f", and {numbered(n - n_real, 'negative control')}" if n > n_real else ""
+    method = "measured, by the exact sweep"
+    if n_tests > len(heads):
+        method = f"{len(heads)} of {n_tests} estimated components measured by the exact sweep"
+    if config.by:
+        method = f"ESTIMATED from gradients by {config.row_method}: no component is measured"
+    run = ("seed", "dtype", "device_type", "attn_implementation", "torch", "transformers")
+    facts = {
+        "model": f"{config.model_id}{f', revision {config.revision}' if config.revision else ''}",
+        "task": f"{task.name}: {task.scored}, after prompt a less after b (delta_logit)",
+        "edited": f"{heads['kind'].iloc[0]}, {op_of(config)}, positions {config.positions}{given}",
+        "samples": f"{numbered(n_real, 'sample')} of {numbered(n_sentences, 'sentence')}{controls}",
+        "base": "\n".join(describe_base(side, base) for side, base in bases.items()),
+        "noise floor": "not known" if math.isnan(floor) else f"{floor:.2g} nats",
+        "tested": f"{numbered(n_tests, 'component')}, which q corrects for",
+        "method": method,
+        "run": ", ".join(f"{name} {told[name]}" for name in run if name in told),
+    }
+    return {name: text for name, text in facts.items() if text and (known or name != "model")}
+
+
+def draw_table(heads: pd.DataFrame, quoted: str) -> str:
+    """The strongest components, by the measure that is quoted, which stands first."""
+    told = "Red carries the task, blue works against it; click on a heading to sort."
+    if len(heads) > MOST_ROWS:
+        told += f" The {MOST_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
+    prefixes = [quoted, *(p for p in MEASURES if p != quoted and f"{p}mean" in heads)]
+    columns = {("", "component"): ("label", "")}
+    for prefix in prefixes:
+        names = {name: of for name, of in COLUMNS.items() if f"{prefix}{name}" in heads}
+        columns |= {(MEASURES[prefix], of[0]): (prefix + n, of[1]) for n, of in names.items()}
+    names = {name: of for name, of in DETAILS.items() if name in heads}
+    columns |= {("details of the effect", of[0]): (n, of[1]) for n, of in names.items()}
+    top = heads.sort_values(f"{quoted}mean", key=abs, ascending=False).head(MOST_ROWS)
+    shown = top[[name for name, _ in columns.values()]].reset_index(drop=True)
+    shown.columns = pd.MultiIndex.from_tuples(columns)
+    style = Styler(shown, uuid="heads", cell_ids=False).hide(axis="index")
+    bound = float(top[[f"{prefix}mean" for prefix in prefixes]].abs().max(axis=None)) or 1.0
+    for prefix in prefixes:
+        roles = top.get(f"{prefix}role", top[f"{prefix}mean"])
+        css = [shade(role, bound) for role in roles]
+        style.apply(lambda _, css=css: css, subset=[(MEASURES[prefix], "mean")])
+    forms: dict[Any, Any] = {
+        at: functools.partial(rounded, form=form) for at, (_, form) in columns.items()
+    }
+    shown = style.format(forms, na_rep="").to_html(table_attributes='class="sortable"')
+    return f'<p>{told}</p><div class="wide">{shown}</div>'
+
+
+def draw_cells(heads: pd.DataFrame, quoted: str) -> str:
+    """A cell per layer and index, coloured by role, with its numbers on hover and a dot where it
+    has a verdict."""
+    cells: dict[str, tuple[str, str]] = {}
+    bound = float(heads[f"{quoted}role"].abs().max()) or 1.0
+    for head in heads.to_dict("records"):
+        mean, low, high, q, verdict = (head[f"{quoted}{name}"] for name in [*COLUMNS][:5])
+        told = f"{head['label']}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], q {q:.2g}, {verdict}"
+        dot = "" if verdict == "unclear" else "&bull;"
+        cell = f'<span title="{MEASURES[quoted]}, {told}">{dot or "&nbsp;"}</span>'
+        cells[head["label"]] = cell, shade(head[f"{quoted}role"], bound)
+    grid = heads.pivot(index="layer", columns="index", values="label")
+    grid = grid.rename(index="layer {}".format, columns=lambda i: "" if i < 0 else i)[::-1]
+    style = Styler(grid.rename_axis(None).rename_axis(None, axis=1), uuid="grid", cell_ids=False)
+    style.map(lambda label: cells[label][1] if label in cells else "")
+    style.format(lambda label: cells[label][0], na_rep="")
+    told = f"By {MEASURES[quoted]}; a dot has a verdict. Numbers show under the pointer."
+    return f'<p>{told}</p><div class="wide">{style.to_html(table_attributes="class=grid")}</div>'
+
+
+def replies_in(path: Path) -> dict[str, dict[tuple[str, str], str]]:
+    """By what is edited, the replies by sample and side: unedited ones, and those with the whole
+    circuit edited; {} where a folder has none."""
+    if not path.exists():
+        return {}
+    records = [record for _, record in read_rows(path)]
+    circuit = max(records, key=lambda record: record["n_ablated"])["ablated"]  # before random sets
+    found: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
+    for record in records:
+        n, factor = record["n_ablated"], record.get("multiplier")
+        edit = "edited" if factor is None else f"x {factor:g}"
+        title = f"reply, {numbered(n, 'component')} {edit}" if n else "reply"
+        if record["ablated"] in ("", circuit):
+            found[title][record["sample_id"], record["prompt"]] = record["reply"]
+    return found
+
+
+def tell_sample(record: Record, replies: Mapping[str, Mapping[tuple[str, str], str]]) -> str:
+    """What opens on a click: prompts, likeliest first tokens and replies of one sample."""
+    name, lines = record["sample_id"], []
+    for side, prompt in record["prompts"].items():
+        likeliest = "\n".join(f"{p:.1%} {token!r}" for token, p in prompt["likeliest"])
+        said = [of_edit.get((name, side), "") for of_edit in replies.values()]
+        cells = (prompt["text"], f"{prompt['score']:+.3f}", likeliest, *said)
+        lines.append(f"<tr><th>{side}</th>{''.join(f'<td>{as_html(cell)}</td>' for cell in cells)}")
+    heads = ("", "prompt", "score", "likeliest first tokens", *replies)
+    words = "; ".join(f"{what}: {', '.join(record[what])}" for what in ("targets", "foils"))
+    told = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
+    flags = "".join(f' <span class="warning">{as_html(flag)}</span>' for flag in record["flags"])
+    return f"""<details><summary>{as_html(told)}{flags}</summary>
+<p>{as_html(words)}</p>
+<div class="wide"><table class="prompts">
+<tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>
+{"".join(lines)}
+</table></div></details>
+"""
+
+
+def show_figure(path: Path, name: str) -> str:
+    """A figure of a folder, within the page; "" where it is not there."""
+    file, told = path / f"circuit_{name}.png", FIGURES[name]
+    if not file.exists():
+        return ""
+    data = base64.b64encode(file.read_bytes()).decode()
+    image = f'<img alt="{told}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
+
+
+def tell_findings(said: Iterable[logging.LogRecord]) -> Iterator[str]:
+    """Lines of the log, with the names of stages as headings."""
+    for told in said:
+        text = as_html(told.getMessage())
+        if told.funcName == "stage":
+            yield f"<h3>{text.strip('- ')}</h3>"
+        elif told.levelno >= logging.WARNING:
+            yield f'<p class="warning">Warning: {text}</p>'
+        else:
+            yield f"<p>{text}</p>"
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """An HTML page in which no script runs but PAGE_SCRIPT."""
+    known = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
+    allowed = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{known}'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; {allowed}">
+<title>{as_html(title)}</title>
+<style>{PAGE_STYLE}</style>
+<h1>{as_html(title)}</h1>
+{"".join(parts)}
+<script>{PAGE_SCRIPT}</script>
+</html>
+"""
+
+
+def write_report(
+    table: pd.DataFrame,
+    heads: pd.DataFrame,
+    floor: float,
+    config: Config,
+    path: Path,
+    said: Iterable[logging.LogRecord],
+) -> None:
+    """circuit_report.html: one page that asks the network for nothing. In a folder of a run it has
+    all figures and replies there; elsewhere those that a results table alone gives."""
+    in_run, source = (path / "run.json").exists(), Path(config.from_csv or path / "run.json")
+    record = read_record(source.with_name("run.json"))
+    quoted = quoted_role(heads, bases_of(table))[1].removesuffix("role")
+    kind = str(heads["kind"].iloc[0])
+    parts = ["<h2>The run</h2><dl>"]
+    for name, text in list_facts(table, heads, floor, config, record).items():
+        warns = ' class="warning"' * (name == "method" and config.by != "")
+        parts.append(f"<dt>{name}</dt><dd{warns}>{as_html(text)}</dd>")
+    parts += ["</dl><h2>Findings</h2>", *tell_findings(said)]
+    parts += [f"<h2>Components{config.by}</h2>", draw_table(heads, quoted)]
+    if kind != "neuron":
+        parts += [f"<h2>Roles by layer{config.by}</h2>", draw_cells(heads, quoted)]
+    drawn = {"heads", "summary", *["heatmap"] * config.heatmap, *(FIGURES if in_run else ())}
+    parts += ["<h2>Figures</h2>", *(show_figure(path, name) for name in FIGURES if name in drawn)]
+    there = {*table["prompts"]} if "prompts" in table else set()
+    samples = [of for of in record.get("samples", ()) if of["prompts_id"] in there]
+    replies = replies_in(path / "generations.jsonl") if in_run else {}
+    parts += ["<h2>Samples</h2>" * bool(samples), *(tell_sample(of, replies) for of in samples)]
+    write_text(path / REPORT, page(f"{config.task}: {kind}, {op_of(config)}", parts))
+
+
 # ----- Main ---------------------------------------------------------------------------------------
 
 
@@ -5177,7 +5496,10 @@ def run(config: Config) -> None:
         disable_progress_bar()  # the library's own; ours know by themselves
     if config.from_csv:
         start_log(None, speaks=True)
-        return redraw(config)
+        with listening() as said:
+            table, heads, floor = redraw(config)
+        write_report(table, heads, floor, config, Path(config.output_dir), said)
+        return log.info("redrawn in %s", config.output_dir)
     state = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(Path(config.output_dir), state.is_main_process)
     if config.dry_run or config.self_test:
@@ -5194,23 +5516,9 @@ def run(config: Config) -> None:
             trace(config, folder, state)
 
 
-def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
-    """The whole job, stage by stage."""
-    started = time.time()
-    exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
-    if (measured := measure(exp, folder, state)) is None:
-        return
-    table = measured[measured["draw"] < 0].drop(columns="draw")
-    floor = noise_floor(measured[measured["draw"] >= 0])
-    write_components(folder.path / "circuit_results.csv", table)
-    # those of another command in this folder; a circuit tells where it is from and may be read
-    folder.delete(name for name, always in OUTPUTS.items() if not always and name != "circuit.json")
-    for name in ("behaviour", "screen"):
-        folder.record.pop(name, None)
-    folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
-    turn = "in the user's turn" if exp.encoder.folds else "its own"
-    has_turn = config.chat and config.system_prompt
-    folder.note(system_turn=turn if has_turn else "none")
+def explain(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolder) -> pd.DataFrame:
+    """What is made of the results table, stage by stage; circuit_heads.csv is returned."""
+    config = exp.config
     with exp.stage("statistics"):
         heads = write_findings(table, exp.other, floor, config, folder.path)
         if config.screen:
@@ -5234,8 +5542,32 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     if config.multipliers:
         with exp.stage("steering"):
             steer(exp, chosen, table, folder)
+    return heads
+
+
+def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
+    """The whole job, stage by stage."""
+    started = time.time()
+    exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
+    if (measured := measure(exp, folder, state)) is None:
+        return
+    table = measured[measured["draw"] < 0].drop(columns="draw")
+    floor = noise_floor(measured[measured["draw"] >= 0])
+    write_components(folder.path / "circuit_results.csv", table)
+    # those of another command in this folder; a circuit tells where it is from and may be read
+    folder.delete(name for name, always in OUTPUTS.items() if not always and name != "circuit.json")
+    folder.delete([REPORT])  # until all of its run is there
+    for name in ("behaviour", "screen"):
+        folder.record.pop(name, None)
+    folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
+    turn = "in the user's turn" if exp.encoder.folds else "its own"
+    has_turn = config.chat and config.system_prompt
+    folder.note(system_turn=turn if has_turn else "none")
+    with listening() as said:
+        heads = explain(exp, table, floor, folder)
     if "traced" in vars(exp):  # something was computed
         folder.note(run=describe_run(exp, started))
+    write_report(table, heads, floor, config, folder.path, said)
     log.info("results in %s", folder.path)
 
 
