@@ -64,6 +64,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Positions          one token at a time
 #   Replies            what the model says with and without them
 #   Steering           replies and scores with a circuit scaled
+#   Page               HTML that is whole in itself: its style, script and cells
 #   Report             one page to look at
 #   Main               stages, log, exit codes
 
@@ -5081,63 +5082,30 @@ def draw_steer(rows: pd.DataFrame, exp: Experiment, path: Path) -> None:
     save_figure(figure, path)
 
 
-# ----- Report -------------------------------------------------------------------------------------
+# ----- Page ---------------------------------------------------------------------------------------
 
-REPORT = "circuit_report.html"
-MOST_ROWS = 500  # components in the page's table
-ASIDE = ("traced", "load_model", "run_batches", "read_part")  # what these tell is no finding
-FIGURES = {  # what they show
-    "heads": "The strongest components with their 95 % intervals, coloured by verdict.",
-    "summary": "The strongest mean effects on delta_logit.",
-    "heatmap": "Mean role by layer and index; grey where there is no verdict.",
-    "screen": "Estimates against measurements of the same components.",
-    "confirm": "Held-out sentences: what is left with components edited jointly.",
-    "paths": "Effects by sender and receiver of a path.",
-    "positions": "Effects of editing one token at a time.",
-    "steer": "Replies and scores with a circuit scaled.",
-}
-MEASURES = {  # columns of circuit_heads.csv begin so
-    "minus_other_": "less forbidding other words",
-    "": "effect on delta_logit",
-    "minus_affirm_": "less affirming the same words",
-    "growth_": "growth of the role",
-}
-COLUMNS = {  # and end so; heading and format
-    "mean": ("mean", "+.3f"),
-    "ci_low": ("95 % from", "+.3f"),
-    "ci_high": ("to", "+.3f"),
-    "q": ("q", ".2g"),
-    "verdict": ("verdict", ""),
-    "flag": ("flag", ""),
-}
-DETAILS = {
-    "median": ("median", "+.3f"),
-    "moved_a": ("score a moves", "+.2f"),
-    "moved_b": ("score b moves", "+.2f"),
-    "share_moved": ("share of base", ".0%"),
-    "above_noise": ("above noise", ""),
-    "n_sentences": ("sentences", "d"),
-}
 PAGE_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;
   max-width: 75rem; padding: 0 1rem 3rem; overflow-wrap: anywhere }
 h1, h2, h3 { line-height: 1.2 } h2 { border-top: 1px solid #bbb; padding-top: 1rem }
 h3 { font-size: 1rem; margin-bottom: 0 } p { margin: .4rem 0 }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem }
-dt { font-weight: 600 } dd { margin: 0 }
+dt { font-weight: 600 } dd { margin: 0; white-space: pre-line }
 .warning { background: #fff1c2; padding: 0 .3rem }
 .wide { overflow-x: auto; margin: .6rem 0 }
 table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal }
 th, td { border-bottom: 1px solid #ddd; padding: .15rem .5rem; text-align: right }
 .sortable td { white-space: nowrap; font-variant-numeric: tabular-nums }
 .sortable .level0 { text-align: left; border-left: 1px solid #bbb }
+.sortable :is(th, td):first-child { position: sticky; left: 0; background: #fff; border-left: 0 }
 th button { all: unset; cursor: pointer } th button:focus-visible { outline: 2px solid #05c }
 th[aria-sort=ascending] button::after { content: " \\25b2" }
 th[aria-sort=descending] button::after { content: " \\25bc" }
 .grid td { padding: 0; border: 1px solid #fff } .grid th { border: 0; padding: .1rem .3rem }
 .grid span { display: block; width: 1.8em; line-height: 1.8em; text-align: center }
-figure { margin: 1rem 0 } figure img { max-width: min(100%, 48rem); max-height: 60rem }
-.prompts td { text-align: left; vertical-align: top; white-space: pre-wrap; min-width: 9em }
+figure { margin: 1rem 0 } figure img { max-width: 100% }
+.prompts :is(td, th) { text-align: left; vertical-align: top; white-space: pre-wrap }
+.prompts td { min-width: 9em }
 summary { cursor: pointer }
 @media (max-width: 40rem) { dl { display: block } dd { margin-bottom: .4rem } }
 @media print { .wide { overflow: visible } table { font-size: .6rem } tr, img { break-inside: avoid } }
@@ -5147,8 +5115,6 @@ const key = cell => {
   const data = cell.querySelector("data");
   return data ? Number(data.value) : cell.textContent;
 };
-const order = (a, b) => typeof a === "number" && typeof b === "number" ? a - b
-  : String(a).localeCompare(String(b), "en", {numeric: true});
 for (const head of document.querySelectorAll(".sortable thead tr:last-child th")) {
   const button = document.createElement("button");
   button.append(...head.childNodes);
@@ -5159,7 +5125,8 @@ for (const head of document.querySelectorAll(".sortable thead tr:last-child th")
     head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
     const body = head.closest("table").tBodies[0];
     const rows = [...body.rows].map(row => [key(row.cells[head.cellIndex]), row]);
-    rows.sort(([a], [b]) => (a === "") - (b === "") || way * order(a, b));
+    rows.sort(([a], [b]) => (a === "") - (b === "") || way * (
+      typeof a === "number" ? a - b : a.localeCompare(b, "en", {numeric: true})));
     body.append(...rows.map(([, row]) => row));
   };
 }
@@ -5167,20 +5134,6 @@ addEventListener("beforeprint", () => {
   for (const sample of document.querySelectorAll("details")) sample.open = true;
 });
 """
-
-
-@contextlib.contextmanager
-def listening() -> Iterator[list[logging.LogRecord]]:
-    """What the log is told, but for what a resumed run is told otherwise: of loading, memory and
-    parts."""
-    handler = BufferingHandler(sys.maxsize)
-    handler.addFilter(lambda told: told.funcName not in ASIDE)
-    handler.addFilter(lambda told: not told.getMessage().startswith("----- loading"))
-    log.addHandler(handler)
-    try:
-        yield handler.buffer
-    finally:
-        log.removeHandler(handler)
 
 
 def as_html(value: Any) -> str:
@@ -5200,6 +5153,71 @@ def shade(value: float, bound: float) -> str:
     return f"background-color: {to_hex(colormaps['RdBu_r'](0.5 + 0.3 * share))}"
 
 
+def page(title: str, parts: Iterable[str]) -> str:
+    """An HTML page in which no script runs but PAGE_SCRIPT."""
+    known = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
+    allowed = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{known}'"
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; {allowed}">
+<title>{as_html(title)}</title>
+<style>{PAGE_STYLE}</style>
+<h1>{as_html(title)}</h1>
+{"".join(parts)}
+<script>{PAGE_SCRIPT}</script>
+</html>
+"""
+
+
+# ----- Report -------------------------------------------------------------------------------------
+
+REPORT = "circuit_report.html"
+MOST_ROWS = 500  # components in the page's table
+ASIDE = ("traced", "load_model", "run_batches", "read_part")  # what these tell is no finding
+FIGURES = {  # what they show
+    "heads": "The strongest components with their 95 % intervals, coloured by verdict.",
+    "summary": "The strongest mean effects on delta_logit.",
+    "heatmap": "Mean role by layer and index; grey where there is no verdict.",
+    "screen": "Estimates against measurements of the same components.",
+    "confirm": "Held-out sentences: what is left with components edited jointly.",
+    "paths": "Effects by sender and receiver of a path.",
+    "positions": "Effects of editing one token at a time.",
+    "steer": "Replies and scores with a circuit scaled.",
+}
+MEASURES = {  # columns of circuit_heads.csv begin so, and end as in COLUMNS, with the format
+    "minus_other_": "effect less that of forbidding other words",
+    "": "effect on delta_logit",
+    "minus_affirm_": "effect less that of affirming the same words",
+    "growth_": "growth of the role since --compare",
+}
+COLUMNS = {
+    "mean": "+.3f",
+    "ci_low": "+.3f",
+    "ci_high": "+.3f",
+    "q": ".2g",
+    "verdict": "",
+    "flag": "",
+}
+DETAILS = {"median": "+.3f", "moved_a": "+.2f", "moved_b": "+.2f", "share_moved": ".0%"}
+DETAILS |= {"above_noise": "", "n_sentences": "d"}
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[logging.LogRecord]]:
+    """What the log is told, but for what a resumed run is told otherwise: of loading, memory and
+    parts."""
+    handler = BufferingHandler(sys.maxsize)
+    handler.addFilter(lambda told: told.funcName not in ASIDE)
+    handler.addFilter(lambda told: not told.getMessage().startswith("----- loading"))
+    log.addHandler(handler)
+    try:
+        yield handler.buffer
+    finally:
+        log.removeHandler(handler)
+
+
 def list_facts(
     table: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config, record: Record
 ) -> dict[str, str]:
@@ -5215,7 +5233,7 @@ def list_facts(
         method = f"{len(heads)} of {n_tests} estimated components measured by the exact sweep"
     if config.by:
         method = f"ESTIMATED from gradients by {config.row_method}: no component is measured"
-    run = ("seed", "dtype", "device_type", "attn_implementation", "torch", "transformers")
+    run = ("model", "seed", "dtype", "device_type", "attn_implementation", "torch", "transformers")
     facts = {
         "model": f"{config.model_id}{f', revision {config.revision}' if config.revision else ''}",
         "task": f"{task.name}: {task.scored}, after prompt a less after b (delta_logit)",
@@ -5238,10 +5256,9 @@ def draw_table(heads: pd.DataFrame, quoted: str) -> str:
     prefixes = [quoted, *(p for p in MEASURES if p != quoted and f"{p}mean" in heads)]
     columns = {("", "component"): ("label", "")}
     for prefix in prefixes:
-        names = {name: of for name, of in COLUMNS.items() if f"{prefix}{name}" in heads}
-        columns |= {(MEASURES[prefix], of[0]): (prefix + n, of[1]) for n, of in names.items()}
-    names = {name: of for name, of in DETAILS.items() if name in heads}
-    columns |= {("details of the effect", of[0]): (n, of[1]) for n, of in names.items()}
+        columns |= {(MEASURES[prefix], n): (prefix + n, form) for n, form in COLUMNS.items()}
+    columns |= {("details of the effect", n): (n, form) for n, form in DETAILS.items()}
+    columns = {at: of for at, of in columns.items() if of[0] in heads}
     top = heads.sort_values(f"{quoted}mean", key=abs, ascending=False).head(MOST_ROWS)
     shown = top[[name for name, _ in columns.values()]].reset_index(drop=True)
     shown.columns = pd.MultiIndex.from_tuples(columns)
@@ -5274,7 +5291,7 @@ def draw_cells(heads: pd.DataFrame, quoted: str) -> str:
     style = Styler(grid.rename_axis(None).rename_axis(None, axis=1), uuid="grid", cell_ids=False)
     style.map(lambda label: cells[label][1] if label in cells else "")
     style.format(lambda label: cells[label][0], na_rep="")
-    told = f"By {MEASURES[quoted]}; a dot has a verdict. Numbers show under the pointer."
+    told = f"Role in the {MEASURES[quoted]}; a dot has a verdict. Numbers show under the pointer."
     return f'<p>{told}</p><div class="wide">{style.to_html(table_attributes="class=grid")}</div>'
 
 
@@ -5304,11 +5321,11 @@ def tell_sample(record: Record, replies: Mapping[str, Mapping[tuple[str, str], s
         cells = (prompt["text"], f"{prompt['score']:+.3f}", likeliest, *said)
         lines.append(f"<tr><th>{side}</th>{''.join(f'<td>{as_html(cell)}</td>' for cell in cells)}")
     heads = ("", "prompt", "score", "likeliest first tokens", *replies)
-    words = "; ".join(f"{what}: {', '.join(record[what])}" for what in ("targets", "foils"))
+    words = [f"{what}: {', '.join(record[what])}" for what in ("targets", "foils") if record[what]]
     told = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
     flags = "".join(f' <span class="warning">{as_html(flag)}</span>' for flag in record["flags"])
     return f"""<details><summary>{as_html(told)}{flags}</summary>
-<p>{as_html(words)}</p>
+<p>{as_html("; ".join(words))}</p>
 <div class="wide"><table class="prompts">
 <tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>
 {"".join(lines)}
@@ -5321,8 +5338,9 @@ def show_figure(path: Path, name: str) -> str:
     file, told = path / f"circuit_{name}.png", FIGURES[name]
     if not file.exists():
         return ""
-    data = base64.b64encode(file.read_bytes()).decode()
-    image = f'<img alt="{told}" src="data:image/png;base64,{data}">'
+    data = base64.b64encode(png := file.read_bytes()).decode()
+    width = int.from_bytes(png[16:20], "big") * 96 // 300  # CSS has 96 dots per inch, the file 300
+    image = f'<img alt="{told}" width="{width}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
 
 
@@ -5332,28 +5350,9 @@ def tell_findings(said: Iterable[logging.LogRecord]) -> Iterator[str]:
         text = as_html(told.getMessage())
         if told.funcName == "stage":
             yield f"<h3>{text.strip('- ')}</h3>"
-        elif told.levelno >= logging.WARNING:
-            yield f'<p class="warning">Warning: {text}</p>'
         else:
-            yield f"<p>{text}</p>"
-
-
-def page(title: str, parts: Iterable[str]) -> str:
-    """An HTML page in which no script runs but PAGE_SCRIPT."""
-    known = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
-    allowed = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{known}'"
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; {allowed}">
-<title>{as_html(title)}</title>
-<style>{PAGE_STYLE}</style>
-<h1>{as_html(title)}</h1>
-{"".join(parts)}
-<script>{PAGE_SCRIPT}</script>
-</html>
-"""
+            warns = told.levelno >= logging.WARNING
+            yield f'<p class="warning">Warning: {text}</p>' if warns else f"<p>{text}</p>"
 
 
 def write_report(
@@ -5371,7 +5370,8 @@ def write_report(
     quoted = quoted_role(heads, bases_of(table))[1].removesuffix("role")
     kind = str(heads["kind"].iloc[0])
     parts = ["<h2>The run</h2><dl>"]
-    for name, text in list_facts(table, heads, floor, config, record).items():
+    facts = list_facts(table, heads, floor, config, record)
+    for name, text in facts.items():
         warns = ' class="warning"' * (name == "method" and config.by != "")
         parts.append(f"<dt>{name}</dt><dd{warns}>{as_html(text)}</dd>")
     parts += ["</dl><h2>Findings</h2>", *tell_findings(said)]
@@ -5384,7 +5384,8 @@ def write_report(
     samples = [of for of in record.get("samples", ()) if of["prompts_id"] in there]
     replies = replies_in(path / "generations.jsonl") if in_run else {}
     parts += ["<h2>Samples</h2>" * bool(samples), *(tell_sample(of, replies) for of in samples)]
-    write_text(path / REPORT, page(f"{config.task}: {kind}, {op_of(config)}", parts))
+    model = f" in {Path(config.model_id).name}" if "model" in facts else ""
+    write_text(path / REPORT, page(f"{config.task}{model}: {op_of(config)} of {kind}", parts))
 
 
 # ----- Main ---------------------------------------------------------------------------------------
