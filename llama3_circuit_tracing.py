@@ -5108,7 +5108,9 @@ figure { margin: 1rem 0 } figure img { max-width: 100% }
 .prompts td { min-width: 9em }
 summary { cursor: pointer }
 @media (max-width: 40rem) { dl { display: block } dd { margin-bottom: .4rem } }
-@media print { .wide { overflow: visible } table { font-size: .6rem } tr, img { break-inside: avoid } }
+@media print {
+  .wide { overflow: visible } table { font-size: .6rem } tr, img { break-inside: avoid }
+}
 """
 PAGE_SCRIPT = """
 const key = cell => {
@@ -5192,14 +5194,8 @@ MEASURES = {  # columns of circuit_heads.csv begin so, and end as in COLUMNS, wi
     "minus_affirm_": "effect less that of affirming the same words",
     "growth_": "growth of the role since --compare",
 }
-COLUMNS = {
-    "mean": "+.3f",
-    "ci_low": "+.3f",
-    "ci_high": "+.3f",
-    "q": ".2g",
-    "verdict": "",
-    "flag": "",
-}
+COLUMNS = {"mean": "+.3f", "ci_low": "+.3f", "ci_high": "+.3f", "q": ".2g"}
+COLUMNS |= {"verdict": "", "flag": ""}
 DETAILS = {"median": "+.3f", "moved_a": "+.2f", "moved_b": "+.2f", "share_moved": ".0%"}
 DETAILS |= {"above_noise": "", "n_sentences": "d"}
 
@@ -5250,7 +5246,8 @@ def list_facts(
 
 def draw_table(heads: pd.DataFrame, quoted: str) -> str:
     """The strongest components, by the measure that is quoted, which stands first."""
-    told = "Red carries the task, blue works against it; click on a heading to sort."
+    told = "Nats, with 95 % intervals. Red carries the task, blue works against it. A click on a"
+    told += " heading sorts."
     if len(heads) > MOST_ROWS:
         told += f" The {MOST_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
     prefixes = [quoted, *(p for p in MEASURES if p != quoted and f"{p}mean" in heads)]
@@ -5323,6 +5320,7 @@ def tell_sample(record: Record, replies: Mapping[str, Mapping[tuple[str, str], s
     heads = ("", "prompt", "score", "likeliest first tokens", *replies)
     words = [f"{what}: {', '.join(record[what])}" for what in ("targets", "foils") if record[what]]
     told = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
+    told += f", {record['group']}" if record.get("group") else ""
     flags = "".join(f' <span class="warning">{as_html(flag)}</span>' for flag in record["flags"])
     return f"""<details><summary>{as_html(told)}{flags}</summary>
 <p>{as_html("; ".join(words))}</p>

@@ -269,7 +269,7 @@ def test_redrawing_a_run_gives_the_same_findings_and_figures(
     run, new = finish(llama, tmp_path / "run", "--heatmap", *flags.split()), tmp_path / "new"
     told = redraw(run / "circuit_results.csv", new, "--heatmap")
     assert told == findings_in((run / "run.log").read_text())
-    assert sorted(path.name for path in new.iterdir()) == DRAWN
+    assert sorted(path.name for path in new.iterdir()) == sorted([*DRAWN, tracing.REPORT])
     for name in DRAWN:
         assert (new / name).read_bytes() == (run / name).read_bytes(), name
 
@@ -472,7 +472,9 @@ def test_a_file_with_the_seven_columns_is_enough(tmp_path: Path, redraw: Redraw)
     assert heads["mean"].tolist() == pytest.approx(expected)
     assert (heads["n_sentences"] == 6).all()  # without a column of units every sample is one
     assert heads["above_noise"].isna().all()  # no noise floor is known
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == DRAWN
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(
+        [*DRAWN, tracing.REPORT]
+    )
 
 
 @pytest.mark.parametrize("flags", ["", "--op patch --positions last", "--op scale --factor 3"])
