@@ -5279,7 +5279,8 @@ def draw_cells(heads: pd.DataFrame, quoted: str) -> str:
     bound = float(heads[f"{quoted}role"].abs().max()) or 1.0
     for head in heads.to_dict("records"):
         mean, low, high, q, verdict = (head[f"{quoted}{name}"] for name in [*COLUMNS][:5])
-        told = f"{head['label']}: {mean:+.3f} [{low:+.3f}, {high:+.3f}], q {q:.2g}, {verdict}"
+        interval = "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
+        told = f"{head['label']}: {mean:+.3f}{interval}, q {q:.2g}, {verdict}"
         dot = "" if verdict == "unclear" else "&bull;"
         cell = f'<span title="{MEASURES[quoted]}, {told}">{dot or "&nbsp;"}</span>'
         cells[head["label"]] = cell, shade(head[f"{quoted}role"], bound)

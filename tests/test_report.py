@@ -1,0 +1,744 @@
+"""The page that a run ends with: what it shows is what the files say, and nothing in it acts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import llama3_circuit_tracing as tracing
+from by_hand import results, steps
+from conftest import TINY, finish, generations, read, record_of, write_samples
+
+REPORT = "circuit_report.html"
+MAIN = ["--controls", "--confirm", "8", "--max_new_tokens", "8"]  # the readme's
+FEW = ["--num_samples", "4", "--layers", "0-1"]
+GROUPS = {
+    "effect less that of forbidding other words": "minus_other_",
+    "effect on delta_logit": "",
+    "effect less that of affirming the same words": "minus_affirm_",
+    "growth of the role since --compare": "growth_",
+    "details of the effect": "",
+    "": "",
+}
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with their attributes, and the text of each element."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.tables: list[list[list[tuple[str, dict[str, Any]]]]] = []
+        self.texts: list[tuple[str, str]] = []  # innermost element, text
+        self.open: list[str] = []
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        told = dict(attrs)
+        self.tags.append((tag, told))
+        self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append(("", {"tag": tag, **told}))
+        elif tag in ("data", "span") and self.tables and self.tables[-1]:
+            self.tables[-1][-1][-1][1].update(told)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self.open and data.strip():
+            self.texts.append((self.open[-1], data))
+        if {"td", "th"} & {*self.open} and "table" in self.open:
+            text, told = self.tables[-1][-1][-1]
+            self.tables[-1][-1][-1] = text + data, told
+
+    def all(self, tag: str) -> list[dict[str, Any]]:
+        return [told for name, told in self.tags if name == tag]
+
+    def of(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+    def named(self, name: str) -> list[list[tuple[str, dict[str, Any]]]]:
+        ids = [told.get("id") for told in self.all("table")]
+        return self.tables[ids.index(f"T_{name}")]
+
+
+def source_of(folder: Path) -> str:
+    return (folder / REPORT).read_text(encoding="utf-8")
+
+
+def page_of(folder: Path) -> Page:
+    return Page(source_of(folder))
+
+
+def facts_of(page: Page) -> dict[str, str]:
+    """The run in ten lines."""
+    return dict(zip(page.of("dt"), page.of("dd"), strict=True))
+
+
+def section(source: str, name: str) -> str:
+    """What stands below one heading."""
+    return source.split(f"<h2>{name}", 1)[1].split("<h2>", 1)[0]
+
+
+def columns_of(page: Page) -> list[tuple[str, str]]:
+    """The group and the heading of each column of the components' table."""
+    groups, heads = page.named("heads")[:2]
+    wide = [text for text, told in groups for _ in range(int(told.get("colspan", 1)))]
+    return list(zip(wide, [text for text, _ in heads], strict=True))
+
+
+def cells_of(page: Page) -> dict[str, dict[str, tuple[str, dict[str, Any]]]]:
+    """By component and column of circuit_heads.csv what the page shows."""
+    names = [GROUPS[group] + head for group, head in columns_of(page)]
+    names[0] = "label"
+    assert len({*names}) == len(names)
+    rows = [dict(zip(names, row, strict=True)) for row in page.named("heads")[2:]]
+    return {row["label"][0]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def main_run(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(tiny_llama, tmp_path_factory.mktemp("main"), *MAIN)
+
+
+# ----- components
+
+
+def check_cells(folder: Path) -> None:
+    """Each cell is the CSV's, whole where it sorts and rounded where it is read."""
+    heads, cells = read(folder, "circuit_heads.csv"), cells_of(page_of(folder))
+    assert {*cells} == {*heads["label"]}
+    for head in heads.to_dict("records"):
+        for name, (text, told) in cells[head["label"]].items():
+            value = head[name]
+            if pd.isna(value):
+                assert (text, told.get("value")) == ("", None), name
+            elif "value" in told:
+                assert float(told["value"]) == value, name
+                shown = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
+                assert shown == pytest.approx(value, abs=0.006, rel=0.06), name
+            else:
+                assert text == str(value), name
+
+
+def test_every_cell_is_that_of_the_table_of_heads(main_run: Path) -> None:
+    check_cells(main_run)
+    cells = cells_of(page_of(main_run))
+    assert cells["L0H6"]["minus_other_mean"][0] == "+0.649"
+    assert cells["L0H6"]["q"][0] == "0.008"
+    assert cells["L0H5"]["minus_affirm_verdict"][0] == "works against"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--kind mlp", "--kind neuron --neurons 0-9", "--task odd_one_out --op patch", "--op mean"],
+)
+def test_so_are_those_of_other_runs(flags: str, llama: str, tmp_path: Path) -> None:
+    check_cells(finish(llama, tmp_path, *FEW, *flags.split()))
+
+
+def test_the_quoted_contrast_stands_first_and_orders_the_rows(main_run: Path) -> None:
+    page, heads = page_of(main_run), read(main_run, "circuit_heads.csv").set_index("label")
+    groups = [group for group, _ in columns_of(page)]
+    assert [*dict.fromkeys(groups)] == ["", *[*GROUPS][:3], "details of the effect"]
+    strength = heads["minus_other_mean"].abs().sort_values(ascending=False)
+    assert [*cells_of(page)] == strength.index.tolist()
+
+
+def test_without_a_contrast_the_effect_stands_first(llama: str, tmp_path: Path) -> None:
+    page = page_of(finish(llama, tmp_path, *FEW))
+    assert columns_of(page)[1] == ("effect on delta_logit", "mean")
+    strength = read(tmp_path, "circuit_heads.csv").set_index("label")["mean"].abs()
+    assert [*cells_of(page)] == strength.sort_values(ascending=False).index.tolist()
+
+
+def test_columns_of_a_comparison_are_there(tiny_llama: str, tmp_path: Path) -> None:
+    flags = ["--num_samples", "6", "--layers", "0"]
+    before = finish(tiny_llama, tmp_path / "before", *flags) / "circuit_results.csv"
+    flags += ["--given", "L0H0", "--compare", str(before)]
+    run = finish(tiny_llama, tmp_path / "run", *flags)
+    assert ("growth of the role since --compare", "q") in columns_of(page_of(run))
+    check_cells(run)
+    assert facts_of(page_of(run))["edited"].endswith("; L0H0 zeroed in every run")
+
+
+def colours(source: str, table: str) -> dict[tuple[int, int], tuple[int, int, int]]:
+    """Red, green and blue by row and column."""
+    rules = re.findall(r"((?:#T_\w+,?\s*)+)\{\s*background-color: #(\w{6});", source)
+    return {
+        (int(row), int(column)): (int(code[:2], 16), int(code[2:4], 16), int(code[4:], 16))
+        for names, code in rules
+        for row, column in re.findall(rf"#T_{table}_row(\d+)_col(\d+)", names)
+    }
+
+
+@pytest.mark.parametrize("flags", ["", "--op scale --factor 2", "--task refusal"])
+def test_red_carries_the_task_whichever_sign_the_base_has(
+    flags: str, tiny_llama: str, tmp_path: Path
+) -> None:
+    folder = finish(tiny_llama, tmp_path, "--num_samples", "6", *flags.split())
+    roles = read(folder, "circuit_heads.csv").set_index("label")["role"]
+    source = source_of(folder)
+    column = columns_of(Page(source)).index(("effect on delta_logit", "mean"))
+    strong = roles[roles.abs() > 0.2 * roles.abs().max()]
+    assert len(strong) > 2
+    labels = [*cells_of(Page(source))]
+    for label, role in strong.items():
+        red, _, blue = colours(source, "heads")[labels.index(str(label)), column]
+        assert (red > blue) == (role > 0), label
+
+
+def test_colours_are_light_behind_dark_text(main_run: Path) -> None:
+    found = {**colours(source_of(main_run), "heads"), **colours(source_of(main_run), "grid")}
+    assert len(found) > 100
+    assert min(0.3 * r + 0.6 * g + 0.1 * b for r, g, b in found.values()) > 110
+
+
+def many(n: int) -> pd.DataFrame:
+    """Results of neurons, the stronger the later; every second moves the other way."""
+    effects = {f"L1N{i}": steps((-1) ** i * (1 + i) / n) for i in range(n)}
+    return results(effects, [-5.0 - 0.1 * i for i in range(8)])
+
+
+@pytest.mark.parametrize("n", [500, 503])
+def test_of_many_components_the_strongest_are_shown_and_it_says_so(n: int, tmp_path: Path) -> None:
+    many(n).to_csv(tmp_path / "t.csv", index=False)
+    argv = ["--from_csv", str(tmp_path / "t.csv"), "--output_dir", str(tmp_path / "new")]
+    assert tracing.main(argv) == 0
+    source = source_of(tmp_path / "new")
+    heads = read(tmp_path / "new", "circuit_heads.csv").set_index("label")
+    strength = heads["mean"].abs().sort_values(ascending=False)
+    assert [*cells_of(Page(source))] == strength.index[:500].tolist()
+    cut = f"The 500 strongest of {n}; all are in circuit_heads.csv." in source
+    assert cut == (n > 500)
+    assert len(source) < 2e6
+    assert "Roles by layer" not in source  # neurons have no grid
+
+
+# ----- layers by heads
+
+
+def hovers(page: Page) -> list[list[str]]:
+    return [[told.get("title", "") for _, told in row[1:]] for row in page.named("grid")[1:]]
+
+
+def test_cells_of_the_grid_show_head_effect_interval_and_q_on_hover(main_run: Path) -> None:
+    page, heads = page_of(main_run), read(main_run, "circuit_heads.csv").set_index("label")
+    shown = hovers(page)
+    assert [text for text, _ in page.named("grid")[0][1:]] == [str(i) for i in range(8)]
+    for row, layer in zip(shown, (3, 2, 1, 0), strict=True):  # as in the figure
+        for index, told in enumerate(row):
+            head = heads.loc[f"L{layer}H{index}"]
+            mean, low, high, q = (
+                head[f"minus_other_{n}"] for n in tracing.COLUMNS if n[0] in "mcq"
+            )
+            assert told.startswith("effect less that of forbidding other words, ")
+            interval = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            verdict = head["minus_other_verdict"]
+            assert told.endswith(f", L{layer}H{index}: {interval}, q {q:.2g}, {verdict}")
+    dots = [text == "•" for row in page.named("grid")[1:] for text, _ in row[1:]]
+    verdicts = [not told.endswith("unclear") for row in shown for told in row]
+    assert dots == verdicts and 0 < sum(dots) < 32
+
+
+def test_whole_modules_are_one_column_and_given_heads_an_empty_cell(
+    llama: str, tmp_path: Path
+) -> None:
+    shown = hovers(page_of(finish(llama, tmp_path / "mlp", "--num_samples", "6", "--kind", "mlp")))
+    assert [re.findall("L.mlp", told) for (told,) in shown] == [["L2mlp"], ["L1mlp"], ["L0mlp"]]
+    flags = ["--num_samples", "6", "--given", "L1H2"]
+    shown = hovers(page_of(finish(llama, tmp_path / "heads", *flags)))
+    assert [told == "" for told in shown[1]] == [False, False, True, False]
+
+
+def test_the_grid_is_coloured_by_role(main_run: Path) -> None:
+    found = colours(source_of(main_run), "grid")
+    assert len(found) == 32
+    red, _, blue = found[3, 6]  # L0H6 carries most
+    assert red > blue + 100
+    red, _, blue = found[3, 5]  # L0H5 works against it
+    assert blue > red + 100
+
+
+# ----- the run, what was found, figures, samples
+
+
+def test_the_run_is_told_from_its_record(main_run: Path) -> None:
+    page, record = page_of(main_run), record_of(main_run)
+    facts = facts_of(page)
+    assert facts["model"] == str(TINY)
+    assert facts["samples"] == "16 samples of 16 sentences"
+    assert facts["edited"] == "head, zero, positions all"
+    assert facts["tested"] == "32 components, which q corrects for"
+    assert facts["noise floor"] == f"{record['noise_floor']:.2g} nats"
+    assert facts["method"] == "measured, by the exact sweep"
+    found = facts["base"].splitlines()
+    log = (main_run / "run.log").read_text().splitlines()
+    assert [line.split("; noise")[0] for line in log if line.startswith("mean ")] == found
+    for name in ("model", "seed", "dtype", "device_type", "torch", "transformers"):
+        assert f"{name} {record['fingerprint'][name]}" in facts["run"]
+    assert page.of("title") == ["suppression in tiny_llama: zero of head"]
+
+
+def test_negative_controls_are_no_samples_of_the_base(tiny_llama: str, tmp_path: Path) -> None:
+    flags = ["--task", "odd_one_out", "--num_samples", "10", "--layers", "0"]
+    told = facts_of(page_of(finish(tiny_llama, tmp_path, *flags)))["samples"]
+    assert told == "8 samples of 8 sentences, and 2 negative controls"
+
+
+def log_of(folder: Path) -> list[str]:
+    """What the last command's log says from the statistics on."""
+    said = (folder / "run.log").read_text().rpartition("----- statistics\n")[2].splitlines()
+    return [line for line in said[:-1] if not line.startswith("-----")]
+
+
+def test_the_findings_are_the_logs(main_run: Path) -> None:
+    found = section(source_of(main_run), "Findings")
+    assert Page(found).of("p") == log_of(main_run)
+    assert Page(found).of("h3") == ["statistics", "joint ablation", "replies"]
+    assert "results in" not in found and "warning" not in found
+
+
+def test_warnings_are_marked(llama: str, tmp_path: Path) -> None:
+    flags = [
+        "--op",
+        "patch",
+        "--positions",
+        "last",
+        "--confirm",
+        "2",
+        "--num_random",
+        "2",
+        "--max_new_tokens",
+        "2",
+    ]
+    page = page_of(finish(llama, tmp_path, *FEW, *flags))
+    told = "edited replies need an op that applies at every token: none with --op patch --positions"
+    (found,) = [text for text in page.of("p") if told in text]
+    assert found.startswith("Warning: ")
+    assert any("warning" in attrs.get("class", "") for attrs in page.all("p"))
+
+
+LOUD = '<dd class="warning">ESTIMATED from gradients by atp: no component is measured</dd>'
+
+
+def test_estimates_are_called_so_loudly(llama: str, tmp_path: Path) -> None:
+    source = source_of(finish(llama, tmp_path, *FEW, "--method", "atp"))
+    assert LOUD in source and "<h2>Components by atp estimates</h2>" in source
+    assert "Warning: all effects here are by atp estimates, none is measured" in source
+
+
+def test_of_a_screen_it_says_how_many_are_measured(llama: str, tmp_path: Path) -> None:
+    flags = ["--kind", "neuron", "--screen", "3"]
+    source = source_of(finish(llama, tmp_path, "--num_samples", "4", *flags))
+    n = int(read(tmp_path, "circuit_heads.csv")["n_tests"].iloc[0])
+    told = f"35 of {n} estimated components measured by the exact sweep"
+    assert facts_of(Page(source))["method"] == told and n > 35
+    assert facts_of(Page(source))["tested"] == f"{n} components, which q corrects for"
+    assert "estimates</h2>" not in source
+
+
+def images(page: Page) -> list[bytes]:
+    sources = [told["src"] for told in page.all("img")]
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    return [base64.b64decode(source.partition(",")[2]) for source in sources]
+
+
+def test_every_figure_of_the_run_stands_in_the_page(tiny_llama: str, tmp_path: Path) -> None:
+    flags = [
+        "--num_samples",
+        "4",
+        "--layers",
+        "0",
+        "--heatmap",
+        "--screen",
+        "8",
+        "--confirm",
+        "2",
+        "--num_random",
+        "2",
+    ]
+    flags += ["--max_new_tokens", "2", "--multipliers", "0,1"]
+    page = page_of(finish(tiny_llama, tmp_path, *flags))
+    there = {path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert len(there) == 6 and {*images(page)} == there
+    assert all(told["alt"].endswith(".") for told in page.all("img"))
+    assert "reply, 2 components x 0" in {text for row in page.tables[-1] for text, _ in row}
+
+
+def test_every_figure_that_there_is_has_a_caption() -> None:
+    drawn = [name for name in tracing.OUTPUTS if name.endswith(".png")]
+    assert sorted(drawn) == sorted(f"circuit_{name}.png" for name in tracing.FIGURES)
+
+
+def test_what_another_command_left_does_not_show(llama: str, tmp_path: Path) -> None:
+    finish(llama, tmp_path, *FEW, "--confirm", "2", "--max_new_tokens", "2", "--heatmap")
+    confirmed = page_of(tmp_path)
+    assert len(images(confirmed)) == 4
+    finish(llama, tmp_path, *FEW)
+    page = page_of(tmp_path)
+    assert len(images(page)) == 2
+    assert "reply" not in {text for table in page.tables for row in table for text, _ in row}
+
+
+def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run: Path) -> None:
+    page, records = page_of(main_run), record_of(main_run)["samples"]
+    said = generations(main_run)
+    most = max(said, key=lambda reply: reply["n_ablated"])["ablated"]
+    replies = {(r["sample_id"], r["prompt"], r["ablated"]): r["reply"] for r in said}
+    tables = page.tables[2:]
+    assert len(tables) == len(records) == len(page.all("details")) == 16
+    for record, table in zip(records, tables, strict=True):
+        headings = [text for text, _ in table[0]]
+        assert headings[1:] == [
+            *("prompt", "score", "likeliest first tokens"),
+            *("reply", "reply, 8 components edited"),
+        ]
+        assert [row[0][0] for row in table[1:]] == [*record["prompts"]]
+        for row in table[1:]:
+            side, text, score, likeliest, *edited = [cell for cell, _ in row]
+            prompt = record["prompts"][side]
+            assert text == prompt["text"]
+            assert score == f"{prompt['score']:+.3f}"
+            shown = [line.split("% ") for line in likeliest.splitlines()]
+            assert [word for _, word in shown] == [repr(token) for token, _ in prompt["likeliest"]]
+            for (share, _), (_, p) in zip(shown, prompt["likeliest"], strict=True):
+                assert float(share) == pytest.approx(100 * p, abs=0.051)
+            name = record["sample_id"]
+            known = [replies.get((name, side, of), "") for of in ("", most)]
+            assert edited == known
+    assert any(told for told in replies if told[2] == most)
+
+
+def test_flags_of_a_sample_show(llama: str, tmp_path: Path) -> None:
+    page = page_of(finish(llama, tmp_path, *FEW))
+    flags = [flag for sample in record_of(tmp_path)["samples"] for flag in sample["flags"]]
+    assert flags and [text for text in page.of("span") if "•" not in text and text.strip()] == flags
+
+
+# ----- nothing in it acts
+
+HOSTILE = "<script>alert(1)</script>"
+EVIL = [
+    {
+        "sample_id": HOSTILE,
+        "prompt_a": "Say </script></td></table><b>\"a\"</b> & 'b' $x$ {c} \x07 \u202e now.",
+        "prompt_b": "Name a fruit. <!-- <img src=x onerror=alert(2)>",
+        "targets": ["apple"],
+        "unit": "</details>&amp;",
+        "group": "<h2>Figures",
+    },
+    {"sample_id": "two", "prompt_a": "Not pear.", "prompt_b": "A fruit.", "targets": ["pear"]},
+]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hostile")
+    model = folder / '<i>"m"&amp;'
+    shutil.copytree(TINY, model)
+    samples = write_samples(folder / "evil.jsonl", *EVIL)
+    flags = ["--samples", samples, "--layers", "0", "--max_new_tokens", "3"]
+    flags += ["--system_prompt", "<style>*{}</style>"]
+    return finish(str(model), folder / "run", *flags)
+
+
+def test_texts_of_users_show_as_they_are_and_do_nothing(hostile: Path) -> None:
+    source = source_of(hostile)
+    page = Page(source)
+    kinds = {tag for tag, _ in page.tags}
+    assert not kinds & {"i", "b", "iframe", "object", "embed", "link", "base", "form", "a"}
+    assert len(page.all("script")) == len(page.all("img")) - 1 == 1
+    assert len(page.all("details")) == 2
+    assert not [name for _, told in page.tags for name in told if name.startswith("on")]
+    headings = ["The run", "Findings", "Components", "Roles by layer", "Figures", "Samples"]
+    assert page.of("h2") == headings
+    assert any(text.startswith(f"{HOSTILE}: P(target)") for text in page.of("summary"))
+    assert facts_of(page)["model"].endswith('<i>"m"&amp;')
+    prompts = [row[1][0] for row in page.tables[2][1:]]
+    shown = EVIL[0]["prompt_a"].replace("\x07", r"\x07").replace("\u202e", r"\u202e")
+    assert shown in prompts[0] and "<style>*{}</style>" in prompts[0]
+    assert EVIL[0]["prompt_b"] in prompts[1]
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", source)
+
+
+def test_tokens_and_replies_are_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = {"text": "a", "score": 0.0, "likeliest": [["</td>\n'<b>\x00", 0.5]]}
+    record = {"sample_id": "s", "prompts": {"a": prompt}, "targets": ["<u>"], "foils": ["&lt;"]}
+    record |= {"p_target": 0.1, "delta_logit_base": 1.0, "flags": ["<em>"]}
+    page = Page(tracing.tell_sample(record, {"reply": {("s", "a"): "<img src=x>\x1b\u2028"}}))
+    kinds = ["details", "summary", "span", "p", "div", "table", "tr", "th", "td"]
+    assert {tag for tag, _ in page.tags} == {*kinds}
+    assert page.tables[0][1][3][0] == '50.0% "</td>\\n\'<b>\\x00"'
+    assert page.tables[0][1][4][0] == r"<img src=x>\x1b\u2028"
+    assert page.of("p") == ["targets: <u>; foils: &lt;"]
+
+
+@pytest.mark.parametrize("name", ["main_run", "hostile"])
+def test_the_page_asks_the_network_for_nothing(name: str, request: Any) -> None:
+    source = source_of(request.getfixturevalue(name))
+    page = Page(source)
+    asking = ("src", "href", "srcset", "action", "poster", "background", "xlink:href")
+    sources = [told[of] for _, told in page.tags for of in asking if of in told]
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    styles = "".join(re.findall("<style.*?</style>", source, re.DOTALL))
+    assert not re.search(r"url\(|@import|//", styles)
+    (script,) = re.findall("<script>(.*?)</script>", source, re.DOTALL)
+    assert not re.search(r"fetch|XMLHttp|import|WebSocket|//|innerHTML|eval", script)
+    (policy,) = [told["content"] for told in page.all("meta") if "http-equiv" in told]
+    known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.split("; ") == [
+        "default-src 'none'",
+        "img-src data:",
+        "style-src 'unsafe-inline'",
+        f"script-src 'sha256-{known}'",
+    ]
+
+
+def test_the_script_is_a_few_dozen_lines_and_the_page_small(main_run: Path) -> None:
+    assert tracing.PAGE_SCRIPT.count("\n") < 36
+    assert (main_run / REPORT).stat().st_size < 1_000_000
+
+
+# ----- when it is written
+
+
+def test_the_same_data_give_the_same_bytes(llama: str, tmp_path: Path) -> None:
+    flags = [*FEW, *["--confirm", "2", "--num_random", "2", "--max_new_tokens", "2"]]
+    pages = [source_of(finish(llama, tmp_path / name, *flags)) for name in ("one", "other")]
+    assert pages[0] == pages[1]
+    assert str(tmp_path) not in pages[0].replace(llama, "")
+
+
+def test_a_run_that_goes_on_or_mends_its_parts_gives_the_same_page(
+    llama: str, tmp_path: Path
+) -> None:
+    flags = [*FEW, *["--confirm", "2", "--num_random", "2", "--max_new_tokens", "2"]]
+    whole = source_of(finish(llama, tmp_path, *flags))
+    finish(llama, tmp_path, *flags)
+    assert source_of(tmp_path) == whole
+    parts = [path for path in sorted((tmp_path / ".parts").glob("*.json")) if "sweep" in path.name]
+    parts[0].unlink()
+    for path in (tmp_path / ".parts").glob("joint-*.json"):
+        path.write_text("spoilt")
+    for path in (tmp_path / ".parts").glob("replies-*.json"):
+        path.unlink()
+    finish(llama, tmp_path, *flags)
+    assert "is not a part of this run" in (tmp_path / "run.log").read_text()
+    assert source_of(tmp_path) == whole
+
+
+def test_a_batch_that_is_halved_changes_nothing_in_the_page(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*FEW, "--max_new_tokens", "2"]
+    whole = source_of(finish(llama, tmp_path / "whole", *flags))
+    said = tracing.greedy_replies
+
+    calls = itertools.count()
+
+    def fails_once(*arguments: Any) -> list[str]:
+        if not next(calls):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return said(*arguments)
+
+    monkeypatch.setattr(tracing, "greedy_replies", fails_once)
+    halved = finish(llama, tmp_path / "halved", *flags)
+    assert "out of memory: continuing with" in (halved / "run.log").read_text()
+    assert source_of(halved) == whole
+
+
+def test_no_page_of_an_earlier_command_outlives_a_failure(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(llama, tmp_path, *FEW)
+    n_handlers = len(tracing.log.handlers)
+    monkeypatch.setattr(tracing, "confirm", lambda *_: 1 / 0)
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FEW, "--confirm", "2"]
+    assert tracing.main(argv) == 1
+    assert not (tmp_path / REPORT).exists()
+    assert len(tracing.log.handlers) == n_handlers
+
+
+@pytest.mark.parametrize("flag", ["--dry_run", "--self_test"])
+def test_checks_write_none(flag: str, llama: str, tmp_path: Path) -> None:
+    finish(llama, tmp_path, *FEW, flag)
+    assert not (tmp_path / REPORT).exists()
+
+
+def redraw(source: Path, folder: Path, *flags: str) -> str:
+    argv = ["--from_csv", str(source), "--output_dir", str(folder), *flags]
+    assert tracing.main(argv) == 0
+    return source_of(folder)
+
+
+def test_redrawing_writes_one_with_what_the_table_and_the_record_beside_it_tell(
+    main_run: Path, tmp_path: Path
+) -> None:
+    source = redraw(main_run / "circuit_results.csv", tmp_path)
+    check_cells(tmp_path)
+    page, of_run = Page(source), page_of(main_run)
+    assert facts_of(page) == facts_of(of_run)
+    assert hovers(page) == hovers(of_run)
+    assert {*images(page)} == {path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert len(page.all("details")) == 16
+    assert "reply" not in {text for row in page.tables[2] for text, _ in row}
+    told = Page(section(source, "Findings")).of("p")
+    assert told and told == log_of(main_run)[: len(told)]
+    assert "redrawn" not in section(source, "Findings")
+
+
+def test_a_table_alone_names_no_model_and_no_samples(main_run: Path, tmp_path: Path) -> None:
+    shutil.copy(main_run / "circuit_results.csv", tmp_path / "t.csv")
+    (tmp_path / "new").mkdir()
+    for name in ("circuit_confirm.png", "circuit_heatmap.png", "generations.jsonl"):
+        (tmp_path / "new" / name).write_bytes(b"of another")  # a folder that is not a run's
+    page = Page(redraw(tmp_path / "t.csv", tmp_path / "new"))
+    facts = facts_of(page)
+    assert not {"model", "run"} & {*facts}
+    assert facts["noise floor"] == "not known"
+    assert page.of("title") == ["suppression: zero of head"]
+    assert not page.all("details") and len(images(page)) == 2
+    named = Page(redraw(tmp_path / "t.csv", tmp_path / "new", "--model_id", "mine", "--heatmap"))
+    assert facts_of(named)["model"] == "mine"
+    assert len(images(named)) == 3
+
+
+def test_redrawing_a_run_where_it_is_keeps_its_figures_and_replies(
+    main_run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(main_run, folder)
+    page = Page(redraw(folder / "circuit_results.csv", folder))
+    assert len(images(page)) == 3
+    assert [table[0] for table in page.tables] == [table[0] for table in page_of(main_run).tables]
+
+
+def test_samples_that_the_table_does_not_have_are_left_out(main_run: Path, tmp_path: Path) -> None:
+    table = read(main_run)
+    for name in ("run", "new"):
+        (tmp_path / name).mkdir()
+    some = table[table["sample_id"].isin(["s0001", "s0004", "s0009"])]
+    some.to_csv(tmp_path / "run" / "t.csv", index=False)
+    shutil.copy(main_run / "run.json", tmp_path / "run" / "run.json")
+    page = Page(redraw(tmp_path / "run" / "t.csv", tmp_path / "new"))
+    assert [text[:5] for text in page.of("summary")] == ["s0001", "s0004", "s0009"]
+
+
+# ----- in a browser
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+TEST = """
+const said = {}, table = document.querySelector("#T_heads"), body = table.tBodies[0];
+const heads = [...table.tHead.rows[1].cells];
+const column = i => [...body.rows].map(row => row.cells[i].textContent);
+said.first = column(0)[0];
+said.cell = body.rows[0].cells[1].textContent;
+said.shown = getComputedStyle(document.querySelector(".grid span")).display;
+for (const [name, i, clicks] of [["up", 1, 1], ["down", 1, 1], ["labels", 0, 1], ["verdicts", 5, 1],
+    ["median", heads.length - 6, 1]]) {
+  const button = heads[i].querySelector("button");
+  button.focus();
+  said[name + "_focus"] = document.activeElement === button;
+  button.click();
+  said[name] = column(0);
+  said[name + "_aria"] = heads.map(head => head.getAttribute("aria-sort"));
+  said[name + "_values"] = column(i);
+}
+said.images = [...document.images].map(image => image.naturalWidth);
+said.too_wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+const out = document.createElement("pre");
+out.id = "said";
+out.textContent = JSON.stringify(said);
+document.body.append(out);
+"""
+
+
+def browse(source: str, folder: Path, width: int, allow: str = "") -> tuple[str, list[str]]:
+    """The page as it stands after its scripts have run, and what the console said."""
+    known = base64.b64encode(hashlib.sha256(allow.encode()).digest()).decode()
+    (folder / "page.html").write_text(
+        source.replace("script-src ", f"script-src 'sha256-{known}' "), encoding="utf-8"
+    )
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--enable-logging=stderr", f"--window-size={width},900"]
+    command += [f"--user-data-dir={folder / 'profile'}", (folder / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1280, 500])
+def test_it_opens_in_a_browser_and_sorts(width: int, main_run: Path, tmp_path: Path) -> None:
+    source = source_of(main_run).replace("</html>", f"<script>{TEST}</script></html>")
+    dom, console = browse(source, tmp_path, width, allow=TEST)
+    assert console == []
+    said = json.loads(html.unescape(re.findall('<pre id="said">(.*?)</pre>', dom)[0]))
+    heads = read(main_run, "circuit_heads.csv").set_index("label")
+    assert (said["first"], said["cell"]) == ("L0H6", "+0.649")
+    assert said["shown"] == "block"
+    order = heads["minus_other_mean"].sort_values().index.tolist()
+    assert said["up"] == order and said["down"] == order[::-1]
+    assert said["labels"] == heads.index.tolist()
+    assert said["verdicts_values"] == sorted(heads["minus_other_verdict"])
+    assert said["median"] == heads["median"].sort_values().index.tolist()
+    aria = {"up": (1, "ascending"), "down": (1, "descending"), "labels": (0, "ascending")}
+    for name, (column, way) in aria.items():
+        found = said[f"{name}_aria"]
+        assert found[column] == way and found.count(None) == len(found) - 1
+        assert said[f"{name}_focus"]
+    assert len(said["images"]) == 3 and all(said["images"])
+    assert said["too_wide"] == 0
+
+
+@needs_chromium
+def test_a_script_that_is_not_the_pages_does_not_run(main_run: Path, tmp_path: Path) -> None:
+    other = '<script>document.title = "other"</script>'
+    dom, console = browse(source_of(main_run).replace("</html>", f"{other}</html>"), tmp_path, 900)
+    assert "<title>other</title>" not in dom and "<title>suppression in tiny_llama" in dom
+    assert any("Content Security Policy" in line for line in console)
+
+
+@needs_chromium
+def test_hostile_texts_do_nothing_in_a_browser(hostile: Path, tmp_path: Path) -> None:
+    dom, console = browse(source_of(hostile), tmp_path, 900)
+    assert console == []
+    assert "alert(1)" in dom and dom.count("<script") == 1
+
+
+def missing_values(folder: Path) -> Iterator[str]:
+    for row in cells_of(page_of(folder)).values():
+        yield from (name for name, (text, _) in row.items() if not text)
+
+
+def test_what_is_missing_is_an_empty_cell(llama: str, tmp_path: Path) -> None:
+    folder = finish(llama, tmp_path, "--num_samples", "1", "--layers", "0")
+    assert {"ci_low", "ci_high"} <= {*missing_values(folder)}
+    assert not re.search(r"\bnan\b", source_of(folder).split("<h2>Figures")[0])
+    check_cells(folder)
