@@ -4,6 +4,7 @@
 #     "torch>=2.8,<2.14",
 #     "transformers>=4.57,<5.24",
 #     "accelerate>=1.10,<1.16",
+#     "jinja2>=3.1.6,<4",
 #     "pandas>=2.2,<3.2",
 #     "matplotlib>=3.8,<3.12",
 #     "tqdm>=4.66,<5",
@@ -5236,7 +5237,7 @@ def list_facts(
         "edited": f"{heads['kind'].iloc[0]}, {op_of(config)}, positions {config.positions}{given}",
         "samples": f"{numbered(n_real, 'sample')} of {numbered(n_sentences, 'sentence')}{controls}",
         "base": "\n".join(describe_base(side, base) for side, base in bases.items()),
-        "noise floor": "not known" if math.isnan(floor) else f"{floor:.2g} nats",
+        "noise floor": "none known" if math.isnan(floor) else f"{floor:.2g} nats",
         "tested": f"{numbered(n_tests, 'component')}, which q corrects for",
         "method": method,
         "run": ", ".join(f"{name} {told[name]}" for name in run if name in told),
@@ -5246,8 +5247,8 @@ def list_facts(
 
 def draw_table(heads: pd.DataFrame, quoted: str) -> str:
     """The strongest components, by the measure that is quoted, which stands first."""
-    told = "Nats, with 95 % intervals. Red carries the task, blue works against it. A click on a"
-    told += " heading sorts."
+    told = "Nats, with 95 % intervals. Red leans to carrying the task, blue against it; the verdict"
+    told += " says what can be told from chance. A click on a heading sorts."
     if len(heads) > MOST_ROWS:
         told += f" The {MOST_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
     prefixes = [quoted, *(p for p in MEASURES if p != quoted and f"{p}mean" in heads)]
@@ -5384,7 +5385,9 @@ def write_report(
     replies = replies_in(path / "generations.jsonl") if in_run else {}
     parts += ["<h2>Samples</h2>" * bool(samples), *(tell_sample(of, replies) for of in samples)]
     model = f" in {Path(config.model_id).name}" if "model" in facts else ""
-    write_text(path / REPORT, page(f"{config.task}{model}: {op_of(config)} of {kind}", parts))
+    write_text(
+        path / REPORT, page(f"{config.task}{model}: {OPS[config.op].doing} each {kind}", parts)
+    )
 
 
 # ----- Main ---------------------------------------------------------------------------------------

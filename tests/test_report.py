@@ -297,7 +297,7 @@ def test_the_run_is_told_from_its_record(main_run: Path) -> None:
     assert [line.split("; noise")[0] for line in log if line.startswith("mean ")] == found
     for name in ("model", "seed", "dtype", "device_type", "torch", "transformers"):
         assert f"{name} {record['fingerprint'][name]}" in facts["run"]
-    assert page.of("title") == ["suppression in tiny_llama: zero of head"]
+    assert page.of("title") == ["suppression in tiny_llama: removing each head"]
 
 
 def test_negative_controls_are_no_samples_of_the_base(tiny_llama: str, tmp_path: Path) -> None:
@@ -616,8 +616,8 @@ def test_a_table_alone_names_no_model_and_no_samples(main_run: Path, tmp_path: P
     page = Page(redraw(tmp_path / "t.csv", tmp_path / "new"))
     facts = facts_of(page)
     assert not {"model", "run"} & {*facts}
-    assert facts["noise floor"] == "not known"
-    assert page.of("title") == ["suppression: zero of head"]
+    assert facts["noise floor"] == "none known"
+    assert page.of("title") == ["suppression: removing each head"]
     assert not page.all("details") and len(images(page)) == 2
     named = Page(redraw(tmp_path / "t.csv", tmp_path / "new", "--model_id", "mine", "--heatmap"))
     assert facts_of(named)["model"] == "mine"
