@@ -2326,7 +2326,7 @@ def make_folder(path: Path) -> None:
         raise UsageError(f"--output_dir {path} cannot be used: {error.strerror}") from error
 
 
-RECORD: dict[str, Any] = {"fingerprint": dict, "config": dict, "files": dict}
+RECORD: dict[str, Any] = {"fingerprint": dict, "config": dict, "files": dict, "samples": list}
 RECORD |= {"noise_floor": (int, float, type(None))}
 
 
@@ -5038,7 +5038,7 @@ def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: 
     prompts = exp.prompts_of(units)
     scores = set_scores(exp, folder, [JointSet("none"), *joint], prompts)[1:]
     said, rows = folder.path / "generations.jsonl", []
-    lines = said.read_text(encoding="utf-8").splitlines()
+    lines = said.read_text(encoding="utf-8").rstrip("\n").split("\n")  # a reply may hold U+2028
     for of, found in zip(joint, scores, strict=True):
         records = measure_replies(exp, folder, of, prompts)
         lines += [json.dumps(record, ensure_ascii=False) for record in records]

@@ -494,6 +494,20 @@ def test_tokens_and_replies_are_escaped_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert page.of("p") == ["targets: <u>; foils: &lt;"]
 
 
+def test_replies_with_odd_line_ends_stay_whole(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = "one\u2028two\x85three\nfour\r"
+    monkeypatch.setattr(tracing, "greedy_replies", lambda _, __, prompts: [reply] * len(prompts))
+    flags = ["--ablate", "L0H1", "--num_random", "2", "--multipliers", "0,1"]
+    page = page_of(finish(llama, tmp_path, *FEW, *flags, "--max_new_tokens", "2"))
+    titles = [text for text, _ in page.tables[2][0][4:]]
+    assert titles == ["reply", "reply, 1 component x 0", "reply, 1 component x 1"]
+    shown = {text for table in page.tables[2:] for row in table[1:] for text, _ in row[4:]}
+    assert shown == {"one\\u2028two\\x85three\nfour\\r"}
+    assert {row["reply"] for _, row in tracing.read_rows(tmp_path / "generations.jsonl")} == {reply}
+
+
 @pytest.mark.parametrize("name", ["main_run", "hostile"])
 def test_the_page_asks_the_network_for_nothing(name: str, request: Any) -> None:
     source = source_of(request.getfixturevalue(name))
