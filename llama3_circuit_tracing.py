@@ -4,7 +4,6 @@
 #     "torch>=2.8,<2.14",
 #     "transformers>=4.57,<5.24",
 #     "accelerate>=1.10,<1.16",
-#     "jinja2>=3.1.6,<4",
 #     "pandas>=2.2,<3.2",
 #     "matplotlib>=3.8,<3.12",
 #     "tqdm>=4.66,<5",
@@ -463,11 +462,14 @@ class Config:
         return self.confirm[0] == "all"
 
     @property
-    def by(self) -> str:
-        """What a title adds where its effects are estimates, or of one direction only."""
-        if self.along:
-            return f" along {self.along_name}"
+    def estimated(self) -> str:
+        """What a title adds where its effects are estimates."""
         return "" if self.row_method == "exact" else f" by {self.row_method} estimates"
+
+    @property
+    def by(self) -> str:
+        """The same, or where they are of one direction only."""
+        return self.estimated or (f" along {self.along_name}" if self.along else "")
 
     @property
     def along_name(self) -> str:
@@ -3752,7 +3754,7 @@ def op_of(config: Config) -> str:
     """The op with what it takes: zero, scale 2, patch into a."""
     factor = "" if config.factor is None else f" {config.factor:g}"
     into = f" into {config.patch_into}" if config.patches else ""
-    return f"{config.op}{factor}{into}{config.by if config.along else ''}"
+    return f"{config.op}{factor}{into}{f' along {config.along_name}' if config.along else ''}"
 
 
 MANY_SETS = 10  # distinct random sets, from which on their quantiles are told
@@ -3785,7 +3787,9 @@ def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) ->
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     model, n = Path(config.model_id).name, numbered(int(base["n_sentences"]), "sentence")
-    told = f"{config.task}, {model}, {op_of(config)}\nmeans{config.by}, 95 % intervals over {n}"
+    told = (
+        f"{config.task}, {model}, {op_of(config)}\nmeans{config.estimated}, 95 % intervals over {n}"
+    )
     figure.suptitle(told, fontsize=9, parse_math=False)
     save_figure(figure, path)
 
@@ -3920,8 +3924,8 @@ def report_findings(
     task, n_tests = TASKS[config.task], int(heads["n_tests"].iloc[0])
     quoted, role = quoted_role(heads, bases)
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
-    if config.row_method != "exact":
-        log.warning(f"all effects here are{config.by}, none is measured")
+    if config.estimated:
+        log.warning(f"all effects here are{config.estimated}, none is measured")
     for side, found in bases.items():
         log.info("%s%s", describe_base(side, found), noise if side == "b" else "")
         if found["n_sentences"] > 1 and not found["is_clear"]:
@@ -5184,6 +5188,7 @@ FIGURES = {  # what they show
     "summary": "The strongest mean effects on delta_logit.",
     "heatmap": "Mean role by layer and index; grey where there is no verdict.",
     "screen": "Estimates against measurements of the same components.",
+    "directions": "How well directions tell prompts apart, and what edits along them move.",
     "confirm": "Held-out sentences: what is left with components edited jointly.",
     "paths": "Effects by sender and receiver of a path.",
     "positions": "Effects of editing one token at a time.",
@@ -5228,7 +5233,7 @@ def list_facts(
     method = "measured, by the exact sweep"
     if n_tests > len(heads):
         method = f"{len(heads)} of {n_tests} estimated components measured by the exact sweep"
-    if config.by:
+    if config.estimated:
         method = f"ESTIMATED from gradients by {config.row_method}: no component is measured"
     run = ("model", "seed", "dtype", "device_type", "attn_implementation", "torch", "transformers")
     facts = {
@@ -5372,7 +5377,7 @@ def write_report(
     parts = ["<h2>The run</h2><dl>"]
     facts = list_facts(table, heads, floor, config, record)
     for name, text in facts.items():
-        warns = ' class="warning"' * (name == "method" and config.by != "")
+        warns = ' class="warning"' * (name == "method" and config.estimated != "")
         parts.append(f"<dt>{name}</dt><dd{warns}>{as_html(text)}</dd>")
     parts += ["</dl><h2>Findings</h2>", *tell_findings(said)]
     parts += [f"<h2>Components{config.by}</h2>", draw_table(heads, quoted)]
