@@ -607,7 +607,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
@@ -3745,7 +3745,7 @@ def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     top = heads.sort_values("mean", key=lambda mean: mean.abs(), ascending=False).head(config.top_k)
     kind = str(top["kind"].iloc[0])
     axis = kind if KINDS[kind].slices else "layer"
-    title = f"Top {len(top)} {kind} effects on delta_logit{config.by}"
+    title = f"Top {len(top)} {kind} effects on delta_logit\n{config.by}".strip()
     means = top.set_index("label")["mean"]
     draw_bars(means, path, xlabel=axis, ylabel="mean_head_effect", title=title)
 
@@ -4304,8 +4304,8 @@ def write_directions(exp: Experiment, folder: RunFolder) -> None:
     told |= {name: getattr(exp.config, name) for name in ("model_id", "task", "kind", "along")}
     told["fitted_on"] = [of_sample[0].pair_id(of_sample[1]) for of_sample in exp.fitting]
     found = {component.label: of.contiguous() for component, of in exp.directions.items()}
-    save = functools.partial(save_file, found, metadata={"told": json.dumps(told)})
-    write_atomically(folder.path / "directions.safetensors", save)
+    content = save_tensors(found, metadata={"told": json.dumps(told)})
+    write_atomically(folder.path / "directions.safetensors", lambda p: p.write_bytes(content))
 
 
 def report_directions(told: pd.DataFrame, exp: Experiment) -> None:
