@@ -3745,7 +3745,7 @@ def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     top = heads.sort_values("mean", key=lambda mean: mean.abs(), ascending=False).head(config.top_k)
     kind = str(top["kind"].iloc[0])
     axis = kind if KINDS[kind].slices else "layer"
-    title = f"Top {len(top)} {kind} effects on delta_logit\n{config.by}".strip()
+    title = f"Top {len(top)} {kind} effects on delta_logit\n{config.by[1:]}".rstrip()
     means = top.set_index("label")["mean"]
     draw_bars(means, path, xlabel=axis, ylabel="mean_head_effect", title=title)
 
