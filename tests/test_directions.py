@@ -1,0 +1,729 @@
+"""Directions: fits on data whose answer is known, edits along one, the ablation of a paper with its
+own hooks, and the tables of the command by hand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from statistics import NormalDist
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import llama3_circuit_tracing as tracing
+import naive
+import random_models
+from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses, write_samples
+from llama3_circuit_tracing import Component, Edit, Experiment, JointSet
+from test_interventions import SAMPLES, Bench, assert_like_the_oracle, bench
+
+CLOSE = 2e-5  # nats, in float32
+TABLE, FILE = "circuit_directions.csv", "directions.safetensors"
+FITS = {"difference": tracing.difference_of_means, "logistic": tracing.logistic}
+PRE_NORM = [name for name in random_models.ARCHITECTURES if name != "gemma3_text"]
+Patch = pytest.MonkeyPatch
+Build = Callable[..., str]
+
+
+def gaussians(n: int, apart: float, width: int = 8, count: int = 1, seed: int = 0) -> Any:
+    """Inputs [component, sample, side, width] of SD 1, and from the mean of b to that of a."""
+    rng = np.random.default_rng(seed)
+    of_b, d = np.random.default_rng(99).normal(size=(2, count, 1, width))
+    d *= apart / np.linalg.norm(d, axis=-1, keepdims=True)
+    x = rng.normal(size=(count, n, 2, width)) + 3 * of_b[:, None]
+    x[:, :, 0] += d
+    return torch.tensor(x), torch.tensor(d[:, 0])
+
+
+# ----- fits
+
+
+@pytest.mark.parametrize("method", FITS)
+def test_the_direction_between_two_gaussians_is_found(method: str) -> None:
+    """A linear rule can be right in Phi(distance / 2 SD) of new cases, and no more."""
+    x, d = gaussians(2500, 1.5, count=2)
+    found, threshold = FITS[method](x)
+    assert torch.cosine_similarity(found, d).min() > 0.995
+    assert (found - d).norm(dim=1).max() < 0.15
+    accuracy, auc = tracing.separation((found, threshold), gaussians(2500, 1.5, count=2, seed=1)[0])
+    assert (accuracy - NormalDist().cdf(1.5 / 2)).abs().max() < 0.015
+    assert (auc - NormalDist().cdf(1.5 / math.sqrt(2))).abs().max() < 0.015
+
+
+@pytest.mark.parametrize("method", FITS)
+def test_added_once_a_direction_moves_the_mean_of_b_to_that_of_a_along_it(method: str) -> None:
+    x, _ = gaussians(16, 2.0, count=5)
+    found = FITS[method](x)[0]
+    a, b = x.mean(1).unbind(1)
+    assert (((b + found) * found).sum(1) - (a * found).sum(1)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(("count", "n", "width"), [(40, 16, 24), (1, 16, 4096), (64, 3, 16)])
+def test_logistic_is_where_the_gradient_of_its_loss_is_zero(count: int, n: int, width: int) -> None:
+    """With w = k * d * SD for some k > 0: w = sum of y sigma(-y m) z, and no bias is better. The
+    penalty makes the Hessian at least 1, so w is as near its optimum as the gradient is small."""
+    x = gaussians(n, 1.0, width, count)[0] * torch.linspace(0.01, 100, width).double()
+    for flat, d, threshold in zip(x.numpy(), *map(Tensor.numpy, tracing.logistic(x)), strict=True):
+        flat = flat.reshape(2 * n, width)
+        z = (flat - flat.mean(0)) / flat.std(0)
+        w, margin, y = d * flat.std(0), flat @ d - threshold, np.tile([1.0, -1.0], n)
+
+        def pull(k: float, m: Any = margin, y: Any = y) -> Any:
+            return y / (1 + np.exp(np.minimum(k * y * m, 700)))
+
+        low, high = 0.0, 1e6
+        for _ in range(200):
+            k = (low + high) / 2
+            low, high = (k, high) if k * w @ w < w @ (pull(k) @ z) else (low, k)
+        assert np.linalg.norm(k * w - pull(k) @ z) < 1e-4 * np.linalg.norm(k * w)
+        assert abs(pull(k).sum()) < 1e-4
+
+
+def test_logistic_is_that_of_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    x, _ = gaussians(16, 1.0, 200, 4)
+    for flat, d in zip(x.numpy().reshape(4, 32, 200), tracing.logistic(x)[0].numpy(), strict=True):
+        model = sklearn.LogisticRegression(C=1.0, tol=1e-8, max_iter=1000)
+        model.fit((flat - flat.mean(0)) / flat.std(0), np.tile([1, 0], 16))
+        normal = model.coef_[0] / flat.std(0)
+        assert normal @ d / np.linalg.norm(normal) / np.linalg.norm(d) > 0.9999
+
+
+@pytest.mark.parametrize("method", FITS)
+def test_what_is_the_same_on_both_sides_has_no_direction(method: str) -> None:
+    x = torch.full((1, 4, 2, 6), 0.1).double()
+    found = FITS[method](torch.cat([x, gaussians(4, 1.0, 6)[0]]))
+    assert found[0].isfinite().all()
+    assert not found[0][0].any()
+    assert found[0][1].any()
+    accuracy, auc = tracing.separation(found, torch.cat([x, x]))
+    assert accuracy[0] == auc[0] == auc[1] == 0.5
+    assert not tracing.unit(found[0][0]).any()
+
+
+def test_accuracy_and_area_of_a_few_numbers() -> None:
+    """Right: 2, 3 and 1 of a, 0 and -1 of b; what lies on the threshold is half right."""
+    x = torch.tensor([[3.0, -1.0], [2.0, 0.0], [1.0, 2.0], [0.5, 0.5]]).double()[None, :, :, None]
+    accuracy, auc = tracing.separation((torch.ones(1, 1).double(), torch.tensor([0.5])), x)
+    assert float(accuracy) == (3 + 2 + 2 * 0.5) / 8
+    assert float(auc) == (4 + 3.5 + 3 + 2.5) / 16
+
+
+# ----- the rows of a probe
+
+
+def probed(
+    monkeypatch: Patch, given: Tensor, tested: Tensor, along: str = "difference"
+) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """Rows of `probe` on known inputs, every second sample of a sentence of its own; and the
+    held-out accuracies of the shuffled fits and then of the fit."""
+    inputs = {"fit": given, "test": tested}
+    accuracies, separation = [], tracing.separation
+
+    def seen(fit: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        accuracies.extend([separation(fit, x)[0]] if x is tested else [])
+        return separation(fit, x)
+
+    def samples(name: str, n: int) -> list[Any]:
+        told = (SimpleNamespace(counts=True, unit=f"{name}{i // 2}") for i in range(n))
+        return [[SimpleNamespace(sample=sample)] for sample in told]
+
+    exp: Any = SimpleNamespace(config=tracing.Config(along=along), directions={})
+    exp.prompts, exp.fitting = samples("test", tested.shape[1]), samples("fit", given.shape[1])
+    monkeypatch.setattr(
+        tracing, "last_inputs", lambda _, of, __: inputs[of[0][0].sample.unit.rstrip("0")]
+    )
+    monkeypatch.setattr(tracing, "separation", seen)
+    components = [Component(i, "resid") for i in range(len(given))]
+    return tracing.probe(exp, components)[0], accuracies
+
+
+@pytest.mark.parametrize("method", FITS)
+def test_fits_to_shuffled_labels_are_right_half_of_the_time(
+    method: str, monkeypatch: Patch
+) -> None:
+    """Of sides that are easily told apart: were nothing fitted anew, each would be right."""
+    monkeypatch.setattr(tracing, "N_SHUFFLES", 60)
+    both = [gaussians(40, 3.0, 8, 6, seed)[0] for seed in (0, 1)]
+    rows, accuracies = probed(monkeypatch, *both, method)
+    of_chance, of_fit = torch.stack(accuracies[:60]), accuracies[60]
+    assert of_fit.min() > 0.85
+    assert abs(float(of_chance.mean()) - 0.5) < 0.06
+    for i, row in enumerate(rows):
+        assert row["accuracy_shuffled"] == pytest.approx(np.quantile(of_chance[:, i], 0.95))
+        assert row["accuracy"] == float(of_fit[i])
+
+
+def test_sides_change_places_sentence_by_sentence(monkeypatch: Patch) -> None:
+    """Drawn again by hand, and fitted in numpy."""
+    given, tested = (gaussians(6, 1.0, 4, 1, seed)[0] for seed in (3, 4))
+    _, accuracies = probed(monkeypatch, given, tested)
+    for draw, accuracy in enumerate(accuracies[:20]):
+        rng, x = random.Random(f"42 shuffle {draw}"), given[0].numpy().copy()
+        for sentence in range(3):
+            if rng.random() < 0.5:
+                some = slice(2 * sentence, 2 * sentence + 2)
+                x[some] = x[some, ::-1]
+        a, b = x.mean(0)
+        on = (tested[0].numpy() - (a + b) / 2) @ (a - b)
+        assert float(accuracy) == pytest.approx(((on[:, 0] > 0).mean() + (on[:, 1] < 0).mean()) / 2)
+
+
+# ----- edits along a direction
+
+
+@pytest.fixture(scope="module", params=[*random_models.ARCHITECTURES, "tiny"])
+def any_bench(request: Any, random_model: Build, tiny_llama: str, tmp_path_factory: Any) -> Bench:
+    return bench(linked(request.param, random_model, tiny_llama, tmp_path_factory))
+
+
+@pytest.fixture(scope="module", params=[*PRE_NORM, "tiny"])
+def pre_norm(request: Any, random_model: Build, tiny_llama: str, tmp_path_factory: Any) -> Bench:
+    return bench(linked(request.param, random_model, tiny_llama, tmp_path_factory))
+
+
+def linked(name: str, random_model: Build, tiny_llama: str, tmp_path_factory: Any) -> str:
+    """A model's folder that samples may be written to."""
+    if name != "tiny":
+        return random_model(name)
+    folder = Path(tmp_path_factory.getbasetemp(), "tiny-for-directions")
+    if not folder.exists():
+        folder.mkdir()
+        for file in Path(tiny_llama).iterdir():
+            (folder / file.name).symlink_to(file)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plain(llama: str) -> Bench:
+    return bench(llama)
+
+
+def width_of(shape: Any, component: Component) -> int:
+    return len(range(shape.width(component.site[1]))[shape.columns(component)])
+
+
+def random_file(of: Bench, *kinds: str) -> str:
+    """A random direction of each component of some kinds, in a file beside the model."""
+    shape, found = of.traced.shape, {}
+    for layer in range(shape.n_layers):
+        for kind in kinds:
+            for i in shape.indices(kind):
+                c = Component(layer, kind, i)
+                generator = torch.Generator().manual_seed(len(found))
+                found[c.label] = torch.randn(width_of(shape, c), generator=generator).double()
+    path = str(Path(of.folder, FILE))
+    save_file(found, path)
+    return path
+
+
+ALONG = [
+    "--kind head --heads 1 --layers 1 --op zero",
+    "--kind head --heads 3 --layers 0 --op patch",
+    "--kind attn --layers 1 --op mean",
+    "--kind mlp --layers 2 --op scale --factor -1.5",
+    "--kind mlp --layers 0 --op add",
+    "--kind resid --layers 1 --op zero",
+    "--kind resid --layers 1 --op patch --patch_into b",
+    "--kind resid --layers 2 --op patch --positions last",
+    "--kind resid --layers 1 --op add --positions last",
+    "--kind resid --layers 1 --op mean --positions differing",
+]
+
+
+def only_along(monkeypatch: Patch, direction: Tensor, span: slice, adds: bool) -> None:
+    """Make the oracle's hooks move their input along a direction only, or by it."""
+    hooked, d = naive.hooked, direction.float()
+
+    def along(module: Any, replace: Any) -> AbstractContextManager[None]:
+        def project(x: Tensor) -> Tensor:
+            y, moved = x.clone(), replace(x) - x
+            change = (moved[..., span] @ d)[..., None] * d / (d @ d)
+            y[..., span] += moved.any(-1, keepdim=True) * d if adds else change
+            return y
+
+        return hooked(module, project)
+
+    monkeypatch.setattr(naive, "hooked", along)
+
+
+def like_the_oracle(of: Bench, flags: str, monkeypatch: Patch) -> None:
+    path = random_file(of, flags.split()[1])
+    flags += f" --along {path}"
+    (c,) = of.experiment(flags).components
+    span = naive.span_of(of.loaded[0], c.layer, c.kind, c.index)
+    only_along(monkeypatch, load_file(path)[c.label], span, "--op add" in flags)
+    assert_like_the_oracle(of, flags)
+
+
+@pytest.mark.parametrize("flags", ALONG)
+def test_one_plain_hook_gives_the_same_numbers(
+    plain: Bench, flags: str, monkeypatch: Patch
+) -> None:
+    like_the_oracle(plain, flags, monkeypatch)
+
+
+@pytest.mark.parametrize("flags", [ALONG[0], ALONG[6]])
+def test_and_with_other_architectures(any_bench: Bench, flags: str, monkeypatch: Patch) -> None:
+    like_the_oracle(any_bench, flags, monkeypatch)
+
+
+def rows_of(exp: Experiment) -> tuple[tracing.CleanRun, list[Edit]]:
+    """The unedited run of the first tree, and the edit of each component."""
+    sites = [component.site for component in exp.components]
+    clean = tracing.run_clean(exp.traced, exp.trees[0], (), range(exp.shape.n_layers), sites)
+    return clean, [exp.edits([component], clean)[0] for component in exp.components]
+
+
+@pytest.mark.parametrize("op", ["zero", "patch", "scale --factor -3"])
+@pytest.mark.parametrize("kind", ["head --heads 2", "attn", "mlp", "resid"])
+def test_all_directions_of_a_basis_together_are_the_whole_edit(
+    any_bench: Bench, kind: str, op: str
+) -> None:
+    """And along one and along its complement the displacement is that of the whole."""
+    path, flags = random_file(any_bench, kind.split()[0]), f"--kind {kind} --layers 1 --op {op}"
+    exp = any_bench.experiment(f"{flags} --along {path}")
+    clean, (edit,) = rows_of(exp)
+    whole, x = edit_with(edit, None), clean.site_inputs[edit.site][None]
+    along, all_of_it = (tracing.displacement(of, x) for of in (edit, whole))
+    u = tracing.unit(exp.directions[exp.components[0]])
+    beside = all_of_it - all_of_it @ u[:, None] * u
+    assert (along + beside - all_of_it).abs().max() < 1e-9
+    assert (beside @ u).abs().max() < 1e-9
+    assert along.abs().max() > 1e-3
+    basis = torch.linalg.qr(torch.randn(len(u), len(u)).double())[0].T
+    parts = tuple(edit_with(edit, e.expand(2, -1)) for e in basis)
+    together, plain = exp.run_rows(clean, [parts, (whole,)], tqdm(disable=True))
+    assert (together - plain).abs().max() < 5e-4  # nats, after the rounding of so many sums
+    assert (plain - clean.log_probs[0]).abs().max() > 1e-2
+
+
+def edit_with(edit: Edit, along: Tensor | None) -> Edit:
+    return Edit(edit.site, edit.columns, edit.factor, edit.source, edit.where, along)
+
+
+@pytest.mark.parametrize("kind", ["head", "mlp", "resid"])
+def test_zero_twice_is_zero_once_and_leaves_nothing_along_the_direction(
+    any_bench: Bench, kind: str
+) -> None:
+    exp = any_bench.experiment(f"--kind {kind} --op zero --along {random_file(any_bench, kind)}")
+    clean, edits = rows_of(exp)
+    for edit, component in zip(edits, exp.components, strict=True):
+        u = tracing.unit(exp.directions[component])
+        x = clean.site_inputs[edit.site][None, :, edit.columns].double()
+        left = (x + tracing.displacement(edit, clean.site_inputs[edit.site][None])) @ u
+        assert left.abs().max() < 1e-12 * float(x.abs().max()) < float((x @ u).abs().max())
+    rows = [row for edit in edits for row in ((edit,), (edit, edit))]
+    once, twice = exp.run_rows(clean, rows, tqdm(disable=True)).unflatten(0, (-1, 2)).unbind(1)
+    assert (once - twice).abs().max() < CLOSE
+    assert (once - clean.log_probs).abs().max() > 1e-3
+
+
+def test_patch_takes_what_the_partner_has_along_the_direction_and_add_the_raw_vector(
+    plain: Bench,
+) -> None:
+    path = random_file(plain, "resid")
+    for op in ("patch", "add"):
+        exp = plain.experiment(f"--kind resid --op {op} --along {path}")
+        clean, edits = rows_of(exp)
+        tree, moved_any = clean.tree, False
+        for edit, component in zip(edits, exp.components, strict=True):
+            d, x = exp.directions[component], clean.site_inputs[edit.site].double()
+            got = tracing.displacement(edit, x[None])[0]
+            if op == "add":
+                assert (got - d).abs().max() < 1e-12
+                continue
+            touched = tree.where.nonzero()[:, 0]
+            after, partner = (x + got)[touched] @ d, x[tree.partner[touched]] @ d
+            assert (after - partner).abs().max() < 1e-9
+            assert not got[~tree.where].any()
+            moved_any |= bool((after - x[touched] @ d).abs().max() > 1e-3)
+        assert moved_any or op == "add"
+
+
+@pytest.mark.parametrize("flags", ["--kind head --op zero", "--kind resid --op add"])
+def test_what_is_beside_goes_as_far_in_a_random_direction(
+    plain: Bench, flags: str, monkeypatch: Patch
+) -> None:
+    path, rows = random_file(plain, flags.split()[1]), []
+    exp = plain.experiment(f"{flags} --along {path}")
+    run_rows = Experiment.run_rows
+    monkeypatch.setattr(
+        Experiment,
+        "run_rows",
+        lambda self, clean, of, *a: rows.extend(of) or run_rows(self, clean, of, *a),
+    )
+    deltas = tracing.edit_beside(exp, exp.trees[0], tqdm(disable=True))
+    clean, edits = rows_of(exp)
+    ways = tracing.ways_beside(exp.config)
+    assert ways == (["random", "whole"] if "head" in flags else ["random"])
+    assert len(deltas) == len(rows) == len(ways) * len(edits)
+    for i, edit in enumerate(edits):
+        x = clean.site_inputs[edit.site][None]
+        along, beside = (tracing.displacement(of, x)[0] for of in (edit, rows[i][0]))
+        assert (along.norm(dim=1) - beside.norm(dim=1)).abs().max() < 1e-9
+        directions = [torch.nn.functional.normalize(of[-1], dim=0) for of in (along, beside)]
+        assert abs(float(directions[0] @ directions[1])) < 0.8
+        if len(ways) == 2:
+            assert rows[len(edits) + i][0].along is None
+    assert len({tuple(np.round(row[0].along[1].tolist(), 6)) for row in rows[: len(edits)]}) == len(
+        edits
+    )
+
+
+def test_each_of_several_components_moves_along_its_own_direction(plain: Bench) -> None:
+    """Random sets and complements too."""
+    exp = plain.experiment(f"--kind head --along {random_file(plain, 'head')} --given L0H1")
+    (drawn, _) = tracing.draw_random([Component(1, "head", 2)], 1, exp, 0) or ((), 0)
+    clean = rows_of(exp)[0]
+    every = set(exp.every("head"))
+    few = (Component(1, "head", 0), Component(1, "head", 3), Component(2, "head", 1))
+    for of, edited in (
+        (JointSet("random", drawn), {*drawn}),
+        (JointSet("chosen", few), {*few}),
+        (JointSet("complement", few, others_of=("head",)), every - {*few}),
+    ):
+        row = tracing.row_of(exp, clean, of)
+        places = {(edit.site, edit.columns.start): edit for edit in row}
+        assert len(places) == len(row) == len(edited) > 0
+        for c in edited:
+            u = tracing.unit(exp.directions[c])
+            edit = places[c.site, exp.shape.columns(c).start]
+            assert (edit.along - u).abs().max() < 1e-15
+            assert abs(float(u.norm()) - 1) < 1e-12
+
+
+# ----- a direction zeroed everywhere
+
+
+@contextmanager
+def ablated_as_in_the_paper(model: Any, d: Tensor) -> Iterator[None]:
+    """arXiv:2406.11717: x - (x u) u of each block's input and of what attention and MLP write."""
+    u = (d / d.norm()).float()
+
+    def without(x: Tensor) -> Tensor:
+        return x - (x @ u)[..., None] * u
+
+    def after(_: Any, args: Any, output: Any) -> Any:
+        return (without(output[0]), *output[1:]) if isinstance(output, tuple) else without(output)
+
+    with ExitStack() as stack:
+        for block in naive.layers_of(model):
+            stack.enter_context(naive.hooked(block, without))
+            stack.enter_context(block.self_attn.register_forward_hook(after))
+            stack.enter_context(block.mlp.register_forward_hook(after))
+        yield
+
+
+EVERYWHERE = "--kind resid --op zero --confirm all --num_random 3 --max_new_tokens 6"
+
+
+def ablating(of: Bench) -> tuple[Experiment, Component]:
+    exp = of.experiment(f"{EVERYWHERE} --along {random_file(of, 'resid')}")
+    return exp, exp.components[1]
+
+
+def scores_with(exp: Experiment, *rows: tracing.Row) -> Tensor:
+    """[row, prompt] of the first tree."""
+    clean = exp.run_clean(exp.trees[0], range(exp.shape.n_layers), exp.components)
+    log_probs = exp.run_rows(clean, rows, tqdm(disable=True))
+    return clean.tree.scores(torch.cat([clean.log_probs, log_probs]), exp.task)
+
+
+def test_a_direction_zeroed_everywhere_is_the_ablation_of_the_paper(pre_norm: Bench) -> None:
+    """Nothing less is: not the blocks' inputs alone, nor all without one kind of reading point."""
+    exp, component = ablating(pre_norm)
+    row, d = exp.everywhere(component), exp.directions[component]
+    assert len(row) == 2 * exp.shape.n_layers + 1
+    less = [
+        tuple(e for e in row if e.site[1] != what) for what in ("", tracing.MIDDLE, tracing.FINAL)
+    ]
+    blocks = tuple(edit for edit in row if edit.site[1] == "")
+    base, found, *others = scores_with(exp, row, blocks, *less)
+    model, tokenizer = pre_norm.loaded
+    for i, prompt in enumerate(exp.trees[0].prompts):
+        text = prompt.sample.prompt_a if prompt.side == "a" else prompt.sample.prompt_b
+        with ablated_as_in_the_paper(model, d):
+            paper = naive.suppression_score(model, tokenizer, text, prompt.sample.targets)
+        assert abs(float(found[i]) - paper) < 1e-5 * max(1, abs(paper))
+    assert (found - base).abs().max() > 0.05
+    for of in others:
+        assert (found - of).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_replies_are_those_of_the_paper_too(pre_norm: Bench) -> None:
+    exp, component = ablating(pre_norm)
+    d, (model, tokenizer) = exp.directions[component], pre_norm.loaded
+    prompts = [prompt for of_sample in exp.prompts for prompt in of_sample[:2]]
+    row = tracing.row_of(exp, None, JointSet("chosen", (component,), everywhere=True))
+    found = tracing.greedy_replies(exp, row, prompts)
+    ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
+    configured = exp.traced.model.generation_config.eos_token_id
+    ends |= set(configured if isinstance(configured, list) else [configured])
+    for prompt, reply in zip(prompts, found, strict=True):
+        ids: list[int] = list(prompt.ids)
+        with ablated_as_in_the_paper(model, d):
+            while len(ids) < len(prompt.ids) + 6 and (
+                len(ids) == len(prompt.ids) or ids[-1] not in ends
+            ):
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        said = [token for token in ids[len(prompt.ids) :] if token not in ends]
+        assert reply == tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+def test_random_directions_go_as_far_at_each_token_and_reading_point(pre_norm: Bench) -> None:
+    exp, component = ablating(pre_norm)
+    clean = exp.run_clean(exp.trees[0], range(exp.shape.n_layers), exp.components)
+    sets = [JointSet("chosen", (component,), everywhere=True)]
+    sets += [JointSet("random", (component,), draw, everywhere=True) for draw in (1, 2)]
+    found = []
+    for of in sets:
+        row = tracing.row_of(exp, clean, of)
+        modules = {edit.site: exp.traced.module(edit.site) for edit in row}
+        with tracing.recording(modules) as seen:
+            tracing.final_states(exp.traced, clean, [row])
+        found.append({e.site: tracing.displacement(e, seen[e.site])[0] for e in row})
+    assert len(found[0]) == 2 * exp.shape.n_layers + 1
+    ends, u = exp.trees[0].scored, tracing.unit(exp.directions[component])
+    directions = []
+    for drawn in found[1:]:
+        for site, moved in found[0].items():
+            far = moved[ends].norm(dim=1)
+            assert (drawn[site][ends].norm(dim=1) - far).abs().max() < 1e-4 * float(far.max())
+        directions.append(torch.nn.functional.normalize(drawn[0, ""][-1], dim=0))
+        for moved in drawn.values():  # all in one direction
+            assert (moved - (moved @ directions[-1])[:, None] * directions[-1]).abs().max() < 1e-6
+    overlaps = torch.stack([u, *directions]) @ torch.stack([u, *directions]).T
+    assert (overlaps - torch.eye(3)).abs().max() < 0.9
+
+
+@pytest.mark.parametrize("architecture", ["gemma3_text", "gemma2", "olmo2", "cohere"])
+def test_models_that_read_the_stream_otherwise_are_refused(
+    architecture: str, random_model: Build, answer: Answer, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    common = ["--model_id", random_model(architecture), "--output_dir", str(tmp_path / "x")]
+    flags = [*common, *EVERYWHERE.split(), "--along", "difference"]
+    refuses(answer, *flags, says=["--confirm all is for models", "input_layernorm"])
+
+
+def chosen_layer(
+    monkeypatch: Patch, roles: Sequence[float], kl: Sequence[float], zero: int = -1
+) -> str:
+    """What is chosen of layers that move a base of +10 by so much against it, with such a KL."""
+    config = tracing.Config(confirm=("all", 1), num_random=2, kind="resid", along="difference")
+    n = len(roles)
+    components = [Component(i, "resid") for i in range(n)]
+    exp: Any = SimpleNamespace(config=config, components=components, fitting=["those set apart"])
+    exp.shape = SimpleNamespace(n_layers=n)
+    exp.directions = {c: torch.ones(3) * (c.layer != zero) for c in components}
+
+    def scores(_: Any, __: Any, sets: Sequence[JointSet], prompts: Any) -> Tensor:
+        assert prompts is exp.fitting
+        told = torch.zeros(len(sets), 4, 5).double()
+        told[..., 2] = math.nan
+        for row, of in zip(told, sets, strict=True):
+            layer = of.components[0].layer if of.components else None
+            row[:, 0] = 10 - (0 if layer is None else roles[layer])
+            row[:, 4] = 0 if layer is None else kl[layer]
+        return told
+
+    monkeypatch.setattr(tracing, "set_scores", scores)
+    sets = tracing.choose_direction(exp, SimpleNamespace(), "b")  # type: ignore[arg-type]
+    assert [of.name for of in sets[:1]] == ["none"] * bool(sets)
+    assert all(of.everywhere and of.components == sets[1].components for of in sets[1:])
+    assert [(of.name, of.draw) for of in sets[2:]] == [("random", 1), ("random", 2)][: len(sets)]
+    return sets[1].components[0].label if sets else ""
+
+
+def test_the_layer_is_chosen_on_the_samples_that_are_set_apart(monkeypatch: Patch) -> None:
+    still = [0.0] * 5
+    assert chosen_layer(monkeypatch, [1, 5, 3, 2, 9], still) == "L1resid"  # none of the last fifth
+    assert chosen_layer(monkeypatch, [1, 5, 3, 2, 9], [0, 0.2, 0.1, 0, 0]) == "L2resid"
+    assert chosen_layer(monkeypatch, [1, 5, 2, 2, 9], [0, 0.2, 0.1, 0, 0]) == "L1resid"
+    assert chosen_layer(monkeypatch, [1, 5, 3, 2, 9], [0, 0.3, 0.2, 0, 0]) == "L2resid"
+    assert chosen_layer(monkeypatch, [1, 5, 3, 2, 9], still, zero=1) == "L2resid"
+    assert chosen_layer(monkeypatch, [-1, -5, 0, -2, 9], still) == ""
+
+
+# ----- the whole command
+
+
+REFUSAL = "--task refusal --num_samples 12 --no-bf16 --kind resid --along difference"
+PATCH = [*REFUSAL.split(), "--op", "patch"]
+NUMBERS = [f"{way}_{name}" for way in ("along", "random") for name in ("mean", "ci_low", "q")]
+
+
+@pytest.fixture(scope="module")
+def patched(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(tiny_llama, tmp_path_factory.mktemp("patched"), *PATCH)
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[dict[str, Any]]]:
+    """Samples of one's own, each sentence in two of them, and a file of these."""
+    records = []
+    for i, (a, b) in enumerate(tracing.REFUSAL_PAIRS[:12]):
+        words = {"targets": ["I", "Sorry"], "foils": ["Sure", "Here"]}
+        records.append({"prompt_a": a, "prompt_b": b, "unit": f"u{i // 2}", **words})
+    return write_samples(tmp_path_factory.mktemp("own") / "own.jsonl", *records), records
+
+
+def split_of(model: str, *flags: str) -> Experiment:
+    config = tracing.parse_args(["--model_id", model, *flags])
+    return tracing.prepare(config, tracing.RunFolder(Path("nowhere")))
+
+
+def by_plain_forwards(model: str, prompts: Sequence[Any], layer: int) -> Any:
+    """[sample, side, width] at the last token."""
+    loaded = naive.load(model)
+    sides = [(of[0].sample.prompt_a, of[0].sample.prompt_b) for of in prompts]
+    ids = [[naive.prompt_ids(loaded[1], text) for text in pair] for pair in sides]
+    return np.array(
+        [
+            [naive.input_of(loaded[0], i, layer, "resid")[-1].double().numpy() for i in p]
+            for p in ids
+        ]
+    )
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    z = NormalDist().inv_cdf(0.975)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return middle - half, middle + half
+
+
+def test_the_table_of_directions_recomputes_from_plain_forwards(
+    patched: Path, tiny_llama: str
+) -> None:
+    exp, told = split_of(tiny_llama, *PATCH), read(patched, TABLE).set_index("label")
+    found, results = load_file(patched / FILE), read(patched)
+    assert list(told.index) == list(found) == [f"L{n}resid" for n in range(4)]
+    units = {of[0].sample.unit for of in exp.fitting}
+    assert set(results["sample_id"]) == {of[0].sample.sample_id for of in exp.prompts}
+    assert not units & set(results["unit"])
+    assert len(exp.fitting) + len(exp.prompts) == 12
+    assert set(told["n_fit"]) == {len(units)} == {5}
+    base = results.drop_duplicates("sample_id")["delta_logit_base"].mean()
+    for layer, row in enumerate(told.itertuples()):
+        given, tested = (
+            by_plain_forwards(tiny_llama, p, layer) for p in (exp.fitting, exp.prompts)
+        )
+        (a, b), d = given.mean(0), given.mean(0)[0] - given.mean(0)[1]
+        assert np.abs(found[row.Index].numpy() - d).max() < 1e-4
+        assert row.norm == pytest.approx(np.linalg.norm(d), rel=1e-4, abs=1e-9)
+        effect = results[results["layer"] == layer]["head_effect"].mean()
+        assert row.along_mean == pytest.approx(effect)
+        assert row.along_share_moved == pytest.approx(-effect / base, abs=1e-9)
+        assert row.random_share_moved == pytest.approx(-row.random_mean / base, abs=1e-9)
+        if not d.any():
+            assert math.isnan(row.largest_share)
+            assert row.accuracy == row.auc == 0.5
+            continue
+        assert row.largest_share == pytest.approx((d**2).max() / (d @ d), rel=1e-4)
+        on = (tested - (a + b) / 2) @ d
+        accuracy = ((on[:, 0] > 0).mean() + (on[:, 1] < 0).mean()) / 2
+        assert row.accuracy == pytest.approx(accuracy)
+        assert row.auc == pytest.approx((on[:, 0][:, None] > on[:, 1]).mean())
+        fit = (given - (a + b) / 2) @ d
+        assert row.accuracy_fit == pytest.approx(((fit[:, 0] > 0) + (fit[:, 1] < 0)).mean() / 2)
+        n = len(set(results["unit"]))
+        assert (row.n_sentences, n) == (n, 5)
+        assert (row.accuracy_low, row.accuracy_high) == pytest.approx(wilson(accuracy, n))
+    assert told["along_share_moved"].iloc[1:].min() > 0.5
+    assert told["random_share_moved"].abs().max() < 0.5
+
+
+def test_the_whole_component_is_that_of_a_run_without_directions(
+    patched: Path, tiny_llama: str, tmp_path: Path
+) -> None:
+    flags = [flag for flag in PATCH if flag not in ("--along", "difference")]
+    whole = read(finish(tiny_llama, tmp_path, *flags))
+    there = whole[whole["sample_id"].isin(read(patched)["sample_id"])]
+    means = there.groupby("layer")["head_effect"].mean()
+    told = read(patched, TABLE)
+    assert (told["whole_mean"] - means.to_numpy()).abs().max() < CLOSE
+    says = ["circuit_results.csv has along none, this run difference"]
+    code = tracing.main(
+        [
+            "--model_id",
+            tiny_llama,
+            "--output_dir",
+            str(tmp_path / "x"),
+            *PATCH,
+            "--compare",
+            str(tmp_path / "circuit_results.csv"),
+        ]
+    )
+    assert (code, bool(says)) == (2, True)
+
+
+def test_directions_come_from_the_half_that_is_not_measured(
+    tiny_llama: str, refusals: Any, tmp_path: Path
+) -> None:
+    """Other texts in the held-out sentences change their results and no direction."""
+    path, records = refusals
+    flags = [*PATCH, "--layers", "1-2", "--samples"]
+    held_out = {of[0].sample.unit for of in split_of(tiny_llama, *flags, path).prompts}
+    assert len(held_out) == 3
+    files, results = [], []
+    for name, changed in (
+        ("as it is", set()),
+        ("held out", held_out),
+        ("fitted", {f"u{i}" for i in range(6)} - held_out),
+    ):
+        swapped = [
+            r | {"prompt_b": r["prompt_b"] + " Please."} if r["unit"] in changed else r
+            for r in records
+        ]
+        own = write_samples(tmp_path / "own.jsonl", *swapped)
+        folder = finish(tiny_llama, tmp_path / name, *flags, own)
+        files.append(load_file(folder / FILE))
+        results.append(read(folder))
+        assert set(results[-1]["unit"]) == held_out
+    for label, d in files[0].items():
+        assert torch.equal(d, files[1][label])
+        assert label == "L0resid" or not torch.equal(d, files[2][label])
+    effects = [table["head_effect"].to_numpy() for table in results]
+    assert np.abs(effects[0] - effects[1]).max() > 1e-3
+    assert np.abs(effects[0] - effects[2]).max() > 1e-6
+
+
+def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_out(
+    patched: Path, tiny_llama: str, tmp_path: Path
+) -> None:
+    flags = [*PATCH[:-3], str(patched / FILE), *PATCH[-2:]]
+    again = finish(tiny_llama, tmp_path, *flags)
+    before, after = read(patched), read(again)
+    assert set(after["along"]) == {FILE}
+    assert list(before["sample_id"]) == list(after["sample_id"])
+    assert (before["head_effect"] - after["head_effect"]).abs().max() < 1e-9
+    assert "7 samples left out" in (again / "run.log").read_text().replace("6 samples", "7 samples")
+    told, loaded = read(patched, TABLE), read(again, TABLE)
+    for name in ("auc", "norm", "along_mean", "random_mean", "whole_mean"):
+        assert (told[name] - loaded[name]).abs().max() < 1e-9
+    assert loaded["accuracy"].isna().all()
+    assert not (again / FILE).exists()
+    other = split_of(tiny_llama, *flags, "--num_samples", "20", "--seed", "3")
+    fitted = {of[0].sample.unit for of in split_of(tiny_llama, *PATCH).fitting}
+    assert other.prompts and not fitted & {of[0].sample.unit for of in other.prompts}
+    assert not other.fitting
