@@ -770,6 +770,11 @@ class Sample:
         return f"{self.origin or 'sample'} ({self.sample_id})"
 
     @property
+    def text_ids(self) -> tuple[str, str]:
+        """What tells its two texts from others in any run, whatever template and words."""
+        return digest(self.prompt_a)[:12], digest(self.prompt_b)[:12]
+
+    @property
     def counts(self) -> bool:
         """Whether statistics take it in: it is no negative control."""
         return self.group != NO_ODD_ONE
@@ -2722,9 +2727,12 @@ def read_directions(
     try:
         with safe_open(path, "pt") as file:
             told = from_json((file.metadata() or {}).get("told", "{}"))
+            gave = told.get("fitted_on", [])
+            if told.get("format", "directions/1") != "directions/1" or not isinstance(gave, list):
+                raise ValueError("it tells of itself in a format that is not known")
             names = list(file.keys())
             found = {Component.parse(name): file.get_tensor(name).double() for name in names}
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise UsageError(f"--along {path} is no file of directions: {error}") from error
     needed = swept
     if config.confirms and not config.everywhere:  # random sets are of the whole model
@@ -2748,8 +2756,8 @@ def set_apart(
     are measured: of no sentence that gave the file's. `UsageError` where too few are left."""
     if not config.along:
         return [], prompts
-    given_by = told.get("fitted_on", ())
-    known = {of[0].sample.unit for of in prompts if of[0].pair_id(of[1]) in given_by}
+    gave = set(told.get("fitted_on", ()))
+    known = {of[0].sample.unit for of in prompts if not gave.isdisjoint(of[0].sample.text_ids)}
     left = [of for of in prompts if of[0].sample.unit not in known]
     if len(left) < len(prompts):
         n = numbered(len(prompts) - len(left), "sample")
@@ -4302,7 +4310,8 @@ def write_directions(exp: Experiment, folder: RunFolder) -> None:
     """directions.safetensors: [width], raw, by label, and what they are of."""
     told: Record = {"format": "directions/1", "model": folder.record["fingerprint"]["model"]}
     told |= {name: getattr(exp.config, name) for name in ("model_id", "task", "kind", "along")}
-    told["fitted_on"] = [of_sample[0].pair_id(of_sample[1]) for of_sample in exp.fitting]
+    gave = (of_sample[0].sample.text_ids for of_sample in exp.fitting)
+    told["fitted_on"] = sorted(set(itertools.chain(*gave)))
     found = {component.label: of.contiguous() for component, of in exp.directions.items()}
     content = save_tensors(found, metadata={"told": json.dumps(told)})
     write_atomically(folder.path / "directions.safetensors", lambda p: p.write_bytes(content))
