@@ -529,7 +529,7 @@ def contradictions(config: Config) -> dict[str, bool]:
     """Does it hold?, by sentence, for every combination of options that means nothing."""
     kind, op, into_b = config.kind, OPS[config.op], config.patch_into == "b"
     emptied = op.factor == 0 and not config.patches and config.positions == "all"
-    emptied = emptied and not config.along
+    emptied = emptied and not (config.along or config.everywhere)
     each, few = config.positions == "each", bool(config.estimator) or kind == "neuron"
     edited = {kind, *(component.kind for component in config.ablate)}
     given = {component.kind for component in config.given}
