@@ -158,11 +158,11 @@ def test_fits_to_shuffled_labels_are_right_half_of_the_time(
     method: str, monkeypatch: Patch
 ) -> None:
     """Of sides that are easily told apart: were nothing fitted anew, each would be right."""
-    monkeypatch.setattr(tracing, "N_SHUFFLES", 60)
-    both = [gaussians(40, 3.0, 8, 6, seed)[0] for seed in (0, 1)]
+    monkeypatch.setattr(tracing, "N_SHUFFLES", 40)
+    both = [gaussians(40, 3.0, 8, 8, seed)[0] for seed in (0, 1)]
     rows, accuracies = probed(monkeypatch, *both, method)
-    of_chance, of_fit = torch.stack(accuracies[:60]), accuracies[60]
-    assert of_fit.min() > 0.85
+    of_chance, of_fit = torch.stack(accuracies[:40]), accuracies[40]
+    assert of_fit.min() > 0.8
     assert abs(float(of_chance.mean()) - 0.5) < 0.06
     for i, row in enumerate(rows):
         assert row["accuracy_shuffled"] == pytest.approx(np.quantile(of_chance[:, i], 0.95))
@@ -180,8 +180,7 @@ def test_sides_change_places_sentence_by_sentence(monkeypatch: Patch) -> None:
                 some = slice(2 * sentence, 2 * sentence + 2)
                 x[some] = x[some, ::-1]
         a, b = x.mean(0)
-        on = (tested[0].numpy() - (a + b) / 2) @ (a - b)
-        assert float(accuracy) == pytest.approx(((on[:, 0] > 0).mean() + (on[:, 1] < 0).mean()) / 2)
+        assert float(accuracy) == pytest.approx(correct(tested[0].numpy(), a, b))
 
 
 # ----- edits along a direction
@@ -306,6 +305,8 @@ def test_all_directions_of_a_basis_together_are_the_whole_edit(
     assert (along + beside - all_of_it).abs().max() < 1e-9
     assert (beside @ u).abs().max() < 1e-9
     assert along.abs().max() > 1e-3
+    if (kind, op) == ("resid", "zero"):
+        return  # a norm would read nothing but rounding
     basis = torch.linalg.qr(torch.randn(len(u), len(u)).double())[0].T
     parts = tuple(edit_with(edit, e.expand(2, -1)) for e in basis)
     together, plain = exp.run_rows(clean, [parts, (whole,)], tqdm(disable=True))
@@ -605,6 +606,12 @@ def by_plain_forwards(model: str, prompts: Sequence[Any], layer: int) -> Any:
     )
 
 
+def correct(x: Any, a: Any, b: Any) -> float:
+    """The share of inputs [sample, side, width] that lie on their mean's side of the middle."""
+    on = (x - (a + b) / 2) @ (a - b)
+    return float((on[:, 0] > 0).mean() + (on[:, 1] < 0).mean()) / 2
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
     z = NormalDist().inv_cdf(0.975)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -640,12 +647,12 @@ def test_the_table_of_directions_recomputes_from_plain_forwards(
             assert row.accuracy == row.auc == 0.5
             continue
         assert row.largest_share == pytest.approx((d**2).max() / (d @ d), rel=1e-4)
-        on = (tested - (a + b) / 2) @ d
-        accuracy = ((on[:, 0] > 0).mean() + (on[:, 1] < 0).mean()) / 2
+        on = tested @ d
+        accuracy = correct(tested, a, b)
         assert row.accuracy == pytest.approx(accuracy)
         assert row.auc == pytest.approx((on[:, 0][:, None] > on[:, 1]).mean())
-        fit = (given - (a + b) / 2) @ d
-        assert row.accuracy_fit == pytest.approx(((fit[:, 0] > 0) + (fit[:, 1] < 0)).mean() / 2)
+        of_fit = correct(given, a, b)
+        assert row.accuracy_fit == pytest.approx(of_fit)
         n = len(set(results["unit"]))
         assert (row.n_sentences, n) == (n, 5)
         assert (row.accuracy_low, row.accuracy_high) == pytest.approx(wilson(accuracy, n))
@@ -662,19 +669,6 @@ def test_the_whole_component_is_that_of_a_run_without_directions(
     means = there.groupby("layer")["head_effect"].mean()
     told = read(patched, TABLE)
     assert (told["whole_mean"] - means.to_numpy()).abs().max() < CLOSE
-    says = ["circuit_results.csv has along none, this run difference"]
-    code = tracing.main(
-        [
-            "--model_id",
-            tiny_llama,
-            "--output_dir",
-            str(tmp_path / "x"),
-            *PATCH,
-            "--compare",
-            str(tmp_path / "circuit_results.csv"),
-        ]
-    )
-    assert (code, bool(says)) == (2, True)
 
 
 def test_directions_come_from_the_half_that_is_not_measured(
@@ -717,7 +711,7 @@ def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_ou
     assert set(after["along"]) == {FILE}
     assert list(before["sample_id"]) == list(after["sample_id"])
     assert (before["head_effect"] - after["head_effect"]).abs().max() < 1e-9
-    assert "7 samples left out" in (again / "run.log").read_text().replace("6 samples", "7 samples")
+    assert "5 samples left out: the directions of" in (again / "run.log").read_text()
     told, loaded = read(patched, TABLE), read(again, TABLE)
     for name in ("auc", "norm", "along_mean", "random_mean", "whole_mean"):
         assert (told[name] - loaded[name]).abs().max() < 1e-9
@@ -727,3 +721,199 @@ def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_ou
     fitted = {of[0].sample.unit for of in split_of(tiny_llama, *PATCH).fitting}
     assert other.prompts and not fitted & {of[0].sample.unit for of in other.prompts}
     assert not other.fitting
+
+
+def test_sentences_of_a_file_are_known_by_their_texts_whatever_else_is_asked_of_them(
+    patched: Path, tiny_llama: str
+) -> None:
+    """In another template, with other words, or as one of two texts only."""
+    flags = [*PATCH[:-3], str(patched / FILE), *PATCH[-2:]]
+    texts = {of[0].sample.prompt_a for of in split_of(tiny_llama, *PATCH).fitting}
+    for more in (["--system_prompt", ""], ["--answer_prefix", "I"], ["--no-chat"]):
+        left = {of[0].sample.prompt_a for of in split_of(tiny_llama, *flags, *more).prompts}
+        assert left and not left & texts
+
+
+def test_a_sentence_with_other_words_is_left_out_as_well(tiny_llama: str, tmp_path: Path) -> None:
+    """Suppression asks the same questions with other words of another seed."""
+    flags = ["--no-bf16", "--kind", "resid", "--op", "patch", "--layers", "1", "--along"]
+    path = finish(tiny_llama, tmp_path, *flags, "difference", "--num_samples", "4") / FILE
+    fitted = split_of(tiny_llama, *flags, "difference", "--num_samples", "4").fitting
+    there = {of[0].sample.prompt_b for of in fitted}
+    exp = split_of(tiny_llama, *flags, str(path), "--num_samples", "30", "--seed", "1")
+    assert exp.prompts and not there & {of[0].sample.prompt_b for of in exp.prompts}
+
+
+# ----- what no file of directions is
+
+
+def no_file(told: dict[str, Any] | str | None = None, **tensors: Any) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        text = told if isinstance(told, str) else json.dumps(told or {})
+        save_file(tensors, path, metadata={"told": text})
+
+    return write
+
+
+GOOD = {f"L{i}resid": torch.ones(48) for i in range(3)}
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda path: None, "is no file of directions"),
+    "folder": (Path.mkdir, "is no file of directions"),
+    "text": (lambda path: path.write_text("L0resid"), "is no file of directions"),
+    "cut": (
+        lambda path: (save_file(GOOD, path), path.write_bytes(path.read_bytes()[:-9])),
+        "is no",
+    ),
+    "weights": (no_file(**{"model.norm.weight": torch.ones(3)}), "'model.norm.weight' is no comp"),
+    "nothing": (no_file(), "has no direction of L0resid"),
+    "no layer 1": (no_file(L0resid=torch.ones(48), L2resid=torch.ones(48)), "of L1resid"),
+    "of heads": (no_file(L0H0=torch.ones(16)), "has no direction of L0resid"),
+    "wide": (
+        no_file(**GOOD | {"L1resid": torch.ones(49)}),
+        "L1resid is no 48 finite numbers: [49]",
+    ),
+    "two": (no_file(**GOOD | {"L1resid": torch.ones(48, 1)}), "L1resid is no 48 finite numbers"),
+    "NaN": (no_file(**GOOD | {"L2resid": torch.full((48,), math.nan)}), "L2resid is no 48 finite"),
+    "infinite": (no_file(**GOOD | {"L0resid": torch.full((48,), math.inf)}), "L0resid is no 48"),
+    "another model's": (no_file({"model": "other"}, **GOOD), "that file is of model other, not "),
+    "broken": (no_file("{", **GOOD), "is no file of directions"),
+    "a list": (no_file("[]", **GOOD), "is no file of directions"),
+    "a number": (no_file({"fitted_on": 5}, **GOOD), "is no file of directions"),
+    "another format": (no_file({"format": "directions/2"}, **GOOD), "is no file of directions"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_other_files_are_refused_before_any_weight_is_loaded(
+    name: str, llama: str, tmp_path: Path, answer: Answer, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    write, sentence = BAD[name]
+    write(tmp_path / "d.safetensors")
+    flags = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--kind", "resid"]
+    flags += ["--op", "patch", "--along", str(tmp_path / "d.safetensors")]
+    refuses(answer, *flags, says=["--along", sentence])
+
+
+RESID = "--kind resid --op zero --along difference"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--kind neuron --neurons 3 --along difference", "no --kind neuron"),
+        ("--along difference --method atp", "--along measures; --method and --screen estimate"),
+        ("--along logistic --screen 3", "--along measures; --method and --screen estimate"),
+        ("--along difference --ablate L0H1", "--ablate and --multipliers whole components"),
+        (
+            "--along difference --confirm 2 --max_new_tokens 4 --multipliers 0,1",
+            "--ablate and --multipliers whole components",
+        ),
+        ("--op add", "--op add adds a direction: give --along"),
+        ("--along difference --confirm all", "--confirm all is for --kind resid --op zero"),
+        (f"{RESID} --confirm all --positions last", "--confirm all is for --kind resid --op zero"),
+        (
+            "--kind resid --op patch --along difference --confirm all",
+            "--confirm all is for --kind resid --op zero",
+        ),
+        (
+            "--kind resid --op zero --confirm all",
+            "--confirm all ablates a direction: give --along",
+        ),
+        ("--kind resid --op zero", "removes the input itself and means nothing"),
+        ("--along=", "--along is empty"),
+        (f"{RESID} --num_samples 1", "of 1 sentence 0 are left to measure, at least 1"),
+        (
+            f"{RESID} --num_samples 3 --confirm 1",
+            "of 3 sentences 1 are left to measure, at least 2",
+        ),
+    ],
+)
+def test_what_means_nothing_is_said_in_a_sentence(
+    flags: str, sentence: str, llama: str, tmp_path: Path, capsys: Any, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), *flags.split()]
+    try:
+        code = tracing.main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert sentence in said.splitlines()[-1]
+
+
+# ----- resumed, shared between processes, redrawn, compared
+
+
+EXACT = ["circuit_results.csv", "circuit_heads.csv", TABLE, FILE]
+SMALL = "--task refusal --num_samples 6 --no-bf16 --kind resid --op zero --along logistic"
+SMALL += " --confirm all --num_random 2 --max_new_tokens 3"
+
+
+@pytest.fixture(scope="module")
+def small(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("small"), *SMALL.split())
+
+
+@pytest.mark.parametrize("where", ["sweep_tree", "edit_beside", "run_sets"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    where: str, small: Path, llama: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *SMALL.split()]
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, where, stop)
+        assert tracing.main(argv) == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, "probe", lambda *_: pytest.fail("directions were sought again"))
+        assert tracing.main(argv) == 0
+    for name in [*EXACT, "circuit_confirm.csv", "generations.jsonl", "circuit_directions.png"]:
+        assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name
+
+
+def test_two_processes_give_the_same_bytes(small: Path, llama: str, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = ["--model_id", llama, "--output_dir", str(tmp_path), *SMALL.split()]
+    command = [sys.executable, *launcher, str(SCRIPT), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    for name in [*EXACT, "circuit_confirm.csv", "generations.jsonl"]:
+        assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name
+
+
+def test_the_confirmation_is_of_the_held_out_sentences(small: Path, llama: str) -> None:
+    exp, rows = split_of(llama, *SMALL.split()), read(small, "circuit_confirm.csv")
+    units = {of[0].sample.unit for of in exp.prompts}
+    assert set(rows["n_sentences"]) == {len(units)}
+    assert not units & {of[0].sample.unit for of in exp.fitting}
+    assert rows["set"].tolist() == ["none", "chosen", "random", "random"]
+    assert rows["components"].iloc[1].endswith("resid everywhere")
+    lines = (small / "generations.jsonl").read_text().splitlines()
+    replies = [json.loads(line) for line in lines]
+    measured = {of[0].sample.sample_id for of in exp.prompts}
+    assert {reply["sample_id"] for reply in replies if reply["n_ablated"]} == measured
+    told = f"{len(exp.fitting)} samples that gave directions"
+    assert (small / "run.log").read_text().count(told) == 2
+
+
+def test_a_table_along_a_direction_is_redrawn_and_compares_with_none_that_is_not(
+    small: Path, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    results = str(small / "circuit_results.csv")
+    code, _, err = answer("--from_csv", results, "--output_dir", str(tmp_path / "again"))
+    assert code == 0, err
+    for name in ("circuit_heads.csv", "circuit_heads.png", "circuit_summary.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (small / name).read_bytes(), name
+    common = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--compare", results]
+    common += "--task refusal --num_samples 6 --no-bf16 --kind resid --op zero".split()
+    says = ["has along logistic, this run difference"]
+    refuses(answer, *common, "--along", "difference", says=says)
+    says = ["has along difference, this run none"]
+    patched = finish(llama, tmp_path / "p", *PATCH, "--layers", "1") / "circuit_results.csv"
+    flags = [flag for flag in PATCH if flag not in ("--along", "difference")]
+    common = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--compare"]
+    refuses(answer, *common, str(patched), *flags, says=says)
