@@ -770,11 +770,6 @@ class Sample:
         return f"{self.origin or 'sample'} ({self.sample_id})"
 
     @property
-    def text_ids(self) -> tuple[str, str]:
-        """What tells its two texts from others in any run, whatever template and words."""
-        return digest(self.prompt_a)[:12], digest(self.prompt_b)[:12]
-
-    @property
     def counts(self) -> bool:
         """Whether statistics take it in: it is no negative control."""
         return self.group != NO_ODD_ONE
@@ -1270,6 +1265,11 @@ class Prompt:
     def pair_id(self, partner: Prompt) -> str:
         """What tells a sample from others in any run: its two prompts and its words."""
         return digest([self.text, partner.text, self.sample.targets, self.sample.foils])[:12]
+
+    @property
+    def text_ids(self) -> tuple[str, str]:
+        """What tells the sample's two texts from others, in any template and with any words."""
+        return digest(self.sample.prompt_a)[:12], digest(self.sample.prompt_b)[:12]
 
 
 # before a template: today is DATE, in whatever format it is asked for
@@ -2757,7 +2757,7 @@ def set_apart(
     if not config.along:
         return [], prompts
     gave = set(told.get("fitted_on", ()))
-    known = {of[0].sample.unit for of in prompts if not gave.isdisjoint(of[0].sample.text_ids)}
+    known = {of[0].sample.unit for of in prompts if not gave.isdisjoint(of[0].text_ids)}
     left = [of for of in prompts if of[0].sample.unit not in known]
     if len(left) < len(prompts):
         n = numbered(len(prompts) - len(left), "sample")
@@ -4310,7 +4310,7 @@ def write_directions(exp: Experiment, folder: RunFolder) -> None:
     """directions.safetensors: [width], raw, by label, and what they are of."""
     told: Record = {"format": "directions/1", "model": folder.record["fingerprint"]["model"]}
     told |= {name: getattr(exp.config, name) for name in ("model_id", "task", "kind", "along")}
-    gave = (of_sample[0].sample.text_ids for of_sample in exp.fitting)
+    gave = (of_sample[0].text_ids for of_sample in exp.fitting)
     told["fitted_on"] = sorted(set(itertools.chain(*gave)))
     found = {component.label: of.contiguous() for component, of in exp.directions.items()}
     content = save_tensors(found, metadata={"told": json.dumps(told)})
