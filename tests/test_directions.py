@@ -4,7 +4,6 @@ own hooks, and the tables of the command by hand."""
 from __future__ import annotations
 
 import json
-import logging
 import math
 import random
 import subprocess
@@ -17,7 +16,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
@@ -30,7 +28,7 @@ import naive
 import random_models
 from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses, write_samples
 from llama3_circuit_tracing import Component, Edit, Experiment, JointSet
-from test_interventions import SAMPLES, Bench, assert_like_the_oracle, bench
+from test_interventions import Bench, assert_like_the_oracle, bench
 
 CLOSE = 2e-5  # nats, in float32
 TABLE, FILE = "circuit_directions.csv", "directions.safetensors"
@@ -593,17 +591,16 @@ def split_of(model: str, *flags: str) -> Experiment:
     return tracing.prepare(config, tracing.RunFolder(Path("nowhere")))
 
 
-def by_plain_forwards(model: str, prompts: Sequence[Any], layer: int) -> Any:
+def by_plain_forwards(model: str, prompts: Sequence[Any], layer: int, kind: str = "resid") -> Any:
     """[sample, side, width] at the last token."""
-    loaded = naive.load(model)
-    sides = [(of[0].sample.prompt_a, of[0].sample.prompt_b) for of in prompts]
-    ids = [[naive.prompt_ids(loaded[1], text) for text in pair] for pair in sides]
-    return np.array(
-        [
-            [naive.input_of(loaded[0], i, layer, "resid")[-1].double().numpy() for i in p]
-            for p in ids
-        ]
-    )
+    plain, tokenizer = naive.load(model)
+
+    def last(text: str) -> Any:
+        ids = naive.prompt_ids(tokenizer, text)
+        return naive.input_of(plain, ids, layer, kind)[-1].double().numpy()
+
+    samples = [of_sample[0].sample for of_sample in prompts]
+    return np.array([[last(sample.prompt_a), last(sample.prompt_b)] for sample in samples])
 
 
 def correct(x: Any, a: Any, b: Any) -> float:
@@ -672,12 +669,12 @@ def test_the_whole_component_is_that_of_a_run_without_directions(
 
 
 def test_directions_come_from_the_half_that_is_not_measured(
-    tiny_llama: str, refusals: Any, tmp_path: Path
+    llama: str, refusals: Any, tmp_path: Path
 ) -> None:
     """Other texts in the held-out sentences change their results and no direction."""
     path, records = refusals
     flags = [*PATCH, "--layers", "1-2", "--samples"]
-    held_out = {of[0].sample.unit for of in split_of(tiny_llama, *flags, path).prompts}
+    held_out = {of[0].sample.unit for of in split_of(llama, *flags, path).prompts}
     assert len(held_out) == 3
     files, results = [], []
     for name, changed in (
@@ -690,7 +687,7 @@ def test_directions_come_from_the_half_that_is_not_measured(
             for r in records
         ]
         own = write_samples(tmp_path / "own.jsonl", *swapped)
-        folder = finish(tiny_llama, tmp_path / name, *flags, own)
+        folder = finish(llama, tmp_path / name, *flags, own)
         files.append(load_file(folder / FILE))
         results.append(read(folder))
         assert set(results[-1]["unit"]) == held_out
@@ -856,7 +853,7 @@ def small(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(llama, tmp_path_factory.mktemp("small"), *SMALL.split())
 
 
-@pytest.mark.parametrize("where", ["sweep_tree", "edit_beside", "run_sets"])
+@pytest.mark.parametrize("where", ["sweep_tree", "run_sets"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     where: str, small: Path, llama: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
@@ -909,7 +906,17 @@ def test_a_table_along_a_direction_is_redrawn_and_compares_with_none_that_is_not
     for name in ("circuit_heads.csv", "circuit_heads.png", "circuit_summary.png"):
         assert (tmp_path / "again" / name).read_bytes() == (small / name).read_bytes(), name
     common = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--compare", results]
-    common += "--task refusal --num_samples 6 --no-bf16 --kind resid --op zero".split()
+    common += [
+        "--task",
+        "refusal",
+        "--num_samples",
+        "6",
+        "--no-bf16",
+        "--kind",
+        "resid",
+        "--op",
+        "zero",
+    ]
     says = ["has along logistic, this run difference"]
     refuses(answer, *common, "--along", "difference", says=says)
     says = ["has along difference, this run none"]
@@ -917,3 +924,105 @@ def test_a_table_along_a_direction_is_redrawn_and_compares_with_none_that_is_not
     flags = [flag for flag in PATCH if flag not in ("--along", "difference")]
     common = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--compare"]
     refuses(answer, *common, str(patched), *flags, says=says)
+
+
+# ----- beside the other options
+
+
+BESIDE = [
+    "--task suppression --controls --kind head --layers 0-1 --along difference",
+    "--task suppression --controls --kind resid --op zero --along difference --confirm all",
+    "--kind attn --op mean --along logistic --given L1attn --confirm 1",
+    "--kind resid --op patch --positions last --along difference --confirm 1",
+    "--kind mlp --op scale --factor 2 --along difference --bf16",
+    "--kind resid --op zero --along difference --confirm all --bf16 --max_new_tokens 2",
+    "--kind head --op add --along difference --layers 1 --via logits",
+    "--task refusal --kind head --op patch --along difference --confirm mass:0.5 --heads 0-2",
+]
+
+
+@pytest.mark.parametrize("flags", BESIDE)
+def test_with_other_options_nothing_that_is_measured_is_missing(
+    flags: str, llama: str, tmp_path: Path
+) -> None:
+    common = ["--num_samples", "9", "--num_random", "2"]
+    folder = finish(
+        llama, tmp_path, *flags.split(), *common, *["--no-bf16"] * ("bf16" not in flags)
+    )
+    results, told = read(folder), read(folder, TABLE)
+    assert not results[["head_effect", "delta_logit_head"]].isna().any(axis=None)
+    swept = told[told["along_mean"].notna()]
+    assert set(swept["label"]) == set(read(folder, "circuit_heads.csv")["label"])
+    numbers = [*NUMBERS, "norm", "accuracy", "auc", "accuracy_shuffled", "along_share_moved"]
+    numbers += ["whole_mean", "whole_share_moved"] if "whole_mean" in told else []
+    assert not swept[numbers].isna().any(axis=None)
+    assert ("whole_mean" in told) == ("resid --op zero" not in flags and "--op add" not in flags)
+    lexical = told[told["label"] == "L0resid"]
+    assert lexical["accuracy"].tolist() == lexical["auc"].tolist() == [0.5]
+    assert lexical["norm"].tolist() == [0]
+    still = swept[swept["norm"] == 0]
+    assert (still["along_mean"].abs() < CLOSE).all()
+    assert (still["random_mean"].abs() < CLOSE).all()
+    found = load_file(folder / FILE)
+    assert all(d.isfinite().all() for d in found.values())
+    assert len(found) == 3 * (4 if "--kind head" in flags else 1)
+    given = "--given" in flags
+    assert [name for name, d in found.items() if not d.any()] == (
+        ["L1attn"] if given else ["L0resid"] if "resid" in flags else []
+    )
+    if "--controls" in flags:
+        assert not read(folder, "circuit_heads.csv")["minus_other_mean"].isna().any()
+    if "chooses no component" in (folder / "run.log").read_text():
+        assert "--confirm all" in flags  # no layer moves a random model against its sign
+    elif "--confirm" in flags:
+        rows = read(folder, "circuit_confirm.csv")
+        assert not rows[["mean_delta", "share_removed", "kl_a", "kl_b"]].isna().any(axis=None)
+        assert {"none", "chosen", "random"} <= set(rows["set"])
+
+
+def test_negative_controls_give_no_direction_and_are_measured(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    flags = "--task odd_one_out --num_samples 20 --no-bf16 --kind attn --op patch --layers 0-1"
+    flags += " --along difference"
+    exp = split_of(tiny_llama, *flags.split())
+    assert all(of[0].sample.counts for of in exp.fitting)
+    negative = {of[0].sample.sample_id for of in exp.prompts if not of[0].sample.counts}
+    assert len(negative) == 4
+    folder = finish(tiny_llama, tmp_path, *flags.split())
+    results, told = read(folder), read(folder, TABLE).set_index("label")
+    assert negative <= set(results["sample_id"])
+    real = results[results["group"] != tracing.NO_ODD_ONE]
+    assert set(told["n_sentences"]) == {real["unit"].nunique()}
+    for layer in (0, 1):
+        mean = real[real["layer"] == layer]["head_effect"].mean()
+        assert told.loc[f"L{layer}attn", "along_mean"] == pytest.approx(mean)
+    given, tested = (
+        by_plain_forwards(tiny_llama, [of for of in some if of[0].sample.counts], 1, "attn")
+        for some in (exp.fitting, exp.prompts)
+    )
+    assert told.loc["L1attn", "accuracy"] == pytest.approx(correct(tested, *given.mean(0)))
+
+
+def test_logistic_directions_of_the_command_are_of_the_sentences_set_apart(
+    small: Path, llama: str
+) -> None:
+    exp, found = split_of(llama, *SMALL.split()), load_file(small / FILE)
+    for layer in (1, 2):
+        given = torch.tensor(by_plain_forwards(llama, exp.fitting, layer))[None]
+        expected = tracing.logistic(given)[0][0]
+        assert torch.cosine_similarity(found[f"L{layer}resid"], expected, dim=0) > 0.9999
+
+
+def test_the_metadata_tell_what_a_file_is_of(small: Path, llama: str) -> None:
+    with safe_open(small / FILE, "pt") as file:
+        told = json.loads(file.metadata()["told"])
+    assert told["model"] == record_of(small)["fingerprint"]["model"]
+    assert (told["along"], told["kind"], told["task"]) == ("logistic", "resid", "refusal")
+    assert len(told["fitted_on"]) == 2 * len(split_of(llama, *SMALL.split()).fitting)
+
+
+def test_the_dry_run_tells_how_many_samples_give_directions(llama: str, answer: Answer) -> None:
+    code, out, err = answer("--model_id", llama, *SMALL.split(), "--dry_run")
+    assert code == 0, err
+    assert "3 other samples give or choose directions" in out
