@@ -4247,8 +4247,9 @@ def find_directions(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
         return [(row, direction.tolist()) for row, direction in probe(exp, components)]
 
     found = folder.part(f"probe-{digest(labels_of(components))[:12]}", compute)
-    directions = [torch.tensor(direction, dtype=torch.float64) for _, direction in found]
-    exp.directions |= dict(zip(components, directions, strict=True))
+    for component, (_, direction) in zip(components, found, strict=True):
+        if component.kind == exp.config.kind:
+            exp.directions[component] = torch.tensor(direction, dtype=torch.float64)
     return pd.DataFrame([row for row, _ in found])
 
 

@@ -131,10 +131,12 @@ def probed(
     """Rows of `probe` on known inputs, every second sample of a sentence of its own; and the
     held-out accuracies of the shuffled fits and then of the fit."""
     inputs = {"fit": given, "test": tested}
-    accuracies, separation = [], tracing.separation
+    accuracies: list[list[Tensor]] = [[] for _ in given]
+    separation = tracing.separation
 
     def seen(fit: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        accuracies.extend([separation(fit, x)[0]] if x is tested else [])
+        for mine, of_component in zip(accuracies, tested, strict=True):
+            mine.extend([separation(fit, x)[0]] if torch.equal(x[0], of_component) else [])
         return separation(fit, x)
 
     def samples(name: str, n: int) -> list[Any]:
@@ -143,12 +145,18 @@ def probed(
 
     exp: Any = SimpleNamespace(config=tracing.Config(along=along), directions={})
     exp.prompts, exp.fitting = samples("test", tested.shape[1]), samples("fit", given.shape[1])
-    monkeypatch.setattr(
-        tracing, "last_inputs", lambda _, of, __: inputs[of[0][0].sample.unit.rstrip("0")]
-    )
-    monkeypatch.setattr(tracing, "separation", seen)
+    exp.shape = SimpleNamespace(columns=lambda component: slice(None))
     components = [Component(i, "resid") for i in range(len(given))]
-    return tracing.probe(exp, components)[0], accuracies
+    sites = [component.site for component in components]
+
+    def by_site(_: Any, of: Any, __: Any) -> dict[Any, Tensor]:
+        return dict(zip(sites, inputs[of[0][0].sample.unit.rstrip("0")], strict=True))
+
+    monkeypatch.setattr(tracing, "last_inputs", by_site)
+    monkeypatch.setattr(tracing, "separation", seen)
+    rows = [row for row, _ in tracing.probe(exp, components)]
+    of_fit, *shuffled, _ = map(torch.cat, zip(*accuracies, strict=True))  # the last for the AUC
+    return rows, [*shuffled, of_fit]
 
 
 @pytest.mark.parametrize("method", FITS)
