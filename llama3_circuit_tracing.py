@@ -62,6 +62,9 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Joint ablation     several components together, on held-out sentences
 #   Paths              what of an effect reaches the logits, or through receivers
 #   Positions          one token at a time
+#   Attribution graph  one prompt's logit, shared out among embeddings, heads and neurons
+#   Graph effects      which of its nodes and edges count, and what exact runs say of them
+#   Graph files        for circuit-tracer's viewer, tables and a figure
 #   Replies            what the model says with and without them
 #   Steering           replies and scores with a circuit scaled
 #   Page               HTML that is whole in itself: its style, script and cells
@@ -193,6 +196,7 @@ Natural = int  # at least 0
 Ranges = str | tuple[range, ...]  # "all", or indices
 Choice = tuple[str, float]  # a rule of `CHOICES`, and its amount
 Numbers = tuple[float, ...]
+Proportion = float  # above 0 and at most 1
 Components = tuple[Component, ...]
 Via = str | Components
 CHOICES = ("top", "mass", "share", "layer", "all")  # see `choose_circuit`, `choose_direction`
@@ -284,6 +288,12 @@ def finite_number(text: str) -> float:
     return value
 
 
+def proportion(text: str) -> float:
+    if not 0 < float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return float(text)
+
+
 def once_each(names: Sequence[str], what: str) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{what} {twice[0]!r} stands there twice")
@@ -327,6 +337,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {  # by the type of an option
     "Ranges | None": ranges,
     "Choice": choice,
     "Numbers": numbers,
+    "Proportion": proportion,
     "Components": components,
     "Via": via,
     "str | dict[str, Any]": device_map,
@@ -419,6 +430,13 @@ class Config:
     ablate: Components = option((), "measure one joint set: names L2H5,L3mlp, or a circuit.json")
     multipliers: Numbers = option((), "scale the circuit in replies: 0,0.5,1,2")
     compare: str | None = option(None, "results CSV of another run to compare with")
+    graph: str | None = option(
+        None, "attribution graph of a sample's prompt a, or b", metavar="SAMPLE_ID[:b]"
+    )
+    graph_goal: str = option("words", "its logits: the scored words', the likeliest", "words top")
+    graph_nodes: Count = option(500, "heads and neurons that are nodes of their own")
+    node_threshold: Proportion = option(0.8, "share of all influence that kept nodes have")
+    edge_threshold: Proportion = option(0.98, "the same of edges")
     max_new_tokens: Natural = option(0, "greedy reply length of the behaviour check; 0 = none")
 
     output_dir: str = option("outputs/run", "created with its parents")
@@ -484,6 +502,7 @@ class Config:
 # ----- Command line -------------------------------------------------------------------------------
 
 ALSO = {"model_id": "model_name_or_path", "ablate": "circuit"}  # second names of options
+OF_GRAPH = ("graph_goal", "graph_nodes", "node_threshold", "edge_threshold")
 NAMING = ("given", "ablate", "skip", "via")  # options that name components
 GROUPS = {"model_id": "model", "task": "task", "kind": "sweep"}  # of options, by the first
 GROUPS |= {"controls": "evidence", "output_dir": "output", "dry_run": "checks"}
@@ -523,6 +542,16 @@ def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None =
         if holds and (before is not None or not config.from_csv):
             parser.error(sentence)
     return config
+
+
+def graph_contradictions(config: Config) -> dict[str, bool]:
+    """Those of --graph."""
+    alone = [name for name in OF_GRAPH if getattr(config, name) != getattr(Config, name)]
+    return {
+        "--graph explains the unmodified model; --given modifies it": config.graph is not None
+        and bool(config.given),
+        f"--{' and --'.join(alone)}: of --graph only": config.graph is None and bool(alone),
+    }
 
 
 def contradictions(config: Config) -> dict[str, bool]:
@@ -576,6 +605,7 @@ def contradictions(config: Config) -> dict[str, bool]:
         and not (config.samples or config.from_csv),
         "--dry_run loads a model's config and --from_csv loads none": config.dry_run
         and config.from_csv is not None,
+        **graph_contradictions(config),
         **{
             f"--{f.name} is empty; is a shell variable unset?": getattr(config, f.name) == ""
             for f in fields(config)
@@ -1669,6 +1699,7 @@ class ModelShape:
     dtype: torch.dtype
     no_rules: str  # what `linearised` has no rule for; "" where it has all
     pre_norms: bool  # whether each block's MLP, and the model, read the stream through a norm alone
+    no_graph: str  # why contributions to the logits do not add up; "" where they do
 
     @property
     def d_attn(self) -> int:
@@ -1800,6 +1831,7 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
         dtype=dtype,
         no_rules=", ".join(without_rules(modules)),
         pre_norms=has_pre_norms(modules, layers_path),
+        no_graph="; ".join(not_additive(model, layers_path)),
     )
 
 
@@ -1822,6 +1854,29 @@ def without_rules(modules: Mapping[str, nn.Module]) -> list[str]:
         if (path.endswith(".mlp") and not gated) or ("Norm" in name and name[-7:] != "RMSNorm"):
             found.add(name)
     return sorted(found)
+
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+WRITERS = {f"{name}_proj" for name in ("v", "o", "gate", "up", "down")}
+
+
+def not_additive(model: Any, layers_path: str) -> Iterator[str]:
+    """What keeps a logit from being a sum over embeddings, heads and neurons, by name."""
+    text, blocks = model.config.get_text_config(), model.get_submodule(layers_path)
+    for name in (*SCALED_LOGITS, "residual_multiplier"):
+        if getattr(text, name, None) not in (None, 1, 1.0):
+            yield f"{name} {getattr(text, name)}"
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        yield "an unembedding with a bias"
+    if getattr(model.config, "quantization_config", None):
+        yield "quantized weights"
+    if odd := set().union(*(PARTS ^ {name for name, _ in b.named_children()} for b in blocks)):
+        yield f"blocks of other parts ({', '.join(sorted(odd))})"
+    if not all(hasattr(b.self_attn, f"{of}_proj") for b in blocks for of in "qkv"):
+        yield "no q_proj, k_proj and v_proj"
+    named = (path for path, of in blocks.named_modules() if getattr(of, "bias", None) is not None)
+    if biased := WRITERS & {path.rpartition(".")[2] for path in named}:
+        yield f"biases in {', '.join(sorted(biased))}"
 
 
 def load_model(
@@ -1999,11 +2054,12 @@ def with_slope(y: Tensor, x: Tensor, slope: float | Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def linearised(traced: TracedModel) -> Iterator[None]:
+def linearised(traced: TracedModel, frozen_attention: bool = False) -> Iterator[None]:
     """Take gradients by the rules of RelP (arXiv:2508.21258); the forward stays what it is. A norm
     multiplies by constants, an activation has the slope act(z) / z, and of the gradient of
-    act(gate) * up either factor gets half. To be entered before what reads gradients of the input
-    of down_proj, which are not to be halved themselves."""
+    act(gate) * up either factor gets half. With `frozen_attention` patterns are constants too. To
+    be entered before what reads gradients of the input of down_proj, which are not to be halved
+    themselves."""
 
     def secant(at_zero: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]
@@ -2011,6 +2067,9 @@ def linearised(traced: TracedModel) -> Iterator[None]:
 
     def halve(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (with_slope(args[0], args[0], 0.5), *args[1:])
+
+    def cut(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.detach()
 
     with contextlib.ExitStack() as stack:
         for module in traced.body.modules():
@@ -2021,7 +2080,27 @@ def linearised(traced: TracedModel) -> Iterator[None]:
             act, product = (traced.module((layer, f"mlp.{n}")) for n in ("act_fn", "down_proj"))
             stack.enter_context(act.register_forward_hook(functools.partial(secant, 0.5)))
             stack.enter_context(product.register_forward_pre_hook(halve))
+            for name in ("q_proj", "k_proj") * frozen_attention:
+                module = traced.module((layer, f"self_attn.{name}"))
+                stack.enter_context(module.register_forward_hook(cut))
         yield
+
+
+@contextlib.contextmanager
+def cutting(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Tensor]]:
+    """Let modules read their first input cut off from what made it, as a leaf of which gradients
+    are taken; the leaves."""
+    leaves: dict[Any, Tensor] = {}
+
+    def cut(key: Any, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        leaves[key] = args[0].detach().requires_grad_()
+        return (leaves[key], *args[1:])
+
+    with contextlib.ExitStack() as stack:
+        for key, module in modules.items():
+            hook = functools.partial(cut, key)
+            stack.enter_context(module.register_forward_pre_hook(hook))
+        yield leaves
 
 
 @contextlib.contextmanager
@@ -2301,7 +2380,8 @@ OUTPUTS |= {f"circuit_{name}": False for name in ("steer.png", "paths.csv", "pat
 OUTPUTS |= {"circuit_positions.csv": False, "circuit_positions.png": False, "circuit.json": False}
 OUTPUTS |= {"circuit_directions.csv": False, "circuit_directions.png": False}
 OUTPUTS |= {"directions.safetensors": False}
-OUTPUTS |= {"generations.jsonl": False, "run.json": True, "run.log": True}
+OUTPUTS |= {f"circuit_graph{name}": False for name in (".csv", "_edges.csv", ".png")}
+OUTPUTS |= {"graphs": False, "generations.jsonl": False, "run.json": True, "run.log": True}
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -2777,6 +2857,15 @@ def set_apart(
     )
 
 
+def graph_side(text: str, ids: Sequence[str]) -> tuple[str, str]:
+    """The sample and the side that --graph names; `UsageError` where there is no such sample."""
+    stem, _, side = text.rpartition(":")
+    if text in ids or (stem in ids and side in ("a", "b")):
+        return (text, "a") if text in ids else (stem, side)
+    there = ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else "")
+    raise UsageError(f"--graph {text}: no such sample; there are {there}")
+
+
 def prepare(config: Config, folder: RunFolder, device: torch.device | None = None) -> Experiment:
     """Everything that is known before the weights: samples, prompts, trees, components."""
     own = load_samples(Path(config.samples), TASKS[config.task]) if config.samples else []
@@ -2792,6 +2881,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
         raise UsageError(f"--confirm all is for models {lacks}: not {shape.name}")
     if config.estimator == "relp" and shape.no_rules:
         raise UsageError(f"--method relp has no rule for {shape.no_rules} of {shape.name}")
+    if config.graph and (why := shape.no_graph or shape.no_rules):
+        raise UsageError(f"--graph: contributions do not add up in {shape.name}: it has {why}")
     components = choose_components(config, shape)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config)
     if config.chat and not getattr(tokenizer, "chat_template", None):
@@ -2802,6 +2893,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     if encoder.folds:
         log.warning("the chat template knows no system turn: its text opens the user's turn")
     samples = choose_samples(config, encoder, own)
+    if config.graph:
+        graph_side(config.graph, [sample.sample_id for sample in samples])
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
     found: tuple[dict[Component, Tensor], Record] = ({}, {})
@@ -4909,6 +5002,561 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     draw_grid(grid, grid.notna(), figure, label, most_ticks=80, **settings)
 
 
+# ----- Attribution graph --------------------------------------------------------------------------
+
+# what nodes are, each with the module whose input holds it; "": the residual stream itself
+NODES = {"embedding": "", "goal": "", "head": ORDER[1], "attn-rest": ORDER[1]}
+NODES |= {"neuron": ORDER[2], "mlp-rest": ORDER[2]}
+Halves = dict[Site, tuple[Tensor, Tensor]]
+
+
+def run_halves(traced: TracedModel, ids: Sequence[int]) -> Halves:
+    """One linearised forward, cut where a half-block reads the residual stream. By the site of a
+    half-block's last matrix, in order: what is read [1, tok, d_model], a leaf, and the matrix's
+    input [1, tok, width] as made of it. The embeddings come first, the final norm last."""
+    layers = range(traced.shape.n_layers)
+    sites: list[Site] = list(itertools.product(layers, ORDER[1:]))
+    norms = {ORDER[1]: "input_layernorm", ORDER[2]: "post_attention_layernorm"}
+    reading = {site: traced.module((site[0], norms[site[1]])) for site in sites}
+    end: Site = (traced.shape.n_layers, "")
+    with (
+        torch.enable_grad(),
+        linearised(traced, frozen_attention=True),
+        cutting(reading | {end: traced.body.get_submodule("norm")}) as leaves,
+        recording({site: traced.module(site) for site in sites}) as seen,
+    ):
+        seen[end] = run_body(traced, ids)
+    start = leaves[sites[0]]
+    return {(0, ""): (start, start)} | {site: (leaves[site], seen[site]) for site in leaves}
+
+
+def run_body(traced: TracedModel, ids: Sequence[int]) -> Tensor:
+    """The last hidden states [row, tok, d_model] of one prompt."""
+    traced.n_forwards += 1
+    traced.n_tokens += len(ids) * traced.shape.n_layers
+    found = traced.body(input_ids=torch.tensor([ids], device=traced.device), use_cache=False)
+    return torch.as_tensor(found.last_hidden_state)
+
+
+def goal_weights(exp: Experiment, prompt: Prompt, logits: Tensor) -> dict[int, float]:
+    """What each token's logit [vocab] counts in the goal: the gradient at these logits of the
+    log-sum-exp of targets less that of foils, of their first tokens, or of its mean over words.
+    With `top` it is the likeliest token. `UsageError` where no token tells targets from foils."""
+    if exp.config.graph_goal == "top":
+        return {int(logits.argmax()): 1.0}
+    words = [{form[0] for form in forms} for forms in prompt.forms]
+    n = len(prompt.sample.targets)
+    groups = [(1 / n, word) for word in words[:n]]
+    if exp.task.sums:
+        targets, foils = set().union(*words[:n]), set().union(*words[n:])
+        groups = [(1.0, targets - foils), (-1.0, foils - targets)]
+        if both := targets & foils:
+            told = ", ".join(repr(exp.encoder.tokenizer.decode([token])) for token in sorted(both))
+            log.warning(f"{prompt.sample.named}: targets and foils may begin with {told}: left out")
+    if not all(tokens for _, tokens in groups):
+        what = "targets and foils begin with the same tokens"
+        raise UsageError(f"{prompt.sample.named}: {what}; give --graph_goal top")
+    weights: dict[int, float] = defaultdict(float)
+    for share, tokens in groups:
+        likely = logits[sorted(tokens)].softmax(-1).tolist()
+        for token, p in zip(sorted(tokens), likely, strict=True):
+            weights[token] += share * p
+    return weights
+
+
+def goal_direction(traced: TracedModel, weights: Mapping[int, float]) -> Tensor:
+    """[d_model], whose product with a final state is the goal: the weighted logits, less the mean
+    of all logits unless targets and foils cancel it."""
+    matrix, amounts = traced.head.weight, torch.tensor([*weights.values()])
+    chosen = amounts.to(matrix.device) @ matrix[[*weights]].float()
+    mean = matrix.mean(0, dtype=torch.float32)
+    return (chosen - float(amounts.sum().round()) * mean).to(traced.device)
+
+
+def pull_back(half: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
+    """[tok, d_model]: a gradient [tok, width] with respect to what a half-block makes, as one with
+    respect to what it reads."""
+    read, made = half
+    (found,) = torch.autograd.grad(made, read, gradient.to(made)[None], retain_graph=True)
+    return found[0].to(gradient)
+
+
+def matrix_of(traced: TracedModel, site: Site) -> Tensor:
+    """[d_model, width] of o_proj or down_proj, in float32."""
+    module = traced.module(site)
+    assert isinstance(module, nn.Linear)
+    return module.weight.to(traced.device, torch.float32)
+
+
+def total_gradients(traced: TracedModel, halves: Halves, direction: Tensor) -> dict[Site, Tensor]:
+    """[tok, width] of the goal, by all paths, with respect to what each half-block makes."""
+    *sites, end = halves
+    found = {end: torch.zeros_like(halves[end][1][0], dtype=torch.float32, device=traced.device)}
+    found[end][-1] = direction
+    gradient = pull_back(halves[end], found[end])
+    for site in reversed(sites[1:]):
+        found[site] = gradient @ matrix_of(traced, site)
+        gradient = gradient + pull_back(halves[site], found[site])
+    return found | {sites[0]: gradient}
+
+
+def choose_nodes(
+    shape: ModelShape, halves: Halves, gradients: Mapping[Site, Tensor], n_best: int
+) -> pd.DataFrame:
+    """kind, layer, index and position, along the residual stream: of all tokens the embedding and
+    of every half-block the rest (index -1), the goal, and the `n_best` heads and neurons of the
+    largest attribution <value, gradient of the goal>."""
+    frames, n_tokens = [], len(gradients[0, ""])
+    for kind, layer in itertools.product(("head", "neuron"), range(shape.n_layers)):
+        site, n = (layer, NODES[kind]), len(shape.indices(kind))
+        product = halves[site][1][0].detach().to(gradients[site]) * gradients[site]
+        sizes = product.unflatten(-1, (n, -1)).sum(-1).flatten().abs()  # [tok * n]
+        found = sizes.topk(min(n_best, len(sizes)))
+        best, size = found.indices.cpu().numpy(), found.values.cpu().numpy()
+        columns = {"position": best // n, "index": best % n, "size": size}
+        frames.append(pd.DataFrame({"kind": kind, "layer": layer, **columns}))
+    ranked = pd.concat(frames).sort_values("size", ascending=False, kind="stable")
+    rests = itertools.product(range(shape.n_layers), ("attn-rest", "mlp-rest"), range(n_tokens))
+    others = [(0, "embedding", position) for position in range(n_tokens)] + list(rests)
+    others.append((shape.n_layers, "goal", n_tokens - 1))
+    other = pd.DataFrame(others, columns=["layer", "kind", "position"]).assign(index=-1)
+    nodes = pd.concat([ranked.head(n_best).drop(columns="size"), other])
+    depth = nodes["kind"].map(lambda kind: ORDER.index(NODES[kind]))
+    ordered = nodes.assign(depth=depth).sort_values(["layer", "depth", "position", "index"])
+    return ordered.drop(columns="depth").reset_index(drop=True)
+
+
+def own_elements(of_site: pd.DataFrame, module: str, shape: ModelShape) -> Tensor:
+    """[node, width], which elements of its module's input, at its token, are a node's: its slice,
+    or for a rest what is of no other node there."""
+    n = {ORDER[1]: shape.n_heads, ORDER[2]: shape.d_mlp}.get(module, 1)
+    index, position = (torch.tensor(of_site[name].to_numpy()) for name in ("index", "position"))
+    named, own = index >= 0, torch.zeros(len(index), n, dtype=torch.bool)
+    own[named, index[named]] = True
+    taken = torch.zeros(int(position.max()) + 1, n, dtype=torch.bool)
+    taken[position[named], index[named]] = True
+    own[~named] = ~taken[position[~named]]
+    return own.repeat_interleave(shape.width(module) // n, 1)
+
+
+def attribute(
+    traced: TracedModel, halves: Halves, direction: Tensor, n_best: int
+) -> tuple[pd.DataFrame, Tensor]:
+    """The nodes with their `attribution`, and how much each contributes directly to what another
+    has [target, source].
+
+    1. Gradients of the goal by all paths, half-block by half-block, choose the nodes.
+    2. A target's value, weighted by its total gradient, is pulled back through its own half-block.
+    3. An edge is the product with what the source writes into the residual stream at its token.
+    So an edge is a share of the target's attribution in a model whose norms, attention patterns
+    and slopes are constants (the graphs of https://transformer-circuits.pub/2025/attribution-graphs
+    with heads and neurons in place of transcoder features).
+    """
+    gradients = total_gradients(traced, halves, direction)
+    nodes = choose_nodes(traced.shape, halves, gradients, n_best)
+    positions = torch.tensor(nodes["position"].to_numpy(), device=traced.device)
+    weights = torch.zeros(len(nodes), len(nodes), device=traced.device)
+    written = torch.zeros(len(nodes), traced.shape.d_model, device=traced.device)
+    modules, attributions = nodes["kind"].map(NODES), []
+    for site, half in halves.items():
+        of_site = nodes[(nodes["layer"] == site[0]) & (modules == site[1])]
+        first, rows = int(of_site.index[0]), slice(of_site.index[0], of_site.index[-1] + 1)
+        gradient, there = gradients[site], positions[rows]
+        own = own_elements(of_site, site[1], traced.shape).to(traced.device)
+        value = own * half[1][0].detach().to(gradient)[there]
+        attributions.append((value * gradient[there]).sum(-1))
+        written[rows] = value @ matrix_of(traced, site).t() if site[1] else value
+        if first:
+            reads = []
+            for mine, at in zip(own, there.tolist(), strict=True):
+                alone = torch.zeros_like(gradient)
+                alone[at] = mine * gradient[at]
+                reads.append(pull_back(half, alone))
+            read = torch.stack(reads)  # [target, tok, d_model]
+            for at in range(read.shape[1]):
+                sources = (positions[:first] == at).nonzero()[:, 0]
+                weights[rows, sources] = read[:, at] @ written[sources].t()
+    return nodes.assign(attribution=torch.cat(attributions).tolist()), weights.cpu()
+
+
+MOST_LOST = {torch.float32: 1e-3}  # of the goal, by rounding; 0.5 in narrower types
+
+
+def conservation_error(nodes: pd.DataFrame, weights: Tensor) -> float:
+    """By how much a node's attribution differs at most from what flows into it or out of it, as a
+    share of all that flows into the goal, of either sign."""
+    attribution, weights = torch.tensor(nodes["attribution"].to_numpy()), weights.double()
+    inner = torch.tensor((nodes["kind"] != "embedding").to_numpy())
+    into = (weights.sum(1) - attribution)[inner]
+    out = (weights.sum(0) - attribution)[:-1]
+    return float(torch.cat([into, out]).abs().max() / weights[-1].abs().sum())
+
+
+# ----- Graph effects ------------------------------------------------------------------------------
+
+MEASURED = 10  # head nodes, and edges between heads, that exact runs are made of
+Graph = tuple[pd.DataFrame, pd.DataFrame]  # nodes, and kept links
+
+
+def input_shares(weights: Tensor) -> Tensor:
+    """[target, source] |weights| as shares of a target's."""
+    sizes = weights.abs()
+    return sizes / sizes.sum(1, keepdim=True).clamp_min(1e-10)
+
+
+def influence_of(shares: Tensor) -> Tensor:
+    """[node], what of the goal comes from a node by paths of any length: g N + g N^2 + ..., with g
+    the goal alone. No path is longer than the model is deep, so the series ends."""
+    step, influence = shares[-1], shares[-1].clone()
+    while step.any():
+        step = step @ shares
+        influence = influence + step
+    return influence
+
+
+def leading(scores: Tensor, part: float) -> Tensor:
+    """Which scores are at least as large as that with which the largest make up a part of all."""
+    ordered = scores.flatten().sort(descending=True).values
+    enough = torch.searchsorted(ordered.cumsum(0) / ordered.sum(), part)
+    return scores >= ordered[min(int(enough), len(ordered) - 1)]
+
+
+def prune(nodes: pd.DataFrame, weights: Tensor, config: Config) -> tuple[pd.DataFrame, Tensor]:
+    """The nodes with `influence`, its sum `cumulative` over all that have more, and `kept`; which
+    edges are kept [target, source]. As circuit-tracer 0.5 does it, whose error nodes are rests:
+    embeddings and goal stay, others need an edge out, and heads and neurons one in."""
+    kind = nodes["kind"]
+    stays = torch.tensor(kind.isin(["embedding", "goal"]).to_numpy())
+    starts = stays | torch.tensor(kind.str.endswith("-rest").to_numpy())
+    influence = influence_of(input_shares(weights))
+    kept = leading(influence, config.node_threshold) | stays
+    shares = input_shares(weights * kept * kept[:, None])
+    reached = influence_of(shares)
+    reached[-1] += 1
+    edges = leading(shares * reached[:, None], config.edge_threshold) & (shares > 0)
+    before = ~kept
+    while not kept.equal(before):
+        before = kept
+        edges = edges & kept & kept[:, None]
+        kept = kept & (edges.any(0) | stays) & (edges.any(1) | starts)
+    ordered = influence.sort(descending=True)
+    cumulative = torch.empty_like(influence)
+    cumulative[ordered.indices] = ordered.values.cumsum(0) / ordered.values.sum()
+    told = {"influence": influence, "cumulative": cumulative, "kept": kept}
+    return nodes.assign(**{name: of.tolist() for name, of in told.items()}), edges
+
+
+def graph_scores(nodes: pd.DataFrame, weights: Tensor) -> dict[str, float]:
+    """How much rests leave unsaid (circuit-tracer's scores), where nothing explains a rest:
+    replacement, the share of influence that comes from embeddings through heads and neurons alone,
+    and completeness, the share of what flows into nodes, by influence, that comes from no rest."""
+    rest = torch.tensor(nodes["kind"].str.endswith("-rest").to_numpy())
+    embedding = torch.tensor((nodes["kind"] == "embedding").to_numpy())
+    shares = input_shares(weights * ~rest[:, None])
+    influence = influence_of(shares)
+    replacement = influence[embedding].sum() / influence[embedding | rest].sum()
+    influence[-1] += 1
+    told = ((1 - shares[:, rest].sum(1)) * influence).sum() / influence.sum()
+    return {"replacement_score": float(replacement), "completeness_score": float(told)}
+
+
+def head_of(nodes: pd.DataFrame, number: int, n_tokens: int) -> tuple[Component, Tensor]:
+    """The head of a node and its token, as [tok] bool."""
+    layer, index, position = nodes.loc[number, ["layer", "index", "position"]].tolist()
+    return Component(layer, "head", index), torch.arange(n_tokens) == position
+
+
+@torch.inference_mode()
+def lost_goals(
+    traced: TracedModel, ids: Sequence[int], direction: Tensor, rows: Sequence[Row]
+) -> list[float]:
+    """What the edits of each row take from the goal of a prompt."""
+    with editing(traced, [(), *rows]):
+        states = run_body(traced, ids)[:, -1]
+    goals = (states.to(direction) @ direction).tolist()
+    return [goals[0] - goal for goal in goals[1:]]
+
+
+@torch.inference_mode()
+def patch_edges(
+    traced: TracedModel,
+    ids: Sequence[int],
+    direction: Tensor,
+    clean: Mapping[Site, Tensor],
+    pairs: Sequence[tuple[tuple[Component, Tensor], ...]],
+) -> list[float]:
+    """What zeroing a head at its token takes from the goal through another head at its token alone,
+    exactly: path patching as of `run_paths`, with all heads and MLPs between at their clean inputs
+    [tok, width]."""
+    shape, rows, written = traced.shape, [], []
+    for (sender, where), _ in pairs:
+        above = [site for site in clean if (site[0], ORDER.index(site[1])) > sender.depth]
+        held = (Edit(site, slice(None), 0.0, clean[site]) for site in above)
+        rows.append((Edit(sender.site, shape.columns(sender), where=where), *held))
+    received = {receiver.site: traced.module(receiver.site) for _, (receiver, _) in pairs}
+    with recording(received) as seen:
+        lost_goals(traced, ids, direction, rows)
+    for row, (_, (receiver, where)) in enumerate(pairs, start=1):
+        columns = shape.columns(receiver)
+        value = seen[receiver.site][row][:, columns]
+        written.append((Edit(receiver.site, columns, 0.0, value, where),))
+    return lost_goals(traced, ids, direction, written)
+
+
+def largest(table: pd.DataFrame, column: str, n: int) -> pd.DataFrame:
+    """The rows of the largest magnitudes, in that order."""
+    return table.sort_values(column, key=abs, ascending=False, kind="stable").head(n)
+
+
+def measure_graph(
+    exp: Experiment, prompt: Prompt, direction: Tensor, halves: Halves, graph: Graph
+) -> None:
+    """Give the nodes and links of a graph `exact_effect`, where it was measured: of the heads of
+    the largest attribution and of the kept edges of the largest weight between heads."""
+    nodes, links = graph
+    heads = nodes[nodes["kind"] == "head"]
+    between = links[links["from_node"].isin(heads.index) & links["to_node"].isin(heads.index)]
+    best, strong = largest(heads, "attribution", MEASURED), largest(between, "weight", MEASURED)
+    at = {number: head_of(nodes, number, len(prompt.ids)) for number in heads.index}
+    pairs = [
+        (at[one], at[other])
+        for one, other in zip(strong["from_node"], strong["to_node"], strict=True)
+    ]
+    clean = {site: made[0].detach() for site, (_, made) in halves.items() if site[1]}
+    given, shape = (exp.traced, prompt.ids, direction), exp.shape
+    zeroed = (Edit(at[n][0].site, shape.columns(at[n][0]), where=at[n][1]) for n in best.index)
+    nodes.loc[best.index, "exact_effect"] = lost_goals(*given, [(edit,) for edit in zeroed])
+    links.loc[strong.index, "exact_effect"] = patch_edges(*given, clean, pairs)
+
+
+# ----- Graph files --------------------------------------------------------------------------------
+
+LABELLED = 60  # nodes of the figure with names
+VIEWER = "circuit-tracer start-server --graph_file_dir {} --port 8032"
+# what circuit-tracer's viewer calls nodes; it takes all with "error" in them for unexplained
+TYPES = {"embedding": "embedding", "goal": "logit", "head": "attention head"}
+TYPES |= {"neuron": "mlp neuron", "attn-rest": "attention remainder error"}
+TYPES |= {"mlp-rest": "mlp reconstruction error"}
+COLORS = {"embedding": "dimgray", "goal": "black", "head": "tab:orange", "neuron": "tab:green"}
+COLORS |= {"attn-rest": "tan", "mlp-rest": "yellowgreen"}
+
+
+def name_nodes(
+    nodes: pd.DataFrame, exp: Experiment, prompt: Prompt, goal_token: int
+) -> pd.DataFrame:
+    """The nodes with what the viewer calls them (`node_id`, `stratum` and `feature`, no two alike;
+    one token stands for the goal), a label, and the token at their place."""
+    rows: list[tuple[Any, ...]] = []
+    for kind, layer, index, at in nodes[["kind", "layer", "index", "position"]].to_numpy():
+        token, label = exp.encoder.tokenizer.decode([prompt.ids[at]]), kind
+        stratum, number, feature = layer, kind, -1 - (kind == "attn-rest")
+        if kind in ("head", "neuron"):
+            label = Component(layer, kind, index).label
+            number = index + exp.shape.n_heads * (kind == "neuron")  # neurons after the heads
+            feature = (layer + number) * (layer + number + 1) // 2 + number  # Cantor's pairing
+        elif kind == "embedding":
+            stratum, number, feature = "E", prompt.ids[at], at
+        elif kind == "goal":
+            stratum, number, feature = layer + 1, goal_token, goal_token
+        else:
+            label = f"L{layer}{kind}"
+        rows.append((f"{stratum}_{number}_{at}", str(stratum), feature, label, token))
+    columns = ["node_id", "stratum", "feature", "label", "token"]
+    return nodes.join(pd.DataFrame(rows, columns=columns))
+
+
+def viewer_node(node: Any, output: str, p: float) -> Record:
+    """A node as circuit-tracer's viewer takes it; without "(p=" in the goal's it draws nothing."""
+    is_goal = node.kind == "goal"
+    return {
+        "node_id": node.node_id,
+        "feature": node.feature,
+        "layer": node.stratum,
+        "ctx_idx": node.position,
+        "feature_type": TYPES[node.kind],
+        "token_prob": p if is_goal else 0.0,
+        "is_target_logit": is_goal,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": "-".join(node.node_id.rsplit("_", 1)),
+        "clerp": f'Output "{output}" (p={p:.3f})' if is_goal else f"{node.label} {node.token}",
+        "influence": None if is_goal else node.cumulative,
+        "activation": node.attribution,
+    }
+
+
+def write_viewer(
+    nodes: pd.DataFrame, links: pd.DataFrame, goal: tuple[str, float], told: Record, path: Path
+) -> None:
+    """graphs/SLUG.json and graphs/graph-metadata.json of the kept nodes and links. The viewer shows
+    nodes up to a threshold: here the largest cumulative influence of those that are kept."""
+    shown = nodes[nodes["kept"]]
+    inner = shown[~shown["kind"].isin(["embedding", "goal"])]
+    least = float(inner["cumulative"].max()) if len(inner) else 1.0
+    metadata = told | {"transcoder_list": [], "node_threshold": least, "schema_version": 1}
+    asked = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    graph: Record = {"metadata": metadata, "qParams": asked}
+    graph["nodes"] = [viewer_node(node, *goal) for node in shown.itertuples()]
+    graph["links"] = links[["source", "target", "weight"]].to_dict("records")
+    (path / "graphs").mkdir(exist_ok=True)
+    for name, content in {told["slug"]: graph, "graph-metadata": {"graphs": [metadata]}}.items():
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_text(path / "graphs" / f"{name}.json", text + "\n")
+
+
+def place_nodes(nodes: pd.DataFrame) -> tuple[pd.DataFrame, list[str], dict[Any, float]]:
+    """Nodes with x and y, the names of the rows upwards, and where the column of each token is:
+    rows are the half-blocks that have a node, columns as wide as their fullest cell."""
+    depth = [(layer, ORDER.index(NODES[kind])) for layer, kind in nodes[["layer", "kind"]].values]
+    rows = sorted(set(depth))
+    nodes = nodes.assign(y=[rows.index(one) for one in depth])
+    cell = nodes.groupby(["position", "y"])["kind"]
+    number, count = cell.cumcount(), cell.transform("size")
+    width = count.groupby(nodes["position"]).max().sort_index()
+    columns = (width.cumsum() - width / 2).to_dict()
+    nodes["x"] = nodes["position"].map(columns) + number - (count - 1) / 2
+    ends = {(0, 0): "embedding", rows[-1]: "goal"}
+    names = [ends.get(row, f"L{row[0]} {('', 'heads', 'MLP')[row[1]]}") for row in rows]
+    return nodes, names, columns
+
+
+def draw_graph(nodes: pd.DataFrame, links: pd.DataFrame, title: str, path: Path) -> None:
+    """Tokens across, layers up: kept nodes as dots, larger by influence, the strongest by name;
+    kept edges as lines, wider and darker by |weight|. Tokens without an edge are left out."""
+    ends = {*links["source"], *links["target"], *nodes["node_id"][nodes["kind"] == "goal"]}
+    placed, rows, columns = place_nodes(nodes[nodes["kept"] & nodes["node_id"].isin(ends)])
+    size = (2.2 + 0.36 * placed["x"].max(), 1.9 + 0.55 * len(rows))
+    width, height = (min(24.0, max(5.5, side)) for side in size)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes, at = figure.add_subplot(), placed.set_index("node_id")[["x", "y"]]
+    links, most = links.sort_values("weight", key=abs), links["weight"].abs().max()
+    for source, target, weight in links[["source", "target", "weight"]].to_numpy():
+        (x, y), look = at.loc[[source, target]].to_numpy().T, abs(weight) / most
+        color = "tab:blue" if weight > 0 else "tab:red"
+        axes.plot(x, y, color=color, linewidth=0.4 + 2.6 * look, alpha=0.15 + 0.7 * look, zorder=1)
+    influence = placed["influence"] / placed["influence"].max()
+    for kind, some in placed.groupby("kind"):
+        area = 12 + 200 * influence[some.index]
+        axes.scatter(some["x"], some["y"], area, color=COLORS[str(kind)], label=kind, zorder=2)
+    named = placed[~placed["kind"].isin(["embedding", "goal"])].nlargest(LABELLED, "influence")
+    for node in named.itertuples():
+        name = node.label.removeprefix(f"L{node.layer}").removeprefix(node.kind) or "rest"
+        axes.annotate(
+            name, (node.x, node.y), (0, 5), textcoords="offset points", ha="center", fontsize=6
+        )
+    tokens = placed.drop_duplicates("position").set_index("position")["token"]
+    labels = [f"{position} {tokens[position]!r}" for position in columns]
+    axes.set_xticks([*columns.values()], labels, rotation=90, parse_math=False, fontsize=7)
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.set_title(title, fontsize=9, parse_math=False)
+    legend = figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    for handle in legend.legend_handles:
+        handle.set_sizes([25])  # type: ignore[union-attr]
+    save_figure(figure, path)
+
+
+def describe_goal(exp: Experiment, weights: Mapping[int, float]) -> str:
+    """What the goal is: 'Sure' 'Here' less 'I', or less the mean of all logits."""
+    shown = {token: repr(exp.encoder.tokenizer.decode([token])) for token in weights}
+    ordered = sorted(weights, key=lambda token: -abs(weights[token]))
+    plus, minus = (
+        " ".join(shown[token] for token in ordered if sign * weights[token] > 0) for sign in (1, -1)
+    )
+    return f"{plus} less {minus or 'the mean of all logits'}"
+
+
+def report_graph(graph: Graph, told: Record, folder: Path) -> None:
+    """What the log says of a graph: what it explains, what it is and is not, its strongest heads,
+    and, apart from these, what exact runs say."""
+    nodes, links = graph
+    log.info(f"goal: {told['goal']}, at the last token: {told['goal_value']:+.4f}")
+    log.info(f"largest gap between what flows in and out: {told['conservation_error']:.1e} of it")
+    constant = "norms, attention patterns and slopes are constants here"
+    log.info(f"{constant}: an edge is a share of a linearisation, not the effect of cutting it")
+    kept = f"{told['nodes_kept']} of {told['nodes']} nodes, {told['edges_kept']} of {told['edges']}"
+    scores = f"{told['replacement_score']:.2f}, completeness {told['completeness_score']:.2f}"
+    log.info(f"kept: {kept} edges; replacement score {scores}")
+    best = [
+        (f"{node.label} at token {node.position} {node.token!r}", node)
+        for node in largest(nodes.dropna(subset="exact_effect"), "attribution", 5).itertuples()
+    ]
+    for name, node in best:
+        log.info(f"{name}: attribution {node.attribution:+.3f}")
+    for name, node in best:
+        log.info(f"measured: zeroing {name} takes {node.exact_effect:+.3f} from the goal")
+    for table, column, what in (
+        (nodes, "attribution", "heads, zeroed"),
+        (links, "weight", "edges between heads, patched"),
+    ):
+        known = table.dropna(subset="exact_effect")
+        same = int((known[column] * known["exact_effect"] > 0).sum())
+        r = f", r {known[column].corr(known['exact_effect']):.2f}" if len(known) > 2 else ""
+        log.info(f"measured: {same} of {len(known)} {what}, have the sign of their {column}{r}")
+    log.info("to look at it: %s", VIEWER.format(folder))
+
+
+def graph_of(exp: Experiment, prompt: Prompt) -> tuple[Graph, Record]:
+    """The nodes and the kept links of a prompt's graph, with exact effects, and what run.json tells
+    of it; `RunError` where contributions do not add up."""
+    traced, matrix = exp.traced, exp.traced.head.weight
+    halves = run_halves(traced, prompt.ids)
+    last = halves[exp.shape.n_layers, ""][1][0, -1:].detach()
+    logits = torch.cat([*unembed(last.to(matrix.device), matrix)], -1)[0]
+    goal = goal_weights(exp, prompt, logits)
+    direction = goal_direction(traced, goal)
+    nodes, weights = attribute(traced, halves, direction, exp.config.graph_nodes)
+    error, bound = conservation_error(nodes, weights), MOST_LOST.get(exp.shape.dtype, 0.5)
+    if not error <= bound:
+        what = f"what flows in and out of nodes differs by {error:.2g} of the goal"
+        raise RunError(
+            f"--graph: {what} (bound {bound:g}); {exp.shape.name} does more than it knows"
+        )
+    scores, (nodes, edges) = graph_scores(nodes, weights), prune(nodes, weights, exp.config)
+    nodes = name_nodes(nodes, exp, prompt, max(goal, key=lambda token: goal[token]))
+    target, source = (of.numpy() for of in edges.nonzero(as_tuple=True))
+    name = nodes["node_id"].to_numpy()
+    links = pd.DataFrame({"source": name[source], "target": name[target]})
+    links["weight"] = weights[target, source].tolist()
+    links = links.assign(from_node=source, to_node=target, exact_effect=math.nan)
+    graph = nodes.assign(exact_effect=math.nan), links
+    measure_graph(exp, prompt, direction, halves, graph)
+    told: Record = {"sample_id": prompt.sample.sample_id, "side": prompt.side}
+    told |= {"goal": describe_goal(exp, goal), "goal_value": nodes["attribution"].iloc[-1]}
+    told["p"] = float(logits.softmax(-1)[[token for token, w in goal.items() if w > 0]].sum())
+    told |= {"conservation_error": error, **scores}
+    counts = {"nodes": len(nodes), "nodes_kept": int(nodes["kept"].sum())}
+    counts |= {"edges": int((weights != 0).sum()), "edges_kept": len(links)}
+    return graph, told | counts
+
+
+def trace_graph(exp: Experiment, folder: RunFolder) -> None:
+    """Write circuit_graph.csv, _edges.csv and .png, and graphs/ for circuit-tracer's viewer, of the
+    prompt that --graph names."""
+    if any(weight.is_meta for weight in exp.traced.model.parameters()):
+        raise UsageError("--graph needs weights at hand; some are offloaded")
+    ids = [of_sample[0].sample.sample_id for of_sample in exp.prompts]
+    sample_id, side = graph_side(exp.config.graph or "", ids)
+    prompt = exp.prompts[ids.index(sample_id)]["ab".index(side)]
+    (nodes, links), told = graph_of(exp, prompt)
+    path, model = folder.path, Path(exp.config.model_id).name
+    columns = "node_id kind layer index position token attribution influence kept exact_effect"
+    write_text(path / "circuit_graph.csv", nodes[columns.split()].to_csv(index=False))
+    columns = "source target weight exact_effect"
+    write_text(path / "circuit_graph_edges.csv", links[columns.split()].to_csv(index=False))
+    about: Record = {
+        "slug": re.sub(r"[^A-Za-z0-9-]", "_", sample_id)[:99] + f"-{side}",
+        "prompt": prompt.text,
+    }
+    tokens = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
+    about |= {"scan": f"{exp.shape.name} {model}", "prompt_tokens": tokens}
+    write_viewer(nodes, links, (told["goal"], told["p"]), about, path)
+    title = f"{told['goal']}: {told['goal_value']:.2f} (blue adds, red takes away)"
+    title += f"\n{exp.task.name}, {model}, {sample_id}, prompt {side}"
+    draw_graph(nodes, links, title, path / "circuit_graph.png")
+    folder.note(graph=told)
+    report_graph((nodes, links), told, path / "graphs")
+
+
 # ----- Replies ------------------------------------------------------------------------------------
 
 
@@ -5544,6 +6192,9 @@ def explain(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolde
     if config.along:
         with exp.stage("directions"):
             trace_directions(exp, table, heads, find_directions(exp, folder), folder)
+    if config.graph:
+        with exp.stage("attribution graph", f" of {config.graph}"):
+            trace_graph(exp, folder)
     chosen: list[JointSet] = []
     if config.confirms or config.ablate:
         with exp.stage("joint ablation"):
@@ -5575,7 +6226,7 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     # those of another command in this folder; a circuit tells where it is from and may be read
     folder.delete(name for name, always in OUTPUTS.items() if not always and name != "circuit.json")
     folder.delete([REPORT])  # until all of its run is there
-    for name in ("behaviour", "screen"):
+    for name in ("behaviour", "screen", "graph"):
         folder.record.pop(name, None)
     folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
     turn = "in the user's turn" if exp.encoder.folds else "its own"
