@@ -84,6 +84,7 @@ TAKEN: dict[str, Any] = {
     "0,2-3": (range(0, 1), range(2, 4)),
     "-0.5": -0.5,
     "1234": 1234,
+    "0.5": 0.5,
 }
 ACTIONS = {action.dest: action for action in tracing.build_parser()._actions}
 

@@ -292,7 +292,7 @@ def test_the_share_of_replies_that_are_alike_or_repeat_themselves_by_hand(
 
 def test_everything_together_runs_on_the_bundled_model(tiny_llama: str, tmp_path: Path) -> None:
     flags = "--num_samples 4 --controls --confirm 4 --num_random 3 --max_new_tokens 4 --heatmap"
-    flags += " --screen 8 --multipliers 0,1"
+    flags += " --screen 8 --multipliers 0,1 --graph s0000"
     finish(tiny_llama, tmp_path, *flags.split())
     others = {f"circuit_{name}" for name in ("paths.csv", "paths.png")}  # not with a screen
     others |= {f"circuit_{name}" for name in ("positions.csv", "positions.png")}

@@ -36,7 +36,7 @@ EXTRAS = [
     "--screen",
     "4",
 ]
-EXTRAS += ["--multipliers", "0"]
+EXTRAS += ["--multipliers", "0", "--graph", "s0000"]
 RESULTS = "circuit_results.csv"
 
 

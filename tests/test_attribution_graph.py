@@ -1,0 +1,882 @@
+"""The attribution graph: conservation, a frozen model written anew, pruning by hand, the viewer."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import llama3_circuit_tracing as tracing
+import naive
+import random_models
+from conftest import Answer, finish, read, record_of, refuses
+from llama3_circuit_tracing import Component, Experiment
+from test_interventions import SAMPLES, Bench, bench, hooks_of, pair
+
+CLOSE = 1e-4
+GRAPH = "circuit_graph.csv"
+EDGES = "circuit_graph_edges.csv"
+FAST = ["--num_samples", "2", "--layers", "0", "--no-bf16"]
+REST = ["attn-rest", "mlp-rest"]
+Build = Callable[..., str]
+Explained = tuple[pd.DataFrame, Tensor, Tensor]  # nodes, weights, the goal's direction
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen3", "tiny"])
+def any_bench(request: Any, random_model: Build, tiny_llama: str) -> Bench:
+    """The models that have no post-norms."""
+    return bench(tiny_llama if request.param == "tiny" else random_model(request.param))
+
+
+@pytest.fixture(scope="module")
+def plain(llama: str) -> Bench:
+    return bench(llama)
+
+
+def prompt_ids(bench: Bench) -> list[int]:
+    return naive.prompt_ids(bench.loaded[1], "Don't mention apple. Name a fruit.")
+
+
+def explained(bench: Bench, n_best: int = 60, token: int = 7) -> Explained:
+    """The graph of one token's logit less the mean."""
+    direction = tracing.goal_direction(bench.traced, {token: 1.0})
+    halves = tracing.run_halves(bench.traced, prompt_ids(bench))
+    return *tracing.attribute(bench.traced, halves, direction, n_best), direction
+
+
+def number_of(nodes: pd.DataFrame, kind: str, layer: int, index: int, position: int) -> int:
+    told = (kind, layer, index, position)
+    columns = ["kind", "layer", "index", "position"]
+    return int(nodes.index[(nodes[columns] == pd.Series(told, columns)).all(axis=1)][0])
+
+
+# ----- identities
+
+
+@torch.no_grad()
+def margin(model: Any, ids: list[int], token: int) -> float:
+    logits = model(torch.tensor([ids])).logits[0, -1].double()
+    return float(logits[token] - logits.mean())
+
+
+@pytest.mark.parametrize("n_best", [1, 60, 10**6])
+def test_what_flows_into_a_node_and_out_of_it_is_its_attribution(
+    any_bench: Bench, n_best: int
+) -> None:
+    nodes, weights, _ = explained(any_bench, n_best)
+    attribution = torch.tensor(nodes["attribution"])
+    scale = attribution.abs().max()
+    first, n = len(prompt_ids(any_bench)), len(nodes)
+    assert (weights.sum(1) - attribution)[first:].abs().max() < CLOSE * scale
+    assert (weights.sum(0) - attribution)[: n - 1].abs().max() < CLOSE * scale
+    assert not weights[:first].any()
+    assert not weights.triu().any()
+    assert tracing.conservation_error(nodes, weights) < CLOSE / 10
+
+
+def test_the_goal_is_the_logit_and_passes_every_layer_whole(any_bench: Bench) -> None:
+    """What crosses a line between half-blocks adds up to it."""
+    nodes, weights, _ = explained(any_bench)
+    logit = margin(any_bench.loaded[0], prompt_ids(any_bench), 7)
+    depth = [
+        (layer, ["", "head", "attn-rest", "neuron", "mlp-rest"].index(kind) + 1 >> 1)
+        if kind not in ("embedding", "goal")
+        else (layer - (kind == "embedding"), 0)
+        for layer, kind in nodes[["layer", "kind"]].to_numpy()
+    ]
+    assert depth == sorted(depth)
+    cuts = [i for i in range(1, len(depth)) if depth[i] != depth[i - 1]]
+    assert len(cuts) == 2 * any_bench.traced.shape.n_layers + 1
+    for cut in cuts:
+        assert float(weights[cut:, :cut].sum()) == pytest.approx(logit, rel=CLOSE, abs=CLOSE)
+    embeddings = nodes["attribution"][nodes["kind"] == "embedding"].sum()
+    assert embeddings == pytest.approx(logit, rel=CLOSE, abs=CLOSE)
+    assert nodes["attribution"].iloc[-1] == pytest.approx(logit, rel=CLOSE)
+
+
+def test_the_nodes_are_the_strongest_and_of_each_half_block_the_rest(plain: Bench) -> None:
+    few, all_ = explained(plain, 30)[0], explained(plain, 10**6)[0]
+    shape, n = plain.traced.shape, len(prompt_ids(plain))
+    assert len(all_) == n * (1 + shape.n_layers * (shape.n_heads + shape.d_mlp + 2)) + 1
+    of_all = all_[all_["kind"].isin(["head", "neuron"])].set_index(
+        ["kind", "layer", "index", "position"]
+    )
+    assert of_all.index.is_unique
+    best = of_all["attribution"].sort_values(key=abs, ascending=False).head(30)
+    of_few = few[few["kind"].isin(["head", "neuron"])].set_index(
+        ["kind", "layer", "index", "position"]
+    )
+    assert set(of_few.index) == set(best.index)
+    assert (of_few["attribution"] - best).abs().max() < 1e-6
+    assert all_.loc[all_["kind"].isin(REST), "attribution"].abs().max() == 0
+    left = of_all.drop(best.index)["attribution"].groupby(["kind", "layer", "position"]).sum()
+    for rest, kind in zip(REST, ["head", "neuron"], strict=True):
+        told = few[few["kind"] == rest].set_index(["layer", "position"])["attribution"]
+        expected = left[kind].reindex(told.index, fill_value=0.0)
+        assert (told - expected).abs().max() < 1e-5
+        assert len(told) == n * shape.n_layers
+
+
+# ----- a Llama with constant norms, patterns and slopes, written without hooks
+
+
+class Frozen:
+    """Each half-block as a linear function of the residual stream [tok, d_model], in float64."""
+
+    def __init__(self, model: Any, ids: list[int]) -> None:
+        self.model, self.config = model.double(), model.config
+        self.config._attn_implementation = "eager"
+        with torch.no_grad():
+            out = self.model(torch.tensor([ids]), output_attentions=True)
+        self.patterns = [pattern[0] for pattern in out.attentions]  # [head, tok, tok]
+        self.scales: dict[Any, Tensor] = {}
+        self.slopes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.embedding = self.model.get_input_embeddings().weight[ids].detach()
+        self.made: dict[Any, Tensor] = {}
+        x = self.embedding
+        for layer, block in enumerate(self.model.model.layers):
+            self.scales[layer, "head"] = self.scale(x, block.input_layernorm)
+            self.made[layer, "head"] = self.heads(layer, x)
+            x = x + self.made[layer, "head"] @ block.self_attn.o_proj.weight.T
+            self.scales[layer, "neuron"] = self.scale(x, block.post_attention_layernorm)
+            read = x * self.scales[layer, "neuron"]
+            gate, up = (read @ getattr(block.mlp, f"{n}_proj").weight.T for n in ("gate", "up"))
+            self.slopes[layer] = nn.functional.silu(gate) / gate, nn.functional.silu(gate), up
+            self.made[layer, "neuron"] = self.neurons(layer, x)
+            x = x + self.made[layer, "neuron"] @ block.mlp.down_proj.weight.T
+        self.scales["end"] = self.scale(x, self.model.model.norm)
+
+    def scale(self, x: Tensor, norm: Any) -> Tensor:
+        return norm.weight / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+
+    def heads(self, layer: int, x: Tensor) -> Tensor:
+        """[tok, head * d_head]"""
+        pattern, weight = (
+            self.patterns[layer],
+            self.model.model.layers[layer].self_attn.v_proj.weight,
+        )
+        values = ((x * self.scales[layer, "head"]) @ weight.T).unflatten(-1, (-1, 16))
+        shared = pattern.shape[0] // values.shape[1]
+        mixed = [pattern[h] @ values[:, h // shared] for h in range(pattern.shape[0])]
+        return torch.cat(mixed, -1)
+
+    def neurons(self, layer: int, x: Tensor) -> Tensor:
+        """[tok, neuron]: half along the gate, half along up."""
+        slope, act, up = self.slopes[layer]
+        read, mlp = x * self.scales[layer, "neuron"], self.model.model.layers[layer].mlp
+        gates, ups = read @ mlp.gate_proj.weight.T, read @ mlp.up_proj.weight.T
+        return (slope * gates * up + act * ups) / 2
+
+    def goal(self, direction: Tensor, from_layer: int = 0, x: Tensor | None = None) -> Any:
+        """The goal, and what every half-block makes, with their graph."""
+        x, made = self.embedding if x is None else x, {}
+        for layer, block in enumerate(self.model.model.layers):
+            for kind, half, out in (
+                ("head", self.heads, block.self_attn.o_proj),
+                ("neuron", self.neurons, block.mlp.down_proj),
+            ):
+                made[layer, kind] = half(layer, x)
+                x = x + made[layer, kind] @ out.weight.T
+        return (x[-1] * self.scales["end"][-1]) @ direction.double(), made
+
+    def written(self, node: Any) -> Tensor:
+        """[tok, d_model], what a node adds to the residual stream."""
+        block = self.model.model.layers[node.layer]
+        of = block.self_attn.o_proj if node.kind == "head" else block.mlp.down_proj
+        made, width = self.made[node.layer, node.kind], 16 if node.kind == "head" else 1
+        alone = torch.zeros_like(made)
+        span = slice(node.index * width, (node.index + 1) * width)
+        alone[node.position, span] = made[node.position, span]
+        return alone @ of.weight.T
+
+
+@pytest.fixture(scope="module")
+def frozen(plain: Bench) -> Any:
+    model, _ = naive.load(plain.folder)
+    return Frozen(model.requires_grad_(False), prompt_ids(plain))
+
+
+def gradients_of(frozen: Frozen, direction: Tensor) -> dict[Any, Tensor]:
+    start = frozen.embedding.clone().requires_grad_()
+    goal, made = frozen.goal(direction, x=start)
+    gradients = torch.autograd.grad(goal, [start, *made.values()])
+    return dict(zip(["embedding", *made], gradients, strict=True))
+
+
+def test_attributions_are_those_of_the_frozen_model(plain: Bench, frozen: Frozen) -> None:
+    nodes, _, direction = explained(plain)
+    gradients = gradients_of(frozen, direction)
+    goal, made = frozen.goal(direction)
+    assert float(goal) == pytest.approx(margin(plain.loaded[0], prompt_ids(plain), 7), abs=1e-4)
+    for node in nodes[nodes["kind"].isin(["head", "neuron"])].itertuples():
+        width = 16 if node.kind == "head" else 1
+        span = slice(node.index * width, (node.index + 1) * width)
+        at = (node.layer, node.kind)
+        expected = (made[at] * gradients[at])[node.position, span].sum()
+        assert node.attribution == pytest.approx(float(expected), abs=CLOSE)
+    told = nodes["attribution"][nodes["kind"] == "embedding"].tolist()
+    expected = (frozen.embedding * gradients["embedding"]).sum(-1)
+    assert told == pytest.approx(expected.tolist(), abs=CLOSE)
+
+
+def test_an_edge_is_what_a_target_lacks_without_the_source(plain: Bench, frozen: Frozen) -> None:
+    """The source's output is taken from what the target's half-block reads, and from nothing else;
+    what the target then makes less of counts by the gradient there."""
+    nodes, weights, direction = explained(plain)
+    gradients = gradients_of(frozen, direction)
+    inner = nodes[nodes["kind"].isin(["head", "neuron"])]
+    checked = 0
+    for source, target in itertools.product(inner.itertuples(), inner.itertuples()):
+        before = (source.layer, source.kind == "neuron") < (target.layer, target.kind == "neuron")
+        if not before or (source.Index + target.Index) % 7:
+            assert before or weights[target.Index, source.Index] == 0
+            continue
+        half = frozen.heads if target.kind == "head" else frozen.neurons
+        lost = half(target.layer, frozen.written(source))[target.position]  # it is linear
+        width = 16 if target.kind == "head" else 1
+        span = slice(target.index * width, (target.index + 1) * width)
+        gradient = gradients[target.layer, target.kind][target.position]
+        expected = float((lost * gradient)[span].sum())
+        assert float(weights[target.Index, source.Index]) == pytest.approx(expected, abs=CLOSE)
+        checked += expected != 0
+    assert checked > 20
+    last = nodes.index[-1]
+    for source in inner.itertuples():
+        seen = (frozen.written(source)[-1] * frozen.scales["end"][-1]) @ direction.double()
+        assert float(weights[last, source.Index]) == pytest.approx(float(seen), abs=CLOSE)
+
+
+def test_one_layer_and_two_tokens_by_hand() -> None:
+    """Width 1 wherever it can be: RMSNorm of one number is its sign, an attention pattern over two
+    tokens is a logistic function, and so on."""
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=2,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+        vocab_size=3,
+        rms_norm_eps=0.0,
+        tie_word_embeddings=False,
+        pad_token_id=None,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    block, zero = model.model.layers[0], torch.zeros(2, 2)
+    # token 0 is (3, 4) with a root mean square of 5 / sqrt(2), token 1 is (1, 1) with 1
+    model.model.embed_tokens.weight.data = torch.tensor([[3.0, 4.0], [1.0, 1.0], [0.0, 1.0]])
+    block.self_attn.q_proj.weight.data = zero  # so that both tokens are attended to alike
+    block.self_attn.k_proj.weight.data = zero
+    block.self_attn.v_proj.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    block.self_attn.o_proj.weight.data = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
+    block.mlp.gate_proj.weight.data = torch.tensor([[1.0, 0.0]])
+    block.mlp.up_proj.weight.data = torch.tensor([[0.0, 1.0]])
+    block.mlp.down_proj.weight.data = torch.tensor([[0.0], [3.0]])
+    model.lm_head.weight.data = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    traced = tracing.TracedModel(model, tracing.shape_of(model, torch.float32), 4)
+    direction = tracing.goal_direction(traced, {0: 1.0})
+    assert direction.tolist() == [2.0, 0.0]  # (3, 0) less a third of it
+    halves = tracing.run_halves(traced, [0, 1])
+    nodes, weights = tracing.attribute(traced, halves, direction, 4)
+
+    own, other = 0.5 * 1.0, 0.5 * 3 * math.sqrt(2) / 5  # what the head has from either token
+    x = 1 + 2 * (own + other)  # of the second token before the MLP: (x, 1)
+    norm = math.sqrt((x * x + 1) / 2)
+    gate, up = x / norm, 1 / norm
+    neuron = gate / (1 + math.exp(-gate)) * up
+    end = math.sqrt((x * x + (1 + 3 * neuron) ** 2) / 2)
+    unit = 2 / end  # of the goal per unit of x after the norm
+    # the neuron writes along the second axis, which the goal does not read: it has no part
+    expected = {
+        ("embedding", "head"): [unit * 2 * other, unit * 2 * own],
+        ("embedding", "goal"): [0.0, unit * 1],
+        ("head", "goal"): [unit * 2 * (own + other)],
+    }
+    head = number_of(nodes, "head", 0, 0, 1)
+    assert weights[head, :2].tolist() == pytest.approx(expected["embedding", "head"], abs=1e-6)
+    assert weights[-1, :2].tolist() == pytest.approx(expected["embedding", "goal"], abs=1e-6)
+    assert float(weights[-1, head]) == pytest.approx(expected["head", "goal"][0], abs=1e-6)
+    assert nodes["attribution"].iloc[-1] == pytest.approx(unit * x, abs=1e-6)
+    assert nodes.loc[nodes["kind"] == "neuron", "attribution"].abs().max() == 0
+    # a goal that reads the second axis: half of the neuron is owed to the gate, half to up
+    nodes, weights = tracing.attribute(traced, halves, torch.tensor([0.0, 1.0]), 4)
+    there, head = number_of(nodes, "neuron", 0, 0, 1), number_of(nodes, "head", 0, 0, 1)
+    part = 3 * neuron / end
+    assert float(weights[-1, there]) == pytest.approx(part, abs=1e-6)
+    assert float(weights[there, head]) == pytest.approx(part / 2 * (x - 1) / x, abs=1e-6)
+    assert float(weights[there, 1]) == pytest.approx(part / 2 * (1 / x + 1), abs=1e-6)
+    assert weights[head, :2].tolist() == pytest.approx(
+        [part / 2 * 2 * other / x, part / 2 * 2 * own / x], abs=1e-6
+    )
+
+
+# ----- the goal
+
+
+def goal_of(exp: Experiment, logits: Tensor) -> dict[int, float]:
+    return tracing.goal_weights(exp, exp.prompts[0][0], logits)
+
+
+def test_a_suppressed_words_forms_share_its_part(plain: Bench) -> None:
+    exp = plain.experiment(records=[pair("Say no.", "Say it.", "apple", "dog")])
+    words = [[form[0] for form in forms] for forms in exp.prompts[0][0].forms]
+    logits = torch.zeros(exp.shape.vocab)
+    logits[words[0][0]] = math.log(3)
+    found = goal_of(exp, logits)
+    assert found[words[0][0]] == pytest.approx(0.5 * 3 / (2 + len(set(words[0]))))
+    assert sum(found.values()) == pytest.approx(1)
+    for of_word in words:
+        assert sum(found[token] for token in set(of_word)) == pytest.approx(0.5)
+
+
+def test_targets_count_against_foils_by_their_probabilities(plain: Bench) -> None:
+    record = pair("Say no.", "Say it.", "apple") | {"foils": ["dog", "cat"]}
+    exp = plain.experiment("--task contrast", [record])
+    forms = exp.prompts[0][0].forms
+    groups = [{form[0] for form in forms[0]}, {form[0] for word in forms[1:] for form in word}]
+    logits = torch.randn(exp.shape.vocab, generator=torch.Generator().manual_seed(0))
+    found = goal_of(exp, logits)
+    targets, foils = groups[0] - groups[1], groups[1] - groups[0]
+    odds = logits.exp()
+    for tokens, sign in ((targets, 1), (foils, -1)):
+        total = float(sum(odds[token] for token in tokens))
+        for token in tokens:
+            assert found[token] == pytest.approx(sign * float(odds[token]) / total, abs=1e-5)
+    assert set(found) == targets | foils
+    # the gradient of the margin, by differences
+    direction = tracing.goal_direction(plain.traced, found)
+    matrix = plain.traced.head.weight
+    expected = sum(weight * matrix[token] for token, weight in found.items())
+    assert (direction - expected).abs().max() < 1e-5
+
+
+def test_the_mean_of_all_logits_goes_off_a_goal_without_foils(plain: Bench) -> None:
+    matrix = plain.traced.head.weight
+    direction = tracing.goal_direction(plain.traced, {3: 0.25, 5: 0.75})
+    expected = 0.25 * matrix[3] + 0.75 * matrix[5] - matrix.mean(0)
+    assert (direction - expected).abs().max() < 1e-5
+    assert goal_of(plain.experiment("--graph line00001 --graph_goal top"), torch.arange(9.0)) == {
+        8: 1.0
+    }
+
+
+def test_words_that_begin_alike_are_left_out_or_refused(
+    plain: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    exp = plain.experiment(records=[pair("Say no.", "Say it.", "apple")])
+    object.__setattr__(exp.config, "task", "contrast")
+    prompt, logits = exp.prompts[0][0], torch.zeros(exp.shape.vocab)
+    sample = SimpleNamespace(targets=("x",), named="sample (x)")
+    forms = (((1, 2), (3,)), ((1, 4), (5,)))
+    told: Any = SimpleNamespace(sample=sample, forms=forms)
+    with caplog.at_level("WARNING", "circuit"):
+        assert tracing.goal_weights(exp, told, logits) == {3: 1.0, 5: -1.0}
+    assert "may begin with" in caplog.text
+    told.forms = (((1, 2),), ((1, 4),))
+    with pytest.raises(tracing.UsageError, match="begin with the same tokens; give --graph_goal"):
+        tracing.goal_weights(exp, told, logits)
+    assert prompt.sample.targets == ("apple",)
+
+
+# ----- pruning
+
+FIVE = pd.DataFrame({"kind": ["embedding", "head", "head", "mlp-rest", "goal"]})
+# [target, source]: of the goal half is the first head's, a quarter each the second's and the rest's
+WEIGHTS = torch.tensor(
+    [
+        [0.0, 0, 0, 0, 0],
+        [2.0, 0, 0, 0, 0],
+        [-1.0, 1, 0, 0, 0],
+        [0.0, 1, 0, 0, 0],
+        [0.0, 2, -1, 1, 0],
+    ]
+)
+
+
+def pruned(node: float, edge: float) -> tuple[pd.DataFrame, list[tuple[int, int]]]:
+    config = tracing.Config(node_threshold=node, edge_threshold=edge)
+    nodes, edges = tracing.prune(FIVE, WEIGHTS, config)
+    return nodes, sorted(map(tuple, edges.nonzero().tolist()))
+
+
+def test_influence_and_thresholds_of_five_nodes_by_hand() -> None:
+    nodes, _ = pruned(1.0, 1.0)
+    # by all paths: the embedding 7/8 through the first head and 1/8 through the second
+    influence = [1.0, 0.5 + 0.25 / 2 + 0.25, 0.25, 0.25, 0.0]
+    assert nodes["influence"].tolist() == pytest.approx(influence)
+    total = sum(influence)
+    cumulative = [1 / total, 1.875 / total, 2.125 / total, 1.0, 1.0]
+    assert nodes["cumulative"].tolist()[:2] == pytest.approx(cumulative[:2])
+    assert sorted(nodes["cumulative"].tolist()[2:4]) == pytest.approx(cumulative[2:4])
+    assert nodes["kept"].all()
+    assert pruned(1.0, 1.0)[1] == [(1, 0), (2, 0), (2, 1), (3, 1), (4, 1), (4, 2), (4, 3)]
+    # 1.875 / 2.375 = 0.789: up to there the first head is enough
+    nodes, edges = pruned(0.78, 1.0)
+    assert nodes["kept"].tolist() == [True, True, False, False, True]
+    assert edges == [(1, 0), (4, 1)]
+    assert pruned(0.8, 1.0)[0]["kept"].all()  # both others are as strong
+
+
+def test_a_head_without_an_edge_goes_and_what_hung_on_it_too() -> None:
+    """Edge scores: 1-0 .875, 4-1 .5, 4-2 and 4-3 .25, 3-1 .25, 2-0 and 2-1 .125; together 2.375."""
+    nodes, edges = pruned(1.0, 0.6)  # .875 + .5 = 1.375 of 2.375 is less, one of .25 more is enough
+    assert edges == [(1, 0), (3, 1), (4, 1), (4, 3)]
+    assert nodes["kept"].tolist() == [True, True, False, True, True]  # nothing comes to the second
+    nodes, edges = pruned(1.0, 0.5)
+    assert edges == [(1, 0), (4, 1)]
+    assert nodes["kept"].tolist() == [True, True, False, False, True]
+
+
+def test_scores_of_five_nodes_by_hand() -> None:
+    """The rest is an end: 1/4 of all comes from it; to the embedding go .625 by the first head and
+    .125 by the second. Of the goal's inputs 1/4 is the rest's, of no other's."""
+    found = tracing.graph_scores(FIVE, WEIGHTS)
+    assert found["replacement_score"] == pytest.approx(0.75 / (0.75 + 0.25))
+    influence = 0.75 + 0.625 + 0.25 + 0.25
+    assert found["completeness_score"] == pytest.approx((influence + 0.75) / (influence + 1))
+
+
+def peer(name: str) -> ModuleType:
+    """A module of circuit-tracer without the packages that its others need."""
+    spec = importlib.util.find_spec("circuit_tracer")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("circuit-tracer 0.5.0 is not installed")
+    stubs = {
+        "circuit_tracer.attribution.targets": {"LogitTarget": object},
+        "circuit_tracer.utils": {"get_default_device": None},
+        "circuit_tracer.utils.tl_nnsight_mapping": {
+            "UnifiedConfig": object,
+            "convert_nnsight_config_to_transformerlens": None,
+        },
+    }
+    packages = ["circuit_tracer", "circuit_tracer.attribution"]
+    before = dict(sys.modules)
+    try:
+        for stub in [*packages, *stubs]:
+            sys.modules[stub] = ModuleType(stub)
+            vars(sys.modules[stub]).update(stubs.get(stub, {}))
+        path = Path(spec.submodule_search_locations[0], *name.split(".")).with_suffix(".py")
+        of_file = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
+        assert of_file is not None and of_file.loader is not None
+        module = importlib.util.module_from_spec(of_file)
+        sys.modules[module.__name__] = module
+        of_file.loader.exec_module(module)
+        return module
+    finally:
+        for stub in [*packages, *stubs]:
+            sys.modules.pop(stub, None)
+            if stub in before:
+                sys.modules[stub] = before[stub]
+
+
+@pytest.mark.parametrize("thresholds", [(0.8, 0.98), (0.5, 0.7), (0.95, 0.9)])
+def test_what_is_kept_is_what_circuit_tracer_keeps(
+    any_bench: Bench, thresholds: tuple[float, float]
+) -> None:
+    module = peer("graph")
+    nodes, weights, _ = explained(any_bench)
+    # theirs come in another order: heads and neurons, rests, embeddings, the goal
+    kinds = [["head", "neuron"], REST, ["embedding"], ["goal"]]
+    order = torch.cat([torch.tensor(nodes.index[nodes["kind"].isin(of)]) for of in kinds])
+    n_tokens, n_layers = len(prompt_ids(any_bench)), any_bench.traced.shape.n_layers
+    graph = SimpleNamespace(
+        adjacency_matrix=weights[order][:, order],
+        input_tokens=range(n_tokens),
+        logit_targets=[None],
+        logit_probabilities=torch.ones(1),
+        selected_features=range(len(nodes) - n_tokens * (2 * n_layers + 1) - 1),
+        cfg=SimpleNamespace(n_layers=2 * n_layers),  # rests per token
+    )
+    theirs = module.prune_graph(graph, *thresholds)
+    node_threshold, edge_threshold = thresholds
+    config = tracing.Config(node_threshold=node_threshold, edge_threshold=edge_threshold)
+    ours, edges = tracing.prune(nodes, weights, config)
+    assert torch.equal(torch.tensor(ours["kept"].to_numpy())[order], theirs.node_mask)
+    assert torch.equal(edges[order][:, order], theirs.edge_mask)
+    assert 0 < int(edges.sum()) < int((weights != 0).sum())
+    inner = ~nodes["kind"].isin(["goal"])
+    cumulative = torch.tensor(ours["cumulative"].to_numpy())[order]
+    gap = (cumulative - theirs.cumulative_scores)[torch.tensor(inner.to_numpy())[order]]
+    assert gap.abs().median() < 1e-5
+    is_rest = torch.tensor(nodes["kind"].isin(REST).to_numpy())[order]
+    graph.adjacency_matrix = graph.adjacency_matrix * ~is_rest[:, None]
+    scores = tracing.graph_scores(nodes, weights)
+    assert list(scores.values()) == pytest.approx(module.compute_graph_scores(graph), abs=1e-5)
+
+
+# ----- exact effects
+
+
+@contextlib.contextmanager
+def replaced(model: Any, values: dict[Any, Any]) -> Iterator[None]:
+    """(layer, kind): a function of the module's input [1, tok, width]."""
+    with contextlib.ExitStack() as stack:
+        for (layer, kind), change in values.items():
+            stack.enter_context(naive.hooked(naive.module_of(model, layer, kind), change))
+        yield
+
+
+def zero_at(model: Any, layer: int, head: int, position: int) -> Any:
+    span = naive.span_of(model, layer, "head", head)
+
+    def change(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, position, span] = 0
+        return y
+
+    return change
+
+
+def goal_in(model: Any, ids: list[int], weights: dict[int, float]) -> float:
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1].double()
+    total = sum(weight * float(logits[token]) for token, weight in weights.items())
+    return total - round(sum(weights.values())) * float(logits.mean())
+
+
+@pytest.fixture(scope="module")
+def run(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graph")
+    return finish(tiny_llama, folder, *FAST, "--graph", "s0001", "--node_threshold", "0.95")
+
+
+def told_of(folder: Path) -> tuple[list[int], dict[int, float]]:
+    """The ids of the run's prompt, and what each token counts in its goal, from its record."""
+    model, tokenizer = naive.load(record_of(folder)["config"]["model_id"])
+    (sample,) = [s for s in record_of(folder)["samples"] if s["sample_id"] == "s0001"]
+    ids = tokenizer(sample["prompts"]["a"]["text"], add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, -1]
+    weights: dict[int, float] = {}
+    forms = sample["prompts"]["a"]["form_ids"]
+    for word in sample["targets"]:
+        tokens = sorted({form[0] for form in forms[word]})
+        for token, p in zip(tokens, logits[tokens].softmax(-1).tolist(), strict=True):
+            weights[token] = weights.get(token, 0.0) + p / len(sample["targets"])
+    return ids, weights
+
+
+def test_exact_effects_are_those_of_a_plain_hook_at_one_token(run: Path, tiny_llama: str) -> None:
+    ids, weights = told_of(run)
+    model, nodes = naive.load(tiny_llama)[0], read(run, GRAPH)
+    base = goal_in(model, ids, weights)
+    assert record_of(run)["graph"]["goal_value"] == pytest.approx(base, abs=CLOSE)
+    heads = nodes[nodes["kind"] == "head"].sort_values("attribution", key=abs, ascending=False)
+    assert heads["exact_effect"].notna().tolist() == [True] * 10 + [False] * (len(heads) - 10)
+    assert nodes.loc[nodes["kind"] != "head", "exact_effect"].isna().all()
+    for node in heads.head(10).itertuples():
+        change = zero_at(model, node.layer, node.index, node.position)
+        with replaced(model, {(node.layer, "head"): change}):
+            lost = base - goal_in(model, ids, weights)
+        assert node.exact_effect == pytest.approx(lost, abs=CLOSE)
+    assert heads["exact_effect"].abs().max() > 0.5
+
+
+def test_exact_effects_of_edges_are_those_of_two_plain_forwards(run: Path, tiny_llama: str) -> None:
+    ids, weights = told_of(run)
+    model, nodes = naive.load(tiny_llama)[0], read(run, GRAPH).set_index("node_id")
+    base, n_layers = goal_in(model, ids, weights), len(naive.layers_of(model))
+    clean = {
+        (layer, kind): naive.input_of(model, ids, layer, kind)
+        for layer, kind in itertools.product(range(n_layers), ("head", "mlp"))
+    }
+    edges = read(run, EDGES)
+    kinds = nodes["kind"]
+    between = (kinds[edges["source"]] == "head").to_numpy() & (
+        kinds[edges["target"]] == "head"
+    ).to_numpy()
+    measured = edges[between].sort_values("weight", key=abs, ascending=False).head(10)
+    assert set(measured.index) == set(edges.index[edges["exact_effect"].notna()])
+    assert len(measured) > 3
+    for edge in measured.itertuples():
+        source, target = nodes.loc[edge.source], nodes.loc[edge.target]
+        above = [
+            (layer, kind)
+            for layer, kind in clean
+            if (layer, kind == "mlp") > (source["layer"], False)
+        ]
+        seen: list[Tensor] = []
+
+        def hold(x: Tensor, at: Any) -> Tensor:
+            if at == (target["layer"], "head"):  # noqa: B023
+                seen.append(x[0].clone())  # noqa: B023
+            return clean[at][None]
+
+        changes = {at: (lambda x, at=at: hold(x, at)) for at in above}
+        sender = zero_at(model, source["layer"], source["index"], source["position"])
+        with replaced(model, {(source["layer"], "head"): sender, **changes}):
+            goal_in(model, ids, weights)
+        span = naive.span_of(model, target["layer"], "head", target["index"])
+
+        def write(x: Tensor) -> Tensor:
+            y = x.clone()
+            y[0, target["position"], span] = seen[0][target["position"], span]  # noqa: B023
+            return y
+
+        with replaced(model, {(target["layer"], "head"): write}):
+            lost = base - goal_in(model, ids, weights)
+        assert edge.exact_effect == pytest.approx(lost, abs=CLOSE)
+
+
+# ----- files
+
+
+def graph_json(folder: Path) -> dict[str, Any]:
+    (path,) = (path for path in (folder / "graphs").iterdir() if "metadata" not in path.name)
+    return dict(json.loads(path.read_text()))
+
+
+def test_the_viewers_file_holds_the_kept_nodes_and_edges(run: Path) -> None:
+    graph, nodes, edges = graph_json(run), read(run, GRAPH), read(run, EDGES)
+    kept = nodes[nodes["kept"]]
+    assert [node["node_id"] for node in graph["nodes"]] == kept["node_id"].tolist()
+    assert nodes["node_id"].is_unique
+    assert {edge["source"] for edge in graph["links"]} <= set(kept["node_id"])
+    assert {edge["target"] for edge in graph["links"]} <= set(kept["node_id"])
+    assert len(graph["links"]) == len(edges) == record_of(run)["graph"]["edges_kept"] > 50
+    assert list(edges) == ["source", "target", "weight", "exact_effect"]
+    for link, edge in zip(graph["links"], edges.itertuples(), strict=True):
+        assert (link["source"], link["target"]) == (edge.source, edge.target)
+        assert link["weight"] == pytest.approx(edge.weight)
+    metadata = json.loads((run / "graphs" / "graph-metadata.json").read_text())
+    assert metadata == {"graphs": [graph["metadata"]]}
+    assert (run / "graphs" / f"{graph['metadata']['slug']}.json").exists()
+
+
+def test_the_viewer_draws_it(run: Path) -> None:
+    """What its scripts trip over: see the fields that they read."""
+    graph, record = graph_json(run), record_of(run)["graph"]
+    by_kind = read(run, GRAPH).set_index("node_id")["kind"]
+    ids, weights = told_of(run)
+    assert len(graph["metadata"]["prompt_tokens"]) == len(ids)
+    assert "".join(graph["metadata"]["prompt_tokens"]) == graph["metadata"]["prompt"]
+    assert not graph["metadata"]["scan"].startswith("custom-")
+    assert set(graph["qParams"]) == {"pinnedIds", "supernodes", "linkType", "clickedId", "sg_pos"}
+    threshold = graph["metadata"]["node_threshold"]
+    seen = set()
+    for node in graph["nodes"]:
+        kind, (layer, number, position) = by_kind[node["node_id"]], node["node_id"].split("_")
+        place = (node["layer"], node["feature"], node["ctx_idx"])
+        assert place not in seen
+        seen.add(place)
+        assert position == str(node["ctx_idx"])
+        assert layer == node["layer"]
+        assert node["feature_type"] != "cross layer transcoder"
+        assert ("error" in node["feature_type"]) == (kind in REST)
+        assert (node["feature_type"] == "logit") == (kind == "goal")
+        if kind not in ("embedding", "goal"):
+            assert node["influence"] <= threshold
+        if kind in ("head", "neuron"):
+            x, y = int(layer), int(number)
+            assert node["feature"] == (x + y) * (x + y + 1) // 2 + y
+            assert (y < 8) == (kind == "head")
+            named = f"L{x}H{y}" if kind == "head" else f"L{x}N{y - 8}"
+            token = graph["metadata"]["prompt_tokens"][node["ctx_idx"]]
+            assert node["clerp"] == f"{named} {token}"
+        if kind == "embedding":
+            assert node["node_id"] == f"E_{ids[node['ctx_idx']]}_{node['ctx_idx']}"
+    (goal,) = (node for node in graph["nodes"] if node["feature_type"] == "logit")
+    assert float(goal["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(
+        record["p"], abs=1e-3
+    )
+    assert goal["token_prob"] == pytest.approx(record["p"])
+    assert goal["is_target_logit"]
+    assert goal["layer"] == "5"  # of four layers: one above the last block
+    assert goal["node_id"] == f"5_{max(weights, key=lambda token: weights[token])}_{len(ids) - 1}"
+
+
+def test_the_file_passes_circuit_tracers_model(run: Path) -> None:
+    pytest.importorskip("pydantic")
+    model = peer("frontend.graph_models").Model.model_validate(graph_json(run))
+    assert model.metadata.schema_version == 1
+
+
+def test_a_head_and_the_rests_of_the_first_layer_have_ids_of_their_own(plain: Bench) -> None:
+    """circuit-tracer's error nodes are called 0_{layer}_{position}, as head {layer} of layer 0 is."""
+    exp = plain.experiment()
+    prompt = exp.prompts[0][0]
+    halves = tracing.run_halves(plain.traced, prompt.ids)
+    direction = tracing.goal_direction(plain.traced, {7: 1.0})
+    nodes, _ = tracing.attribute(plain.traced, halves, direction, 10**6)
+    named = tracing.name_nodes(nodes, exp, prompt, 7)
+    assert named["node_id"].is_unique
+    assert not named.duplicated(["stratum", "feature", "position"]).any()
+
+
+# ----- the command line
+
+
+def test_the_tables_the_record_and_the_log_tell_of_one_graph(run: Path) -> None:
+    nodes, told = read(run, GRAPH), record_of(run)["graph"]
+    columns = "node_id kind layer index position token attribution influence kept exact_effect"
+    assert list(nodes) == columns.split()
+    assert told["nodes"] == len(nodes)
+    assert told["nodes_kept"] == nodes["kept"].sum()
+    assert told["conservation_error"] < 1e-5
+    assert 0.5 < told["replacement_score"] < told["completeness_score"] <= 1
+    log = (run / "run.log").read_text()
+    assert f"goal: {told['goal']}, at the last token: {told['goal_value']:+.4f}" in log
+    assert "less the mean of all logits" in log
+    assert "attention patterns and slopes are constants" in log
+    assert "not the effect of cutting it" in log
+    best = nodes[nodes["kind"] == "head"].sort_values("attribution", key=abs, ascending=False)
+    for node in best.head(5).itertuples():
+        name = f"{Component(node.layer, 'head', node.index).label} at token {node.position}"
+        assert f"{name} {node.token!r}: attribution {node.attribution:+.3f}" in log
+        assert f"zeroing {name} {node.token!r} takes {node.exact_effect:+.3f}" in log
+    heads = best.dropna(subset="exact_effect")
+    same = (heads["attribution"] * heads["exact_effect"] > 0).sum()
+    r = heads["attribution"].corr(heads["exact_effect"])
+    assert (
+        f"measured: {same} of 10 heads, zeroed, have the sign of their attribution, r {r:.2f}"
+        in log
+    )
+    assert f"circuit-tracer start-server --graph_file_dir {run / 'graphs'} --port 8032" in log
+    assert (run / "circuit_graph.png").stat().st_size > 10_000
+
+
+def test_a_later_command_leaves_no_graph_behind(llama: str, tmp_path: Path) -> None:
+    finish(llama, tmp_path, *FAST, "--graph", "s0000:b", "--graph_goal", "top")
+    told = record_of(tmp_path)["graph"]
+    assert (told["sample_id"], told["side"]) == ("s0000", "b")
+    sample = record_of(tmp_path)["samples"][0]["prompts"]["b"]
+    assert told["goal"] == f"{sample['likeliest'][0][0]!r} less the mean of all logits"
+    assert graph_json(tmp_path)["metadata"]["prompt"] == sample["text"]
+    assert graph_json(tmp_path)["metadata"]["slug"] == "s0000-b"
+    finish(llama, tmp_path, *FAST)
+    assert not list(tmp_path.glob("*graph*"))
+    assert "graph" not in record_of(tmp_path)
+
+
+@pytest.mark.parametrize("task", ["refusal", "odd_one_out"])
+def test_a_margin_is_a_goal_too(task: str, tiny_llama: str, tmp_path: Path) -> None:
+    flags = ["--task", task, "--graph", "s0000", "--graph_nodes", "20"]
+    told = record_of(finish(tiny_llama, tmp_path, *FAST, *flags))["graph"]
+    assert " less '" in told["goal"]
+    kinds = read(tmp_path, GRAPH)["kind"].value_counts()
+    assert kinds["head"] + kinds.get("neuron", 0) == 20
+
+
+IDS = ["s0", "s0:b", "x:y", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("s0", ("s0", "a")), ("s0:a", ("s0", "a")), ("s0:b", ("s0:b", "a")), ("x:y:b", ("x:y", "b"))],
+)
+def test_a_sample_is_named_with_its_side(text: str, found: tuple[str, str]) -> None:
+    """A sample's own colon counts first."""
+    assert tracing.graph_side(text, IDS) == found
+
+
+@pytest.mark.parametrize("text", ["s1", "s0:c", ":b", "x", "y:"])
+def test_an_unknown_sample_is_refused_with_those_that_there_are(text: str) -> None:
+    with pytest.raises(tracing.UsageError, match=f"--graph {text}: no such sample; there are s0, "):
+        tracing.graph_side(text, IDS)
+
+
+REFUSED = {
+    "--graph s0009": ["--graph s0009: no such sample; there are s0000, s0001"],
+    "--graph s0000 --given L0H1": ["--graph explains the unmodified model"],
+    "--graph_nodes 7": ["--graph_nodes: of --graph only"],
+    "--graph_goal top --edge_threshold 0.5": ["--graph_goal and --edge_threshold: of --graph only"],
+    "--graph s0000 --graph_nodes 0": ["--graph_nodes", "0 is not between 1"],
+    "--graph s0000 --node_threshold 0": ["--node_threshold", "0 is not above 0 and at most 1"],
+    "--graph s0000 --edge_threshold 1.01": ["1.01 is not above 0 and at most 1"],
+    "--graph s0000 --edge_threshold nan": ["nan is not above 0"],
+    "--graph s0000 --graph_goal words2": ["words2"],
+    "--graph=": ["--graph is empty"],
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_bad_options_are_refused_before_the_model_is_loaded(
+    line: str, llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FAST, *line.split()]
+    code, _, err = answer(*argv)
+    assert code == 2
+    assert all(text in err for text in REFUSED[line]), err
+
+
+def test_post_norms_are_refused_by_name(
+    random_model: Build, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    argv = ["--model_id", random_model("gemma3_text"), "--output_dir", str(tmp_path), *FAST]
+    refuses(answer, *argv, "--graph", "s0000", says=["Gemma3", "post_feedforward_layernorm"])
+
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases in o_proj, v_proj": ("llama", {"attention_bias": True}),
+    "biases in down_proj, gate_proj, up_proj": ("llama", {"mlp_bias": True}),
+    "biases in v_proj": ("qwen2", {}),
+    "final_logit_softcapping 30.0": ("gemma2", {}),
+    "residual_multiplier 0.22": ("granite", {"residual_multiplier": 0.22}),
+    "logits_scaling 4": ("granite", {"logits_scaling": 4}),
+    "blocks of other parts (post_attention_layernorm)": ("cohere", {}),
+    "no q_proj, k_proj and v_proj": ("phi3", {}),
+    "": ("qwen3", {}),
+}
+
+
+@pytest.mark.parametrize("says", SHAPES)
+def test_models_whose_contributions_do_not_add_up_are_known_from_their_config(says: str) -> None:
+    architecture, settings = SHAPES[says]
+    widths = random_models.WIDTHS | {"vocab_size": 64, "pad_token_id": None}
+    config = AutoConfig.for_model(architecture, **widths, **settings)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert says in tracing.shape_of(model, torch.float32).no_graph
+    assert bool(says) == bool(tracing.shape_of(model, torch.float32).no_graph)
+
+
+def test_a_model_that_does_more_than_is_known_is_an_error(
+    plain: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A constant in an output, which no node accounts for."""
+    exp = plain.experiment("--graph line00001", SAMPLES)
+    down = naive.module_of(plain.loaded[0], 1, "mlp")
+    monkeypatch.setitem(down._parameters, "bias", nn.Parameter(0.5 * torch.ones(48)))
+    with pytest.raises(tracing.RunError, match=r"differ by 0\.\d+ of the goal's \(bound 0.001\)"):
+        tracing.graph_of(exp, exp.prompts[0][0])
+
+
+def test_offloaded_weights_are_refused(
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, cpu = tracing.load_model, torch.device("cpu")
+    monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FAST, "--graph", "s0000"]
+    refuses(answer, *argv, says=["--graph needs weights at hand; some are offloaded"])
+
+
+def test_no_hook_is_left_behind(plain: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    exp, before = plain.experiment(), hooks_of(plain.loaded[0])
+    tracing.graph_of(exp, exp.prompts[0][0])
+    assert hooks_of(plain.loaded[0]) == before
+    monkeypatch.setattr(tracing, "run_body", lambda *_: (_ for _ in ()).throw(RuntimeError("x")))
+    with pytest.raises(RuntimeError):
+        tracing.run_halves(plain.traced, [1, 2])
+    assert hooks_of(plain.loaded[0]) == before
+
+
+def test_bfloat16_loses_little(tiny_llama: str, tmp_path: Path) -> None:
+    folder = finish(tiny_llama, tmp_path, *FAST[:-1], "--bf16", "--graph", "s0000")
+    assert 1e-5 < record_of(folder)["graph"]["conservation_error"] < 0.02
