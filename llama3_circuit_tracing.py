@@ -2857,13 +2857,26 @@ def set_apart(
     )
 
 
-def graph_side(text: str, ids: Sequence[str]) -> tuple[str, str]:
-    """The sample and the side that --graph names; `UsageError` where there is no such sample."""
+MOST_NODES = 20_000  # of a graph, whose edges are a matrix
+
+
+def graph_prompt(config: Config, prompts: Sequence[Sequence[Prompt]], shape: ModelShape) -> Prompt:
+    """The prompt that --graph names by its sample, and :b for the other side; `UsageError` where
+    there is no such sample or its graph would be too large."""
+    by_id = {of_sample[0].sample.sample_id: of_sample for of_sample in prompts}
+    text = config.graph or ""
     stem, _, side = text.rpartition(":")
-    if text in ids or (stem in ids and side in ("a", "b")):
-        return (text, "a") if text in ids else (stem, side)
-    there = ", ".join(ids[:20]) + (", ..." if len(ids) > 20 else "")
-    raise UsageError(f"--graph {text}: no such sample; there are {there}")
+    if text in by_id:  # an id may have a colon
+        stem, side = text, "a"
+    if stem not in by_id or side not in ("a", "b"):
+        there = ", ".join([*by_id][:20]) + ", ..." * (len(by_id) > 20)
+        raise UsageError(f"--graph {text}: no such sample; there are {there}")
+    prompt = by_id[stem]["ab".index(side)]
+    n = config.graph_nodes + len(prompt.ids) * (2 * shape.n_layers + 1)
+    if n > MOST_NODES:
+        there = f"{len(prompt.ids)} tokens and {shape.n_layers} layers"
+        raise UsageError(f"--graph {text}: {n} nodes of {there} are more than {MOST_NODES}")
+    return prompt
 
 
 def prepare(config: Config, folder: RunFolder, device: torch.device | None = None) -> Experiment:
@@ -2893,14 +2906,14 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     if encoder.folds:
         log.warning("the chat template knows no system turn: its text opens the user's turn")
     samples = choose_samples(config, encoder, own)
-    if config.graph:
-        graph_side(config.graph, [sample.sample_id for sample in samples])
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
     found: tuple[dict[Component, Tensor], Record] = ({}, {})
     if config.along not in (None, *FITS):
         found = read_directions(config, shape, components)
     apart, prompts = set_apart(prompts, config, found[1])
+    if config.graph:
+        graph_prompt(config, prompts, shape)
     if other is not None:
         pairs = {a.pair_id(b) for a, b, *_ in prompts}
         mine = {(pair, c.layer, c.kind, c.index) for pair in pairs for c in components}
@@ -5030,10 +5043,10 @@ def run_halves(traced: TracedModel, ids: Sequence[int]) -> Halves:
     return {(0, ""): (start, start)} | {site: (leaves[site], seen[site]) for site in leaves}
 
 
-def run_body(traced: TracedModel, ids: Sequence[int]) -> Tensor:
-    """The last hidden states [row, tok, d_model] of one prompt."""
+def run_body(traced: TracedModel, ids: Sequence[int], rows: int = 1) -> Tensor:
+    """The last hidden states [row, tok, d_model] of one prompt, as many as edits make rows of it."""
     traced.n_forwards += 1
-    traced.n_tokens += len(ids) * traced.shape.n_layers
+    traced.n_tokens += rows * len(ids) * traced.shape.n_layers
     found = traced.body(input_ids=torch.tensor([ids], device=traced.device), use_cache=False)
     return torch.as_tensor(found.last_hidden_state)
 
@@ -5273,7 +5286,7 @@ def lost_goals(
 ) -> list[float]:
     """What the edits of each row take from the goal of a prompt."""
     with editing(traced, [(), *rows]):
-        states = run_body(traced, ids)[:, -1]
+        states = run_body(traced, ids, 1 + len(rows))[:, -1]
     goals = (states.to(direction) @ direction).tolist()
     return [goals[0] - goal for goal in goals[1:]]
 
@@ -5534,24 +5547,21 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     prompt that --graph names."""
     if any(weight.is_meta for weight in exp.traced.model.parameters()):
         raise UsageError("--graph needs weights at hand; some are offloaded")
-    ids = [of_sample[0].sample.sample_id for of_sample in exp.prompts]
-    sample_id, side = graph_side(exp.config.graph or "", ids)
-    prompt = exp.prompts[ids.index(sample_id)]["ab".index(side)]
+    prompt = graph_prompt(exp.config, exp.prompts, exp.shape)
     (nodes, links), told = graph_of(exp, prompt)
     path, model = folder.path, Path(exp.config.model_id).name
     columns = "node_id kind layer index position token attribution influence kept exact_effect"
     write_text(path / "circuit_graph.csv", nodes[columns.split()].to_csv(index=False))
     columns = "source target weight exact_effect"
     write_text(path / "circuit_graph_edges.csv", links[columns.split()].to_csv(index=False))
-    about: Record = {
-        "slug": re.sub(r"[^A-Za-z0-9-]", "_", sample_id)[:99] + f"-{side}",
-        "prompt": prompt.text,
-    }
+    name = f"{prompt.sample.sample_id}, prompt {prompt.side}"
+    slug = re.sub(r"[^A-Za-z0-9-]", "_", prompt.sample.sample_id)[:99] + f"-{prompt.side}"
+    about: Record = {"slug": slug, "prompt": prompt.text}
     tokens = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
     about |= {"scan": f"{exp.shape.name} {model}", "prompt_tokens": tokens}
     write_viewer(nodes, links, (told["goal"], told["p"]), about, path)
     title = f"{told['goal']}: {told['goal_value']:.2f} (blue adds, red takes away)"
-    title += f"\n{exp.task.name}, {model}, {sample_id}, prompt {side}"
+    title += f"\n{exp.task.name}, {model}, {name}"
     draw_graph(nodes, links, title, path / "circuit_graph.png")
     folder.note(graph=told)
     report_graph((nodes, links), told, path / "graphs")

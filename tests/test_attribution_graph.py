@@ -772,22 +772,43 @@ def test_a_margin_is_a_goal_too(task: str, tiny_llama: str, tmp_path: Path) -> N
     assert kinds["head"] + kinds.get("neuron", 0) == 20
 
 
-IDS = ["s0", "s0:b", "x:y", "b"]
+def named(text: str, n_tokens: int = 30) -> str:
+    """The sample and side that --graph finds among some."""
+    samples = [SimpleNamespace(sample_id=name) for name in ("s0", "s0:b", "x:y", "b")]
+    prompts: Any = [
+        [SimpleNamespace(sample=sample, side=side, ids=range(n_tokens)) for side in "ab"]
+        for sample in samples
+    ]
+    shape: Any = SimpleNamespace(n_layers=32)
+    prompt = tracing.graph_prompt(tracing.Config(graph=text), prompts, shape)
+    return f"{prompt.sample.sample_id} {prompt.side}"
 
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("s0", ("s0", "a")), ("s0:a", ("s0", "a")), ("s0:b", ("s0:b", "a")), ("x:y:b", ("x:y", "b"))],
+    [
+        ("s0", "s0 a"),
+        ("s0:a", "s0 a"),
+        ("s0:b", "s0:b a"),
+        ("s0:b:b", "s0:b b"),
+        ("x:y:b", "x:y b"),
+    ],
 )
-def test_a_sample_is_named_with_its_side(text: str, found: tuple[str, str]) -> None:
+def test_a_sample_is_named_with_its_side(text: str, found: str) -> None:
     """A sample's own colon counts first."""
-    assert tracing.graph_side(text, IDS) == found
+    assert named(text) == found
 
 
-@pytest.mark.parametrize("text", ["s1", "s0:c", ":b", "x", "y:"])
+@pytest.mark.parametrize("text", ["s1", "s0:c", ":b", "x", "y:", "b:"])
 def test_an_unknown_sample_is_refused_with_those_that_there_are(text: str) -> None:
     with pytest.raises(tracing.UsageError, match=f"--graph {text}: no such sample; there are s0, "):
-        tracing.graph_side(text, IDS)
+        named(text)
+
+
+def test_a_graph_that_is_too_large_is_refused() -> None:
+    assert named("s0", 300) == "s0 a"  # 500 + 300 * 65 = 20,000
+    with pytest.raises(tracing.UsageError, match="20065 nodes of 301 tokens and 32 layers"):
+        named("s0", 301)
 
 
 REFUSED = {
