@@ -5044,7 +5044,7 @@ def run_halves(traced: TracedModel, ids: Sequence[int]) -> Halves:
 
 
 def run_body(traced: TracedModel, ids: Sequence[int], rows: int = 1) -> Tensor:
-    """The last hidden states [row, tok, d_model] of one prompt, as many as edits make rows of it."""
+    """The last hidden states [row, tok, d_model] of one prompt; edits may make rows of it."""
     traced.n_forwards += 1
     traced.n_tokens += rows * len(ids) * traced.shape.n_layers
     found = traced.body(input_ids=torch.tensor([ids], device=traced.device), use_cache=False)
@@ -5510,10 +5510,12 @@ def report_graph(graph: Graph, told: Record, folder: Path) -> None:
     log.info("to look at it: %s", VIEWER.format(folder))
 
 
-def graph_of(exp: Experiment, prompt: Prompt) -> tuple[Graph, Record]:
+def graph_of(exp: Experiment, prompt: Prompt) -> Record:
     """The nodes and the kept links of a prompt's graph, with exact effects, and what run.json tells
     of it; `RunError` where contributions do not add up."""
     traced, matrix = exp.traced, exp.traced.head.weight
+    if any(weight.is_meta for weight in traced.model.parameters()):
+        raise UsageError("--graph needs weights at hand; some are offloaded")
     halves = run_halves(traced, prompt.ids)
     last = halves[exp.shape.n_layers, ""][1][0, -1:].detach()
     logits = torch.cat([*unembed(last.to(matrix.device), matrix)], -1)[0]
@@ -5531,24 +5533,25 @@ def graph_of(exp: Experiment, prompt: Prompt) -> tuple[Graph, Record]:
     links = pd.DataFrame({"source": name[source], "target": name[target]})
     links["weight"] = weights[target, source].tolist()
     links = links.assign(from_node=source, to_node=target, exact_effect=math.nan)
-    graph = nodes.assign(exact_effect=math.nan), links
-    measure_graph(exp, prompt, direction, halves, graph)
+    nodes["exact_effect"] = math.nan
+    measure_graph(exp, prompt, direction, halves, (nodes, links))
     told: Record = {"sample_id": prompt.sample.sample_id, "side": prompt.side}
     told |= {"goal": describe_goal(exp, goal), "goal_value": nodes["attribution"].iloc[-1]}
     told["p"] = float(logits.softmax(-1)[[token for token, w in goal.items() if w > 0]].sum())
     told |= {"conservation_error": error, **scores}
     counts = {"nodes": len(nodes), "nodes_kept": int(nodes["kept"].sum())}
     counts |= {"edges": int((weights != 0).sum()), "edges_kept": len(links)}
-    return graph, told | counts
+    found = {"nodes": nodes.to_dict("list"), "links": links.to_dict("list")}
+    return {**found, "told": told | counts}
 
 
 def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     """Write circuit_graph.csv, _edges.csv and .png, and graphs/ for circuit-tracer's viewer, of the
     prompt that --graph names."""
-    if any(weight.is_meta for weight in exp.traced.model.parameters()):
-        raise UsageError("--graph needs weights at hand; some are offloaded")
     prompt = graph_prompt(exp.config, exp.prompts, exp.shape)
-    (nodes, links), told = graph_of(exp, prompt)
+    asked = digest([getattr(exp.config, name) for name in ("graph", *OF_GRAPH)])
+    found = folder.part(f"graph-{asked[:16]}", graph_of, exp, prompt)
+    nodes, links, told = pd.DataFrame(found["nodes"]), pd.DataFrame(found["links"]), found["told"]
     path, model = folder.path, Path(exp.config.model_id).name
     columns = "node_id kind layer index position token attribution influence kept exact_effect"
     write_text(path / "circuit_graph.csv", nodes[columns.split()].to_csv(index=False))

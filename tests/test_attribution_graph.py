@@ -708,7 +708,7 @@ def test_the_file_passes_circuit_tracers_model(run: Path) -> None:
 
 
 def test_a_head_and_the_rests_of_the_first_layer_have_ids_of_their_own(plain: Bench) -> None:
-    """circuit-tracer's error nodes are called 0_{layer}_{position}, as head {layer} of layer 0 is."""
+    """circuit-tracer calls error nodes 0_{layer}_{position}, like head {layer} of layer 0."""
     exp = plain.experiment()
     prompt = exp.prompts[0][0]
     nodes = explained(plain, 10**6, 3)[0]

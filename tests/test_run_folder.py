@@ -180,7 +180,7 @@ def test_a_finished_run_computes_nothing_again(
 ) -> None:
     outputs = [p for p in two_runs[0].iterdir() if p.suffix in (".csv", ".png", ".jsonl")]
     before = [path.read_bytes() for path in outputs]
-    assert len(outputs) == 12
+    assert len(outputs) == 15
     for path in outputs:
         path.unlink()
     monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
