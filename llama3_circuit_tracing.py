@@ -5462,7 +5462,7 @@ def draw_graph(nodes: pd.DataFrame, links: pd.DataFrame, title: str, path: Path)
     labels = [f"{position} {tokens[position]!r}" for position in columns]
     axes.set_xticks([*columns.values()], labels, rotation=90, parse_math=False, fontsize=7)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
-    axes.set_title(title, fontsize=9, parse_math=False)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     legend = figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=7)
     for handle in legend.legend_handles:
         handle.set_sizes([25])  # type: ignore[union-attr]
@@ -5563,8 +5563,9 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     tokens = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
     about |= {"scan": f"{exp.shape.name} {model}", "prompt_tokens": tokens}
     write_viewer(nodes, links, (told["goal"], told["p"]), about, path)
-    title = f"{told['goal']}: {told['goal_value']:.2f} (blue adds, red takes away)"
-    title += f"\n{exp.task.name}, {model}, {name}"
+    what = told["goal"] if len(told["goal"]) < 60 else told["goal"][:57] + "..."
+    title = f"{what}: {told['goal_value']:.2f}\n{exp.task.name}, {model}, {name}"
+    title += "\nblue adds, red takes away"
     draw_graph(nodes, links, title, path / "circuit_graph.png")
     folder.note(graph=told)
     report_graph((nodes, links), told, path / "graphs")
