@@ -5864,6 +5864,7 @@ FIGURES = {  # what they show
     "confirm": "Held-out sentences: what is left with components edited jointly.",
     "paths": "Effects by sender and receiver of a path.",
     "positions": "Effects of editing one token at a time.",
+    "graph": "Attribution graph: tokens across, layers up. Shares of a linearisation, not effects.",
     "steer": "Replies and scores with a circuit scaled.",
 }
 MEASURES = {  # columns of circuit_heads.csv begin so, and end as in COLUMNS, with the format
