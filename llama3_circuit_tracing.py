@@ -5786,7 +5786,9 @@ figure { margin: 1rem 0 } figure img { max-width: 100% }
 summary { cursor: pointer }
 @media (max-width: 40rem) { dl { display: block } dd { margin-bottom: .4rem } }
 @media print {
-  .wide { overflow: visible } table { font-size: .6rem } tr, img { break-inside: avoid }
+  body { print-color-adjust: exact } .wide { overflow: visible }
+  .sortable { font-size: .55rem } .sortable :is(th, td) { padding: 0 .2rem }
+  tr, img, .grid { break-inside: avoid } h2, h3 { break-after: avoid }
 }
 """
 PAGE_SCRIPT = """
