@@ -164,10 +164,10 @@ def test_fits_to_shuffled_labels_are_right_half_of_the_time(
     method: str, monkeypatch: Patch
 ) -> None:
     """Of sides that are easily told apart: were nothing fitted anew, each would be right."""
-    monkeypatch.setattr(tracing, "N_SHUFFLES", 40)
-    both = [gaussians(40, 3.0, 8, 8, seed)[0] for seed in (0, 1)]
+    monkeypatch.setattr(tracing, "N_SHUFFLES", 30)
+    both = [gaussians(32, 3.0, 6, 12, seed)[0] for seed in (0, 1)]
     rows, accuracies = probed(monkeypatch, *both, method)
-    of_chance, of_fit = torch.stack(accuracies[:40]), accuracies[40]
+    of_chance, of_fit = torch.stack(accuracies[:30]), accuracies[30]
     assert of_fit.min() > 0.8
     assert abs(float(of_chance.mean()) - 0.5) < 0.06
     for i, row in enumerate(rows):
@@ -295,8 +295,8 @@ def rows_of(exp: Experiment) -> tuple[tracing.CleanRun, list[Edit]]:
     return clean, [exp.edits([component], clean)[0] for component in exp.components]
 
 
-@pytest.mark.parametrize("op", ["zero", "patch", "scale --factor -3"])
-@pytest.mark.parametrize("kind", ["head --heads 2", "attn", "mlp", "resid"])
+@pytest.mark.parametrize("op", ["patch", "scale --factor -3"])
+@pytest.mark.parametrize("kind", ["head --heads 2", "mlp", "resid"])
 def test_all_directions_of_a_basis_together_are_the_whole_edit(
     any_bench: Bench, kind: str, op: str
 ) -> None:
@@ -311,8 +311,6 @@ def test_all_directions_of_a_basis_together_are_the_whole_edit(
     assert (along + beside - all_of_it).abs().max() < 1e-9
     assert (beside @ u).abs().max() < 1e-9
     assert along.abs().max() > 1e-3
-    if (kind, op) == ("resid", "zero"):
-        return  # a norm would read nothing but rounding
     basis = torch.linalg.qr(torch.randn(len(u), len(u)).double())[0].T
     parts = tuple(edit_with(edit, e.expand(2, -1)) for e in basis)
     together, plain = exp.run_rows(clean, [parts, (whole,)], tqdm(disable=True))
@@ -940,11 +938,9 @@ def test_a_table_along_a_direction_is_redrawn_and_compares_with_none_that_is_not
 BESIDE = [
     "--task suppression --controls --kind head --layers 0-1 --along difference",
     "--task suppression --controls --kind resid --op zero --along difference --confirm all",
-    "--kind attn --op mean --along logistic --given L1attn --confirm 1",
-    "--kind resid --op patch --positions last --along difference --confirm 1",
-    "--kind mlp --op scale --factor 2 --along difference --bf16",
+    "--kind attn --op mean --positions last --along logistic --given L1attn --confirm 1",
+    "--kind mlp --op add --along difference --bf16 --layers 1 --via logits",
     "--kind resid --op zero --along difference --confirm all --bf16 --max_new_tokens 2",
-    "--kind head --op add --along difference --layers 1 --via logits",
     "--task refusal --kind head --op patch --along difference --confirm mass:0.5 --heads 0-2",
 ]
 
