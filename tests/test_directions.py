@@ -38,6 +38,14 @@ Patch = pytest.MonkeyPatch
 Build = Callable[..., str]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def coarse_figures() -> Iterator[None]:
+    """Drawn in full and saved small, which is most of a small run's time."""
+    with Patch.context() as patch:
+        patch.setattr(tracing, "save_figure", lambda figure, path: figure.savefig(path, dpi=20))
+        yield
+
+
 def gaussians(n: int, apart: float, width: int = 8, count: int = 1, seed: int = 0) -> Any:
     """Inputs [component, sample, side, width] of SD 1, and from the mean of b to that of a."""
     rng = np.random.default_rng(seed)
@@ -54,13 +62,13 @@ def gaussians(n: int, apart: float, width: int = 8, count: int = 1, seed: int = 
 @pytest.mark.parametrize("method", FITS)
 def test_the_direction_between_two_gaussians_is_found(method: str) -> None:
     """A linear rule can be right in Phi(distance / 2 SD) of new cases, and no more."""
-    x, d = gaussians(2500, 1.5, count=2)
+    x, d = gaussians(1500, 1.5, count=2)
     found, threshold = FITS[method](x)
-    assert torch.cosine_similarity(found, d).min() > 0.995
-    assert (found - d).norm(dim=1).max() < 0.15
-    accuracy, auc = tracing.separation((found, threshold), gaussians(2500, 1.5, count=2, seed=1)[0])
-    assert (accuracy - NormalDist().cdf(1.5 / 2)).abs().max() < 0.015
-    assert (auc - NormalDist().cdf(1.5 / math.sqrt(2))).abs().max() < 0.015
+    assert torch.cosine_similarity(found, d).min() > 0.985
+    assert (found - d).norm(dim=1).max() < 0.25
+    accuracy, auc = tracing.separation((found, threshold), gaussians(1500, 1.5, count=2, seed=1)[0])
+    assert (accuracy - NormalDist().cdf(1.5 / 2)).abs().max() < 0.02
+    assert (auc - NormalDist().cdf(1.5 / math.sqrt(2))).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("method", FITS)
