@@ -944,7 +944,6 @@ def test_a_table_along_a_direction_is_redrawn_and_compares_with_none_that_is_not
 
 
 BESIDE = [
-    "--task suppression --controls --kind head --layers 0-1 --along difference",
     "--task suppression --controls --kind resid --op zero --along difference --confirm all",
     "--kind attn --op mean --positions last --along logistic --given L1attn --confirm 1",
     "--kind mlp --op add --along difference --bf16 --layers 1 --via logits",
@@ -957,7 +956,7 @@ BESIDE = [
 def test_with_other_options_nothing_that_is_measured_is_missing(
     flags: str, llama: str, tmp_path: Path
 ) -> None:
-    common = ["--num_samples", "9", "--num_random", "2"]
+    common = ["--num_samples", "6", "--num_random", "1"]
     folder = finish(
         llama, tmp_path, *flags.split(), *common, *["--no-bf16"] * ("bf16" not in flags)
     )
