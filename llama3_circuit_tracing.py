@@ -2836,7 +2836,7 @@ def set_apart(
     are measured: of no sentence that gave the file's. `UsageError` where too few are left."""
     if not config.along:
         return [], prompts
-    gave = set(told.get("fitted_on", ()))
+    gave = set(map(str, told.get("fitted_on", ())))
     known = {of[0].sample.unit for of in prompts if not gave.isdisjoint(of[0].text_ids)}
     left = [of for of in prompts if of[0].sample.unit not in known]
     if len(left) < len(prompts):
