@@ -790,7 +790,6 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "broken": (no_file("{", **GOOD), "is no file of directions"),
     "a list": (no_file("[]", **GOOD), "is no file of directions"),
     "a number": (no_file({"fitted_on": 5}, **GOOD), "is no file of directions"),
-    "lists": (no_file({"fitted_on": [[1]]}, L1H0=torch.ones(16)), "no direction of L0resid"),
     "another format": (no_file({"format": "directions/2"}, **GOOD), "is no file of directions"),
 }
 
