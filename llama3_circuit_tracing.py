@@ -4263,7 +4263,7 @@ def difference_of_means(x: Tensor) -> Fit:
 def logistic(x: Tensor) -> Fit:
     """The normal of a logistic regression of the side on inputs x [component, sample, side, width],
     each coordinate divided by its SD, with half the squared norm as penalty (C = 1); of the length
-    that the difference of means has along it, so that adding it moves the mean of b to that of a."""
+    that the difference of means has along it: adding it moves the mean of b to that of a."""
     flat, n = x.flatten(1, 2), x.shape[1]
     mean, sd = flat.mean(1), flat.std(1, correction=0)
     scaled = (flat - mean[:, None]) / sd.where(sd > 0, 1.0)[:, None]
@@ -4724,7 +4724,7 @@ def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[J
 
 
 def held_out_units(table: pd.DataFrame, config: Config) -> set[str]:
-    """The sentences on which a choice is confirmed: all here, where others were set apart for it."""
+    """The sentences on which a choice is confirmed: all, where others were set apart for it."""
     choosing, held_out = split_units(table, config.seed)
     return choosing | held_out if config.everywhere else held_out
 
@@ -4763,6 +4763,8 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
     rows["quoted"] = rows["measure"] == f"a - {against}"
     n = len(table[KEY].drop_duplicates())
     by_role = f"{as_text(config.confirm)} by role of {n} {config.row_method} effects"
+    if config.everywhere:
+        by_role = f"one of {n} directions, on the sentences that gave them"
     rows["selection"] = (rows["samples"] == "held-out").map({True: by_role, False: "named"})
     write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
     report_sets(rows, exp.task)
@@ -4825,7 +4827,8 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
         told += f" [{row.share_low:.0%}, {row.share_high:.0%}]" if several else ""
         if row.set == "chosen":
             same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
-            told += f", {spread(same, 'set')}"
+            of_kind = "direction" if row.components.endswith("everywhere") else "set"
+            told += f", {spread(same, of_kind)}"
         told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
         told += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
         if not pd.isna(row.damaged):

@@ -90,7 +90,8 @@ def test_a_run_draws_two_figures_and_those_that_are_asked_for(
 
 def test_the_outputs_say_which_figures_every_run_draws() -> None:
     figures = {name: always for name, always in tracing.OUTPUTS.items() if name.endswith(".png")}
-    others = [f"circuit_{name}.png" for name in ("screen", "steer", "paths", "positions", "graph")]
+    stages = "screen directions steer paths positions graph"
+    others = [f"circuit_{name}.png" for name in stages.split()]
     every = (SUMMARY, HEADS, HEATMAP, CONFIRM, *others)
     assert figures == {name: name in ALWAYS for name in every}
 

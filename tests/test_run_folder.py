@@ -102,6 +102,7 @@ def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, tmp_path: Pa
     kept = {"circuit.json"}
     others = {"circuit_positions.csv", "circuit_positions.png"}
     others |= {"circuit_paths.csv", "circuit_paths.png"}  # not with a screen
+    others |= {"circuit_directions.csv", "circuit_directions.png", "directions.safetensors"}
     for flags in (EXTRAS, []):
         finish(llama, tmp_path, *TWO, *flags)
         there = {name for name in tracing.OUTPUTS if (tmp_path / name).exists()}
