@@ -544,6 +544,22 @@ def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None =
     return config
 
 
+def along_contradictions(config: Config) -> dict[str, bool]:
+    """Those of --along."""
+    along, asked = config.along is not None, (config.kind, config.op, config.positions)
+    named = f"--along edits directions of heads, attn, mlp and resid, no --kind {config.kind}"
+    return {
+        named: along and config.kind == "neuron",
+        "--along measures; --method and --screen estimate": along and config.estimator != "",
+        "--along edits directions; --ablate and --multipliers whole components": along
+        and bool(config.ablate or config.multipliers),
+        "--op add adds a direction: give --along": config.op == "add" and not along,
+        "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
+        and asked != ("resid", "zero", "all"),
+        "--confirm all ablates a direction: give --along": config.everywhere and not along,
+    }
+
+
 def graph_contradictions(config: Config) -> dict[str, bool]:
     """Those of --graph."""
     alone = [name for name in OF_GRAPH if getattr(config, name) != getattr(Config, name)]
@@ -589,28 +605,21 @@ def contradictions(config: Config) -> dict[str, bool]:
             bool(config.multipliers)
             and not (config.max_new_tokens and (config.confirms or config.ablate))
         ),
-        f"--along edits directions of heads, attn, mlp and resid, no --kind {kind}": (
-            config.along is not None and kind == "neuron"
-        ),
-        "--along measures; --method and --screen estimate": config.along is not None
-        and config.estimator != "",
-        "--along edits directions; --ablate and --multipliers whole components": (
-            config.along is not None and bool(config.ablate or config.multipliers)
-        ),
-        "--op add adds a direction: give --along": config.op == "add" and not config.along,
-        "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
-        and (kind, config.op, config.positions) != ("resid", "zero", "all"),
-        "--confirm all ablates a direction: give --along": config.everywhere and not config.along,
         "--task contrast needs --samples, with targets and foils": config.task == "contrast"
         and not (config.samples or config.from_csv),
         "--dry_run loads a model's config and --from_csv loads none": config.dry_run
         and config.from_csv is not None,
+        **along_contradictions(config),
         **graph_contradictions(config),
-        **{
-            f"--{f.name} is empty; is a shell variable unset?": getattr(config, f.name) == ""
-            for f in fields(config)
-            if f.default != "" and f.name != "system_prompt"
-        },
+        **empty_options(config),
+    }
+
+
+def empty_options(config: Config) -> dict[str, bool]:
+    return {
+        f"--{f.name} is empty; is a shell variable unset?": getattr(config, f.name) == ""
+        for f in fields(config)
+        if f.default != "" and f.name != "system_prompt"
     }
 
 
@@ -2879,6 +2888,17 @@ def graph_prompt(config: Config, prompts: Sequence[Sequence[Prompt]], shape: Mod
     return prompt
 
 
+def check_shape(config: Config, shape: ModelShape) -> None:
+    """`UsageError` for a model that what is asked for knows no way through."""
+    if config.everywhere and not shape.pre_norms:
+        lacks = f"whose blocks have input_layernorm and {MIDDLE}, and no other norm"
+        raise UsageError(f"--confirm all is for models {lacks}: not {shape.name}")
+    if config.estimator == "relp" and shape.no_rules:
+        raise UsageError(f"--method relp has no rule for {shape.no_rules} of {shape.name}")
+    if config.graph and (why := shape.no_graph or shape.no_rules):
+        raise UsageError(f"--graph: contributions do not add up in {shape.name}: it has {why}")
+
+
 def prepare(config: Config, folder: RunFolder, device: torch.device | None = None) -> Experiment:
     """Everything that is known before the weights: samples, prompts, trees, components."""
     own = load_samples(Path(config.samples), TASKS[config.task]) if config.samples else []
@@ -2889,13 +2909,7 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     if config.bf16 is None and shape.dtype == torch.float32:
         size = f"{4 * shape.n_parameters / 1e9:.3g} GB here; an 8B model needs 32 GB"
         log.warning(f"no GPU with native bfloat16: float32 weights, {size}")
-    if config.everywhere and not shape.pre_norms:
-        lacks = f"whose blocks have input_layernorm and {MIDDLE}, and no other norm"
-        raise UsageError(f"--confirm all is for models {lacks}: not {shape.name}")
-    if config.estimator == "relp" and shape.no_rules:
-        raise UsageError(f"--method relp has no rule for {shape.no_rules} of {shape.name}")
-    if config.graph and (why := shape.no_graph or shape.no_rules):
-        raise UsageError(f"--graph: contributions do not add up in {shape.name}: it has {why}")
+    check_shape(config, shape)
     components = choose_components(config, shape)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config)
     if config.chat and not getattr(tokenizer, "chat_template", None):
