@@ -1337,14 +1337,14 @@ class PromptEncoder:
         return bos if self.tokenizer("x")["input_ids"][:1] == [bos] else None
 
     @functools.cached_property
-    def folds(self) -> bool:
-        """Whether the template knows no system turn, so that its text opens the user's."""
-        if not self.system or not self.is_chat:
-            return False
-        try:
-            return self.system.strip() not in self.chat({"system": self.system, "user": "x"})
-        except UsageError:
-            return True
+    def opening(self) -> dict[str, str]:
+        """The turns before the user's: that of the system, where there is one and the template
+        knows it."""
+        turn = {"system": self.system} if self.system and self.is_chat else {}
+        with contextlib.suppress(UsageError):
+            if turn and self.system.strip() in self.chat(turn | {"user": "x"}):
+                return turn
+        return {}
 
     def chat(self, turns: Mapping[str, str]) -> str:
         """Some turns, by role, and the beginning of the reply as the template writes them."""
@@ -1362,10 +1362,9 @@ class PromptEncoder:
         """The chat, or the text alone, up to where the reply is scored, the stem included."""
         if not self.is_chat:
             return user_text + self.stem
-        turns = ({"system": self.system} if self.system else {}) | {"user": user_text}
-        text = self.chat({"user": "\n\n".join(turns.values())} if self.folds else turns)
-        if lost := [said for said in turns.values() if said.strip() not in text]:
-            raise UsageError(f"the chat template changes or drops {lost[0]!r}")
+        text = self.chat(self.opening | {"user": user_text})
+        if user_text.strip() not in text:
+            raise UsageError(f"the chat template changes or drops {user_text!r}")
         reply = text.rpartition(user_text.strip())[2] + self.stem
         if reply.rfind("<think>") > reply.rfind("</think>"):
             way_out = "close it with --answer_prefix '</think>'"
@@ -2917,8 +2916,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
         raise UsageError(f"the tokenizer of {config.model_id} {lacks}")
     told = config.answer_prefix, config.target_form, config.system_prompt, bool(config.chat)
     encoder = PromptEncoder(tokenizer, *told)
-    if encoder.folds:
-        log.warning("the chat template knows no system turn: its text opens the user's turn")
+    if config.chat and config.system_prompt and not encoder.opening:
+        log.warning(f"the chat template knows no system turn: {config.system_prompt!r} is left out")
     samples = choose_samples(config, encoder, own)
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
@@ -6263,9 +6262,7 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     for name in ("behaviour", "screen", "graph"):
         folder.record.pop(name, None)
     folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
-    turn = "in the user's turn" if exp.encoder.folds else "its own"
-    has_turn = config.chat and config.system_prompt
-    folder.note(system_turn=turn if has_turn else "none")
+    folder.note(system_turn=exp.encoder.opening.get("system", "none"))
     with listening() as said:
         heads = explain(exp, table, floor, folder)
     if "traced" in vars(exp):  # something was computed

@@ -233,21 +233,6 @@ def test_the_systems_text_is_ones_own_or_there_is_no_turn(
         said[name] = prompt.count("<|start_header_id|>"), record["system_turn"]
         assert ("system<|end_header_id|>\n\nBe brief.<|eot_id|>" in prompt) == bool(system)
         assert "You are" not in prompt and user_text(prompt) in tracing.QUESTIONS
-    assert said == {"own": (3, "its own"), "none": (2, "none")}
+    assert said == {"own": (3, "Be brief."), "none": (2, "none")}
     argv = ["--model_id", llama, "--output_dir", str(tmp_path / "own"), *flags]
     refuses(answer, *argv, "--system_prompt", "Be long.", says=["holds a run that differs in"])
-
-
-@pytest.mark.parametrize("system", ["You are an assistant.", " Be brief.\n", ""])
-def test_a_template_without_a_system_turn_folds_the_text_into_the_users(
-    system: str, tiny_llama: str
-) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
-        "{{ raise_exception('no system') }}{% endif %}[INST] {{ m.content }} [/INST]{% endfor %}"
-    )
-    encoder = PromptEncoder(tokenizer, "", "word", system)
-    assert encoder.folds == bool(system)
-    before = f"{system}\n\n" if system else ""
-    assert encoder.render("Name it.") == f"<|begin_of_text|>[INST] {before}Name it. [/INST]"

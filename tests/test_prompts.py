@@ -388,28 +388,31 @@ DEAF += "{% endfor %}"
 THINKS = CHATML.replace("assistant\n", "assistant\n<think>\n")
 
 
-@pytest.mark.parametrize(("template", "reply"), [(NO_SYSTEM, " [/INST]"), (DEAF, "")])
-def test_without_a_system_turn_its_text_opens_the_users(
-    template: str, reply: str, tokenizer: Any
+@pytest.mark.parametrize(
+    ("template", "turn"), [(NO_SYSTEM, "[INST] {} [/INST]"), (DEAF, "{}")], ids=["refuses", "drops"]
+)
+def test_a_template_that_knows_no_system_turn_gets_none(
+    template: str, turn: str, tokenizer: Any
 ) -> None:
     encoder = with_template(tokenizer, template)
-    assert encoder.folds
+    assert encoder.opening == {}
     text = write(encoder, FRUIT).text
-    assert text.endswith(f"You are an assistant.\n\nDon't mention apple. Name a fruit.{reply}")
+    assert text == "<|begin_of_text|>" + turn.format("Don't mention apple. Name a fruit.")
 
 
-def test_the_log_and_the_record_say_where_the_system_text_stands(
+def test_the_log_and_the_record_say_whether_there_is_a_system_turn(
     llama: str, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     path = model / "tokenizer_config.json"
     settings = {**json.loads(path.read_text()), "chat_template": NO_SYSTEM}
     path.write_text(json.dumps(settings))
-    for folder, where in ((str(model), "in the user's turn"), (llama, "its own")):
-        finish(folder, tmp_path / where, "--num_samples", "2", "--layers", "0")
-        assert record_of(tmp_path / where)["system_turn"] == where
-        log = (tmp_path / where / "run.log").read_text()
-        assert ("knows no system turn" in log) == (folder != llama)
+    for folder, turn in ((str(model), "none"), (llama, "You are an assistant.")):
+        finish(folder, tmp_path / turn, "--num_samples", "2", "--layers", "0")
+        assert record_of(tmp_path / turn)["system_turn"] == turn
+        log = (tmp_path / turn / "run.log").read_text()
+        left_out = "knows no system turn: 'You are an assistant.' is left out"
+        assert (left_out in log) == (folder != llama)
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}Hello", "{{ messages[0].content | upper }}"])
