@@ -489,10 +489,14 @@ class Config:
         """The same, or where they are of one direction only."""
         return self.estimated or (f" along {self.along_name}" if self.along else "")
 
-    @property
+    @functools.cached_property
     def along_name(self) -> str:
-        """What a table says of --along; of a file its name."""
-        return Path(self.along or "").name
+        """What a table says of --along; of a file its name and what its content hashes to."""
+        path = Path(self.along or "")
+        of_file = self.along and self.along not in FITS and path.is_file()
+        return path.name + (
+            f" {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}" if of_file else ""
+        )
 
     def recorded(self) -> dict[str, Any]:
         """What run.json keeps: the values as the command line takes them."""
@@ -554,6 +558,8 @@ def along_contradictions(config: Config) -> dict[str, bool]:
         "--along edits directions; --ablate and --multipliers whole components": along
         and bool(config.ablate or config.multipliers),
         "--op add adds a direction: give --along": config.op == "add" and not along,
+        f"--along {config.along} lies in the folder that --overwrite empties": config.overwrite
+        and Path(config.along or "").resolve().parent == Path(config.output_dir).resolve(),
         "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
         and asked != ("resid", "zero", "all"),
         "--confirm all ablates a direction: give --along": config.everywhere and not along,
@@ -2392,6 +2398,9 @@ OUTPUTS |= {f"circuit_graph{name}": False for name in (".csv", "_edges.csv", ".p
 OUTPUTS |= {"graphs": False, "generations.jsonl": False, "run.json": True, "run.log": True}
 
 
+KEPT = ("circuit.json", "directions.safetensors")  # they tell where they are from, and may be read
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new file beside `path`, then put it in the place of `path` at once."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -2814,26 +2823,28 @@ def read_directions(
     path = Path(config.along or "")
     try:
         with safe_open(path, "pt") as file:
-            told = from_json((file.metadata() or {}).get("told", "{}"))
-            gave = told.get("fitted_on", [])
-            if told.get("format", "directions/1") != "directions/1" or not isinstance(gave, list):
+            told = {"format": "directions/1", "fitted_on": [], "model": ""}
+            told |= from_json((file.metadata() or {}).get("told", "{}"))
+            types = [type(told[name]) for name in ("format", "fitted_on", "model")]
+            if types != [str, list, str] or told["format"] != "directions/1":
                 raise ValueError("it tells of itself in a format that is not known")
-            names = list(file.keys())
-            found = {Component.parse(name): file.get_tensor(name).double() for name in names}
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+            found = {Component.parse(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(f"--along {path} is no file of directions: {error}") from error
     needed = swept
-    if config.confirms and not config.everywhere:  # random sets are of the whole model
+    if config.confirms and not config.everywhere:  # all others are edited, too
         layers, indices = range(shape.n_layers), shape.indices(config.kind)
         needed = [Component(n, config.kind, i) for n, i in itertools.product(layers, indices)]
     for component in needed:
         if component not in found:
             raise UsageError(f"--along {path} has no direction of {component.label}")
         width = len(range(shape.width(component.site[1]))[shape.columns(component)])
-        direction = found[component]
-        if direction.shape != (width,) or not direction.isfinite().all():
-            there = f"{component.label} is no {width} finite numbers"
-            raise UsageError(f"--along {path}: {there}: {list(direction.shape)}")
+        direction, found[component] = found[component], found[component].double()
+        norm = found[component].norm()
+        sound = direction.is_floating_point() and norm < 1e30 and (norm > 1e-30 or norm == 0)
+        if direction.shape != (width,) or not sound:
+            there = f"{component.label} is no {width} numbers of a finite norm"
+            raise UsageError(f"--along {path}: {there}: {list(direction.shape)}, {float(norm):g}")
     return found, told
 
 
@@ -2865,7 +2876,7 @@ def set_apart(
     )
 
 
-MOST_NODES = 20_000  # of a graph, whose edges are a matrix
+MOST_NODES = 10_000  # of a graph, whose edges are a matrix
 
 
 def graph_prompt(config: Config, prompts: Sequence[Sequence[Prompt]], shape: ModelShape) -> Prompt:
@@ -2880,9 +2891,10 @@ def graph_prompt(config: Config, prompts: Sequence[Sequence[Prompt]], shape: Mod
         there = ", ".join([*by_id][:20]) + ", ..." * (len(by_id) > 20)
         raise UsageError(f"--graph {text}: no such sample; there are {there}")
     prompt = by_id[stem]["ab".index(side)]
-    n = config.graph_nodes + len(prompt.ids) * (2 * shape.n_layers + 1)
+    n_tokens, of_token = len(prompt.ids), shape.n_layers * (shape.n_heads + shape.d_mlp)
+    n = min(config.graph_nodes, n_tokens * of_token) + n_tokens * (2 * shape.n_layers + 1)
     if n > MOST_NODES:
-        there = f"{len(prompt.ids)} tokens and {shape.n_layers} layers"
+        there = f"{n_tokens} tokens, {shape.n_layers} layers and --graph_nodes {config.graph_nodes}"
         raise UsageError(f"--graph {text}: {n} nodes of {there} are more than {MOST_NODES}")
     return prompt
 
@@ -2926,7 +2938,7 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
         found = read_directions(config, shape, components)
     apart, prompts = set_apart(prompts, config, found[1])
     if config.graph:
-        graph_prompt(config, prompts, shape)
+        graph_prompt(config, apart + prompts, shape)
     if other is not None:
         pairs = {a.pair_id(b) for a, b, *_ in prompts}
         mine = {(pair, c.layer, c.kind, c.index) for pair in pairs for c in components}
@@ -3938,7 +3950,7 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     if len(many):
         label = "5-95 % of random sets"
         axes.vlines(many, low, high, color="lightgray", linewidth=14, label=label)
-    label = "random directions, as far" if config.everywhere else f"random sets, same layers{lent}"
+    label = "random directions, as far" if config.along else f"random sets, same layers{lent}"
     axes.plot(drawn.index, drawn["mean_delta"], ".", color="tab:gray", markersize=4, label=label)
     axes.vlines(chosen.index, chosen["ci_low"], chosen["ci_high"], color="tab:blue")
     label = "chosen on the other half (95 % interval)"
@@ -4304,7 +4316,8 @@ def separation(fit: Fit, x: Tensor) -> tuple[Tensor, Tensor]:
     direction, threshold = fit
     a, b = (x @ direction[:, None, :, None])[..., 0].unbind(-1)  # [component, sample]
     right = (a - threshold[:, None]).sign() - (b - threshold[:, None]).sign()
-    below = [torch.searchsorted(b.sort().values, a, right=ties) for ties in (False, True)]
+    ordered, a = b.sort().values, a.contiguous()
+    below = [torch.searchsorted(ordered, a, right=ties) for ties in (False, True)]
     return (right.mean(1) + 2) / 4, (below[0] + below[1]).double().mean(1) / (2 * x.shape[1])
 
 
@@ -4378,6 +4391,12 @@ def random_along(exp: Experiment, component: Component, draw: int = 0) -> Tensor
     return unit(torch.randn(len(like[component]), generator=generator, dtype=torch.float64))
 
 
+def turned(exp: Experiment, edit: Edit, component: Component, draw: int = 0) -> Edit:
+    """An edit along a component's direction, as far, in a random one."""
+    reads, writes = unit(exp.directions[component]), random_along(exp, component, draw)
+    return replace(edit, along=torch.stack([reads, writes]))
+
+
 def ways_beside(config: Config) -> list[str]:
     """What an edit along a direction is measured beside: the same displacement in a `random` one,
     and the op on the `whole` component where that means anything."""
@@ -4387,12 +4406,11 @@ def ways_beside(config: Config) -> list[str]:
 
 def edit_beside(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[float]]:
     """[way and component, sample]: delta with `ways_beside`."""
-    clean, rows = exp.run_clean(tree, {c.layer for c in exp.components}, exp.components), []
-    for way, component in itertools.product(ways_beside(exp.config), exp.components):
-        (edit,) = exp.edits([component], clean)
-        reads, writes = unit(exp.directions[component]), random_along(exp, component)
-        along = torch.stack([reads, writes]) if way == "random" else None
-        rows.append((replace(edit, along=along),))
+    clean = exp.run_clean(tree, {c.layer for c in exp.components}, exp.components)
+    edits = {component: exp.edits([component], clean)[0] for component in exp.components}
+    rows: list[Row] = [(turned(exp, edit, component),) for component, edit in edits.items()]
+    if "whole" in ways_beside(exp.config):
+        rows += [(replace(edit, along=None),) for edit in edits.values()]
     return list(tree.deltas(tree.scores(exp.run_rows(clean, rows, bar), exp.task)).tolist())
 
 
@@ -4411,11 +4429,12 @@ def trace_directions(
     rows = measure_places(exp, folder, "beside", places, edit_beside)
     beside = effects_of(rows, table, ["way", "label"]).set_index(["label", "way"])[names].unstack()
     beside.columns = pd.Index([f"{way}_{name}" for name, way in beside.columns])
-    own = heads.set_index("label")[[*names, "share_moved"]].add_prefix("along_")
+    own = heads.set_index("label")[names].add_prefix("along_")
     told = probed[probed["label"].isin(["L0resid", *labels])].sort_values(["layer", "index"])
     told = told.join(own, on="label").join(beside, on="label")
-    per_nat = (told["along_share_moved"] / told["along_mean"]).median()  # -1 / base, or NaN
-    for way in ways_beside(config):
+    base = base_statistics(table)
+    per_nat = -1 / base["mean"] if base["is_clear"] else math.nan  # of what is nothing, no share
+    for way in ("along", *ways_beside(config)):
         told[f"{way}_share_moved"] = told[f"{way}_mean"] * per_nat
     n_fit = len({of[0].sample.unit for of in exp.fitting})
     told = told.assign(method=config.along_name, op=op_of(config), n_fit=n_fit)
@@ -4449,14 +4468,18 @@ def report_directions(told: pd.DataFrame, exp: Experiment) -> None:
         if not math.isnan(row.accuracy):
             apart += f", accuracy {row.accuracy:.0%} [{row.accuracy_low:.0%},"
             apart += f" {row.accuracy_high:.0%}] (shuffled: up to {row.accuracy_shuffled:.0%})"
-        moved = f"along it {row.along_share_moved:.0%} of the base"
-        moved += f", as far at random {row.random_share_moved:.0%}"
-        moved += f", the whole {row.whole_share_moved:.0%}" if "whole_mean" in told else ""
-        log.info(f"direction of {row.label}: {apart}; moved {moved}")
+        ways = {"along": "along it", "random": "as far in one random direction"}
+        ways |= {"whole": "by the whole"} if "whole_mean" in told else {}
+        moved = "; moved"
+        for way, said in ways.items():
+            share = getattr(row, f"{way}_share_moved")
+            of_base = "" if math.isnan(share) else f" ({share + 0.0:.0%} of the base)"
+            moved += f" {said} {getattr(row, f'{way}_mean'):+.3f}{of_base},"
+        log.info(f"direction of {row.label}: {apart}{moved[:-1]}")
 
 
 def draw_directions(told: pd.DataFrame, exp: Experiment, path: Path) -> None:
-    """Held-out accuracy, and the share of the base that edits move, of the strongest components."""
+    """Held-out accuracy, and the mean effects of edits, of the strongest components."""
     config = exp.config
     order = told["along_mean"].abs().sort_values(ascending=False).index[: config.top_k]
     drawn = told.loc[sorted(order)].reset_index(drop=True)
@@ -4470,9 +4493,9 @@ def draw_directions(told: pd.DataFrame, exp: Experiment, path: Path) -> None:
     ways = {"along": "along the direction", "random": "as far in a random direction"}
     ways |= {"whole": "the whole component"} if "whole_mean" in drawn else {}
     for (way, label), mark in zip(ways.items(), "o.x", strict=False):
-        below.plot(drawn[f"{way}_share_moved"], mark, label=label)
+        below.plot(drawn[f"{way}_mean"], mark, label=label)
     below.axhline(0, color="black", linewidth=0.8)
-    below.set(ylabel="share of the base moved")
+    below.set(ylabel="effect on delta_logit (nats)")
     below.set_xticks(drawn.index, drawn["label"], rotation=90 if len(drawn) > 6 else 0)
     for axes in (above, below):
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -4550,13 +4573,22 @@ def draw_random(
 
 
 def row_of(exp: Experiment, clean: CleanRun | None, of: JointSet) -> Row:
-    """The edits of a set; without a clean run, at every token."""
-    if not of.everywhere:
-        return exp.edits(of.components, clean, of.others_of, of.multiplier)
-    row = exp.everywhere(of.components[0])
-    if of.name != "random":
-        return row
-    # as far as the chosen direction goes at each token and reading point, in a random direction
+    """The edits of a set; without a clean run, at every token. A random set of a run along
+    directions is of the chosen components, as far, each in a random direction."""
+    at_random = of.name == "random" and exp.config.along is not None
+    if of.everywhere:
+        row = exp.everywhere(of.components[0])
+        return random_everywhere(exp, clean, of, row) if at_random else row
+    row = exp.edits(of.components, clean, of.others_of, of.multiplier)
+    if at_random:
+        pairs = zip(row, sorted(of.components), strict=True)
+        row = tuple(turned(exp, edit, component, of.draw) for edit, component in pairs)
+    return row
+
+
+def random_everywhere(exp: Experiment, clean: CleanRun | None, of: JointSet, row: Row) -> Row:
+    """As far as a row along the chosen direction goes at each token and reading point, in a random
+    direction."""
     assert clean is not None
     with recording({edit.site: exp.traced.module(edit.site) for edit in row}) as seen:
         final_states(exp.traced, clean, [row])
@@ -4577,18 +4609,24 @@ def joint_sizes(k: int) -> list[int]:
 
 def confirm_sets(chosen: Components, exp: Experiment) -> list[JointSet]:
     """Nothing, the top 1, 2, 4, ... K, and --num_random sets of each size, fewer where there are no
-    more distinct ones; all, and all but the K or but a random set of that size."""
+    more distinct ones; all, and all but the K or but a random set of that size. With --along random
+    are the directions, not the components."""
     kinds = (exp.config.kind,)
     sets = [JointSet("none"), JointSet("all", others_of=kinds)]
     for n in joint_sizes(len(chosen)):
         sets.append(JointSet("chosen", chosen[:n]))
+        if exp.config.along:
+            draws = range(1, exp.config.num_random + 1)
+            sets += [JointSet("random", chosen[:n], draw) for draw in draws]
+            continue
         tries = (draw_random(chosen, n, exp, draw) for draw in range(10 * exp.config.num_random))
         distinct: dict[Components, int] = {}
         while len(distinct) < exp.config.num_random and (drawn := next(tries, None)):
             distinct.setdefault(*drawn)
         drawn_sets = enumerate(distinct.items())
         sets += [JointSet("random", of, draw, lent) for draw, (of, lent) in drawn_sets]
-    names = {"chosen": "complement", "random": "random complement"}
+    names = {"chosen": "complement"}
+    names |= {} if exp.config.along else {"random": "random complement"}
     whole = [of for of in sets if of.name in names and len(of.components) == len(chosen)]
     return sets + [of._replace(name=names[of.name], others_of=kinds) for of in whole]
 
@@ -4644,7 +4682,7 @@ def set_scores(
 ) -> Tensor:
     """`run_sets` as a part of the run."""
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
-    one = [s.text + f" {s.name} {s.draw}" * s.everywhere for s in sets]
+    one = [s.text + f" {s.name} {s.draw}" * bool(exp.config.along) for s in sets]
     key = [(text, s.others_of, s.multiplier) for text, s in zip(one, sets, strict=True)], ids
     found = folder.part(f"joint-{digest(key)[:16]}", run_sets, exp, sets, prompts)
     return torch.tensor(found, dtype=torch.float64)
@@ -4689,7 +4727,9 @@ def joint_statistics(deltas: Tensor, units: Sequence[str], sets: pd.DataFrame) -
     mean, base = deltas.mean(0), sums[:, :1].expand_as(sums)
     (low, high), (kept, gone) = mean_interval(sums, counts), mean_interval(base - sums, base)
     found = {"mean_delta": mean, "ci_low": low, "ci_high": high}
-    found |= {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
+    nothing = bool(low[0] <= 0 <= high[0])  # the base, of which no share is told then
+    shares = {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
+    found |= {name: x.masked_fill(torch.tensor(nothing), math.nan) for name, x in shares.items()}
     all_of = (sets["set"] == "all").argmax()  # 0, the empty set, where there is none
     every = sums[:, [int(all_of)]].expand_as(sums)
     least, most = mean_interval((base - every)[:, :1], counts[:, :1])[:, 0]
@@ -4705,6 +4745,7 @@ def joint_statistics(deltas: Tensor, units: Sequence[str], sets: pd.DataFrame) -
 
 
 MOST_KL = 0.1  # by which the ablation of a direction may move what prompt b leaves
+LEAST_SHARE = 0.1  # of the base, which it has to move
 
 
 def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[JointSet]:
@@ -4723,7 +4764,7 @@ def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[J
     for of, role, away in zip(every, roles.tolist(), kl[1:].tolist(), strict=True):
         told = f"moves {role:+.3f} of {abs(float(deltas[0])):.3f} nats, KL {away:.2g} after b"
         log.info(f"{of.text}, {len(exp.fitting)} samples that gave directions: {told}")
-    if not (roles > 0).any():
+    if not roles.max() > LEAST_SHARE * abs(float(deltas[0])):
         return []
     best = roles >= roles.max() / 2
     least = float(kl[1:][best].min())
@@ -4749,7 +4790,8 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
     choosing, held_out = split_units(table, config.seed)
     against = quoted_side(exp.prompts, [choosing, held_out])  # chosen, quoted and drawn by the same
     if config.everywhere:
-        sets = choose_direction(exp, folder, against)
+        clear = base_statistics(table, against)["is_clear"]
+        sets = choose_direction(exp, folder, against) if clear else []
     elif config.confirms:
         found = choose_circuit(table[table["unit"].isin(choosing)], config, against)
         n_most = count_free(config, exp.shape) // 2
@@ -4780,7 +4822,7 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
         by_role = f"one of {n} directions, on the sentences that gave them"
     rows["selection"] = (rows["samples"] == "held-out").map({True: by_role, False: "named"})
     write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
-    report_sets(rows, exp.task)
+    report_sets(rows, exp.task, "direction" if config.along else "set")
     if chosen:
         draw_confirm(rows, config, folder.path / "circuit_confirm.png")
     return chosen
@@ -4793,7 +4835,8 @@ def judge_sets(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
     keys = ["measure", "n_ablated"]
     drawn = rows[rows["set"] == "random"].groupby(keys)["kl_b"]
     limits = rows[keys].join(drawn.quantile(0.95)[drawn.size() >= MANY_SETS], on=keys)["kl_b"]
-    judged = (rows["set"] == "chosen") & limits.notna() & (not config.patches)
+    is_to_move = OPS[config.op].source in ("partner", "direction")
+    judged = (rows["set"] == "chosen") & limits.notna() & (not is_to_move)
     return rows.assign(damaged=(rows["kl_b"] > limits).astype("boolean").where(judged))
 
 
@@ -4812,8 +4855,9 @@ def spread(values: pd.Series, what: str) -> str:
     return f"{numbered(len(values), f'distinct random {what}')} {low:.0%} to {high:.0%}"
 
 
-def report_sets(rows: pd.DataFrame, task: Task) -> None:
-    """A log line per set that was chosen or asked for, and one for what it does alone."""
+def report_sets(rows: pd.DataFrame, task: Task, drawn_of: str = "set") -> None:
+    """A log line per set that was chosen or asked for, and one for what it does alone; and what was
+    drawn at random beside it."""
     rows = rows[rows["quoted"]]
     drawn, beside = (rows[rows["set"] == f"random{what}"] for what in ("", " complement"))
     tell_lent(int(drawn["lent"].max() if len(drawn) else 0))
@@ -4836,17 +4880,17 @@ def report_sets(rows: pd.DataFrame, task: Task) -> None:
             told += f", {spread(same, 'complement')}" if len(same) else ""
             log.info(told)
             continue
-        told += f", {row.share_removed:.0%} removed"
-        told += f" [{row.share_low:.0%}, {row.share_high:.0%}]" if several else ""
-        if row.set == "chosen":
+        has_share = not math.isnan(row.share_removed)
+        told += f", {row.share_removed:.0%} removed" if has_share else ""
+        told += f" [{row.share_low:.0%}, {row.share_high:.0%}]" if has_share and several else ""
+        if row.set == "chosen" and has_share:
             same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
-            of_kind = "direction" if row.components.endswith("everywhere") else "set"
-            told += f", {spread(same, of_kind)}"
+            told += f", {spread(same, drawn_of)}"
         told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
         told += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
         if not pd.isna(row.damaged):
             told += ": damaged, further than" if row.damaged else ", no further than"
-            told += " with 95 % of the random sets"
+            told += f" with 95 % of the random {drawn_of}s"
         elif row.set == "chosen":
             told += ": damage is not judged"
         log.info(told)
@@ -5195,16 +5239,11 @@ def attribute(
         value = own * half[1][0].detach().to(gradient)[there]
         attributions.append((value * gradient[there]).sum(-1))
         written[rows] = value @ matrix_of(traced, site).t() if site[1] else value
-        if first:
-            reads = []
-            for mine, at in zip(own, there.tolist(), strict=True):
-                alone = torch.zeros_like(gradient)
-                alone[at] = mine * gradient[at]
-                reads.append(pull_back(half, alone))
-            read = torch.stack(reads)  # [target, tok, d_model]
-            for at in range(read.shape[1]):
-                sources = (positions[:first] == at).nonzero()[:, 0]
-                weights[rows, sources] = read[:, at] @ written[sources].t()
+        for row, (mine, at) in enumerate(zip(own, there.tolist(), strict=True) if first else ()):
+            alone = torch.zeros_like(gradient)
+            alone[at] = mine * gradient[at]
+            read = pull_back(half, alone)[positions[:first]]  # [source, d_model]
+            weights[first + row, :first] = (read * written[:first]).sum(-1)
     return nodes.assign(attribution=torch.cat(attributions).tolist()), weights.cpu()
 
 
@@ -5361,7 +5400,7 @@ def measure_graph(
 
 # ----- Graph files --------------------------------------------------------------------------------
 
-LABELLED = 60  # nodes of the figure with names
+LABELLED, DRAWN = 60, 300  # nodes of the figure with names, and its edges
 VIEWER = "circuit-tracer start-server --graph_file_dir {} --port 8032"
 # what circuit-tracer's viewer calls nodes; it takes all with "error" in them for unexplained
 TYPES = {"embedding": "embedding", "goal": "logit", "head": "attention head"}
@@ -5451,15 +5490,18 @@ def place_nodes(nodes: pd.DataFrame) -> tuple[pd.DataFrame, list[str], dict[Any,
 
 
 def draw_graph(nodes: pd.DataFrame, links: pd.DataFrame, title: str, path: Path) -> None:
-    """Tokens across, layers up: kept nodes as dots, larger by influence, the strongest by name;
-    kept edges as lines, wider and darker by |weight|. Tokens without an edge are left out."""
+    """Tokens across, layers up: kept nodes as dots, larger by influence, the strongest by name; the
+    strongest kept edges as lines, wider and darker by |weight|. What has none is left out."""
+    if len(links) > DRAWN:
+        title += f"; the strongest {DRAWN} of {len(links)} edges"
+    links = largest(links, "weight", DRAWN)[::-1]
     ends = {*links["source"], *links["target"], *nodes["node_id"][nodes["kind"] == "goal"]}
     placed, rows, columns = place_nodes(nodes[nodes["kept"] & nodes["node_id"].isin(ends)])
     size = (2.2 + 0.36 * placed["x"].max(), 1.9 + 0.55 * len(rows))
-    width, height = (min(24.0, max(5.5, side)) for side in size)
+    width, height = (min(18.0, max(5.5, side)) for side in size)
     figure = Figure(figsize=(width, height), layout="constrained")
     axes, at = figure.add_subplot(), placed.set_index("node_id")[["x", "y"]]
-    links, most = links.sort_values("weight", key=abs), links["weight"].abs().max()
+    most = links["weight"].abs().max()
     for source, target, weight in links[["source", "target", "weight"]].to_numpy():
         (x, y), look = at.loc[[source, target]].to_numpy().T, abs(weight) / most
         color = "tab:blue" if weight > 0 else "tab:red"
@@ -5495,7 +5537,7 @@ def describe_goal(exp: Experiment, weights: Mapping[int, float]) -> str:
     return f"{plus} less {minus or 'the mean of all logits'}"
 
 
-def report_graph(graph: Graph, told: Record, folder: Path) -> None:
+def report_graph(graph: Graph, told: Record) -> None:
     """What the log says of a graph: what it explains, what it is and is not, its strongest heads,
     and, apart from these, what exact runs say."""
     nodes, links = graph
@@ -5523,7 +5565,6 @@ def report_graph(graph: Graph, told: Record, folder: Path) -> None:
         same = int((known[column] * known["exact_effect"] > 0).sum())
         r = f", r {known[column].corr(known['exact_effect']):.2f}" if len(known) > 2 else ""
         log.info(f"measured: {same} of {len(known)} {what}, have the sign of their {column}{r}")
-    log.info("to look at it: %s", VIEWER.format(folder))
 
 
 def graph_of(exp: Experiment, prompt: Prompt) -> Record:
@@ -5564,7 +5605,7 @@ def graph_of(exp: Experiment, prompt: Prompt) -> Record:
 def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     """Write circuit_graph.csv, _edges.csv and .png, and graphs/ for circuit-tracer's viewer, of the
     prompt that --graph names."""
-    prompt = graph_prompt(exp.config, exp.prompts, exp.shape)
+    prompt = graph_prompt(exp.config, exp.fitting + exp.prompts, exp.shape)
     asked = digest([getattr(exp.config, name) for name in ("graph", *OF_GRAPH)])
     found = folder.part(f"graph-{asked[:16]}", graph_of, exp, prompt)
     nodes, links, told = pd.DataFrame(found["nodes"]), pd.DataFrame(found["links"]), found["told"]
@@ -5584,7 +5625,8 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     title += "\nblue adds, red takes away"
     draw_graph(nodes, links, title, path / "circuit_graph.png")
     folder.note(graph=told)
-    report_graph((nodes, links), told, path / "graphs")
+    report_graph((nodes, links), told)
+    log.info("to look at it: %s", VIEWER.format(path / "graphs"))
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -5872,7 +5914,8 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 REPORT = "circuit_report.html"
 MOST_ROWS = 500  # components in the page's table
-ASIDE = ("traced", "load_model", "run_batches", "read_part")  # what these tell is no finding
+# what these tell is no finding
+ASIDE = ("traced", "load_model", "run_batches", "read_part", "trace_graph")
 FIGURES = {  # what they show
     "heads": "The strongest components with their 95 % intervals, coloured by verdict.",
     "summary": "The strongest mean effects on delta_logit.",
@@ -5921,6 +5964,8 @@ def list_facts(
     known = config.model_id != Config.model_id or "model_id" in record.get("config", {})
     given = f"; {told['given']} zeroed in every run" if told.get("given") else ""
     controls = f", and {numbered(n - n_real, 'negative control')}" if n > n_real else ""
+    if n_apart := record.get("n_set_apart"):
+        controls += f"; {numbered(n_apart, 'other')} gave or chose directions"
     method = "measured, by the exact sweep"
     if n_tests > len(heads):
         method = f"{len(heads)} of {n_tests} estimated components measured by the exact sweep"
@@ -6001,7 +6046,8 @@ def replies_in(path: Path) -> dict[str, dict[tuple[str, str], str]]:
     for record in records:
         n, factor = record["n_ablated"], record.get("multiplier")
         edit = "edited" if factor is None else f"x {factor:g}"
-        title = f"reply, {numbered(n, 'component')} {edit}" if n else "reply"
+        what = "direction" if record["ablated"].endswith(" everywhere") else "component"
+        title = f"reply, {numbered(n, what)} {edit}" if n else "reply"
         if record["ablated"] in ("", circuit):
             found[title][record["sample_id"], record["prompt"]] = record["reply"]
     return found
@@ -6014,7 +6060,9 @@ def tell_sample(record: Record, replies: Mapping[str, Mapping[tuple[str, str], s
         likeliest = "\n".join(f"{p:.1%} {token!r}" for token, p in prompt["likeliest"])
         said = [of_edit.get((name, side), "") for of_edit in replies.values()]
         cells = (prompt["text"], f"{prompt['score']:+.3f}", likeliest, *said)
-        lines.append(f"<tr><th>{side}</th>{''.join(f'<td>{as_html(cell)}</td>' for cell in cells)}")
+        lines.append(
+            f"<tr><th>{as_html(side)}</th>{''.join(f'<td>{as_html(cell)}</td>' for cell in cells)}"
+        )
     heads = ("", "prompt", "score", "likeliest first tokens", *replies)
     words = [f"{what}: {', '.join(record[what])}" for what in ("targets", "foils") if record[what]]
     told = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
@@ -6071,9 +6119,12 @@ def write_report(
         warns = ' class="warning"' * (name == "method" and config.estimated != "")
         parts.append(f"<dt>{name}</dt><dd{warns}>{as_html(text)}</dd>")
     parts += ["</dl><h2>Findings</h2>", *tell_findings(said)]
-    parts += [f"<h2>Components{config.by}</h2>", draw_table(heads, quoted)]
+    if config.from_csv and in_run:
+        parts.append("<p>Redrawn from its table; what later stages found is in run.log.</p>")
+    by = as_html(config.by)
+    parts += [f"<h2>Components{by}</h2>", draw_table(heads, quoted)]
     if kind != "neuron":
-        parts += [f"<h2>Roles by layer{config.by}</h2>", draw_cells(heads, quoted)]
+        parts += [f"<h2>Roles by layer{by}</h2>", draw_cells(heads, quoted)]
     drawn = {"heads", "summary", *["heatmap"] * config.heatmap, *(FIGURES if in_run else ())}
     parts += ["<h2>Figures</h2>", *(show_figure(path, name) for name in FIGURES if name in drawn)]
     there = {*table["prompts"]} if "prompts" in table else set()
@@ -6081,9 +6132,8 @@ def write_report(
     replies = replies_in(path / "generations.jsonl") if in_run else {}
     parts += ["<h2>Samples</h2>" * bool(samples), *(tell_sample(of, replies) for of in samples)]
     model = f" in {Path(config.model_id).name}" if "model" in facts else ""
-    write_text(
-        path / REPORT, page(f"{config.task}{model}: {OPS[config.op].doing} each {kind}", parts)
-    )
+    title = f"{config.task}{model}: {OPS[config.op].doing} each {kind}{config.by}"
+    write_text(path / REPORT, page(title, parts))
 
 
 # ----- Main ---------------------------------------------------------------------------------------
@@ -6256,13 +6306,14 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     table = measured[measured["draw"] < 0].drop(columns="draw")
     floor = noise_floor(measured[measured["draw"] >= 0])
     write_components(folder.path / "circuit_results.csv", table)
-    # those of another command in this folder; a circuit tells where it is from and may be read
-    folder.delete(name for name, always in OUTPUTS.items() if not always and name != "circuit.json")
+    # those of another command in this folder
+    folder.delete(name for name, always in OUTPUTS.items() if not always and name not in KEPT)
     folder.delete([REPORT])  # until all of its run is there
     for name in ("behaviour", "screen", "graph"):
         folder.record.pop(name, None)
     folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
     folder.note(system_turn=exp.encoder.opening.get("system", "none"))
+    folder.note(n_set_apart=len(exp.fitting))
     with listening() as said:
         heads = explain(exp, table, floor, folder)
     if "traced" in vars(exp):  # something was computed
@@ -6275,7 +6326,7 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, UsageError | RunError):
         return str(error)
     if is_out_of_memory(error):
-        lower = "--tree_tokens or --rows_per_forward"
+        lower = "--tree_tokens, --rows_per_forward or --graph_nodes"
         return f"out of memory: lower {lower}, use shorter prompts or fewer components"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}"
