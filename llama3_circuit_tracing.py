@@ -2823,12 +2823,14 @@ def read_directions(
     path = Path(config.along or "")
     try:
         with safe_open(path, "pt") as file:
-            told = {"format": "directions/1", "fitted_on": [], "model": ""}
-            told |= from_json((file.metadata() or {}).get("told", "{}"))
-            types = [type(told[name]) for name in ("format", "fitted_on", "model")]
-            if types != [str, list, str] or told["format"] != "directions/1":
+            known = {"format": "directions/1", "fitted_on": [], "model": ""}
+            told = from_json((file.metadata() or {}).get("told", "{}"))
+            told = known | told if isinstance(told, dict) else {}
+            types = [type(told.get(name)) for name in known]
+            if types != [str, list, str] or told["format"] != known["format"]:
                 raise ValueError("it tells of itself in a format that is not known")
-            found = {Component.parse(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            found = {Component.parse(name): file.get_tensor(name) for name in names}
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(f"--along {path} is no file of directions: {error}") from error
     needed = swept
@@ -2843,8 +2845,9 @@ def read_directions(
         norm = found[component].norm()
         sound = direction.is_floating_point() and norm < 1e30 and (norm > 1e-30 or norm == 0)
         if direction.shape != (width,) or not sound:
-            there = f"{component.label} is no {width} numbers of a finite norm"
-            raise UsageError(f"--along {path}: {there}: {list(direction.shape)}, {float(norm):g}")
+            there = f"{list(direction.shape)}, norm {float(norm):g}"
+            what = f"{component.label} is no {width} finite numbers"
+            raise UsageError(f"--along {path}: {what}: {there}")
     return found, told
 
 
@@ -4727,9 +4730,7 @@ def joint_statistics(deltas: Tensor, units: Sequence[str], sets: pd.DataFrame) -
     mean, base = deltas.mean(0), sums[:, :1].expand_as(sums)
     (low, high), (kept, gone) = mean_interval(sums, counts), mean_interval(base - sums, base)
     found = {"mean_delta": mean, "ci_low": low, "ci_high": high}
-    nothing = bool(low[0] <= 0 <= high[0])  # the base, of which no share is told then
-    shares = {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
-    found |= {name: x.masked_fill(torch.tensor(nothing), math.nan) for name, x in shares.items()}
+    found |= {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
     all_of = (sets["set"] == "all").argmax()  # 0, the empty set, where there is none
     every = sums[:, [int(all_of)]].expand_as(sums)
     least, most = mean_interval((base - every)[:, :1], counts[:, :1])[:, 0]
@@ -4790,8 +4791,9 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
     choosing, held_out = split_units(table, config.seed)
     against = quoted_side(exp.prompts, [choosing, held_out])  # chosen, quoted and drawn by the same
     if config.everywhere:
-        clear = base_statistics(table, against)["is_clear"]
-        sets = choose_direction(exp, folder, against) if clear else []
+        if not base_statistics(table, against)["is_clear"]:
+            log.warning("a base whose interval covers 0 or is none: shares of it say nothing")
+        sets = choose_direction(exp, folder, against)
     elif config.confirms:
         found = choose_circuit(table[table["unit"].isin(choosing)], config, against)
         n_most = count_free(config, exp.shape) // 2
@@ -4880,10 +4882,9 @@ def report_sets(rows: pd.DataFrame, task: Task, drawn_of: str = "set") -> None:
             told += f", {spread(same, 'complement')}" if len(same) else ""
             log.info(told)
             continue
-        has_share = not math.isnan(row.share_removed)
-        told += f", {row.share_removed:.0%} removed" if has_share else ""
-        told += f" [{row.share_low:.0%}, {row.share_high:.0%}]" if has_share and several else ""
-        if row.set == "chosen" and has_share:
+        told += f", {row.share_removed:.0%} removed"
+        told += f" [{row.share_low:.0%}, {row.share_high:.0%}]" if several else ""
+        if row.set == "chosen":
             same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
             told += f", {spread(same, drawn_of)}"
         told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"

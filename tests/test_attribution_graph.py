@@ -778,7 +778,7 @@ def named(text: str, n_tokens: int = 30) -> str:
         [SimpleNamespace(sample=sample, side=side, ids=range(n_tokens)) for side in "ab"]
         for sample in samples
     ]
-    shape: Any = SimpleNamespace(n_layers=32)
+    shape: Any = SimpleNamespace(n_layers=32, n_heads=32, d_mlp=14336)
     prompt = tracing.graph_prompt(tracing.Config(graph=text), prompts, shape)
     return f"{prompt.sample.sample_id} {prompt.side}"
 
@@ -805,9 +805,9 @@ def test_an_unknown_sample_is_refused_with_those_that_there_are(text: str) -> No
 
 
 def test_a_graph_that_is_too_large_is_refused() -> None:
-    assert named("s0", 300) == "s0 a"  # 500 + 300 * 65 = 20,000
-    with pytest.raises(tracing.UsageError, match="20065 nodes of 301 tokens and 32 layers"):
-        named("s0", 301)
+    assert named("s0", 146) == "s0 a"  # 500 + 146 * 65 = 9,990
+    with pytest.raises(tracing.UsageError, match="10055 nodes of 147 tokens, 32 layers and"):
+        named("s0", 147)
 
 
 REFUSED = {

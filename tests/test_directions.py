@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -400,14 +401,25 @@ def test_what_is_beside_goes_as_far_in_a_random_direction(
 
 
 def test_each_of_several_components_moves_along_its_own_direction(plain: Bench) -> None:
-    """Random sets and complements too."""
+    """Complements too; random sets are the chosen, as far, each in a random direction."""
     exp = plain.experiment(f"--kind head --along {random_file(plain, 'head')} --given L0H1")
-    (drawn, _) = tracing.draw_random([Component(1, "head", 2)], 1, exp, 0) or ((), 0)
     clean = rows_of(exp)[0]
     every = set(exp.every("head"))
     few = (Component(1, "head", 0), Component(1, "head", 3), Component(2, "head", 1))
+    sets = tracing.confirm_sets(few, exp)
+    drawn = [of for of in sets if of.name == "random" and of.components == few]
+    assert len(drawn) == exp.config.num_random
+    assert not [of for of in sets if of.name == "random complement"]
+    seen = set()
+    for of in drawn:
+        for c, edit in zip(sorted(few), tracing.row_of(exp, clean, of), strict=True):
+            reads, writes = edit.along
+            assert edit.site == c.site and edit.columns == exp.shape.columns(c)
+            assert (reads - tracing.unit(exp.directions[c])).abs().max() < 1e-15
+            assert abs(float(writes.norm()) - 1) < 1e-12 and abs(float(reads @ writes)) < 0.99
+            seen.add(tuple(writes.tolist()))
+    assert len(seen) == 3 * len(drawn), "each its own, in each draw"
     for of, edited in (
-        (JointSet("random", drawn), {*drawn}),
         (JointSet("chosen", few), {*few}),
         (JointSet("complement", few, others_of=("head",)), every - {*few}),
     ):
@@ -719,7 +731,8 @@ def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_ou
     flags = [*PATCH[:-3], str(patched / FILE), *PATCH[-2:]]
     again = finish(tiny_llama, tmp_path, *flags)
     before, after = read(patched), read(again)
-    assert set(after["along"]) == {FILE}
+    (named,) = set(after["along"])
+    assert re.fullmatch(re.escape(FILE) + " [0-9a-f]{8}", named), "which file of that name"
     assert list(before["sample_id"]) == list(after["sample_id"])
     assert (before["head_effect"] - after["head_effect"]).abs().max() < 1e-9
     assert "5 samples left out: the directions of" in (again / "run.log").read_text()
@@ -964,9 +977,13 @@ def test_with_other_options_nothing_that_is_measured_is_missing(
     assert not results[["head_effect", "delta_logit_head"]].isna().any(axis=None)
     swept = told[told["along_mean"].notna()]
     assert set(swept["label"]) == set(read(folder, "circuit_heads.csv")["label"])
-    numbers = [*NUMBERS, "norm", "accuracy", "auc", "accuracy_shuffled", "along_share_moved"]
-    numbers += ["whole_mean", "whole_share_moved"] if "whole_mean" in told else []
+    numbers = [*NUMBERS, "norm", "accuracy", "auc", "accuracy_shuffled"]
+    numbers += ["whole_mean"] if "whole_mean" in told else []
     assert not swept[numbers].isna().any(axis=None)
+    unclear = not tracing.base_statistics(tracing.read_results(folder / "circuit_results.csv"))[
+        "is_clear"
+    ]
+    assert (swept["along_share_moved"].isna() == unclear).all()
     assert ("whole_mean" in told) == ("resid --op zero" not in flags and "--op add" not in flags)
     lexical = told[told["label"] == "L0resid"]
     assert lexical["accuracy"].tolist() == lexical["auc"].tolist() == [0.5]
