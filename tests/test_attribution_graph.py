@@ -900,3 +900,23 @@ def test_no_hook_is_left_behind(plain: Bench, monkeypatch: pytest.MonkeyPatch) -
 def test_bfloat16_loses_little(tiny_llama: str, tmp_path: Path) -> None:
     folder = finish(tiny_llama, tmp_path, *FAST[:-1], "--bf16", "--graph", "s0000")
     assert 1e-5 < record_of(folder)["graph"]["conservation_error"] < 0.02
+
+
+def test_of_many_edges_the_strongest_are_drawn_and_the_title_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(tracing, "save_figure", lambda figure, path: figures.append(figure))
+    n = tracing.DRAWN + 50
+    names = [f"n{i}" for i in range(n + 1)]
+    nodes = pd.DataFrame({"node_id": names, "kind": "head", "layer": range(n + 1), "position": 0})
+    nodes = nodes.assign(influence=1.0, kept=True, label="L0H0", token="x")
+    nodes.loc[n, "kind"] = "goal"
+    links = pd.DataFrame({"source": names[:-1], "target": names[-1], "weight": 1.0})
+    links["weight"] = [(-1) ** i * (i + 1.0) for i in range(n)]
+    tracing.draw_graph(nodes, links, "a title", tmp_path / "x.png")
+    (figure,) = figures
+    assert len(figure.axes[0].lines) == tracing.DRAWN
+    assert figure.get_suptitle() == f"a title; the strongest {tracing.DRAWN} of {n} edges"
+    widths = [line.get_linewidth() for line in figure.axes[0].lines]
+    assert widths == sorted(widths) and widths[0] > 0.4 + 2.6 * 50 / n, "the weakest are left out"

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -1054,3 +1055,33 @@ def test_the_dry_run_tells_how_many_samples_give_directions(llama: str, answer: 
     code, out, err = answer("--model_id", llama, *SMALL.split(), "--dry_run")
     assert code == 0, err
     assert "3 other samples give or choose directions" in out
+
+
+def test_a_file_in_the_runs_own_folder_outlives_it(
+    patched: Path, tiny_llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    """It may be this run's input; only --overwrite would empty the folder, and is refused."""
+    own = tmp_path / "x <b onmouseover=1>bold<!--.safetensors"
+    shutil.copy(patched / FILE, own)
+    folder = finish(tiny_llama, tmp_path, *PATCH[:-3], str(own), *PATCH[-2:])
+    assert own.exists()
+    page = (folder / "circuit_report.html").read_text()
+    assert "<!--" not in page and "<b on" not in page
+    assert "resid along x &lt;b onmouseover=1&gt;bold&lt;!--" in page
+    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path), *PATCH[:-3], str(own)]
+    code, _, err = answer(*argv, *PATCH[-2:], "--overwrite")
+    assert code == 2 and "lies in the folder that --overwrite empties" in err
+    assert own.exists()
+
+
+def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -> None:
+    """It is to move what prompt b leaves."""
+    flags = [*REFUSAL.split(), "--op", "add", "--confirm", "1", "--layers", "1", "--overwrite"]
+    for op, judged in (("add", False), ("zero", True)):
+        flags[flags.index("--op") + 1] = op
+        rows = read(finish(tiny_llama, tmp_path, *flags), "circuit_confirm.csv")
+        chosen = rows[(rows["set"] == "chosen") & (rows["samples"] == "held-out")]
+        assert chosen["damaged"].notna().all() == judged
+        drawn = rows[rows["set"] == "random"]
+        assert len(drawn) == 20 and set(drawn["components"]) == {"L1resid"}
+        assert drawn["mean_delta"].nunique() == 20

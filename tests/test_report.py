@@ -645,6 +645,8 @@ def test_redrawing_a_run_where_it_is_keeps_its_figures_and_replies(
     page = Page(redraw(folder / "circuit_results.csv", folder))
     assert len(images(page)) == 3
     assert [table[0] for table in page.tables] == [table[0] for table in page_of(main_run).tables]
+    said = "what later stages found is in run.log"
+    assert said in source_of(folder) and said not in source_of(main_run)
 
 
 def test_samples_that_the_table_does_not_have_are_left_out(main_run: Path, tmp_path: Path) -> None:
