@@ -5563,6 +5563,8 @@ def report_graph(graph: Graph, told: Record) -> None:
         (links, "weight", "edges between heads, patched"),
     ):
         known = table.dropna(subset="exact_effect")
+        if known.empty:
+            continue
         same = int((known[column] * known["exact_effect"] > 0).sum())
         r = f", r {known[column].corr(known['exact_effect']):.2f}" if len(known) > 2 else ""
         log.info(f"measured: {same} of {len(known)} {what}, have the sign of their {column}{r}")
