@@ -493,10 +493,9 @@ class Config:
     def along_name(self) -> str:
         """What a table says of --along; of a file its name and what its content hashes to."""
         path = Path(self.along or "")
-        of_file = self.along and self.along not in FITS and path.is_file()
-        return path.name + (
-            f" {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}" if of_file else ""
-        )
+        if self.along in (None, *FITS) or not path.is_file():
+            return path.name
+        return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
 
     def recorded(self) -> dict[str, Any]:
         """What run.json keeps: the values as the command line takes them."""
@@ -580,7 +579,7 @@ def contradictions(config: Config) -> dict[str, bool]:
     """Does it hold?, by sentence, for every combination of options that means nothing."""
     kind, op, into_b = config.kind, OPS[config.op], config.patch_into == "b"
     emptied = op.factor == 0 and not config.patches and config.positions == "all"
-    emptied = emptied and not (config.along or config.everywhere)
+    emptied = emptied and config.along is None and not config.everywhere
     each, few = config.positions == "each", bool(config.estimator) or kind == "neuron"
     edited = {kind, *(component.kind for component in config.ablate)}
     given = {component.kind for component in config.given}
@@ -4751,7 +4750,8 @@ LEAST_SHARE = 0.1  # of the base, which it has to move
 
 def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[JointSet]:
     """The layer whose direction, zeroed everywhere, moves the quoted measure most against its sign
-    in the sentences that are set apart, with random directions; nothing where none does. As in
+    in the sentences that are set apart, with random directions; nothing where none moves a tenth of
+    it. As in
     Arditi et al. (arXiv:2406.11717) it is none of the last fifth, nor one that moves what is said
     after prompt b by a KL above 0.1, as long as another moves half as much as the best; where all
     do, it is the one of the least KL. That adding it induces the behaviour is not asked."""
@@ -4764,8 +4764,8 @@ def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[J
     roles = (role_sign(float(deltas[0]), 0.0) * (deltas - deltas[0]))[1:]
     for of, role, away in zip(every, roles.tolist(), kl[1:].tolist(), strict=True):
         told = f"moves {role:+.3f} of {abs(float(deltas[0])):.3f} nats, KL {away:.2g} after b"
-        log.info(f"{of.text}, {len(exp.fitting)} samples that gave directions: {told}")
-    if not roles.max() > LEAST_SHARE * abs(float(deltas[0])):
+        log.info(f"{of.text}, {len(exp.fitting)} samples set apart: {told}")
+    if not (roles > LEAST_SHARE * abs(float(deltas[0]))).any():
         return []
     best = roles >= roles.max() / 2
     least = float(kl[1:][best].min())

@@ -921,7 +921,7 @@ def test_the_confirmation_is_of_the_held_out_sentences(small: Path, llama: str) 
     replies = [json.loads(line) for line in lines]
     measured = {of[0].sample.sample_id for of in exp.prompts}
     assert {reply["sample_id"] for reply in replies if reply["n_ablated"]} == measured
-    told = f"{len(exp.fitting)} samples that gave directions"
+    told = f"{len(exp.fitting)} samples set apart"
     assert (small / "run.log").read_text().count(told) == 2
 
 
@@ -1085,3 +1085,11 @@ def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -
         drawn = rows[rows["set"] == "random"]
         assert len(drawn) == 20 and set(drawn["components"]) == {"L1resid"}
         assert drawn["mean_delta"].nunique() == 20
+
+
+def test_where_no_layer_has_a_direction_none_is_chosen(tiny_llama: str, tmp_path: Path) -> None:
+    """Into layer 0 the last tokens of both prompts are the same."""
+    flags = [*REFUSAL.split(), "--op", "zero", "--confirm", "all", "--layers", "0"]
+    folder = finish(tiny_llama, tmp_path, *flags)
+    assert "--confirm all chooses no component" in (folder / "run.log").read_text()
+    assert not (folder / "circuit_confirm.csv").exists()
