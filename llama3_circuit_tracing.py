@@ -4790,9 +4790,9 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
     config, frames, sets = exp.config, [], list[JointSet]()
     choosing, held_out = split_units(table, config.seed)
     against = quoted_side(exp.prompts, [choosing, held_out])  # chosen, quoted and drawn by the same
+    if not base_statistics(table, against).get("is_clear"):
+        log.warning("the base's interval covers 0, or it has none: shares of it say nothing")
     if config.everywhere:
-        if not base_statistics(table, against)["is_clear"]:
-            log.warning("a base whose interval covers 0 or is none: shares of it say nothing")
         sets = choose_direction(exp, folder, against)
     elif config.confirms:
         found = choose_circuit(table[table["unit"].isin(choosing)], config, against)
