@@ -150,7 +150,7 @@ OPS = {
 
 # at which shares of an edit's displacement the gradient is taken; none: effects are measured
 METHODS = {"exact": (), "atp": (0.0,), "ig": (0.1, 0.3, 0.5, 0.7, 0.9), "relp": (0.0,)}
-FITS = ("difference", "logistic")  # how a direction is found, see `fit_directions`
+FITS = ("difference", "logistic")  # how a direction is found, see `probe`
 ORDER = ("", "self_attn.o_proj", "mlp.down_proj")  # of a block's modules along the residual stream
 MIDDLE, FINAL = "post_attention_layernorm", "norm"  # where else the residual stream is read
 POSITIONS = ("all", "last", "differing", "each")
@@ -1869,7 +1869,7 @@ def without_rules(modules: Mapping[str, nn.Module]) -> list[str]:
     return sorted(found)
 
 
-PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+PARTS = {"self_attn", "mlp", "input_layernorm", MIDDLE}
 WRITERS = {f"{name}_proj" for name in ("v", "o", "gate", "up", "down")}
 
 
@@ -2395,8 +2395,6 @@ OUTPUTS |= {"circuit_directions.csv": False, "circuit_directions.png": False}
 OUTPUTS |= {"directions.safetensors": False}
 OUTPUTS |= {f"circuit_graph{name}": False for name in (".csv", "_edges.csv", ".png")}
 OUTPUTS |= {"graphs": False, "generations.jsonl": False, "run.json": True, "run.log": True}
-
-
 KEPT = ("circuit.json", "directions.safetensors")  # they tell where they are from, and may be read
 
 
@@ -4604,6 +4602,12 @@ def random_everywhere(exp: Experiment, clean: CleanRun | None, of: JointSet, row
     return tuple(moved)
 
 
+def random_directions(chosen: JointSet, config: Config) -> list[JointSet]:
+    """The same components, each in a random direction: --num_random draws."""
+    draws = range(1, config.num_random + 1)
+    return [chosen._replace(name="random", draw=draw) for draw in draws]
+
+
 def joint_sizes(k: int) -> list[int]:
     """1, 2, 4, ... and K; none of nothing."""
     return sorted({2**i for i in range(k.bit_length())} | {k} - {0})
@@ -4618,8 +4622,7 @@ def confirm_sets(chosen: Components, exp: Experiment) -> list[JointSet]:
     for n in joint_sizes(len(chosen)):
         sets.append(JointSet("chosen", chosen[:n]))
         if exp.config.along:
-            draws = range(1, exp.config.num_random + 1)
-            sets += [JointSet("random", chosen[:n], draw) for draw in draws]
+            sets += random_directions(sets[-1], exp.config)
             continue
         tries = (draw_random(chosen, n, exp, draw) for draw in range(10 * exp.config.num_random))
         distinct: dict[Components, int] = {}
@@ -4751,10 +4754,10 @@ LEAST_SHARE = 0.1  # of the base, which it has to move
 def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[JointSet]:
     """The layer whose direction, zeroed everywhere, moves the quoted measure most against its sign
     in the sentences that are set apart, with random directions; nothing where none moves a tenth of
-    it. As in
-    Arditi et al. (arXiv:2406.11717) it is none of the last fifth, nor one that moves what is said
-    after prompt b by a KL above 0.1, as long as another moves half as much as the best; where all
-    do, it is the one of the least KL. That adding it induces the behaviour is not asked."""
+    it. As in Arditi et al. (arXiv:2406.11717) it is none of the last fifth, nor one that moves what
+    is said after prompt b by a KL above 0.1, as long as another moves half as much as the best;
+    where all do, it is the one of the least KL. That adding it induces the behaviour is not asked.
+    """
     early = (c for c in exp.components if c.layer < 0.8 * exp.shape.n_layers)
     layers = [component for component in early if exp.directions[component].any()]
     every = [JointSet("chosen", (component,), everywhere=True) for component in layers]
@@ -4773,9 +4776,7 @@ def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[J
         log.warning(f"each of them moves what is said after prompt b: KL {least:.2g} at least")
     fit = best & (kl[1:] <= max(MOST_KL, least))
     chosen = every[int(roles.where(fit, -math.inf).argmax())]
-    draws = range(1, exp.config.num_random + 1)
-    random_ones = [chosen._replace(name="random", draw=draw) for draw in draws]
-    return [JointSet("none"), chosen, *random_ones]
+    return [JointSet("none"), chosen, *random_directions(chosen, exp.config)]
 
 
 def held_out_units(table: pd.DataFrame, config: Config) -> set[str]:
@@ -4833,7 +4834,8 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
 def judge_sets(rows: pd.DataFrame, config: Config) -> pd.DataFrame:
     """The rows with `damaged`: a chosen set that moves what the model says after prompt b, which
     does not show the behaviour, further (KL) than 95 % of the random sets of its size do. Empty
-    where fewer than `MANY_SETS` tell, and of patches, which are to move b or do not reach it."""
+    where fewer than `MANY_SETS` tell, and of patches and additions, which are to move b or do not
+    reach it."""
     keys = ["measure", "n_ablated"]
     drawn = rows[rows["set"] == "random"].groupby(keys)["kl_b"]
     limits = rows[keys].join(drawn.quantile(0.95)[drawn.size() >= MANY_SETS], on=keys)["kl_b"]
@@ -5057,10 +5059,8 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     """Write circuit_positions.csv and .png: each component edited at each token on its own."""
     labels = [component.label for component in exp.components]
     places = pd.MultiIndex.from_product([labels, token_positions(exp)], names=["label", "position"])
-    rows, tokens = (
-        measure_places(exp, folder, "positions", places, run_positions),
-        describe_tokens(exp),
-    )
+    rows = measure_places(exp, folder, "positions", places, run_positions)
+    tokens = describe_tokens(exp)
     told = effects_of(rows, table, ["label", "position"]).merge(tokens, on="position")
     write_text(folder.path / "circuit_positions.csv", told.to_csv(index=False))
     for row in told.sort_values("mean", key=abs, ascending=False).head(5).itertuples():
@@ -5090,13 +5090,13 @@ def run_halves(traced: TracedModel, ids: Sequence[int]) -> Halves:
     input [1, tok, width] as made of it. The embeddings come first, the final norm last."""
     layers = range(traced.shape.n_layers)
     sites: list[Site] = list(itertools.product(layers, ORDER[1:]))
-    norms = {ORDER[1]: "input_layernorm", ORDER[2]: "post_attention_layernorm"}
+    norms = {ORDER[1]: "input_layernorm", ORDER[2]: MIDDLE}
     reading = {site: traced.module((site[0], norms[site[1]])) for site in sites}
     end: Site = (traced.shape.n_layers, "")
     with (
         torch.enable_grad(),
         linearised(traced, frozen_attention=True),
-        cutting(reading | {end: traced.body.get_submodule("norm")}) as leaves,
+        cutting(reading | {end: traced.body.get_submodule(FINAL)}) as leaves,
         recording({site: traced.module(site) for site in sites}) as seen,
     ):
         seen[end] = run_body(traced, ids)
@@ -5759,10 +5759,10 @@ def judged_replies(records: Records, n_sentences: int) -> Record:
 def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: RunFolder) -> None:
     """Write circuit_steer.csv and .png: the circuit, of --confirm on its held-out sentences or else
     of --ablate, scaled at every token, replies included, beside a random set."""
-    config, halves = exp.config, split_units(table, exp.config.seed)
-    circuit, units = config.ablate, set().union(*halves)
+    config, (choosing, held_out) = exp.config, split_units(table, exp.config.seed)
+    circuit, units = config.ablate, choosing | held_out
     if chosen:
-        circuit, units = chosen[-1].components, halves[1]
+        circuit, units = chosen[-1].components, held_out
     if not circuit:
         return
     sets, drawn = [JointSet("circuit", circuit)], draw_random(circuit, len(circuit), exp, 0)
