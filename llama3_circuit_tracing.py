@@ -547,84 +547,67 @@ def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None =
     return config
 
 
-def along_contradictions(config: Config) -> dict[str, bool]:
+def along_contradictions(config: Config) -> dict[str, Any]:
     """Those of --along."""
-    along, asked = config.along is not None, (config.kind, config.op, config.positions)
-    named = f"--along edits directions of heads, attn, mlp and resid, no --kind {config.kind}"
+    along, folder = config.along, Path(config.output_dir).resolve()
+    asked = config.kind, config.op, config.positions
     return {
-        named: along and config.kind == "neuron",
-        "--along measures; --method and --screen estimate": along and config.estimator != "",
+        "--along edits directions of heads, attn, mlp and resid, no --kind neuron": along
+        and config.kind == "neuron",
+        "--along measures; --method and --screen estimate": along and config.estimator,
         "--along edits directions; --ablate and --multipliers whole components": along
-        and bool(config.ablate or config.multipliers),
+        and (config.ablate or config.multipliers),
         "--op add adds a direction: give --along": config.op == "add" and not along,
-        f"--along {config.along} lies in the folder that --overwrite empties": config.overwrite
-        and Path(config.along or "").resolve().parent == Path(config.output_dir).resolve(),
+        f"--along {along} lies in the folder that --overwrite empties": along
+        and config.overwrite
+        and Path(along).resolve().parent == folder,
         "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
         and asked != ("resid", "zero", "all"),
         "--confirm all ablates a direction: give --along": config.everywhere and not along,
     }
 
 
-def graph_contradictions(config: Config) -> dict[str, bool]:
-    """Those of --graph."""
-    alone = [name for name in OF_GRAPH if getattr(config, name) != getattr(Config, name)]
-    return {
-        "--graph explains the unmodified model; --given modifies it": config.graph is not None
-        and bool(config.given),
-        f"--{' and --'.join(alone)}: of --graph only": config.graph is None and bool(alone),
-    }
-
-
-def contradictions(config: Config) -> dict[str, bool]:
+def contradictions(config: Config) -> dict[str, Any]:
     """Does it hold?, by sentence, for every combination of options that means nothing."""
-    kind, op, into_b = config.kind, OPS[config.op], config.patch_into == "b"
-    emptied = op.factor == 0 and not config.patches and config.positions == "all"
-    emptied = emptied and config.along is None and not config.everywhere
-    each, few = config.positions == "each", bool(config.estimator) or kind == "neuron"
-    edited = {kind, *(component.kind for component in config.ablate)}
-    given = {component.kind for component in config.given}
-    odd = f"--kind resid with --op {config.op} at all positions"
-    flat = f"--method {config.estimator}: a norm makes the gradient along a residual stream flat"
-    unnamed = config.neurons is None
+    kind, op, via, estimates = config.kind, config.op, config.via, config.estimator
+    into_b, neurons, told = config.patch_into == "b", config.neurons is not None, vars(config)
+    unset = {name for name in told if told[name] == ""} - {"system_prompt", "answer_prefix"}
+    of_graph = [name for name in OF_GRAPH if told[name] != getattr(Config, name)]
+    kinds = {name: {getattr(one, "kind", "") for one in told[name]} for name in NAMING}
+    whole = op in ("zero", "mean") and not config.along and not config.everywhere
+    emptied = whole and config.positions == "all" and "resid" in {kind, *kinds["ablate"]}
+    nothing = "removes the input itself and means nothing"
+    flat = f"--method {estimates}: a norm makes the gradient along a residual stream flat"
+    removes = not OPS[op].source and not (config.factor or OPS[op].factor)
     return {
-        "--op scale and --factor go together": (op.factor is None) != (config.factor is not None),
-        "--kind neuron and --neurons go together": (
-            unnamed and not config.estimator if kind == "neuron" else not unnamed
-        ),
-        f"{flat}; no --kind resid --op {config.op}": config.estimator != ""
-        and (kind == "resid" and not op.source and not (config.factor or op.factor)),
+        f"--{' and --'.join(sorted(unset))} is empty; is a shell variable unset?": unset,
+        "--op scale and --factor go together": (op == "scale") != (config.factor is not None),
+        "--kind neuron and --neurons go together": (kind == "neuron") != neurons
+        and (neurons or not estimates),
+        f"{flat}; no --kind resid --op {op}": estimates and kind == "resid" and removes,
         f"--heads does not apply to --kind {kind}": kind != "head" and config.heads != "all",
-        "--patch_into applies to --op patch only": into_b and not config.patches,
-        f"{odd} removes the input itself and means nothing": emptied and "resid" in edited,
-        "--given of kind resid removes the input itself and means nothing": "resid" in given,
+        "--patch_into applies to --op patch only": into_b and op != "patch",
+        f"--kind resid with --op {op} at all positions {nothing}": emptied,
+        f"--given of kind resid {nothing}": "resid" in kinds["given"],
         "--controls belong to --task suppression": config.controls and config.task != "suppression",
-        "--controls share one prompt b, which --patch_into b patches from one": config.controls
+        "--controls share one prompt b; --patch_into b patches from one": config.controls
         and into_b,
-        "--via measures paths; --method and --screen estimate": bool(config.via)
-        and config.estimator != "",
-        "--freeze applies to --via only": not config.via and config.freeze != "heads",
-        "--via takes heads and MLPs: L9H9, L20mlp": not isinstance(config.via, str)
-        and not {component.kind for component in config.via} <= {"head", "mlp"},
-        "--positions each measures resid, attn, mlp and head": each and few,
+        "--via measures paths; --method and --screen estimate": via and estimates,
+        "--freeze applies to --via only": not via and config.freeze != "heads",
+        "--via takes heads and MLPs: L9H9, L20mlp": not kinds["via"] <= {"head", "mlp", ""},
+        "--positions each measures resid, attn, mlp and head": config.positions == "each"
+        and (estimates or kind == "neuron"),
         "--multipliers need a circuit (--confirm or --ablate) and --max_new_tokens": (
-            bool(config.multipliers)
+            config.multipliers
             and not (config.max_new_tokens and (config.confirms or config.ablate))
         ),
         "--task contrast needs --samples, with targets and foils": config.task == "contrast"
         and not (config.samples or config.from_csv),
         "--dry_run loads a model's config and --from_csv loads none": config.dry_run
-        and config.from_csv is not None,
+        and config.from_csv,
         **along_contradictions(config),
-        **graph_contradictions(config),
-        **empty_options(config),
-    }
-
-
-def empty_options(config: Config) -> dict[str, bool]:
-    return {
-        f"--{f.name} is empty; is a shell variable unset?": getattr(config, f.name) == ""
-        for f in fields(config)
-        if f.default != "" and f.name != "system_prompt"
+        "--graph explains the unmodified model; --given modifies it": config.graph and config.given,
+        f"--{' and --'.join(of_graph)}: of --graph only": of_graph and not config.graph,
     }
 
 
@@ -925,44 +908,17 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) ->
 # ----- Tasks --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """What a behaviour is: its samples, its metric, and what counts as showing it in a reply.
-    `reduce` maps log P of targets [row, target] and foils [row, foil] to a score [row];
-    `sign` is the sign that delta_logit has where the model shows the behaviour, 0 where either
-    will do; `natural` names
-    the prompt after which the targets are likely; `shows` finds in a reply what `shown` says;
-    `sums` is whether the score adds up the probabilities of several words."""
-
-    name: str
-    build: Callable[[int, random.Random, CountTokens], list[Sample]]
-    reduce: Callable[[Tensor, Tensor], Tensor]
-    sign: int
-    natural: str
-    shows: Callable[[Sample, str], list[str]]
-    answers: Callable[[Sample, str], bool]
-    scored: str
-    shown: str
-    opposite: str  # what a base of the other sign is called
-    targets: tuple[str, ...] = ()
-    foils: tuple[str, ...] = ()
-    needs_foils: bool = False
-    sums: bool = False
-
-
 def plain(text: str) -> str:
     """Without the differences that do not count: case, outer blanks, curly apostrophes."""
     return text.strip().replace("\u2019", "'").casefold()
 
 
-def mentioned(words: Iterable[str], reply: str) -> list[str]:
+def mentioned(words: Iterable[str], reply: str, where: Any = re.search) -> list[str]:
     """Which words a reply mentions, as whole words in any case."""
-    return [w for w in words if re.search(rf"(?<!\w){re.escape(plain(w))}(?!\w)", plain(reply))]
+    return [w for w in words if where(rf"(?<!\w){re.escape(plain(w))}(?!\w)", plain(reply))]
 
 
-def opening(openings: Iterable[str], reply: str) -> list[str]:
-    """Which of the opening phrases a reply begins with, in any case."""
-    return [o for o in openings if re.match(rf"{re.escape(plain(o))}(?!\w)", plain(reply))]
+opening = functools.partial(mentioned, where=re.match)  # which phrases a reply begins with
 
 
 def complies(sample: Sample, reply: str) -> bool:
@@ -976,61 +932,66 @@ def plausible_answers(sample: Sample) -> Sequence[str]:
     return QUESTIONS.get(sample.prompt_b, "").split() or sample.words
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a behaviour is: its samples, its metric, and what counts as showing it in a reply."""
+
+    name: str
+    build: Callable[[int, random.Random, CountTokens], list[Sample]]
+    answers: Callable[[Sample, str], bool]
+    scored: str
+    shown: str  # what `shows` finds in a reply
+    opposite: str  # what a base of the other sign is called
+    sign: int = 1  # of delta_logit where the model shows the behaviour; 0: either will do
+    natural: str = "a"  # the prompt after which the targets are likely
+    margin: bool = True  # the score adds up the targets' probabilities, and needs foils
+    # log P of targets [row, target] and foils [row, foil] -> score [row]
+    reduce: Callable[[Tensor, Tensor], Tensor] = lambda t, f: t.logsumexp(-1) - f.logsumexp(-1)
+    shows: Callable[[Sample, str], list[str]] = lambda sample, said: mentioned(sample.targets, said)
+    targets: tuple[str, ...] = ()
+    foils: tuple[str, ...] = ()
+
+
 SUPPRESSION = Task(
     "suppression",
     build_suppression,
-    lambda targets, foils: targets.mean(-1),
-    sign=-1,
-    natural="b",
-    shows=lambda sample, reply: mentioned(sample.targets, reply),
-    answers=lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
+    lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
     scored="log P of the forbidden words",
     shown="mention a forbidden word",
     opposite="rebound",
+    sign=-1,
+    natural="b",
+    margin=False,
+    reduce=lambda targets, foils: targets.mean(-1),
 )
 REFUSAL = Task(
     "refusal",
     build_refusal,
-    lambda targets, foils: targets.logsumexp(-1) - foils.logsumexp(-1),
-    sign=1,
-    natural="a",
-    shows=lambda sample, reply: opening(sample.targets, reply),
-    answers=complies,
+    complies,
     scored="the margin of refusals",
     shown="refuse",
     opposite="reversed refusal",
+    shows=lambda sample, reply: opening(sample.targets, reply),
     targets=REFUSAL_OPENINGS,
     foils=COMPLIANT_OPENINGS,
-    needs_foils=True,
-    sums=True,
 )
 ODD_ONE_OUT = Task(
     "odd_one_out",
     build_odd_one_out,
-    lambda targets, foils: targets.logsumexp(-1) - foils.max(-1).values,
-    sign=1,
-    natural="a",
-    shows=lambda sample, reply: mentioned(sample.targets, reply),
-    answers=lambda sample, reply: bool(mentioned(sample.foils, reply)),
+    lambda sample, reply: bool(mentioned(sample.foils, reply)),
     scored="the margin of prompt a's odd name",
     shown="name the odd one of prompt a",
     opposite="reversed odd_one_out",
-    needs_foils=True,
-    sums=True,
+    reduce=lambda targets, foils: targets.logsumexp(-1) - foils.max(-1).values,
 )
 CONTRAST = Task(
     "contrast",
     lambda *_: [],  # samples are one's own
-    REFUSAL.reduce,
-    sign=0,
-    natural="a",
-    shows=lambda sample, reply: mentioned(sample.targets, reply),
-    answers=lambda sample, reply: bool(mentioned(sample.words, reply)),
+    lambda sample, reply: bool(mentioned(sample.words, reply)),
     scored="the margin of the targets",
     shown="mention a target",
     opposite="contrast",
-    needs_foils=True,
-    sums=True,
+    sign=0,
 )
 TASKS = {task.name: task for task in (SUPPRESSION, REFUSAL, ODD_ONE_OUT, CONTRAST)}
 
@@ -1120,10 +1081,10 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
         return tuple(word.strip() for word in value)
 
     targets, foils = words("targets", task.targets), words("foils", task.foils)
-    if not targets or (task.needs_foils and not foils):
+    if not targets or (task.margin and not foils):
         name = "foils" if targets else "targets"
         raise UsageError(f"{origin}: {name!r} is missing or empty; --task {task.name} needs it")
-    if foils and not task.needs_foils:
+    if foils and not task.margin:
         way_out = "give --task contrast, or leave them out"
         raise UsageError(f"{origin}: --task {task.name} takes no foils; {way_out}")
     name = text("sample_id", f"line{line:05d}")
@@ -2806,7 +2767,7 @@ def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config
         forms = (form for p in of_sample for word in p.forms for form in word)
         token = max(map(max, (*(p.ids for p in of_sample), *forms)))
         for prompt in of_sample:
-            check_forms(prompt, TASKS[config.task].sums)
+            check_forms(prompt, TASKS[config.task].margin)
         if token >= shape.vocab:
             lacks = f"the model's vocabulary of {shape.vocab} lacks the tokenizer's token {token}"
             raise UsageError(f"{named}: {lacks}")
@@ -5121,7 +5082,7 @@ def goal_weights(exp: Experiment, prompt: Prompt, logits: Tensor) -> dict[int, f
     words = [{form[0] for form in forms} for forms in prompt.forms]
     n = len(prompt.sample.targets)
     groups = [(1 / n, word) for word in words[:n]]
-    if exp.task.sums:
+    if exp.task.margin:
         targets, foils = set().union(*words[:n]), set().union(*words[n:])
         groups = [(1.0, targets - foils), (-1.0, foils - targets)]
         if both := targets & foils:
