@@ -194,12 +194,11 @@ class Component:
 Count = int  # at least 1
 Natural = int  # at least 0
 Ranges = str | tuple[range, ...]  # "all", or indices
-Choice = tuple[str, float]  # a rule of `CHOICES`, and its amount
+Choice = tuple[str, float]  # top, mass, share, layer or all, and its amount: see `choose_circuit`
 Numbers = tuple[float, ...]
 Proportion = float  # above 0 and at most 1
 Components = tuple[Component, ...]
 Via = str | Components
-CHOICES = ("top", "mass", "share", "layer", "all")  # see `choose_circuit`, `choose_direction`
 
 
 class Circuit(Components):
@@ -245,11 +244,6 @@ def components(text: str) -> Circuit:
     return found
 
 
-def via(text: str) -> Via:
-    """logits, each, or the components that a text or a file names."""
-    return text if text in ("logits", "each") else components(text)
-
-
 def choice(text: str) -> Choice:
     """8 or top:8, mass:0.05, share:0.005, layer:10, all."""
     rule, _, amount = text.rpartition(":")
@@ -266,7 +260,7 @@ def choice(text: str) -> Choice:
 def numbers(text: str) -> Numbers:
     """Different finite numbers, as 0,0.5,2; else `ValueError`."""
     found = tuple(map(finite_number, text.split(",")))
-    once_each(list(map(str, found)), "number")
+    once_each(found, "number")
     return found
 
 
@@ -294,7 +288,7 @@ def proportion(text: str) -> float:
     return float(text)
 
 
-def once_each(names: Sequence[str], what: str) -> None:
+def once_each(names: Iterable[object], what: str) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{what} {twice[0]!r} stands there twice")
 
@@ -326,7 +320,9 @@ def whole_text(text: str) -> str:
     return text
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {  # by the type of an option
+PARSERS: dict[str, Any] = {  # by the type of an option: what reads its text, or a switch's action
+    "bool": "store_true",
+    "bool | None": argparse.BooleanOptionalAction,
     "str": whole_text,
     "str | None": whole_text,
     "Count": whole_number(1),
@@ -339,7 +335,7 @@ PARSERS: dict[str, Callable[[str], Any]] = {  # by the type of an option
     "Numbers": numbers,
     "Proportion": proportion,
     "Components": components,
-    "Via": via,
+    "Via": lambda text: text if text in ("logits", "each") else components(text),
     "str | dict[str, Any]": device_map,
 }
 
@@ -366,10 +362,11 @@ SYSTEM_PROMPT = "You are an assistant."
 def option(default: Any, text: str, one_of: str = "", shown: str = "", **argument: Any) -> Any:
     """One field of `Config` together with its command-line flag."""
     if one_of:
-        argument["choices"] = tuple(one_of.split())
+        argument |= {"choices": one_of.split(), "metavar": None}
     named = {"None": "none", "()": "none", "": "empty", "False": "off"}
     shown = shown or named.get(str(default), str(as_text(default)))
-    return field(default=default, metadata={"shown": shown, "help": text, **argument})
+    told = f"{text} (default: {shown})".replace("%", "%%")
+    return field(default=default, metadata={"help": told, **argument})
 
 
 @dataclass(frozen=True)
@@ -422,9 +419,7 @@ class Config:
         metavar="K",
     )
     num_random: Count = option(20, "random sets beside the circuit")
-    via: Via = option(
-        (), "what of an effect takes this path: logits, L9H9,L10H0 (jointly), or each"
-    )
+    via: Via = option((), "what of an effect takes this path: logits, L9H9,L10H0 (jointly), each")
     freeze: str = option("heads", "what a path does not pass through", "heads all")
     skip: Components = option((), "components that no circuit has: names, or a file of them")
     ablate: Components = option((), "measure one joint set: names L2H5,L3mlp, or a circuit.json")
@@ -519,18 +514,12 @@ def build_parser() -> argparse.ArgumentParser:
     for f in fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
-        more = dict(f.metadata)
-        text = f"{more.pop('help')} (default: {more.pop('shown')})".replace("%", "%%")
         names = f.name, ALSO.get(f.name, f.name)
         flags = [f"--{spelt}" for name in names for spelt in (name, name.replace("_", "-"))]
-        if f.type == "bool":
-            more["action"] = "store_true"
-        elif f.type == "bool | None":
-            more["action"] = argparse.BooleanOptionalAction
-        elif "choices" not in more:
-            more.setdefault("metavar", f.name.split("_")[-1].upper())
-            more.setdefault("type", PARSERS.get(str(f.type)))
-        group.add_argument(*dict.fromkeys(flags), default=f.default, help=text, **more)
+        parse = PARSERS[str(f.type)]
+        more = {"metavar": f.name.split("_")[-1].upper(), "type": parse}
+        more = {"action": parse} if "bool" in f.type else more
+        group.add_argument(*dict.fromkeys(flags), default=f.default, **more | f.metadata)
     return parser
 
 
@@ -549,14 +538,13 @@ def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None =
 
 def along_contradictions(config: Config) -> dict[str, Any]:
     """Those of --along."""
-    along, folder = config.along, Path(config.output_dir).resolve()
-    asked = config.kind, config.op, config.positions
+    along, whole, kind = config.along, config.ablate or config.multipliers, config.kind
+    folder, asked = Path(config.output_dir).resolve(), (kind, config.op, config.positions)
     return {
-        "--along edits directions of heads, attn, mlp and resid, no --kind neuron": along
-        and config.kind == "neuron",
+        f"--along edits directions of heads, attn, mlp and resid, no --kind {kind}": along
+        and kind == "neuron",
         "--along measures; --method and --screen estimate": along and config.estimator,
-        "--along edits directions; --ablate and --multipliers whole components": along
-        and (config.ablate or config.multipliers),
+        "--along edits directions; --ablate and --multipliers whole components": along and whole,
         "--op add adds a direction: give --along": config.op == "add" and not along,
         f"--along {along} lies in the folder that --overwrite empties": along
         and config.overwrite
@@ -570,7 +558,8 @@ def along_contradictions(config: Config) -> dict[str, Any]:
 def contradictions(config: Config) -> dict[str, Any]:
     """Does it hold?, by sentence, for every combination of options that means nothing."""
     kind, op, via, estimates = config.kind, config.op, config.via, config.estimator
-    into_b, neurons, told = config.patch_into == "b", config.neurons is not None, vars(config)
+    into_b, neurons = config.patch_into == "b", config.neurons is not None
+    told, controls, scaled = vars(config), config.controls, config.multipliers
     unset = {name for name in told if told[name] == ""} - {"system_prompt", "answer_prefix"}
     of_graph = [name for name in OF_GRAPH if told[name] != getattr(Config, name)]
     kinds = {name: {getattr(one, "kind", "") for one in told[name]} for name in NAMING}
@@ -589,22 +578,18 @@ def contradictions(config: Config) -> dict[str, Any]:
         "--patch_into applies to --op patch only": into_b and op != "patch",
         f"--kind resid with --op {op} at all positions {nothing}": emptied,
         f"--given of kind resid {nothing}": "resid" in kinds["given"],
-        "--controls belong to --task suppression": config.controls and config.task != "suppression",
-        "--controls share one prompt b; --patch_into b patches from one": config.controls
-        and into_b,
+        "--controls belong to --task suppression": controls and config.task != "suppression",
+        "--controls share one prompt b; --patch_into b patches from one": controls and into_b,
         "--via measures paths; --method and --screen estimate": via and estimates,
         "--freeze applies to --via only": not via and config.freeze != "heads",
         "--via takes heads and MLPs: L9H9, L20mlp": not kinds["via"] <= {"head", "mlp", ""},
         "--positions each measures resid, attn, mlp and head": config.positions == "each"
         and (estimates or kind == "neuron"),
-        "--multipliers need a circuit (--confirm or --ablate) and --max_new_tokens": (
-            config.multipliers
-            and not (config.max_new_tokens and (config.confirms or config.ablate))
-        ),
+        "--multipliers need a circuit (--confirm or --ablate) and --max_new_tokens": scaled
+        and not (config.max_new_tokens and (config.confirms or config.ablate)),
         "--task contrast needs --samples, with targets and foils": config.task == "contrast"
         and not (config.samples or config.from_csv),
-        "--dry_run loads a model's config and --from_csv loads none": config.dry_run
-        and config.from_csv,
+        "--dry_run loads a model's config and --from_csv none": config.dry_run and config.from_csv,
         **along_contradictions(config),
         "--graph explains the unmodified model; --given modifies it": config.graph and config.given,
         f"--{' and --'.join(of_graph)}: of --graph only": of_graph and not config.graph,
@@ -882,16 +867,15 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) ->
     of_class = [(group, *names[i : i + 2]) for group, _, names in jobs for i in (0, 2)]
     of_job = [(job, *names[i : i + 2]) for _, job, names in jobs for i in (0, 2)]
 
-    def triples(quartets: Sequence[Quartet]) -> Iterator[dict[str, Any]]:
+    def triples(quartets: Sequence[Quartet]) -> Iterator[tuple[Any, ...]]:
         ways = list(itertools.product((1, -1), range(len(quartets))))
         orders = {way: rng.sample(list(itertools.permutations(range(3))), 6) for way in ways}
         for turn, way in itertools.product(range(6), ways):
-            (_, rest, same), (label, odd, twin) = quartets[way[1]][:: way[0]]
+            (other, rest, same), (label, odd, twin) = quartets[way[1]][:: way[0]]
             clean = [(odd, same, rest)[i] for i in orders[way][turn]]
             corrupt = [twin if name == same else name for name in clean]
-            texts = dict(prompt_a=odd_one_out_text(clean), prompt_b=odd_one_out_text(corrupt))
-            words = dict(targets=(odd,), foils=(same, rest))
-            yield texts | words | dict(group=label, unit=f"names{way[1]}")
+            unit = (NO_ODD_ONE,) if label == other else (label, f"names{way[1]}")
+            yield *map(odd_one_out_text, (clean, corrupt)), (odd,), (same, rest), *unit
 
     real = triples(match_duos(rng.sample(of_class, len(of_class)), False, tokens_in))
     negative = triples(match_duos(rng.sample(of_job, len(of_job)), True, tokens_in))
@@ -900,8 +884,7 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) ->
         if not (triple := next(negative if i % 5 == 4 else real, None)):
             there = f"only {i} different samples of names with as many tokens are built in"
             raise UsageError(f"--num_samples {count}: {there}")
-        triple |= dict(group=NO_ODD_ONE, unit="") if i % 5 == 4 else {}
-        samples.append(Sample(f"s{i:04d}", **triple))
+        samples.append(Sample(f"s{i:04d}", *triple))
     return samples
 
 
@@ -1032,8 +1015,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UsageError(f"{path}, line {line}: {why}") from error
 
 
-SAMPLE_FIELDS = {"sample_id", "prompt_a", "prompt_b", "sentence", "targets", "foils"}
-SAMPLE_FIELDS |= {"group", "unit"}
+SAMPLE_FIELDS = {f.name for f in fields(Sample)} - {"origin"} | {"sentence"}
 
 
 def load_samples(path: Path, task: Task) -> list[Sample]:
@@ -1046,7 +1028,8 @@ def load_samples(path: Path, task: Task) -> list[Sample]:
         if path.suffix == ".csv":
             record = {name: value for name, value in record.items() if value.strip()}
             record |= {k: v.split(";") for k, v in record.items() if k in ("targets", "foils")}
-        sample = parse_sample(record, f"{path}, line {line}", task, line)
+        record = {"sample_id": f"line{line:05d}"} | record
+        sample = parse_sample(record, f"{path}, line {line}", task)
         if sample.sample_id in samples:
             raise UsageError(f"{sample.origin}: sample_id {sample.sample_id!r} was used before")
         samples[sample.sample_id] = sample
@@ -1058,7 +1041,7 @@ def load_samples(path: Path, task: Task) -> list[Sample]:
     return list(samples.values())
 
 
-def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> Sample:
+def parse_sample(record: dict[str, Any], origin: str, task: Task) -> Sample:
     """The sample of one record, in the long form or the shorthand {sentence, targets}."""
 
     def is_text(value: Any) -> bool:
@@ -1066,8 +1049,8 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
         whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
         return whole and bool(value.strip())
 
-    def text(name: str, default: str | None = None) -> str:
-        value = record.get(name, default)
+    def text(name: str) -> str:
+        value = record.get(name)
         value = str(value) if type(value) is int else value
         if not is_text(value):
             why = "is missing" if value is None else f"must be a text, not empty, not {value!r}"
@@ -1087,13 +1070,12 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task, line: int) -> 
     if foils and not task.margin:
         way_out = "give --task contrast, or leave them out"
         raise UsageError(f"{origin}: --task {task.name} takes no foils; {way_out}")
-    name = text("sample_id", f"line{line:05d}")
+    name = text("sample_id")
     labels = {label: text(label) for label in ("group", "unit") if label in record}
     if "sentence" in record and task.name == "suppression":
-        sentence = text("sentence")
-        prompt_a = instruct(FORBID, targets, sentence)
-        return Sample(name, prompt_a, sentence, targets, (), origin=origin, **labels)
-    texts = text("prompt_a"), text("prompt_b")
+        texts = instruct(FORBID, targets, text("sentence")), text("sentence")
+    else:
+        texts = text("prompt_a"), text("prompt_b")
     return Sample(name, *texts, targets, foils, origin=origin, **labels)
 
 
@@ -1131,8 +1113,8 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     if lacking := [name for name in SEVEN if name not in found]:
         raise UsageError(f"{path}, line 1: column {lacking[0]!r} is missing")
     refuse(found["sample_id"] == "", "sample_id", "is empty")
-    always = ("unit", "group", "kind", "index")
-    found = found.assign(**{name: found.get(name, "") for name in always})
+    for name in ("unit", "group", "kind", "index"):
+        found[name] = found.get(name, "")
     table = found[["sample_id"]].assign(unit=found["unit"])
     table["unit"] = table["unit"].where(table["unit"] != "", table["sample_id"])
     for name in (name for name in TEXTS if name in found):
@@ -1148,8 +1130,7 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
             refuse(wrong, name, f"is no {'whole number from 0 on' if name in WHOLE else 'number'}")
     for name in (name for name in KNOWN if name in table):
         refuse(~table[name].isin([*KNOWN[name]]), name, f"is none of {', '.join(KNOWN[name])}")
-    of_head = table["head"].where(table["kind"] == "head")
-    index = of_head.fillna(table["index"])
+    index = table["head"].where(table["kind"] == "head", table["index"])
     for (name, why), wrong in impossible(table, index).items():
         refuse(wrong, name, why)
     return table.assign(layer=table["layer"].astype(int), index=index.fillna(-1).astype(int))
@@ -1191,9 +1172,8 @@ def read_results(path: Path) -> pd.DataFrame:
     table = pd.concat(frames)
     twice = table.duplicated(["sample_id", *KEY])
     wrong = {"column 'head': same sample and component as before": twice}
-    for name in (name for name in (*ONCE, "n_screened") if name in table):
-        values = table[name].astype(object).where(table[name].notna(), "")
-        wrong[f"column {name!r}: another than above"] = values != values.iloc[0]
+    for name, told in table.filter([*ONCE, "n_screened"]).items():
+        wrong[f"column {name!r}: another than above"] = ~told.isin(told[:1])
     first = table.groupby("sample_id")[["unit", "group", "delta_logit_base"]].transform("first")
     for name in ("unit", "group"):
         wrong[f"column {name!r}: another than above for this sample"] = table[name] != first[name]
@@ -1318,11 +1298,10 @@ class PromptEncoder:
         options: Record = {"date_string": DATE.strftime("%d %b %Y"), "codes": CODES}
         options |= {"enable_thinking": False, "add_generation_prompt": True, "tokenize": False}
         try:
-            template = PINNED + self.tokenizer.get_chat_template()
-            chat = self.tokenizer.apply_chat_template(messages, chat_template=template, **options)
+            options["chat_template"] = PINNED + self.tokenizer.get_chat_template()
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except Exception as why:  # jinja2 errors are no type that transformers exports
             raise UsageError(f"the chat template failed ({why}); use an Instruct model") from why
-        return str(chat)
 
     def render(self, user_text: str) -> str:
         """The chat, or the text alone, up to where the reply is scored, the stem included."""
@@ -1374,8 +1353,7 @@ class PromptEncoder:
                     raise UsageError(f"{name}: {merges}: {text[-40:]!r}")
                 new = whole[len(ids) :][: 1 if literal else None]
                 if new in owner and new not in of_word:
-                    both = f"{owner[new]!r} and {word!r}"
-                    raise UsageError(f"{name}: {both} have the same form {form!r}")
+                    raise UsageError(f"{name}: {owner[new]!r} and {word!r} share the form {form!r}")
                 owner[new], of_word[new] = word, form
             forms.append(tuple(of_word))
         return Prompt(sample, side, text, ids, tuple(forms))
@@ -1419,10 +1397,6 @@ def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) 
     The other words do not answer the sentence and have the targets' token counts where possible;
     the affirmative template is the nearest in length."""
     length = functools.cache(encoder.count)
-    units: dict[str, set[str]] = defaultdict(set)  # of each word
-    for sample, word in ((s, w) for s in samples for w in s.targets):
-        units[word].add(sample.unit)
-    words = sorted(units)
     controls: Texts = {}
     for sample in samples:
         targets, sentence = sample.targets, sample.prompt_b
@@ -1432,7 +1406,8 @@ def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) 
             continue
         texts = controls[sample.sample_id] = {}
         own = {word.casefold() for word in (*plausible_answers(sample), *targets)}
-        left = [w for w in words if units[w] != {sample.unit} and w.casefold() not in own]
+        other = {word for s in samples if s.unit != sample.unit for word in s.targets}
+        left = [word for word in sorted(other) if word.casefold() not in own]
         random.Random(f"{seed} {sample.sample_id}").shuffle(left)
         if len(left) < len(targets):
             log.warning("%s: too few words of other samples for a control", sample.named)
