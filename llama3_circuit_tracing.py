@@ -404,9 +404,7 @@ class Config:
     )
     given: Components = option((), "components zeroed in every run, base included: names or a file")
     method: str = option("exact", "how effects are found; gradients estimate", " ".join(METHODS))
-    screen: Natural = option(
-        0, "estimate all (by atp, or --method), measure K and 32 others", metavar="K"
-    )
+    screen: Natural = option(0, "estimate all (by atp, or --method), measure so many and 32 more")
     tree_tokens: Count = option(512, "tokens that one prompt tree may hold")
     rows_per_forward: Count | None = option(None, "components edited side by side", shown="auto")
 
@@ -425,9 +423,7 @@ class Config:
     ablate: Components = option((), "measure one joint set: names L2H5,L3mlp, or a circuit.json")
     multipliers: Numbers = option((), "scale the circuit in replies: 0,0.5,1,2")
     compare: str | None = option(None, "results CSV of another run to compare with")
-    graph: str | None = option(
-        None, "attribution graph of a sample's prompt a, or b", metavar="SAMPLE_ID[:b]"
-    )
+    graph: str | None = option(None, "attribution graph of a sample's prompt: s0000 (a) or s0000:b")
     graph_goal: str = option("words", "its logits: the scored words', the likeliest", "words top")
     graph_nodes: Count = option(500, "heads and neurons that are nodes of their own")
     node_threshold: Proportion = option(0.8, "share of all influence that kept nodes have")
@@ -1104,11 +1100,6 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
             told = f"{found[name][line]!r:.80} {why}"
             raise UsageError(f"{path}, line {line}: column {name!r}: {told}")
 
-    def number(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            return float(text)
-        return math.nan
-
     found = pd.DataFrame([row for _, row in rows], index=[line for line, _ in rows])
     if lacking := [name for name in SEVEN if name not in found]:
         raise UsageError(f"{path}, line 1: column {lacking[0]!r} is missing")
@@ -1121,13 +1112,13 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
         table[name] = found[name].replace("", TEXTS[name])
     for name in found:
         if name in NUMBERS or name.startswith(("score_", "effect_")):
-            table[name] = found[name].map(number).astype(float)
+            table[name] = pd.to_numeric(found[name], errors="coerce").astype(float)
             needed = (table["kind"] == "head") if name == "head" else name in SEVEN
-            wrong = ~table[name].abs().lt(math.inf) & ((found[name] != "") | needed)
+            valid, what = table[name].abs() < math.inf, "number"
             if name in WHOLE:
-                whole = (table[name] % 1 == 0) & table[name].between(0, 2**31)
-                wrong |= table[name].notna() & ~whole
-            refuse(wrong, name, f"is no {'whole number from 0 on' if name in WHOLE else 'number'}")
+                valid &= (table[name] % 1 == 0) & table[name].between(0, 2**31)
+                what = "whole number from 0 on"
+            refuse(~valid & ((found[name] != "") | needed), name, f"is no {what}")
     for name in (name for name in KNOWN if name in table):
         refuse(~table[name].isin([*KNOWN[name]]), name, f"is none of {', '.join(KNOWN[name])}")
     index = table["head"].where(table["kind"] == "head", table["index"])
@@ -1155,7 +1146,7 @@ def impossible(table: pd.DataFrame, index: pd.Series) -> dict[tuple[str, str], p
             away = (table[name] - table.eval(formula)).abs().astype(float)
             wrong[name, f"is not {formula}"] = away.gt(DECIMALS)
     if "factor" in table:
-        scaled = table["op"] == "scale" if "op" in table else False
+        scaled = table.get("op") == "scale"
         wrong["factor", "does not go with the row's op"] = table["factor"].notna() != scaled
     return wrong
 
@@ -1284,8 +1275,7 @@ class PromptEncoder:
 
     @functools.cached_property
     def opening(self) -> dict[str, str]:
-        """The turns before the user's: that of the system, where there is one and the template
-        knows it."""
+        """The turns before the user's: the system's, where there is one that the template knows."""
         turn = {"system": self.system} if self.system and self.is_chat else {}
         with contextlib.suppress(UsageError):
             if turn and self.system.strip() in self.chat(turn | {"user": "x"}):
@@ -1321,8 +1311,8 @@ class PromptEncoder:
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         """With the tokenizer's own BOS, unless a chat template writes it."""
-        opened = self.bos is not None and not self.is_chat
-        return (self.bos,) * opened + self.encode(text)  # type: ignore[return-value]
+        opened = () if self.bos is None or self.is_chat else (self.bos,)
+        return opened + self.encode(text)
 
     def count(self, text: str) -> int:
         return len(self.encode(text))
@@ -1341,10 +1331,8 @@ class PromptEncoder:
             way_out = "" if n else ": let the template in a local copy begin with {{ bos_token }}"
             raise UsageError(f"{name}: the prompt begins with {n} BOS, one is needed{way_out}")
         space = "" if text[-1:].isspace() and not literal else " "
-        owner: dict[tuple[int, ...], str] = {}
-        forms: list[tuple[tuple[int, ...], ...]] = []
-        for word in sample.words:
-            of_word: dict[tuple[int, ...], str] = {}
+        owner: dict[tuple[int, ...], int] = {}  # the place of the word that has a form
+        for i, word in enumerate(sample.words):
             capital = word if literal else word[:1].upper() + word[1:]
             for form in dict.fromkeys((space + word, space + capital)):
                 whole = self.encode_prompt(text + form)
@@ -1352,11 +1340,12 @@ class PromptEncoder:
                     merges = f"the form {form!r} merges with the tokens before it"
                     raise UsageError(f"{name}: {merges}: {text[-40:]!r}")
                 new = whole[len(ids) :][: 1 if literal else None]
-                if new in owner and new not in of_word:
-                    raise UsageError(f"{name}: {owner[new]!r} and {word!r} share the form {form!r}")
-                owner[new], of_word[new] = word, form
-            forms.append(tuple(of_word))
-        return Prompt(sample, side, text, ids, tuple(forms))
+                if owner.setdefault(new, i) != i:
+                    both = f"{sample.words[owner[new]]!r} and {word!r}"
+                    raise UsageError(f"{name}: {both} have the same form {form!r}")
+        places = range(len(sample.words))
+        forms = tuple(tuple(form for form in owner if owner[form] == i) for i in places)
+        return Prompt(sample, side, text, ids, forms)
 
 
 def check_forms(prompt: Prompt, sums: bool) -> None:
