@@ -355,7 +355,6 @@ def as_text(value: Any) -> Any:
 
 # ----- Configuration ------------------------------------------------------------------------------
 
-
 SYSTEM_PROMPT = "You are an assistant."
 
 
@@ -748,6 +747,8 @@ leader | general | Julius Caesar, Napoleon Bonaparte, George Patton, Ulysses Gra
 
 NO_ODD_ONE = "no odd one"
 CountTokens = Callable[[str], int]
+Duo = tuple[str, ...]  # a label, and two people: who stays in a triple, and who is exchanged
+Quartet = tuple[Duo, Duo]
 
 
 @dataclass(frozen=True)
@@ -831,10 +832,6 @@ def odd_one_out_text(names: Sequence[str]) -> str:
     return f"Who is the odd one out: {', '.join(names)}? Answer with the name only."
 
 
-Duo = tuple[str, ...]  # a label, and two people: who stays in a triple, and who is exchanged
-Quartet = tuple[Duo, Duo]
-
-
 def match_duos(duos: Sequence[Duo], alike: bool, tokens_in: CountTokens) -> list[Quartet]:
     """Duos two by two, of labels that are alike or are not; none twice, and those who are exchanged
     for each other have as many tokens."""
@@ -868,10 +865,9 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) ->
         orders = {way: rng.sample(list(itertools.permutations(range(3))), 6) for way in ways}
         for turn, way in itertools.product(range(6), ways):
             (other, rest, same), (label, odd, twin) = quartets[way[1]][:: way[0]]
-            clean = [(odd, same, rest)[i] for i in orders[way][turn]]
-            corrupt = [twin if name == same else name for name in clean]
+            asked = odd_one_out_text([(odd, same, rest)[i] for i in orders[way][turn]])
             unit = (NO_ODD_ONE,) if label == other else (label, f"names{way[1]}")
-            yield *map(odd_one_out_text, (clean, corrupt)), (odd,), (same, rest), *unit
+            yield asked, asked.replace(same, twin), (odd,), (same, rest), *unit
 
     real = triples(match_duos(rng.sample(of_class, len(of_class)), False, tokens_in))
     negative = triples(match_duos(rng.sample(of_job, len(of_job)), True, tokens_in))
@@ -1011,15 +1007,12 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UsageError(f"{path}, line {line}: {why}") from error
 
 
-SAMPLE_FIELDS = {f.name for f in fields(Sample)} - {"origin"} | {"sentence"}
-
-
 def load_samples(path: Path, task: Task) -> list[Sample]:
     """Samples of a .jsonl or .csv file; in CSV, targets and foils are split at semicolons."""
     if path.suffix not in (".jsonl", ".csv"):
         raise UsageError(f"--samples {path}: the name must end in .jsonl or .csv")
     samples: dict[str, Sample] = {}
-    unknown: set[str] = set()
+    known, unknown = {f.name for f in fields(Sample)} - {"origin"} | {"sentence"}, set()
     for line, record in read_rows(path):
         if path.suffix == ".csv":
             record = {name: value for name, value in record.items() if value.strip()}
@@ -1029,7 +1022,7 @@ def load_samples(path: Path, task: Task) -> list[Sample]:
         if sample.sample_id in samples:
             raise UsageError(f"{sample.origin}: sample_id {sample.sample_id!r} was used before")
         samples[sample.sample_id] = sample
-        unknown |= set(record) - SAMPLE_FIELDS
+        unknown |= set(record) - known
     if not samples:
         raise UsageError(f"{path} holds no sample")
     if unknown:
@@ -1064,8 +1057,7 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task) -> Sample:
         name = "foils" if targets else "targets"
         raise UsageError(f"{origin}: {name!r} is missing or empty; --task {task.name} needs it")
     if foils and not task.margin:
-        way_out = "give --task contrast, or leave them out"
-        raise UsageError(f"{origin}: --task {task.name} takes no foils; {way_out}")
+        raise UsageError(f"{origin}: --task {task.name} takes no foils; give --task contrast")
     name = text("sample_id")
     labels = {label: text(label) for label in ("group", "unit") if label in record}
     if "sentence" in record and task.name == "suppression":
@@ -1337,8 +1329,7 @@ class PromptEncoder:
             for form in dict.fromkeys((space + word, space + capital)):
                 whole = self.encode_prompt(text + form)
                 if whole[: len(ids)] != ids or len(whole) == len(ids):
-                    merges = f"the form {form!r} merges with the tokens before it"
-                    raise UsageError(f"{name}: {merges}: {text[-40:]!r}")
+                    raise UsageError(f"{name}: {form!r} merges with the tokens of {text[-40:]!r}")
                 new = whole[len(ids) :][: 1 if literal else None]
                 if owner.setdefault(new, i) != i:
                     both = f"{sample.words[owner[new]]!r} and {word!r}"
@@ -1361,9 +1352,6 @@ def check_forms(prompt: Prompt, sums: bool) -> None:
                 raise UsageError(f"{prompt.sample.named}: {both}; their chances cannot add up")
 
 
-Texts = dict[str, dict[str, str]]  # per sample_id and side
-
-
 def write_prompts(
     samples: Sequence[Sample], encoder: PromptEncoder, config: Config
 ) -> list[list[Prompt]]:
@@ -1381,12 +1369,11 @@ def write_prompts(
     return prompts
 
 
-def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) -> Texts:
-    """Per sample prompt a with as many other words forbidden, and with its words mentioned instead.
-    The other words do not answer the sentence and have the targets' token counts where possible;
-    the affirmative template is the nearest in length."""
-    length = functools.cache(encoder.count)
-    controls: Texts = {}
+def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) -> Record:
+    """Per sample_id and side prompt a with as many other words forbidden (they do not answer the
+    sentence, and have the targets' token counts where possible), and with its words mentioned
+    instead, by the template nearest in length."""
+    length, controls = functools.cache(encoder.count), Record()
     for sample in samples:
         targets, sentence = sample.targets, sample.prompt_b
         if sample.prompt_a != instruct(FORBID, targets, sentence):
