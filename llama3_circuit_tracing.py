@@ -1130,9 +1130,8 @@ def impossible(table: pd.DataFrame, index: pd.Series) -> dict[tuple[str, str], p
     }
     formulas = {"head_effect": "delta_logit_head - delta_logit_base"}
     formulas |= {f"delta_logit_{run}": f"score_a_{run} - score_b_{run}" for run in ("base", "head")}
-    for side in CONTROLS:
-        moved = f"score_a_head - score_a_base - score_{side}_head + score_{side}_base"
-        formulas[f"effect_minus_{side}"] = moved
+    moved = "score_a_head - score_a_base - score_{0}_head + score_{0}_base"
+    formulas |= {f"effect_minus_{side}": moved.format(side) for side in CONTROLS}
     for name, formula in formulas.items():
         if {name, *re.findall(r"\w+", formula)} <= {*table}:
             away = (table[name] - table.eval(formula)).abs().astype(float)
