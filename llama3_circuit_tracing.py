@@ -1400,9 +1400,9 @@ def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) 
 # ----- Prompt tree --------------------------------------------------------------------------------
 
 Plan = dict[int, int] | None  # edited positions of a prompt, each with the partner's; None: all
-Branches = list[list[list[int]]]  # per word and form the nodes after the prompt
 Nodes = dict[tuple[int, int, object], int]  # (parent, token, owner) -> node: an ordered trie
-Placed = tuple[Prompt, Plan, list[int], Branches]  # a prompt in a growing tree, with its path
+# in a growing tree a prompt, its path, and per form the nodes whose next tokens are the form's
+Placed = tuple[Prompt, Plan, list[int], list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -1412,7 +1412,7 @@ class Tree:
 
     prompts: tuple[Prompt, ...]
     paths: tuple[list[int], ...]  # per prompt the node of each of its tokens
-    entries: tuple[Branches, ...]  # per prompt, word and form the entries whose log P add up
+    entries: list[list[list[list[int]]]]  # per prompt, word and form those whose log P add up
     ids: Tensor  # [1, tok]
     depth: Tensor  # [1, tok], the position id
     visible: Tensor  # [tok, tok] bool, ancestor or self
@@ -1442,10 +1442,10 @@ class Tree:
     @functools.cached_property
     def samples(self) -> list[tuple[Sample, dict[str, int]]]:
         """Each sample with the places of its prompts, by side."""
-        places: dict[str, tuple[Sample, dict[str, int]]] = {}
+        places: dict[Sample, dict[str, int]] = defaultdict(dict)
         for i, prompt in enumerate(self.prompts):
-            places.setdefault(prompt.sample.sample_id, (prompt.sample, {}))[1][prompt.side] = i
-        return list(places.values())
+            places[prompt.sample][prompt.side] = i
+        return list(places.items())
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The additive mask [1, 1, tok, tok]: `eager` adds it, and `sdpa` takes it as well."""
@@ -1454,8 +1454,7 @@ class Tree:
 
     def deltas(self, scores: Tensor) -> Tensor:
         """[row, prompt] -> [row, sample]: of prompt a less that of b."""
-        places = [of for _, of in self.samples]
-        return torch.stack([scores[:, of["a"]] - scores[:, of["b"]] for of in places], -1)
+        return torch.stack([scores[:, of["a"]] - scores[:, of["b"]] for _, of in self.samples], -1)
 
     def word_log_probs(self, log_probs: Tensor) -> list[Tensor]:
         """[row, entry] -> per prompt [row, word]: a form's tokens follow each other (their log P
@@ -1517,8 +1516,9 @@ def place_prompts(
         path = grow(nodes, -1, prompt.ids[:n_shared], prompt.sample.sample_id if apart else None)
         owner = (prompt.sample.sample_id, prompt.side)
         path += grow(nodes, path[-1] if path else -1, prompt.ids[n_shared:], owner)
-        branches = [[grow(nodes, path[-1], f[:-1]) for f in forms] for forms in prompt.forms]
-        placed.append((prompt, plan, path, branches))
+        forms = itertools.chain(*prompt.forms)
+        before = [[path[-1], *grow(nodes, path[-1], form[:-1])] for form in forms]
+        placed.append((prompt, plan, path, before))
     return placed
 
 
@@ -1549,33 +1549,23 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
     for node, (parent, _, _) in enumerate(nodes):
         if parent >= 0:
             visible[node] |= visible[parent]
-    prompts, _, paths, branches = zip(*placed, strict=True)
+    prompts, _, paths, before = zip(*placed, strict=True)
     weight = torch.zeros(len(nodes), dtype=torch.float64)
-    pairs: list[tuple[int, int]] = []  # node and next token of each entry
-    entries: list[Branches] = []
-    for prompt, path, of_prompt in zip(prompts, paths, branches, strict=True):
+    for prompt, path in zip(prompts, paths, strict=True):
         if prompt.side == "b":
             weight[path[1:] if prompt.ids[0] == bos else path] += 1
-        entries.append([[] for _ in prompt.forms])
-        for word, (forms, of_word) in enumerate(zip(prompt.forms, of_prompt, strict=True)):
-            for form, tail in zip(forms, of_word, strict=True):
-                entries[-1][word].append(list(range(len(pairs), len(pairs) + len(form))))
-                pairs += zip([path[-1], *tail], form, strict=True)
-    scored = torch.tensor(sorted({node for node, _ in pairs} | {path[-1] for path in paths}))
-    where, partner = place_edits(placed, len(nodes), config)
+    number = itertools.count()
+    entries = [
+        [[[next(number) for _ in form] for form in forms] for forms in prompt.forms]
+        for prompt in prompts
+    ]
+    parents = [node for of_prompt in before for of_form in of_prompt for node in of_form]
+    tokens = [t for prompt in prompts for forms in prompt.forms for form in forms for t in form]
+    scored, node = torch.tensor(parents).unique(return_inverse=True)
+    ids, token = torch.tensor([[token for _, token, _ in nodes]]), torch.tensor(tokens)
+    depth, (where, partner) = visible.sum(1)[None] - 1, place_edits(placed, len(nodes), config)
     return Tree(
-        prompts=prompts,
-        paths=paths,
-        entries=tuple(entries),
-        ids=torch.tensor([[token for _, token, _ in nodes]]),
-        depth=visible.sum(1)[None] - 1,
-        visible=visible,
-        scored=scored,
-        entry_node=torch.searchsorted(scored, torch.tensor([node for node, _ in pairs])),
-        entry_token=torch.tensor([token for _, token in pairs]),
-        where=where,
-        partner=partner,
-        b_weight=weight,
+        prompts, paths, entries, ids, depth, visible, scored, node, token, where, partner, weight
     )
 
 
@@ -1584,15 +1574,13 @@ def place_edits(placed: Sequence[Placed], n: int, config: Config) -> tuple[Tenso
     where, source = torch.zeros(n, dtype=torch.bool), torch.arange(n)
     if all(plan is None for _, plan, _, _ in placed):
         return None, source
-    by_side = {(p.sample.sample_id, p.side): (path, forms) for p, _, path, forms in placed}
-    for prompt, plan, path, branches in placed:
-        side = "a" if prompt.side == "b" else "b"
-        their_path, their_branches = by_side[prompt.sample.sample_id, side]
+    by_side = {(p.sample, p.side): (path, before) for p, _, path, before in placed}
+    for prompt, plan, path, before in placed:
+        their_path, theirs_before = by_side[prompt.sample, "a" if prompt.side == "b" else "b"]
         pairs = [(path[mine], their_path[theirs]) for mine, theirs in (plan or {}).items()]
         if plan and config.patches and config.span == "all":
-            for my_word, their_word in zip(branches, their_branches, strict=True):
-                for my_form, their_form in zip(my_word, their_word, strict=True):
-                    pairs += zip(my_form, their_form, strict=True)
+            for my_form, their_form in zip(before, theirs_before, strict=True):
+                pairs += zip(my_form, their_form, strict=True)
         for mine, theirs in pairs:
             where[mine], source[mine] = True, theirs
     return where, source
