@@ -1610,7 +1610,7 @@ class ModelShape:
     attn_implementation: str
     dtype: torch.dtype
     no_rules: str  # what `linearised` has no rule for; "" where it has all
-    pre_norms: bool  # whether each block's MLP, and the model, read the stream through a norm alone
+    pre_norms: bool  # whether norms are those of Llama: before attention, MLP and unembedding alone
     no_graph: str  # why contributions to the logits do not add up; "" where they do
 
     @property
@@ -1622,6 +1622,11 @@ class ModelShape:
         """The width of a module's input; `KeyError` for one that nothing edits."""
         widths = {kind.module: kind.width for kind in KINDS.values()}
         return int(getattr(self, (widths | {MIDDLE: "d_model", FINAL: "d_model"})[module]))
+
+    def every(self, *kinds: str) -> list[Component]:
+        """All components of some kinds."""
+        layers = itertools.product(range(self.n_layers), kinds)
+        return [Component(n, kind, i) for n, kind in layers for i in self.indices(kind)]
 
     @property
     def reading_points(self) -> list[Site]:
@@ -1726,6 +1731,8 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
     if re.search("flash|flex", attention):
         raise UsageError(f"--attn_implementation {attention} takes no tree mask")
     layers_path = re.sub(r"\.\d+\.self_attn\.o_proj$", "", o_projs[0])
+    body, blocks = (model.get_submodule(p) for p in (layers_path.rpartition(".")[0], layers_path))
+    norms = {name for block in blocks for name, _ in block.named_children() if "norm" in name}
     mlps = [modules.get(f"{layers_path}.{layer}.mlp.down_proj") for layer in range(n_layers)]
     window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
     return ModelShape(
@@ -1742,18 +1749,9 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
         attn_implementation=attention,
         dtype=dtype,
         no_rules=", ".join(without_rules(modules)),
-        pre_norms=has_pre_norms(modules, layers_path),
-        no_graph="; ".join(not_additive(model, layers_path)),
+        pre_norms=norms == {"input_layernorm", MIDDLE} and hasattr(body, FINAL),
+        no_graph="; ".join(not_additive(model, blocks)),
     )
-
-
-def has_pre_norms(modules: Mapping[str, nn.Module], layers_path: str) -> bool:
-    """Whether all norms beside the heads' own are those of Llama, by name: input_layernorm and
-    post_attention_layernorm in each block, before attention and MLP, and norm after all."""
-    block = rf"{re.escape(layers_path)}\.\d+\."
-    found = {re.sub(block, "", path) for path in modules if re.match(block + r"\w*norm\w*$", path)}
-    final = f"{layers_path.rpartition('.')[0]}.{FINAL}"
-    return found == {"input_layernorm", MIDDLE} and final.lstrip(".") in modules
 
 
 def without_rules(modules: Mapping[str, nn.Module]) -> list[str]:
@@ -1772,12 +1770,11 @@ PARTS = {"self_attn", "mlp", "input_layernorm", MIDDLE}
 WRITERS = {f"{name}_proj" for name in ("v", "o", "gate", "up", "down")}
 
 
-def not_additive(model: Any, layers_path: str) -> Iterator[str]:
+def not_additive(model: Any, blocks: Any) -> Iterator[str]:
     """What keeps a logit from being a sum over embeddings, heads and neurons, by name."""
-    text, blocks = model.config.get_text_config(), model.get_submodule(layers_path)
     for name in (*SCALED_LOGITS, "residual_multiplier"):
-        if getattr(text, name, None) not in (None, 1, 1.0):
-            yield f"{name} {getattr(text, name)}"
+        if (scale := getattr(model.config.get_text_config(), name, None)) not in (None, 1):
+            yield f"{name} {scale}"
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         yield "an unembedding with a bias"
     if getattr(model.config, "quantization_config", None):
@@ -1792,19 +1789,16 @@ def not_additive(model: Any, layers_path: str) -> Iterator[str]:
 
 
 def load_model(
-    config: Config,
-    shape: ModelShape,
-    device: torch.device | None = None,
-    scratch: Path | None = None,
+    config: Config, shape: ModelShape, device: torch.device | None = None, disk: Path | None = None
 ) -> nn.Module:
     """The model itself; `RunError` where its files hold other weights than it has. `device` is this
-    process's own where several run one replica each; `scratch` takes what is offloaded to disk."""
+    process's own where several run one replica each; `disk` takes what is offloaded."""
     places: Any = config.device_map
     if device is not None and places == "auto":
         # accelerate names a process's CPU cpu:0, which safetensors does not know
         places = {"": "cpu" if device.type == "cpu" else device}
     # for weights on disk that are no safetensors
-    folder = tempfile.TemporaryDirectory(prefix="offload-", dir=scratch)
+    folder = tempfile.TemporaryDirectory(prefix="offload-", dir=disk)
     options = {"dtype": shape.dtype, "device_map": places, "offload_folder": folder.name}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # seen below
     model, found = from_hub(AutoModelForCausalLM.from_pretrained, config, **options)
@@ -1834,7 +1828,7 @@ class TracedModel:
         self.samples_per_backward = 2**31
         self.n_forwards = self.n_tokens = 0  # tokens: through a block
         text = model.config.get_text_config()
-        scaled = any(getattr(text, name, None) not in (None, 1, 1.0) for name in SCALED_LOGITS)
+        scaled = any(getattr(text, name, None) not in (None, 1) for name in SCALED_LOGITS)
         plain_head = isinstance(self.head, nn.Linear) and self.head.bias is None
         # whether the logits are more than a product with weights that are at hand
         self.own_logits = scaled or not plain_head or self.head.weight.device.type == "meta"
@@ -1848,9 +1842,8 @@ class TracedModel:
 
     def module(self, site: Site) -> nn.Module:
         """Of a block; below the last one, of the model's body."""
-        owner = self.layers[site[0]] if site[0] < self.shape.n_layers else self.body
-        module: nn.Module = owner.get_submodule(site[1])
-        return module
+        owner: nn.Module = self.layers[site[0]] if site[0] < self.shape.n_layers else self.body
+        return owner.get_submodule(site[1])
 
 
 # ----- Interventions ------------------------------------------------------------------------------
@@ -2498,8 +2491,8 @@ class Experiment:
     def traced(self) -> TracedModel:
         config, shape = self.config, self.shape
         with self.stage("loading", f" {config.model_id}, {shape.n_parameters:,} parameters"):
-            scratch = self.scratch if self.scratch and self.scratch.is_dir() else None
-            model = load_model(config, shape, self.device, scratch)
+            disk = self.scratch if self.scratch and self.scratch.is_dir() else None
+            model = load_model(config, shape, self.device, disk)
         traced = TracedModel(model, shape, self.rows_per_forward)
         if traced.own_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
@@ -2579,7 +2572,7 @@ class Experiment:
         else all of a module together."""
         if self.config.along:
             if others_of:
-                components = {*self.every(*others_of)} - {*components}
+                components = {*self.shape.every(*others_of)} - {*components}
             for c in sorted(components):
                 yield c.site, self.shape.columns(c), self.directions[c]
         elif others_of:
@@ -2588,11 +2581,6 @@ class Experiment:
         else:
             for site, columns in join_columns(components, self.shape).items():
                 yield site, columns, None
-
-    def every(self, *kinds: str) -> list[Component]:
-        """All components of some kinds in the model."""
-        layers = itertools.product(range(self.shape.n_layers), kinds)
-        return [Component(n, kind, i) for n, kind in layers for i in self.shape.indices(kind)]
 
     def everywhere(self, component: Component) -> Row:
         """A component's direction zeroed wherever the residual stream is read, at every token: the
@@ -2729,11 +2717,8 @@ def read_directions(
             found = {Component.parse(name): file.get_tensor(name) for name in names}
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(f"--along {path} is no file of directions: {error}") from error
-    needed = swept
-    if config.confirms and not config.everywhere:  # all others are edited, too
-        layers, indices = range(shape.n_layers), shape.indices(config.kind)
-        needed = [Component(n, config.kind, i) for n, i in itertools.product(layers, indices)]
-    for component in needed:
+    all_too = config.confirms and not config.everywhere  # all others are edited, too
+    for component in shape.every(config.kind) if all_too else swept:
         if component not in found:
             raise UsageError(f"--along {path} has no direction of {component.label}")
         width = len(range(shape.width(component.site[1]))[shape.columns(component)])
@@ -4270,7 +4255,7 @@ def find_directions(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
     """Fill `exp.directions` where no file gave them; returns the rows of `probe`, of the stream
     into layer 0 as well: there only the last token itself tells the prompts apart."""
     fitted, lexical = exp.config.along in FITS, Component(0, "resid")
-    components = exp.every(exp.config.kind) if fitted else exp.components
+    components = exp.shape.every(exp.config.kind) if fitted else exp.components
     if fitted and lexical not in components:
         components = [lexical, *components]
 

@@ -405,7 +405,7 @@ def test_each_of_several_components_moves_along_its_own_direction(plain: Bench) 
     """Complements too; random sets are the chosen, as far, each in a random direction."""
     exp = plain.experiment(f"--kind head --along {random_file(plain, 'head')} --given L0H1")
     clean = rows_of(exp)[0]
-    every = set(exp.every("head"))
+    every = set(exp.shape.every("head"))
     few = (Component(1, "head", 0), Component(1, "head", 3), Component(2, "head", 1))
     sets = tracing.confirm_sets(few, exp)
     drawn = [of for of in sets if of.name == "random" and of.components == few]
