@@ -1821,7 +1821,7 @@ class TracedModel:
 
     def __init__(self, model: Any, shape: ModelShape, rows: int) -> None:
         self.model, self.shape = model, shape
-        self.layers: nn.ModuleList = model.get_submodule(shape.layers_path)
+        self.layers = model.get_submodule(shape.layers_path)
         self.body = model.get_submodule(shape.layers_path.rpartition(".")[0])
         self.head = model.get_output_embeddings()
         self.rows_per_forward = rows  # these two are halved for good when memory runs out
@@ -1869,16 +1869,13 @@ Row = tuple[Edit, ...]  # what is edited in one row of a batch
 
 def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Site, slice | Tensor]:
     """Per module the columns of its components: a slice of one, the indices of several."""
-    by_site: dict[Site, list[slice]] = defaultdict(list)
+    found: dict[Site, Any] = defaultdict(list)
     for component in components:
-        by_site[component.site].append(shape.columns(component))
-
-    def join(site: Site, spans: list[slice]) -> slice | Tensor:
-        if len(spans) == 1:
-            return spans[0]
-        return torch.cat([torch.arange(shape.width(site[1]))[span] for span in spans]).unique()
-
-    return {site: join(site, spans) for site, spans in by_site.items()}
+        found[component.site].append(shape.columns(component))
+    for site, spans in found.items():
+        every = torch.arange(shape.width(site[1]))
+        found[site] = torch.cat([every[of] for of in spans]).unique() if spans[1:] else spans[0]
+    return found
 
 
 def labels_of(components: Iterable[Component]) -> str:
@@ -1892,9 +1889,8 @@ def other_columns(
     taken, found = join_columns(components, shape), {}
     modules = {KINDS[kind].module for kind in kinds}
     for site in itertools.product(range(shape.n_layers), sorted(modules)):
-        left = torch.ones(shape.width(site[1]), dtype=torch.bool)
-        left[taken.get(site, slice(0))] = False
-        found[site] = left
+        found[site] = torch.ones(shape.width(site[1]), dtype=torch.bool)
+        found[site][taken.get(site, slice(0))] = False
     return found
 
 
@@ -1979,42 +1975,28 @@ def linearised(traced: TracedModel, frozen_attention: bool = False) -> Iterator[
     with contextlib.ExitStack() as stack:
         for module in traced.body.modules():
             if type(module).__name__.endswith("RMSNorm"):
-                hook = functools.partial(secant, 0.0)
-                stack.enter_context(module.register_forward_hook(hook))
-        for layer in range(traced.shape.n_layers):
-            act, product = (traced.module((layer, f"mlp.{n}")) for n in ("act_fn", "down_proj"))
-            stack.enter_context(act.register_forward_hook(functools.partial(secant, 0.5)))
-            stack.enter_context(product.register_forward_pre_hook(halve))
-            for name in ("q_proj", "k_proj") * frozen_attention:
-                module = traced.module((layer, f"self_attn.{name}"))
+                stack.enter_context(module.register_forward_hook(functools.partial(secant, 0.0)))
+        for block in traced.layers:
+            mlp, attention = block.mlp, block.self_attn
+            stack.enter_context(mlp.act_fn.register_forward_hook(functools.partial(secant, 0.5)))
+            stack.enter_context(mlp.down_proj.register_forward_pre_hook(halve))
+            for module in (attention.q_proj, attention.k_proj) if frozen_attention else ():
                 stack.enter_context(module.register_forward_hook(cut))
         yield
 
 
 @contextlib.contextmanager
-def cutting(modules: Mapping[Any, nn.Module]) -> Iterator[dict[Any, Tensor]]:
-    """Let modules read their first input cut off from what made it, as a leaf of which gradients
-    are taken; the leaves."""
-    leaves: dict[Any, Tensor] = {}
-
-    def cut(key: Any, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        leaves[key] = args[0].detach().requires_grad_()
-        return (leaves[key], *args[1:])
-
-    with contextlib.ExitStack() as stack:
-        for key, module in modules.items():
-            hook = functools.partial(cut, key)
-            stack.enter_context(module.register_forward_pre_hook(hook))
-        yield leaves
-
-
-@contextlib.contextmanager
-def recording(modules: Mapping[Any, nn.Module], outputs: bool = False) -> Iterator[dict[Any, Any]]:
-    """Collect the first input (or the output) of each module's last call."""
+def recording(
+    modules: Mapping[Any, nn.Module], outputs: bool = False, cut: bool = False
+) -> Iterator[dict[Any, Any]]:
+    """Collect the first input (or the output) of each module's last call. With `cut` modules read
+    that input cut off from what made it: a leaf, of which gradients are taken."""
     seen: dict[Any, Any] = {}
 
-    def keep(key: Any, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
-        seen[key] = output[0] if outputs else args[0]
+    def keep(key: Any, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
+        x = args[0].detach().requires_grad_() if cut else args[0]
+        seen[key] = output[0] if outputs else x
+        return (x, *args[1:]) if cut else None
 
     with contextlib.ExitStack() as stack:
         for key, module in modules.items():
@@ -2096,19 +2078,18 @@ def entry_log_probs(hidden: Tensor, weight: Tensor, tree: Tree) -> Tensor:
     """Log-probabilities [row, entry] from final states [row, node, d_model] at the scoring nodes,
     with a running log-sum-exp, so that not all logits exist at once."""
     hidden = hidden.to(weight.device)
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat = hidden.flatten(0, 1)
     total = flat.new_full((len(flat),), -math.inf, dtype=torch.float32)
     for logits in unembed(flat, weight):
         total = torch.logaddexp(total, logits.logsumexp(-1))
     node, token = tree.entry_node.to(weight.device), tree.entry_token.to(weight.device)
     logits = (hidden[:, node].float() * weight[token].float()).sum(-1)  # [row, entry]
-    return (logits - total.reshape(hidden.shape[:2])[:, node]).cpu().double()
+    return (logits - total.view(hidden.shape[:2])[:, node]).cpu().double()
 
 
 def entry_log_probs_of_logits(logits: Tensor, tree: Tree) -> Tensor:
     """The same from the model's own logits [row, node, vocab]."""
-    node, token = tree.entry_node.to(logits.device), tree.entry_token.to(logits.device)
-    return logits.float().log_softmax(-1)[:, node, token].cpu().double()
+    return logits.float().log_softmax(-1)[:, tree.entry_node, tree.entry_token].cpu().double()
 
 
 @dataclass
@@ -2209,14 +2190,11 @@ def divergence(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def run_rows(
-    traced: TracedModel,
-    clean: CleanRun,
-    rows: Sequence[Row],
-    reads: Sequence[Read] = (read_entries,),
+    traced: TracedModel, clean: CleanRun, rows: Sequence[Row], reads: Sequence[Read] = ()
 ) -> Tensor:
     """What is read of `final_states` [row, ...], side by side: by default log P [row, entry]."""
     states = final_states(traced, clean, rows)
-    return torch.cat([read(traced, clean, states) for read in reads], -1)
+    return torch.cat([read(traced, clean, states) for read in reads or (read_entries,)], -1)
 
 
 def side_gradients(
@@ -2227,12 +2205,10 @@ def side_gradients(
     with torch.enable_grad():
         log_probs = read_entries(traced, clean, final_states(traced, clean, rows))
         scores = clean.tree.scores(log_probs, task).sum(0)  # [prompt]
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, prompt in enumerate(clean.tree.prompts):
-        places[prompt.side].append(place)
-    found = {}
-    for side, of_side in places.items():
-        found[side] = torch.autograd.grad(scores[of_side].sum(), leaves, retain_graph=True)
+    sides, found = [prompt.side for prompt in clean.tree.prompts], {}
+    for side in dict.fromkeys(sides):
+        total = scores[torch.tensor([of == side for of in sides])].sum()
+        found[side] = torch.autograd.grad(total, leaves, retain_graph=True)
         if not all(gradient.isfinite().all() for gradient in found[side]):
             raise RunError("a gradient is not finite; try --attn_implementation eager")
     return found
@@ -2523,7 +2499,7 @@ class Experiment:
         self, clean: CleanRun, rows: Sequence[Row], bar: tqdm[Any], *reads: Read
     ) -> Tensor:
         """`run_rows` of any number of rows."""
-        run = functools.partial(run_rows, self.traced, clean, reads=reads or (read_entries,))
+        run = functools.partial(run_rows, self.traced, clean, reads=reads)
         return torch.stack(run_batches(self.traced, rows, run, bar))
 
     def prompts_of(self, units: set[str]) -> list[list[Prompt]]:
@@ -4980,7 +4956,7 @@ def run_halves(traced: TracedModel, ids: Sequence[int]) -> Halves:
     with (
         torch.enable_grad(),
         linearised(traced, frozen_attention=True),
-        cutting(reading | {end: traced.body.get_submodule(FINAL)}) as leaves,
+        recording(reading | {end: traced.body.get_submodule(FINAL)}, cut=True) as leaves,
         recording({site: traced.module(site) for site in sites}) as seen,
     ):
         seen[end] = run_body(traced, ids)
