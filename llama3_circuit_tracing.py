@@ -2252,18 +2252,13 @@ def run_batches(
 
 # ----- Run folder ---------------------------------------------------------------------------------
 
-# what this script writes into a folder, and whether every run does
-OUTPUTS = {f"circuit_{name}": True for name in ("results.csv", "heads.csv")}
-OUTPUTS |= {f"circuit_{name}": True for name in ("summary.png", "heads.png", "report.html")}
-OUTPUTS |= {f"circuit_{name}": False for name in ("confirm.csv", "confirm.png", "heatmap.png")}
-OUTPUTS |= {f"circuit_{name}": False for name in ("screen.csv", "screen.png", "steer.csv")}
-OUTPUTS |= {f"circuit_{name}": False for name in ("steer.png", "paths.csv", "paths.png")}
-OUTPUTS |= {"circuit_positions.csv": False, "circuit_positions.png": False, "circuit.json": False}
-OUTPUTS |= {"circuit_directions.csv": False, "circuit_directions.png": False}
-OUTPUTS |= {"directions.safetensors": False}
-OUTPUTS |= {f"circuit_graph{name}": False for name in (".csv", "_edges.csv", ".png")}
-OUTPUTS |= {"graphs": False, "generations.jsonl": False, "run.json": True, "run.log": True}
+# what this script writes into a folder, and whether every run does; first a table and a figure each
+BOTH = ("heads", "confirm", "screen", "steer", "paths", "positions", "directions", "graph")
+OUTPUTS = {f"circuit_{name}.{end}": name == "heads" for name in BOTH for end in ("csv", "png")}
+OUTPUTS |= {"circuit_results.csv": True, "circuit_summary.png": True, "circuit_report.html": True}
+OUTPUTS |= {"circuit_heatmap.png": False, "circuit_graph_edges.csv": False, "graphs": False}
 KEPT = ("circuit.json", "directions.safetensors")  # they tell where they are from, and may be read
+OUTPUTS |= dict.fromkeys(("generations.jsonl", *KEPT), False) | {"run.json": True, "run.log": True}
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -2521,21 +2516,18 @@ class Experiment:
     ) -> Row:
         """The op on some components, or on all others of some kinds, one edit per module; without a
         clean run, at every token. A multiplier scales them at every token in place of the op."""
-        op, edits = OPS[self.config.op], []
+        op, where, edits = OPS[self.config.op], clean.tree.where if clean else None, []
         factor = op.factor if op.factor is not None else self.config.factor or 0.0
-        where = clean.tree.where if clean else None
+        if multiplier is not None:
+            op, where, factor = OPS["scale"], None, multiplier
         for site, columns, direction in self.parts(components, others_of):
             source: float | Tensor = 0.0
-            if multiplier is not None:
-                edits.append(Edit(site, columns, multiplier))
-                continue
             if op.source == "means":
                 source = self.means[site][columns]
             elif op.source == "partner":
                 assert clean is not None
                 source = clean.site_inputs[site][:, columns][clean.tree.partner]
             elif op.source == "direction":
-                assert direction is not None
                 source = direction
             along = None if direction is None else unit(direction).expand(2, -1)
             edits.append(Edit(site, columns, factor, source, where, along))
@@ -2543,7 +2535,7 @@ class Experiment:
 
     def parts(
         self, components: Iterable[Component], others_of: Sequence[str]
-    ) -> Iterator[tuple[Site, slice | Tensor, Tensor | None]]:
+    ) -> Iterator[tuple[Site, slice | Tensor, Any]]:
         """Module, columns and direction of what is edited: with --along one component at a time,
         else all of a module together."""
         if self.config.along:
@@ -2678,9 +2670,11 @@ def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config
 def read_directions(
     config: Config, shape: ModelShape, swept: Sequence[Component]
 ) -> tuple[dict[Component, Tensor], Record]:
-    """The directions [width] in the file that --along names, by component, and what the file tells
+    """The directions [width] in the file that --along may name, by component, and what that tells
     of itself; `UsageError` where it lacks one that is needed."""
-    path = Path(config.along or "")
+    if config.along in (None, *FITS):
+        return {}, {}
+    path = Path(config.along)
     try:
         with safe_open(path, "pt") as file:
             known = {"format": "directions/1", "fitted_on": [], "model": ""}
@@ -2786,17 +2780,15 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     if config.chat and not getattr(tokenizer, "chat_template", None):
         lacks = "has no chat template; use an Instruct model, or --no-chat"
         raise UsageError(f"the tokenizer of {config.model_id} {lacks}")
-    told = config.answer_prefix, config.target_form, config.system_prompt, bool(config.chat)
-    encoder = PromptEncoder(tokenizer, *told)
+    asked = config.answer_prefix, config.target_form, config.system_prompt, bool(config.chat)
+    encoder = PromptEncoder(tokenizer, *asked)
     if config.chat and config.system_prompt and not encoder.opening:
         log.warning(f"the chat template knows no system turn: {config.system_prompt!r} is left out")
     samples = choose_samples(config, encoder, own)
     prompts = write_prompts(samples, encoder, config)
     check_prompts(prompts, shape, config)
-    found: tuple[dict[Component, Tensor], Record] = ({}, {})
-    if config.along not in (None, *FITS):
-        found = read_directions(config, shape, components)
-    apart, prompts = set_apart(prompts, config, found[1])
+    directions, of_file = read_directions(config, shape, components)
+    apart, prompts = set_apart(prompts, config, of_file)
     if config.graph:
         graph_prompt(config, apart + prompts, shape)
     if other is not None:
@@ -2811,7 +2803,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     exp = Experiment(
         config, shape, encoder, prompts, trees, components, rows, other, device, folder.parts
     )
-    return replace(exp, fitting=apart, directions=found[0], along_model=found[1].get("model", ""))
+    model = of_file.get("model", "")
+    return replace(exp, fitting=apart, directions=directions, along_model=model)
 
 
 # ----- Identity -----------------------------------------------------------------------------------
@@ -2966,8 +2959,7 @@ def self_test(exp: Experiment) -> list[Check]:
 
 
 def count_hooks(traced: TracedModel) -> int:
-    modules = list(traced.model.modules())
-    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
+    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in traced.model.modules())
     return hooks + sum("forward" in block.__dict__ for block in traced.layers)
 
 
@@ -3156,12 +3148,10 @@ class Job(NamedTuple):
 def read_sweep(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
     """The rows of all finished parts: see `tidy_rows`."""
     ids = pd.CategoricalDtype(sorted(prompts[0].sample.sample_id for prompts in exp.prompts))
-    frames = [pd.DataFrame(columns=["sample_id", "layer", "index", "draw"], dtype=int)]
-    for path in sorted(folder.parts.glob("sweep-*.json")):
-        if payload := folder.read_part(path.stem):
-            frames.append(pd.DataFrame(payload))
-            frames[-1]["sample_id"] = frames[-1]["sample_id"].astype(ids)
-    return pd.concat(frames[1:] or frames, ignore_index=True)
+    found = (folder.read_part(path.stem) for path in sorted(folder.parts.glob("sweep-*.json")))
+    frames = [pd.DataFrame(rows).astype({"sample_id": ids}) for rows in found if rows]
+    nothing = pd.DataFrame(columns=["sample_id", "layer", "index", "draw"], dtype=int)
+    return pd.concat(frames or [nothing], ignore_index=True)
 
 
 def whole_components(exp: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
@@ -3243,8 +3233,7 @@ def jitter(exp: Experiment, tree: Tree, component: Component, draw: int) -> Row:
     does, with no direction of its own."""
     columns, eps = exp.shape.columns(component), torch.finfo(exp.shape.dtype).eps
     width = len(range(exp.shape.width(component.site[1]))[columns])
-    first = tree.samples[0][0].sample_id
-    generator = seeded(exp.config.seed, component.label, draw, first)
+    generator = seeded(exp.config.seed, component.label, draw, tree.samples[0][0].sample_id)
     signs = 2 * torch.randint(2, (tree.n_tokens, width), generator=generator) - 1
     return (Edit(component.site, columns, 1 + eps * signs.double(), where=tree.where),)
 
@@ -3262,8 +3251,7 @@ def sweep_tree(
             exp.edits([component], clean) if draw < 0 else jitter(exp, tree, component, draw)
             for component, draw in job.edits
         ]
-        log_probs = exp.run_rows(clean, rows, bar)
-        scores = tree.scores(log_probs, exp.task)
+        scores = tree.scores(exp.run_rows(clean, rows, bar), exp.task)
         folder.write_part(job.name, tidy_rows(tree, job, scores).to_dict("list"))
         if exp.traced.rows_per_forward < exp.rows_per_forward and folder.leads:
             folder.note(rows_after_halving=exp.traced.rows_per_forward)
@@ -3283,14 +3271,10 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
 
 
 def measure_places(
-    exp: Experiment,
-    folder: RunFolder,
-    what: str,
-    places: pd.MultiIndex,
-    run: Callable[[Experiment, Tree, tqdm[Any]], list[list[float]]],
+    exp: Experiment, folder: RunFolder, what: str, places: pd.MultiIndex, run: Callable[..., Any]
 ) -> pd.DataFrame:
-    """What `run` gives for each tree [place, sample], a part of the run each, as rows with the
-    levels of `places`, sample_id and delta."""
+    """What `run` gives of an experiment, tree and progress bar [place, sample], a part of the run
+    each, as rows with the levels of `places`, sample_id and delta."""
     frames, key = [], digest([what, [list(map(str, place)) for place in places]])[:12]
     with tqdm(total=len(places) * len(exp.trees), unit="row", desc=what, disable=None) as bar:
         for number, tree in enumerate(exp.trees):
