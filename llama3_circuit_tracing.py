@@ -1628,12 +1628,6 @@ class ModelShape:
         layers = itertools.product(range(self.n_layers), kinds)
         return [Component(n, kind, i) for n, kind in layers for i in self.indices(kind)]
 
-    @property
-    def reading_points(self) -> list[Site]:
-        """Where the residual stream is read: by each block, by its MLP, and by the unembedding."""
-        in_blocks = itertools.product(range(self.n_layers), ("", MIDDLE))
-        return [*in_blocks, (self.n_layers, FINAL)]
-
     def indices(self, kind: str) -> Sequence[int]:
         """Of the components of a kind in one layer."""
         return range(getattr(self, KINDS[kind].slices)) if KINDS[kind].slices else (-1,)
@@ -1725,9 +1719,8 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
     n_layers, n_heads = text.num_hidden_layers, text.num_attention_heads
     widths = {modules[path].in_features for path in o_projs}
     if len(o_projs) != n_layers or len(widths) != 1 or min(widths) % n_heads:
-        found = f"{len(o_projs)} of its {n_layers} blocks have a self_attn.o_proj"
-        needed = f"whose input divides into {n_heads} heads"
-        raise UsageError(f"{name} is not supported: {found} {needed}")
+        few = f"{len(o_projs)} of its {n_layers} blocks have a self_attn.o_proj"
+        raise UsageError(f"{name} is not supported: {few} whose input divides into {n_heads} heads")
     if re.search("flash|flex", attention):
         raise UsageError(f"--attn_implementation {attention} takes no tree mask")
     layers_path = re.sub(r"\.\d+\.self_attn\.o_proj$", "", o_projs[0])
@@ -2028,11 +2021,7 @@ def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[No
 
 def gathering(module: nn.Module, nodes: Tensor) -> RemovableHandle:
     """Give a module that works token by token the states of some nodes only; a context manager."""
-
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0][:, nodes.to(args[0].device)], *args[1:])
-
-    return module.register_forward_pre_hook(gather)
+    return module.register_forward_pre_hook(lambda _, args: (args[0][:, nodes], *args[1:]))
 
 
 @contextlib.contextmanager
@@ -2161,8 +2150,7 @@ def final_states(traced: TracedModel, clean: CleanRun, rows: Sequence[Row]) -> T
             with gathering(traced.head, tree.scored):
                 states = traced.model(**clean.model_inputs).logits
         else:
-            states = traced.body(**clean.model_inputs).last_hidden_state
-            states = states[:, tree.scored.to(states.device)]
+            states = traced.body(**clean.model_inputs).last_hidden_state[:, tree.scored]
     return states.expand(len(rows), -1, -1)
 
 
@@ -2554,7 +2542,9 @@ class Experiment:
         """A component's direction zeroed wherever the residual stream is read, at every token: the
         ablation of a direction of Arditi et al. (arXiv:2406.11717), who zero what is written."""
         along = unit(self.directions[component]).expand(2, -1)
-        return tuple(Edit(at, slice(None), along=along) for at in self.shape.reading_points)
+        in_blocks = itertools.product(range(self.shape.n_layers), ("", MIDDLE))
+        sites = [*in_blocks, (self.shape.n_layers, FINAL)]  # of block, its MLP, unembedding
+        return tuple(Edit(site, slice(None), along=along) for site in sites)
 
 
 # ----- Preparation --------------------------------------------------------------------------------
@@ -2566,8 +2556,7 @@ def select(chosen: Ranges, count: int, what: str) -> list[int]:
         return list(range(count))
     for part in chosen:
         if part.stop > count:
-            there = f"this model has {what} 0-{count - 1}"
-            raise UsageError(f"--{what} {as_text(part)} is out of range: {there}")
+            raise UsageError(f"--{what} {as_text(part)}: this model has {what} 0-{count - 1}")
     return sorted(set(itertools.chain(*chosen)))
 
 
@@ -2624,8 +2613,7 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
     if not config.samples:
         own = TASKS[config.task].build(n, random.Random(config.seed), encoder.count)
     elif len(own) > n:
-        first = f"the first {n} are used (--num_samples)"
-        log.warning(f"{config.samples} holds {len(own)} samples; {first}")
+        log.warning(f"{config.samples} holds {len(own)} samples; --num_samples takes the first {n}")
     tokens = encoder.tokenizer.added_tokens_decoder.values()
     special = [token.content for token in tokens if token.special]  # would be encoded as such
     for sample in own[:n]:
@@ -2693,12 +2681,11 @@ def read_directions(
             raise UsageError(f"--along {path} has no direction of {component.label}")
         width = len(range(shape.width(component.site[1]))[shape.columns(component)])
         direction, found[component] = found[component], found[component].double()
-        norm = found[component].norm()
+        norm = float(found[component].norm())
         sound = direction.is_floating_point() and norm < 1e30 and (norm > 1e-30 or norm == 0)
         if direction.shape != (width,) or not sound:
-            there = f"{list(direction.shape)}, norm {float(norm):g}"
             what = f"{component.label} is no {width} finite numbers"
-            raise UsageError(f"--along {path}: {what}: {there}")
+            raise UsageError(f"--along {path}: {what}: {list(direction.shape)}, norm {norm:g}")
     return found, told
 
 
@@ -2823,15 +2810,12 @@ def file_digests(config: Config, known: Mapping[str, Any]) -> dict[str, list[Any
     """Size, mtime and SHA-256 of each file of a local model, by name. Those that are `known` are
     read again only where size or mtime differ."""
     path, digests = Path(config.model_id).expanduser(), {}
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in (f for f in files if f.suffix in MODEL_FILES and f.is_file()):
-        now = file.stat()
-        match known.get(file.name):
-            case [now.st_size, now.st_mtime_ns, str(sha)]:
-                pass
-            case _:
-                sha = sha256_of(file)
-        digests[file.name] = [now.st_size, now.st_mtime_ns, sha]
+        now, told = [file.stat().st_size, file.stat().st_mtime_ns], known.get(file.name)
+        if not (isinstance(told, list) and told[:2] == now and isinstance(told[-1], str)):
+            told = [*now, sha256_of(file)]
+        digests[file.name] = told
     return digests
 
 
@@ -2847,25 +2831,20 @@ def model_identity(config: Config, files: Mapping[str, list[Any]]) -> str:
     return f"{config.model_id}@{Path(str(found)).parent.name}"
 
 
-def along_told(exp: Experiment) -> Record:
-    """Of a run along directions, what these depend on."""
-    if not exp.config.along:
-        return {}
-    fitting = digest([of[0].pair_id(of[1]) for of in exp.fitting])[:16]
-    of_file = {c.label: d.tolist() for c, d in sorted(exp.directions.items())}
-    return {"along": exp.config.along_name, "fitting": fitting, "directions": digest(of_file)[:16]}
-
-
 def fingerprint_of(exp: Experiment, files: Mapping[str, list[Any]]) -> dict[str, Any]:
     """All that results depend on. Layers, heads and what is made of the results are left out."""
-    flat = [prompt for of_sample in exp.prompts for prompt in of_sample]
+    flat, along = [*itertools.chain(*exp.prompts)], {}
+    if exp.config.along:  # what directions depend on
+        fitting = digest([of[0].pair_id(of[1]) for of in exp.fitting])[:16]
+        of_file = digest({c.label: d.tolist() for c, d in sorted(exp.directions.items())})[:16]
+        along = {"along": exp.config.along_name, "fitting": fitting, "directions": of_file}
     return {
         "model": model_identity(exp.config, files),
         "dtype": str(exp.shape.dtype),
         "attn_implementation": exp.shape.attn_implementation,
         "device_type": device_type(exp.config),
         **{name: as_text(getattr(exp.config, name)) for name in TOLD.split()},
-        **along_told(exp),
+        **along,
         "method": exp.config.row_method,
         "positions": exp.config.span,
         "prompts": digest([(p.sample.sample_id, p.side, p.text, p.ids) for p in flat])[:16],
@@ -3161,9 +3140,8 @@ def whole_components(exp: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
     counts = rows[rows["draw"] < 0].groupby(key).size()
     whole = counts.index[counts == len(exp.prompts)]
     if lacking := [c.label for c in exp.measured if (c.layer, c.index) not in whole]:
-        again = "run the same command again; if they still do, with --overwrite"
         what = f"{len(lacking)} components lack rows or have some twice ({lacking[0]} first)"
-        raise RunError(f"{what}: {again}")
+        raise RunError(f"{what}: run the same command again; if they still do, with --overwrite")
     if n := len(counts) - len(whole):
         log.warning("%d components of an interrupted command are left out: samples lack", n)
     if exp.screened:  # not of another screen in this folder
