@@ -1505,9 +1505,7 @@ def grow(nodes: Nodes, parent: int, tokens: Sequence[int], owner: object = None)
     return [parent := nodes.setdefault((parent, token, owner), len(nodes)) for token in tokens]
 
 
-def place_prompts(
-    nodes: Nodes, prompts: Sequence[Prompt], config: Config, apart: bool
-) -> list[Placed]:
+def plant(nodes: Nodes, prompts: Sequence[Prompt], config: Config, apart: bool) -> list[Placed]:
     """Let a tree grow by the prompts of a sample; edited nodes belong to one prompt only, all nodes
     to one sample where samples stand `apart`."""
     placed: list[Placed] = []
@@ -1532,13 +1530,13 @@ def plant_trees(
     placed: list[Placed] = []
     for prompts in samples:
         before = len(nodes)
-        new = place_prompts(nodes, prompts, config, apart)
+        new = plant(nodes, prompts, config, apart)
         if placed and len(nodes) > config.tree_tokens:
             while len(nodes) > before:
                 nodes.popitem()
             trees.append(build_tree(nodes, placed, bos, config))
             nodes, placed = {}, []
-            new = place_prompts(nodes, prompts, config, apart)
+            new = plant(nodes, prompts, config, apart)
         placed += new
     return [*trees, build_tree(nodes, placed, bos, config)]
 
@@ -1650,8 +1648,7 @@ LOAD_ERRORS = {  # what the libraries raise below, and what it means
     f"`hf auth login`; {TINY}",
     "RevisionNotFoundError": "has no revision {revision!r}",
     "RepositoryNotFoundError": f"is not on the hub, or private: check, or `hf auth login`; {TINY}",
-    "LocalEntryNotFoundError|OfflineModeIsEnabled": "is not in the local cache and the hub cannot "
-    f"be reached; {TINY}",
+    "LocalEntry|Offline": f"is not in the local cache and the hub cannot be reached; {TINY}",
     "": f"cannot be loaded: {{error}}; {TINY}",
 }
 
@@ -1748,8 +1745,7 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
 
 
 def without_rules(modules: Mapping[str, nn.Module]) -> list[str]:
-    """The types of norms that are no RMSNorm, and of MLPs that are not act(gate) * up with SiLU or
-    GELU."""
+    """Types of norms that are no RMSNorm, and of MLPs other than act(gate) * up by SiLU or GELU."""
     found = set()
     for path, module in modules.items():
         name, act = type(module).__name__, type(getattr(module, "act_fn", None)).__name__
@@ -1913,12 +1909,10 @@ def displacement(edit: Edit, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def editing(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
-    """Run row r of the batch with the edits of rows[r].
-
-    The input is a batch of one: it grows to len(rows) at the first edited module, so that what
-    comes before, the edited block's own attention included, is computed once for all rows. Rows
-    that follow each other and are one object are edited at once.
-    """
+    """Run row r of the batch with the edits of rows[r]. The input is a batch of one: it grows to
+    len(rows) at the first edited module, so that what comes before, the edited block's own
+    attention included, is computed once for all rows. Rows that follow each other and are one
+    object are edited at once."""
     by_site: dict[Site, list[tuple[slice, Edit]]] = defaultdict(list)
     for _, group in itertools.groupby(enumerate(rows), key=lambda numbered: id(numbered[1])):
         (first, row), *others = group
@@ -1951,9 +1945,8 @@ def with_slope(y: Tensor, x: Tensor, slope: float | Tensor) -> Tensor:
 def linearised(traced: TracedModel, frozen_attention: bool = False) -> Iterator[None]:
     """Take gradients by the rules of RelP (arXiv:2508.21258); the forward stays what it is. A norm
     multiplies by constants, an activation has the slope act(z) / z, and of the gradient of
-    act(gate) * up either factor gets half. With `frozen_attention` patterns are constants too. To
-    be entered before what reads gradients of the input of down_proj, which are not to be halved
-    themselves."""
+    act(gate) * up either factor gets half. With `frozen_attention` patterns are constants too.
+    Whatever takes gradients at the input of down_proj, which are not halved, is entered later."""
 
     def secant(at_zero: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]
@@ -2001,11 +1994,8 @@ def recording(
 @contextlib.contextmanager
 def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[None]:
     """Skip the blocks below a layer: it receives the residual stream [1, tok, d_model] of the clean
-    run, in the form in which a block returns it.
-
-    The library's own forward stays in charge (masks, rotary embeddings, norms), and the weights
-    of skipped blocks are not even read where they are offloaded.
-    """
+    run, as a block returns it. The library's own forward stays in charge (masks, rotary embeddings,
+    norms), and the weights of skipped blocks are not even read where they are offloaded."""
     below = list(traced.layers)[:layer]
     saved = [block.__dict__.get("forward") for block in below]  # accelerate's, where it offloads
     try:
@@ -2026,11 +2016,10 @@ def gathering(module: nn.Module, nodes: Tensor) -> RemovableHandle:
 
 @contextlib.contextmanager
 def last_block_at(traced: TracedModel, tree: Tree, rows: Sequence[Row]) -> Iterator[None]:
-    """In the last block, compute what works token by token at the scoring nodes only.
-    After its attention no token sees another there: o_proj and the MLP of a token feed that token's
-    own logits and nothing else. So both get the scoring nodes' states (`gathering`), and their
-    outputs are put back in their places, the other nodes' left at zero. An edited MLP runs whole,
-    since an edit speaks of all nodes; the edit of an o_proj is a hook that came before this one."""
+    """In the last block, compute what works token by token at the scoring nodes only: after its
+    attention a token feeds its own logits and nothing else. So o_proj and the MLP get these nodes'
+    states (`gathering`), and their outputs are put back in their places, zero at all others. An
+    edited MLP runs whole, since an edit speaks of all nodes; that of an o_proj came before this."""
     last, edited = traced.shape.n_layers - 1, {edit.site for row in rows for edit in row}
     names = ["self_attn.o_proj"]
     if traced.shape.d_mlp and (last, "mlp.down_proj") not in edited:
@@ -2328,8 +2317,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Make the folder, read its record and keep other commands out. Nothing is deleted before
-        the command proves sound."""
+        """Make the folder, read its record, keep others out; delete nothing before all is sound."""
         make_folder(self.parts)
         with alone_in(self.path):
             self.record = read_record(self.path / "run.json")
@@ -2418,11 +2406,11 @@ class Experiment:
     other: pd.DataFrame | None = None  # the results that --compare names
     device: torch.device | None = None  # this process's own, where there are several
     scratch: Path | None = None  # for weights that do not fit into memory; None: the system's
-    estimates: Tensor | None = None  # [sample, component, side], see `estimate`
-    screened: dict[Component, str] = field(default_factory=dict)  # see `choose_screened`
     fitting: list[list[Prompt]] = field(default_factory=list)  # that give or choose directions
     directions: dict[Component, Tensor] = field(default_factory=dict)  # [columns], raw, toward a
     along_model: str = ""  # whose directions those of a file are, where it tells
+    estimates: Tensor | None = None  # [sample, component, side], see `estimate`
+    screened: dict[Component, str] = field(default_factory=dict)  # see `choose_screened`
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -2478,9 +2466,7 @@ class Experiment:
         sites = {component.site for component in components} if self.config.patches else ()
         return run_clean(self.traced, tree, self.background, layers, sites)
 
-    def run_rows(
-        self, clean: CleanRun, rows: Sequence[Row], bar: tqdm[Any], *reads: Read
-    ) -> Tensor:
+    def run_rows(self, clean: CleanRun, rows: list[Row], bar: tqdm[Any], *reads: Read) -> Tensor:
         """`run_rows` of any number of rows."""
         run = functools.partial(run_rows, self.traced, clean, reads=reads)
         return torch.stack(run_batches(self.traced, rows, run, bar))
@@ -2576,10 +2562,10 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
             lacks = "has blocks without mlp.down_proj, such as a mixture of experts"
             raise UsageError(f"--kind {named}: {shape.name} {lacks}")
     for what in NAMING:
-        named_there = getattr(config, what)
+        named_there = receivers if what == "via" else getattr(config, what)
         if warning := getattr(named_there, "warning", ""):
             log.warning(warning)
-        for component in () if isinstance(named_there, str) else named_there:
+        for component in named_there:
             n = len(shape.indices(component.kind))
             if component.layer >= shape.n_layers or component.index >= n:
                 there = f"this model has layers 0-{shape.n_layers - 1}"
@@ -2630,8 +2616,7 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
 
 
 def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config: Config) -> None:
-    """`UsageError` where a sample would not be edited at all, or a prompt exceeds the context or
-    the vocabulary."""
+    """`UsageError` where no token of a sample is edited, a prompt exceeds context or vocabulary."""
     edit, limit = f"--op {config.op} at --positions {config.positions}", shape.context
     lengths = sorted({len(prompt.ids) for of_sample in prompts for prompt in of_sample[:2]})
     if config.positions == "each" and len(lengths) > 1:
@@ -2703,9 +2688,8 @@ def set_apart(
         n = numbered(len(prompts) - len(left), "sample")
         log.info(f"{n} left out: the directions of {config.along} are of their sentences")
     units = {of[0].sample.unit for of in left if of[0].sample.counts}
-    fitting, measured = set[str](), units
-    if config.along in FITS or config.everywhere:
-        fitting, measured = halves(units, config.seed)
+    splits = config.along in FITS or config.everywhere
+    fitting, measured = halves(units, config.seed) if splits else (set[str](), units)
     least = 2 if config.confirms and not config.everywhere else 1
     if len(measured) < least:
         there = f"of {numbered(len(units), 'sentence')} {len(measured)} are left to measure"
@@ -2725,9 +2709,8 @@ def graph_prompt(config: Config, prompts: Sequence[Sequence[Prompt]], shape: Mod
     there is no such sample or its graph would be too large."""
     by_id = {of_sample[0].sample.sample_id: of_sample for of_sample in prompts}
     text = config.graph or ""
-    stem, _, side = text.rpartition(":")
-    if text in by_id:  # an id may have a colon
-        stem, side = text, "a"
+    # an id may have a colon
+    stem, _, side = (text, "", "a") if text in by_id else text.rpartition(":")
     if stem not in by_id or side not in ("a", "b"):
         there = ", ".join([*by_id][:20]) + ", ..." * (len(by_id) > 20)
         raise UsageError(f"--graph {text}: no such sample; there are {there}")
@@ -2787,11 +2770,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
     fitting = ROW_TOKENS[device_type(config)] // max(tree.n_tokens for tree in trees)
     rows = config.rows_per_forward or before.get("rows_per_forward") or max(1, fitting)
-    exp = Experiment(
-        config, shape, encoder, prompts, trees, components, rows, other, device, folder.parts
-    )
-    model = of_file.get("model", "")
-    return replace(exp, fitting=apart, directions=directions, along_model=model)
+    known = config, shape, encoder, prompts, trees, components, rows, other, device, folder.parts
+    return Experiment(*known, apart, directions, of_file.get("model", ""))
 
 
 # ----- Identity -----------------------------------------------------------------------------------
@@ -3220,8 +3200,7 @@ def sweep_tree(
     exp: Experiment, tree: Tree, jobs: Sequence[Job], folder: RunFolder, bar: tqdm[Any]
 ) -> None:
     """The jobs of one tree. Its clean run keeps the residual stream entering each layer that is
-    edited; a layer's components are the rows of a batch that starts there; the scoring nodes make
-    the scores."""
+    edited; a layer's components are the rows of a batch that starts there."""
     edited = [component for job in jobs for component, _ in job.edits]
     clean = exp.run_clean(tree, {job.layer for job in jobs}, edited)
     for job in jobs:
@@ -3238,8 +3217,7 @@ def sweep_tree(
 
 
 def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
-    """Measure every component of the jobs, tree by tree, and write each job's rows when it is
-    done."""
+    """Measure what the jobs name, tree by tree, and write each job's rows when it is done."""
     keep_freed_memory()
     total = sum(len(job.edits) for job in jobs)
     quiet = None if folder.leads else True  # one bar: process 0's
@@ -3258,8 +3236,8 @@ def measure_places(
         for number, tree in enumerate(exp.trees):
             found = folder.part(f"{what}-{number:04d}-{key}", run, exp, tree, bar)
             for (sample, _), deltas in zip(tree.samples, zip(*found, strict=True), strict=True):
-                frames.append(pd.DataFrame({"delta": deltas}, places).reset_index())
-                frames[-1]["sample_id"] = sample.sample_id
+                told = {"delta": deltas, "sample_id": sample.sample_id}
+                frames.append(pd.DataFrame(told, places).reset_index())
     return pd.concat(frames, ignore_index=True)
 
 
