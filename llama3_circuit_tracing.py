@@ -1426,8 +1426,7 @@ class Tree:
     @property
     def sample_of(self) -> Tensor:
         """[tok], the index into `samples` of a node's sample, where samples share no node."""
-        places = [(n, i) for n, (_, of) in enumerate(self.samples) for i in of.values()]
-        roots = {self.paths[i][0]: n for n, i in places}
+        roots = {self.paths[i][0]: n for n, (_, of) in enumerate(self.samples) for i in of.values()}
         return torch.tensor([*roots.values()])[self.visible[:, [*roots]].int().argmax(1)]
 
     @property
@@ -2217,13 +2216,11 @@ def run_batches(
             if not is_out_of_memory(error):
                 raise
             if size == 1:
-                way_out = "lower --tree_tokens, or use shorter prompts"
-                one = at_once.split("s_")[0]
+                one, way_out = at_once.split("s_")[0], "lower --tree_tokens, or use shorter prompts"
                 raise RunError(f"out of memory with one {one} alone: {way_out}") from error
         setattr(traced, at_once, size // 2)  # outside except: the traceback is freed
         clear_device_cache(garbage_collection=True)
-        told = at_once.replace("_", " ")
-        log.warning("out of memory: continuing with %d %s", size // 2, told)
+        log.warning("out of memory: continuing with %d %s", size // 2, at_once.replace("_", " "))
     return found
 
 
@@ -2628,14 +2625,12 @@ def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config
             raise UsageError(f"{named}: prompts a and b are the same: {of_sample[0].text[-80:]!r}")
         if all(plan is not None and not plan for plan in plan_edits(of_sample, config)):
             raise UsageError(f"{named}: {edit} touches no token of its prompts")
-        n = max(len(p.ids) + len(form) - 1 for p in of_sample for f in p.forms for form in f)
-        if n > limit:  # a 4D mask is used as it is, for sliding-window layers too
+        whole = [p.ids + form for p in of_sample for form in itertools.chain(*p.forms)]
+        if (n := max(map(len, whole)) - 1) > limit:  # a 4D mask is used as it is, sliding or not
             raise UsageError(f"{named}: a prompt of {n} tokens exceeds the model's {limit}")
-        forms = (form for p in of_sample for word in p.forms for form in word)
-        token = max(map(max, (*(p.ids for p in of_sample), *forms)))
         for prompt in of_sample:
             check_forms(prompt, TASKS[config.task].margin)
-        if token >= shape.vocab:
+        if (token := max(map(max, whole))) >= shape.vocab:
             lacks = f"the model's vocabulary of {shape.vocab} lacks the tokenizer's token {token}"
             raise UsageError(f"{named}: {lacks}")
 
@@ -2778,8 +2773,7 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
 
 
 def sha256_of(file: Path) -> str:
-    sha, size = hashlib.sha256(), file.stat().st_size
-    shown: Record = {"total": size, "desc": file.name, "disable": None}
+    sha, shown = hashlib.sha256(), Record(total=file.stat().st_size, desc=file.name, disable=None)
     with open(file, "rb") as raw, tqdm.wrapattr(raw, "read", **shown) as source:
         while block := source.read(1 << 24):
             sha.update(block)
