@@ -1979,9 +1979,9 @@ def recording(
     seen: dict[Any, Any] = {}
 
     def keep(key: Any, module: nn.Module, args: tuple[Any, ...], *output: Any) -> Any:
-        x = args[0].detach().requires_grad_() if cut else args[0]
-        seen[key] = output[0] if outputs else x
-        return (x, *args[1:]) if cut else None
+        x = (*output, *args)[0]
+        seen[key] = x.detach().requires_grad_() if cut else x
+        return (seen[key], *args[1:]) if cut else None
 
     with contextlib.ExitStack() as stack:
         for key, module in modules.items():
@@ -1993,8 +1993,8 @@ def recording(
 @contextlib.contextmanager
 def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[None]:
     """Skip the blocks below a layer: it receives the residual stream [1, tok, d_model] of the clean
-    run, as a block returns it. The library's own forward stays in charge (masks, rotary embeddings,
-    norms), and the weights of skipped blocks are not even read where they are offloaded."""
+    run, as the last of them returned it. The library's own forward stays in charge (masks, rotary
+    embeddings, norms); the weights of skipped blocks are not even read where they are offloaded."""
     below = list(traced.layers)[:layer]
     saved = [block.__dict__.get("forward") for block in below]  # accelerate's, where it offloads
     try:
@@ -2079,7 +2079,7 @@ class CleanRun:
     log_probs: Tensor  # [1, entry]
     logits: Tensor  # [node, vocab], the model's own
     states: Tensor  # [1, node, ...], see `final_states`
-    residuals: dict[int, Any]  # [1, tok, d_model] entering each block, as a block returns it
+    residuals: dict[int, Any]  # what enters each block above 0, as the one below returns it
     site_inputs: dict[Site, Tensor]  # [tok, width]
 
 
@@ -2098,11 +2098,10 @@ def run_clean(
     }
     with (
         editing(traced, [background]),
-        recording({layer: traced.layers[layer] for layer in layers}) as residuals,
+        recording({n: traced.layers[n - 1] for n in layers if n}, outputs=True) as residuals,
         recording({site: traced.module(site) for site in sites}) as seen,
         gathering(traced.head, tree.scored),
         recording({"hidden": traced.head}) as final,
-        recording({"out": traced.layers[0]}, outputs=True) as block,
     ):
         logits = traced.model(**inputs).logits  # [1, node, vocab]
     traced.n_forwards += 1
@@ -2118,8 +2117,6 @@ def run_clean(
             how = f"{traced.shape.name} computes its logits in some other way"
             raise RunError(f"{what} {largest:.3g} (bound {bound:.3g}): {how}")
     site_inputs = {site: x[0] for site, x in seen.items()}
-    if isinstance(block["out"], tuple):
-        residuals = {layer: (x,) for layer, x in residuals.items()}
     return CleanRun(tree, inputs, background, log_probs, logits[0], states, residuals, site_inputs)
 
 
@@ -3206,7 +3203,7 @@ def sweep_tree(
         folder.write_part(job.name, tidy_rows(tree, job, scores).to_dict("list"))
         if exp.traced.rows_per_forward < exp.rows_per_forward and folder.leads:
             folder.note(rows_after_halving=exp.traced.rows_per_forward)
-        clean.residuals.pop(job.layer)
+        clean.residuals.pop(job.layer, None)
         clean.site_inputs.pop(job.edits[0][0].site, None)
 
 
