@@ -1489,14 +1489,13 @@ def edited_positions(own: Sequence[int], partner: Sequence[int], config: Config)
     return {i: i + shift for i in spans[config.span] if i >= aligned or not patches}
 
 
-def plan_edits(prompts: Sequence[Prompt], config: Config) -> list[Plan]:
+def plan_edits(prompts: Sequence[Prompt], config: Config) -> Iterator[Plan]:
     """`edited_positions` of each prompt of one sample; the partner of b is a, that of others b."""
-    ids, plans = {prompt.side: prompt.ids for prompt in prompts}, []
+    ids = {prompt.side: prompt.ids for prompt in prompts}
     for prompt in prompts:
         receives = not config.patches or (prompt.side == "b") == (config.patch_into == "b")
         partner = ids["a" if prompt.side == "b" else "b"]
-        plans.append(edited_positions(prompt.ids, partner, config) if receives else {})
-    return plans
+        yield edited_positions(prompt.ids, partner, config) if receives else {}
 
 
 def grow(nodes: Nodes, parent: int, tokens: Sequence[int], owner: object = None) -> list[int]:
@@ -1504,10 +1503,9 @@ def grow(nodes: Nodes, parent: int, tokens: Sequence[int], owner: object = None)
     return [parent := nodes.setdefault((parent, token, owner), len(nodes)) for token in tokens]
 
 
-def plant(nodes: Nodes, prompts: Sequence[Prompt], config: Config, apart: bool) -> list[Placed]:
+def plant(nodes: Nodes, prompts: Sequence[Prompt], config: Config, apart: bool) -> Iterator[Placed]:
     """Let a tree grow by the prompts of a sample; edited nodes belong to one prompt only, all nodes
     to one sample where samples stand `apart`."""
-    placed: list[Placed] = []
     for prompt, plan in zip(prompts, plan_edits(prompts, config), strict=True):
         n_shared = min(plan or [len(prompt.ids)])
         path = grow(nodes, -1, prompt.ids[:n_shared], prompt.sample.sample_id if apart else None)
@@ -1515,8 +1513,7 @@ def plant(nodes: Nodes, prompts: Sequence[Prompt], config: Config, apart: bool) 
         path += grow(nodes, path[-1] if path else -1, prompt.ids[n_shared:], owner)
         forms = itertools.chain(*prompt.forms)
         before = [[path[-1], *grow(nodes, path[-1], form[:-1])] for form in forms]
-        placed.append((prompt, plan, path, before))
-    return placed
+        yield prompt, plan, path, before
 
 
 def plant_trees(
@@ -1529,13 +1526,13 @@ def plant_trees(
     placed: list[Placed] = []
     for prompts in samples:
         before = len(nodes)
-        new = plant(nodes, prompts, config, apart)
+        new = [*plant(nodes, prompts, config, apart)]
         if placed and len(nodes) > config.tree_tokens:
             while len(nodes) > before:
                 nodes.popitem()
             trees.append(build_tree(nodes, placed, bos, config))
             nodes, placed = {}, []
-            new = plant(nodes, prompts, config, apart)
+            new = [*plant(nodes, prompts, config, apart)]
         placed += new
     return [*trees, build_tree(nodes, placed, bos, config)]
 
@@ -1799,8 +1796,9 @@ def load_model(
             raise RunError(f"{config.model_id}: {there} for {shape.name}: {named}")
     used = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if used & {"cpu", "disk"} and used - {"cpu"}:
-        places = ", ".join(sorted(used))
-        log.warning(f"some layers are offloaded ({places}): this is exact but slow")
+        log.warning(
+            f"some layers are offloaded ({', '.join(sorted(used))}): this is exact but slow"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -1935,11 +1933,6 @@ def editing(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
         yield
 
 
-def with_slope(y: Tensor, x: Tensor, slope: float | Tensor) -> Tensor:
-    """y itself, whose derivative with respect to x is taken to be `slope`, element by element."""
-    return y.detach() + (x - x.detach()) * slope
-
-
 @contextlib.contextmanager
 def linearised(traced: TracedModel, frozen_attention: bool = False) -> Iterator[None]:
     """Take gradients by the rules of RelP (arXiv:2508.21258); the forward stays what it is. A norm
@@ -1949,10 +1942,11 @@ def linearised(traced: TracedModel, frozen_attention: bool = False) -> Iterator[
 
     def secant(at_zero: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]
-        return with_slope(output, x, torch.where(x == 0, at_zero, output / x).detach())
+        slope = torch.where(x == 0, at_zero, output / x).detach()
+        return output.detach() + (x - x.detach()) * slope  # the output, of another derivative
 
     def halve(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (with_slope(args[0], args[0], 0.5), *args[1:])
+        return ((args[0] + args[0].detach()) / 2, *args[1:])
 
     def cut(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return output.detach()
@@ -2489,14 +2483,12 @@ class Experiment:
         if multiplier is not None:
             op, where, factor = OPS["scale"], None, multiplier
         for site, columns, direction in self.parts(components, others_of):
-            source: float | Tensor = 0.0
+            source: Any = direction if op.source == "direction" else 0.0
             if op.source == "means":
                 source = self.means[site][columns]
             elif op.source == "partner":
                 assert clean is not None
                 source = clean.site_inputs[site][:, columns][clean.tree.partner]
-            elif op.source == "direction":
-                source = direction
             along = None if direction is None else unit(direction).expand(2, -1)
             edits.append(Edit(site, columns, factor, source, where, along))
         return tuple(edits)
@@ -2889,7 +2881,7 @@ def self_test(exp: Experiment) -> list[Check]:
     """Check the loaded model through the context managers of the sweep, on a tree of the two
     shortest samples; `RunError` if one fails."""
     # the library leaves hooks of its own behind when it returns attentions, hence first
-    checks = check_attentions(exp) if exp.config.check_attentions else []
+    checks = [*check_attentions(exp)] if exp.config.check_attentions else []
     before, site = count_hooks(exp.traced), (0, KINDS["head"].module)
     shortest = sorted(exp.prompts, key=lambda prompts: len(prompts[0].ids))[:2]
     (tree,) = plant_trees(shortest, exp.encoder.bos, replace(exp.config, tree_tokens=2**31))
@@ -2942,7 +2934,7 @@ def check_ablation(traced: TracedModel, clean: CleanRun, heads: Sequence[Compone
     return "ablating a head takes x_h W_h^T from o_proj's output (relative)", error, bound
 
 
-def check_rows(traced: TracedModel, clean: CleanRun, heads: Sequence[Component]) -> list[Check]:
+def check_rows(traced: TracedModel, clean: CleanRun, heads: Sequence[Component]) -> Iterator[Check]:
     """Empty edits give the clean run, from whichever block; a row is not touched by another's."""
     n_layers, bound = traced.shape.n_layers, NATS[traced.shape.dtype]
 
@@ -2958,11 +2950,9 @@ def check_rows(traced: TracedModel, clean: CleanRun, heads: Sequence[Component])
     beside, alone = (run_rows(traced, clean, [row, ()])[1:] for row in (ablated, kept))
     resumed = worst(map(unedited_from, later), itertools.repeat(clean.log_probs, len(later)))
     first = worst([unedited_from(0)], [clean.log_probs])
-    return [
-        ("an empty edit reproduces the log-probabilities (nats)", first, bound),
-        ("starting at a later block reproduces them (nats)", resumed, bound),
-        ("a row is not touched by another's edits (nats)", worst(beside, alone), bound / 10),
-    ]
+    yield "an empty edit reproduces the log-probabilities (nats)", first, bound
+    yield "starting at a later block reproduces them (nats)", resumed, bound
+    yield "a row is not touched by another's edits (nats)", worst(beside, alone), bound / 10
 
 
 def check_mask(clean: CleanRun) -> Check:
@@ -2979,7 +2969,7 @@ def check_mask(clean: CleanRun) -> Check:
     return "tokens of the tree that see others than those before them", wrong, 0
 
 
-def check_tree(traced: TracedModel, clean: CleanRun) -> list[Check]:
+def check_tree(traced: TracedModel, clean: CleanRun) -> Iterator[Check]:
     """The first and the last sample's prompts score as in plain forwards of their own. In bfloat16
     only the first block's attention, token by token, is exact enough to show a dropped ancestor."""
     tree, site = clean.tree, (0, KINDS["head"].module)
@@ -2996,14 +2986,12 @@ def check_tree(traced: TracedModel, clean: CleanRun) -> list[Check]:
         packed.append(clean.logits[tree.ends[i]].float().log_softmax(-1)[likely])
         alone.append(logits[likely])
     name, nats = "tree against plain forwards: ", worst(packed, alone)
-    error, bound = float(torch.cat(attention).max()), min(NATS[traced.shape.dtype], 0.01)
-    return [
-        (name + "attention in block 0 (relative)", error, bound),
-        (name + "log-probabilities (nats)", nats, NATS[traced.shape.dtype]),
-    ]
+    error, bound = float(torch.cat(attention).max()), NATS[traced.shape.dtype]
+    yield name + "attention in block 0 (relative)", error, min(bound, 0.01)
+    yield name + "log-probabilities (nats)", nats, bound
 
 
-def check_attentions(exp: Experiment) -> list[Check]:
+def check_attentions(exp: Experiment) -> Iterator[Check]:
     """Attention has one map per query head, and times the values it gives the heads' slices."""
     traced, shape, found = exp.traced, exp.shape, []
     ids = torch.tensor([exp.prompts[0][0].ids], device=traced.device)
@@ -3026,10 +3014,8 @@ def check_attentions(exp: Experiment) -> list[Check]:
         found.append((weights[0].float() @ value.float()).transpose(0, 1).reshape(n, -1))
     error = worst(found, [x[layer][0] for layer in range(len(found))], relative=True)
     bound = 4 * torch.finfo(shape.dtype).eps + 1e-5
-    return [
-        (f"attention maps that are not {wanted}", wrong, 0),
-        ("attention times values gives o_proj's input (relative)", error, bound),
-    ]
+    yield f"attention maps that are not {wanted}", wrong, 0
+    yield "attention times values gives o_proj's input (relative)", error, bound
 
 
 # ----- Unedited model -----------------------------------------------------------------------------
@@ -3140,8 +3126,7 @@ def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
     there = set(done.itertuples(index=False, name=None))
     jobs = []
     for (tree, first), (layer, edits) in itertools.product(enumerate(firsts), by_layer.items()):
-        left = [(c, draw) for c, draw in edits if (first, layer, c.index, draw) not in there]
-        if left:
+        if left := [(c, draw) for c, draw in edits if (first, layer, c.index, draw) not in there]:
             jobs.append(Job(tree, layer, tuple(left)))
     return jobs
 
