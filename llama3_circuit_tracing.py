@@ -2679,10 +2679,8 @@ def set_apart(
         there = f"of {numbered(len(units), 'sentence')} {len(measured)} are left to measure"
         raise UsageError(f"--along {config.along}: {there}, at least {least} are needed")
     gives = {of[0].sample for of in left if of[0].sample.unit in fitting and of[0].sample.counts}
-    return (
-        [of for of in left if of[0].sample in gives],
-        [of for of in left if of[0].sample not in gives],
-    )
+    apart = [of for of in left if of[0].sample in gives]
+    return apart, [of for of in left if of[0].sample not in gives]
 
 
 MOST_NODES = 10_000  # of a graph, whose edges are a matrix
