@@ -1528,9 +1528,8 @@ def plant_trees(
         before = len(nodes)
         new = [*plant(nodes, prompts, config, apart)]
         if placed and len(nodes) > config.tree_tokens:
-            while len(nodes) > before:
-                nodes.popitem()
-            trees.append(build_tree(nodes, placed, bos, config))
+            kept = dict(itertools.islice(nodes.items(), before))
+            trees.append(build_tree(kept, placed, bos, config))
             nodes, placed = {}, []
             new = [*plant(nodes, prompts, config, apart)]
         placed += new
@@ -1548,7 +1547,7 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
     for prompt, path in zip(prompts, paths, strict=True):
         if prompt.side == "b":
             weight[path[1:] if prompt.ids[0] == bos else path] += 1
-    number = itertools.count()
+    number = itertools.count()  # of an entry
     entries = [
         [[[next(number) for _ in form] for form in forms] for forms in prompt.forms]
         for prompt in prompts
@@ -1557,7 +1556,8 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
     tokens = [t for prompt in prompts for forms in prompt.forms for form in forms for t in form]
     scored, node = torch.tensor(parents).unique(return_inverse=True)
     ids, token = torch.tensor([[token for _, token, _ in nodes]]), torch.tensor(tokens)
-    depth, (where, partner) = visible.sum(1)[None] - 1, place_edits(placed, len(nodes), config)
+    depth = visible.sum(1)[None] - 1
+    where, partner = place_edits(placed, len(nodes), config)
     return Tree(
         prompts, paths, entries, ids, depth, visible, scored, node, token, where, partner, weight
     )
@@ -1570,10 +1570,10 @@ def place_edits(placed: Sequence[Placed], n: int, config: Config) -> tuple[Tenso
         return None, source
     by_side = {(p.sample, p.side): (path, before) for p, _, path, before in placed}
     for prompt, plan, path, before in placed:
-        their_path, theirs_before = by_side[prompt.sample, "a" if prompt.side == "b" else "b"]
+        their_path, their_before = by_side[prompt.sample, "a" if prompt.side == "b" else "b"]
         pairs = [(path[mine], their_path[theirs]) for mine, theirs in (plan or {}).items()]
         if plan and config.patches and config.span == "all":
-            for my_form, their_form in zip(before, theirs_before, strict=True):
+            for my_form, their_form in zip(before, their_before, strict=True):
                 pairs += zip(my_form, their_form, strict=True)
         for mine, theirs in pairs:
             where[mine], source[mine] = True, theirs
@@ -2515,7 +2515,7 @@ class Experiment:
         ablation of a direction of Arditi et al. (arXiv:2406.11717), who zero what is written."""
         along = unit(self.directions[component]).expand(2, -1)
         in_blocks = itertools.product(range(self.shape.n_layers), ("", MIDDLE))
-        sites = [*in_blocks, (self.shape.n_layers, FINAL)]  # of block, its MLP, unembedding
+        sites = [*in_blocks, (self.shape.n_layers, FINAL)]  # by block, by MLP, by unembedding
         return tuple(Edit(site, slice(None), along=along) for site in sites)
 
 
