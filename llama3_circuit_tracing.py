@@ -1987,7 +1987,7 @@ def recording(
 @contextlib.contextmanager
 def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[None]:
     """Skip the blocks below a layer: it receives the residual stream [1, tok, d_model] of the clean
-    run, as the last of them returned it. The library's own forward stays in charge (masks, rotary
+    run, in the form of a block's output. The library's own forward stays in charge (masks, rotary
     embeddings, norms); the weights of skipped blocks are not even read where they are offloaded."""
     below = list(traced.layers)[:layer]
     saved = [block.__dict__.get("forward") for block in below]  # accelerate's, where it offloads
@@ -2073,7 +2073,7 @@ class CleanRun:
     log_probs: Tensor  # [1, entry]
     logits: Tensor  # [node, vocab], the model's own
     states: Tensor  # [1, node, ...], see `final_states`
-    residuals: dict[int, Any]  # what enters each block above 0, as the one below returns it
+    residuals: dict[int, Any]  # [1, tok, d_model] entering each block, as a block returns it
     site_inputs: dict[Site, Tensor]  # [tok, width]
 
 
@@ -2092,10 +2092,11 @@ def run_clean(
     }
     with (
         editing(traced, [background]),
-        recording({n: traced.layers[n - 1] for n in layers if n}, outputs=True) as residuals,
+        recording({layer: traced.layers[layer] for layer in layers}) as residuals,
         recording({site: traced.module(site) for site in sites}) as seen,
         gathering(traced.head, tree.scored),
         recording({"hidden": traced.head}) as final,
+        recording({"out": traced.layers[0]}, outputs=True) as block,
     ):
         logits = traced.model(**inputs).logits  # [1, node, vocab]
     traced.n_forwards += 1
@@ -2111,6 +2112,8 @@ def run_clean(
             how = f"{traced.shape.name} computes its logits in some other way"
             raise RunError(f"{what} {largest:.3g} (bound {bound:.3g}): {how}")
     site_inputs = {site: x[0] for site, x in seen.items()}
+    if isinstance(block["out"], tuple):
+        residuals = {layer: (x,) for layer, x in residuals.items()}
     return CleanRun(tree, inputs, background, log_probs, logits[0], states, residuals, site_inputs)
 
 
@@ -3186,7 +3189,7 @@ def sweep_tree(
         folder.write_part(job.name, tidy_rows(tree, job, scores).to_dict("list"))
         if exp.traced.rows_per_forward < exp.rows_per_forward and folder.leads:
             folder.note(rows_after_halving=exp.traced.rows_per_forward)
-        clean.residuals.pop(job.layer, None)
+        clean.residuals.pop(job.layer)
         clean.site_inputs.pop(job.edits[0][0].site, None)
 
 
