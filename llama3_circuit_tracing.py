@@ -3231,24 +3231,18 @@ def mean_gradients(
     method, sites = exp.config.estimator, list(moves)
     shares = METHODS[method]
     for group in [sites] if len(shares) == 1 else [[site] for site in sites]:
-        leaves = {
-            (share, site): torch.zeros_like(moves[site], dtype=torch.float32, requires_grad=True)
-            for share, site in itertools.product(shares, group)
-        }
-        rows = [
-            tuple(
-                Edit(site, slice(None), 1.0, share * moves[site] + leaves[share, site])
-                for site in group
-            )
-            for share in shares
-        ]
+        far = [moves[site].expand(len(shares), -1, -1) for site in group]  # [share, tok, width]
+        leaves = [torch.zeros_like(of, dtype=torch.float32, requires_grad=True) for of in far]
+        rows = []
+        for share, *of_share in zip(shares, *leaves, strict=True):
+            pairs = zip(group, of_share, strict=True)
+            edits = (Edit(site, slice(None), 1.0, share * moves[site] + x) for site, x in pairs)
+            rows.append(tuple(edits))
         with linearised(exp.traced) if method == "relp" else contextlib.nullcontext():
-            found = side_gradients(exp.traced, clean, exp.task, rows, [*leaves.values()])
+            found = side_gradients(exp.traced, clean, exp.task, rows, leaves)
         for side, gradients in found.items():
-            by_leaf = dict(zip(leaves, gradients, strict=True))
-            for site in group:
-                along = torch.stack([by_leaf[share, site] for share in shares])
-                yield side, site, along.mean(0)
+            for site, gradient in zip(group, gradients, strict=True):
+                yield side, site, gradient.mean(0)
 
 
 def estimate_tree(exp: Experiment, tree: Tree) -> Tensor:
@@ -3260,12 +3254,11 @@ def estimate_tree(exp: Experiment, tree: Tree) -> Tensor:
     by the rules of `linearised`. `ig`: its mean over the way to x + D, on which all components of
     a module move together (integrated gradients, arXiv:1703.01365, by midpoints).
     """
-    traced, kind, layers = exp.traced, exp.config.kind, {c.layer for c in exp.components}
-    module = KINDS[kind].module
-    whole = next(name for name, of in KINDS.items() if of.module == module and not of.slices)
-    modules = [Component(layer, whole) for layer in sorted(layers)]
+    kind, layers = exp.config.kind, sorted({component.layer for component in exp.components})
+    whole = {"head": "attn", "neuron": "mlp"}.get(kind, kind)
+    modules = [Component(layer, whole) for layer in layers]
     sites = [module.site for module in modules]
-    clean = run_clean(traced, tree, exp.background, layers, sites)
+    clean = run_clean(exp.traced, tree, exp.background, layers, sites)
     moves = {
         edit.site: displacement(edit, clean.site_inputs[edit.site][None])[0]  # [tok, width]
         for edit in exp.edits(modules, clean)
@@ -3284,25 +3277,22 @@ def estimate_tree(exp: Experiment, tree: Tree) -> Tensor:
 
 def estimate(exp: Experiment, folder: RunFolder) -> Tensor:
     """`estimate_tree` of all samples; `UsageError` where a gradient cannot be had."""
-    method, config = exp.config.estimator, exp.config
-    labels = digest([component.label for component in exp.components])
-    trees = plant_trees(exp.prompts, exp.encoder.bos, config, apart=True)
-    whole = replace(config, tree_tokens=2**31)
+    method, bos = exp.config.estimator, exp.encoder.bos
+    whole = replace(exp.config, tree_tokens=2**31)
 
     def some(prompts: Sequence[list[Prompt]]) -> list[Any]:
-        (tree,) = plant_trees(prompts, exp.encoder.bos, whole, apart=True)
-        return list(estimate_tree(exp, tree).tolist())
+        return list(estimate_tree(exp, *plant_trees(prompts, bos, whole, apart=True)).tolist())
 
     def compute(prompts: Sequence[list[Prompt]]) -> list[Any]:
         if any(weight.is_meta for weight in exp.traced.model.parameters()):
             raise UsageError(f"--method {method} needs weights at hand; some are offloaded")
         return run_batches(exp.traced, prompts, some, bar, "samples_per_backward")
 
-    left, found = list(exp.prompts), []
-    with tqdm(total=len(left), unit="sample", desc="estimates", disable=None) as bar:
-        for tree in trees:
-            prompts, left = left[: len(tree.samples)], left[len(tree.samples) :]
-            key = digest([method, labels, [of[0].sample.sample_id for of in prompts]])
+    left, labels, found = iter(exp.prompts), labels_of(exp.components), []
+    with tqdm(total=len(exp.prompts), unit="sample", desc="estimates", disable=None) as bar:
+        for tree in plant_trees(exp.prompts, bos, exp.config, apart=True):
+            prompts = list(itertools.islice(left, len(tree.samples)))
+            key = digest([method, labels, [sample.sample_id for sample, _ in tree.samples]])
             found += folder.part(f"estimate-{key[:16]}", compute, prompts)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -3310,12 +3300,11 @@ def estimate(exp: Experiment, folder: RunFolder) -> Tensor:
 def estimated_rows(exp: Experiment, estimates: Tensor, records: Records) -> pd.DataFrame:
     """The estimates as rows like those of `tidy_rows`: an unedited score and what is added."""
     layers, indices = zip(*((c.layer, c.index) for c in exp.components), strict=True)
-    frames, components = [], {"layer": layers, "index": indices, "draw": -1}
-    for record, of_sample in zip(records, estimates.unbind(), strict=True):
-        frames.append(pd.DataFrame(components).assign(sample_id=record["sample_id"]))
+    frames, rows = [], pd.DataFrame({"layer": layers, "index": indices, "draw": -1})
+    for record, of_sample in zip(records, estimates.numpy(), strict=True):
+        frames.append(rows.assign(sample_id=record["sample_id"]))
         for side, prompt in record["prompts"].items():
-            added = of_sample[:, SIDES.index(side)]
-            frames[-1][f"score_{side}_head"] = (prompt["score"] + added).tolist()
+            frames[-1][f"score_{side}_head"] = prompt["score"] + of_sample[:, SIDES.index(side)]
     return pd.concat(frames, ignore_index=True).astype({"sample_id": "category"})
 
 
@@ -3378,11 +3367,8 @@ def mean_test(sums: Tensor, counts: Tensor) -> Tensor:
     df = (size - 1).clamp_min(1)  # to a normal quantile: Hill 1970, doi:10.1145/355598.362775
     z = ((df - 0.5) * (t**2 / df).log1p()).sqrt()
     z = z + (z**3 + 3 * z) / (48 * (df - 0.5) ** 2)
-    return (
-        (2 * torch.special.ndtr(-z))
-        .maximum(smallest_p((counts != 0).double().sum(0)))
-        .clamp_max(1.0)
-    )
+    least = smallest_p((counts != 0).double().sum(0))
+    return (2 * torch.special.ndtr(-z)).maximum(least).clamp_max(1.0)
 
 
 def mean_interval(sums: Tensor, counts: Tensor) -> Tensor:
@@ -3404,11 +3390,9 @@ def mean_interval(sums: Tensor, counts: Tensor) -> Tensor:
 def benjamini_hochberg(p: Tensor, n_tests: int = 0) -> Tensor:
     """q values [column] (Benjamini and Hochberg 1995); where there are `n_tests`, more than these,
     the others are taken to have p = 1."""
-    order = p.argsort()
-    ranks = torch.arange(1, len(p) + 1, dtype=torch.float64)
+    order, ranks = p.argsort(), torch.arange(1, len(p) + 1, dtype=torch.float64)
     scaled = p[order] * max(n_tests, len(p)) / ranks
-    q = scaled.clamp(max=1.0).flip(0).cummin(0).values.flip(0)
-    return torch.empty_like(q).scatter(0, order, q)
+    return scaled.clamp(max=1.0).flip(0).cummin(0).values.flip(0)[order.argsort()]
 
 
 def share_interval(share: float, n: int) -> tuple[float, float]:
@@ -3421,28 +3405,27 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
 
 # ----- Tables -------------------------------------------------------------------------------------
 
+Bases = dict[str, Record]  # by side, see `base_statistics`
+
 
 def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.DataFrame:
     """Swept rows with their samples' base scores, sorted; every number recomputes from scores."""
     labels = ["unit", "group", "prompts"]
     samples = pd.DataFrame(
-        {"n_constraints": len(record["targets"]), "prompts": record["prompts_id"]}
-        | {name: record[name] for name in ("unit", "group")}
+        {name: record[name] for name in ("sample_id", "unit", "group")}
+        | {"n_constraints": len(record["targets"]), "prompts": record["prompts_id"]}
         | {f"score_{side}_base": prompt["score"] for side, prompt in record["prompts"].items()}
         for record in records
-    ).astype(dict.fromkeys(labels, "category"))
-    samples.index = pd.Index([record["sample_id"] for record in records])
-    samples = samples.reindex(rows["sample_id"].cat.categories)
-    of_row = samples.take(rows["sample_id"].cat.codes.to_numpy()).set_index(rows.index)
-    table = pd.concat([rows, of_row], axis=1).assign(head=rows["index"], **same_in_all(config))
+    ).astype({"sample_id": rows["sample_id"].dtype} | dict.fromkeys(labels, "category"))
+    table = rows.join(samples.set_index("sample_id"), on="sample_id")
+    table = table.assign(head=rows["index"], **same_in_all(config))
     for run in ("base", "head"):
         table[f"delta_logit_{run}"] = table[f"score_a_{run}"] - table[f"score_b_{run}"]
     table["head_effect"] = table["delta_logit_head"] - table["delta_logit_base"]
     sides = CONTROLS if config.controls else ()
     controls = [f"score_{side}_{run}" for side in sides for run in ("base", "head")]
-    lacking = [name for name in controls if name not in table]  # where no sample has a control
-    lacking += [name for name in ("estimate", "n_screened") if name not in table]
-    table = table.assign(**dict.fromkeys(lacking, math.nan))
+    needed = [*controls, "estimate", "n_screened"]  # NaN where no sample has them
+    table = table.reindex(columns=[*dict.fromkeys([*table, *needed])])
     moved = table["score_a_head"] - table["score_a_base"]
     for side in sides:
         control = table[f"score_{side}_head"] - table[f"score_{side}_base"]
@@ -3519,38 +3502,25 @@ def base_of(table: pd.DataFrame, side: str) -> pd.Series:
 def base_statistics(table: pd.DataFrame, side: str = "b") -> Record:
     """The same of the unedited scores of prompt a less those of another side, one number per
     sample, and whether the interval excludes 0; {} where the table lacks the scores."""
-    table = (
-        table.assign(base=base_of(table, side))
-        .drop_duplicates("sample_id")
-        .assign(layer=0, index=0)
-    )
-    if table["base"].isna().all():
+    once = table.assign(base=base_of(table, side)).drop_duplicates("sample_id")
+    if once["base"].isna().all():
         return {}
-    found: pd.Series = statistics_of(table, "base").iloc[0]
-    record = {str(name): value for name, value in found.items()}
-    return record | {"is_clear": bool(found["ci_low"] > 0 or found["ci_high"] < 0)}
+    found: pd.Series = statistics_of(once, "base", ["kind"]).iloc[0]
+    told = {str(name): value for name, value in found.items()}
+    return told | {"is_clear": bool(found["ci_low"] > 0 or found["ci_high"] < 0)}
 
 
-def bases_of(table: pd.DataFrame) -> dict[str, Record]:
+def bases_of(table: pd.DataFrame) -> Bases:
     """`base_statistics` by side, of those that the table has."""
-    found = {side: base_statistics(table, side) for side in ("b", *CONTROLS)}
-    return {side: base for side, base in found.items() if base}
-
-
-def has_contrast(bases: Mapping[str, Record]) -> bool:
-    """Whether most sentences have a control with other words: then the contrast is quoted."""
-    return bool(2 * bases.get("other", {}).get("n_sentences", 0) > bases["b"]["n_sentences"])
+    return {side: base for side in ("b", *CONTROLS) if (base := base_statistics(table, side))}
 
 
 def quoted_side(prompts: Sequence[Sequence[Prompt]], groups: Iterable[set[str]]) -> str:
     """Less which side the score of prompt a is quoted: `other` where most sentences of each group
     have that control."""
-    sides: dict[str, set[str]] = defaultdict(set)
-    for of_sample in prompts:
-        if of_sample[0].sample.counts:
-            sides[of_sample[0].sample.unit] |= {prompt.side for prompt in of_sample}
-    has = [[unit in sides and "other" in sides[unit] for unit in units] for units in groups]
-    return "other" if all(2 * sum(of_units) > len(of_units) for of_units in has) else "b"
+    others = (p for p in itertools.chain(*prompts) if p.side == "other" and p.sample.counts)
+    has = {prompt.sample.unit for prompt in others}
+    return "other" if all(2 * len(has & units) > len(units) for units in groups) else "b"
 
 
 def role_sign(base_mean: float, factor: float | None) -> float:
@@ -3559,9 +3529,7 @@ def role_sign(base_mean: float, factor: float | None) -> float:
     return math.copysign(1.0, base_mean) * (1.0 if (factor or 0.0) > 1 else -1.0)
 
 
-def heads_table(
-    table: pd.DataFrame, bases: Mapping[str, Record], floor: float, config: Config
-) -> pd.DataFrame:
+def heads_table(table: pd.DataFrame, bases: Bases, floor: float, config: Config) -> pd.DataFrame:
     """circuit_heads.csv: effects and contrasts, each judged by its role in its own base (of prompt
     a less that side), against noise and against 0."""
 
@@ -3587,8 +3555,8 @@ def heads_table(
                 log.warning(f"{column} is left out: its base, the scores of {side}, is not there")
                 continue
             heads = heads.join(judge(column, bases[side]).add_prefix(f"minus_{side}_"))
+    labels = [Component(*key).label for key in heads.index]
     heads = heads.reset_index().assign(n_tests=count_tests(table))
-    labels = [Component(*key).label for key in heads[KEY].itertuples(index=False)]
     heads.insert(0, "label", labels)
     heads.insert(2, "head", heads["index"])
     return heads
@@ -3616,8 +3584,7 @@ def compare_runs(
         if not base["is_clear"]:
             log.info("nothing is compared: over these, the interval of a base covers 0 or is none")
             return heads
-        sign = role_sign(base["mean"], None if pd.isna(factor) else factor)
-        run["role"] = sign * run["head_effect"]
+        run["role"] = role_sign(base["mean"], factor) * run["head_effect"]
     theirs = theirs[[*keys, "role"]].drop_duplicates(keys)
     pairs = mine.merge(theirs, on=keys, suffixes=("", "_before"))
     ranks = pairs.groupby(KEY)[["role", "role_before"]].mean().rank()
@@ -3658,7 +3625,7 @@ def draw_bars(heights: pd.Series, path: Path, color: Any = None, **settings: Any
 
 def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     """The top-K mean effects by magnitude as bars."""
-    top = heads.sort_values("mean", key=lambda mean: mean.abs(), ascending=False).head(config.top_k)
+    top = heads.sort_values("mean", key=abs, ascending=False).head(config.top_k)
     kind = str(top["kind"].iloc[0])
     axis = kind if KINDS[kind].slices else "layer"
     title = f"Top {len(top)} {kind} effects on delta_logit\n{config.by[1:]}".rstrip()
@@ -3678,68 +3645,55 @@ VERDICTS = {"contributes": "tab:blue", "works against": "tab:orange", "unclear":
 
 
 def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) -> None:
-    """The top K with their intervals, by magnitude; where there are controls, beside what is left
-    of each less forbidding other words."""
-    top = heads.sort_values("mean", key=lambda mean: mean.abs()).tail(config.top_k)
+    """The top K with their intervals and, where known, what is left less forbidding other words."""
+    top = heads.sort_values("mean", key=abs).tail(config.top_k).reset_index(drop=True)
     panels = {"": "effect on delta_logit"}
     if "minus_other_mean" in top:
         panels["minus_other_"] = "less forbidding other words"
     size = (2.6 + 3.0 * len(panels), 1.6 + 0.24 * len(top))
     figure = Figure(figsize=size, layout="constrained")
-    for axes, (prefix, title) in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
-    ):
+    (every,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
+    for axes, (prefix, title) in zip(every, panels.items(), strict=True):
         axes.axvline(0, color="black", linewidth=0.8)
         for verdict, color in VERDICTS.items():
-            of_verdict = (top[f"{prefix}verdict"] == verdict).to_numpy()
-            rows = [row for row, drawn in enumerate(of_verdict) if drawn]
-            mean, low, high = (
-                top[f"{prefix}{n}"][of_verdict] for n in ("mean", "ci_low", "ci_high")
-            )
-            axes.hlines(rows, low, high, color=color, linewidth=1.5)
-            axes.plot(mean, rows, "o", markersize=4, color=color, label=verdict)
+            of = top[top[f"{prefix}verdict"] == verdict]
+            mean, low, high = (of[f"{prefix}{name}"] for name in ("mean", "ci_low", "ci_high"))
+            axes.hlines(of.index, low, high, color=color, linewidth=1.5)
+            axes.plot(mean, of.index, "o", markersize=4, color=color, label=verdict)
         axes.set(xlabel="nats", title=title)
-    figure.axes[0].set_yticks(range(len(top)), top["label"])
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    every[0].set_yticks(top.index, top["label"])
+    handles, labels = every[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    model, n = Path(config.model_id).name, numbered(int(base["n_sentences"]), "sentence")
-    told = (
-        f"{config.task}, {model}, {op_of(config)}\nmeans{config.estimated}, 95 % intervals over {n}"
-    )
+    told = f"{config.task}, {Path(config.model_id).name}, {op_of(config)}\nmeans{config.estimated}"
+    told += f", 95 % intervals over {numbered(int(base['n_sentences']), 'sentence')}"
     figure.suptitle(told, fontsize=9, parse_math=False)
     save_figure(figure, path)
 
 
 def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
-    """What is left of the quoted measure against the number edited: the chosen with their intervals
-    and the damaged among them, the random sets, the base."""
-    rows = rows[(rows["samples"] == "held-out") & rows["quoted"]]
-    base = float(rows[rows["set"] == "none"]["mean_delta"].iloc[0])
-    chosen = rows[rows["set"] == "chosen"].set_index("n_ablated")
-    drawn = rows[rows["set"] == "random"].set_index("n_ablated")
+    """What is left of the quoted measure with sets of components edited, against their size."""
+    rows = rows[(rows["samples"] == "held-out") & rows["quoted"]].set_index("n_ablated")
+    none, chosen, drawn = (rows[rows["set"] == name] for name in ("none", "chosen", "random"))
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    axes, base = figure.add_subplot(), float(none["mean_delta"].iloc[0])
     axes.axhline(base, color="black", linewidth=0.8, linestyle="--", label="nothing edited")
-    grouped = drawn.groupby("n_ablated")["mean_delta"]
-    many = grouped.size()[grouped.size() >= MANY_SETS].index
-    low, high = (grouped.quantile(share).loc[many] for share in (0.05, 0.95))
-    lent = f" (up to {int(drawn['lent'].max())} of a neighbour)" if drawn["lent"].any() else ""
+    by_size = drawn.groupby("n_ablated")["mean_delta"]
+    many = by_size.size()[by_size.size() >= MANY_SETS].index
     if len(many):
-        label = "5-95 % of random sets"
-        axes.vlines(many, low, high, color="lightgray", linewidth=14, label=label)
+        low, high = (by_size.quantile(share)[many] for share in (0.05, 0.95))
+        axes.vlines(many, low, high, color="lightgray", linewidth=14, label="5-95 % of random sets")
+    lent = f" (up to {int(drawn['lent'].max())} of a neighbour)" if drawn["lent"].any() else ""
     label = "random directions, as far" if config.along else f"random sets, same layers{lent}"
-    axes.plot(drawn.index, drawn["mean_delta"], ".", color="tab:gray", markersize=4, label=label)
+    axes.plot(drawn["mean_delta"], ".", color="tab:gray", markersize=4, label=label)
     axes.vlines(chosen.index, chosen["ci_low"], chosen["ci_high"], color="tab:blue")
     label = "chosen on the other half (95 % interval)"
-    axes.plot(chosen.index, chosen["mean_delta"], "o-", color="tab:blue", label=label)
-    damaged = chosen[chosen["damaged"].eq(True)]
+    axes.plot(chosen["mean_delta"], "o-", color="tab:blue", label=label)
+    damaged = chosen[chosen["damaged"].eq(True)]["mean_delta"]
     if len(damaged):
         label = "damaged: moves prompt b further than random sets"
-        axes.plot(
-            damaged.index, damaged["mean_delta"], "x", color="red", markersize=12, label=label
-        )
+        axes.plot(damaged, "x", color="red", markersize=12, label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(chosen.index.tolist(), [str(size) for size in chosen.index])
+    axes.set_xticks(chosen.index, chosen.index.map(str))
     measure = f"mean score {chosen['measure'].iloc[0]} (nats)"
     title = f"Held-out {config.task}: joint op {op_of(config)}"
     axes.set(xlabel="components edited jointly", ylabel=measure, title=title)
@@ -3751,27 +3705,21 @@ def draw_heatmap(heads: pd.DataFrame, config: Config, path: Path) -> None:
     """Mean role by layer and index, centred at zero; grey where it has no verdict."""
     cells = heads.pivot(index="layer", columns="index", values=["role", "verdict"])
     grid, loud = cells["role"].astype(float), cells["verdict"] != "unclear"
-    kind = str(heads["kind"].iloc[0])
+    kind, label = str(heads["kind"].iloc[0]), "role in nats: > 0 carries the task"
     title = f"Mean role{config.by}\n(grey: q >= 0.05 or below the floor)"
-    label = "role in nats: > 0 carries the task"
     if grid.shape[1] == 1:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
-        settings = {"xlabel": f"layer ({kind})", "ylabel": label, "title": title}
-        return draw_bars(grid.iloc[:, 0], path, color=colors, **settings)
-    axes: Record = {"xlabel": kind, "ylabel": "layer", "title": title}
+        axes: Record = {"xlabel": f"layer ({kind})", "ylabel": label, "title": title}
+        return draw_bars(grid.iloc[:, 0], path, color=colors, **axes)
+    axes = {"xlabel": kind, "ylabel": "layer", "title": title}
     return draw_grid(grid, loud, path, f"{label}, < 0 works against it", **axes)
 
 
 def draw_grid(
-    grid: pd.DataFrame,
-    loud: pd.DataFrame,
-    path: Path,
-    label: str,
-    most_ticks: int = 16,
-    **settings: Any,
+    grid: pd.DataFrame, loud: pd.DataFrame, path: Path, label: str, ticks: int = 16, **settings: Any
 ) -> None:
     """A cell per entry of a grid, coloured from blue over white at zero to red; grey where it is
-    not `loud`. Settings are those of the axes, the label that of the colours."""
+    not `loud`; at most so many ticks. Settings are those of the axes, the label of the colours."""
     size = (2.5 + 0.3 * grid.shape[1], 1.5 + 0.3 * len(grid))
     width, height = (min(20, max(4.5, side)) for side in size)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -3782,9 +3730,8 @@ def draw_grid(
     shown = grid.where(loud).to_numpy(dtype=float)
     image = axes.pcolormesh(columns, rows, shown, cmap="RdBu_r", vmin=-bound, vmax=bound)
     for axis, names in ((axes.xaxis, list(grid.columns)), (axes.yaxis, list(grid.index))):
-        some = range(0, len(names), -(-len(names) // most_ticks))
-        labels = [str(names[i]) for i in some]
-        axis.set_ticks([i + 0.5 for i in some], labels, parse_math=False)
+        some = range(0, len(names), -(-len(names) // ticks))
+        axis.set_ticks([i + 0.5 for i in some], [str(names[i]) for i in some], parse_math=False)
     if grid.shape[1] > 6 and max(map(len, map(str, grid.columns))) > 3:
         axes.tick_params(axis="x", rotation=90)
     axes.set(**settings)
@@ -3803,14 +3750,19 @@ def describe_base(side: str, base: Record) -> str:
     return f"mean {what} {base['mean']:+.3f} nats, {spread}"
 
 
+def interval(row: Any, name: str = "ci", form: str = "+.3f") -> str:
+    """In brackets, from `name`_low to `name`_high; "" where there is none."""
+    low, high = (getattr(row, f"{name}_{end}") for end in ("low", "high"))
+    return "" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]"
+
+
 def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
     """What editing a component, a row of circuit_heads.csv, says about its part in what each base
     shows."""
     stands = {"contributes": "contributes to", "works against": "works against"}
     clear = f"{stands[head.verdict]} {whats['b']}" if head.verdict in stands else "unclear"
     told = [f"{OPS[config.op].doing} {head.label}{config.by}: {clear}"]
-    interval = f"[{head.ci_low:+.3f}, {head.ci_high:+.3f}]"
-    told.append(f"effect {head.mean:+.3f} {interval}, q {head.q:.2g}")
+    told.append(f"effect {head.mean:+.3f}{interval(head)}, q {head.q:.2g}")
     if not math.isnan(getattr(head, "moved_a", math.nan)):
         moved = f"{head.moved_a:+.2f} after prompt a, {head.moved_b:+.2f} after b"
         told.append(f"{TASKS[config.task].scored} {moved}")
@@ -3819,22 +3771,20 @@ def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
         if head.minus_other_verdict in stands:
             stand = stands[head.minus_other_verdict]
             serves = f"{stand} {whats['other']} that is specific to these words"
-        interval = f"[{head.minus_other_ci_low:+.3f}, {head.minus_other_ci_high:+.3f}]"
-        q = f"q {head.minus_other_q:.2g}"
-        contrast = f"less forbidding other words {head.minus_other_mean:+.3f} {interval}, {q}"
-        told.append(f"{contrast}: {serves}")
+        ends = f"{interval(head, 'minus_other_ci')}, q {head.minus_other_q:.2g}"
+        told.append(f"less forbidding other words {head.minus_other_mean:+.3f}{ends}: {serves}")
     return "; ".join(told)
 
 
-def quoted_role(heads: pd.DataFrame, bases: Mapping[str, Record]) -> tuple[str, str]:
-    """The side and the column that components are ranked by."""
-    contrast = has_contrast(bases) and "minus_other_role" in heads and bases["other"]["is_clear"]
-    return ("other", "minus_other_role") if contrast else ("b", "role")
+def quoted_role(heads: pd.DataFrame, bases: Bases) -> tuple[str, str]:
+    """The side and the column that components are ranked by: those of the contrast with other
+    words, where most sentences have that control and its base is clear."""
+    other = bases.get("other", {"n_sentences": 0, "is_clear": False})
+    clear = other["is_clear"] and 2 * other["n_sentences"] > bases["b"]["n_sentences"]
+    return ("other", "minus_other_role") if clear and "minus_other_role" in heads else ("b", "role")
 
 
-def report_findings(
-    heads: pd.DataFrame, bases: Mapping[str, Record], floor: float, config: Config
-) -> None:
+def report_findings(heads: pd.DataFrame, bases: Bases, floor: float, config: Config) -> None:
     """The bases, what the sample allows, and the strongest components of either role: by the
     contrast with other words where that has a base."""
     task, n_tests = TASKS[config.task], int(heads["n_tests"].iloc[0])
@@ -3857,9 +3807,9 @@ def report_findings(
     signs = {side: found["mean"] * task.sign for side, found in bases.items()}
     whats = {side: task.name if sign > 0 else task.opposite for side, sign in signs.items()}
     ranked = heads.sort_values(role, ascending=False)
-    strongest = ranked[ranked[role] > 0].head(5), ranked[ranked[role] < 0].iloc[:-6:-1]
-    for head in itertools.chain(*(side.itertuples() for side in strongest)):
-        log.info("%s", describe_effect(head, whats, config))
+    for strongest in ranked[ranked[role] > 0].head(5), ranked[ranked[role] < 0].iloc[:-6:-1]:
+        for head in strongest.itertuples():
+            log.info("%s", describe_effect(head, whats, config))
 
 
 def write_findings(
@@ -3928,15 +3878,13 @@ def quoted_estimates(exp: Experiment) -> tuple[str, Tensor, list[int]]:
     `exp.components` by falling |mean| of these: with --confirm over the sentences of its choosing
     half, so that the other is held out."""
     assert exp.estimates is not None
-    of_samples = [of_sample[0].sample for of_sample in exp.prompts]
-    samples = pd.DataFrame({"unit": s.unit, "group": s.group} for s in of_samples)
-    every = {*real_rows(samples)["unit"]}
-    groups = split_units(samples, exp.config.seed) if exp.config.confirms else (every,)
+    samples = [of_sample[0].sample for of_sample in exp.prompts]
+    units = {sample.unit for sample in samples if sample.counts}
+    groups = halves(units, exp.config.seed) if exp.config.confirms else (units,)
     against = quoted_side(exp.prompts, groups)
     effects = exp.estimates[..., 0] - exp.estimates[..., SIDES.index(against)]
-    counts = torch.tensor([sample.counts for sample in of_samples])
-    effects = effects.masked_fill(~counts[:, None], math.nan)
-    means = effects[samples["unit"].isin(groups[0]).tolist()].nanmean(0).nan_to_num()
+    effects[[not sample.counts for sample in samples]] = math.nan
+    means = effects[[sample.unit in groups[0] for sample in samples]].nanmean(0).nan_to_num()
     return against, effects, means.abs().argsort(descending=True, stable=True).tolist()
 
 
@@ -4017,12 +3965,10 @@ def draw_screen(table: pd.DataFrame, config: Config, path: Path) -> None:
     """Estimate against measurement."""
     figure = Figure(figsize=(4.6, 4.6), layout="constrained")
     axes = figure.add_subplot()
-    for name, color in {"top": "tab:blue", "random": "tab:orange"}.items():
+    for name, of in {"top": "best estimates", "random": "random others"}.items():
         drawn = table[table["measured"] == name]
-        label = f"{'best estimates' if name == 'top' else 'random others'} ({len(drawn)})"
-        axes.plot(
-            drawn["estimate_mean"], drawn["mean"], "o", markersize=4, color=color, label=label
-        )
+        label = f"{of} ({len(drawn)})"
+        axes.plot(drawn["estimate_mean"], drawn["mean"], "o", markersize=4, label=label)
     axes.axline((0, 0), slope=1, color="black", linewidth=0.8, label="equal")
     measure = f"score {table['measure'].iloc[0]} (nats)"
     title = f"{len(table)} {config.kind}s of {config.task}, {op_of(config)}"
@@ -4304,7 +4250,7 @@ def choose_circuit(table: pd.DataFrame, config: Config, against: str) -> pd.Data
     """Components by falling mean role in these rows, of the effect on the score of prompt a less
     that of a side: the `top` so many, the fewest with a `mass` of all that carry the task, those
     with a `share` of the base, or the best so many of each `layer`; the last three only carriers.
-    Columns label, role and mean, indexed by component."""
+    Columns mean and role, indexed by component."""
     column = "head_effect" if against == "b" else f"effect_minus_{against}"
     real = real_rows(table[table[column].notna()])
     base = base_of(real.drop_duplicates("sample_id"), against).mean()
@@ -4422,9 +4368,8 @@ def write_circuit(
     told |= {"model_id": config.model_id, "task": config.task, "op": op_of(config)}
     told |= {"method": config.row_method, "selection": as_text(config.confirm), "measure": measure}
     told |= {"chosen_on": sorted(units), "components": []}
-    for component, role, mean in zip(found.index, found["role"], found["mean"], strict=True):
-        named = {"label": component.label, **vars(component)}
-        told["components"].append(named | {"role": role, "mean": mean})
+    for component, row in found[["role", "mean"]].to_dict("index").items():
+        told["components"].append({"label": component.label} | vars(component) | row)
     write_text(folder.path / "circuit.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -4450,12 +4395,11 @@ def run_sets(
         for tree in trees:
             clean = exp.run_clean(tree, layers, every)
             rows = [row_of(exp, clean, of) for of in sets]
-            both = exp.run_rows(clean, rows, bar, scores, divergence).chunk(2, 1)
-            nothing = torch.full_like(both[0][:, 0], math.nan)
+            of_prompt, kl = exp.run_rows(clean, rows, bar, scores, divergence).chunk(2, 1)
+            of_prompt = nn.functional.pad(of_prompt, (0, 1), value=math.nan)  # for want of `other`
             for _, place in tree.samples:
-                columns = [(0, "a"), (0, "b"), (0, "other"), (1, "a"), (1, "b")]
-                of = [both[i][:, place[side]] if side in place else nothing for i, side in columns]
-                found.append(torch.stack(of, 1))
+                a, b, other = place["a"], place["b"], place.get("other", -1)
+                found.append(torch.cat([of_prompt[:, [a, b, other]], kl[:, [a, b]]], 1))
     return torch.stack(found, 1).tolist()
 
 
@@ -4464,9 +4408,8 @@ def set_scores(
 ) -> Tensor:
     """`run_sets` as a part of the run."""
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
-    one = [s.text + f" {s.name} {s.draw}" * bool(exp.config.along) for s in sets]
-    key = [(text, s.others_of, s.multiplier) for text, s in zip(one, sets, strict=True)], ids
-    found = folder.part(f"joint-{digest(key)[:16]}", run_sets, exp, sets, prompts)
+    named = [(of.text, of.name, of.draw, of.others_of, of.multiplier) for of in sets]
+    found = folder.part(f"joint-{digest([named, ids])[:16]}", run_sets, exp, sets, prompts)
     return torch.tensor(found, dtype=torch.float64)
 
 
@@ -4479,8 +4422,7 @@ def measure_sets(
     a, b, other, kl_a, kl_b = set_scores(exp, folder, sets, prompts).unbind(-1)  # [set, sample]
     told = pd.DataFrame(
         {"set": of.name, "draw": of.draw, "n_ablated": exp.n_edited(of.components, of.others_of)}
-        | {"components": of.text, "kept": bool(of.others_of)}
-        | {"lent": of.lent}
+        | {"components": of.text, "kept": bool(of.others_of), "lent": of.lent}
         for of in sets
     ).assign(samples=samples)
     moved = {"moved_a": a - a[0], "moved_b": b - b[0], "kl_a": kl_a, "kl_b": kl_b}
@@ -4511,16 +4453,14 @@ def joint_statistics(deltas: Tensor, units: Sequence[str], sets: pd.DataFrame) -
     found = {"mean_delta": mean, "ci_low": low, "ci_high": high}
     found |= {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
     all_of = (sets["set"] == "all").argmax()  # 0, the empty set, where there is none
-    every = sums[:, [int(all_of)]].expand_as(sums)
+    every, is_kept = sums[:, [int(all_of)]].expand_as(sums), torch.tensor(sets["kept"].to_numpy())
     least, most = mean_interval((base - every)[:, :1], counts[:, :1])[:, 0]
-    clear = bool(least > 0 or most < 0)
+    clear = (least > 0) | (most < 0)
     left = (sums - every).sum(0) / (base - every).sum(0)
     ends = mean_interval(sums - every, base - every)
-    of_kept = torch.tensor(sets["kept"].to_numpy()) & clear
     for name, value in zip(("", "_low", "_high"), (left, *ends), strict=True):
-        found[f"faithfulness{name}"] = value.masked_fill(~of_kept, math.nan)
-    others = torch.tensor(~sets["kept"].to_numpy()) & clear
-    found["remaining"] = left.masked_fill(~others, math.nan)
+        found[f"faithfulness{name}"] = value.where(is_kept & clear, math.nan)
+    found["remaining"] = left.where(~is_kept & clear, math.nan)
     return {"n_sentences": len(names)} | {name: x.tolist() for name, x in found.items()}
 
 
@@ -4581,8 +4521,7 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
         write_circuit(exp, found, f"a - {against}", choosing, folder)
         sets = confirm_sets(tuple(found.index), exp) if len(found) else []
     if sets:
-        units = held_out_units(table, config)
-        frames.append(measure_sets(exp, folder, sets, "held-out", units))
+        frames.append(measure_sets(exp, folder, sets, "held-out", held_out_units(table, config)))
     elif config.confirms:
         log.warning(f"--confirm {as_text(config.confirm)} chooses no component")
     if config.ablate:
@@ -4600,7 +4539,7 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
     by_role = f"{as_text(config.confirm)} by role of {n} {config.row_method} effects"
     if config.everywhere:
         by_role = f"one of {n} directions, on the sentences that gave them"
-    rows["selection"] = (rows["samples"] == "held-out").map({True: by_role, False: "named"})
+    rows["selection"] = rows["samples"].map({"held-out": by_role, "all": "named"})
     write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
     report_sets(rows, exp.task, "direction" if config.along else "set")
     if chosen:
@@ -4643,31 +4582,24 @@ def report_sets(rows: pd.DataFrame, task: Task, drawn_of: str = "set") -> None:
     drawn, beside = (rows[rows["set"] == f"random{what}"] for what in ("", " complement"))
     tell_lent(int(drawn["lent"].max() if len(drawn) else 0))
     for row in rows[rows["set"].isin(("chosen", "ablate", "complement"))].itertuples():
-        several = not math.isnan(row.ci_low)  # a single sentence has no interval
-        named = f"jointly ({row.components:.200})"
+        named = row.components[:200]
         if row.kept:
-            named = f"jointly (all of the kind in the model but {len(row.components.split())})"
-        told = f"{row.samples} samples, {row.n_ablated} {named}: "
+            named = f"all of the kind in the model but {len(row.components.split())}"
+        told = f"{row.samples} samples, {row.n_ablated} jointly ({named}): "
         told += f"mean {row.measure} {row.mean_delta:+.3f}"
-        told += f" over {numbered(row.n_sentences, 'sentence')}"
-        told += f" [{row.ci_low:+.3f}, {row.ci_high:+.3f}]" if several else ""
-        if row.kept:
-            if math.isnan(row.faithfulness):
-                log.info(f"{told}; no faithfulness: what all of them do is not clear")
-                continue
-            told += f", faithfulness {row.faithfulness:.0%}"
-            told += f" [{row.faithfulness_low:.0%}, {row.faithfulness_high:.0%}]" if several else ""
+        told += f" over {numbered(row.n_sentences, 'sentence')}{interval(row)}"
+        if row.kept and math.isnan(row.faithfulness):
+            told += "; no faithfulness: what all of them do is not clear"
+        elif row.kept:
+            told += f", faithfulness {row.faithfulness:.0%}{interval(row, 'faithfulness', '.0%')}"
             same = beside[beside["samples"] == row.samples]["faithfulness"]
             told += f", {spread(same, 'complement')}" if len(same) else ""
-            log.info(told)
-            continue
-        told += f", {row.share_removed:.0%} removed"
-        told += f" [{row.share_low:.0%}, {row.share_high:.0%}]" if several else ""
-        if row.set == "chosen":
+        else:
+            told += f", {row.share_removed:.0%} removed{interval(row, 'share', '.0%')}"
             same = drawn[drawn["n_ablated"] == row.n_ablated]["share_removed"]
-            told += f", {spread(same, drawn_of)}"
-        told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
-        told += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
+            told += f", {spread(same, drawn_of)}" if row.set == "chosen" else ""
+            told += f"; {task.scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
+            told += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
         if not pd.isna(row.damaged):
             told += ": damaged, further than" if row.damaged else ", no further than"
             told += f" with 95 % of the random {drawn_of}s"
@@ -4686,8 +4618,7 @@ def receivers_of(exp: Experiment, sender: Component) -> list[Components]:
         return [()]
     if not isinstance(exp.config.via, str):
         return [exp.config.via]
-    heads = itertools.product(range(exp.shape.n_layers), ["head"], range(exp.shape.n_heads))
-    return [(head,) for head in itertools.starmap(Component, heads) if head.depth > sender.depth]
+    return [(head,) for head in exp.every("head") if head.depth > sender.depth]
 
 
 @torch.inference_mode()
@@ -4704,8 +4635,7 @@ def run_paths(
     """
     tree, depth, paths = clean.tree, senders[0].depth, receivers_of(exp, senders[0])
     kinds = ("attn", "mlp") if exp.config.freeze == "all" else ("attn",)
-    above = itertools.starmap(Component, itertools.product(range(exp.shape.n_layers), kinds))
-    frozen = {module.site for module in above if module.depth > depth}
+    frozen = {module.site for module in exp.every(*kinds) if module.depth > depth}
     received = {component.site for path in paths for component in path}
     held = [Edit(site, slice(None), 0.0, clean.site_inputs[site]) for site in sorted(frozen)]
     held += [Edit(site, slice(None), 1.0) for site in received - frozen]  # recorded at all tokens
@@ -4717,9 +4647,8 @@ def run_paths(
         return direct[:, None].tolist()
     written = []
     for row, path in itertools.product(range(len(senders)), paths):
-        columns = {component: exp.shape.columns(component) for component in path}
-        edits = (Edit(c.site, of, 0.0, seen[c.site][row][:, of]) for c, of in columns.items())
-        written.append(tuple(edits))
+        places = [(component.site, exp.shape.columns(component)) for component in path]
+        written.append(tuple(Edit(site, of, 0.0, seen[site][row][:, of]) for site, of in places))
     log_probs = exp.run_rows(clean, written, bar)
     return tree.scores(log_probs, exp.task).unflatten(0, (len(senders), -1)).tolist()
 
@@ -4727,27 +4656,24 @@ def run_paths(
 def path_rows(
     exp: Experiment, clean: CleanRun, senders: Sequence[Component], bar: tqdm[Any]
 ) -> Any:
-    """`run_paths` of the senders of one layer, a row per sample, sender and path."""
+    """Delta by `run_paths` of the senders of one layer, a row per sender, path and sample."""
     run = functools.partial(run_paths, exp, clean, bar)
-    found = run_batches(exp.traced, senders, run, bar)
+    scores = torch.tensor(run_batches(exp.traced, senders, run, bar), dtype=torch.float64)
     names = [labels_of(path) or "logits" for path in receivers_of(exp, senders[0])]
-    rows: Records = []
-    for (sample, places), (sender, scores) in itertools.product(
-        clean.tree.samples, zip(senders, found, strict=True)
-    ):
-        for name, of_path in zip(names, scores, strict=True):
-            row = {"sample_id": sample.sample_id, "sender": sender.label, "receiver": name}
-            rows.append(row | {f"score_{side}": of_path[place] for side, place in places.items()})
-    return pd.DataFrame(rows).to_dict("list")
+    ids = [sample.sample_id for sample, _ in clean.tree.samples]
+    rows = itertools.product([sender.label for sender in senders], names, ids)
+    table = pd.DataFrame(rows, columns=["sender", "receiver", "sample_id"])
+    deltas = clean.tree.deltas(scores.flatten(0, 1)).flatten()
+    return table.assign(delta=deltas).to_dict("list")
 
 
 def trace_paths(
     exp: Experiment, table: pd.DataFrame, heads: pd.DataFrame, floor: float, folder: RunFolder
 ) -> None:
     """Write circuit_paths.csv and .png: of each sender's effect, what takes each path."""
-    frames, shape, by_layer = [], exp.shape, defaultdict(list)
-    for component in exp.components:
-        by_layer[component.layer].append(component)
+    frames, shape = [], exp.shape
+    by_layer = itertools.groupby(exp.components, key=lambda component: component.layer)
+    groups = [(layer, list(senders)) for layer, senders in by_layer]
     kinds = {exp.config.kind, "attn", *(["mlp"] if shape.d_mlp else [])}
     sites = {Component(layer, kind).site for layer in range(shape.n_layers) for kind in kinds}
     asked = [as_text(exp.config.via), exp.config.freeze]
@@ -4762,13 +4688,12 @@ def trace_paths(
 
     total = len(exp.trees) * len(exp.components)
     with tqdm(total=total, unit="row", desc="paths", disable=None) as bar:
-        for number, (layer, senders) in itertools.product(range(len(exp.trees)), by_layer.items()):
+        for number, (layer, senders) in itertools.product(range(len(exp.trees)), groups):
             if receivers_of(exp, senders[0]):  # none are above the last layer with --via each
                 key = digest([*asked, labels_of(senders)])[:12]
                 name = f"paths-{number:04d}-{layer:03d}-{key}"
                 frames.append(folder.part(name, compute, number, senders))
     rows = pd.concat(map(pd.DataFrame, frames), ignore_index=True)
-    rows["delta"] = rows["score_a"] - rows["score_b"]
     paths = effects_of(rows, table, ["sender", "receiver"])
     paths = paths.join(heads.set_index("label")["mean"].rename("total"), on="sender")
     share = (paths["mean"] / paths["total"]).where(paths["total"].abs() > (floor or 0.0))
@@ -4783,9 +4708,9 @@ def report_paths(paths: pd.DataFrame, exp: Experiment, path: Path) -> None:
     held = {"heads": "all heads above the sender", "all": "all heads and MLPs above the sender"}
     log.info("paths pass %s at their clean values", held[exp.config.freeze])
     for told in paths.sort_values("mean", key=abs, ascending=False).head(8).itertuples():
-        interval = f"[{told.ci_low:+.3f}, {told.ci_high:+.3f}], q {told.q:.2g}"
+        effect = f"{told.mean:+.3f}{interval(told)}, q {told.q:.2g}"
         of_total = f"{told.share_of_total:.0%} of its {told.total:+.3f}"
-        log.info(f"{told.sender} -> {told.receiver}: {told.mean:+.3f} {interval}; {of_total}")
+        log.info(f"{told.sender} -> {told.receiver}: {effect}; {of_total}")
     order = [c.label for c in exp.components if c.label in set(paths["sender"])]
     wide = paths.pivot(index="sender", columns="receiver", values="mean").loc[order]
     wide = wide[paths["receiver"].drop_duplicates()]
@@ -4850,7 +4775,7 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     title += f"\n{exp.task.name}, {numbered(len(exp.prompts), 'sample')}; * differs between a and b"
     settings: Record = {"xlabel": "token of prompt a", "ylabel": exp.config.kind, "title": title}
     figure, label = folder.path / "circuit_positions.png", "mean effect on delta (nats)"
-    draw_grid(grid, grid.notna(), figure, label, most_ticks=80, **settings)
+    draw_grid(grid, grid.notna(), figure, label, ticks=80, **settings)
 
 
 # ----- Attribution graph --------------------------------------------------------------------------
@@ -5431,9 +5356,8 @@ def greedy_replies(exp: Experiment, edits: Row, prompts: Sequence[Prompt]) -> li
     mask = torch.tensor([[0] * (n - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
     with editing(exp.traced, [(*edits, *exp.background)] * len(prompts)):
         out = model.generate(input_ids=ids, attention_mask=mask)
-    until_end = functools.partial(itertools.takewhile, lambda token: token not in ends)
-    said = (list(until_end(reply)) for reply in out[:, n:].tolist())
-    return [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in said]
+    said = (itertools.takewhile(lambda token: token not in ends, of) for of in out[:, n:].tolist())
+    return [str(tokenizer.decode([*of], skip_special_tokens=True)).strip() for of in said]
 
 
 def measure_replies(
@@ -5441,14 +5365,14 @@ def measure_replies(
 ) -> Records:
     """Greedy replies to prompts a and b of some samples with a set edited, and whether they show
     the behaviour."""
-    labels, multiplier, task = of.text.split(), of.multiplier, exp.task
+    task, edited = exp.task, {"ablated": of.text, "n_ablated": len(of.components)}
+    edited |= {"multiplier": of.multiplier}
 
     def judged(prompt: Prompt, reply: str) -> Record:
         sample = prompt.sample
-        edited = {"prompt": prompt.side, "ablated": of.text, "n_ablated": len(of.components)}
-        edited |= {"multiplier": multiplier}
-        shown = {"mentions": task.shows(sample, reply), "answers": task.answers(sample, reply)}
-        return {"sample_id": sample.sample_id, **edited, "reply": reply, **shown}
+        told = {"sample_id": sample.sample_id, "prompt": prompt.side, **edited, "reply": reply}
+        shown, answers = task.shows(sample, reply), task.answers(sample, reply)
+        return told | {"mentions": shown, "answers": answers}
 
     def compute() -> Records:
         asked = [prompt for of_sample in prompts for prompt in of_sample[:2]]
@@ -5457,7 +5381,7 @@ def measure_replies(
             return list(map(judged, asked, run_batches(exp.traced, asked, run, bar)))
 
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
-    key = [labels, multiplier, ids, exp.config.max_new_tokens]
+    key = [of.text, of.multiplier, ids, exp.config.max_new_tokens]
     return list(folder.part(f"replies-{digest(key)[:16]}", compute))
 
 
@@ -5521,16 +5445,14 @@ def share_alike(replies: Iterable[str]) -> float:
 # ----- Steering -----------------------------------------------------------------------------------
 
 
-def judged_replies(records: Records, n_sentences: int) -> Record:
+def judged_replies(replies: pd.DataFrame, n_sentences: int) -> Record:
     """How many of some replies show the behaviour, with the interval over sentences, and how many
     are answers or repeat themselves, as shares."""
-    n = len(records)
-    shown = sum(bool(record["mentions"]) for record in records) / n
+    shown = replies["mentions"].map(bool).mean()
     low, high = share_interval(shown, n_sentences)
-    told = {"n": n, "n_sentences": n_sentences, "shown": shown}
-    told |= {"shown_low": low, "shown_high": high}
-    told["answers"] = sum(record["answers"] for record in records) / n
-    return told | {"repeating": sum(repeats(record["reply"]) for record in records) / n}
+    told = {"n": len(replies), "n_sentences": n_sentences, "shown": shown}
+    told |= {"shown_low": low, "shown_high": high, "answers": replies["answers"].mean()}
+    return told | {"repeating": replies["reply"].map(repeats).mean()}
 
 
 def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: RunFolder) -> None:
@@ -5551,24 +5473,22 @@ def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: 
     joint = [of._replace(multiplier=factor) for of in sets for factor in config.multipliers]
     prompts = exp.prompts_of(units)
     scores = set_scores(exp, folder, [JointSet("none"), *joint], prompts)[1:]
-    said, rows = folder.path / "generations.jsonl", []
-    lines = said.read_text(encoding="utf-8").rstrip("\n").split("\n")  # a reply may hold U+2028
+    path, rows = folder.path / "generations.jsonl", []
+    said = path.read_text(encoding="utf-8")
     for of, found in zip(joint, scores, strict=True):
         records = measure_replies(exp, folder, of, prompts)
-        lines += [json.dumps(record, ensure_ascii=False) for record in records]
+        said += "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         a, b, _, *kl = found.mean(0).tolist()
-        row = {"factor": of.multiplier, "set": of.name, "components": labels_of(of.components)}
-        row["lent"] = of.lent
-        for side, away in zip("ab", kl, strict=True):
-            of_side = [record for record in records if record["prompt"] == side]
-            told = {"mean_delta": a - b, "kl": away} | judged_replies(of_side, len(units))
-            rows.append(row | {"side": side} | told)
-    write_text(said, "\n".join(lines) + "\n")
+        row = {"factor": of.multiplier, "set": of.name, "components": of.text, "lent": of.lent}
+        for (side, replies), away in zip(pd.DataFrame(records).groupby("prompt"), kl, strict=True):
+            told = {"side": side, "mean_delta": a - b, "kl": away}
+            rows.append(row | told | judged_replies(replies, len(units)))
+    write_text(path, said)
     steered = pd.DataFrame(rows)
     write_text(folder.path / "circuit_steer.csv", steered.to_csv(index=False))
     for told in steered.itertuples():
-        shown = f"{told.shown:.0%} of {told.n} {exp.task.shown}"
-        shown += f" [{told.shown_low:.0%}, {told.shown_high:.0%}], {told.answers:.0%} are answers"
+        shown = f"{told.shown:.0%} of {told.n} {exp.task.shown}{interval(told, 'shown', '.0%')}"
+        shown += f", {told.answers:.0%} are answers"
         moved = f"mean a - b {told.mean_delta:+.3f}, KL {told.kl:.2g}"
         named = f"{told.set} x {told.factor:g}, prompt {told.side}"
         log.info(f"{named}: {shown}, {told.repeating:.0%} repeat themselves; {moved}")
