@@ -3221,6 +3221,7 @@ def measure_places(
 # ----- Estimates ----------------------------------------------------------------------------------
 
 SIDES = ("a", "b", *CONTROLS)
+Asked = Sequence[list[Prompt]]  # the prompts of each sample
 
 
 def mean_gradients(
@@ -3280,10 +3281,10 @@ def estimate(exp: Experiment, folder: RunFolder) -> Tensor:
     method, bos = exp.config.estimator, exp.encoder.bos
     whole = replace(exp.config, tree_tokens=2**31)
 
-    def some(prompts: Sequence[list[Prompt]]) -> list[Any]:
+    def some(prompts: Asked) -> list[Any]:
         return list(estimate_tree(exp, *plant_trees(prompts, bos, whole, apart=True)).tolist())
 
-    def compute(prompts: Sequence[list[Prompt]]) -> list[Any]:
+    def compute(prompts: Asked) -> list[Any]:
         if any(weight.is_meta for weight in exp.traced.model.parameters()):
             raise UsageError(f"--method {method} needs weights at hand; some are offloaded")
         return run_batches(exp.traced, prompts, some, bar, "samples_per_backward")
@@ -3515,7 +3516,7 @@ def bases_of(table: pd.DataFrame) -> Bases:
     return {side: base for side in ("b", *CONTROLS) if (base := base_statistics(table, side))}
 
 
-def quoted_side(prompts: Sequence[Sequence[Prompt]], groups: Iterable[set[str]]) -> str:
+def quoted_side(prompts: Asked, groups: Iterable[set[str]]) -> str:
     """Less which side the score of prompt a is quoted: `other` where most sentences of each group
     have that control."""
     others = (p for p in itertools.chain(*prompts) if p.side == "other" and p.sample.counts)
@@ -3757,8 +3758,7 @@ def interval(row: Any, name: str = "ci", form: str = "+.3f") -> str:
 
 
 def describe_effect(head: Any, whats: Mapping[str, str], config: Config) -> str:
-    """What editing a component, a row of circuit_heads.csv, says about its part in what each base
-    shows."""
+    """What editing a component, a row of circuit_heads.csv, says of its part in each base."""
     stands = {"contributes": "contributes to", "works against": "works against"}
     clear = f"{stands[head.verdict]} {whats['b']}" if head.verdict in stands else "unclear"
     told = [f"{OPS[config.op].doing} {head.label}{config.by}: {clear}"]
@@ -3785,8 +3785,7 @@ def quoted_role(heads: pd.DataFrame, bases: Bases) -> tuple[str, str]:
 
 
 def report_findings(heads: pd.DataFrame, bases: Bases, floor: float, config: Config) -> None:
-    """The bases, what the sample allows, and the strongest components of either role: by the
-    contrast with other words where that has a base."""
+    """The bases, what the sample allows, and the strongest components of either role."""
     task, n_tests = TASKS[config.task], int(heads["n_tests"].iloc[0])
     quoted, role = quoted_role(heads, bases)
     base, noise = bases[quoted], "" if math.isnan(floor) else f"; noise floor {floor:.2g}"
@@ -3835,12 +3834,9 @@ def recorded_flags(results: Path) -> list[str]:
     for first in itertools.islice(read_rows(results), 1):
         table = parse_results(results, [first])
         told |= {name: table[name].iloc[0] for name in ONCE if name in first[1]}
-    heeded = {"model_id", "top_k", *ONCE} - {"kind"}
-    return [
-        f"--{name}={told[name]}"
-        for name in sorted(heeded)
-        if not pd.isna(told.get(name)) and told[name] != ""
-    ]
+    heeded = sorted({"model_id", "top_k", *ONCE} - {"kind"})
+    known = {name: told[name] for name in heeded if not pd.isna(told.get(name))}
+    return [f"--{name}={value}" for name, value in known.items() if value != ""]
 
 
 def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float]:
@@ -4246,6 +4242,9 @@ class JointSet(NamedTuple):
         return labels_of(self.components) + " everywhere" * self.everywhere
 
 
+Sets = Sequence[JointSet]
+
+
 def choose_circuit(table: pd.DataFrame, config: Config, against: str) -> pd.DataFrame:
     """Components by falling mean role in these rows, of the effect on the score of prompt a less
     that of a side: the `top` so many, the fewest with a `mass` of all that carry the task, those
@@ -4310,8 +4309,7 @@ def row_of(exp: Experiment, clean: CleanRun | None, of: JointSet) -> Row:
 
 
 def random_everywhere(exp: Experiment, clean: CleanRun | None, of: JointSet, row: Row) -> Row:
-    """As far as a row along the chosen direction goes at each token and reading point, in a random
-    direction."""
+    """As far as a row along the chosen direction goes at each token and point, in a random one."""
     assert clean is not None
     with recording({edit.site: exp.traced.module(edit.site) for edit in row}) as seen:
         final_states(exp.traced, clean, [row])
@@ -4376,11 +4374,9 @@ def write_circuit(
 # ----- Joint ablation -----------------------------------------------------------------------------
 
 
-def run_sets(
-    exp: Experiment, sets: Sequence[JointSet], prompts: Sequence[list[Prompt]]
-) -> list[list[list[float]]]:
-    """[set, sample, column]: the scores of prompts a, b and (with controls) other with each set
-    edited, and the KL divergence after a and b."""
+def run_sets(exp: Experiment, sets: Sets, prompts: Asked) -> list[list[list[float]]]:
+    """[set, sample, column]: with each set edited the scores of prompts a, b and other (NaN where
+    there is none), and the KL divergence after a and b."""
     layers = range(exp.shape.n_layers)
     kinds = {kind for of in sets for kind in (*of.others_of, *(c.kind for c in of.components))}
     every = [Component(layer, kind) for layer in layers for kind in kinds]
@@ -4390,8 +4386,7 @@ def run_sets(
     def scores(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
         return clean.tree.scores(read_entries(traced, clean, states), exp.task)
 
-    total = len(trees) * len(sets)
-    with tqdm(total=total, unit="row", desc="joint ablation", disable=None) as bar:
+    with tqdm(total=len(trees) * len(sets), unit="row", desc="joint ablation", disable=None) as bar:
         for tree in trees:
             clean = exp.run_clean(tree, layers, every)
             rows = [row_of(exp, clean, of) for of in sets]
@@ -4403,9 +4398,7 @@ def run_sets(
     return torch.stack(found, 1).tolist()
 
 
-def set_scores(
-    exp: Experiment, folder: RunFolder, sets: Sequence[JointSet], prompts: Sequence[list[Prompt]]
-) -> Tensor:
+def set_scores(exp: Experiment, folder: RunFolder, sets: Sets, prompts: Asked) -> Tensor:
     """`run_sets` as a part of the run."""
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
     named = [(of.text, of.name, of.draw, of.others_of, of.multiplier) for of in sets]
@@ -4414,7 +4407,7 @@ def set_scores(
 
 
 def measure_sets(
-    exp: Experiment, folder: RunFolder, sets: Sequence[JointSet], samples: str, units: set[str]
+    exp: Experiment, folder: RunFolder, sets: Sets, samples: str, units: set[str]
 ) -> pd.DataFrame:
     """Rows of circuit_confirm.csv: the mean over some sentences of the score of prompt a less that
     of b (with controls, of other too) with each set edited, and what else the sets move."""
@@ -4503,8 +4496,7 @@ def held_out_units(table: pd.DataFrame, config: Config) -> set[str]:
 
 
 def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[JointSet]:
-    """Write circuit_confirm.csv and .png and circuit.json; returns the sets that were chosen, by
-    size."""
+    """Write circuit_confirm.csv and .png and circuit.json; returns the chosen sets by size."""
     config, frames, sets = exp.config, [], list[JointSet]()
     choosing, held_out = split_units(table, config.seed)
     against = quoted_side(exp.prompts, [choosing, held_out])  # chosen, quoted and drawn by the same
@@ -4569,18 +4561,15 @@ def tell_lent(lent: int) -> None:
 
 def spread(values: pd.Series, what: str) -> str:
     """How many distinct random sets there are, and from where to where they reach."""
-    low, high = (
-        values.quantile(end) for end in ((0.05, 0.95) if len(values) >= MANY_SETS else (0, 1))
-    )
+    low, high = values.quantile([0.05, 0.95] if len(values) >= MANY_SETS else [0, 1])
     return f"{numbered(len(values), f'distinct random {what}')} {low:.0%} to {high:.0%}"
 
 
 def report_sets(rows: pd.DataFrame, task: Task, drawn_of: str = "set") -> None:
-    """A log line per set that was chosen or asked for, and one for what it does alone; and what was
-    drawn at random beside it."""
+    """A log line per set that was chosen or asked for, and one for what it does alone."""
     rows = rows[rows["quoted"]]
     drawn, beside = (rows[rows["set"] == f"random{what}"] for what in ("", " complement"))
-    tell_lent(int(drawn["lent"].max() if len(drawn) else 0))
+    tell_lent(max(drawn["lent"], default=0))
     for row in rows[rows["set"].isin(("chosen", "ablate", "complement"))].itertuples():
         named = row.components[:200]
         if row.kept:
@@ -4653,30 +4642,14 @@ def run_paths(
     return tree.scores(log_probs, exp.task).unflatten(0, (len(senders), -1)).tolist()
 
 
-def path_rows(
-    exp: Experiment, clean: CleanRun, senders: Sequence[Component], bar: tqdm[Any]
-) -> Any:
-    """Delta by `run_paths` of the senders of one layer, a row per sender, path and sample."""
-    run = functools.partial(run_paths, exp, clean, bar)
-    scores = torch.tensor(run_batches(exp.traced, senders, run, bar), dtype=torch.float64)
-    names = [labels_of(path) or "logits" for path in receivers_of(exp, senders[0])]
-    ids = [sample.sample_id for sample, _ in clean.tree.samples]
-    rows = itertools.product([sender.label for sender in senders], names, ids)
-    table = pd.DataFrame(rows, columns=["sender", "receiver", "sample_id"])
-    deltas = clean.tree.deltas(scores.flatten(0, 1)).flatten()
-    return table.assign(delta=deltas).to_dict("list")
-
-
 def trace_paths(
     exp: Experiment, table: pd.DataFrame, heads: pd.DataFrame, floor: float, folder: RunFolder
 ) -> None:
     """Write circuit_paths.csv and .png: of each sender's effect, what takes each path."""
     frames, shape = [], exp.shape
-    by_layer = itertools.groupby(exp.components, key=lambda component: component.layer)
-    groups = [(layer, list(senders)) for layer, senders in by_layer]
+    by_layer = [[*of] for _, of in itertools.groupby(exp.components, lambda c: c.layer)]
     kinds = {exp.config.kind, "attn", *(["mlp"] if shape.d_mlp else [])}
     sites = {Component(layer, kind).site for layer in range(shape.n_layers) for kind in kinds}
-    asked = [as_text(exp.config.via), exp.config.freeze]
 
     @functools.lru_cache(maxsize=1)
     def clean_run(number: int) -> CleanRun:
@@ -4684,15 +4657,22 @@ def trace_paths(
         return run_clean(exp.traced, exp.trees[number], exp.background, layers, sites)
 
     def compute(number: int, senders: Sequence[Component]) -> Any:
-        return path_rows(exp, clean_run(number), senders, bar)
+        """Delta by sender, path and sample."""
+        tree, run = exp.trees[number], functools.partial(run_paths, exp, clean_run(number), bar)
+        scores = torch.tensor(run_batches(exp.traced, senders, run, bar), dtype=torch.float64)
+        names = [labels_of(path) or "logits" for path in receivers_of(exp, senders[0])]
+        ids = [sample.sample_id for sample, _ in tree.samples]
+        rows = itertools.product([sender.label for sender in senders], names, ids)
+        told = pd.DataFrame(rows, columns=["sender", "receiver", "sample_id"])
+        deltas = tree.deltas(scores.flatten(0, 1)).flatten()
+        return told.assign(delta=deltas).to_dict("list")
 
     total = len(exp.trees) * len(exp.components)
     with tqdm(total=total, unit="row", desc="paths", disable=None) as bar:
-        for number, (layer, senders) in itertools.product(range(len(exp.trees)), groups):
+        for number, senders in itertools.product(range(len(exp.trees)), by_layer):
             if receivers_of(exp, senders[0]):  # none are above the last layer with --via each
-                key = digest([*asked, labels_of(senders)])[:12]
-                name = f"paths-{number:04d}-{layer:03d}-{key}"
-                frames.append(folder.part(name, compute, number, senders))
+                key = digest([as_text(exp.config.via), exp.config.freeze, labels_of(senders)])[:16]
+                frames.append(folder.part(f"paths-{number:04d}-{key}", compute, number, senders))
     rows = pd.concat(map(pd.DataFrame, frames), ignore_index=True)
     paths = effects_of(rows, table, ["sender", "receiver"])
     paths = paths.join(heads.set_index("label")["mean"].rename("total"), on="sender")
@@ -5360,11 +5340,8 @@ def greedy_replies(exp: Experiment, edits: Row, prompts: Sequence[Prompt]) -> li
     return [str(tokenizer.decode([*of], skip_special_tokens=True)).strip() for of in said]
 
 
-def measure_replies(
-    exp: Experiment, folder: RunFolder, of: JointSet, prompts: list[list[Prompt]]
-) -> Records:
-    """Greedy replies to prompts a and b of some samples with a set edited, and whether they show
-    the behaviour."""
+def measure_replies(exp: Experiment, folder: RunFolder, of: JointSet, prompts: Asked) -> Records:
+    """Greedy replies to prompts a and b of some samples with a set edited, and what they show."""
     task, edited = exp.task, {"ablated": of.text, "n_ablated": len(of.components)}
     edited |= {"multiplier": of.multiplier}
 
@@ -5385,9 +5362,7 @@ def measure_replies(
     return list(folder.part(f"replies-{digest(key)[:16]}", compute))
 
 
-def check_behaviour(
-    exp: Experiment, chosen: Sequence[JointSet], table: pd.DataFrame, folder: RunFolder
-) -> None:
+def check_behaviour(exp: Experiment, chosen: Sets, table: pd.DataFrame, folder: RunFolder) -> None:
     """Write generations.jsonl: unedited replies, and the held-out ones with each chosen set."""
     config, held_out = exp.config, held_out_units(table, exp.config)
     prompts = [of_sample for of_sample in exp.prompts if of_sample[0].sample.unit in held_out]
@@ -5428,8 +5403,7 @@ def behaviour_rates(records: pd.DataFrame, held_out: set[str]) -> Records:
 
 
 def repeats(reply: str) -> bool:
-    """At least three words of which more than half stood there before, or three times one
-    character."""
+    """At least three words, more than half of them repeated, or three times one character."""
     words = plain(reply).split()
     often = len(words) > 2 and 2 * len({*words}) < len(words)
     return often or bool(re.fullmatch(r"(.)\1\1+", "".join(words)))
