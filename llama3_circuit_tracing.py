@@ -3705,22 +3705,22 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
 def draw_heatmap(heads: pd.DataFrame, config: Config, path: Path) -> None:
     """Mean role by layer and index, centred at zero; grey where it has no verdict."""
     cells = heads.pivot(index="layer", columns="index", values=["role", "verdict"])
-    grid, loud = cells["role"].astype(float), cells["verdict"] != "unclear"
     kind, label = str(heads["kind"].iloc[0]), "role in nats: > 0 carries the task"
+    grid, loud = cells["role"].astype(float), cells["verdict"] != "unclear"
     title = f"Mean role{config.by}\n(grey: q >= 0.05 or below the floor)"
     if grid.shape[1] == 1:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
         axes: Record = {"xlabel": f"layer ({kind})", "ylabel": label, "title": title}
         return draw_bars(grid.iloc[:, 0], path, color=colors, **axes)
-    axes = {"xlabel": kind, "ylabel": "layer", "title": title}
-    return draw_grid(grid, loud, path, f"{label}, < 0 works against it", **axes)
+    grid = grid.rename_axis(columns=kind)
+    return draw_grid(grid, loud, f"{label}, < 0 works against it", title, path)
 
 
 def draw_grid(
-    grid: pd.DataFrame, loud: pd.DataFrame, path: Path, label: str, ticks: int = 16, **settings: Any
+    grid: pd.DataFrame, loud: pd.DataFrame, label: str, title: str, path: Path, ticks: int = 16
 ) -> None:
     """A cell per entry of a grid, coloured from blue over white at zero to red; grey where it is
-    not `loud`; at most so many ticks. Settings are those of the axes, the label of the colours."""
+    not `loud`. The label is that of the colours; the axes are named as the grid's are."""
     size = (2.5 + 0.3 * grid.shape[1], 1.5 + 0.3 * len(grid))
     width, height = (min(20, max(4.5, side)) for side in size)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -3735,7 +3735,7 @@ def draw_grid(
         axis.set_ticks([i + 0.5 for i in some], [str(names[i]) for i in some], parse_math=False)
     if grid.shape[1] > 6 and max(map(len, map(str, grid.columns))) > 3:
         axes.tick_params(axis="x", rotation=90)
-    axes.set(**settings)
+    axes.set(xlabel=grid.columns.name, ylabel=grid.index.name, title=title)
     figure.colorbar(image, ax=axes, label=label)
     save_figure(figure, path)
 
@@ -3745,10 +3745,9 @@ def draw_grid(
 
 def describe_base(side: str, base: Record) -> str:
     what = "delta_logit" if side == "b" else f"score of prompt a less that of {side}"
-    interval = f"95 % interval {base['ci_low']:+.3f} to {base['ci_high']:+.3f}"
-    n = int(base["n_sentences"])
-    spread = f"{interval} over {n} sentences" if n > 1 else "of a single sentence"
-    return f"mean {what} {base['mean']:+.3f} nats, {spread}"
+    n, ends = int(base["n_sentences"]), f"{base['ci_low']:+.3f} to {base['ci_high']:+.3f}"
+    over = f"95 % interval {ends} over {n} sentences" if n > 1 else "of a single sentence"
+    return f"mean {what} {base['mean']:+.3f} nats, {over}"
 
 
 def interval(row: Any, name: str = "ci", form: str = "+.3f") -> str:
@@ -4382,19 +4381,16 @@ def run_sets(exp: Experiment, sets: Sets, prompts: Asked) -> list[list[list[floa
     every = [Component(layer, kind) for layer in layers for kind in kinds]
     needed = [[prompt for prompt in of if prompt.side != "affirm"] for of in prompts]
     trees, found = plant_trees(needed, exp.encoder.bos, exp.config), []
-
-    def scores(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
-        return clean.tree.scores(read_entries(traced, clean, states), exp.task)
-
     with tqdm(total=len(trees) * len(sets), unit="row", desc="joint ablation", disable=None) as bar:
         for tree in trees:
             clean = exp.run_clean(tree, layers, every)
             rows = [row_of(exp, clean, of) for of in sets]
-            of_prompt, kl = exp.run_rows(clean, rows, bar, scores, divergence).chunk(2, 1)
-            of_prompt = nn.functional.pad(of_prompt, (0, 1), value=math.nan)  # for want of `other`
+            both = exp.run_rows(clean, rows, bar, read_entries, divergence)
+            log_probs, kl = both.tensor_split([-len(tree.prompts)], 1)
+            scores = nn.functional.pad(tree.scores(log_probs, exp.task), (0, 1), value=math.nan)
             for _, place in tree.samples:
-                a, b, other = place["a"], place["b"], place.get("other", -1)
-                found.append(torch.cat([of_prompt[:, [a, b, other]], kl[:, [a, b]]], 1))
+                a, b, other = place["a"], place["b"], place.get("other", -1)  # the last is NaN
+                found.append(torch.cat([scores[:, [a, b, other]], kl[:, [a, b]]], 1))
     return torch.stack(found, 1).tolist()
 
 
@@ -4695,8 +4691,7 @@ def report_paths(paths: pd.DataFrame, exp: Experiment, path: Path) -> None:
     wide = paths.pivot(index="sender", columns="receiver", values="mean").loc[order]
     wide = wide[paths["receiver"].drop_duplicates()]
     title = f"What of {op_of(exp.config)} of a sender\nreaches delta_logit through a receiver"
-    settings: Record = {"xlabel": "receiver", "ylabel": "sender", "title": title}
-    draw_grid(wide, wide.notna(), path, "mean effect (nats)", **settings)
+    draw_grid(wide, wide.notna(), "mean effect (nats)", title, path)
 
 
 # ----- Positions ----------------------------------------------------------------------------------
@@ -4751,11 +4746,11 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     grid = told.pivot(index="label", columns="position", values="mean").loc[labels]
     both = zip(tokens["token"], tokens["token_b"], strict=True)
     grid.columns = pd.Index([f"{a!r}{'' if a == b else '*'}" for a, b in both])
+    grid = grid.rename_axis(index=exp.config.kind, columns="token of prompt a")
     title = f"{op_of(exp.config)} at one token of {Path(exp.config.model_id).name}"
     title += f"\n{exp.task.name}, {numbered(len(exp.prompts), 'sample')}; * differs between a and b"
-    settings: Record = {"xlabel": "token of prompt a", "ylabel": exp.config.kind, "title": title}
     figure, label = folder.path / "circuit_positions.png", "mean effect on delta (nats)"
-    draw_grid(grid, grid.notna(), figure, label, ticks=80, **settings)
+    draw_grid(grid, grid.notna(), label, title, figure, ticks=80)
 
 
 # ----- Attribution graph --------------------------------------------------------------------------
@@ -5345,17 +5340,16 @@ def measure_replies(exp: Experiment, folder: RunFolder, of: JointSet, prompts: A
     task, edited = exp.task, {"ablated": of.text, "n_ablated": len(of.components)}
     edited |= {"multiplier": of.multiplier}
 
-    def judged(prompt: Prompt, reply: str) -> Record:
-        sample = prompt.sample
-        told = {"sample_id": sample.sample_id, "prompt": prompt.side, **edited, "reply": reply}
-        shown, answers = task.shows(sample, reply), task.answers(sample, reply)
-        return told | {"mentions": shown, "answers": answers}
-
     def compute() -> Records:
         asked = [prompt for of_sample in prompts for prompt in of_sample[:2]]
         run = functools.partial(greedy_replies, exp, row_of(exp, None, of))
         with tqdm(total=len(asked), unit="reply", desc="replies", disable=None) as bar:
-            return list(map(judged, asked, run_batches(exp.traced, asked, run, bar)))
+            said = run_batches(exp.traced, asked, run, bar)
+        return [
+            {"sample_id": p.sample.sample_id, "prompt": p.side, **edited, "reply": reply}
+            | {"mentions": task.shows(p.sample, reply), "answers": task.answers(p.sample, reply)}
+            for p, reply in zip(asked, said, strict=True)
+        ]
 
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
     key = [of.text, of.multiplier, ids, exp.config.max_new_tokens]
