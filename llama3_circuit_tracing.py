@@ -4607,9 +4607,7 @@ def receivers_of(exp: Experiment, sender: Component) -> list[Components]:
 
 
 @torch.inference_mode()
-def run_paths(
-    exp: Experiment, clean: CleanRun, bar: tqdm[Any], senders: Sequence[Component]
-) -> Any:
+def run_paths(exp: Experiment, clean: CleanRun, bar: tqdm[Any], senders: Components) -> Any:
     """[sender, path, prompt]: scores with what reaches the receivers of a path from a sender alone
     (path patching: Wang et al. 2211.00593, Goldowsky-Dill et al. 2304.05969). The senders are of
     one module.
@@ -4643,7 +4641,7 @@ def trace_paths(
 ) -> None:
     """Write circuit_paths.csv and .png: of each sender's effect, what takes each path."""
     frames, shape = [], exp.shape
-    by_layer = [[*of] for _, of in itertools.groupby(exp.components, lambda c: c.layer)]
+    by_layer = [(*of,) for _, of in itertools.groupby(exp.components, lambda c: c.layer)]
     kinds = {exp.config.kind, "attn", *(["mlp"] if shape.d_mlp else [])}
     sites = {Component(layer, kind).site for layer in range(shape.n_layers) for kind in kinds}
 
@@ -4652,7 +4650,7 @@ def trace_paths(
         layers = range(shape.n_layers)
         return run_clean(exp.traced, exp.trees[number], exp.background, layers, sites)
 
-    def compute(number: int, senders: Sequence[Component]) -> Any:
+    def compute(number: int, senders: Components) -> Any:
         """Delta by sender, path and sample."""
         tree, run = exp.trees[number], functools.partial(run_paths, exp, clean_run(number), bar)
         scores = torch.tensor(run_batches(exp.traced, senders, run, bar), dtype=torch.float64)
@@ -4712,8 +4710,7 @@ def run_positions(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[floa
         there = torch.zeros(tree.n_tokens, dtype=torch.bool)
         there[[tree.paths[of[side]][position] for _, of in tree.samples for side in "ab"]] = True
         there &= True if tree.where is None else tree.where
-        edits = exp.edits([component], clean)
-        rows.append(tuple(replace(edit, where=there) for edit in edits))
+        rows.append(tuple(replace(edit, where=there) for edit in exp.edits([component], clean)))
     deltas = tree.deltas(tree.scores(exp.run_rows(clean, rows, bar), exp.task))
     return list(deltas.tolist())
 
@@ -5370,8 +5367,7 @@ def check_behaviour(exp: Experiment, chosen: Sets, table: pd.DataFrame, folder: 
         records += measure_replies(exp, folder, of, prompts)
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(folder.path / "generations.jsonl", "".join(lines))
-    told = pd.DataFrame(records)
-    told["text"] = [texts[key] for key in zip(told["sample_id"], told["prompt"], strict=True)]
+    told = pd.DataFrame(records).join(pd.Series(texts, name="text"), on=["sample_id", "prompt"])
     rates = behaviour_rates(told, {p[0].sample.sample_id for p in prompts})
     for rate in rates:
         shown = f"{rate['mentions_a']:.0f} % {exp.task.shown} after prompt a"
