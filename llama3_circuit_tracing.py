@@ -3449,6 +3449,11 @@ def real_rows(table: pd.DataFrame) -> pd.DataFrame:
     return table.loc[table["group"] != NO_ODD_ONE]
 
 
+def largest(table: pd.DataFrame, column: str, n: int) -> pd.DataFrame:
+    """The rows of the largest magnitudes, in that order."""
+    return table.sort_values(column, key=abs, ascending=False, kind="stable").head(n)
+
+
 def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
     """`halves` of the sentences of a table, without the negative controls."""
     return halves(real_rows(table)["unit"], seed)
@@ -4752,9 +4757,8 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
 
 # ----- Attribution graph --------------------------------------------------------------------------
 
-# what nodes are, each with the module whose input holds it; "": the residual stream itself
-NODES = {"embedding": "", "goal": "", "head": ORDER[1], "attn-rest": ORDER[1]}
-NODES |= {"neuron": ORDER[2], "mlp-rest": ORDER[2]}
+# what nodes are, each with the place in ORDER of the module whose input holds it
+NODES = {"embedding": 0, "goal": 0, "head": 1, "attn-rest": 1, "neuron": 2, "mlp-rest": 2}
 Halves = dict[Site, tuple[Tensor, Tensor]]
 
 
@@ -4854,36 +4858,33 @@ def choose_nodes(
     """kind, layer, index and position, along the residual stream: of all tokens the embedding and
     of every half-block the rest (index -1), the goal, and the `n_best` heads and neurons of the
     largest attribution <value, gradient of the goal>."""
-    frames, n_tokens = [], len(gradients[0, ""])
-    for kind, layer in itertools.product(("head", "neuron"), range(shape.n_layers)):
-        site, n = (layer, NODES[kind]), len(shape.indices(kind))
+    frames, layers, n_tokens = [], range(shape.n_layers), len(gradients[0, ""])
+    for kind, layer in itertools.product(("head", "neuron"), layers):
+        site, n = (layer, KINDS[kind].module), len(shape.indices(kind))
         product = halves[site][1][0].detach().to(gradients[site]) * gradients[site]
         sizes = product.unflatten(-1, (n, -1)).sum(-1).flatten().abs()  # [tok * n]
-        found = sizes.topk(min(n_best, len(sizes)))
-        best, size = found.indices.cpu().numpy(), found.values.cpu().numpy()
+        size, best = (of.cpu().numpy() for of in sizes.topk(min(n_best, len(sizes))))
         columns = {"position": best // n, "index": best % n, "size": size}
         frames.append(pd.DataFrame({"kind": kind, "layer": layer, **columns}))
     ranked = pd.concat(frames).sort_values("size", ascending=False, kind="stable")
-    rests = itertools.product(range(shape.n_layers), ("attn-rest", "mlp-rest"), range(n_tokens))
-    others = [(0, "embedding", position) for position in range(n_tokens)] + list(rests)
-    others.append((shape.n_layers, "goal", n_tokens - 1))
-    other = pd.DataFrame(others, columns=["layer", "kind", "position"]).assign(index=-1)
+    others = [*itertools.product(["embedding"], [0], range(n_tokens))]
+    others += itertools.product(["attn-rest", "mlp-rest"], layers, range(n_tokens))
+    others.append(("goal", shape.n_layers, n_tokens - 1))
+    other = pd.DataFrame(others, columns=["kind", "layer", "position"]).assign(index=-1)
     nodes = pd.concat([ranked.head(n_best).drop(columns="size"), other])
-    depth = nodes["kind"].map(lambda kind: ORDER.index(NODES[kind]))
-    ordered = nodes.assign(depth=depth).sort_values(["layer", "depth", "position", "index"])
-    return ordered.drop(columns="depth").reset_index(drop=True)
+    nodes = nodes.assign(depth=nodes["kind"].map(NODES))
+    nodes = nodes.sort_values(["layer", "depth", "position", "index"], ignore_index=True)
+    return nodes.drop(columns="depth")
 
 
 def own_elements(of_site: pd.DataFrame, module: str, shape: ModelShape) -> Tensor:
     """[node, width], which elements of its module's input, at its token, are a node's: its slice,
     or for a rest what is of no other node there."""
     n = {ORDER[1]: shape.n_heads, ORDER[2]: shape.d_mlp}.get(module, 1)
-    index, position = (torch.tensor(of_site[name].to_numpy()) for name in ("index", "position"))
-    named, own = index >= 0, torch.zeros(len(index), n, dtype=torch.bool)
-    own[named, index[named]] = True
-    taken = torch.zeros(int(position.max()) + 1, n, dtype=torch.bool)
-    taken[position[named], index[named]] = True
-    own[~named] = ~taken[position[~named]]
+    index, position = torch.tensor(of_site[["index", "position"]].to_numpy()).T
+    own = index[:, None] == torch.arange(n)
+    taken = torch.zeros(int(position.max()) + 1, n).index_add(0, position, own.float()) > 0
+    own = torch.where(index[:, None] < 0, ~taken[position], own)
     return own.repeat_interleave(shape.width(module) // n, 1)
 
 
@@ -4905,10 +4906,10 @@ def attribute(
     positions = torch.tensor(nodes["position"].to_numpy(), device=traced.device)
     weights = torch.zeros(len(nodes), len(nodes), device=traced.device)
     written = torch.zeros(len(nodes), traced.shape.d_model, device=traced.device)
-    modules, attributions = nodes["kind"].map(NODES), []
-    for site, half in halves.items():
-        of_site = nodes[(nodes["layer"] == site[0]) & (modules == site[1])]
-        first, rows = int(of_site.index[0]), slice(of_site.index[0], of_site.index[-1] + 1)
+    attributions, groups = [], nodes.groupby(["layer", nodes["kind"].map(NODES)])
+    for (site, half), (_, of_site) in zip(halves.items(), groups, strict=True):
+        first = int(of_site.index[0])
+        rows = slice(first, first + len(of_site))
         gradient, there = gradients[site], positions[rows]
         own = own_elements(of_site, site[1], traced.shape).to(traced.device)
         value = own * half[1][0].detach().to(gradient)[there]
@@ -5004,10 +5005,10 @@ def graph_scores(nodes: pd.DataFrame, weights: Tensor) -> dict[str, float]:
     return {"replacement_score": float(replacement), "completeness_score": float(told)}
 
 
-def head_of(nodes: pd.DataFrame, number: int, n_tokens: int) -> tuple[Component, Tensor]:
-    """The head of a node and its token, as [tok] bool."""
-    layer, index, position = nodes.loc[number, ["layer", "index", "position"]].tolist()
-    return Component(layer, "head", index), torch.arange(n_tokens) == position
+def zero_head(node: Any, shape: ModelShape, n_tokens: int) -> Edit:
+    """The head of a node zeroed at its token."""
+    head, where = Component(node.layer, "head", node.index), torch.arange(n_tokens) == node.position
+    return Edit(head.site, shape.columns(head), where=where)
 
 
 @torch.inference_mode()
@@ -5021,35 +5022,22 @@ def lost_goals(
     return [goals[0] - goal for goal in goals[1:]]
 
 
-@torch.inference_mode()
 def patch_edges(
-    traced: TracedModel,
-    ids: Sequence[int],
-    direction: Tensor,
-    clean: Mapping[Site, Tensor],
-    pairs: Sequence[tuple[tuple[Component, Tensor], ...]],
+    traced: TracedModel, halves: Halves, pairs: Sequence[Row], lost: Callable[..., list[float]]
 ) -> list[float]:
     """What zeroing a head at its token takes from the goal through another head at its token alone,
-    exactly: path patching as of `run_paths`, with all heads and MLPs between at their clean inputs
-    [tok, width]."""
-    shape, rows, written = traced.shape, [], []
-    for (sender, where), _ in pairs:
-        above = [site for site in clean if (site[0], ORDER.index(site[1])) > sender.depth]
-        held = (Edit(site, slice(None), 0.0, clean[site]) for site in above)
-        rows.append((Edit(sender.site, shape.columns(sender), where=where), *held))
-    received = {receiver.site: traced.module(receiver.site) for _, (receiver, _) in pairs}
-    with recording(received) as seen:
-        lost_goals(traced, ids, direction, rows)
-    for row, (_, (receiver, where)) in enumerate(pairs, start=1):
-        columns = shape.columns(receiver)
-        value = seen[receiver.site][row][:, columns]
-        written.append((Edit(receiver.site, columns, 0.0, value, where),))
-    return lost_goals(traced, ids, direction, written)
-
-
-def largest(table: pd.DataFrame, column: str, n: int) -> pd.DataFrame:
-    """The rows of the largest magnitudes, in that order."""
-    return table.sort_values(column, key=abs, ascending=False, kind="stable").head(n)
+    exactly: path patching as of `run_paths`, with all heads and MLPs between at their clean inputs.
+    Pairs of edits that zero either; `lost` tells what rows of edits take from the goal."""
+    _, *sites, _ = halves
+    clean = {site: Edit(site, slice(None), 0.0, halves[site][1][0].detach()) for site in sites}
+    rows = [
+        (sender, *(clean[site] for site in sites[sites.index(sender.site) + 1 :]))
+        for sender, _ in pairs
+    ]
+    with recording({reader.site: traced.module(reader.site) for _, reader in pairs}) as seen:
+        lost(rows)
+    values = [seen[to.site][row][:, to.columns] for row, (_, to) in enumerate(pairs, start=1)]
+    return lost([(replace(to, source=x),) for (_, to), x in zip(pairs, values, strict=True)])
 
 
 def measure_graph(
@@ -5059,18 +5047,15 @@ def measure_graph(
     the largest attribution and of the kept edges of the largest weight between heads."""
     nodes, links = graph
     heads = nodes[nodes["kind"] == "head"]
-    between = links[links["from_node"].isin(heads.index) & links["to_node"].isin(heads.index)]
+    zeroed = {
+        node.node_id: zero_head(node, exp.shape, len(prompt.ids)) for node in heads.itertuples()
+    }
+    between = links[links["source"].isin(zeroed) & links["target"].isin(zeroed)]
     best, strong = largest(heads, "attribution", MEASURED), largest(between, "weight", MEASURED)
-    at = {number: head_of(nodes, number, len(prompt.ids)) for number in heads.index}
-    pairs = [
-        (at[one], at[other])
-        for one, other in zip(strong["from_node"], strong["to_node"], strict=True)
-    ]
-    clean = {site: made[0].detach() for site, (_, made) in halves.items() if site[1]}
-    given, shape = (exp.traced, prompt.ids, direction), exp.shape
-    zeroed = (Edit(at[n][0].site, shape.columns(at[n][0]), where=at[n][1]) for n in best.index)
-    nodes.loc[best.index, "exact_effect"] = lost_goals(*given, [(edit,) for edit in zeroed])
-    links.loc[strong.index, "exact_effect"] = patch_edges(*given, clean, pairs)
+    pairs = [(zeroed[a], zeroed[b]) for a, b in strong[["source", "target"]].to_numpy()]
+    lost = functools.partial(lost_goals, exp.traced, prompt.ids, direction)
+    nodes.loc[best.index, "exact_effect"] = lost([(zeroed[name],) for name in best["node_id"]])
+    links.loc[strong.index, "exact_effect"] = patch_edges(exp.traced, halves, pairs, lost)
 
 
 # ----- Graph files --------------------------------------------------------------------------------
@@ -5085,25 +5070,21 @@ COLORS = {"embedding": "dimgray", "goal": "black", "head": "tab:orange", "neuron
 COLORS |= {"attn-rest": "tan", "mlp-rest": "yellowgreen"}
 
 
-def name_nodes(
-    nodes: pd.DataFrame, exp: Experiment, prompt: Prompt, goal_token: int
-) -> pd.DataFrame:
+def name_nodes(nodes: pd.DataFrame, exp: Experiment, prompt: Prompt, goal: int) -> pd.DataFrame:
     """The nodes with what the viewer calls them (`node_id`, `stratum` and `feature`, no two alike;
     one token stands for the goal), a label, and the token at their place."""
     rows: list[tuple[Any, ...]] = []
     for kind, layer, index, at in nodes[["kind", "layer", "index", "position"]].to_numpy():
-        token, label = exp.encoder.tokenizer.decode([prompt.ids[at]]), kind
-        stratum, number, feature = layer, kind, -1 - (kind == "attn-rest")
-        if kind in ("head", "neuron"):
+        stratum, number, feature, label = layer, kind, -1 - (kind == "attn-rest"), f"L{layer}{kind}"
+        if kind == "embedding":
+            stratum, number, feature, label = "E", prompt.ids[at], at, kind
+        elif kind == "goal":
+            stratum, number, feature, label = layer + 1, goal, goal, kind
+        elif index >= 0:
             label = Component(layer, kind, index).label
             number = index + exp.shape.n_heads * (kind == "neuron")  # neurons after the heads
             feature = (layer + number) * (layer + number + 1) // 2 + number  # Cantor's pairing
-        elif kind == "embedding":
-            stratum, number, feature = "E", prompt.ids[at], at
-        elif kind == "goal":
-            stratum, number, feature = layer + 1, goal_token, goal_token
-        else:
-            label = f"L{layer}{kind}"
+        token = exp.encoder.tokenizer.decode([prompt.ids[at]])
         rows.append((f"{stratum}_{number}_{at}", str(stratum), feature, label, token))
     columns = ["node_id", "stratum", "feature", "label", "token"]
     return nodes.join(pd.DataFrame(rows, columns=columns))
@@ -5111,22 +5092,14 @@ def name_nodes(
 
 def viewer_node(node: Any, output: str, p: float) -> Record:
     """A node as circuit-tracer's viewer takes it; without "(p=" in the goal's it draws nothing."""
-    is_goal = node.kind == "goal"
-    return {
-        "node_id": node.node_id,
-        "feature": node.feature,
-        "layer": node.stratum,
-        "ctx_idx": node.position,
-        "feature_type": TYPES[node.kind],
-        "token_prob": p if is_goal else 0.0,
-        "is_target_logit": is_goal,
-        "run_idx": 0,
-        "reverse_ctx_idx": 0,
-        "jsNodeId": "-".join(node.node_id.rsplit("_", 1)),
-        "clerp": f'Output "{output}" (p={p:.3f})' if is_goal else f"{node.label} {node.token}",
-        "influence": None if is_goal else node.cumulative,
-        "activation": node.attribution,
-    }
+    is_goal, name = node.kind == "goal", f"{node.label} {node.token}"
+    told: Record = {"node_id": node.node_id, "feature": node.feature, "layer": node.stratum}
+    told |= {"ctx_idx": node.position, "feature_type": TYPES[node.kind]}
+    told |= {"token_prob": p if is_goal else 0.0, "is_target_logit": is_goal, "run_idx": 0}
+    told |= {"reverse_ctx_idx": 0, "jsNodeId": "-".join(node.node_id.rsplit("_", 1))}
+    told["clerp"] = f'Output "{output}" (p={p:.3f})' if is_goal else name
+    told["influence"] = None if is_goal else node.cumulative
+    return told | {"activation": node.attribution}
 
 
 def write_viewer(
@@ -5151,16 +5124,16 @@ def write_viewer(
 def place_nodes(nodes: pd.DataFrame) -> tuple[pd.DataFrame, list[str], dict[Any, float]]:
     """Nodes with x and y, the names of the rows upwards, and where the column of each token is:
     rows are the half-blocks that have a node, columns as wide as their fullest cell."""
-    depth = [(layer, ORDER.index(NODES[kind])) for layer, kind in nodes[["layer", "kind"]].values]
-    rows = sorted(set(depth))
-    nodes = nodes.assign(y=[rows.index(one) for one in depth])
+    rows: Any = nodes.groupby(["layer", nodes["kind"].map(NODES)])["kind"]
+    nodes = nodes.assign(y=rows.ngroup())
     cell = nodes.groupby(["position", "y"])["kind"]
     number, count = cell.cumcount(), cell.transform("size")
     width = count.groupby(nodes["position"]).max().sort_index()
     columns = (width.cumsum() - width / 2).to_dict()
     nodes["x"] = nodes["position"].map(columns) + number - (count - 1) / 2
-    ends = {(0, 0): "embedding", rows[-1]: "goal"}
-    names = [ends.get(row, f"L{row[0]} {('', 'heads', 'MLP')[row[1]]}") for row in rows]
+    names = [
+        (kind, f"L{layer} heads", f"L{layer} MLP")[at] for (layer, at), kind in rows.first().items()
+    ]
     return nodes, names, columns
 
 
@@ -5265,18 +5238,16 @@ def graph_of(exp: Experiment, prompt: Prompt) -> Record:
     target, source = (of.numpy() for of in edges.nonzero(as_tuple=True))
     name = nodes["node_id"].to_numpy()
     links = pd.DataFrame({"source": name[source], "target": name[target]})
-    links["weight"] = weights[target, source].tolist()
-    links = links.assign(from_node=source, to_node=target, exact_effect=math.nan)
+    links = links.assign(weight=weights[target, source].tolist(), exact_effect=math.nan)
     nodes["exact_effect"] = math.nan
     measure_graph(exp, prompt, direction, halves, (nodes, links))
     told: Record = {"sample_id": prompt.sample.sample_id, "side": prompt.side}
     told |= {"goal": describe_goal(exp, goal), "goal_value": nodes["attribution"].iloc[-1]}
     told["p"] = float(logits.softmax(-1)[[token for token, w in goal.items() if w > 0]].sum())
     told |= {"conservation_error": error, **scores}
-    counts = {"nodes": len(nodes), "nodes_kept": int(nodes["kept"].sum())}
-    counts |= {"edges": int((weights != 0).sum()), "edges_kept": len(links)}
-    found = {"nodes": nodes.to_dict("list"), "links": links.to_dict("list")}
-    return {**found, "told": told | counts}
+    told |= {"nodes": len(nodes), "nodes_kept": int(nodes["kept"].sum())}
+    told |= {"edges": int((weights != 0).sum()), "edges_kept": len(links)}
+    return {"nodes": nodes.to_dict("list"), "links": links.to_dict("list"), "told": told}
 
 
 def trace_graph(exp: Experiment, folder: RunFolder) -> None:
