@@ -4059,7 +4059,7 @@ def accuracy_by_chance(
     return torch.stack(found).quantile(0.95, 0)
 
 
-def probe(exp: Experiment, components: Sequence[Component]) -> Iterator[tuple[Record, Tensor]]:
+def probe(exp: Experiment, components: Sequence[Component]) -> list[tuple[Record, list[float]]]:
     """By component a row of circuit_directions.csv and the direction [width]: of the samples that
     are set apart or of a file, tested on the others. Of a file's directions no accuracy is told:
     that goes with a threshold."""
@@ -4067,7 +4067,7 @@ def probe(exp: Experiment, components: Sequence[Component]) -> Iterator[tuple[Re
     units = [of_sample[0].sample.unit for of_sample in exp.fitting]
     n, sites = len({of[0].sample.unit for of in tested}), {c.site for c in components}
     find = {"difference": difference_of_means, "logistic": logistic}.get(exp.config.along or "")
-    held_out = last_inputs(exp, tested, sites)
+    held_out, found = last_inputs(exp, tested, sites), []
     fitting = last_inputs(exp, exp.fitting, sites) if find else {}
     for site, group in itertools.groupby(components, key=lambda component: component.site):
         some = list(group)
@@ -4077,8 +4077,7 @@ def probe(exp: Experiment, components: Sequence[Component]) -> Iterator[tuple[Re
             given = slices_of(exp.shape, fitting[site], some)
             fit = find(given)
             told = {"accuracy_fit": separation(fit, given)[0], "accuracy": separation(fit, x)[0]}
-            chance = accuracy_by_chance(find, given, x, units, exp.config.seed)
-            told["accuracy_shuffled"] = chance
+            told["accuracy_shuffled"] = accuracy_by_chance(find, given, x, units, exp.config.seed)
         else:
             fit = torch.stack([exp.directions[component] for component in some]), unknown
         squared, told["auc"] = fit[0] ** 2, separation(fit, x)[1]
@@ -4087,21 +4086,17 @@ def probe(exp: Experiment, components: Sequence[Component]) -> Iterator[tuple[Re
             row: Record = {"label": component.label} | vars(component) | {"n_sentences": n}
             row |= {name: float(of[i]) for name, of in told.items()}
             row["accuracy_low"], row["accuracy_high"] = share_interval(row["accuracy"], n)
-            yield row, fit[0][i]
+            found.append((row, fit[0][i].tolist()))
+    return found
 
 
 def find_directions(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
     """Fill `exp.directions` where no file gave them; returns the rows of `probe`, of the stream
     into layer 0 as well: there only the last token itself tells the prompts apart."""
-    fitted, lexical = exp.config.along in FITS, Component(0, "resid")
-    components = exp.shape.every(exp.config.kind) if fitted else exp.components
-    if fitted and lexical not in components:
-        components = [lexical, *components]
-
-    def compute() -> list[Any]:
-        return [(row, direction.tolist()) for row, direction in probe(exp, components)]
-
-    found = folder.part(f"probe-{digest(labels_of(components))[:12]}", compute)
+    components = exp.components
+    if exp.config.along in FITS:
+        components = list(dict.fromkeys([Component(0, "resid"), *exp.shape.every(exp.config.kind)]))
+    found = folder.part(f"probe-{digest(labels_of(components))[:12]}", probe, exp, components)
     for component, (_, direction) in zip(components, found, strict=True):
         if component.kind == exp.config.kind:
             exp.directions[component] = torch.tensor(direction, dtype=torch.float64)
@@ -4138,11 +4133,7 @@ def edit_beside(exp: Experiment, tree: Tree, bar: tqdm[Any]) -> list[list[float]
 
 
 def trace_directions(
-    exp: Experiment,
-    table: pd.DataFrame,
-    heads: pd.DataFrame,
-    probed: pd.DataFrame,
-    folder: RunFolder,
+    exp: Experiment, table: pd.DataFrame, heads: pd.DataFrame, folder: RunFolder
 ) -> None:
     """Write circuit_directions.csv and .png, and directions.safetensors where they were found here:
     how well each direction tells the prompts apart, and what of the base an edit along it moves."""
@@ -4153,6 +4144,7 @@ def trace_directions(
     beside = effects_of(rows, table, ["way", "label"]).set_index(["label", "way"])[names].unstack()
     beside.columns = pd.Index([f"{way}_{name}" for name, way in beside.columns])
     own = heads.set_index("label")[names].add_prefix("along_")
+    probed = find_directions(exp, folder)
     told = probed[probed["label"].isin(["L0resid", *labels])].sort_values(["layer", "index"])
     told = told.join(own, on="label").join(beside, on="label")
     base = base_statistics(table)
@@ -4181,31 +4173,29 @@ def write_directions(exp: Experiment, folder: RunFolder) -> None:
 
 def report_directions(told: pd.DataFrame, exp: Experiment) -> None:
     """How well the strongest directions tell the prompts apart, and what is moved along them."""
-    lexical = told[told["label"] == "L0resid"]
-    for row in lexical[lexical["accuracy"].notna()].itertuples():
-        log.info(f"layer 0, where only the last token itself tells: accuracy {row.accuracy:.0%}")
-    ranked = told[told["along_mean"].notna() & (told["norm"] > 0)]
-    ranked = ranked.sort_values("along_mean", key=abs, ascending=False)
-    for row in ranked.head(5).itertuples():
-        apart = f"AUC {row.auc:.2f} over {numbered(row.n_sentences, 'held-out sentence')}"
-        if not math.isnan(row.accuracy):
-            apart += f", accuracy {row.accuracy:.0%} [{row.accuracy_low:.0%},"
-            apart += f" {row.accuracy_high:.0%}] (shuffled: up to {row.accuracy_shuffled:.0%})"
-        ways = {"along": "along it", "random": "as far in one random direction"}
-        ways |= {"whole": "by the whole"} if "whole_mean" in told else {}
-        moved = "; moved"
+    for accuracy in told.loc[told["label"] == "L0resid", "accuracy"].dropna():
+        log.info(f"layer 0, where only the last token itself tells: accuracy {accuracy:.0%}")
+    ways = {"along": "along it", "random": "as far in one random direction"}
+    ways |= {"whole": "by the whole"} if "whole_mean" in told else {}
+    known = told[told["along_mean"].notna() & (told["norm"] > 0)]
+    for row in largest(known, "along_mean", 5).to_dict("records"):
+        apart = f"AUC {row['auc']:.2f} over {numbered(row['n_sentences'], 'held-out sentence')}"
+        if not math.isnan(row["accuracy"]):
+            apart += f", accuracy {row['accuracy']:.0%} [{row['accuracy_low']:.0%}, "
+            chance = f"shuffled: up to {row['accuracy_shuffled']:.0%}"
+            apart += f"{row['accuracy_high']:.0%}] ({chance})"
+        moved = []
         for way, said in ways.items():
-            share = getattr(row, f"{way}_share_moved")
+            share = row[f"{way}_share_moved"]
             of_base = "" if math.isnan(share) else f" ({share + 0.0:.0%} of the base)"
-            moved += f" {said} {getattr(row, f'{way}_mean'):+.3f}{of_base},"
-        log.info(f"direction of {row.label}: {apart}{moved[:-1]}")
+            moved.append(f"{said} {row[f'{way}_mean']:+.3f}{of_base}")
+        log.info(f"direction of {row['label']}: {apart}; moved {', '.join(moved)}")
 
 
 def draw_directions(told: pd.DataFrame, exp: Experiment, path: Path) -> None:
     """Held-out accuracy, and the mean effects of edits, of the strongest components."""
     config = exp.config
-    order = told["along_mean"].abs().sort_values(ascending=False).index[: config.top_k]
-    drawn = told.loc[sorted(order)].reset_index(drop=True)
+    drawn = largest(told, "along_mean", config.top_k).sort_index().reset_index(drop=True)
     figure = Figure(figsize=(max(6.0, 2.5 + 0.4 * len(drawn)), 5.5), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     above.vlines(drawn.index, drawn["accuracy_low"], drawn["accuracy_high"], color="tab:blue")
@@ -5005,12 +4995,6 @@ def graph_scores(nodes: pd.DataFrame, weights: Tensor) -> dict[str, float]:
     return {"replacement_score": float(replacement), "completeness_score": float(told)}
 
 
-def zero_head(node: Any, shape: ModelShape, n_tokens: int) -> Edit:
-    """The head of a node zeroed at its token."""
-    head, where = Component(node.layer, "head", node.index), torch.arange(n_tokens) == node.position
-    return Edit(head.site, shape.columns(head), where=where)
-
-
 @torch.inference_mode()
 def lost_goals(
     traced: TracedModel, ids: Sequence[int], direction: Tensor, rows: Sequence[Row]
@@ -5029,15 +5013,15 @@ def patch_edges(
     exactly: path patching as of `run_paths`, with all heads and MLPs between at their clean inputs.
     Pairs of edits that zero either; `lost` tells what rows of edits take from the goal."""
     _, *sites, _ = halves
-    clean = {site: Edit(site, slice(None), 0.0, halves[site][1][0].detach()) for site in sites}
-    rows = [
-        (sender, *(clean[site] for site in sites[sites.index(sender.site) + 1 :]))
-        for sender, _ in pairs
-    ]
-    with recording({reader.site: traced.module(reader.site) for _, reader in pairs}) as seen:
-        lost(rows)
-    values = [seen[to.site][row][:, to.columns] for row, (_, to) in enumerate(pairs, start=1)]
-    return lost([(replace(to, source=x),) for (_, to), x in zip(pairs, values, strict=True)])
+    held = [Edit(site, slice(None), 0.0, halves[site][1][0].detach()) for site in sites]
+    received = {receiver.site: traced.module(receiver.site) for _, receiver in pairs}
+    with recording(received) as seen:
+        lost([(sender, *held[sites.index(sender.site) + 1 :]) for sender, _ in pairs])
+    written = []
+    for row, (_, receiver) in enumerate(pairs, start=1):
+        value = seen[receiver.site][row][:, receiver.columns]
+        written.append((replace(receiver, source=value),))
+    return lost(written)
 
 
 def measure_graph(
@@ -5046,10 +5030,10 @@ def measure_graph(
     """Give the nodes and links of a graph `exact_effect`, where it was measured: of the heads of
     the largest attribution and of the kept edges of the largest weight between heads."""
     nodes, links = graph
-    heads = nodes[nodes["kind"] == "head"]
-    zeroed = {
-        node.node_id: zero_head(node, exp.shape, len(prompt.ids)) for node in heads.itertuples()
-    }
+    heads, places, zeroed = nodes[nodes["kind"] == "head"], torch.arange(len(prompt.ids)), {}
+    for node in heads.itertuples():
+        head, where = Component(node.layer, "head", node.index), places == node.position
+        zeroed[node.node_id] = Edit(head.site, exp.shape.columns(head), where=where)
     between = links[links["source"].isin(zeroed) & links["target"].isin(zeroed)]
     best, strong = largest(heads, "attribution", MEASURED), largest(between, "weight", MEASURED)
     pairs = [(zeroed[a], zeroed[b]) for a, b in strong[["source", "target"]].to_numpy()]
@@ -5197,24 +5181,22 @@ def report_graph(graph: Graph, told: Record) -> None:
     kept = f"{told['nodes_kept']} of {told['nodes']} nodes, {told['edges_kept']} of {told['edges']}"
     scores = f"{told['replacement_score']:.2f}, completeness {told['completeness_score']:.2f}"
     log.info(f"kept: {kept} edges; replacement score {scores}")
-    best = [
-        (f"{node.label} at token {node.position} {node.token!r}", node)
-        for node in largest(nodes.dropna(subset="exact_effect"), "attribution", 5).itertuples()
-    ]
-    for name, node in best:
+    measured = []
+    for node in largest(nodes.dropna(subset="exact_effect"), "attribution", 5).itertuples():
+        name = f"{node.label} at token {node.position} {node.token!r}"
         log.info(f"{name}: attribution {node.attribution:+.3f}")
-    for name, node in best:
-        log.info(f"measured: zeroing {name} takes {node.exact_effect:+.3f} from the goal")
+        measured.append(f"zeroing {name} takes {node.exact_effect:+.3f} from the goal")
     for table, column, what in (
         (nodes, "attribution", "heads, zeroed"),
         (links, "weight", "edges between heads, patched"),
     ):
         known = table.dropna(subset="exact_effect")
-        if known.empty:
-            continue
         same = int((known[column] * known["exact_effect"] > 0).sum())
         r = f", r {known[column].corr(known['exact_effect']):.2f}" if len(known) > 2 else ""
-        log.info(f"measured: {same} of {len(known)} {what}, have the sign of their {column}{r}")
+        if len(known):
+            measured.append(f"{same} of {len(known)} {what}, have the sign of their {column}{r}")
+    for line in measured:
+        log.info(f"measured: {line}")
 
 
 def graph_of(exp: Experiment, prompt: Prompt) -> Record:
@@ -5262,15 +5244,13 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     write_text(path / "circuit_graph.csv", nodes[columns.split()].to_csv(index=False))
     columns = "source target weight exact_effect"
     write_text(path / "circuit_graph_edges.csv", links[columns.split()].to_csv(index=False))
-    name = f"{prompt.sample.sample_id}, prompt {prompt.side}"
     slug = re.sub(r"[^A-Za-z0-9-]", "_", prompt.sample.sample_id)[:99] + f"-{prompt.side}"
-    about: Record = {"slug": slug, "prompt": prompt.text}
-    tokens = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
-    about |= {"scan": f"{exp.shape.name} {model}", "prompt_tokens": tokens}
+    about: Record = {"slug": slug, "prompt": prompt.text, "scan": f"{exp.shape.name} {model}"}
+    about["prompt_tokens"] = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
     write_viewer(nodes, links, (told["goal"], told["p"]), about, path)
     what = told["goal"] if len(told["goal"]) < 60 else told["goal"][:57] + "..."
-    title = f"{what}: {told['goal_value']:.2f}\n{exp.task.name}, {model}, {name}"
-    title += "\nblue adds, red takes away"
+    title = f"{what}: {told['goal_value']:.2f}\n{exp.task.name}, {model}, {told['sample_id']}"
+    title += f", prompt {prompt.side}\nblue adds, red takes away"
     draw_graph(nodes, links, title, path / "circuit_graph.png")
     folder.note(graph=told)
     report_graph((nodes, links), told)
@@ -5909,7 +5889,7 @@ def explain(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolde
             write_screen(exp, heads, folder)
     if config.along:
         with exp.stage("directions"):
-            trace_directions(exp, table, heads, find_directions(exp, folder), folder)
+            trace_directions(exp, table, heads, folder)
     if config.graph:
         with exp.stage("attribution graph", f" of {config.graph}"):
             trace_graph(exp, folder)
