@@ -4816,8 +4816,7 @@ def goal_direction(traced: TracedModel, weights: Mapping[int, float]) -> Tensor:
 
 
 def pull_back(half: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
-    """[tok, d_model]: a gradient [tok, width] with respect to what a half-block makes, as one with
-    respect to what it reads."""
+    """A gradient [tok, width] by what a half-block makes as one [tok, d_model] by what it reads."""
     read, made = half
     (found,) = torch.autograd.grad(made, read, gradient.to(made)[None], retain_graph=True)
     return found[0].to(gradient)
@@ -5045,7 +5044,7 @@ def measure_graph(
 # ----- Graph files --------------------------------------------------------------------------------
 
 LABELLED, DRAWN = 60, 300  # nodes of the figure with names, and its edges
-VIEWER = "circuit-tracer start-server --graph_file_dir {} --port 8032"
+
 # what circuit-tracer's viewer calls nodes; it takes all with "error" in them for unexplained
 TYPES = {"embedding": "embedding", "goal": "logit", "head": "attention head"}
 TYPES |= {"neuron": "mlp neuron", "attn-rest": "attention remainder error"}
@@ -5161,17 +5160,14 @@ def draw_graph(nodes: pd.DataFrame, links: pd.DataFrame, title: str, path: Path)
 
 def describe_goal(exp: Experiment, weights: Mapping[int, float]) -> str:
     """What the goal is: 'Sure' 'Here' less 'I', or less the mean of all logits."""
-    shown = {token: repr(exp.encoder.tokenizer.decode([token])) for token in weights}
-    ordered = sorted(weights, key=lambda token: -abs(weights[token]))
-    plus, minus = (
-        " ".join(shown[token] for token in ordered if sign * weights[token] > 0) for sign in (1, -1)
-    )
+    ordered = sorted(weights.items(), key=lambda item: -abs(item[1]))
+    shown = [(repr(exp.encoder.tokenizer.decode([token])), weight) for token, weight in ordered]
+    plus, minus = (" ".join(name for name, w in shown if sign * w > 0) for sign in (1, -1))
     return f"{plus} less {minus or 'the mean of all logits'}"
 
 
 def report_graph(graph: Graph, told: Record) -> None:
-    """What the log says of a graph: what it explains, what it is and is not, its strongest heads,
-    and, apart from these, what exact runs say."""
+    """What the log says of a graph: what it explains, what it is not, and what exact runs say."""
     nodes, links = graph
     log.info(f"goal: {told['goal']}, at the last token: {told['goal_value']:+.4f}")
     gap = f"by {told['conservation_error']:.1e} of what flows into the goal"
@@ -5233,8 +5229,7 @@ def graph_of(exp: Experiment, prompt: Prompt) -> Record:
 
 
 def trace_graph(exp: Experiment, folder: RunFolder) -> None:
-    """Write circuit_graph.csv, _edges.csv and .png, and graphs/ for circuit-tracer's viewer, of the
-    prompt that --graph names."""
+    """Write circuit_graph.csv, _edges.csv, .png and graphs/ of the prompt that --graph names."""
     prompt = graph_prompt(exp.config, exp.fitting + exp.prompts, exp.shape)
     asked = digest([getattr(exp.config, name) for name in ("graph", *OF_GRAPH)])
     found = folder.part(f"graph-{asked[:16]}", graph_of, exp, prompt)
@@ -5242,8 +5237,7 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     path, model = folder.path, Path(exp.config.model_id).name
     columns = "node_id kind layer index position token attribution influence kept exact_effect"
     write_text(path / "circuit_graph.csv", nodes[columns.split()].to_csv(index=False))
-    columns = "source target weight exact_effect"
-    write_text(path / "circuit_graph_edges.csv", links[columns.split()].to_csv(index=False))
+    write_text(path / "circuit_graph_edges.csv", links.to_csv(index=False))
     slug = re.sub(r"[^A-Za-z0-9-]", "_", prompt.sample.sample_id)[:99] + f"-{prompt.side}"
     about: Record = {"slug": slug, "prompt": prompt.text, "scan": f"{exp.shape.name} {model}"}
     about["prompt_tokens"] = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
@@ -5254,7 +5248,8 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     draw_graph(nodes, links, title, path / "circuit_graph.png")
     folder.note(graph=told)
     report_graph((nodes, links), told)
-    log.info("to look at it: %s", VIEWER.format(path / "graphs"))
+    there = f"--graph_file_dir {path / 'graphs'} --port 8032"
+    log.info(f"to look at it: circuit-tracer start-server {there}")
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -5555,10 +5550,12 @@ DETAILS = {"median": "+.3f", "moved_a": "+.2f", "moved_b": "+.2f", "share_moved"
 DETAILS |= {"above_noise": "", "n_sentences": "d"}
 
 
+Said = list[logging.LogRecord]
+
+
 @contextlib.contextmanager
-def listening() -> Iterator[list[logging.LogRecord]]:
-    """What the log is told, but for what a resumed run is told otherwise: of loading, memory and
-    parts."""
+def listening() -> Iterator[Said]:
+    """What the log is told, but for what a resumed run tells otherwise (loading, memory, parts)."""
     handler = BufferingHandler(sys.maxsize)
     handler.addFilter(lambda told: told.funcName not in ASIDE)
     handler.addFilter(lambda told: not told.getMessage().startswith("----- loading"))
@@ -5613,7 +5610,7 @@ def draw_table(heads: pd.DataFrame, quoted: str) -> str:
         columns |= {(MEASURES[prefix], n): (prefix + n, form) for n, form in COLUMNS.items()}
     columns |= {("details of the effect", n): (n, form) for n, form in DETAILS.items()}
     columns = {at: of for at, of in columns.items() if of[0] in heads}
-    top = heads.sort_values(f"{quoted}mean", key=abs, ascending=False).head(MOST_ROWS)
+    top = largest(heads, f"{quoted}mean", MOST_ROWS)
     shown = top[[name for name, _ in columns.values()]].reset_index(drop=True)
     shown.columns = pd.MultiIndex.from_tuples(columns)
     style = Styler(shown, uuid="heads", cell_ids=False).hide(axis="index")
@@ -5622,16 +5619,14 @@ def draw_table(heads: pd.DataFrame, quoted: str) -> str:
         roles = top.get(f"{prefix}role", top[f"{prefix}mean"])
         css = [shade(role, bound) for role in roles]
         style.apply(lambda _, css=css: css, subset=[(MEASURES[prefix], "mean")])
-    forms: dict[Any, Any] = {
-        at: functools.partial(rounded, form=form) for at, (_, form) in columns.items()
-    }
-    shown = style.format(forms, na_rep="").to_html(table_attributes='class="sortable"')
-    return f'<p>{told}</p><div class="wide">{shown}</div>'
+    for at, (_, form) in columns.items():
+        style.format(functools.partial(rounded, form=form), subset=[at], na_rep="")
+    drawn = style.to_html(table_attributes='class="sortable"')
+    return f'<p>{told}</p><div class="wide">{drawn}</div>'
 
 
 def draw_cells(heads: pd.DataFrame, quoted: str) -> str:
-    """A cell per layer and index, coloured by role, with its numbers on hover and a dot where it
-    has a verdict."""
+    """A cell per layer and index: colour by role, numbers on hover, a dot with a verdict."""
     cells: dict[str, tuple[str, str]] = {}
     bound = float(heads[f"{quoted}role"].abs().max()) or 1.0
     for head in heads.to_dict("records"):
@@ -5674,10 +5669,8 @@ def tell_sample(record: Record, replies: Mapping[str, Mapping[tuple[str, str], s
     for side, prompt in record["prompts"].items():
         likeliest = "\n".join(f"{p:.1%} {token!r}" for token, p in prompt["likeliest"])
         said = [of_edit.get((name, side), "") for of_edit in replies.values()]
-        cells = (prompt["text"], f"{prompt['score']:+.3f}", likeliest, *said)
-        lines.append(
-            f"<tr><th>{as_html(side)}</th>{''.join(f'<td>{as_html(cell)}</td>' for cell in cells)}"
-        )
+        cells = map(as_html, (prompt["text"], f"{prompt['score']:+.3f}", likeliest, *said))
+        lines.append(f"<tr><th>{as_html(side)}</th><td>{'</td><td>'.join(cells)}</td>")
     heads = ("", "prompt", "score", "likeliest first tokens", *replies)
     words = [f"{what}: {', '.join(record[what])}" for what in ("targets", "foils") if record[what]]
     told = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
@@ -5703,7 +5696,7 @@ def show_figure(path: Path, name: str) -> str:
     return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
 
 
-def tell_findings(said: Iterable[logging.LogRecord]) -> Iterator[str]:
+def tell_findings(said: Said) -> Iterator[str]:
     """Lines of the log, with the names of stages as headings."""
     for told in said:
         text = as_html(told.getMessage())
@@ -5715,12 +5708,7 @@ def tell_findings(said: Iterable[logging.LogRecord]) -> Iterator[str]:
 
 
 def write_report(
-    table: pd.DataFrame,
-    heads: pd.DataFrame,
-    floor: float,
-    config: Config,
-    path: Path,
-    said: Iterable[logging.LogRecord],
+    table: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config, path: Path, said: Said
 ) -> None:
     """circuit_report.html: one page that asks the network for nothing. In a folder of a run it has
     all figures and replies there; elsewhere those that a results table alone gives."""
@@ -5791,14 +5779,11 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
 
 
 def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
-    """The results table with its jittered rows in process 0; None in others, when their share of
-    the work is done."""
+    """In process 0 the results table with jittered rows; elsewhere None, once its share is done."""
     records: Records = []
-    todo: list[Any] = [[], "", 0, None, {}]
+    nothing: tuple[pd.DataFrame, list[Any]] = pd.DataFrame(), [[], "", 0, None, {}]
     place = [as_text(exp.config.device_map), device_names(), state.num_processes]
-    swept = pd.DataFrame()
-    if folder.leads:
-        swept, todo = take_up(exp, folder)
+    swept, todo = take_up(exp, folder) if folder.leads else nothing
     todo = todo if state.num_processes == 1 else broadcast_object_list(todo)
     jobs, folder.key, n_rows, tested_on, exp.directions = todo
     if jobs:
@@ -5855,6 +5840,7 @@ def describe_run(exp: Experiment, started: float) -> dict[str, Any]:
 
 def run(config: Config) -> None:
     """What the command line asks for: a whole job, or less."""
+    started = time.time()
     torch.manual_seed(config.seed)
     if not sys.stderr.isatty():
         disable_progress_bar()  # the library's own; ours know by themselves
@@ -5866,18 +5852,17 @@ def run(config: Config) -> None:
         return log.info("redrawn in %s", config.output_dir)
     state = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(Path(config.output_dir), state.is_main_process)
-    if config.dry_run or config.self_test:
-        start_log(None, folder.leads)
-        exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
-        if config.dry_run:
-            log.info("%s", describe_plan(exp))
-        else:
-            self_test(exp)
-        return None
-    with folder.open() if folder.leads else contextlib.nullcontext():
-        start_log(folder.path / "run.log" if folder.leads else None, folder.leads)
+    writes = folder.leads and not (config.dry_run or config.self_test)
+    with folder.open() if writes else contextlib.nullcontext():
+        start_log(folder.path / "run.log" if writes else None, folder.leads)
         with logging_redirect_tqdm():
-            trace(config, folder, state)
+            exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
+            if config.dry_run:
+                log.info("%s", describe_plan(exp))
+            elif config.self_test:
+                self_test(exp)
+            else:
+                trace(exp, folder, state, started)
 
 
 def explain(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolder) -> pd.DataFrame:
@@ -5887,35 +5872,27 @@ def explain(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolde
         heads = write_findings(table, exp.other, floor, config, folder.path)
         if config.screen:
             write_screen(exp, heads, folder)
-    if config.along:
-        with exp.stage("directions"):
-            trace_directions(exp, table, heads, folder)
-    if config.graph:
-        with exp.stage("attribution graph", f" of {config.graph}"):
-            trace_graph(exp, folder)
     chosen: list[JointSet] = []
-    if config.confirms or config.ablate:
-        with exp.stage("joint ablation"):
-            chosen = confirm(exp, table, folder)
-    if config.via:
-        with exp.stage("paths"):
-            trace_paths(exp, table, heads, floor, folder)
-    if config.positions == "each":
-        with exp.stage("positions"):
-            trace_positions(exp, table, folder)
-    if config.max_new_tokens:
-        with exp.stage("replies"):
-            check_behaviour(exp, chosen, table, folder)
-    if config.multipliers:
-        with exp.stage("steering"):
-            steer(exp, chosen, table, folder)
+    joint, each = config.confirms or config.ablate, config.positions == "each"
+    of_graph = f" of {config.graph}"
+    for asked, name, detail, work in (
+        (config.along, "directions", "", lambda: trace_directions(exp, table, heads, folder)),
+        (config.graph, "attribution graph", of_graph, lambda: trace_graph(exp, folder)),
+        (joint, "joint ablation", "", lambda: chosen.extend(confirm(exp, table, folder))),
+        (config.via, "paths", "", lambda: trace_paths(exp, table, heads, floor, folder)),
+        (each, "positions", "", lambda: trace_positions(exp, table, folder)),
+        (config.max_new_tokens, "replies", "", lambda: check_behaviour(exp, chosen, table, folder)),
+        (config.multipliers, "steering", "", lambda: steer(exp, chosen, table, folder)),
+    ):
+        if asked:
+            with exp.stage(name, detail):
+                work()
     return heads
 
 
-def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
+def trace(exp: Experiment, folder: RunFolder, state: PartialState, started: float) -> None:
     """The whole job, stage by stage."""
-    started = time.time()
-    exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
+    config = exp.config
     if (measured := measure(exp, folder, state)) is None:
         return
     table = measured[measured["draw"] < 0].drop(columns="draw")
@@ -5927,8 +5904,7 @@ def trace(config: Config, folder: RunFolder, state: PartialState) -> None:
     for name in ("behaviour", "screen", "graph"):
         folder.record.pop(name, None)
     folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
-    folder.note(system_turn=exp.encoder.opening.get("system", "none"))
-    folder.note(n_set_apart=len(exp.fitting))
+    folder.note(system_turn=exp.encoder.opening.get("system", "none"), n_set_apart=len(exp.fitting))
     with listening() as said:
         heads = explain(exp, table, floor, folder)
     if "traced" in vars(exp):  # something was computed
