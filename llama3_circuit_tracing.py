@@ -4164,8 +4164,7 @@ def write_directions(exp: Experiment, folder: RunFolder) -> None:
     """directions.safetensors: [width], raw, by label, and what they are of."""
     told: Record = {"format": "directions/1", "model": folder.record["fingerprint"]["model"]}
     told |= {name: getattr(exp.config, name) for name in ("model_id", "task", "kind", "along")}
-    gave = (of_sample[0].text_ids for of_sample in exp.fitting)
-    told["fitted_on"] = sorted(set(itertools.chain(*gave)))
+    told["fitted_on"] = sorted({text for of in exp.fitting for text in of[0].text_ids})
     found = {component.label: of.contiguous() for component, of in exp.directions.items()}
     content = save_tensors(found, metadata={"told": json.dumps(told)})
     write_atomically(folder.path / "directions.safetensors", lambda p: p.write_bytes(content))
@@ -4930,6 +4929,7 @@ def conservation_error(nodes: pd.DataFrame, weights: Tensor) -> float:
 
 MEASURED = 10  # head nodes, and edges between heads, that exact runs are made of
 Graph = tuple[pd.DataFrame, pd.DataFrame]  # nodes, and kept links
+Lost = Callable[[Sequence[Row]], list[float]]  # what the edits of each row take from the goal
 
 
 def input_shares(weights: Tensor) -> Tensor:
@@ -5005,12 +5005,10 @@ def lost_goals(
     return [goals[0] - goal for goal in goals[1:]]
 
 
-def patch_edges(
-    traced: TracedModel, halves: Halves, pairs: Sequence[Row], lost: Callable[..., list[float]]
-) -> list[float]:
+def patch_edges(traced: TracedModel, halves: Halves, pairs: list[Row], lost: Lost) -> list[float]:
     """What zeroing a head at its token takes from the goal through another head at its token alone,
-    exactly: path patching as of `run_paths`, with all heads and MLPs between at their clean inputs.
-    Pairs of edits that zero either; `lost` tells what rows of edits take from the goal."""
+    exactly, by pairs of edits that zero either: path patching as of `run_paths`, with all heads and
+    MLPs between at their clean inputs."""
     _, *sites, _ = halves
     held = [Edit(site, slice(None), 0.0, halves[site][1][0].detach()) for site in sites]
     received = {receiver.site: traced.module(receiver.site) for _, receiver in pairs}
@@ -5023,22 +5021,20 @@ def patch_edges(
     return lost(written)
 
 
-def measure_graph(
-    exp: Experiment, prompt: Prompt, direction: Tensor, halves: Halves, graph: Graph
-) -> None:
+def measure_graph(traced: TracedModel, halves: Halves, graph: Graph, lost: Lost) -> None:
     """Give the nodes and links of a graph `exact_effect`, where it was measured: of the heads of
     the largest attribution and of the kept edges of the largest weight between heads."""
     nodes, links = graph
-    heads, places, zeroed = nodes[nodes["kind"] == "head"], torch.arange(len(prompt.ids)), {}
+    heads, zeroed = nodes[nodes["kind"] == "head"], {}
+    places = torch.arange(halves[0, ""][0].shape[1])
     for node in heads.itertuples():
         head, where = Component(node.layer, "head", node.index), places == node.position
-        zeroed[node.node_id] = Edit(head.site, exp.shape.columns(head), where=where)
+        zeroed[node.node_id] = Edit(head.site, traced.shape.columns(head), where=where)
     between = links[links["source"].isin(zeroed) & links["target"].isin(zeroed)]
     best, strong = largest(heads, "attribution", MEASURED), largest(between, "weight", MEASURED)
-    pairs = [(zeroed[a], zeroed[b]) for a, b in strong[["source", "target"]].to_numpy()]
-    lost = functools.partial(lost_goals, exp.traced, prompt.ids, direction)
+    pairs: list[Row] = [(zeroed[a], zeroed[b]) for a, b in strong[["source", "target"]].to_numpy()]
     nodes.loc[best.index, "exact_effect"] = lost([(zeroed[name],) for name in best["node_id"]])
-    links.loc[strong.index, "exact_effect"] = patch_edges(exp.traced, halves, pairs, lost)
+    links.loc[strong.index, "exact_effect"] = patch_edges(traced, halves, pairs, lost)
 
 
 # ----- Graph files --------------------------------------------------------------------------------
@@ -5085,21 +5081,20 @@ def viewer_node(node: Any, output: str, p: float) -> Record:
     return told | {"activation": node.attribution}
 
 
-def write_viewer(
-    nodes: pd.DataFrame, links: pd.DataFrame, goal: tuple[str, float], told: Record, path: Path
-) -> None:
+def write_viewer(graph: Graph, goal: tuple[str, float], told: Record, path: Path) -> None:
     """graphs/SLUG.json and graphs/graph-metadata.json of the kept nodes and links. The viewer shows
     nodes up to a threshold: here the largest cumulative influence of those that are kept."""
+    nodes, links = graph
     shown = nodes[nodes["kept"]]
     inner = shown[~shown["kind"].isin(["embedding", "goal"])]
     least = float(inner["cumulative"].max()) if len(inner) else 1.0
     metadata = told | {"transcoder_list": [], "node_threshold": least, "schema_version": 1}
     asked = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    graph: Record = {"metadata": metadata, "qParams": asked}
-    graph["nodes"] = [viewer_node(node, *goal) for node in shown.itertuples()]
-    graph["links"] = links[["source", "target", "weight"]].to_dict("records")
+    viewed: Record = {"metadata": metadata, "qParams": asked}
+    viewed["nodes"] = [viewer_node(node, *goal) for node in shown.itertuples()]
+    viewed["links"] = links[["source", "target", "weight"]].to_dict("records")
     (path / "graphs").mkdir(exist_ok=True)
-    for name, content in {told["slug"]: graph, "graph-metadata": {"graphs": [metadata]}}.items():
+    for name, content in {told["slug"]: viewed, "graph-metadata": {"graphs": [metadata]}}.items():
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_text(path / "graphs" / f"{name}.json", text + "\n")
 
@@ -5114,9 +5109,7 @@ def place_nodes(nodes: pd.DataFrame) -> tuple[pd.DataFrame, list[str], dict[Any,
     width = count.groupby(nodes["position"]).max().sort_index()
     columns = (width.cumsum() - width / 2).to_dict()
     nodes["x"] = nodes["position"].map(columns) + number - (count - 1) / 2
-    names = [
-        (kind, f"L{layer} heads", f"L{layer} MLP")[at] for (layer, at), kind in rows.first().items()
-    ]
+    names = [(kind, f"L{n} heads", f"L{n} MLP")[at] for (n, at), kind in rows.first().items()]
     return nodes, names, columns
 
 
@@ -5218,7 +5211,8 @@ def graph_of(exp: Experiment, prompt: Prompt) -> Record:
     links = pd.DataFrame({"source": name[source], "target": name[target]})
     links = links.assign(weight=weights[target, source].tolist(), exact_effect=math.nan)
     nodes["exact_effect"] = math.nan
-    measure_graph(exp, prompt, direction, halves, (nodes, links))
+    lost = functools.partial(lost_goals, traced, prompt.ids, direction)
+    measure_graph(traced, halves, (nodes, links), lost)
     told: Record = {"sample_id": prompt.sample.sample_id, "side": prompt.side}
     told |= {"goal": describe_goal(exp, goal), "goal_value": nodes["attribution"].iloc[-1]}
     told["p"] = float(logits.softmax(-1)[[token for token, w in goal.items() if w > 0]].sum())
@@ -5241,7 +5235,7 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     slug = re.sub(r"[^A-Za-z0-9-]", "_", prompt.sample.sample_id)[:99] + f"-{prompt.side}"
     about: Record = {"slug": slug, "prompt": prompt.text, "scan": f"{exp.shape.name} {model}"}
     about["prompt_tokens"] = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
-    write_viewer(nodes, links, (told["goal"], told["p"]), about, path)
+    write_viewer((nodes, links), (told["goal"], told["p"]), about, path)
     what = told["goal"] if len(told["goal"]) < 60 else told["goal"][:57] + "..."
     title = f"{what}: {told['goal_value']:.2f}\n{exp.task.name}, {model}, {told['sample_id']}"
     title += f", prompt {prompt.side}\nblue adds, red takes away"
