@@ -4755,8 +4755,7 @@ def run_halves(traced: TracedModel, ids: Sequence[int]) -> Halves:
     """One linearised forward, cut where a half-block reads the residual stream. By the site of a
     half-block's last matrix, in order: what is read [1, tok, d_model], a leaf, and the matrix's
     input [1, tok, width] as made of it. The embeddings come first, the final norm last."""
-    layers = range(traced.shape.n_layers)
-    sites: list[Site] = list(itertools.product(layers, ORDER[1:]))
+    sites: list[Site] = list(itertools.product(range(traced.shape.n_layers), ORDER[1:]))
     norms = {ORDER[1]: "input_layernorm", ORDER[2]: MIDDLE}
     reading = {site: traced.module((site[0], norms[site[1]])) for site in sites}
     end: Site = (traced.shape.n_layers, "")
@@ -5231,7 +5230,8 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     path, model = folder.path, Path(exp.config.model_id).name
     columns = "node_id kind layer index position token attribution influence kept exact_effect"
     write_text(path / "circuit_graph.csv", nodes[columns.split()].to_csv(index=False))
-    write_text(path / "circuit_graph_edges.csv", links.to_csv(index=False))
+    columns = "source target weight exact_effect"
+    write_text(path / "circuit_graph_edges.csv", links[columns.split()].to_csv(index=False))
     slug = re.sub(r"[^A-Za-z0-9-]", "_", prompt.sample.sample_id)[:99] + f"-{prompt.side}"
     about: Record = {"slug": slug, "prompt": prompt.text, "scan": f"{exp.shape.name} {model}"}
     about["prompt_tokens"] = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
