@@ -4597,7 +4597,7 @@ def receivers_of(exp: Experiment, sender: Component) -> list[Components]:
         return [()]
     if not isinstance(exp.config.via, str):
         return [exp.config.via]
-    return [(head,) for head in exp.every("head") if head.depth > sender.depth]
+    return [(head,) for head in exp.shape.every("head") if head.depth > sender.depth]
 
 
 @torch.inference_mode()
@@ -4612,7 +4612,7 @@ def run_paths(exp: Experiment, clean: CleanRun, bar: tqdm[Any], senders: Compone
     """
     tree, depth, paths = clean.tree, senders[0].depth, receivers_of(exp, senders[0])
     kinds = ("attn", "mlp") if exp.config.freeze == "all" else ("attn",)
-    frozen = {module.site for module in exp.every(*kinds) if module.depth > depth}
+    frozen = {module.site for module in exp.shape.every(*kinds) if module.depth > depth}
     received = {component.site for path in paths for component in path}
     held = [Edit(site, slice(None), 0.0, clean.site_inputs[site]) for site in sorted(frozen)]
     held += [Edit(site, slice(None), 1.0) for site in received - frozen]  # recorded at all tokens
