@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +131,35 @@ def user_text(rendered: str) -> str:
 def write_samples(path: Path, *records: dict[str, Any]) -> str:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
+
+
+# ----- for tests of small runs
+
+
+@pytest.fixture(scope="session")
+def writable(
+    random_model: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], str]:
+    """Folder of a model, "tiny" for the trained one, that samples may be written to."""
+
+    @functools.cache
+    def folder_of(name: str) -> str:
+        if name != "tiny":
+            return random_model(name)
+        return str(shutil.copytree(TINY, tmp_path_factory.mktemp("tiny") / "model"))
+
+    return folder_of
+
+
+@pytest.fixture()
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that loads a model's weights fails."""
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+
+
+@pytest.fixture(scope="module")
+def coarse_figures() -> Iterator[None]:
+    """Drawn in full and saved small, which is a third of a small run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "save_figure", lambda figure, path: figure.savefig(path, dpi=20))
+        yield

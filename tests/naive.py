@@ -7,7 +7,7 @@ tokenisation, its own alignment and its own scoring. It is slow, and plain on pu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -49,10 +49,19 @@ def hooked(module: Any, replace: Replace | None) -> Iterator[None]:
         yield
 
 
-def zero_slice(start: int, stop: int) -> Replace:
+@contextmanager
+def all_hooked(changes: Iterable[tuple[Any, Replace]]) -> Iterator[None]:
+    """The inputs of several modules replaced at once."""
+    with ExitStack() as stack:
+        for module, replace in changes:
+            stack.enter_context(hooked(module, replace))
+        yield
+
+
+def zero_slice(span: slice, tokens: slice | int = slice(None)) -> Replace:
     def replace(x: Tensor) -> Tensor:
         y = x.clone()
-        y[:, :, start:stop] = 0
+        y[:, tokens, span] = 0
         return y
 
     return replace
@@ -79,15 +88,24 @@ def span_of(model: Any, layer: int, kind: str, index: int) -> slice:
     return slice(index * step, (index + 1) * step)
 
 
-@contextmanager
-def zeroed(model: Any, components: Sequence[tuple[int, str, int]]) -> Iterator[None]:
+def zeroed(model: Any, components: Iterable[tuple[int, str, int]]) -> AbstractContextManager[None]:
     """Several (layer, kind, index) zeroed at every token."""
-    with ExitStack() as stack:
-        for layer, kind, index in components:
-            span = span_of(model, layer, kind, index)
-            module = module_of(model, layer, kind)
-            stack.enter_context(hooked(module, zero_slice(span.start, span.stop)))
-        yield
+    return all_hooked(
+        (module_of(model, layer, kind), zero_slice(span_of(model, layer, kind, index)))
+        for layer, kind, index in components
+    )
+
+
+@torch.no_grad()
+def greedy(model: Any, ids: Sequence[int], n_tokens: int, ends: Container[int] = ()) -> list[int]:
+    """The likeliest tokens, a full forward each, up to one that ends a reply."""
+    said: list[int] = []
+    while len(said) < n_tokens:
+        token = int(model(torch.tensor([[*ids, *said]])).logits[0, -1].argmax())
+        if token in ends:
+            break
+        said.append(token)
+    return said
 
 
 # ----- scores
@@ -168,7 +186,8 @@ def touched(own: list[int], other: list[int], n_tail: int, change: Any) -> list[
         aligned = {i: i for i in range(n)}
     if change.positions == "all":
         return [*aligned.items(), *((n + i, len(other) + i) for i in range(n_tail))]
-    wanted = [n - 1] if change.positions == "last" else range(before, end_of_differing)
+    named = {"last": [n - 1], "differing": range(before, end_of_differing)}
+    wanted = named.get(change.positions, [change.positions])  # or a token of one's own
     return [(i, aligned[i]) for i in wanted if i in aligned]
 
 
