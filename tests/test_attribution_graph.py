@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import itertools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -32,6 +33,7 @@ GRAPH = "circuit_graph.csv"
 EDGES = "circuit_graph_edges.csv"
 FAST = ["--num_samples", "2", "--layers", "0", "--no-bf16"]
 REST = ["attn-rest", "mlp-rest"]
+pytestmark = pytest.mark.usefixtures("coarse_figures")
 Build = Callable[..., str]
 Explained = tuple[pd.DataFrame, Tensor, Tensor]  # nodes, weights, the goal's direction
 
@@ -58,12 +60,6 @@ def explained(bench: Bench, n_best: int = 60, n_tokens: int = 100) -> Explained:
     return *tracing.attribute(bench.traced, halves, direction, n_best), direction
 
 
-def number_of(nodes: pd.DataFrame, kind: str, layer: int, index: int, position: int) -> int:
-    told = (kind, layer, index, position)
-    columns = ["kind", "layer", "index", "position"]
-    return int(nodes.index[(nodes[columns] == pd.Series(told, columns)).all(axis=1)][0])
-
-
 # ----- identities
 
 
@@ -73,7 +69,7 @@ def margin(model: Any, ids: list[int], token: int) -> float:
     return float(logits[token] - logits.mean())
 
 
-@pytest.mark.parametrize(("n_best", "n_tokens"), [(1, 100), (60, 100), (10**6, 3)])
+@pytest.mark.parametrize(("n_best", "n_tokens"), [(1, 100), (60, 100), (10**6, 2)])
 def test_what_flows_into_a_node_and_out_of_it_is_its_attribution(
     any_bench: Bench, n_best: int, n_tokens: int
 ) -> None:
@@ -109,26 +105,23 @@ def test_the_goal_is_the_logit_and_passes_every_layer_whole(any_bench: Bench) ->
 
 
 def test_the_nodes_are_the_strongest_and_of_each_half_block_the_rest(plain: Bench) -> None:
-    n = 5
+    n, shape = 5, plain.traced.shape
     few, all_ = explained(plain, 30, n)[0], explained(plain, 10**6, n)[0]
-    shape = plain.traced.shape
     assert len(all_) == n * (1 + shape.n_layers * (shape.n_heads + shape.d_mlp + 2)) + 1
-    of_all = all_[all_["kind"].isin(["head", "neuron"])].set_index(
-        ["kind", "layer", "index", "position"]
+    of_few, of_all = (
+        nodes[nodes["kind"].isin(["head", "neuron"])].set_index(
+            ["kind", "layer", "index", "position"]
+        )["attribution"]
+        for nodes in (few, all_)
     )
-    assert of_all.index.is_unique
-    best = of_all["attribution"].sort_values(key=abs, ascending=False).head(30)
-    of_few = few[few["kind"].isin(["head", "neuron"])].set_index(
-        ["kind", "layer", "index", "position"]
-    )
-    assert set(of_few.index) == set(best.index)
-    assert (of_few["attribution"] - best).abs().max() < 1e-6
+    best = of_all.sort_values(key=abs, ascending=False).head(30)
+    assert of_all.index.is_unique and set(of_few.index) == set(best.index)
+    assert (of_few - best).abs().max() < 1e-6
     assert all_.loc[all_["kind"].isin(REST), "attribution"].abs().max() == 0
-    left = of_all.drop(best.index)["attribution"].groupby(["kind", "layer", "position"]).sum()
+    left = of_all.drop(best.index).groupby(["kind", "layer", "position"]).sum()
     for rest, kind in zip(REST, ["head", "neuron"], strict=True):
         told = few[few["kind"] == rest].set_index(["layer", "position"])["attribution"]
-        expected = left[kind].reindex(told.index, fill_value=0.0)
-        assert (told - expected).abs().max() < 1e-5
+        assert (told - left[kind].reindex(told.index, fill_value=0.0)).abs().max() < 1e-5
         assert len(told) == n * shape.n_layers
 
 
@@ -138,96 +131,74 @@ def test_the_nodes_are_the_strongest_and_of_each_half_block_the_rest(plain: Benc
 class Frozen:
     """Each half-block as a linear function of the residual stream [tok, d_model], in float64."""
 
-    def __init__(self, model: Any, ids: list[int]) -> None:
-        self.model, self.config = model.double(), model.config
-        self.config._attn_implementation = "eager"
+    def __init__(self, model: Any, ids: list[int], direction: Tensor) -> None:
+        self.blocks = model.double().model.layers
+        model.config._attn_implementation = "eager"
         with torch.no_grad():
-            out = self.model(torch.tensor([ids]), output_attentions=True)
+            out = model(torch.tensor([ids]), output_attentions=True)
         self.patterns = [pattern[0] for pattern in out.attentions]  # [head, tok, tok]
         self.scales: dict[Any, Tensor] = {}
         self.slopes: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        self.embedding = self.model.get_input_embeddings().weight[ids].detach()
-        self.made: dict[Any, Tensor] = {}
-        x = self.embedding
-        for layer, block in enumerate(self.model.model.layers):
+        self.made: dict[Any, Tensor] = {}  # [tok, head * d_head] or [tok, neuron]
+        x = self.embedding = model.get_input_embeddings().weight[ids].requires_grad_()
+        for layer, block in enumerate(self.blocks):
             self.scales[layer, "head"] = self.scale(x, block.input_layernorm)
-            self.made[layer, "head"] = self.heads(layer, x)
+            self.made[layer, "head"] = self.half(layer, "head", x)
             x = x + self.made[layer, "head"] @ block.self_attn.o_proj.weight.T
             self.scales[layer, "neuron"] = self.scale(x, block.post_attention_layernorm)
-            read = x * self.scales[layer, "neuron"]
+            read = x.detach() * self.scales[layer, "neuron"]
             gate, up = (read @ getattr(block.mlp, f"{n}_proj").weight.T for n in ("gate", "up"))
             self.slopes[layer] = nn.functional.silu(gate) / gate, nn.functional.silu(gate), up
-            self.made[layer, "neuron"] = self.neurons(layer, x)
+            self.made[layer, "neuron"] = self.half(layer, "neuron", x)
             x = x + self.made[layer, "neuron"] @ block.mlp.down_proj.weight.T
-        self.scales["end"] = self.scale(x, self.model.model.norm)
+        self.goal_scale = self.scale(x, model.model.norm)[-1] * direction.double()
+        self.goal = x[-1] @ self.goal_scale
+        gradients = torch.autograd.grad(self.goal, [self.embedding, *self.made.values()])
+        self.gradients = dict(zip(["embedding", *self.made], gradients, strict=True))
 
     def scale(self, x: Tensor, norm: Any) -> Tensor:
-        return norm.weight / (x.square().mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        mean_square = x.detach().square().mean(-1, keepdim=True)
+        return norm.weight / (mean_square + norm.variance_epsilon).sqrt()
 
-    def heads(self, layer: int, x: Tensor) -> Tensor:
-        """[tok, head * d_head]"""
-        pattern, weight = (
-            self.patterns[layer],
-            self.model.model.layers[layer].self_attn.v_proj.weight,
-        )
-        values = ((x * self.scales[layer, "head"]) @ weight.T).unflatten(-1, (-1, 16))
+    def half(self, layer: int, kind: str, x: Tensor) -> Tensor:
+        """What a half-block makes; of a neuron half along the gate, half along up."""
+        read, block = x * self.scales[layer, kind], self.blocks[layer]
+        if kind == "neuron":
+            slope, act, up = self.slopes[layer]
+            gates, ups = read @ block.mlp.gate_proj.weight.T, read @ block.mlp.up_proj.weight.T
+            return (slope * gates * up + act * ups) / 2
+        pattern = self.patterns[layer]
+        values = (read @ block.self_attn.v_proj.weight.T).unflatten(-1, (-1, 16))
         shared = pattern.shape[0] // values.shape[1]
         mixed = [pattern[h] @ values[:, h // shared] for h in range(pattern.shape[0])]
         return torch.cat(mixed, -1)
 
-    def neurons(self, layer: int, x: Tensor) -> Tensor:
-        """[tok, neuron]: half along the gate, half along up."""
-        slope, act, up = self.slopes[layer]
-        read, mlp = x * self.scales[layer, "neuron"], self.model.model.layers[layer].mlp
-        gates, ups = read @ mlp.gate_proj.weight.T, read @ mlp.up_proj.weight.T
-        return (slope * gates * up + act * ups) / 2
-
-    def goal(self, direction: Tensor, from_layer: int = 0, x: Tensor | None = None) -> Any:
-        """The goal, and what every half-block makes, with their graph."""
-        x, made = self.embedding if x is None else x, {}
-        for layer, block in enumerate(self.model.model.layers):
-            for kind, half, out in (
-                ("head", self.heads, block.self_attn.o_proj),
-                ("neuron", self.neurons, block.mlp.down_proj),
-            ):
-                made[layer, kind] = half(layer, x)
-                x = x + made[layer, kind] @ out.weight.T
-        return (x[-1] * self.scales["end"][-1]) @ direction.double(), made
+    def span(self, node: Any) -> slice:
+        width = 16 if node.kind == "head" else 1
+        return slice(node.index * width, (node.index + 1) * width)
 
     def written(self, node: Any) -> Tensor:
         """[tok, d_model], what a node adds to the residual stream."""
-        block = self.model.model.layers[node.layer]
+        block, made = self.blocks[node.layer], self.made[node.layer, node.kind].detach()
+        alone, place = torch.zeros_like(made), (node.position, self.span(node))
+        alone[place] = made[place]
         of = block.self_attn.o_proj if node.kind == "head" else block.mlp.down_proj
-        made, width = self.made[node.layer, node.kind], 16 if node.kind == "head" else 1
-        alone = torch.zeros_like(made)
-        span = slice(node.index * width, (node.index + 1) * width)
-        alone[node.position, span] = made[node.position, span]
         return alone @ of.weight.T
 
 
 @pytest.fixture(scope="module")
-def frozen(plain: Bench) -> Any:
-    model, _ = naive.load(plain.folder)
-    return Frozen(model.requires_grad_(False), prompt_ids(plain))
-
-
-def gradients_of(frozen: Frozen, direction: Tensor) -> dict[Any, Tensor]:
-    start = frozen.embedding.clone().requires_grad_()
-    goal, made = frozen.goal(direction, x=start)
-    gradients = torch.autograd.grad(goal, [start, *made.values()])
-    return dict(zip(["embedding", *made], gradients, strict=True))
+def frozen(plain: Bench) -> Frozen:
+    model = naive.load(plain.folder)[0].requires_grad_(False)
+    return Frozen(model, prompt_ids(plain), explained(plain)[2])
 
 
 def test_attributions_are_those_of_the_frozen_model(plain: Bench, frozen: Frozen) -> None:
-    nodes, _, direction = explained(plain)
-    gradients = gradients_of(frozen, direction)
-    goal, made = frozen.goal(direction)
-    assert float(goal) == pytest.approx(margin(plain.loaded[0], prompt_ids(plain), 7), abs=1e-4)
+    nodes, made, gradients = explained(plain)[0], frozen.made, frozen.gradients
+    logit = margin(plain.loaded[0], prompt_ids(plain), 7)
+    assert float(frozen.goal) == pytest.approx(logit, abs=1e-4)
     for node in nodes[nodes["kind"].isin(["head", "neuron"])].itertuples():
-        width = 16 if node.kind == "head" else 1
-        span = slice(node.index * width, (node.index + 1) * width)
         at = (node.layer, node.kind)
-        expected = (made[at] * gradients[at])[node.position, span].sum()
+        expected = (made[at] * gradients[at])[node.position, frozen.span(node)].sum()
         assert node.attribution == pytest.approx(float(expected), abs=CLOSE)
     told = nodes["attribution"][nodes["kind"] == "embedding"].tolist()
     expected = (frozen.embedding * gradients["embedding"]).sum(-1)
@@ -237,46 +208,33 @@ def test_attributions_are_those_of_the_frozen_model(plain: Bench, frozen: Frozen
 def test_an_edge_is_what_a_target_lacks_without_the_source(plain: Bench, frozen: Frozen) -> None:
     """The source's output is taken from what the target's half-block reads, and from nothing else;
     what the target then makes less of counts by the gradient there."""
-    nodes, weights, direction = explained(plain)
-    gradients = gradients_of(frozen, direction)
+    nodes, weights, _ = explained(plain)
     inner = nodes[nodes["kind"].isin(["head", "neuron"])]
     checked = 0
     for source, target in itertools.product(inner.itertuples(), inner.itertuples()):
-        before = (source.layer, source.kind == "neuron") < (target.layer, target.kind == "neuron")
+        # a head stands before the neurons of its layer, as in the alphabet
+        before = (source.layer, source.kind) < (target.layer, target.kind)
         if not before or (source.Index + target.Index) % 7:
             assert before or weights[target.Index, source.Index] == 0
             continue
-        half = frozen.heads if target.kind == "head" else frozen.neurons
-        lost = half(target.layer, frozen.written(source))[target.position]  # it is linear
-        width = 16 if target.kind == "head" else 1
-        span = slice(target.index * width, (target.index + 1) * width)
-        gradient = gradients[target.layer, target.kind][target.position]
-        expected = float((lost * gradient)[span].sum())
+        at, place = (target.layer, target.kind), (target.position, frozen.span(target))
+        lost = frozen.half(*at, frozen.written(source))  # it is linear
+        expected = float((lost * frozen.gradients[at])[place].sum())
         assert float(weights[target.Index, source.Index]) == pytest.approx(expected, abs=CLOSE)
         checked += expected != 0
     assert checked > 20
-    last = nodes.index[-1]
     for source in inner.itertuples():
-        seen = (frozen.written(source)[-1] * frozen.scales["end"][-1]) @ direction.double()
-        assert float(weights[last, source.Index]) == pytest.approx(float(seen), abs=CLOSE)
+        seen = frozen.written(source)[-1] @ frozen.goal_scale
+        assert float(weights[-1, source.Index]) == pytest.approx(float(seen), abs=CLOSE)
 
 
 def test_one_layer_and_two_tokens_by_hand() -> None:
     """Width 1 wherever it can be: RMSNorm of one number is its sign, an attention pattern over two
     tokens is a logistic function, and so on."""
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=2,
-        intermediate_size=1,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=2,
-        vocab_size=3,
-        rms_norm_eps=0.0,
-        tie_word_embeddings=False,
-        pad_token_id=None,
-    )
+    ones = ["intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
+    widths = random_models.WIDTHS | dict.fromkeys(ones, 1)
+    widths |= {"hidden_size": 2, "head_dim": 2, "vocab_size": 3, "pad_token_id": None}
+    config = AutoConfig.for_model("llama", rms_norm_eps=0.0, **widths)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     block, zero = model.model.layers[0], torch.zeros(2, 2)
     # token 0 is (3, 4) with a root mean square of 5 / sqrt(2), token 1 is (1, 1) with 1
@@ -303,27 +261,22 @@ def test_one_layer_and_two_tokens_by_hand() -> None:
     end = math.sqrt((x * x + (1 + 3 * neuron) ** 2) / 2)
     unit = 2 / end  # of the goal per unit of x after the norm
     # the neuron writes along the second axis, which the goal does not read: it has no part
-    expected = {
-        ("embedding", "head"): [unit * 2 * other, unit * 2 * own],
-        ("embedding", "goal"): [0.0, unit * 1],
-        ("head", "goal"): [unit * 2 * (own + other)],
-    }
-    head = number_of(nodes, "head", 0, 0, 1)
-    assert weights[head, :2].tolist() == pytest.approx(expected["embedding", "head"], abs=1e-6)
-    assert weights[-1, :2].tolist() == pytest.approx(expected["embedding", "goal"], abs=1e-6)
-    assert float(weights[-1, head]) == pytest.approx(expected["head", "goal"][0], abs=1e-6)
+    (head,) = nodes.query("kind == 'head' and position == 1").index
+    assert weights[head, :2].tolist() == pytest.approx([unit * 2 * other, unit * 2 * own], abs=1e-6)
+    assert weights[-1, :2].tolist() == pytest.approx([0.0, unit], abs=1e-6)
+    assert float(weights[-1, head]) == pytest.approx(unit * 2 * (own + other), abs=1e-6)
     assert nodes["attribution"].iloc[-1] == pytest.approx(unit * x, abs=1e-6)
     assert nodes.loc[nodes["kind"] == "neuron", "attribution"].abs().max() == 0
     # a goal that reads the second axis: half of the neuron is owed to the gate, half to up
     nodes, weights = tracing.attribute(traced, halves, torch.tensor([0.0, 1.0]), 4)
-    there, head = number_of(nodes, "neuron", 0, 0, 1), number_of(nodes, "head", 0, 0, 1)
+    (head,) = nodes.query("kind == 'head' and position == 1").index
+    (there,) = nodes.query("kind == 'neuron' and position == 1").index
     part = 3 * neuron / end
     assert float(weights[-1, there]) == pytest.approx(part, abs=1e-6)
     assert float(weights[there, head]) == pytest.approx(part / 2 * (x - 1) / x, abs=1e-6)
     assert float(weights[there, 1]) == pytest.approx(part / 2 * (1 / x + 1), abs=1e-6)
-    assert weights[head, :2].tolist() == pytest.approx(
-        [part / 2 * 2 * other / x, part / 2 * 2 * own / x], abs=1e-6
-    )
+    halved = [part * other / x, part * own / x]
+    assert weights[head, :2].tolist() == pytest.approx(halved, abs=1e-6)
 
 
 # ----- the goal
@@ -349,19 +302,15 @@ def test_targets_count_against_foils_by_their_probabilities(plain: Bench) -> Non
     record = pair("Say no.", "Say it.", "apple") | {"foils": ["dog", "cat"]}
     exp = plain.experiment("--task contrast", [record])
     forms = exp.prompts[0][0].forms
-    groups = [{form[0] for form in forms[0]}, {form[0] for word in forms[1:] for form in word}]
+    targets, foils = {form[0] for form in forms[0]}, {f[0] for word in forms[1:] for f in word}
     logits = torch.randn(exp.shape.vocab, generator=torch.Generator().manual_seed(0))
-    found = goal_of(exp, logits)
-    targets, foils = groups[0] - groups[1], groups[1] - groups[0]
-    odds = logits.exp()
-    for tokens, sign in ((targets, 1), (foils, -1)):
+    found, odds = goal_of(exp, logits), logits.exp()
+    assert set(found) == targets ^ foils
+    for tokens, sign in ((targets - foils, 1), (foils - targets, -1)):
         total = float(sum(odds[token] for token in tokens))
         for token in tokens:
             assert found[token] == pytest.approx(sign * float(odds[token]) / total, abs=1e-5)
-    assert set(found) == targets | foils
-    # the gradient of the margin, by differences
-    direction = tracing.goal_direction(plain.traced, found)
-    matrix = plain.traced.head.weight
+    direction, matrix = tracing.goal_direction(plain.traced, found), plain.traced.head.weight
     expected = sum(weight * matrix[token] for token, weight in found.items())
     assert (direction - expected).abs().max() < 1e-5
 
@@ -371,27 +320,23 @@ def test_the_mean_of_all_logits_goes_off_a_goal_without_foils(plain: Bench) -> N
     direction = tracing.goal_direction(plain.traced, {3: 0.25, 5: 0.75})
     expected = 0.25 * matrix[3] + 0.75 * matrix[5] - matrix.mean(0)
     assert (direction - expected).abs().max() < 1e-5
-    assert goal_of(plain.experiment("--graph line00001 --graph_goal top"), torch.arange(9.0)) == {
-        8: 1.0
-    }
+    top = plain.experiment("--graph line00001 --graph_goal top")
+    assert goal_of(top, torch.arange(9.0)) == {8: 1.0}
 
 
 def test_words_that_begin_alike_are_left_out_or_refused(
     plain: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    exp = plain.experiment(records=[pair("Say no.", "Say it.", "apple")])
-    object.__setattr__(exp.config, "task", "contrast")
-    prompt, logits = exp.prompts[0][0], torch.zeros(exp.shape.vocab)
+    record = pair("Say no.", "Say it.", "apple") | {"foils": ["dog"]}
+    exp, logits = plain.experiment("--task contrast", [record]), torch.zeros(9)
     sample = SimpleNamespace(targets=("x",), named="sample (x)")
-    forms = (((1, 2), (3,)), ((1, 4), (5,)))
-    told: Any = SimpleNamespace(sample=sample, forms=forms)
+    told: Any = SimpleNamespace(sample=sample, forms=(((1, 2), (3,)), ((1, 4), (5,))))
     with caplog.at_level("WARNING", "circuit"):
         assert tracing.goal_weights(exp, told, logits) == {3: 1.0, 5: -1.0}
     assert "may begin with" in caplog.text
     told.forms = (((1, 2),), ((1, 4),))
     with pytest.raises(tracing.UsageError, match="begin with the same tokens; give --graph_goal"):
         tracing.goal_weights(exp, told, logits)
-    assert prompt.sample.targets == ("apple",)
 
 
 # ----- pruning
@@ -399,13 +344,7 @@ def test_words_that_begin_alike_are_left_out_or_refused(
 FIVE = pd.DataFrame({"kind": ["embedding", "head", "head", "mlp-rest", "goal"]})
 # [target, source]: of the goal half is the first head's, a quarter each the second's and the rest's
 WEIGHTS = torch.tensor(
-    [
-        [0.0, 0, 0, 0, 0],
-        [2.0, 0, 0, 0, 0],
-        [-1.0, 1, 0, 0, 0],
-        [0.0, 1, 0, 0, 0],
-        [0.0, 2, -1, 1, 0],
-    ]
+    [[0.0, 0, 0, 0, 0], [2, 0, 0, 0, 0], [-1, 1, 0, 0, 0], [0, 1, 0, 0, 0], [0, 2, -1, 1, 0]]
 )
 
 
@@ -452,44 +391,30 @@ def test_scores_of_five_nodes_by_hand() -> None:
     assert found["completeness_score"] == pytest.approx((influence + 0.75) / (influence + 1))
 
 
-def peer(name: str) -> ModuleType:
+def peer(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
     """A module of circuit-tracer without the packages that its others need."""
     spec = importlib.util.find_spec("circuit_tracer")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("circuit-tracer 0.5.0 is not installed")
-    stubs = {
-        "circuit_tracer.attribution.targets": {"LogitTarget": object},
-        "circuit_tracer.utils": {"get_default_device": None},
-        "circuit_tracer.utils.tl_nnsight_mapping": {
-            "UnifiedConfig": object,
-            "convert_nnsight_config_to_transformerlens": None,
-        },
-    }
-    packages = ["circuit_tracer", "circuit_tracer.attribution"]
-    before = dict(sys.modules)
-    try:
-        for stub in [*packages, *stubs]:
-            sys.modules[stub] = ModuleType(stub)
-            vars(sys.modules[stub]).update(stubs.get(stub, {}))
-        path = Path(spec.submodule_search_locations[0], *name.split(".")).with_suffix(".py")
-        of_file = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
-        assert of_file is not None and of_file.loader is not None
-        module = importlib.util.module_from_spec(of_file)
-        sys.modules[module.__name__] = module
-        of_file.loader.exec_module(module)
-        return module
-    finally:
-        for stub in [*packages, *stubs]:
-            sys.modules.pop(stub, None)
-            if stub in before:
-                sys.modules[stub] = before[stub]
+    names = ["LogitTarget", "get_default_device", "UnifiedConfig"]
+    stub: Any = ModuleType("stub")
+    vars(stub).update(dict.fromkeys([*names, "convert_nnsight_config_to_transformerlens"], object))
+    for of in ("", ".attribution", ".attribution.targets", ".utils", ".utils.tl_nnsight_mapping"):
+        patch.setitem(sys.modules, f"circuit_tracer{of}", stub)
+    path = Path(spec.submodule_search_locations[0], *name.split(".")).with_suffix(".py")
+    of_file = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
+    assert of_file is not None and of_file.loader is not None
+    module = importlib.util.module_from_spec(of_file)
+    patch.setitem(sys.modules, module.__name__, module)
+    of_file.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("thresholds", [(0.8, 0.98), (0.5, 0.7), (0.95, 0.9)])
 def test_what_is_kept_is_what_circuit_tracer_keeps(
-    any_bench: Bench, thresholds: tuple[float, float]
+    any_bench: Bench, thresholds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = peer("graph")
+    module = peer("graph", monkeypatch)
     nodes, weights, _ = explained(any_bench)
     # theirs come in another order: heads and neurons, rests, embeddings, the goal
     kinds = [["head", "neuron"], REST, ["embedding"], ["goal"]]
@@ -504,16 +429,13 @@ def test_what_is_kept_is_what_circuit_tracer_keeps(
         cfg=SimpleNamespace(n_layers=2 * n_layers),  # rests per token
     )
     theirs = module.prune_graph(graph, *thresholds)
-    node_threshold, edge_threshold = thresholds
-    config = tracing.Config(node_threshold=node_threshold, edge_threshold=edge_threshold)
+    config = tracing.Config(node_threshold=thresholds[0], edge_threshold=thresholds[1])
     ours, edges = tracing.prune(nodes, weights, config)
     assert torch.equal(torch.tensor(ours["kept"].to_numpy())[order], theirs.node_mask)
     assert torch.equal(edges[order][:, order], theirs.edge_mask)
     assert 0 < int(edges.sum()) < int((weights != 0).sum())
-    inner = ~nodes["kind"].isin(["goal"])
-    cumulative = torch.tensor(ours["cumulative"].to_numpy())[order]
-    gap = (cumulative - theirs.cumulative_scores)[torch.tensor(inner.to_numpy())[order]]
-    assert gap.abs().median() < 1e-5
+    cumulative = torch.tensor(ours["cumulative"].to_numpy())[order]  # the goal comes last
+    assert (cumulative - theirs.cumulative_scores)[:-1].abs().median() < 1e-5
     is_rest = torch.tensor(nodes["kind"].isin(REST).to_numpy())[order]
     graph.adjacency_matrix = graph.adjacency_matrix * ~is_rest[:, None]
     scores = tracing.graph_scores(nodes, weights)
@@ -523,24 +445,9 @@ def test_what_is_kept_is_what_circuit_tracer_keeps(
 # ----- exact effects
 
 
-@contextlib.contextmanager
-def replaced(model: Any, values: dict[Any, Any]) -> Iterator[None]:
-    """(layer, kind): a function of the module's input [1, tok, width]."""
-    with contextlib.ExitStack() as stack:
-        for (layer, kind), change in values.items():
-            stack.enter_context(naive.hooked(naive.module_of(model, layer, kind), change))
-        yield
-
-
-def zero_at(model: Any, layer: int, head: int, position: int) -> Any:
+def zeroing(model: Any, layer: int, head: int, position: int) -> tuple[Any, naive.Replace]:
     span = naive.span_of(model, layer, "head", head)
-
-    def change(x: Tensor) -> Tensor:
-        y = x.clone()
-        y[:, position, span] = 0
-        return y
-
-    return change
+    return naive.module_of(model, layer, "head"), naive.zero_slice(span, position)
 
 
 def goal_in(model: Any, ids: list[int], weights: dict[int, float]) -> float:
@@ -556,81 +463,70 @@ def run(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(tiny_llama, folder, *FAST, "--graph", "s0001", "--node_threshold", "0.95")
 
 
-def told_of(folder: Path) -> tuple[list[int], dict[int, float]]:
-    """The ids of the run's prompt, and what each token counts in its goal, from its record."""
-    model, tokenizer = naive.load(record_of(folder)["config"]["model_id"])
-    (sample,) = [s for s in record_of(folder)["samples"] if s["sample_id"] == "s0001"]
-    ids = tokenizer(sample["prompts"]["a"]["text"], add_special_tokens=False)["input_ids"]
+def told_of(folder: Path) -> tuple[Any, list[int], dict[int, float]]:
+    """The run's model, the ids of its prompt, and what each token counts in its goal."""
+    record = record_of(folder)
+    model, tokenizer = naive.load(record["config"]["model_id"])
+    (sample,) = [s for s in record["samples"] if s["sample_id"] == "s0001"]
+    prompt, weights = sample["prompts"]["a"], dict[int, float]()
+    ids = tokenizer(prompt["text"], add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0, -1]
-    weights: dict[int, float] = {}
-    forms = sample["prompts"]["a"]["form_ids"]
     for word in sample["targets"]:
-        tokens = sorted({form[0] for form in forms[word]})
+        tokens = sorted({form[0] for form in prompt["form_ids"][word]})
         for token, p in zip(tokens, logits[tokens].softmax(-1).tolist(), strict=True):
             weights[token] = weights.get(token, 0.0) + p / len(sample["targets"])
-    return ids, weights
+    return model, ids, weights
 
 
-def test_exact_effects_are_those_of_a_plain_hook_at_one_token(run: Path, tiny_llama: str) -> None:
-    ids, weights = told_of(run)
-    model, nodes = naive.load(tiny_llama)[0], read(run, GRAPH)
-    base = goal_in(model, ids, weights)
+def test_exact_effects_are_those_of_a_plain_hook_at_one_token(run: Path) -> None:
+    (model, *goal), nodes = told_of(run), read(run, GRAPH)
+    base = goal_in(model, *goal)
     assert record_of(run)["graph"]["goal_value"] == pytest.approx(base, abs=CLOSE)
     heads = nodes[nodes["kind"] == "head"].sort_values("attribution", key=abs, ascending=False)
-    assert heads["exact_effect"].notna().tolist() == [True] * 10 + [False] * (len(heads) - 10)
-    assert nodes.loc[nodes["kind"] != "head", "exact_effect"].isna().all()
+    assert set(nodes.index[nodes["exact_effect"].notna()]) == set(heads.index[:10])
     for node in heads.head(10).itertuples():
-        change = zero_at(model, node.layer, node.index, node.position)
-        with replaced(model, {(node.layer, "head"): change}):
-            lost = base - goal_in(model, ids, weights)
+        with naive.hooked(*zeroing(model, node.layer, node.index, node.position)):
+            lost = base - goal_in(model, *goal)
         assert node.exact_effect == pytest.approx(lost, abs=CLOSE)
     assert heads["exact_effect"].abs().max() > 0.5
 
 
-def test_exact_effects_of_edges_are_those_of_two_plain_forwards(run: Path, tiny_llama: str) -> None:
-    ids, weights = told_of(run)
-    model, nodes = naive.load(tiny_llama)[0], read(run, GRAPH).set_index("node_id")
-    base, n_layers = goal_in(model, ids, weights), len(naive.layers_of(model))
-    clean = {
-        (layer, kind): naive.input_of(model, ids, layer, kind)
-        for layer, kind in itertools.product(range(n_layers), ("head", "mlp"))
-    }
-    edges = read(run, EDGES)
-    kinds = nodes["kind"]
-    between = (kinds[edges["source"]] == "head").to_numpy() & (
-        kinds[edges["target"]] == "head"
-    ).to_numpy()
-    measured = edges[between].sort_values("weight", key=abs, ascending=False).head(10)
+def test_exact_effects_of_edges_are_those_of_two_plain_forwards(run: Path) -> None:
+    """The first holds all above the source but for what the target takes of it; the second writes
+    that into the target."""
+    (model, *goal), edges = told_of(run), read(run, EDGES)
+    nodes, base = read(run, GRAPH).set_index("node_id"), goal_in(model, *goal)
+    halves = itertools.product(range(len(naive.layers_of(model))), ("head", "mlp"))
+    clean = {at: naive.input_of(model, goal[0], *at)[None] for at in halves}
+    ends = (nodes["kind"][edges[end]].to_numpy() == "head" for end in ("source", "target"))
+    between = edges[np.logical_and(*ends)]
+    measured = between.sort_values("weight", key=abs, ascending=False).head(10)
     assert set(measured.index) == set(edges.index[edges["exact_effect"].notna()])
     assert len(measured) > 3
     for edge in measured.itertuples():
         source, target = nodes.loc[edge.source], nodes.loc[edge.target]
-        above = [
-            (layer, kind)
-            for layer, kind in clean
-            if (layer, kind == "mlp") > (source["layer"], False)
-        ]
-        seen: list[Tensor] = []
+        seen: dict[Any, Tensor] = {}
 
-        def hold(x: Tensor, at: Any) -> Tensor:
-            if at == (target["layer"], "head"):  # noqa: B023
-                seen.append(x[0].clone())  # noqa: B023
-            return clean[at][None]
+        def hold(x: Tensor, at: Any, seen: Any = seen) -> Tensor:
+            seen[at] = x.clone()
+            return clean[at]
 
-        changes = {at: (lambda x, at=at: hold(x, at)) for at in above}
-        sender = zero_at(model, source["layer"], source["index"], source["position"])
-        with replaced(model, {(source["layer"], "head"): sender, **changes}):
-            goal_in(model, ids, weights)
-        span = naive.span_of(model, target["layer"], "head", target["index"])
+        above = [at for at in clean if at > (source["layer"], "head")]
+        changes = [(naive.module_of(model, *at), partial(hold, at=at)) for at in above]
+        sender = zeroing(model, source["layer"], source["index"], source["position"])
+        with naive.all_hooked([sender, *changes]):
+            goal_in(model, *goal)
+        at = target["layer"], "head"
+        place = (0, target["position"], naive.span_of(model, *at, target["index"]))
 
-        def write(x: Tensor) -> Tensor:
+        def write(x: Tensor, place: Any = place, received: Any = seen[at]) -> Tensor:
             y = x.clone()
-            y[0, target["position"], span] = seen[0][target["position"], span]  # noqa: B023
+            y[place] = received[place]
             return y
 
-        with replaced(model, {(target["layer"], "head"): write}):
-            lost = base - goal_in(model, ids, weights)
+        with naive.hooked(naive.module_of(model, *at), write):
+            lost = base - goal_in(model, *goal)
         assert edge.exact_effect == pytest.approx(lost, abs=CLOSE)
 
 
@@ -663,7 +559,7 @@ def test_the_viewer_draws_it(run: Path) -> None:
     """What its scripts trip over: see the fields that they read."""
     graph, record = graph_json(run), record_of(run)["graph"]
     by_kind = read(run, GRAPH).set_index("node_id")["kind"]
-    ids, weights = told_of(run)
+    _, ids, weights = told_of(run)
     assert len(graph["metadata"]["prompt_tokens"]) == len(ids)
     assert "".join(graph["metadata"]["prompt_tokens"]) == graph["metadata"]["prompt"]
     assert not graph["metadata"]["scan"].startswith("custom-")
@@ -692,18 +588,17 @@ def test_the_viewer_draws_it(run: Path) -> None:
         if kind == "embedding":
             assert node["node_id"] == f"E_{ids[node['ctx_idx']]}_{node['ctx_idx']}"
     (goal,) = (node for node in graph["nodes"] if node["feature_type"] == "logit")
-    assert float(goal["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(
-        record["p"], abs=1e-3
-    )
+    p = float(goal["clerp"].split("(p=")[1].split(")")[0])
+    assert p == pytest.approx(record["p"], abs=1e-3)
     assert goal["token_prob"] == pytest.approx(record["p"])
     assert goal["is_target_logit"]
     assert goal["layer"] == "5"  # of four layers: one above the last block
     assert goal["node_id"] == f"5_{max(weights, key=lambda token: weights[token])}_{len(ids) - 1}"
 
 
-def test_the_file_passes_circuit_tracers_model(run: Path) -> None:
+def test_the_file_passes_circuit_tracers_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pydantic")
-    model = peer("frontend.graph_models").Model.model_validate(graph_json(run))
+    model = peer("frontend.graph_models", monkeypatch).Model.model_validate(graph_json(run))
     assert model.metadata.schema_version == 1
 
 
@@ -741,12 +636,10 @@ def test_the_tables_the_record_and_the_log_tell_of_one_graph(run: Path) -> None:
     heads = best.dropna(subset="exact_effect")
     same = (heads["attribution"] * heads["exact_effect"] > 0).sum()
     r = heads["attribution"].corr(heads["exact_effect"])
-    assert (
-        f"measured: {same} of 10 heads, zeroed, have the sign of their attribution, r {r:.2f}"
-        in log
-    )
+    told_heads = f"{same} of 10 heads, zeroed, have the sign of their attribution, r {r:.2f}"
+    assert f"measured: {told_heads}" in log
     assert f"circuit-tracer start-server --graph_file_dir {run / 'graphs'} --port 8032" in log
-    assert (run / "circuit_graph.png").stat().st_size > 10_000
+    assert (run / "circuit_graph.png").stat().st_size > 1000
 
 
 def test_a_later_command_leaves_no_graph_behind(llama: str, tmp_path: Path) -> None:
@@ -783,19 +676,13 @@ def named(text: str, n_tokens: int = 30) -> str:
     return f"{prompt.sample.sample_id} {prompt.side}"
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("s0", "s0 a"),
-        ("s0:a", "s0 a"),
-        ("s0:b", "s0:b a"),
-        ("s0:b:b", "s0:b b"),
-        ("x:y:b", "x:y b"),
-    ],
-)
-def test_a_sample_is_named_with_its_side(text: str, found: str) -> None:
+NAMED = {"s0": "s0 a", "s0:a": "s0 a", "s0:b": "s0:b a", "s0:b:b": "s0:b b", "x:y:b": "x:y b"}
+
+
+@pytest.mark.parametrize("text", NAMED)
+def test_a_sample_is_named_with_its_side(text: str) -> None:
     """A sample's own colon counts first."""
-    assert named(text) == found
+    assert named(text) == NAMED[text]
 
 
 @pytest.mark.parametrize("text", ["s1", "s0:c", ":b", "x", "y:", "b:"])
@@ -825,20 +712,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("line", REFUSED)
+@pytest.mark.usefixtures("no_weights")
 def test_bad_options_are_refused_before_the_model_is_loaded(
-    line: str, llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+    line: str, llama: str, tmp_path: Path, answer: Answer
 ) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("the model was loaded"))
     argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FAST, *line.split()]
     code, _, err = answer(*argv)
-    assert code == 2
-    assert all(text in err for text in REFUSED[line]), err
+    assert code == 2 and all(text in err for text in REFUSED[line]), err
 
 
+@pytest.mark.usefixtures("no_weights")
 def test_post_norms_are_refused_by_name(
-    random_model: Build, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+    random_model: Build, tmp_path: Path, answer: Answer
 ) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("the model was loaded"))
     argv = ["--model_id", random_model("gemma3_text"), "--output_dir", str(tmp_path), *FAST]
     refuses(answer, *argv, "--graph", "s0000", says=["Gemma3", "post_feedforward_layernorm"])
 
@@ -862,9 +748,10 @@ def test_models_whose_contributions_do_not_add_up_are_known_from_their_config(sa
     widths = random_models.WIDTHS | {"vocab_size": 64, "pad_token_id": None}
     config = AutoConfig.for_model(architecture, **widths, **settings)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    assert says in tracing.shape_of(model, torch.float32).no_graph
-    assert bool(says) == bool(tracing.shape_of(model, torch.float32).no_graph)
+        no_graph = tracing.shape_of(
+            AutoModelForCausalLM.from_config(config), torch.float32
+        ).no_graph
+    assert says in no_graph and bool(says) == bool(no_graph)
 
 
 def test_a_model_that_does_more_than_is_known_is_an_error(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import random
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 from types import SimpleNamespace
@@ -28,7 +30,18 @@ from tqdm import tqdm
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
-from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses, write_samples
+from by_hand import prepared
+from conftest import (
+    ROOT,
+    SCRIPT,
+    Answer,
+    finish,
+    generations,
+    read,
+    record_of,
+    refuses,
+    write_samples,
+)
 from llama3_circuit_tracing import Component, Edit, Experiment, JointSet
 from test_interventions import Bench, assert_like_the_oracle, bench
 
@@ -37,15 +50,8 @@ TABLE, FILE = "circuit_directions.csv", "directions.safetensors"
 FITS = {"difference": tracing.difference_of_means, "logistic": tracing.logistic}
 PRE_NORM = [name for name in random_models.ARCHITECTURES if name != "gemma3_text"]
 Patch = pytest.MonkeyPatch
+pytestmark = pytest.mark.usefixtures("coarse_figures")
 Build = Callable[..., str]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def coarse_figures() -> Iterator[None]:
-    """Drawn in full and saved small, which is most of a small run's time."""
-    with Patch.context() as patch:
-        patch.setattr(tracing, "save_figure", lambda figure, path: figure.savefig(path, dpi=20))
-        yield
 
 
 def gaussians(n: int, apart: float, width: int = 8, count: int = 1, seed: int = 0) -> Any:
@@ -102,16 +108,6 @@ def test_logistic_is_where_the_gradient_of_its_loss_is_zero(count: int, n: int, 
         assert abs(pull(k).sum()) < 1e-4
 
 
-def test_logistic_is_that_of_scikit_learn() -> None:
-    sklearn = pytest.importorskip("sklearn.linear_model")
-    x, _ = gaussians(16, 1.0, 200, 4)
-    for flat, d in zip(x.numpy().reshape(4, 32, 200), tracing.logistic(x)[0].numpy(), strict=True):
-        model = sklearn.LogisticRegression(C=1.0, tol=1e-8, max_iter=1000)
-        model.fit((flat - flat.mean(0)) / flat.std(0), np.tile([1, 0], 16))
-        normal = model.coef_[0] / flat.std(0)
-        assert normal @ d / np.linalg.norm(normal) / np.linalg.norm(d) > 0.9999
-
-
 @pytest.mark.parametrize("method", FITS)
 def test_what_is_the_same_on_both_sides_has_no_direction(method: str) -> None:
     x = torch.full((1, 4, 2, 6), 0.1).double()
@@ -132,96 +128,17 @@ def test_accuracy_and_area_of_a_few_numbers() -> None:
     assert float(auc) == (4 + 3.5 + 3 + 2.5) / 16
 
 
-# ----- the rows of a probe
-
-
-def probed(
-    monkeypatch: Patch, given: Tensor, tested: Tensor, along: str = "difference"
-) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """Rows of `probe` on known inputs, every second sample of a sentence of its own; and the
-    held-out accuracies of the shuffled fits and then of the fit."""
-    inputs = {"fit": given, "test": tested}
-    accuracies: list[list[Tensor]] = [[] for _ in given]
-    separation = tracing.separation
-
-    def seen(fit: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        for mine, of_component in zip(accuracies, tested, strict=True):
-            mine.extend([separation(fit, x)[0]] if torch.equal(x[0], of_component) else [])
-        return separation(fit, x)
-
-    def samples(name: str, n: int) -> list[Any]:
-        told = (SimpleNamespace(counts=True, unit=f"{name}{i // 2}") for i in range(n))
-        return [[SimpleNamespace(sample=sample)] for sample in told]
-
-    exp: Any = SimpleNamespace(config=tracing.Config(along=along), directions={})
-    exp.prompts, exp.fitting = samples("test", tested.shape[1]), samples("fit", given.shape[1])
-    exp.shape = SimpleNamespace(columns=lambda component: slice(None))
-    components = [Component(i, "resid") for i in range(len(given))]
-    sites = [component.site for component in components]
-
-    def by_site(_: Any, of: Any, __: Any) -> dict[Any, Tensor]:
-        return dict(zip(sites, inputs[of[0][0].sample.unit.rstrip("0")], strict=True))
-
-    monkeypatch.setattr(tracing, "last_inputs", by_site)
-    monkeypatch.setattr(tracing, "separation", seen)
-    rows = [row for row, _ in tracing.probe(exp, components)]
-    of_fit, *shuffled, _ = map(torch.cat, zip(*accuracies, strict=True))  # the last for the AUC
-    return rows, [*shuffled, of_fit]
-
-
-@pytest.mark.parametrize("method", FITS)
-def test_fits_to_shuffled_labels_are_right_half_of_the_time(
-    method: str, monkeypatch: Patch
-) -> None:
-    """Of sides that are easily told apart: were nothing fitted anew, each would be right."""
-    monkeypatch.setattr(tracing, "N_SHUFFLES", 30)
-    both = [gaussians(32, 3.0, 6, 12, seed)[0] for seed in (0, 1)]
-    rows, accuracies = probed(monkeypatch, *both, method)
-    of_chance, of_fit = torch.stack(accuracies[:30]), accuracies[30]
-    assert of_fit.min() > 0.8
-    assert abs(float(of_chance.mean()) - 0.5) < 0.06
-    for i, row in enumerate(rows):
-        assert row["accuracy_shuffled"] == pytest.approx(np.quantile(of_chance[:, i], 0.95))
-        assert row["accuracy"] == float(of_fit[i])
-
-
-def test_sides_change_places_sentence_by_sentence(monkeypatch: Patch) -> None:
-    """Drawn again by hand, and fitted in numpy."""
-    given, tested = (gaussians(6, 1.0, 4, 1, seed)[0] for seed in (3, 4))
-    _, accuracies = probed(monkeypatch, given, tested)
-    for draw, accuracy in enumerate(accuracies[:20]):
-        rng, x = random.Random(f"42 shuffle {draw}"), given[0].numpy().copy()
-        for sentence in range(3):
-            if rng.random() < 0.5:
-                some = slice(2 * sentence, 2 * sentence + 2)
-                x[some] = x[some, ::-1]
-        a, b = x.mean(0)
-        assert float(accuracy) == pytest.approx(correct(tested[0].numpy(), a, b))
-
-
 # ----- edits along a direction
 
 
 @pytest.fixture(scope="module", params=[*random_models.ARCHITECTURES, "tiny"])
-def any_bench(request: Any, random_model: Build, tiny_llama: str, tmp_path_factory: Any) -> Bench:
-    return bench(linked(request.param, random_model, tiny_llama, tmp_path_factory))
+def any_bench(request: Any, writable: Build) -> Bench:
+    return bench(writable(request.param))
 
 
 @pytest.fixture(scope="module", params=[*PRE_NORM, "tiny"])
-def pre_norm(request: Any, random_model: Build, tiny_llama: str, tmp_path_factory: Any) -> Bench:
-    return bench(linked(request.param, random_model, tiny_llama, tmp_path_factory))
-
-
-def linked(name: str, random_model: Build, tiny_llama: str, tmp_path_factory: Any) -> str:
-    """A model's folder that samples may be written to."""
-    if name != "tiny":
-        return random_model(name)
-    folder = Path(tmp_path_factory.getbasetemp(), "tiny-for-directions")
-    if not folder.exists():
-        folder.mkdir()
-        for file in Path(tiny_llama).iterdir():
-            (folder / file.name).symlink_to(file)
-    return str(folder)
+def pre_norm(request: Any, writable: Build) -> Bench:
+    return bench(writable(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -229,19 +146,13 @@ def plain(llama: str) -> Bench:
     return bench(llama)
 
 
-def width_of(shape: Any, component: Component) -> int:
-    return len(range(shape.width(component.site[1]))[shape.columns(component)])
-
-
-def random_file(of: Bench, *kinds: str) -> str:
-    """A random direction of each component of some kinds, in a file beside the model."""
+def random_file(of: Bench, kind: str) -> str:
+    """A random direction of each component of a kind, in a file beside the model."""
     shape, found = of.traced.shape, {}
-    for layer in range(shape.n_layers):
-        for kind in kinds:
-            for i in shape.indices(kind):
-                c = Component(layer, kind, i)
-                generator = torch.Generator().manual_seed(len(found))
-                found[c.label] = torch.randn(width_of(shape, c), generator=generator).double()
+    for c in (Component(n, kind, i) for n in range(shape.n_layers) for i in shape.indices(kind)):
+        width = len(range(shape.width(c.site[1]))[shape.columns(c)])
+        generator = torch.Generator().manual_seed(len(found))
+        found[c.label] = torch.randn(width, generator=generator).double()
     path = str(Path(of.folder, FILE))
     save_file(found, path)
     return path
@@ -314,7 +225,7 @@ def test_all_directions_of_a_basis_together_are_the_whole_edit(
     path, flags = random_file(any_bench, kind.split()[0]), f"--kind {kind} --layers 1 --op {op}"
     exp = any_bench.experiment(f"{flags} --along {path}")
     clean, (edit,) = rows_of(exp)
-    whole, x = edit_with(edit, None), clean.site_inputs[edit.site][None]
+    whole, x = replace(edit, along=None), clean.site_inputs[edit.site][None]
     along, all_of_it = (tracing.displacement(of, x) for of in (edit, whole))
     u = tracing.unit(exp.directions[exp.components[0]])
     beside = all_of_it - all_of_it @ u[:, None] * u
@@ -322,14 +233,10 @@ def test_all_directions_of_a_basis_together_are_the_whole_edit(
     assert (beside @ u).abs().max() < 1e-9
     assert along.abs().max() > 1e-3
     basis = torch.linalg.qr(torch.randn(len(u), len(u)).double())[0].T
-    parts = tuple(edit_with(edit, e.expand(2, -1)) for e in basis)
+    parts = tuple(replace(edit, along=e.expand(2, -1)) for e in basis)
     together, plain = exp.run_rows(clean, [parts, (whole,)], tqdm(disable=True))
     assert (together - plain).abs().max() < 5e-4  # nats, after the rounding of so many sums
     assert (plain - clean.log_probs[0]).abs().max() > 1e-2
-
-
-def edit_with(edit: Edit, along: Tensor | None) -> Edit:
-    return Edit(edit.site, edit.columns, edit.factor, edit.source, edit.where, along)
 
 
 @pytest.mark.parametrize("kind", ["head", "mlp", "resid"])
@@ -349,56 +256,32 @@ def test_zero_twice_is_zero_once_and_leaves_nothing_along_the_direction(
     assert (once - clean.log_probs).abs().max() > 1e-3
 
 
-def test_patch_takes_what_the_partner_has_along_the_direction_and_add_the_raw_vector(
-    plain: Bench,
-) -> None:
-    path = random_file(plain, "resid")
-    for op in ("patch", "add"):
-        exp = plain.experiment(f"--kind resid --op {op} --along {path}")
-        clean, edits = rows_of(exp)
-        tree, moved_any = clean.tree, False
-        for edit, component in zip(edits, exp.components, strict=True):
-            d, x = exp.directions[component], clean.site_inputs[edit.site].double()
-            got = tracing.displacement(edit, x[None])[0]
-            if op == "add":
-                assert (got - d).abs().max() < 1e-12
-                continue
-            touched = tree.where.nonzero()[:, 0]
-            after, partner = (x + got)[touched] @ d, x[tree.partner[touched]] @ d
-            assert (after - partner).abs().max() < 1e-9
-            assert not got[~tree.where].any()
-            moved_any |= bool((after - x[touched] @ d).abs().max() > 1e-3)
-        assert moved_any or op == "add"
-
-
 @pytest.mark.parametrize("flags", ["--kind head --op zero", "--kind resid --op add"])
 def test_what_is_beside_goes_as_far_in_a_random_direction(
     plain: Bench, flags: str, monkeypatch: Patch
 ) -> None:
-    path, rows = random_file(plain, flags.split()[1]), []
-    exp = plain.experiment(f"{flags} --along {path}")
+    exp = plain.experiment(f"{flags} --along {random_file(plain, flags.split()[1])}")
+    rows: list[Any] = []
     run_rows = Experiment.run_rows
-    monkeypatch.setattr(
-        Experiment,
-        "run_rows",
-        lambda self, clean, of, *a: rows.extend(of) or run_rows(self, clean, of, *a),
-    )
+
+    def watch(exp: Experiment, clean: Any, of: Any, *told: Any) -> Tensor:
+        rows.extend(of)
+        return run_rows(exp, clean, of, *told)
+
+    monkeypatch.setattr(Experiment, "run_rows", watch)
     deltas = tracing.edit_beside(exp, exp.trees[0], tqdm(disable=True))
     clean, edits = rows_of(exp)
-    ways = tracing.ways_beside(exp.config)
-    assert ways == (["random", "whole"] if "head" in flags else ["random"])
-    assert len(deltas) == len(rows) == len(ways) * len(edits)
-    for i, edit in enumerate(edits):
+    n, whole = len(edits), "head" in flags  # without its input a stream means nothing
+    assert tracing.ways_beside(exp.config) == ["random"] + ["whole"] * whole
+    assert len(deltas) == len(rows) == (1 + whole) * n
+    for edit, (drawn,) in zip(edits, rows[:n], strict=True):
         x = clean.site_inputs[edit.site][None]
-        along, beside = (tracing.displacement(of, x)[0] for of in (edit, rows[i][0]))
+        along, beside = (tracing.displacement(of, x)[0] for of in (edit, drawn))
         assert (along.norm(dim=1) - beside.norm(dim=1)).abs().max() < 1e-9
         directions = [torch.nn.functional.normalize(of[-1], dim=0) for of in (along, beside)]
         assert abs(float(directions[0] @ directions[1])) < 0.8
-        if len(ways) == 2:
-            assert rows[len(edits) + i][0].along is None
-    assert len({tuple(np.round(row[0].along[1].tolist(), 6)) for row in rows[: len(edits)]}) == len(
-        edits
-    )
+    assert all(edit.along is None for (edit,) in rows[n:])
+    assert len({tuple(drawn.along[1].tolist()) for (drawn,) in rows[:n]}) == n
 
 
 def test_each_of_several_components_moves_along_its_own_direction(plain: Bench) -> None:
@@ -410,7 +293,7 @@ def test_each_of_several_components_moves_along_its_own_direction(plain: Bench) 
     sets = tracing.confirm_sets(few, exp)
     drawn = [of for of in sets if of.name == "random" and of.components == few]
     assert len(drawn) == exp.config.num_random
-    assert not [of for of in sets if of.name == "random complement"]
+    assert "random complement" not in {of.name for of in sets}
     seen = set()
     for of in drawn:
         for c, edit in zip(sorted(few), tracing.row_of(exp, clean, of), strict=True):
@@ -420,18 +303,14 @@ def test_each_of_several_components_moves_along_its_own_direction(plain: Bench) 
             assert abs(float(writes.norm()) - 1) < 1e-12 and abs(float(reads @ writes)) < 0.99
             seen.add(tuple(writes.tolist()))
     assert len(seen) == 3 * len(drawn), "each its own, in each draw"
-    for of, edited in (
-        (JointSet("chosen", few), {*few}),
-        (JointSet("complement", few, others_of=("head",)), every - {*few}),
-    ):
-        row = tracing.row_of(exp, clean, of)
+    for others, edited in (((), {*few}), (("head",), every - {*few})):
+        row = tracing.row_of(exp, clean, JointSet("a set", few, others_of=others))
         places = {(edit.site, edit.columns.start): edit for edit in row}
         assert len(places) == len(row) == len(edited) > 0
         for c in edited:
-            u = tracing.unit(exp.directions[c])
             edit = places[c.site, exp.shape.columns(c).start]
-            assert (edit.along - u).abs().max() < 1e-15
-            assert abs(float(u.norm()) - 1) < 1e-12
+            assert (edit.along - tracing.unit(exp.directions[c])).abs().max() < 1e-15
+            assert abs(float(edit.along.norm()) - 1) < 1e-12
 
 
 # ----- a direction zeroed everywhere
@@ -502,15 +381,9 @@ def test_replies_are_those_of_the_paper_too(pre_norm: Bench) -> None:
     ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
     configured = exp.traced.model.generation_config.eos_token_id
     ends |= set(configured if isinstance(configured, list) else [configured])
-    for prompt, reply in zip(prompts, found, strict=True):
-        ids: list[int] = list(prompt.ids)
-        with ablated_as_in_the_paper(model, d):
-            while len(ids) < len(prompt.ids) + 6 and (
-                len(ids) == len(prompt.ids) or ids[-1] not in ends
-            ):
-                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        said = [token for token in ids[len(prompt.ids) :] if token not in ends]
-        assert reply == tokenizer.decode(said, skip_special_tokens=True).strip()
+    with ablated_as_in_the_paper(model, d):
+        said = [naive.greedy(model, prompt.ids, 6, ends) for prompt in prompts]
+    assert found == [tokenizer.decode(of, skip_special_tokens=True).strip() for of in said]
 
 
 def test_random_directions_go_as_far_at_each_token_and_reading_point(pre_norm: Bench) -> None:
@@ -540,10 +413,10 @@ def test_random_directions_go_as_far_at_each_token_and_reading_point(pre_norm: B
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gemma2", "olmo2", "cohere"])
+@pytest.mark.usefixtures("no_weights")
 def test_models_that_read_the_stream_otherwise_are_refused(
-    architecture: str, random_model: Build, answer: Answer, tmp_path: Path, monkeypatch: Patch
+    architecture: str, random_model: Build, answer: Answer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
     common = ["--model_id", random_model(architecture), "--output_dir", str(tmp_path / "x")]
     flags = [*common, *EVERYWHERE.split(), "--along", "difference"]
     refuses(answer, *flags, says=["--confirm all is for models", "input_layernorm"])
@@ -601,23 +474,6 @@ def patched(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(tiny_llama, tmp_path_factory.mktemp("patched"), *PATCH)
 
 
-@pytest.fixture(scope="module")
-def refusals(
-    tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, list[dict[str, Any]]]:
-    """Samples of one's own, each sentence in two of them, and a file of these."""
-    records = []
-    for i, (a, b) in enumerate(tracing.REFUSAL_PAIRS[:12]):
-        words = {"targets": ["I", "Sorry"], "foils": ["Sure", "Here"]}
-        records.append({"prompt_a": a, "prompt_b": b, "unit": f"u{i // 2}", **words})
-    return write_samples(tmp_path_factory.mktemp("own") / "own.jsonl", *records), records
-
-
-def split_of(model: str, *flags: str) -> Experiment:
-    config = tracing.parse_args(["--model_id", model, *flags])
-    return tracing.prepare(config, tracing.RunFolder(Path("nowhere")))
-
-
 def by_plain_forwards(model: str, prompts: Sequence[Any], layer: int, kind: str = "resid") -> Any:
     """[sample, side, width] at the last token."""
     plain, tokenizer = naive.load(model)
@@ -636,6 +492,18 @@ def correct(x: Any, a: Any, b: Any) -> float:
     return float((on[:, 0] > 0).mean() + (on[:, 1] < 0).mean()) / 2
 
 
+def by_chance(given: Any, units: Sequence[str], tested: Any) -> list[float]:
+    """Accuracies of directions between sides that changed places, or did not, by sentence."""
+    found = []
+    for draw in range(tracing.N_SHUFFLES):
+        rng, x = random.Random(f"42 shuffle {draw}"), given.copy()
+        change = {name: rng.random() < 0.5 for name in sorted(set(units))}
+        changed = [change[name] for name in units]
+        x[changed] = given[changed][:, ::-1]
+        found.append(correct(tested, *x.mean(0)))
+    return found
+
+
 def wilson(share: float, n: int) -> tuple[float, float]:
     z = NormalDist().inv_cdf(0.975)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -646,7 +514,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 def test_the_table_of_directions_recomputes_from_plain_forwards(
     patched: Path, tiny_llama: str
 ) -> None:
-    exp, told = split_of(tiny_llama, *PATCH), read(patched, TABLE).set_index("label")
+    exp, told = prepared(tiny_llama, *PATCH), read(patched, TABLE).set_index("label")
     found, results = load_file(patched / FILE), read(patched)
     assert list(told.index) == list(found) == [f"L{n}resid" for n in range(4)]
     units = {of[0].sample.unit for of in exp.fitting}
@@ -675,8 +543,9 @@ def test_the_table_of_directions_recomputes_from_plain_forwards(
         accuracy = correct(tested, a, b)
         assert row.accuracy == pytest.approx(accuracy)
         assert row.auc == pytest.approx((on[:, 0][:, None] > on[:, 1]).mean())
-        of_fit = correct(given, a, b)
-        assert row.accuracy_fit == pytest.approx(of_fit)
+        assert row.accuracy_fit == pytest.approx(correct(given, a, b))
+        chance = by_chance(given, [of[0].sample.unit for of in exp.fitting], tested)
+        assert row.accuracy_shuffled == pytest.approx(np.quantile(chance, 0.95))
         n = len(set(results["unit"]))
         assert (row.n_sentences, n) == (n, 5)
         assert (row.accuracy_low, row.accuracy_high) == pytest.approx(wilson(accuracy, n))
@@ -695,33 +564,30 @@ def test_the_whole_component_is_that_of_a_run_without_directions(
     assert (told["whole_mean"] - means.to_numpy()).abs().max() < CLOSE
 
 
-def test_directions_come_from_the_half_that_is_not_measured(
-    llama: str, refusals: Any, tmp_path: Path
-) -> None:
+def test_directions_come_from_the_half_that_is_not_measured(llama: str, tmp_path: Path) -> None:
     """Other texts in the held-out sentences change their results and no direction."""
-    path, records = refusals
-    flags = [*PATCH, "--layers", "1-2", "--samples"]
-    held_out = {of[0].sample.unit for of in split_of(llama, *flags, path).prompts}
+    words = {"targets": ["I", "Sorry"], "foils": ["Sure", "Here"]}
+    records: list[dict[str, Any]] = [
+        {"prompt_a": a, "prompt_b": b, "unit": f"u{i // 2}", **words}
+        for i, (a, b) in enumerate(tracing.REFUSAL_PAIRS[:12])
+    ]
+    path, flags = tmp_path / "own.jsonl", [*PATCH, "--layers", "1-2", "--samples"]
+    write_samples(path, *records)
+    held_out = {of[0].sample.unit for of in prepared(llama, *flags, str(path)).prompts}
     assert len(held_out) == 3
-    files, results = [], []
-    for name, changed in (
-        ("as it is", set()),
-        ("held out", held_out),
-        ("fitted", {f"u{i}" for i in range(6)} - held_out),
-    ):
-        swapped = [
-            r | {"prompt_b": r["prompt_b"] + " Please."} if r["unit"] in changed else r
-            for r in records
-        ]
-        own = write_samples(tmp_path / "own.jsonl", *swapped)
-        folder = finish(llama, tmp_path / name, *flags, own)
-        files.append(load_file(folder / FILE))
-        results.append(read(folder))
-        assert set(results[-1]["unit"]) == held_out
-    for label, d in files[0].items():
-        assert torch.equal(d, files[1][label])
-        assert label == "L0resid" or not torch.equal(d, files[2][label])
-    effects = [table["head_effect"].to_numpy() for table in results]
+    found, effects = [], []
+    for i, changed in enumerate((set(), held_out, {f"u{i}" for i in range(6)} - held_out)):
+        please = (
+            {"prompt_b": r["prompt_b"] + " Please." * (r["unit"] in changed)} for r in records
+        )
+        write_samples(path, *map(operator.or_, records, please))
+        folder = finish(llama, tmp_path / str(i), *flags, str(path))
+        found.append(load_file(folder / FILE))
+        assert set(read(folder)["unit"]) == held_out
+        effects.append(read(folder)["head_effect"].to_numpy())
+    for label, d in found[0].items():
+        assert torch.equal(d, found[1][label])
+        assert label == "L0resid" or not torch.equal(d, found[2][label])
     assert np.abs(effects[0] - effects[1]).max() > 1e-3
     assert np.abs(effects[0] - effects[2]).max() > 1e-6
 
@@ -742,8 +608,8 @@ def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_ou
         assert (told[name] - loaded[name]).abs().max() < 1e-9
     assert loaded["accuracy"].isna().all()
     assert not (again / FILE).exists()
-    other = split_of(tiny_llama, *flags, "--num_samples", "20", "--seed", "3")
-    fitted = {of[0].sample.unit for of in split_of(tiny_llama, *PATCH).fitting}
+    other = prepared(tiny_llama, *flags, "--num_samples", "20", "--seed", "3")
+    fitted = {of[0].sample.unit for of in prepared(tiny_llama, *PATCH).fitting}
     assert other.prompts and not fitted & {of[0].sample.unit for of in other.prompts}
     assert not other.fitting
 
@@ -753,9 +619,9 @@ def test_sentences_of_a_file_are_known_by_their_texts_whatever_else_is_asked_of_
 ) -> None:
     """In another template, with other words, or as one of two texts only."""
     flags = [*PATCH[:-3], str(patched / FILE), *PATCH[-2:]]
-    texts = {of[0].sample.prompt_a for of in split_of(tiny_llama, *PATCH).fitting}
+    texts = {of[0].sample.prompt_a for of in prepared(tiny_llama, *PATCH).fitting}
     for more in (["--system_prompt", ""], ["--answer_prefix", "I"], ["--no-chat"]):
-        left = {of[0].sample.prompt_a for of in split_of(tiny_llama, *flags, *more).prompts}
+        left = {of[0].sample.prompt_a for of in prepared(tiny_llama, *flags, *more).prompts}
         assert left and not left & texts
 
 
@@ -763,36 +629,36 @@ def test_a_sentence_with_other_words_is_left_out_as_well(tiny_llama: str, tmp_pa
     """Suppression asks the same questions with other words of another seed."""
     flags = ["--no-bf16", "--kind", "resid", "--op", "patch", "--layers", "1", "--along"]
     path = finish(tiny_llama, tmp_path, *flags, "difference", "--num_samples", "4") / FILE
-    fitted = split_of(tiny_llama, *flags, "difference", "--num_samples", "4").fitting
+    fitted = prepared(tiny_llama, *flags, "difference", "--num_samples", "4").fitting
     there = {of[0].sample.prompt_b for of in fitted}
-    exp = split_of(tiny_llama, *flags, str(path), "--num_samples", "30", "--seed", "1")
+    exp = prepared(tiny_llama, *flags, str(path), "--num_samples", "30", "--seed", "1")
     assert exp.prompts and not there & {of[0].sample.prompt_b for of in exp.prompts}
 
 
 # ----- what no file of directions is
 
 
-def no_file(told: dict[str, Any] | str | None = None, **tensors: Any) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        text = told if isinstance(told, str) else json.dumps(told or {})
-        save_file(tensors, path, metadata={"told": text})
+def no_file(told: Any = None, **tensors: Tensor) -> Callable[[Path], None]:
+    text = told if isinstance(told, str) else json.dumps(told or {})
+    return lambda path: save_file(tensors, path, metadata={"told": text})
 
-    return write
+
+def cut(path: Path) -> None:
+    save_file(GOOD, path)
+    path.write_bytes(path.read_bytes()[:-9])
 
 
 GOOD = {f"L{i}resid": torch.ones(48) for i in range(3)}
+NONE, LACKS = "is no file of directions", "has no direction of L0resid"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda path: None, "is no file of directions"),
-    "folder": (Path.mkdir, "is no file of directions"),
-    "text": (lambda path: path.write_text("L0resid"), "is no file of directions"),
-    "cut": (
-        lambda path: (save_file(GOOD, path), path.write_bytes(path.read_bytes()[:-9])),
-        "is no",
-    ),
+    "missing": (lambda path: None, NONE),
+    "folder": (Path.mkdir, NONE),
+    "text": (lambda path: path.write_text("L0resid"), NONE),
+    "cut": (cut, NONE),
     "weights": (no_file(**{"model.norm.weight": torch.ones(3)}), "'model.norm.weight' is no comp"),
-    "nothing": (no_file(), "has no direction of L0resid"),
+    "nothing": (no_file(), LACKS),
     "no layer 1": (no_file(L0resid=torch.ones(48), L2resid=torch.ones(48)), "of L1resid"),
-    "of heads": (no_file(L0H0=torch.ones(16)), "has no direction of L0resid"),
+    "of heads": (no_file(L0H0=torch.ones(16)), LACKS),
     "wide": (
         no_file(**GOOD | {"L1resid": torch.ones(49)}),
         "L1resid is no 48 finite numbers: [49]",
@@ -801,18 +667,18 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "NaN": (no_file(**GOOD | {"L2resid": torch.full((48,), math.nan)}), "L2resid is no 48 finite"),
     "infinite": (no_file(**GOOD | {"L0resid": torch.full((48,), math.inf)}), "L0resid is no 48"),
     "another model's": (no_file({"model": "other"}, **GOOD), "that file is of model other, not "),
-    "broken": (no_file("{", **GOOD), "is no file of directions"),
-    "a list": (no_file("[]", **GOOD), "is no file of directions"),
-    "a number": (no_file({"fitted_on": 5}, **GOOD), "is no file of directions"),
-    "another format": (no_file({"format": "directions/2"}, **GOOD), "is no file of directions"),
+    "broken": (no_file("{", **GOOD), NONE),
+    "a list": (no_file("[]", **GOOD), NONE),
+    "a number": (no_file({"fitted_on": 5}, **GOOD), NONE),
+    "another format": (no_file({"format": "directions/2"}, **GOOD), NONE),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
+@pytest.mark.usefixtures("no_weights")
 def test_other_files_are_refused_before_any_weight_is_loaded(
-    name: str, llama: str, tmp_path: Path, answer: Answer, monkeypatch: Patch
+    name: str, llama: str, tmp_path: Path, answer: Answer
 ) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
     write, sentence = BAD[name]
     write(tmp_path / "d.safetensors")
     flags = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--kind", "resid"]
@@ -820,52 +686,36 @@ def test_other_files_are_refused_before_any_weight_is_loaded(
     refuses(answer, *flags, says=["--along", sentence])
 
 
-RESID = "--kind resid --op zero --along difference"
+ALONG_A_RESID = "--kind resid --op zero --along difference"
+MEASURES = "--along measures; --method and --screen estimate"
+WHOLE = "--ablate and --multipliers whole components"
+ALL_IS_FOR = "--confirm all is for --kind resid --op zero"
+MEANINGLESS = {
+    "--kind neuron --neurons 3 --along difference": "no --kind neuron",
+    "--along difference --method atp": MEASURES,
+    "--along logistic --screen 3": MEASURES,
+    "--along difference --ablate L0H1": WHOLE,
+    "--along difference --confirm 2 --max_new_tokens 4 --multipliers 0,1": WHOLE,
+    "--op add": "--op add adds a direction: give --along",
+    "--along difference --confirm all": ALL_IS_FOR,
+    f"{ALONG_A_RESID} --confirm all --positions last": ALL_IS_FOR,
+    "--kind resid --op patch --along difference --confirm all": ALL_IS_FOR,
+    "--kind resid --op zero --confirm all": "--confirm all ablates a direction: give --along",
+    "--kind resid --op zero": "removes the input itself and means nothing",
+    "--along=": "--along is empty",
+    f"{ALONG_A_RESID} --num_samples 1": "of 1 sentence 0 are left to measure, at least 1",
+    f"{ALONG_A_RESID} --num_samples 3 --confirm 1": "3 sentences 1 are left to measure, at least 2",
+}
 
 
-@pytest.mark.parametrize(
-    ("flags", "sentence"),
-    [
-        ("--kind neuron --neurons 3 --along difference", "no --kind neuron"),
-        ("--along difference --method atp", "--along measures; --method and --screen estimate"),
-        ("--along logistic --screen 3", "--along measures; --method and --screen estimate"),
-        ("--along difference --ablate L0H1", "--ablate and --multipliers whole components"),
-        (
-            "--along difference --confirm 2 --max_new_tokens 4 --multipliers 0,1",
-            "--ablate and --multipliers whole components",
-        ),
-        ("--op add", "--op add adds a direction: give --along"),
-        ("--along difference --confirm all", "--confirm all is for --kind resid --op zero"),
-        (f"{RESID} --confirm all --positions last", "--confirm all is for --kind resid --op zero"),
-        (
-            "--kind resid --op patch --along difference --confirm all",
-            "--confirm all is for --kind resid --op zero",
-        ),
-        (
-            "--kind resid --op zero --confirm all",
-            "--confirm all ablates a direction: give --along",
-        ),
-        ("--kind resid --op zero", "removes the input itself and means nothing"),
-        ("--along=", "--along is empty"),
-        (f"{RESID} --num_samples 1", "of 1 sentence 0 are left to measure, at least 1"),
-        (
-            f"{RESID} --num_samples 3 --confirm 1",
-            "of 3 sentences 1 are left to measure, at least 2",
-        ),
-    ],
-)
+@pytest.mark.parametrize("flags", MEANINGLESS)
+@pytest.mark.usefixtures("no_weights")
 def test_what_means_nothing_is_said_in_a_sentence(
-    flags: str, sentence: str, llama: str, tmp_path: Path, capsys: Any, monkeypatch: Patch
+    flags: str, llama: str, tmp_path: Path, answer: Answer
 ) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
     argv = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), *flags.split()]
-    try:
-        code = tracing.main(argv)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    said = capsys.readouterr().err
-    assert code == 2, said
-    assert sentence in said.splitlines()[-1]
+    code, _, err = answer(*argv)
+    assert code == 2 and MEANINGLESS[flags] in err.splitlines()[-1], err
 
 
 # ----- resumed, shared between processes, redrawn, compared
@@ -911,47 +761,32 @@ def test_two_processes_give_the_same_bytes(small: Path, llama: str, tmp_path: Pa
 
 
 def test_the_confirmation_is_of_the_held_out_sentences(small: Path, llama: str) -> None:
-    exp, rows = split_of(llama, *SMALL.split()), read(small, "circuit_confirm.csv")
+    exp, rows = prepared(llama, *SMALL.split()), read(small, "circuit_confirm.csv")
     units = {of[0].sample.unit for of in exp.prompts}
     assert set(rows["n_sentences"]) == {len(units)}
     assert not units & {of[0].sample.unit for of in exp.fitting}
     assert rows["set"].tolist() == ["none", "chosen", "random", "random"]
     assert rows["components"].iloc[1].endswith("resid everywhere")
-    lines = (small / "generations.jsonl").read_text().splitlines()
-    replies = [json.loads(line) for line in lines]
-    measured = {of[0].sample.sample_id for of in exp.prompts}
-    assert {reply["sample_id"] for reply in replies if reply["n_ablated"]} == measured
+    edited = {reply["sample_id"] for reply in generations(small) if reply["n_ablated"]}
+    assert edited == {of[0].sample.sample_id for of in exp.prompts}
     told = f"{len(exp.fitting)} samples set apart"
     assert (small / "run.log").read_text().count(told) == 2
 
 
 def test_a_table_along_a_direction_is_redrawn_and_compares_with_none_that_is_not(
-    small: Path, llama: str, tmp_path: Path, answer: Answer
+    small: Path, patched: Path, llama: str, tiny_llama: str, tmp_path: Path, answer: Answer
 ) -> None:
-    results = str(small / "circuit_results.csv")
-    code, _, err = answer("--from_csv", results, "--output_dir", str(tmp_path / "again"))
-    assert code == 0, err
+    results, new = str(small / "circuit_results.csv"), tmp_path / "again"
+    assert tracing.main(["--from_csv", results, "--output_dir", str(new)]) == 0
     for name in ("circuit_heads.csv", "circuit_heads.png", "circuit_summary.png"):
-        assert (tmp_path / "again" / name).read_bytes() == (small / name).read_bytes(), name
-    common = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--compare", results]
-    common += [
-        "--task",
-        "refusal",
-        "--num_samples",
-        "6",
-        "--no-bf16",
-        "--kind",
-        "resid",
-        "--op",
-        "zero",
-    ]
+        assert (new / name).read_bytes() == (small / name).read_bytes(), name
+    common = ["--output_dir", str(tmp_path / "x"), "--compare"]
+    other = SMALL.split(" --confirm")[0].replace("logistic", "difference").split()
     says = ["has along logistic, this run difference"]
-    refuses(answer, *common, "--along", "difference", says=says)
-    says = ["has along difference, this run none"]
-    patched = finish(llama, tmp_path / "p", *PATCH, "--layers", "1") / "circuit_results.csv"
-    flags = [flag for flag in PATCH if flag not in ("--along", "difference")]
-    common = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--compare"]
-    refuses(answer, *common, str(patched), *flags, says=says)
+    refuses(answer, *common, results, "--model_id", llama, *other, says=says)
+    whole = [flag for flag in PATCH if flag not in ("--along", "difference")]
+    results, says = str(patched / "circuit_results.csv"), ["has along difference, this run none"]
+    refuses(answer, *common, results, "--model_id", tiny_llama, *whole, says=says)
 
 
 # ----- beside the other options
@@ -970,28 +805,24 @@ BESIDE = [
 def test_with_other_options_nothing_that_is_measured_is_missing(
     flags: str, llama: str, tmp_path: Path
 ) -> None:
-    common = ["--num_samples", "6", "--num_random", "1"]
-    folder = finish(
-        llama, tmp_path, *flags.split(), *common, *["--no-bf16"] * ("bf16" not in flags)
-    )
-    results, told = read(folder), read(folder, TABLE)
+    """Of L0resid, where all prompts end alike, there is no direction."""
+    common = ["--num_samples", "6", "--num_random", "1", *["--no-bf16"] * ("bf16" not in flags)]
+    folder = finish(llama, tmp_path, *flags.split(), *common)
+    results, told, log = read(folder), read(folder, TABLE), (folder / "run.log").read_text()
     assert not results[["head_effect", "delta_logit_head"]].isna().any(axis=None)
     swept = told[told["along_mean"].notna()]
     assert set(swept["label"]) == set(read(folder, "circuit_heads.csv")["label"])
+    has_whole = "resid --op zero" not in flags and "--op add" not in flags
+    assert ("whole_mean" in told) == has_whole
     numbers = [*NUMBERS, "norm", "accuracy", "auc", "accuracy_shuffled"]
-    numbers += ["whole_mean"] if "whole_mean" in told else []
-    assert not swept[numbers].isna().any(axis=None)
-    unclear = not tracing.base_statistics(tracing.read_results(folder / "circuit_results.csv"))[
-        "is_clear"
+    assert not swept[numbers + ["whole_mean"] * has_whole].isna().any(axis=None)
+    base = tracing.base_statistics(tracing.read_results(folder / "circuit_results.csv"))
+    assert (swept["along_share_moved"].isna() == (not base["is_clear"])).all()
+    assert told.query("label == 'L0resid'")[["accuracy", "auc", "norm"]].values.tolist() == [
+        [0.5, 0.5, 0]
     ]
-    assert (swept["along_share_moved"].isna() == unclear).all()
-    assert ("whole_mean" in told) == ("resid --op zero" not in flags and "--op add" not in flags)
-    lexical = told[told["label"] == "L0resid"]
-    assert lexical["accuracy"].tolist() == lexical["auc"].tolist() == [0.5]
-    assert lexical["norm"].tolist() == [0]
-    still = swept[swept["norm"] == 0]
-    assert (still["along_mean"].abs() < CLOSE).all()
-    assert (still["random_mean"].abs() < CLOSE).all()
+    still = swept.loc[swept["norm"] == 0, ["along_mean", "random_mean"]]
+    assert (still.abs() < CLOSE).all(axis=None)
     found = load_file(folder / FILE)
     assert all(d.isfinite().all() for d in found.values())
     assert len(found) == 3 * (4 if "--kind head" in flags else 1)
@@ -1001,7 +832,7 @@ def test_with_other_options_nothing_that_is_measured_is_missing(
     )
     if "--controls" in flags:
         assert not read(folder, "circuit_heads.csv")["minus_other_mean"].isna().any()
-    if "chooses no component" in (folder / "run.log").read_text():
+    if "chooses no component" in log:
         assert "--confirm all" in flags  # no layer moves a random model against its sign
     elif "--confirm" in flags:
         rows = read(folder, "circuit_confirm.csv")
@@ -1014,7 +845,7 @@ def test_negative_controls_give_no_direction_and_are_measured(
 ) -> None:
     flags = "--task odd_one_out --num_samples 20 --no-bf16 --kind attn --op patch --layers 0-1"
     flags += " --along difference"
-    exp = split_of(tiny_llama, *flags.split())
+    exp = prepared(tiny_llama, *flags.split())
     assert all(of[0].sample.counts for of in exp.fitting)
     negative = {of[0].sample.sample_id for of in exp.prompts if not of[0].sample.counts}
     assert len(negative) == 4
@@ -1036,7 +867,7 @@ def test_negative_controls_give_no_direction_and_are_measured(
 def test_logistic_directions_of_the_command_are_of_the_sentences_set_apart(
     small: Path, llama: str
 ) -> None:
-    exp, found = split_of(llama, *SMALL.split()), load_file(small / FILE)
+    exp, found = prepared(llama, *SMALL.split()), load_file(small / FILE)
     for layer in (1, 2):
         given = torch.tensor(by_plain_forwards(llama, exp.fitting, layer))[None]
         expected = tracing.logistic(given)[0][0]
@@ -1048,7 +879,7 @@ def test_the_metadata_tell_what_a_file_is_of(small: Path, llama: str) -> None:
         told = json.loads(file.metadata()["told"])
     assert told["model"] == record_of(small)["fingerprint"]["model"]
     assert (told["along"], told["kind"], told["task"]) == ("logistic", "resid", "refusal")
-    assert len(told["fitted_on"]) == 2 * len(split_of(llama, *SMALL.split()).fitting)
+    assert len(told["fitted_on"]) == 2 * len(prepared(llama, *SMALL.split()).fitting)
 
 
 def test_the_dry_run_tells_how_many_samples_give_directions(llama: str, answer: Answer) -> None:
