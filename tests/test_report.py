@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,9 @@ from conftest import TINY, finish, generations, read, record_of, write_samples
 REPORT = "circuit_report.html"
 MAIN = ["--controls", "--confirm", "8", "--max_new_tokens", "8"]  # the readme's
 FEW = ["--num_samples", "4", "--layers", "0-1"]
+CONFIRMED = [*FEW, *["--confirm", "2", "--num_random", "2", "--max_new_tokens", "2"]]
+SAVE = tracing.save_figure
+pytestmark = pytest.mark.usefixtures("coarse_figures")
 GROUPS = {
     "effect less that of forbidding other words": "minus_other_",
     "effect on delta_logit": "",
@@ -118,7 +120,20 @@ def cells_of(page: Page) -> dict[str, dict[str, tuple[str, dict[str, Any]]]]:
 
 @pytest.fixture(scope="module")
 def main_run(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(tiny_llama, tmp_path_factory.mktemp("main"), *MAIN)
+    """With its figures as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "save_figure", SAVE)
+        return finish(tiny_llama, tmp_path_factory.mktemp("main"), *MAIN)
+
+
+@pytest.fixture(scope="module")
+def few(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("few"), *FEW)
+
+
+@pytest.fixture(scope="module")
+def confirmed(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("confirmed"), *CONFIRMED)
 
 
 # ----- components
@@ -149,14 +164,6 @@ def test_every_cell_is_that_of_the_table_of_heads(main_run: Path) -> None:
     assert cells["L0H5"]["minus_affirm_verdict"][0] == "works against"
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--kind mlp", "--kind neuron --neurons 0-9", "--task odd_one_out --op patch", "--op mean"],
-)
-def test_so_are_those_of_other_runs(flags: str, llama: str, tmp_path: Path) -> None:
-    check_cells(finish(llama, tmp_path, *FEW, *flags.split()))
-
-
 def test_the_quoted_contrast_stands_first_and_orders_the_rows(main_run: Path) -> None:
     page, heads = page_of(main_run), read(main_run, "circuit_heads.csv").set_index("label")
     groups = [group for group, _ in columns_of(page)]
@@ -165,21 +172,24 @@ def test_the_quoted_contrast_stands_first_and_orders_the_rows(main_run: Path) ->
     assert [*cells_of(page)] == strength.index.tolist()
 
 
-def test_without_a_contrast_the_effect_stands_first(llama: str, tmp_path: Path) -> None:
-    page = page_of(finish(llama, tmp_path, *FEW))
+def test_without_a_contrast_the_effect_stands_first(few: Path) -> None:
+    page = page_of(few)
     assert columns_of(page)[1] == ("effect on delta_logit", "mean")
-    strength = read(tmp_path, "circuit_heads.csv").set_index("label")["mean"].abs()
+    strength = read(few, "circuit_heads.csv").set_index("label")["mean"].abs()
     assert [*cells_of(page)] == strength.sort_values(ascending=False).index.tolist()
 
 
 def test_columns_of_a_comparison_are_there(tiny_llama: str, tmp_path: Path) -> None:
+    """Beside a given head, whose cell of the grid is empty."""
     flags = ["--num_samples", "6", "--layers", "0"]
     before = finish(tiny_llama, tmp_path / "before", *flags) / "circuit_results.csv"
-    flags += ["--given", "L0H0", "--compare", str(before)]
+    flags += ["--given", "L0H2", "--compare", str(before)]
     run = finish(tiny_llama, tmp_path / "run", *flags)
-    assert ("growth of the role since --compare", "q") in columns_of(page_of(run))
+    page = page_of(run)
+    assert ("growth of the role since --compare", "q") in columns_of(page)
     check_cells(run)
-    assert facts_of(page_of(run))["edited"].endswith("; L0H0 zeroed in every run")
+    assert facts_of(page)["edited"].endswith("; L0H2 zeroed in every run")
+    assert [told == "" for told in hovers(page)[-1][:4]] == [False, False, True, False]
 
 
 def colours(source: str, table: str) -> dict[tuple[int, int], tuple[int, int, int]]:
@@ -192,20 +202,26 @@ def colours(source: str, table: str) -> dict[tuple[int, int], tuple[int, int, in
     }
 
 
-@pytest.mark.parametrize("flags", ["", "--op scale --factor 2", "--task refusal"])
 def test_red_carries_the_task_whichever_sign_the_base_has(
-    flags: str, tiny_llama: str, tmp_path: Path
+    main_run: Path, tiny_llama: str, tmp_path: Path
 ) -> None:
-    folder = finish(tiny_llama, tmp_path, "--num_samples", "6", *flags.split())
-    roles = read(folder, "circuit_heads.csv").set_index("label")["role"]
-    source = source_of(folder)
-    column = columns_of(Page(source)).index(("effect on delta_logit", "mean"))
-    strong = roles[roles.abs() > 0.2 * roles.abs().max()]
-    assert len(strong) > 2
-    labels = [*cells_of(Page(source))]
-    for label, role in strong.items():
-        red, _, blue = colours(source, "heads")[labels.index(str(label)), column]
-        assert (red > blue) == (role > 0), label
+    others = ("--op scale --factor 2", "--task refusal")
+    runs = (
+        finish(tiny_llama, tmp_path / flags, "--num_samples", "6", *flags.split())
+        for flags in others
+    )
+    for folder in (main_run, *runs):
+        roles, source = (
+            read(folder, "circuit_heads.csv").set_index("label")["role"],
+            source_of(folder),
+        )
+        column = columns_of(Page(source)).index(("effect on delta_logit", "mean"))
+        strong = roles[roles.abs() > 0.2 * roles.abs().max()]
+        assert len(strong) > 2
+        labels, found = [*cells_of(Page(source))], colours(source, "heads")
+        for label, role in strong.items():
+            red, _, blue = found[labels.index(str(label)), column]
+            assert (red > blue) == (role > 0), label
 
 
 def test_colours_are_light_behind_dark_text(main_run: Path) -> None:
@@ -220,17 +236,18 @@ def many(n: int) -> pd.DataFrame:
     return results(effects, [-5.0 - 0.1 * i for i in range(8)])
 
 
-@pytest.mark.parametrize("n", [500, 503])
-def test_of_many_components_the_strongest_are_shown_and_it_says_so(n: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("most", "n"), [(20, 20), (tracing.MOST_ROWS, 503)])
+def test_of_many_components_the_strongest_are_shown_and_it_says_so(
+    most: int, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "MOST_ROWS", most)
     many(n).to_csv(tmp_path / "t.csv", index=False)
-    argv = ["--from_csv", str(tmp_path / "t.csv"), "--output_dir", str(tmp_path / "new")]
-    assert tracing.main(argv) == 0
-    source = source_of(tmp_path / "new")
+    source = redraw(tmp_path / "t.csv", tmp_path / "new")
     heads = read(tmp_path / "new", "circuit_heads.csv").set_index("label")
     strength = heads["mean"].abs().sort_values(ascending=False)
-    assert [*cells_of(Page(source))] == strength.index[:500].tolist()
-    cut = f"The 500 strongest of {n}; all are in circuit_heads.csv." in source
-    assert cut == (n > 500)
+    assert [*cells_of(Page(source))] == strength.index[:most].tolist()
+    cut = f"The {most} strongest of {n}; all are in circuit_heads.csv." in source
+    assert cut == (n > most)
     assert len(source) < 2e6
     assert "Roles by layer" not in source  # neurons have no grid
 
@@ -261,14 +278,11 @@ def test_cells_of_the_grid_show_head_effect_interval_and_q_on_hover(main_run: Pa
     assert dots == verdicts and 0 < sum(dots) < 32
 
 
-def test_whole_modules_are_one_column_and_given_heads_an_empty_cell(
-    llama: str, tmp_path: Path
-) -> None:
-    shown = hovers(page_of(finish(llama, tmp_path / "mlp", "--num_samples", "6", "--kind", "mlp")))
+def test_whole_modules_are_one_column(llama: str, tmp_path: Path) -> None:
+    folder = finish(llama, tmp_path, "--num_samples", "6", "--kind", "mlp")
+    check_cells(folder)
+    shown = hovers(page_of(folder))
     assert [re.findall("L.mlp", told) for (told,) in shown] == [["L2mlp"], ["L1mlp"], ["L0mlp"]]
-    flags = ["--num_samples", "6", "--given", "L1H2"]
-    shown = hovers(page_of(finish(llama, tmp_path / "heads", *flags)))
-    assert [told == "" for told in shown[1]] == [False, False, True, False]
 
 
 def test_the_grid_is_coloured_by_role(main_run: Path) -> None:
@@ -301,8 +315,9 @@ def test_the_run_is_told_from_its_record(main_run: Path) -> None:
 
 
 def test_negative_controls_are_no_samples_of_the_base(tiny_llama: str, tmp_path: Path) -> None:
-    flags = ["--task", "odd_one_out", "--num_samples", "10", "--layers", "0"]
-    told = facts_of(page_of(finish(tiny_llama, tmp_path, *flags)))["samples"]
+    flags = "--task odd_one_out --num_samples 10 --layers 0 --op patch"
+    check_cells(finish(tiny_llama, tmp_path, *flags.split()))
+    told = facts_of(page_of(tmp_path))["samples"]
     assert told == "8 samples of 8 sentences, and 2 negative controls"
 
 
@@ -320,19 +335,7 @@ def test_the_findings_are_the_logs(main_run: Path) -> None:
 
 
 def test_warnings_are_marked(llama: str, tmp_path: Path) -> None:
-    flags = [
-        "--op",
-        "patch",
-        "--positions",
-        "last",
-        "--confirm",
-        "2",
-        "--num_random",
-        "2",
-        "--max_new_tokens",
-        "2",
-    ]
-    page = page_of(finish(llama, tmp_path, *FEW, *flags))
+    page = page_of(finish(llama, tmp_path, *CONFIRMED, "--op", "patch", "--positions", "last"))
     told = "edited replies need an op that applies at every token: none with --op patch --positions"
     (found,) = [text for text in page.of("p") if told in text]
     assert found.startswith("Warning: ")
@@ -351,6 +354,7 @@ def test_estimates_are_called_so_loudly(llama: str, tmp_path: Path) -> None:
 def test_of_a_screen_it_says_how_many_are_measured(llama: str, tmp_path: Path) -> None:
     flags = ["--kind", "neuron", "--screen", "3"]
     source = source_of(finish(llama, tmp_path, "--num_samples", "4", *flags))
+    check_cells(tmp_path)
     n = int(read(tmp_path, "circuit_heads.csv")["n_tests"].iloc[0])
     told = f"35 of {n} estimated components measured by the exact sweep"
     assert facts_of(Page(source))["method"] == told and n > 35
@@ -365,21 +369,9 @@ def images(page: Page) -> list[bytes]:
 
 
 def test_every_figure_of_the_run_stands_in_the_page(tiny_llama: str, tmp_path: Path) -> None:
-    flags = [
-        "--num_samples",
-        "4",
-        "--layers",
-        "0",
-        "--heatmap",
-        "--screen",
-        "8",
-        "--confirm",
-        "2",
-        "--num_random",
-        "2",
-    ]
-    flags += ["--max_new_tokens", "2", "--multipliers", "0,1"]
-    page = page_of(finish(tiny_llama, tmp_path, *flags))
+    flags = "--num_samples 4 --layers 0 --heatmap --screen 8 --confirm 2 --num_random 2"
+    flags += " --max_new_tokens 2 --multipliers 0,1"
+    page = page_of(finish(tiny_llama, tmp_path, *flags.split()))
     there = {path.read_bytes() for path in tmp_path.glob("*.png")}
     assert len(there) == 6 and {*images(page)} == there
     assert all(told["alt"].endswith(".") for told in page.all("img"))
@@ -391,14 +383,16 @@ def test_every_figure_that_there_is_has_a_caption() -> None:
     assert sorted(drawn) == sorted(f"circuit_{name}.png" for name in tracing.FIGURES)
 
 
-def test_what_another_command_left_does_not_show(llama: str, tmp_path: Path) -> None:
-    finish(llama, tmp_path, *FEW, "--confirm", "2", "--max_new_tokens", "2", "--heatmap")
-    confirmed = page_of(tmp_path)
-    assert len(images(confirmed)) == 4
-    finish(llama, tmp_path, *FEW)
-    page = page_of(tmp_path)
-    assert len(images(page)) == 2
-    assert "reply" not in {text for table in page.tables for row in table for text, _ in row}
+def test_what_another_command_left_does_not_show(
+    confirmed: Path, llama: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(confirmed, tmp_path / "run")
+    before, page = page_of(folder), page_of(finish(llama, folder, *FEW))
+    assert (len(images(before)), len(images(page))) == (3, 2)
+    shown = [
+        {text for table in of.tables for row in table for text, _ in row} for of in (before, page)
+    ]
+    assert ["reply" in texts for texts in shown] == [True, False]
 
 
 def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run: Path) -> None:
@@ -430,10 +424,10 @@ def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run:
     assert any(told for told in replies if told[2] == most)
 
 
-def test_flags_of_a_sample_show(llama: str, tmp_path: Path) -> None:
-    page = page_of(finish(llama, tmp_path, *FEW))
-    flags = [flag for sample in record_of(tmp_path)["samples"] for flag in sample["flags"]]
-    assert flags and [text for text in page.of("span") if "•" not in text and text.strip()] == flags
+def test_flags_of_a_sample_show(few: Path) -> None:
+    flags = [flag for sample in record_of(few)["samples"] for flag in sample["flags"]]
+    shown = [text for text in page_of(few).of("span") if "•" not in text and text.strip()]
+    assert flags and shown == flags
 
 
 # ----- nothing in it acts
@@ -482,7 +476,7 @@ def test_texts_of_users_show_as_they_are_and_do_nothing(hostile: Path) -> None:
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", source)
 
 
-def test_tokens_and_replies_are_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_and_replies_are_escaped_too() -> None:
     prompt = {"text": "a", "score": 0.0, "likeliest": [["</td>\n'<b>\x00", 0.5]]}
     record = {"sample_id": "s", "prompts": {"a": prompt}, "targets": ["<u>"], "foils": ["&lt;"]}
     record |= {"p_target": 0.1, "delta_logit_base": 1.0, "flags": ["<em>"]}
@@ -537,38 +531,31 @@ def test_the_script_is_a_few_dozen_lines_and_the_page_small(main_run: Path) -> N
 # ----- when it is written
 
 
-def test_the_same_data_give_the_same_bytes(llama: str, tmp_path: Path) -> None:
-    flags = [*FEW, *["--confirm", "2", "--num_random", "2", "--max_new_tokens", "2"]]
-    pages = [source_of(finish(llama, tmp_path / name, *flags)) for name in ("one", "other")]
-    assert pages[0] == pages[1]
-    assert str(tmp_path) not in pages[0].replace(llama, "")
-
-
-@pytest.mark.parametrize("lacking", ["replies", "sweep"])  # the model is loaded late, or before
-def test_a_run_that_goes_on_or_mends_its_parts_gives_the_same_page(
-    lacking: str, llama: str, tmp_path: Path
+@pytest.mark.parametrize("lacking", ["", "replies", "sweep"])  # of these the last loads the model
+def test_the_same_data_give_the_same_page_whatever_is_computed_anew(
+    lacking: str, confirmed: Path, llama: str, tmp_path: Path
 ) -> None:
-    flags = [*FEW, *["--confirm", "2", "--num_random", "2", "--max_new_tokens", "2"]]
-    whole = source_of(finish(llama, tmp_path, *flags))
-    finish(llama, tmp_path, *flags)
-    assert source_of(tmp_path) == whole
-    for path in (tmp_path / ".parts").glob("joint-*.json"):
+    """In another folder; and where parts of a run are mended, or all are there."""
+    whole = source_of(confirmed)
+    assert str(confirmed) not in whole.replace(llama, "")
+    if not lacking:
+        assert source_of(finish(llama, tmp_path, *CONFIRMED)) == whole
+        assert source_of(finish(llama, tmp_path, *CONFIRMED)) == whole
+        return
+    folder = shutil.copytree(confirmed, tmp_path / "run")
+    for path in (folder / ".parts").glob("joint-*.json"):
         path.write_text("spoilt")
-    for path in (tmp_path / ".parts").glob(f"{lacking}-*.json"):
+    for path in (folder / ".parts").glob(f"{lacking}-*.json"):
         path.unlink()
-    finish(llama, tmp_path, *flags)
-    assert "is not a part of this run" in (tmp_path / "run.log").read_text()
-    assert source_of(tmp_path) == whole
+    finish(llama, folder, *CONFIRMED)
+    assert "is not a part of this run" in (folder / "run.log").read_text()
+    assert source_of(folder) == whole
 
 
 def test_a_batch_that_is_halved_changes_nothing_in_the_page(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    confirmed: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = [*FEW, "--max_new_tokens", "2"]
-    whole = source_of(finish(llama, tmp_path / "whole", *flags))
-    said = tracing.greedy_replies
-
-    calls = itertools.count()
+    said, calls = tracing.greedy_replies, itertools.count()
 
     def fails_once(*arguments: Any) -> list[str]:
         if not next(calls):
@@ -576,20 +563,19 @@ def test_a_batch_that_is_halved_changes_nothing_in_the_page(
         return said(*arguments)
 
     monkeypatch.setattr(tracing, "greedy_replies", fails_once)
-    halved = finish(llama, tmp_path / "halved", *flags)
+    halved = finish(llama, tmp_path, *CONFIRMED)
     assert "out of memory: continuing with" in (halved / "run.log").read_text()
-    assert source_of(halved) == whole
+    assert source_of(halved) == source_of(confirmed)
 
 
 def test_no_page_of_an_earlier_command_outlives_a_failure(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish(llama, tmp_path, *FEW)
-    n_handlers = len(tracing.log.handlers)
+    folder, n_handlers = shutil.copytree(few, tmp_path / "run"), len(tracing.log.handlers)
     monkeypatch.setattr(tracing, "confirm", lambda *_: 1 / 0)
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FEW, "--confirm", "2"]
+    argv = ["--model_id", llama, "--output_dir", str(folder), *FEW, "--confirm", "2"]
     assert tracing.main(argv) == 1
-    assert not (tmp_path / REPORT).exists()
+    assert not (folder / REPORT).exists()
     assert len(tracing.log.handlers) == n_handlers
 
 
@@ -621,8 +607,8 @@ def test_redrawing_writes_one_with_what_the_table_and_the_record_beside_it_tell(
     assert "redrawn" not in section(source, "Findings")
 
 
-def test_a_table_alone_names_no_model_and_no_samples(main_run: Path, tmp_path: Path) -> None:
-    shutil.copy(main_run / "circuit_results.csv", tmp_path / "t.csv")
+def test_a_table_alone_names_no_model_and_no_samples(few: Path, tmp_path: Path) -> None:
+    shutil.copy(few / "circuit_results.csv", tmp_path / "t.csv")
     (tmp_path / "new").mkdir()
     for name in ("circuit_confirm.png", "circuit_heatmap.png", "generations.jsonl"):
         (tmp_path / "new" / name).write_bytes(b"of another")  # a folder that is not a run's
@@ -638,26 +624,24 @@ def test_a_table_alone_names_no_model_and_no_samples(main_run: Path, tmp_path: P
 
 
 def test_redrawing_a_run_where_it_is_keeps_its_figures_and_replies(
-    main_run: Path, tmp_path: Path
+    confirmed: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(main_run, folder)
+    folder, before = shutil.copytree(confirmed, tmp_path / "run"), page_of(confirmed)
     page = Page(redraw(folder / "circuit_results.csv", folder))
     assert len(images(page)) == 3
-    assert [table[0] for table in page.tables] == [table[0] for table in page_of(main_run).tables]
+    assert [table[0] for table in page.tables] == [table[0] for table in before.tables]
     said = "what later stages found is in run.log"
-    assert said in source_of(folder) and said not in source_of(main_run)
+    assert said in source_of(folder) and said not in source_of(confirmed)
 
 
-def test_samples_that_the_table_does_not_have_are_left_out(main_run: Path, tmp_path: Path) -> None:
-    table = read(main_run)
-    for name in ("run", "new"):
-        (tmp_path / name).mkdir()
-    some = table[table["sample_id"].isin(["s0001", "s0004", "s0009"])]
+def test_samples_that_the_table_does_not_have_are_left_out(few: Path, tmp_path: Path) -> None:
+    table = read(few)
+    (tmp_path / "run").mkdir()
+    some = table[table["sample_id"].isin(["s0001", "s0003"])]
     some.to_csv(tmp_path / "run" / "t.csv", index=False)
-    shutil.copy(main_run / "run.json", tmp_path / "run" / "run.json")
+    shutil.copy(few / "run.json", tmp_path / "run" / "run.json")
     page = Page(redraw(tmp_path / "run" / "t.csv", tmp_path / "new"))
-    assert [text[:5] for text in page.of("summary")] == ["s0001", "s0004", "s0009"]
+    assert [text[:5] for text in page.of("summary")] == ["s0001", "s0003"]
 
 
 # ----- in a browser
@@ -747,13 +731,10 @@ def test_hostile_texts_do_nothing_in_a_browser(hostile: Path, tmp_path: Path) ->
     assert "alert(1)" in dom and dom.count("<script") == 1
 
 
-def missing_values(folder: Path) -> Iterator[str]:
-    for row in cells_of(page_of(folder)).values():
-        yield from (name for name, (text, _) in row.items() if not text)
-
-
 def test_what_is_missing_is_an_empty_cell(llama: str, tmp_path: Path) -> None:
     folder = finish(llama, tmp_path, "--num_samples", "1", "--layers", "0")
-    assert {"ci_low", "ci_high"} <= {*missing_values(folder)}
+    rows = cells_of(page_of(folder)).values()
+    missing = {name for row in rows for name, (text, _) in row.items() if not text}
+    assert {"ci_low", "ci_high"} <= missing
     assert not re.search(r"\bnan\b", source_of(folder).split("<h2>Figures")[0])
     check_cells(folder)
