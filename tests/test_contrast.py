@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 import by_hand
@@ -35,6 +34,7 @@ TEXTS += [(f"What is {x} to {y}?", f"What is {y} to {x}?") for x, y in ("ab", "c
 SAMPLES = [{"prompt_a": a, "prompt_b": b, "targets": TARGETS, "foils": FOILS} for a, b in TEXTS]
 IOI = [f"When John and Mary went to the store, {name} gave a drink to" for name in ("John", "Mary")]
 GIVING = {"prompt_a": IOI[0], "prompt_b": IOI[1], "targets": ["Mary"], "foils": ["John"]}
+pytestmark = pytest.mark.usefixtures("coarse_figures")
 CONTRAST = ("--task", "contrast", "--samples")
 
 
@@ -52,11 +52,11 @@ def contrast(
     model: Any, tokenizer: Any, user: str, words: Any, edit: naive.Edit | None = None
 ) -> float:
     """The score in plain arithmetic; the words are targets and foils."""
-    told = [
+    target, foil = (
         sum(math.exp(naive.word_log_prob(model, tokenizer, user, word, edit)) for word in of)
         for of in words
-    ]
-    return math.log(told[0]) - math.log(told[1])
+    )
+    return math.log(target / foil)
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
@@ -214,9 +214,7 @@ def test_without_a_template_a_chat_is_refused_and_plain_texts_have_replies(
     assert len(generations(run)) == 2
     for record in generations(run):
         ids = plain_ids(tokenizer, IOI["ab".index(record["prompt"])] + " the")
-        reply: list[int] = []
-        while len(reply) < 3 and reply[-1:] != [1]:  # the end of a text
-            reply.append(int(model_of(torch.tensor([ids + reply])).logits[0, -1].argmax()))
+        reply = naive.greedy(model_of, ids, 3, ends=[1])
         assert record["reply"] == tokenizer.decode(reply, skip_special_tokens=True)
 
 

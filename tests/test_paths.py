@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,12 @@ CLOSE = 2e-5
 PATHS = "circuit_paths.csv"
 FOUR = ["--num_samples", "4", "--no-bf16"]
 BAR: Any = tqdm(disable=True)
-MODELS = [*random_models.ARCHITECTURES, "tiny"]
-Build = Callable[..., str]
+pytestmark = pytest.mark.usefixtures("coarse_figures")
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def any_bench(
-    request: Any, random_model: Build, tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
-) -> Bench:
-    """A model in a folder that samples may be written to."""
-    if request.param != "tiny":
-        return bench(random_model(request.param))
-    return bench(str(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("tiny") / "model")))
+@pytest.fixture(scope="module", params=[*random_models.ARCHITECTURES, "tiny"])
+def any_bench(request: Any, writable: Callable[[str], str]) -> Bench:
+    return bench(writable(request.param))
 
 
 def clean_of(exp: Experiment, tree: Any = None) -> tracing.CleanRun:
@@ -112,29 +106,25 @@ def test_all_heads_of_the_last_layer_and_the_sender_itself_are_the_whole_effect(
 # ----- against full forwards of each prompt alone
 
 
-@contextmanager
-def all_of(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for one in contexts:
-            stack.enter_context(one)
-        yield
+ORDER = {"resid": 0, "head": 1, "attn": 1, "mlp": 2, "neuron": 2}  # within a layer
 
 
 def path_edit(loaded: Any, config: Any, texts: Sequence[str], sender: Component) -> naive.Edit:
     """What to hook for run C (--via logits) or D of a prompt, whose partner is the other text."""
     model, tokenizer = loaded
     other = naive.prompt_ids(tokenizer, texts[1])
-    order = ["resid", "attn", "mlp"]
-    own = order.index({"head": "attn", "neuron": "mlp"}.get(sender.kind, sender.kind))
     span = naive.span_of(model, sender.layer, sender.kind, sender.index)
-
-    def hold(kind: str, layer: int, ids: list[int]) -> AbstractContextManager[None]:
-        clean = naive.input_of(model, ids, layer, kind)[None]
-        return naive.hooked(naive.module_of(model, layer, kind), lambda x: clean)
+    kinds = ["attn", "mlp"] if config.freeze == "all" else ["attn"]
+    every = itertools.product(range(model.config.num_hidden_layers), kinds)
+    above = [
+        (n, kind) for n, kind in every if (n, ORDER[kind]) > (sender.layer, ORDER[sender.kind])
+    ]
+    receivers = () if config.via == "logits" else config.via
 
     def edit(ids: list[int], tail: list[int]) -> AbstractContextManager[None]:
         partner = naive.input_of(model, other + tail, sender.layer, sender.kind)
-        places, seen = naive.touched(ids, other, len(tail), config), {}
+        places = naive.touched(ids, other, len(tail), config)
+        seen: dict[Component, Tensor] = {}
 
         def send(x: Tensor) -> Tensor:
             y = x.clone()
@@ -142,38 +132,33 @@ def path_edit(loaded: Any, config: Any, texts: Sequence[str], sender: Component)
                 y[0, mine, span] = partner[theirs][span] if config.op == "patch" else 0
             return y
 
-        def record(key: tuple[int, str]) -> naive.Replace:
-            return lambda x: seen.setdefault(key, x.clone())
+        def hold(layer: int, kind: str) -> naive.Replace:
+            clean = naive.input_of(model, ids + tail, layer, kind)[None]
+            return lambda x: clean
 
-        kinds = ["attn", "mlp"] if config.freeze == "all" else ["attn"]
-        above = itertools.product(range(model.config.num_hidden_layers), kinds)
-        frozen = [c for c in above if (c[0], order.index(c[1])) > (sender.layer, own)]
-        receivers = () if config.via == "logits" else config.via
-        modules = {(c.layer, "mlp" if c.kind == "mlp" else "attn") for c in receivers}
-        sending = naive.hooked(naive.module_of(model, sender.layer, sender.kind), send)
-        recording = [naive.hooked(naive.module_of(model, *key), record(key)) for key in modules]
-        run_c = [sending, *recording, *(hold(kind, n, ids + tail) for n, kind in frozen)]
-        if not receivers:
-            return all_of(run_c)
-        with all_of(run_c):
-            model(torch.tensor([ids + tail]))
+        def record(c: Component) -> naive.Replace:
+            return lambda x: seen.setdefault(c, x.clone())
 
         def write(c: Component) -> naive.Replace:
-            (x,) = (
-                seen[key] for key in modules if key == (c.layer, c.kind.replace("head", "attn"))
-            )
             of = naive.span_of(model, c.layer, c.kind, c.index)
 
-            def replace(y: Tensor) -> Tensor:
-                y = y.clone()
-                y[..., of] = x[..., of]
+            def replace(x: Tensor) -> Tensor:
+                y = x.clone()
+                y[..., of] = seen[c][..., of]
                 return y
 
             return replace
 
-        return all_of(
-            [naive.hooked(naive.module_of(model, c.layer, c.kind), write(c)) for c in receivers]
-        )
+        sending = naive.module_of(model, sender.layer, sender.kind), send
+        holding = ((naive.module_of(model, *at), hold(*at)) for at in above)
+        modules = {c: naive.module_of(model, c.layer, c.kind) for c in receivers}
+        recording = ((module, record(c)) for c, module in modules.items())
+        run_c = naive.all_hooked([sending, *recording, *holding])
+        if not receivers:
+            return run_c
+        with run_c:
+            model(torch.tensor([ids + tail]))
+        return naive.all_hooked((module, write(c)) for c, module in modules.items())
 
     return edit
 
@@ -261,10 +246,8 @@ def test_the_numbers_of_a_path_are_those_of_its_samples(each: Path, llama: str) 
     assert paths["q"].tolist() == pytest.approx(q_values(paths["p"].tolist()))
     labels = "L" + sweep["layer"].astype(str) + "H" + sweep["index"].astype(str)
     totals = sweep.groupby(labels)["head_effect"].mean()
-    total, floor = (
-        totals[paths.index.get_level_values(0)].to_numpy(),
-        record_of(each)["noise_floor"],
-    )
+    total = totals[paths.index.get_level_values(0)].to_numpy()
+    floor = record_of(each)["noise_floor"]
     assert paths["total"].tolist() == pytest.approx(total)
     assert floor == 0.25 and 0 < paths["share_of_total"].isna().sum() < len(paths)
     share = (paths["mean"] / total).where(abs(total) > floor)
@@ -294,43 +277,40 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("flags", REFUSED)
+@pytest.mark.usefixtures("no_weights")
 def test_what_is_no_path_is_refused_before_weights_are_loaded(
-    flags: str, llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+    flags: str, llama: str, tmp_path: Path, answer: Answer
 ) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
     argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FOUR, *flags.split()]
     code, _, err = answer(*argv)
     assert code == 2 and "error: " in err and REFUSED[flags] in err
 
 
-def test_the_same_command_again_loads_no_weights(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("no_weights")
+def test_the_same_command_again_loads_no_weights_and_without_via_no_path_is_left(
+    each: Path, llama: str, tmp_path: Path
 ) -> None:
-    flags = [*FOUR, "--layers", "0-1", "--via", "L2H0"]
-    finish(llama, tmp_path, *flags)
-    before = (tmp_path / PATHS).read_bytes()
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    finish(llama, tmp_path, *flags)
-    assert (tmp_path / PATHS).read_bytes() == before
-
-
-def test_paths_vanish_when_they_are_no_longer_asked_for(llama: str, tmp_path: Path) -> None:
-    finish(llama, tmp_path, *FOUR, "--layers", "2", "--via", "logits")
-    assert len([*tmp_path.glob("circuit_paths*")]) == 2
-    finish(llama, tmp_path, *FOUR, "--layers", "2")
-    assert not [*tmp_path.glob("circuit_paths*")]
+    folder = shutil.copytree(each, tmp_path / "run")
+    (folder / PATHS).unlink()
+    finish(llama, folder, *FOUR, "--via", "each")
+    assert (folder / PATHS).read_bytes() == (each / PATHS).read_bytes()
+    assert len([*folder.glob("circuit_paths*")]) == 2
+    finish(llama, folder, *FOUR)
+    assert not [*folder.glob("circuit_paths*")]
 
 
 def test_rows_per_forward_change_nothing(each: Path, llama: str, tmp_path: Path) -> None:
-    whole = read(each, PATHS)
-    for rows in ("1", "64"):
-        flags = [*FOUR, "--via", "each", "--rows_per_forward", rows]
-        found = read(finish(llama, tmp_path / rows, *flags), PATHS)
-        assert (found["mean"] - whole["mean"]).abs().max() < CLOSE
+    flags = [*FOUR, "--via", "each", "--layers", "0", "--heads", "1,2", "--rows_per_forward", "1"]
+    names = ["sender", "receiver"]
+    found, whole = (
+        read(f, PATHS).set_index(names) for f in (finish(llama, tmp_path, *flags), each)
+    )
+    assert len(found) == 16 and set(whole.index) > set(found.index)
+    assert (found["mean"] - whole["mean"]).abs().max() < CLOSE
 
 
 def test_negative_controls_are_left_out(llama: str, tmp_path: Path) -> None:
-    flags = ["--task", "odd_one_out", "--num_samples", "8", "--layers", "0-1", "--via", "logits"]
-    table, paths = read(finish(llama, tmp_path, *flags)), read(tmp_path, PATHS)
+    flags = "--task odd_one_out --num_samples 8 --layers 0 --heads 0 --via logits"
+    table, paths = read(finish(llama, tmp_path, *flags.split())), read(tmp_path, PATHS)
     real = table[table["group"] != tracing.NO_ODD_ONE]["sample_id"].nunique()
     assert {*paths["n_samples"]} == {real} and real < table["sample_id"].nunique()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
-from torch import Tensor
 
 import by_hand
 import llama3_circuit_tracing as tracing
@@ -27,6 +25,7 @@ PAIRS = [(A, B, "apple", "u0"), (C, D, "dog", "u0"), (B, A, "car", "u1"), (C, A,
 SAMPLES = [
     {"prompt_a": a, "prompt_b": b, "targets": [word], "unit": unit} for a, b, word, unit in PAIRS
 ]
+pytestmark = pytest.mark.usefixtures("coarse_figures")
 Loaded = tuple[Any, Any]  # a plain model and its tokenizer
 
 
@@ -35,43 +34,20 @@ def samples(tmp_path: Path) -> str:
     return write_samples(tmp_path / "samples.jsonl", *SAMPLES)
 
 
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
-
-
-def edited_at(loaded: Loaded, c: Component, position: int, partner: str | None) -> naive.Edit:
-    """A prompt's slice at one token is that of another prompt there, or zero."""
-    module = naive.module_of(loaded[0], c.layer, c.kind)
-    span = naive.span_of(loaded[0], c.layer, c.kind, c.index)
-
-    def edit(ids: list[int], _: list[int]) -> AbstractContextManager[None]:
-        other = naive.prompt_ids(loaded[1], partner) if partner else []
-        value = naive.input_of(loaded[0], other, c.layer, c.kind)[position] if other else None
-        assert value is None or len(other) == len(ids)
-
-        def replace(x: Tensor) -> Tensor:
-            y = x.clone()
-            y[0, position, span] = 0 if value is None else value[span]
-            return y
-
-        return naive.hooked(module, replace)
-
-    return edit
-
-
 def effects(loaded: Loaded, c: Component, position: int, into: str) -> list[float]:
     """Of each sample; zeroed in both prompts, or patched into one of them."""
-    found = []
-    for a, b, word, _ in PAIRS:
-        moved = []
-        for side, (own, other) in (("a", (a, b)), ("b", (b, a))):
-            base = edited = naive.word_log_prob(*loaded, own, word)
-            if into in ("", side):
-                edit = edited_at(loaded, c, position, other if into else None)
-                edited = naive.word_log_prob(*loaded, own, word, edit)
-            moved.append(edited - base)
-        found.append(moved[0] - moved[1])
-    return found
+    op = "patch" if into else "zero"
+    change = SimpleNamespace(kind=c.kind, op=op, positions=position, factor=None)
+
+    def moved(*texts: str, word: str) -> float:
+        base = naive.word_log_prob(*loaded, texts[0], word)
+        return naive.edited_score(*loaded, change, texts, [word], c.layer, c.index) - base
+
+    return [
+        (moved(a, b, word=word) if into != "b" else 0)
+        - (moved(b, a, word=word) if into != "a" else 0)
+        for a, b, word, _ in PAIRS
+    ]
 
 
 def first_difference(loaded: Loaded) -> int:
@@ -136,19 +112,19 @@ def test_the_results_are_those_of_all_tokens_and_a_run_goes_on_from_them(
     llama: str, samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a run that is done loads no weights; rows per forward are of no account."""
-    flags, each = ["--samples", samples, "--layers", "1", "--heads", "0"], ("--positions", "each")
+    flags, results = ["--samples", samples, "--layers", "1", "--heads", "0"], "circuit_results.csv"
+    each = [*flags, "--positions", "each"]
     whole, grown = (finish(llama, tmp_path / name, *flags) for name in ("all", "grown"))
-    for folder, rows in ((grown, "64"), (tmp_path / "one", "1")):
-        finish(llama, folder, *flags, *each, *(["--rows_per_forward", "1"] * (rows == "1")))
-    results = "circuit_results.csv"
+    finish(llama, grown, *each)
+    finish(llama, tmp_path / "one", *each, "--rows_per_forward", "1")
     assert (grown / results).read_bytes() == (whole / results).read_bytes()
     assert set(read(grown)["positions"]) == {"all"} and not (whole / TABLE).exists()
     many, one = read(grown, TABLE), read(tmp_path / "one", TABLE)
     assert (many["mean"] - one["mean"]).abs().max() < CLOSE
     assert list(many["token"]) == list(one["token"])
     before = {name: (grown / name).read_bytes() for name in (results, TABLE, FIGURE)}
-    no_weights(monkeypatch)
-    finish(llama, grown, *flags, *each)
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    finish(llama, grown, *each)
     assert before == {name: (grown / name).read_bytes() for name in before}
 
 
@@ -178,18 +154,17 @@ def test_tick_labels_mark_the_tokens_that_differ_and_dollars_are_text(
     a, b = ("Pay $5 or $^{ for a dog?", "Pay $5 or $^{ for a car?")
     record = {"prompt_a": a, "prompt_b": b, "targets": ["apple"]}
     samples, drawn = write_samples(tmp_path / "samples.jsonl", record), {}
-    save = Figure.savefig
+    save = tracing.save_figure
 
-    def watch(figure: Figure, path: Any, *told: Any, **options: Any) -> None:
-        drawn[Path(str(path)).name.split(".png")[0]] = figure
-        save(figure, path, *told, **options)
+    def watch(figure: Any, path: Path) -> None:
+        drawn[path.name] = figure
+        save(figure, path)
 
-    monkeypatch.setattr(Figure, "savefig", watch)
+    monkeypatch.setattr(tracing, "save_figure", watch)
     flags = ["--samples", samples, "--layers", "0,1", "--kind", "attn", "--positions", "each"]
     finish(llama, tmp_path / "run", *flags)
     table = read(tmp_path / "run", TABLE).drop_duplicates("position")
-    (figure,) = (drawn[name] for name in drawn if "positions" in name)
-    labels = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
+    labels = [tick.get_text() for tick in drawn[FIGURE].axes[0].get_xticklabels()]
     both = zip(table["token"], table["token_b"], strict=True)
     assert labels == [f"{one!r}" + "*" * (one != other) for one, other in both]
     assert any(label.endswith("*") for label in labels)
@@ -207,12 +182,12 @@ def test_what_has_no_single_positions_is_refused(
 
 
 @pytest.mark.parametrize("within", [True, False])
+@pytest.mark.usefixtures("no_weights")
 def test_prompts_of_unequal_lengths_are_refused_before_weights_are_loaded(
-    within: bool, llama: str, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    within: bool, llama: str, answer: Answer, tmp_path: Path
 ) -> None:
     longer = {"prompt_a": A if within else f"{A} Now", "prompt_b": f"{B} Now", "targets": ["I"]}
     path = write_samples(tmp_path / "samples.jsonl", SAMPLES[0], longer)
     argv = ["--model_id", llama, "--samples", path, "--output_dir", str(tmp_path / "run")]
-    no_weights(monkeypatch)
     says = ["--positions each needs prompts of one template and length", "tokens"]
     refuses(answer, *argv, "--positions", "each", says=says)

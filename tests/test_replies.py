@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import naive
 from by_hand import halves, prepared
 from conftest import finish, generations, read, record_of, user_text
 
+pytestmark = pytest.mark.usefixtures("coarse_figures")
 Plain = tuple[Any, Any]  # a model and its tokenizer, as everyone loads them
 # on random weights, since one head rarely changes what a trained model says
 REPLYING = "--num_samples 6 --confirm 3 --num_random 2 --max_new_tokens 5 --given L0H0"
@@ -43,23 +44,21 @@ def chosen_in(folder: Path) -> list[str]:
     return list(rows[rows["set"] == "chosen"]["components"])
 
 
-@torch.no_grad()
-def naive_tokens(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] = ()) -> list[int]:
-    """Greedy tokens, a full forward each, with some components zeroed throughout."""
-    model, tokenizer = plain
-    ids = naive.prompt_ids(tokenizer, user)
-    n = len(ids)
-    with by_hand.ablated(model, labels):
-        for _ in range(n_tokens):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[n:]
+def naive_tokens(plain: Plain, user: str, n_tokens: int) -> list[int]:
+    return naive.greedy(plain[0], naive.prompt_ids(plain[1], user), n_tokens)
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def naive_reply(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] = ()) -> str:
-    tokens, tokenizer = naive_tokens(plain, user, n_tokens, labels), plain[1]
-    ends = {tokenizer.eos_token_id, *plain[0].generation_config.eos_token_id}
-    stop = next((i for i, token in enumerate(tokens) if token in ends), n_tokens)
-    return str(tokenizer.decode(tokens[:stop], skip_special_tokens=True)).strip()
+    """With some components zeroed throughout."""
+    model, tokenizer = plain
+    ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
+    with by_hand.ablated(model, labels):
+        said = naive.greedy(model, naive.prompt_ids(tokenizer, user), n_tokens, ends)
+    return text_of(tokenizer, said)
 
 
 # ----- what is said
@@ -92,10 +91,10 @@ def test_replies_are_those_of_a_plain_token_loop_with_the_components_and_the_giv
     assert with_given > 0
 
 
-@pytest.mark.parametrize(
-    ("label", "op"),
-    [("L1mlp", "mean"), ("L2attn", "scale"), ("L0N7", "scale"), ("L1resid", "scale")],
-)
+EDITS = [("L1mlp", "mean"), ("L2attn", "scale"), ("L0N7", "scale"), ("L1resid", "scale")]
+
+
+@pytest.mark.parametrize(("label", "op"), EDITS)
 def test_replies_are_edited_by_any_op_that_applies_at_every_token(
     label: str, op: str, llama: str, plain: Plain
 ) -> None:
@@ -107,12 +106,11 @@ def test_replies_are_edited_by_any_op_that_applies_at_every_token(
     users = [user_text(prompt.text) for prompt in prompts]
     assert len({len(prompt.ids) for prompt in prompts}) > 1
     columns = slice(7, 8) if component.kind == "neuron" else slice(None)
+    mean = exp.means[component.site].float() if op == "mean" else torch.zeros(0)
 
     def edit(x: torch.Tensor) -> torch.Tensor:
         y = x.clone()
-        y[..., columns] = (
-            exp.means[component.site].float() if op == "mean" else factor * x[..., columns]
-        )
+        y[..., columns] = factor * x[..., columns] if op == "scale" else mean
         return y
 
     block = naive.layers_of(plain[0])[component.layer]
@@ -138,8 +136,7 @@ def test_replies_stop_at_every_kind_of_terminator(
         vocabulary = {**tokenizer.get_vocab(), terminator: stop}
         monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
     assert stop not in others, "the other reply goes on"
-    said = tokens[: tokens.index(stop)]
-    expected = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in (said, others)]
+    expected = [text_of(tokenizer, t) for t in (tokens[: tokens.index(stop)], others)]
     assert tracing.greedy_replies(exp, (), prompts) == expected
 
 
@@ -165,8 +162,7 @@ def test_a_model_without_any_end_speaks_to_the_last_token(llama: str, tmp_path: 
     samples = [of_sample[0].sample for of_sample in prepared(str(folder)).prompts]
     run = finish(str(folder), tmp_path / "run", "--num_samples", "2", "--layers", "0", *flags)
     users = [text for sample in samples for text in (sample.prompt_a, sample.prompt_b)]
-    tokens = [naive_tokens((endless, tokenizer), user, 3) for user in users]
-    expected = [tokenizer.decode(said, skip_special_tokens=True).strip() for said in tokens]
+    expected = [text_of(tokenizer, naive_tokens((endless, tokenizer), user, 3)) for user in users]
     assert [record["reply"] for record in generations(run)] == expected
 
 
@@ -178,21 +174,16 @@ def test_replies_leave_no_hook_behind(llama: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "why"),
-    [
-        ("--layers 0", ""),
-        ("--confirm 1 --op patch", "every token"),
-        ("--confirm 1 --positions last", "every token"),
-    ],
+    "flags", ["--layers 0", "--confirm 1 --op patch", "--confirm 1 --positions last"]
 )
 def test_without_a_confirmed_set_that_applies_at_every_token_replies_are_unedited(
-    flags: str, why: str, llama: str, tmp_path: Path
+    flags: str, llama: str, tmp_path: Path
 ) -> None:
     finish(llama, tmp_path, "--num_samples", "2", "--max_new_tokens", "2", *flags.split())
     found = [(r["sample_id"], r["prompt"], r["ablated"]) for r in generations(tmp_path)]
     assert found == [(i, side, "") for i in by_hand.texts(tmp_path) for side in "ab"]
     assert (tmp_path / "circuit_confirm.csv").exists() == ("--confirm" in flags)
-    assert ("edited replies need" in (tmp_path / "run.log").read_text()) == bool(why)
+    assert ("edited replies need" in (tmp_path / "run.log").read_text()) == ("--confirm" in flags)
 
 
 # ----- what it shows
@@ -212,8 +203,7 @@ def test_what_a_reply_shows_recomputes_from_its_text(runs: dict[str, Path]) -> N
             for openings in (tracing.REFUSAL_OPENINGS, tracing.COMPLIANT_OPENINGS)
         )
         assert record["mentions"] == refuses
-        goes_on = any(re.search(r"\w", start[len(o) :]) for o in complies)
-        assert record["answers"] == goes_on
+        assert record["answers"] == any(re.search(r"\w", start[len(o) :]) for o in complies)
     assert any(record["mentions"] for record in generations(runs["refusing"]))
 
 
@@ -270,38 +260,33 @@ def test_equal_replies_to_the_same_prompt_are_not_alike() -> None:
     assert (rate["alike_a"], rate["alike_b"]) == (100, 0)
 
 
-@pytest.mark.parametrize(
-    ("replies", "share"),
-    [
-        (["red", "blue", "green"], 0),
-        (["red", "Red ", "green", "blue"], 1 / 2),
-        (["", "", "green"], 2 / 3),
-        (["red", "red", "red", "blue", "blue"], 3 / 5),  # the commonest alone
-        (["no no no no", "yes"], 1 / 2),
-        (["no no no", "!!!!", "yes"], 2 / 3),
-        (["no no", "!!", "mississippi", "yes"], 0),  # too short to repeat themselves
-        (["a b a b a", "a b c a b c", "yes"], 1 / 3),  # more than half is said before, or half
-        (["no no no no", "no no no no", "yes"], 2 / 3),  # counted once
-    ],
-)
+ALIKE: dict[tuple[str, ...], float] = {
+    ("red", "blue", "green"): 0,
+    ("red", "Red ", "green", "blue"): 1 / 2,
+    ("", "", "green"): 2 / 3,
+    ("red", "red", "red", "blue", "blue"): 3 / 5,  # the commonest alone
+    ("no no no no", "yes"): 1 / 2,
+    ("no no no", "!!!!", "yes"): 2 / 3,
+    ("no no", "!!", "mississippi", "yes"): 0,  # too short to repeat themselves
+    ("a b a b a", "a b c a b c", "yes"): 1 / 3,  # more than half is said before, or half
+    ("no no no no", "no no no no", "yes"): 2 / 3,  # counted once
+}
+
+
+@pytest.mark.parametrize("replies", ALIKE)
 def test_the_share_of_replies_that_are_alike_or_repeat_themselves_by_hand(
-    replies: list[str], share: float
+    replies: tuple[str, ...],
 ) -> None:
-    assert tracing.share_alike(replies) == pytest.approx(share)
+    assert tracing.share_alike(replies) == pytest.approx(ALIKE[replies])
 
 
 def test_everything_together_runs_on_the_bundled_model(tiny_llama: str, tmp_path: Path) -> None:
     flags = "--num_samples 4 --controls --confirm 4 --num_random 3 --max_new_tokens 4 --heatmap"
     flags += " --screen 8 --multipliers 0,1 --graph s0000"
     finish(tiny_llama, tmp_path, *flags.split())
-    others = {f"circuit_{name}" for name in ("paths.csv", "paths.png")}  # not with a screen
-    others |= {f"circuit_{name}" for name in ("positions.csv", "positions.png")}
-    others |= {"circuit_directions.csv", "circuit_directions.png", "directions.safetensors"}
-    there = {path.name for path in tmp_path.iterdir()} - {".parts"}
-    assert there == set(tracing.OUTPUTS) - others
+    assert {path.name for path in tmp_path.iterdir()} <= {*tracing.OUTPUTS, ".parts"}
     controls = read(tmp_path).filter(regex="other|affirm")
-    assert controls.shape[1] == 6
-    assert not controls.isna().any(axis=None)
+    assert controls.shape[1] == 6 and not controls.isna().any(axis=None)
     n_measures = 2
     assert len(read(tmp_path, "circuit_confirm.csv")) == n_measures * (2 + 3 + 1 + 4 * 3)
     assert all(record["answers"] in (True, False) for record in generations(tmp_path))
@@ -329,9 +314,8 @@ def test_replies_are_plainly_greedy_whatever_the_model_is_configured_to(
     configured = {"eos_token_id": [1], "repetition_penalty": 9.0, "do_sample": True, "top_k": 3}
     configured |= {"no_repeat_ngram_size": 1, "suppress_tokens": list(range(40, 200))}
     (model / "generation_config.json").write_text(json.dumps(configured))
-    folder = finish(str(model), tmp_path / "run", *REPLYING.split())
-    texts = by_hand.texts(folder)
-    unedited = [record for record in generations(folder) if not record["ablated"]]
-    for record in unedited:
-        user = texts[record["sample_id"]][record["prompt"]]
-        assert record["reply"] == naive_reply(plain, user, 5, ["L0H0"])
+    flags = "--num_samples 4 --layers 0 --max_new_tokens 5 --given L0H0"
+    folder = finish(str(model), tmp_path / "run", *flags.split())
+    users = [text for of_sample in by_hand.texts(folder).values() for text in of_sample.values()]
+    expected = [naive_reply(plain, user, 5, ["L0H0"]) for user in users]
+    assert [record["reply"] for record in generations(folder)] == expected

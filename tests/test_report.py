@@ -181,7 +181,7 @@ def test_without_a_contrast_the_effect_stands_first(few: Path) -> None:
 
 def test_columns_of_a_comparison_are_there(tiny_llama: str, tmp_path: Path) -> None:
     """Beside a given head, whose cell of the grid is empty."""
-    flags = ["--num_samples", "6", "--layers", "0"]
+    flags = ["--num_samples", "6", "--layers", "0-1"]
     before = finish(tiny_llama, tmp_path / "before", *flags) / "circuit_results.csv"
     flags += ["--given", "L0H2", "--compare", str(before)]
     run = finish(tiny_llama, tmp_path / "run", *flags)
