@@ -179,9 +179,12 @@ class Frozen:
 
     def written(self, node: Any) -> Tensor:
         """[tok, d_model], what a node adds to the residual stream."""
-        block, made = self.blocks[node.layer], self.made[node.layer, node.kind].detach()
-        alone, place = torch.zeros_like(made), (node.position, self.span(node))
+        made = self.made.get((node.layer, node.kind), self.embedding).detach()
+        place = node.position, self.span(node) if node.kind != "embedding" else slice(None)
+        alone, block = torch.zeros_like(made), self.blocks[node.layer]
         alone[place] = made[place]
+        if node.kind == "embedding":
+            return alone
         of = block.self_attn.o_proj if node.kind == "head" else block.mlp.down_proj
         return alone @ of.weight.T
 
@@ -210,9 +213,10 @@ def test_an_edge_is_what_a_target_lacks_without_the_source(plain: Bench, frozen:
     what the target then makes less of counts by the gradient there."""
     nodes, weights, _ = explained(plain)
     inner = nodes[nodes["kind"].isin(["head", "neuron"])]
+    sources = [*nodes[nodes["kind"] == "embedding"].itertuples(), *inner.itertuples()]
     checked = 0
-    for source, target in itertools.product(inner.itertuples(), inner.itertuples()):
-        # a head stands before the neurons of its layer, as in the alphabet
+    for source, target in itertools.product(sources, inner.itertuples()):
+        # within a layer as in the alphabet: embedding, head, neuron
         before = (source.layer, source.kind) < (target.layer, target.kind)
         if not before or (source.Index + target.Index) % 7:
             assert before or weights[target.Index, source.Index] == 0
@@ -223,60 +227,9 @@ def test_an_edge_is_what_a_target_lacks_without_the_source(plain: Bench, frozen:
         assert float(weights[target.Index, source.Index]) == pytest.approx(expected, abs=CLOSE)
         checked += expected != 0
     assert checked > 20
-    for source in inner.itertuples():
+    for source in sources:
         seen = frozen.written(source)[-1] @ frozen.goal_scale
         assert float(weights[-1, source.Index]) == pytest.approx(float(seen), abs=CLOSE)
-
-
-def test_one_layer_and_two_tokens_by_hand() -> None:
-    """Width 1 wherever it can be: RMSNorm of one number is its sign, an attention pattern over two
-    tokens is a logistic function, and so on."""
-    ones = ["intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
-    widths = random_models.WIDTHS | dict.fromkeys(ones, 1)
-    widths |= {"hidden_size": 2, "head_dim": 2, "vocab_size": 3, "pad_token_id": None}
-    config = AutoConfig.for_model("llama", rms_norm_eps=0.0, **widths)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    block, zero = model.model.layers[0], torch.zeros(2, 2)
-    # token 0 is (3, 4) with a root mean square of 5 / sqrt(2), token 1 is (1, 1) with 1
-    model.model.embed_tokens.weight.data = torch.tensor([[3.0, 4.0], [1.0, 1.0], [0.0, 1.0]])
-    block.self_attn.q_proj.weight.data = zero  # so that both tokens are attended to alike
-    block.self_attn.k_proj.weight.data = zero
-    block.self_attn.v_proj.weight.data = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
-    block.self_attn.o_proj.weight.data = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
-    block.mlp.gate_proj.weight.data = torch.tensor([[1.0, 0.0]])
-    block.mlp.up_proj.weight.data = torch.tensor([[0.0, 1.0]])
-    block.mlp.down_proj.weight.data = torch.tensor([[0.0], [3.0]])
-    model.lm_head.weight.data = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-    traced = tracing.TracedModel(model, tracing.shape_of(model, torch.float32), 4)
-    direction = tracing.goal_direction(traced, {0: 1.0})
-    assert direction.tolist() == [2.0, 0.0]  # (3, 0) less a third of it
-    halves = tracing.run_halves(traced, [0, 1])
-    nodes, weights = tracing.attribute(traced, halves, direction, 4)
-
-    own, other = 0.5 * 1.0, 0.5 * 3 * math.sqrt(2) / 5  # what the head has from either token
-    x = 1 + 2 * (own + other)  # of the second token before the MLP: (x, 1)
-    norm = math.sqrt((x * x + 1) / 2)
-    gate, up = x / norm, 1 / norm
-    neuron = gate / (1 + math.exp(-gate)) * up
-    end = math.sqrt((x * x + (1 + 3 * neuron) ** 2) / 2)
-    unit = 2 / end  # of the goal per unit of x after the norm
-    # the neuron writes along the second axis, which the goal does not read: it has no part
-    (head,) = nodes.query("kind == 'head' and position == 1").index
-    assert weights[head, :2].tolist() == pytest.approx([unit * 2 * other, unit * 2 * own], abs=1e-6)
-    assert weights[-1, :2].tolist() == pytest.approx([0.0, unit], abs=1e-6)
-    assert float(weights[-1, head]) == pytest.approx(unit * 2 * (own + other), abs=1e-6)
-    assert nodes["attribution"].iloc[-1] == pytest.approx(unit * x, abs=1e-6)
-    assert nodes.loc[nodes["kind"] == "neuron", "attribution"].abs().max() == 0
-    # a goal that reads the second axis: half of the neuron is owed to the gate, half to up
-    nodes, weights = tracing.attribute(traced, halves, torch.tensor([0.0, 1.0]), 4)
-    (head,) = nodes.query("kind == 'head' and position == 1").index
-    (there,) = nodes.query("kind == 'neuron' and position == 1").index
-    part = 3 * neuron / end
-    assert float(weights[-1, there]) == pytest.approx(part, abs=1e-6)
-    assert float(weights[there, head]) == pytest.approx(part / 2 * (x - 1) / x, abs=1e-6)
-    assert float(weights[there, 1]) == pytest.approx(part / 2 * (1 / x + 1), abs=1e-6)
-    halved = [part * other / x, part * own / x]
-    assert weights[head, :2].tolist() == pytest.approx(halved, abs=1e-6)
 
 
 # ----- the goal
