@@ -422,15 +422,25 @@ def test_models_that_read_the_stream_otherwise_are_refused(
     refuses(answer, *flags, says=["--confirm all is for models", "input_layernorm"])
 
 
-def chosen_layer(
-    monkeypatch: Patch, roles: Sequence[float], kl: Sequence[float], zero: int = -1
-) -> str:
-    """What is chosen of layers that move a base of +10 by so much against it, with such a KL."""
+CHOSEN: list[tuple[list[float], list[float], int, str]] = [  # roles, KL, layer without direction
+    ([1, 5, 3, 2, 9], [0, 0, 0, 0, 0], -1, "L1resid"),  # none of the last fifth
+    ([1, 5, 3, 2, 9], [0, 0.2, 0.1, 0, 0], -1, "L2resid"),
+    ([1, 5, 2, 2, 9], [0, 0.2, 0.1, 0, 0], -1, "L1resid"),
+    ([1, 5, 3, 2, 9], [0, 0.3, 0.2, 0, 0], -1, "L2resid"),
+    ([1, 5, 3, 2, 9], [0, 0, 0, 0, 0], 1, "L2resid"),
+    ([-1, -5, 0, -2, 9], [0, 0, 0, 0, 0], -1, ""),
+]
+
+
+@pytest.mark.parametrize(("roles", "kl", "zero", "label"), CHOSEN)
+def test_the_layer_is_chosen_on_the_samples_that_are_set_apart(
+    roles: Any, kl: Any, zero: int, label: str, monkeypatch: Patch
+) -> None:
+    """Of layers that move a base of +10 by so much against it, with such a KL."""
     config = tracing.Config(confirm=("all", 1), num_random=2, kind="resid", along="difference")
-    n = len(roles)
-    components = [Component(i, "resid") for i in range(n)]
+    components = [Component(i, "resid") for i in range(5)]
     exp: Any = SimpleNamespace(config=config, components=components, fitting=["those set apart"])
-    exp.shape = SimpleNamespace(n_layers=n)
+    exp.shape = SimpleNamespace(n_layers=5)
     exp.directions = {c: torch.ones(3) * (c.layer != zero) for c in components}
 
     def scores(_: Any, __: Any, sets: Sequence[JointSet], prompts: Any) -> Tensor:
@@ -438,34 +448,23 @@ def chosen_layer(
         told = torch.zeros(len(sets), 4, 5).double()
         told[..., 2] = math.nan
         for row, of in zip(told, sets, strict=True):
-            layer = of.components[0].layer if of.components else None
-            row[:, 0] = 10 - (0 if layer is None else roles[layer])
-            row[:, 4] = 0 if layer is None else kl[layer]
+            moves = [(roles[c.layer], kl[c.layer]) for c in of.components] or [(0, 0)]
+            row[:, 0], row[:, 4] = 10 - moves[0][0], moves[0][1]
         return told
 
     monkeypatch.setattr(tracing, "set_scores", scores)
-    sets = tracing.choose_direction(exp, SimpleNamespace(), "b")  # type: ignore[arg-type]
-    assert [of.name for of in sets[:1]] == ["none"] * bool(sets)
-    assert all(of.everywhere and of.components == sets[1].components for of in sets[1:])
-    assert [(of.name, of.draw) for of in sets[2:]] == [("random", 1), ("random", 2)][: len(sets)]
-    return sets[1].components[0].label if sets else ""
-
-
-def test_the_layer_is_chosen_on_the_samples_that_are_set_apart(monkeypatch: Patch) -> None:
-    still = [0.0] * 5
-    assert chosen_layer(monkeypatch, [1, 5, 3, 2, 9], still) == "L1resid"  # none of the last fifth
-    assert chosen_layer(monkeypatch, [1, 5, 3, 2, 9], [0, 0.2, 0.1, 0, 0]) == "L2resid"
-    assert chosen_layer(monkeypatch, [1, 5, 2, 2, 9], [0, 0.2, 0.1, 0, 0]) == "L1resid"
-    assert chosen_layer(monkeypatch, [1, 5, 3, 2, 9], [0, 0.3, 0.2, 0, 0]) == "L2resid"
-    assert chosen_layer(monkeypatch, [1, 5, 3, 2, 9], still, zero=1) == "L2resid"
-    assert chosen_layer(monkeypatch, [-1, -5, 0, -2, 9], still) == ""
+    told: Any = SimpleNamespace()
+    sets = [JointSet("none")]
+    for name, draw in (("chosen", 0), ("random", 1), ("random", 2)) if label else ():
+        sets.append(JointSet(name, (Component.parse(label),), draw, everywhere=True))
+    assert [*tracing.choose_direction(exp, told, "b")] == (sets if label else [])
 
 
 # ----- the whole command
 
 
-REFUSAL = "--task refusal --num_samples 12 --no-bf16 --kind resid --along difference"
-PATCH = [*REFUSAL.split(), "--op", "patch"]
+WHOLE_PATCH = "--task refusal --num_samples 12 --no-bf16 --kind resid --op patch"
+PATCH = [*WHOLE_PATCH.split(), "--along", "difference"]
 NUMBERS = [f"{way}_{name}" for way in ("along", "random") for name in ("mean", "ci_low", "q")]
 
 
@@ -502,13 +501,6 @@ def by_chance(given: Any, units: Sequence[str], tested: Any) -> list[float]:
         x[changed] = given[changed][:, ::-1]
         found.append(correct(tested, *x.mean(0)))
     return found
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    z = NormalDist().inv_cdf(0.975)
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return middle - half, middle + half
 
 
 def test_the_table_of_directions_recomputes_from_plain_forwards(
@@ -548,7 +540,7 @@ def test_the_table_of_directions_recomputes_from_plain_forwards(
         assert row.accuracy_shuffled == pytest.approx(np.quantile(chance, 0.95))
         n = len(set(results["unit"]))
         assert (row.n_sentences, n) == (n, 5)
-        assert (row.accuracy_low, row.accuracy_high) == pytest.approx(wilson(accuracy, n))
+        assert (row.accuracy_low, row.accuracy_high) == tracing.share_interval(accuracy, n)
     assert told["along_share_moved"].iloc[1:].min() > 0.5
     assert told["random_share_moved"].abs().max() < 0.5
 
@@ -556,8 +548,7 @@ def test_the_table_of_directions_recomputes_from_plain_forwards(
 def test_the_whole_component_is_that_of_a_run_without_directions(
     patched: Path, tiny_llama: str, tmp_path: Path
 ) -> None:
-    flags = [flag for flag in PATCH if flag not in ("--along", "difference")]
-    whole = read(finish(tiny_llama, tmp_path, *flags))
+    whole = read(finish(tiny_llama, tmp_path, *WHOLE_PATCH.split()))
     there = whole[whole["sample_id"].isin(read(patched)["sample_id"])]
     means = there.groupby("layer")["head_effect"].mean()
     told = read(patched, TABLE)
@@ -595,7 +586,8 @@ def test_directions_come_from_the_half_that_is_not_measured(llama: str, tmp_path
 def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_out(
     patched: Path, tiny_llama: str, tmp_path: Path
 ) -> None:
-    flags = [*PATCH[:-3], str(patched / FILE), *PATCH[-2:]]
+    """Which are known by their texts: in another template, with other words, or as one of two."""
+    flags = [*PATCH, "--along", str(patched / FILE)]
     again = finish(tiny_llama, tmp_path, *flags)
     before, after = read(patched), read(again)
     (named,) = set(after["along"])
@@ -604,34 +596,24 @@ def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_ou
     assert (before["head_effect"] - after["head_effect"]).abs().max() < 1e-9
     assert "5 samples left out: the directions of" in (again / "run.log").read_text()
     told, loaded = read(patched, TABLE), read(again, TABLE)
-    for name in ("auc", "norm", "along_mean", "random_mean", "whole_mean"):
-        assert (told[name] - loaded[name]).abs().max() < 1e-9
+    same = ["auc", "norm", "along_mean", "random_mean", "whole_mean"]
+    assert (told[same] - loaded[same]).abs().max(axis=None) < 1e-9
     assert loaded["accuracy"].isna().all()
     assert not (again / FILE).exists()
-    other = prepared(tiny_llama, *flags, "--num_samples", "20", "--seed", "3")
-    fitted = {of[0].sample.unit for of in prepared(tiny_llama, *PATCH).fitting}
-    assert other.prompts and not fitted & {of[0].sample.unit for of in other.prompts}
-    assert not other.fitting
-
-
-def test_sentences_of_a_file_are_known_by_their_texts_whatever_else_is_asked_of_them(
-    patched: Path, tiny_llama: str
-) -> None:
-    """In another template, with other words, or as one of two texts only."""
-    flags = [*PATCH[:-3], str(patched / FILE), *PATCH[-2:]]
-    texts = {of[0].sample.prompt_a for of in prepared(tiny_llama, *PATCH).fitting}
-    for more in (["--system_prompt", ""], ["--answer_prefix", "I"], ["--no-chat"]):
-        left = {of[0].sample.prompt_a for of in prepared(tiny_llama, *flags, *more).prompts}
-        assert left and not left & texts
+    fitted = {of[0].sample.prompt_a for of in prepared(tiny_llama, *PATCH).fitting}
+    others = ["--num_samples 20 --seed 3", "--system_prompt=", "--answer_prefix I", "--no-chat"]
+    for more in others:
+        exp = prepared(tiny_llama, *flags, *more.split())
+        assert exp.prompts and not fitted & {of[0].sample.prompt_a for of in exp.prompts}
+        assert not exp.fitting
 
 
 def test_a_sentence_with_other_words_is_left_out_as_well(tiny_llama: str, tmp_path: Path) -> None:
     """Suppression asks the same questions with other words of another seed."""
-    flags = ["--no-bf16", "--kind", "resid", "--op", "patch", "--layers", "1", "--along"]
-    path = finish(tiny_llama, tmp_path, *flags, "difference", "--num_samples", "4") / FILE
-    fitted = prepared(tiny_llama, *flags, "difference", "--num_samples", "4").fitting
-    there = {of[0].sample.prompt_b for of in fitted}
-    exp = prepared(tiny_llama, *flags, str(path), "--num_samples", "30", "--seed", "1")
+    flags = [*PATCH, "--task", "suppression", "--layers", "1", "--num_samples", "4"]
+    path = str(finish(tiny_llama, tmp_path, *flags) / FILE)
+    there = {of[0].sample.prompt_b for of in prepared(tiny_llama, *flags).fitting}
+    exp = prepared(tiny_llama, *flags, "--along", path, "--num_samples", "30", "--seed", "1")
     assert exp.prompts and not there & {of[0].sample.prompt_b for of in exp.prompts}
 
 
@@ -722,6 +704,7 @@ def test_what_means_nothing_is_said_in_a_sentence(
 
 
 EXACT = ["circuit_results.csv", "circuit_heads.csv", TABLE, FILE]
+EXACT += ["circuit_confirm.csv", "generations.jsonl"]
 SMALL = "--task refusal --num_samples 6 --no-bf16 --kind resid --op zero --along logistic"
 SMALL += " --confirm all --num_random 2 --max_new_tokens 3"
 
@@ -746,7 +729,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr(tracing, "probe", lambda *_: pytest.fail("directions were sought again"))
         assert tracing.main(argv) == 0
-    for name in [*EXACT, "circuit_confirm.csv", "generations.jsonl", "circuit_directions.png"]:
+    for name in [*EXACT, "circuit_directions.png"]:
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name
 
 
@@ -756,7 +739,7 @@ def test_two_processes_give_the_same_bytes(small: Path, llama: str, tmp_path: Pa
     command = [sys.executable, *launcher, str(SCRIPT), *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    for name in [*EXACT, "circuit_confirm.csv", "generations.jsonl"]:
+    for name in EXACT:
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name
 
 
@@ -784,9 +767,8 @@ def test_a_table_along_a_direction_is_redrawn_and_compares_with_none_that_is_not
     other = SMALL.split(" --confirm")[0].replace("logistic", "difference").split()
     says = ["has along logistic, this run difference"]
     refuses(answer, *common, results, "--model_id", llama, *other, says=says)
-    whole = [flag for flag in PATCH if flag not in ("--along", "difference")]
     results, says = str(patched / "circuit_results.csv"), ["has along difference, this run none"]
-    refuses(answer, *common, results, "--model_id", tiny_llama, *whole, says=says)
+    refuses(answer, *common, results, "--model_id", tiny_llama, *WHOLE_PATCH.split(), says=says)
 
 
 # ----- beside the other options
@@ -818,18 +800,15 @@ def test_with_other_options_nothing_that_is_measured_is_missing(
     assert not swept[numbers + ["whole_mean"] * has_whole].isna().any(axis=None)
     base = tracing.base_statistics(tracing.read_results(folder / "circuit_results.csv"))
     assert (swept["along_share_moved"].isna() == (not base["is_clear"])).all()
-    assert told.query("label == 'L0resid'")[["accuracy", "auc", "norm"]].values.tolist() == [
-        [0.5, 0.5, 0]
-    ]
+    lexical = told.set_index("label").loc["L0resid", ["accuracy", "auc", "norm"]]
+    assert lexical.tolist() == [0.5, 0.5, 0]
     still = swept.loc[swept["norm"] == 0, ["along_mean", "random_mean"]]
     assert (still.abs() < CLOSE).all(axis=None)
     found = load_file(folder / FILE)
     assert all(d.isfinite().all() for d in found.values())
     assert len(found) == 3 * (4 if "--kind head" in flags else 1)
-    given = "--given" in flags
-    assert [name for name, d in found.items() if not d.any()] == (
-        ["L1attn"] if given else ["L0resid"] if "resid" in flags else []
-    )
+    no_direction = "L1attn" * ("--given" in flags) or "L0resid" * ("resid" in flags)
+    assert " ".join(name for name, d in found.items() if not d.any()) == no_direction
     if "--controls" in flags:
         assert not read(folder, "circuit_heads.csv")["minus_other_mean"].isna().any()
     if "chooses no component" in log:
@@ -864,7 +843,7 @@ def test_negative_controls_give_no_direction_and_are_measured(
     assert told.loc["L1attn", "accuracy"] == pytest.approx(correct(tested, *given.mean(0)))
 
 
-def test_logistic_directions_of_the_command_are_of_the_sentences_set_apart(
+def test_logistic_directions_are_of_the_sentences_set_apart_and_their_file_says_so(
     small: Path, llama: str
 ) -> None:
     exp, found = prepared(llama, *SMALL.split()), load_file(small / FILE)
@@ -872,14 +851,11 @@ def test_logistic_directions_of_the_command_are_of_the_sentences_set_apart(
         given = torch.tensor(by_plain_forwards(llama, exp.fitting, layer))[None]
         expected = tracing.logistic(given)[0][0]
         assert torch.cosine_similarity(found[f"L{layer}resid"], expected, dim=0) > 0.9999
-
-
-def test_the_metadata_tell_what_a_file_is_of(small: Path, llama: str) -> None:
     with safe_open(small / FILE, "pt") as file:
         told = json.loads(file.metadata()["told"])
     assert told["model"] == record_of(small)["fingerprint"]["model"]
     assert (told["along"], told["kind"], told["task"]) == ("logistic", "resid", "refusal")
-    assert len(told["fitted_on"]) == 2 * len(prepared(llama, *SMALL.split()).fitting)
+    assert len(told["fitted_on"]) == 2 * len(exp.fitting)
 
 
 def test_the_dry_run_tells_how_many_samples_give_directions(llama: str, answer: Answer) -> None:
@@ -894,23 +870,23 @@ def test_a_file_in_the_runs_own_folder_outlives_it(
     """It may be this run's input; only --overwrite would empty the folder, and is refused."""
     own = tmp_path / "x <b onmouseover=1>bold<!--.safetensors"
     shutil.copy(patched / FILE, own)
-    folder = finish(tiny_llama, tmp_path, *PATCH[:-3], str(own), *PATCH[-2:])
+    flags = [*PATCH, "--along", str(own)]
+    folder = finish(tiny_llama, tmp_path, *flags)
     assert own.exists()
     page = (folder / "circuit_report.html").read_text()
     assert "<!--" not in page and "<b on" not in page
     assert "resid along x &lt;b onmouseover=1&gt;bold&lt;!--" in page
-    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path), *PATCH[:-3], str(own)]
-    code, _, err = answer(*argv, *PATCH[-2:], "--overwrite")
+    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path), *flags, "--overwrite"]
+    code, _, err = answer(*argv)
     assert code == 2 and "lies in the folder that --overwrite empties" in err
     assert own.exists()
 
 
 def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -> None:
     """It is to move what prompt b leaves."""
-    flags = [*REFUSAL.split(), "--op", "add", "--confirm", "1", "--layers", "1", "--overwrite"]
     for op, judged in (("add", False), ("zero", True)):
-        flags[flags.index("--op") + 1] = op
-        rows = read(finish(tiny_llama, tmp_path, *flags), "circuit_confirm.csv")
+        flags = [*PATCH, "--op", op, "--confirm", "1", "--layers", "1"]
+        rows = read(finish(tiny_llama, tmp_path / op, *flags), "circuit_confirm.csv")
         chosen = rows[(rows["set"] == "chosen") & (rows["samples"] == "held-out")]
         assert chosen["damaged"].notna().all() == judged
         drawn = rows[rows["set"] == "random"]
@@ -920,7 +896,7 @@ def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -
 
 def test_where_no_layer_has_a_direction_none_is_chosen(tiny_llama: str, tmp_path: Path) -> None:
     """Into layer 0 the last tokens of both prompts are the same."""
-    flags = [*REFUSAL.split(), "--op", "zero", "--confirm", "all", "--layers", "0"]
+    flags = [*PATCH, "--op", "zero", "--confirm", "all", "--layers", "0"]
     folder = finish(tiny_llama, tmp_path, *flags)
     assert "--confirm all chooses no component" in (folder / "run.log").read_text()
     assert not (folder / "circuit_confirm.csv").exists()
