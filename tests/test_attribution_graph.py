@@ -555,16 +555,6 @@ def test_the_file_passes_circuit_tracers_model(run: Path, monkeypatch: pytest.Mo
     assert model.metadata.schema_version == 1
 
 
-def test_a_head_and_the_rests_of_the_first_layer_have_ids_of_their_own(plain: Bench) -> None:
-    """circuit-tracer calls error nodes 0_{layer}_{position}, like head {layer} of layer 0."""
-    exp = plain.experiment()
-    prompt = exp.prompts[0][0]
-    nodes = explained(plain, 10**6, 3)[0]
-    named = tracing.name_nodes(nodes, exp, prompt, 7)
-    assert named["node_id"].is_unique
-    assert not named.duplicated(["stratum", "feature", "position"]).any()
-
-
 # ----- the command line
 
 

@@ -19,7 +19,6 @@ import by_hand
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
-from by_hand import q_values
 from conftest import Answer, finish, read, record_of
 from llama3_circuit_tracing import Component, Experiment
 from test_interventions import SAMPLES, Bench, bench
@@ -79,28 +78,6 @@ def test_the_direct_effect_of_a_last_layer_head_is_its_effect(any_bench: Bench, 
 def test_an_op_that_changes_nothing_takes_no_path(any_bench: Bench, via: str, freeze: str) -> None:
     exp = any_bench.experiment(f"--layers 0-1 --op scale --factor 1 --via {via} --freeze {freeze}")
     assert moved(exp, clean_of(exp)).abs().max() < 1e-6
-
-
-def test_all_heads_of_the_last_layer_and_the_sender_itself_are_the_whole_effect(
-    any_bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rows that write what was received, with the sender's edit added to each."""
-    shape, run_rows = any_bench.traced.shape, Experiment.run_rows
-    last = shape.n_layers - 1
-    names = ",".join(f"L{last}H{head}" for head in range(shape.n_heads))
-    exp = any_bench.experiment(f"--layers {last - 1} --via {names}")
-    clean = clean_of(exp)
-    alone = moved(exp, clean)[:, 0]
-
-    def with_sender(exp: Experiment, clean: Any, rows: Any, bar: Any) -> Tensor:
-        both = zip(exp.components, rows, strict=True)
-        rows = [(*exp.edits([sender], clean), *row) for sender, row in both]
-        return run_rows(exp, clean, rows, bar)
-
-    monkeypatch.setattr(Experiment, "run_rows", with_sender)
-    whole = ordinary(exp, clean)
-    assert (moved(exp, clean)[:, 0] - whole).abs().max() < 1e-6
-    assert (alone - whole).abs().max() > 1e-4
 
 
 # ----- against full forwards of each prompt alone
@@ -178,12 +155,10 @@ NAIVE = [
 ]
 
 
-@pytest.mark.parametrize("freeze", ["heads", "all"])
-@pytest.mark.parametrize("flags", NAIVE)
-def test_four_plain_forwards_give_the_same_numbers(llama: str, flags: str, freeze: str) -> None:
-    plain, records = bench(llama), SAMPLES[1:]
-    exp = plain.experiment(f"{flags} --freeze {freeze}", records)
-    config, loaded, clean = exp.config, plain.loaded, clean_of(exp)
+def like_plain_forwards(of: Bench, flags: str) -> None:
+    records = SAMPLES[1:]
+    exp = of.experiment(flags, records)
+    config, loaded, clean = exp.config, of.loaded, clean_of(exp)
     found, (sender,) = moved(exp, clean)[0, 0], exp.components
     expected = torch.zeros_like(found)
     zeroed = naive.zeroed(loaded[0], [(c.layer, c.kind, c.index) for c in config.given])
@@ -197,6 +172,16 @@ def test_four_plain_forwards_give_the_same_numbers(llama: str, flags: str, freez
             expected[i] = edited - naive.suppression_score(*told)
     assert (found - expected).abs().max() < CLOSE
     assert expected.abs().max() > CLOSE, "the path carries nothing"
+
+
+@pytest.mark.parametrize("freeze", ["heads", "all"])
+@pytest.mark.parametrize("flags", NAIVE)
+def test_four_plain_forwards_give_the_same_numbers(llama: str, flags: str, freeze: str) -> None:
+    like_plain_forwards(bench(llama), f"{flags} --freeze {freeze}")
+
+
+def test_and_with_other_architectures(any_bench: Bench) -> None:
+    like_plain_forwards(any_bench, NAIVE[0])
 
 
 # ----- a run and its table
@@ -231,19 +216,15 @@ def test_the_numbers_of_a_path_are_those_of_its_samples(each: Path, llama: str) 
         clean = clean_of(exp, tree)
         found = torch.tensor(tracing.run_paths(exp, clean, BAR, [sender])[0]).double()
         found -= tree.scores(clean.log_probs, exp.task)[0]
-        names = [of[0].label for of in tracing.receivers_of(exp, sender)]
-        pairs = zip(names, found.tolist(), strict=True)
-        for (name, of), (sample, at) in itertools.product(pairs, tree.samples):
-            row = (sender.label, name, units[sample.sample_id], "", of[at["a"]] - of[at["b"]])
-            rows.append(row)
-    table = pd.DataFrame(rows, columns=[*["sender", "receiver"], "unit", "group", "effect"])
+        pairs = zip(tracing.receivers_of(exp, sender), found.tolist(), strict=True)
+        for (path, of), (sample, at) in itertools.product(pairs, tree.samples):
+            effect = of[at["a"]] - of[at["b"]]
+            rows.append((sender.label, path[0].label, units[sample.sample_id], "", effect))
+    table = pd.DataFrame(rows, columns=["sender", "receiver", "unit", "group", "effect"])
     expected = tracing.statistics_of(table, "effect", ["sender", "receiver"])
     columns = ["n_samples", "n_sentences", "mean", "sd", "ci_low", "ci_high", "p", "q"]
     assert (paths[columns] - expected[columns]).abs().max(axis=None) < CLOSE
-    assert paths["mean"].to_dict() == pytest.approx(
-        table.groupby(["sender", "receiver"])["effect"].mean().to_dict(), abs=CLOSE
-    )
-    assert paths["q"].tolist() == pytest.approx(q_values(paths["p"].tolist()))
+    assert paths["q"].tolist() == pytest.approx(by_hand.q_values(paths["p"].tolist()))
     labels = "L" + sweep["layer"].astype(str) + "H" + sweep["index"].astype(str)
     totals = sweep.groupby(labels)["head_effect"].mean()
     total = totals[paths.index.get_level_values(0)].to_numpy()

@@ -280,19 +280,6 @@ def test_the_share_of_replies_that_are_alike_or_repeat_themselves_by_hand(
     assert tracing.share_alike(replies) == pytest.approx(ALIKE[replies])
 
 
-def test_everything_together_runs_on_the_bundled_model(tiny_llama: str, tmp_path: Path) -> None:
-    flags = "--num_samples 4 --controls --confirm 4 --num_random 3 --max_new_tokens 4 --heatmap"
-    flags += " --screen 8 --multipliers 0,1 --graph s0000"
-    finish(tiny_llama, tmp_path, *flags.split())
-    assert {path.name for path in tmp_path.iterdir()} <= {*tracing.OUTPUTS, ".parts"}
-    controls = read(tmp_path).filter(regex="other|affirm")
-    assert controls.shape[1] == 6 and not controls.isna().any(axis=None)
-    n_measures = 2
-    assert len(read(tmp_path, "circuit_confirm.csv")) == n_measures * (2 + 3 + 1 + 4 * 3)
-    assert all(record["answers"] in (True, False) for record in generations(tmp_path))
-    assert record_of(tmp_path)["noise_floor"] < 2e-5
-
-
 # ----- in batches
 
 

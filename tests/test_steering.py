@@ -89,21 +89,6 @@ def test_steered_replies_are_those_of_a_plain_loop_with_multiplied_columns(
     assert len(said) > len({key[:2] for key in said}), "some reply is changed"
 
 
-def test_factor_1_leaves_the_replies_and_factor_0_ablates(runs: dict[str, Path]) -> None:
-    records = generations(runs["confirmed"])
-    best = steered(runs["confirmed"]).query("set == 'circuit'")["components"].iloc[0]
-    keys = ("ablated", "multiplier", "sample_id", "prompt")
-    replies = {tuple(record[key] for key in keys): record["reply"] for record in records}
-    assert len(replies) == len(records)
-    ones = [key for key in replies if key[1] == 1]
-    zeros = [key for key in replies if key[:2] == (best, 0)]
-    assert len(ones) == 2 * len(zeros) == 2 * 2 * 2
-    for labels, _, sample, side in ones:
-        assert replies[labels, 1, sample, side] == replies["", None, sample, side]
-    for _, _, sample, side in zeros:
-        assert replies[best, 0, sample, side] == replies[best, None, sample, side]
-
-
 # ----- circuit_steer.csv
 
 
