@@ -33,6 +33,7 @@ GRAPH = "circuit_graph.csv"
 EDGES = "circuit_graph_edges.csv"
 FAST = ["--num_samples", "2", "--layers", "0", "--no-bf16"]
 REST = ["attn-rest", "mlp-rest"]
+Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("coarse_figures")
 Build = Callable[..., str]
 Explained = tuple[pd.DataFrame, Tensor, Tensor]  # nodes, weights, the goal's direction
@@ -70,7 +71,7 @@ def margin(model: Any, ids: list[int], token: int) -> float:
 
 
 @pytest.mark.parametrize(("n_best", "n_tokens"), [(1, 100), (60, 100), (10**6, 2)])
-def test_what_flows_into_a_node_and_out_of_it_is_its_attribution(
+def test_into_and_out_of_a_node_flows_its_attribution(
     any_bench: Bench, n_best: int, n_tokens: int
 ) -> None:
     nodes, weights, _ = explained(any_bench, n_best, n_tokens)
@@ -277,9 +278,7 @@ def test_the_mean_of_all_logits_goes_off_a_goal_without_foils(plain: Bench) -> N
     assert goal_of(top, torch.arange(9.0)) == {8: 1.0}
 
 
-def test_words_that_begin_alike_are_left_out_or_refused(
-    plain: Bench, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_words_that_begin_alike_are_refused(plain: Bench, caplog: pytest.LogCaptureFixture) -> None:
     record = pair("Say no.", "Say it.", "apple") | {"foils": ["dog"]}
     exp, logits = plain.experiment("--task contrast", [record]), torch.zeros(9)
     sample = SimpleNamespace(targets=("x",), named="sample (x)")
@@ -344,7 +343,7 @@ def test_scores_of_five_nodes_by_hand() -> None:
     assert found["completeness_score"] == pytest.approx((influence + 0.75) / (influence + 1))
 
 
-def peer(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
+def peer(name: str, patch: Patch) -> ModuleType:
     """A module of circuit-tracer without the packages that its others need."""
     spec = importlib.util.find_spec("circuit_tracer")
     if spec is None or not spec.submodule_search_locations:
@@ -365,7 +364,7 @@ def peer(name: str, patch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("thresholds", [(0.8, 0.98), (0.5, 0.7), (0.95, 0.9)])
 def test_what_is_kept_is_what_circuit_tracer_keeps(
-    any_bench: Bench, thresholds: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+    any_bench: Bench, thresholds: tuple[float, float], monkeypatch: Patch
 ) -> None:
     module = peer("graph", monkeypatch)
     nodes, weights, _ = explained(any_bench)
@@ -549,7 +548,7 @@ def test_the_viewer_draws_it(run: Path) -> None:
     assert goal["node_id"] == f"5_{max(weights, key=lambda token: weights[token])}_{len(ids) - 1}"
 
 
-def test_the_file_passes_circuit_tracers_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_passes_circuit_tracers_model(run: Path, monkeypatch: Patch) -> None:
     pytest.importorskip("pydantic")
     model = peer("frontend.graph_models", monkeypatch).Model.model_validate(graph_json(run))
     assert model.metadata.schema_version == 1
@@ -656,18 +655,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", REFUSED)
 @pytest.mark.usefixtures("no_weights")
-def test_bad_options_are_refused_before_the_model_is_loaded(
-    line: str, llama: str, tmp_path: Path, answer: Answer
-) -> None:
+def test_bad_options_are_refused(line: str, llama: str, tmp_path: Path, answer: Answer) -> None:
     argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FAST, *line.split()]
     code, _, err = answer(*argv)
     assert code == 2 and all(text in err for text in REFUSED[line]), err
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_post_norms_are_refused_by_name(
-    random_model: Build, tmp_path: Path, answer: Answer
-) -> None:
+def test_post_norms_are_refused(random_model: Build, tmp_path: Path, answer: Answer) -> None:
     argv = ["--model_id", random_model("gemma3_text"), "--output_dir", str(tmp_path), *FAST]
     refuses(answer, *argv, "--graph", "s0000", says=["Gemma3", "post_feedforward_layernorm"])
 
@@ -697,9 +692,7 @@ def test_models_whose_contributions_do_not_add_up_are_known_from_their_config(sa
     assert says in no_graph and bool(says) == bool(no_graph)
 
 
-def test_a_model_that_does_more_than_is_known_is_an_error(
-    plain: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_does_more_is_an_error(plain: Bench, monkeypatch: Patch) -> None:
     """A constant in an output, which no node accounts for."""
     exp = plain.experiment("--graph line00001", SAMPLES)
     down = naive.module_of(plain.loaded[0], 1, "mlp")
@@ -709,7 +702,7 @@ def test_a_model_that_does_more_than_is_known_is_an_error(
 
 
 def test_offloaded_weights_are_refused(
-    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: Patch
 ) -> None:
     load, cpu = tracing.load_model, torch.device("cpu")
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
@@ -717,7 +710,7 @@ def test_offloaded_weights_are_refused(
     refuses(answer, *argv, says=["--graph needs weights at hand; some are offloaded"])
 
 
-def test_no_hook_is_left_behind(plain: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hook_is_left_behind(plain: Bench, monkeypatch: Patch) -> None:
     exp, before = plain.experiment(), hooks_of(plain.loaded[0])
     tracing.graph_of(exp, exp.prompts[0][0])
     assert hooks_of(plain.loaded[0]) == before
@@ -733,7 +726,7 @@ def test_bfloat16_loses_little(tiny_llama: str, tmp_path: Path) -> None:
 
 
 def test_of_many_edges_the_strongest_are_drawn_and_the_title_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: Patch
 ) -> None:
     figures: list[Any] = []
     monkeypatch.setattr(tracing, "save_figure", lambda figure, path: figures.append(figure))

@@ -89,9 +89,7 @@ def without_template(model: str, folder: Path) -> str:
 # ----- contrasts
 
 
-def test_a_contrast_is_all_targets_less_all_foils_of_either_sign(
-    llama: str, samples: str, tmp_path: Path
-) -> None:
+def test_a_contrast_is_all_targets_less_all_foils(llama: str, samples: str, tmp_path: Path) -> None:
     """By hand, with and without a head; neither sign is warned of or has a name, redrawn neither."""
     mirrored = [{**s, "prompt_a": s["prompt_b"], "prompt_b": s["prompt_a"]} for s in SAMPLES]
     other = write_samples(tmp_path / "mirrored.jsonl", *mirrored)
@@ -217,9 +215,7 @@ def test_without_a_template_a_chat_is_refused_and_plain_texts_have_replies(
 # ----- the system's text
 
 
-def test_the_systems_text_is_ones_own_or_there_is_no_turn(
-    llama: str, tmp_path: Path, answer: Answer
-) -> None:
+def test_the_systems_text_is_ones_own_or_none(llama: str, tmp_path: Path, answer: Answer) -> None:
     said, flags = {}, ["--num_samples", "2", "--layers", "0"]
     for name, system in (("own", "Be brief."), ("none", "")):
         record = record_of(finish(llama, tmp_path / name, *flags, "--system_prompt", system))

@@ -214,9 +214,7 @@ def like_the_oracle(of: Bench, flags: str, monkeypatch: Patch) -> None:
 
 
 @pytest.mark.parametrize("flags", ALONG)
-def test_one_plain_hook_gives_the_same_numbers(
-    plain: Bench, flags: str, monkeypatch: Patch
-) -> None:
+def test_a_plain_hook_gives_the_same_numbers(plain: Bench, flags: str, monkeypatch: Patch) -> None:
     like_the_oracle(plain, flags, monkeypatch)
 
 
@@ -234,9 +232,7 @@ def rows_of(exp: Experiment) -> tuple[tracing.CleanRun, list[Edit]]:
 
 @pytest.mark.parametrize("op", ["patch", "scale --factor -3"])
 @pytest.mark.parametrize("kind", ["head --heads 2", "mlp", "resid"])
-def test_all_directions_of_a_basis_together_are_the_whole_edit(
-    any_bench: Bench, kind: str, op: str
-) -> None:
+def test_all_of_a_basis_together_are_the_whole_edit(any_bench: Bench, kind: str, op: str) -> None:
     """And along one and along its complement the displacement is that of the whole."""
     path, flags = random_file(any_bench, kind.split()[0]), f"--kind {kind} --layers 1 --op {op}"
     exp = any_bench.experiment(f"{flags} --along {path}")
@@ -256,9 +252,7 @@ def test_all_directions_of_a_basis_together_are_the_whole_edit(
 
 
 @pytest.mark.parametrize("flags", ["--kind head --op zero", "--kind resid --op add"])
-def test_what_is_beside_goes_as_far_in_a_random_direction(
-    plain: Bench, flags: str, monkeypatch: Patch
-) -> None:
+def test_random_directions_go_as_far(plain: Bench, flags: str, monkeypatch: Patch) -> None:
     exp = plain.experiment(f"{flags} --along {random_file(plain, flags.split()[1])}")
     rows: list[Any] = []
     run_rows = Experiment.run_rows
@@ -490,9 +484,7 @@ def correct(x: Any, a: Any, b: Any) -> float:
     return float((on[:, 0] > 0).mean() + (on[:, 1] < 0).mean()) / 2
 
 
-def test_the_table_of_directions_recomputes_from_plain_forwards(
-    patched: Path, tiny_llama: str
-) -> None:
+def test_the_table_recomputes_from_plain_forwards(patched: Path, tiny_llama: str) -> None:
     exp, told = prepared(tiny_llama, *PATCH), read(patched, TABLE).set_index("label")
     found, results = load_file(patched / FILE), read(patched)
     assert list(told.index) == list(found) == [f"L{n}resid" for n in range(4)]
@@ -534,9 +526,7 @@ def test_the_table_of_directions_recomputes_from_plain_forwards(
     assert told["random_share_moved"].abs().max() < 0.5
 
 
-def test_the_whole_component_is_that_of_a_run_without_directions(
-    patched: Path, tiny_llama: str, tmp_path: Path
-) -> None:
+def test_the_whole_is_that_of_a_run_without(patched: Path, tiny_llama: str, tmp_path: Path) -> None:
     whole = read(finish(tiny_llama, tmp_path, *WHOLE_PATCH.split()))
     there = whole[whole["sample_id"].isin(read(patched)["sample_id"])]
     means = there.groupby("layer")["head_effect"].mean()
@@ -647,9 +637,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.usefixtures("no_weights")
-def test_other_files_are_refused_before_any_weight_is_loaded(
-    name: str, llama: str, tmp_path: Path, answer: Answer
-) -> None:
+def test_other_files_are_refused(name: str, llama: str, tmp_path: Path, answer: Answer) -> None:
     write, sentence = BAD[name]
     write(tmp_path / "d.safetensors")
     flags = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--kind", "resid"]
@@ -681,7 +669,7 @@ MEANINGLESS = {
 
 @pytest.mark.parametrize("flags", MEANINGLESS)
 @pytest.mark.usefixtures("no_weights")
-def test_what_means_nothing_is_said_in_a_sentence(
+def test_what_means_nothing_is_refused(
     flags: str, llama: str, tmp_path: Path, answer: Answer
 ) -> None:
     argv = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), *flags.split()]
@@ -773,9 +761,7 @@ BESIDE = [
 
 
 @pytest.mark.parametrize("flags", BESIDE)
-def test_with_other_options_nothing_that_is_measured_is_missing(
-    flags: str, llama: str, tmp_path: Path
-) -> None:
+def test_with_other_options_nothing_is_missing(flags: str, llama: str, tmp_path: Path) -> None:
     """Of L0resid, where all prompts end alike, there is no direction."""
     common = ["--num_samples", "6", "--num_random", "1", *["--no-bf16"] * ("bf16" not in flags)]
     folder = finish(llama, tmp_path, *flags.split(), *common)
@@ -808,9 +794,7 @@ def test_with_other_options_nothing_that_is_measured_is_missing(
         assert {"none", "chosen", "random"} <= set(rows["set"])
 
 
-def test_negative_controls_give_no_direction_and_are_measured(
-    tiny_llama: str, tmp_path: Path
-) -> None:
+def test_negative_controls_give_no_direction(tiny_llama: str, tmp_path: Path) -> None:
     flags = "--task odd_one_out --num_samples 20 --no-bf16 --kind attn --op patch --layers 0-1"
     flags += " --along difference"
     exp = prepared(tiny_llama, *flags.split())
@@ -832,9 +816,7 @@ def test_negative_controls_give_no_direction_and_are_measured(
     assert told.loc["L1attn", "accuracy"] == pytest.approx(correct(tested, *given.mean(0)))
 
 
-def test_logistic_directions_are_of_the_sentences_set_apart_and_their_file_says_so(
-    small: Path, llama: str
-) -> None:
+def test_logistic_directions_are_of_the_sentences_set_apart(small: Path, llama: str) -> None:
     exp, found = prepared(llama, *SMALL.split()), load_file(small / FILE)
     for layer in (1, 2):
         given = torch.tensor(by_plain_forwards(llama, exp.fitting, layer))[None]

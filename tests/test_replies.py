@@ -19,6 +19,7 @@ import naive
 from by_hand import halves, prepared
 from conftest import finish, generations, read, record_of, user_text
 
+Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("coarse_figures")
 Plain = tuple[Any, Any]  # a model and its tokenizer, as everyone loads them
 # on random weights, since one head rarely changes what a trained model says
@@ -95,7 +96,7 @@ EDITS = [("L1mlp", "mean"), ("L2attn", "scale"), ("L0N7", "scale"), ("L1resid", 
 
 
 @pytest.mark.parametrize(("label", "op"), EDITS)
-def test_replies_are_edited_by_any_op_that_applies_at_every_token(
+def test_replies_are_edited_by_any_op_at_all_tokens(
     label: str, op: str, llama: str, plain: Plain
 ) -> None:
     component, factor = tracing.Component.parse(label), -40.0
@@ -122,7 +123,7 @@ def test_replies_are_edited_by_any_op_that_applies_at_every_token(
 
 @pytest.mark.parametrize("terminator", ["generation_config", "a list", "tokenizer", "<|eot_id|>"])
 def test_replies_stop_at_every_kind_of_terminator(
-    terminator: str, llama: str, plain: Plain, monkeypatch: pytest.MonkeyPatch
+    terminator: str, llama: str, plain: Plain, monkeypatch: Patch
 ) -> None:
     exp = prepared(llama, "--max_new_tokens", "8")
     prompts, tokenizer = exp.prompts[0], exp.encoder.tokenizer
@@ -274,9 +275,7 @@ ALIKE: dict[tuple[str, ...], float] = {
 
 
 @pytest.mark.parametrize("replies", ALIKE)
-def test_the_share_of_replies_that_are_alike_or_repeat_themselves_by_hand(
-    replies: tuple[str, ...],
-) -> None:
+def test_the_share_of_replies_that_are_alike_by_hand(replies: tuple[str, ...]) -> None:
     assert tracing.share_alike(replies) == pytest.approx(ALIKE[replies])
 
 
@@ -293,7 +292,7 @@ def test_replies_in_a_batch_are_those_of_each_alone(llama: str, tmp_path: Path) 
     assert len({record["reply"] for record in found[0]}) > 5
 
 
-def test_replies_are_plainly_greedy_whatever_the_model_is_configured_to(
+def test_replies_are_greedy_whatever_is_configured(
     llama: str, tmp_path: Path, plain: Plain
 ) -> None:
     """A repetition penalty, which some models ship, would shun words that the prompt names."""

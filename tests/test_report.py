@@ -27,6 +27,7 @@ MAIN = ["--controls", "--confirm", "8", "--max_new_tokens", "8"]  # the readme's
 FEW = ["--num_samples", "4", "--layers", "0-1"]
 CONFIRMED = [*FEW, *["--confirm", "2", "--num_random", "2", "--max_new_tokens", "2"]]
 SAVE = tracing.save_figure
+Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("coarse_figures")
 GROUPS = {
     "effect less that of forbidding other words": "minus_other_",
@@ -202,9 +203,7 @@ def colours(source: str, table: str) -> dict[tuple[int, int], tuple[int, int, in
     }
 
 
-def test_red_carries_the_task_whichever_sign_the_base_has(
-    main_run: Path, tiny_llama: str, tmp_path: Path
-) -> None:
+def test_red_carries_the_task_at_any_sign(main_run: Path, tiny_llama: str, tmp_path: Path) -> None:
     others = ("--op scale --factor 2", "--task refusal")
     runs = (
         finish(tiny_llama, tmp_path / flags, "--num_samples", "6", *flags.split())
@@ -238,7 +237,7 @@ def many(n: int) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("most", "n"), [(20, 20), (tracing.MOST_ROWS, 503)])
 def test_of_many_components_the_strongest_are_shown_and_it_says_so(
-    most: int, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    most: int, n: int, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.setattr(tracing, "MOST_ROWS", most)
     many(n).to_csv(tmp_path / "t.csv", index=False)
@@ -383,9 +382,7 @@ def test_every_figure_that_there_is_has_a_caption() -> None:
     assert sorted(drawn) == sorted(f"circuit_{name}.png" for name in tracing.FIGURES)
 
 
-def test_what_another_command_left_does_not_show(
-    confirmed: Path, llama: str, tmp_path: Path
-) -> None:
+def test_what_a_command_before_left_is_gone(confirmed: Path, llama: str, tmp_path: Path) -> None:
     folder = shutil.copytree(confirmed, tmp_path / "run")
     before, page = page_of(folder), page_of(finish(llama, folder, *FEW))
     assert (len(images(before)), len(images(page))) == (3, 2)
@@ -488,9 +485,7 @@ def test_tokens_and_replies_are_escaped_too() -> None:
     assert page.of("p") == ["targets: <u>; foils: &lt;"]
 
 
-def test_replies_with_odd_line_ends_stay_whole(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_line_ends_stay_in_a_reply(llama: str, tmp_path: Path, monkeypatch: Patch) -> None:
     reply = "one\u2028two\x85three\nfour\r"
     monkeypatch.setattr(tracing, "greedy_replies", lambda _, __, prompts: [reply] * len(prompts))
     flags = ["--ablate", "L0H1", "--num_random", "2", "--multipliers", "0,1"]
@@ -553,7 +548,7 @@ def test_the_same_data_give_the_same_page_whatever_is_computed_anew(
 
 
 def test_a_batch_that_is_halved_changes_nothing_in_the_page(
-    confirmed: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    confirmed: Path, llama: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     said, calls = tracing.greedy_replies, itertools.count()
 
@@ -569,7 +564,7 @@ def test_a_batch_that_is_halved_changes_nothing_in_the_page(
 
 
 def test_no_page_of_an_earlier_command_outlives_a_failure(
-    few: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    few: Path, llama: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     folder, n_handlers = shutil.copytree(few, tmp_path / "run"), len(tracing.log.handlers)
     monkeypatch.setattr(tracing, "confirm", lambda *_: 1 / 0)
@@ -591,9 +586,7 @@ def redraw(source: Path, folder: Path, *flags: str) -> str:
     return source_of(folder)
 
 
-def test_redrawing_writes_one_with_what_the_table_and_the_record_beside_it_tell(
-    main_run: Path, tmp_path: Path
-) -> None:
+def test_redrawing_tells_what_table_and_record_tell(main_run: Path, tmp_path: Path) -> None:
     source = redraw(main_run / "circuit_results.csv", tmp_path)
     check_cells(tmp_path)
     page, of_run = Page(source), page_of(main_run)
@@ -623,9 +616,7 @@ def test_a_table_alone_names_no_model_and_no_samples(few: Path, tmp_path: Path) 
     assert len(images(named)) == 3
 
 
-def test_redrawing_a_run_where_it_is_keeps_its_figures_and_replies(
-    confirmed: Path, tmp_path: Path
-) -> None:
+def test_redrawing_in_place_keeps_figures_and_replies(confirmed: Path, tmp_path: Path) -> None:
     folder, before = shutil.copytree(confirmed, tmp_path / "run"), page_of(confirmed)
     page = Page(redraw(folder / "circuit_results.csv", folder))
     assert len(images(page)) == 3

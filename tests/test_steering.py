@@ -118,9 +118,7 @@ def test_the_table_has_a_row_per_factor_set_and_side(name: str, runs: dict[str, 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_random_set_has_as_many_of_each_layer_and_kind(
-    name: str, runs: dict[str, Path]
-) -> None:
+def test_the_random_set_is_of_the_same_layers_and_kinds(name: str, runs: dict[str, Path]) -> None:
     sets = steered(runs[name]).groupby("set")["components"].unique()
     mine, drawn = ([*map(tracing.Component.parse, sets[s].item().split())] for s in sets.index)
     assert len(set(drawn)) == len(mine) == len(drawn)
@@ -187,7 +185,7 @@ def test_the_figure_has_two_labelled_axes(
         assert (folder / "circuit_steer.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_multipliers_again_no_steering_is_left(
+def test_without_multipliers_none_is_left(
     runs: dict[str, Path], llama: str, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(runs["confirmed"], tmp_path / "run"))
@@ -206,9 +204,7 @@ def test_multipliers_need_a_circuit_and_replies(flags: str, answer: Answer) -> N
     assert "--multipliers need a circuit" in err.splitlines()[-1]
 
 
-def test_a_circuit_of_more_than_half_of_all_heads_is_steered_alone(
-    llama: str, tmp_path: Path
-) -> None:
+def test_a_circuit_of_more_than_half_of_all_is_steered_alone(llama: str, tmp_path: Path) -> None:
     heads = [f"L{n}H{i}" for n in range(3) for i in range(4)][:7]
     flags = "--num_samples 2 --layers 0 --heads 0 --max_new_tokens 1 --multipliers 0 --ablate"
     folder = finish(llama, tmp_path, *flags.split(), ",".join(heads))
