@@ -269,9 +269,10 @@ def test_what_is_no_path_is_refused_before_weights_are_loaded(
 
 @pytest.mark.usefixtures("no_weights")
 def test_the_same_command_again_loads_no_weights_and_without_via_no_path_is_left(
-    each: Path, llama: str, tmp_path: Path
+    each: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(each, tmp_path / "run")
+    monkeypatch.setattr(tracing, "noise_floor", lambda *_: 0.25)
     (folder / PATHS).unlink()
     finish(llama, folder, *FOUR, "--via", "each")
     assert (folder / PATHS).read_bytes() == (each / PATHS).read_bytes()

@@ -205,15 +205,11 @@ def colours(source: str, table: str) -> dict[tuple[int, int], tuple[int, int, in
 
 def test_red_carries_the_task_at_any_sign(main_run: Path, tiny_llama: str, tmp_path: Path) -> None:
     others = ("--op scale --factor 2", "--task refusal")
-    runs = (
-        finish(tiny_llama, tmp_path / flags, "--num_samples", "6", *flags.split())
-        for flags in others
-    )
+    common = ["--num_samples", "6"]
+    runs = (finish(tiny_llama, tmp_path / of, *common, *of.split()) for of in others)
     for folder in (main_run, *runs):
-        roles, source = (
-            read(folder, "circuit_heads.csv").set_index("label")["role"],
-            source_of(folder),
-        )
+        heads, source = read(folder, "circuit_heads.csv"), source_of(folder)
+        roles = heads.set_index("label")["role"]
         column = columns_of(Page(source)).index(("effect on delta_logit", "mean"))
         strong = roles[roles.abs() > 0.2 * roles.abs().max()]
         assert len(strong) > 2
@@ -400,11 +396,8 @@ def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run:
     tables = page.tables[2:]
     assert len(tables) == len(records) == len(page.all("details")) == 16
     for record, table in zip(records, tables, strict=True):
-        headings = [text for text, _ in table[0]]
-        assert headings[1:] == [
-            *("prompt", "score", "likeliest first tokens"),
-            *("reply", "reply, 8 components edited"),
-        ]
+        columns = "prompt, score, likeliest first tokens, reply, reply, 8 components edited"
+        assert ", ".join(text for text, _ in table[0][1:]) == columns
         assert [row[0][0] for row in table[1:]] == [*record["prompts"]]
         for row in table[1:]:
             side, text, score, likeliest, *edited = [cell for cell, _ in row]
@@ -415,9 +408,8 @@ def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run:
             assert [word for _, word in shown] == [repr(token) for token, _ in prompt["likeliest"]]
             for (share, _), (_, p) in zip(shown, prompt["likeliest"], strict=True):
                 assert float(share) == pytest.approx(100 * p, abs=0.051)
-            name = record["sample_id"]
-            known = [replies.get((name, side, of), "") for of in ("", most)]
-            assert edited == known
+            at = record["sample_id"], side
+            assert edited == [replies.get((*at, of), "") for of in ("", most)]
     assert any(told for told in replies if told[2] == most)
 
 
