@@ -495,8 +495,8 @@ def test_the_viewers_file_holds_the_kept_nodes_and_edges(run: Path) -> None:
     kept = nodes[nodes["kept"]]
     assert [node["node_id"] for node in graph["nodes"]] == kept["node_id"].tolist()
     assert nodes["node_id"].is_unique
-    assert {edge["source"] for edge in graph["links"]} <= set(kept["node_id"])
-    assert {edge["target"] for edge in graph["links"]} <= set(kept["node_id"])
+    ends = {edge[end] for edge in graph["links"] for end in ("source", "target")}
+    assert ends <= set(kept["node_id"])
     assert len(graph["links"]) == len(edges) == record_of(run)["graph"]["edges_kept"] > 50
     assert list(edges) == ["source", "target", "weight", "exact_effect"]
     for link, edge in zip(graph["links"], edges.itertuples(), strict=True):
@@ -540,8 +540,7 @@ def test_the_viewer_draws_it(run: Path) -> None:
         if kind == "embedding":
             assert node["node_id"] == f"E_{ids[node['ctx_idx']]}_{node['ctx_idx']}"
     (goal,) = (node for node in graph["nodes"] if node["feature_type"] == "logit")
-    p = float(goal["clerp"].split("(p=")[1].split(")")[0])
-    assert p == pytest.approx(record["p"], abs=1e-3)
+    assert f"(p={record['p']:.3f})" in goal["clerp"]
     assert goal["token_prob"] == pytest.approx(record["p"])
     assert goal["is_target_logit"]
     assert goal["layer"] == "5"  # of four layers: one above the last block
@@ -552,6 +551,14 @@ def test_the_file_passes_circuit_tracers_model(run: Path, monkeypatch: Patch) ->
     pytest.importorskip("pydantic")
     model = peer("frontend.graph_models", monkeypatch).Model.model_validate(graph_json(run))
     assert model.metadata.schema_version == 1
+
+
+def test_no_two_nodes_are_named_alike(plain: Bench) -> None:
+    """circuit-tracer calls error nodes 0_{layer}_{position}, like head {layer} of layer 0."""
+    exp = plain.experiment()
+    named = tracing.name_nodes(explained(plain, 10**6, 2)[0], exp, exp.prompts[0][0], 7)
+    assert named["node_id"].is_unique
+    assert not named.duplicated(["stratum", "feature", "position"]).any()
 
 
 # ----- the command line

@@ -511,10 +511,6 @@ def test_the_table_recomputes_from_plain_forwards(patched: Path, tiny_llama: str
         assert row.accuracy == pytest.approx(accuracy)
         assert row.auc == pytest.approx((on[:, 0][:, None] > on[:, 1]).mean())
         assert row.accuracy_fit == pytest.approx(correct(given, a, b))
-        both = (torch.tensor(x)[None] for x in (given, tested))
-        names = [of[0].sample.unit for of in exp.fitting]
-        chance = tracing.accuracy_by_chance(tracing.difference_of_means, *both, names, 42)
-        assert row.accuracy_shuffled == pytest.approx(float(chance))
         n = len(set(results["unit"]))
         assert (row.n_sentences, n) == (n, 5)
         assert (row.accuracy_low, row.accuracy_high) == tracing.share_interval(accuracy, n)
@@ -814,10 +810,17 @@ def test_negative_controls_give_no_direction(tiny_llama: str, tmp_path: Path) ->
 
 def test_logistic_directions_are_of_the_sentences_set_apart(small: Path, llama: str) -> None:
     exp, found = prepared(llama, *SMALL.split()), load_file(small / FILE)
+    told = read(small, TABLE).set_index("label")["accuracy_shuffled"]
+    units = [of[0].sample.unit for of in exp.fitting]
     for layer in (1, 2):
-        given = torch.tensor(by_plain_forwards(llama, exp.fitting, layer))[None]
+        given, tested = (
+            torch.tensor(by_plain_forwards(llama, of, layer))[None]
+            for of in (exp.fitting, exp.prompts)
+        )
         expected = tracing.logistic(given)[0][0]
         assert torch.cosine_similarity(found[f"L{layer}resid"], expected, dim=0) > 0.9999
+        chance = tracing.accuracy_by_chance(tracing.logistic, given, tested, units, 42)
+        assert told[f"L{layer}resid"] == pytest.approx(float(chance))
     with safe_open(small / FILE, "pt") as file:
         told = json.loads(file.metadata()["told"])
     assert told["model"] == record_of(small)["fingerprint"]["model"]

@@ -502,12 +502,8 @@ def test_the_page_asks_the_network_for_nothing(name: str, request: Any) -> None:
     assert not re.search(r"fetch|XMLHttp|import|WebSocket|//|innerHTML|eval", script)
     (policy,) = [told["content"] for told in page.all("meta") if "http-equiv" in told]
     known = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert policy.split("; ") == [
-        "default-src 'none'",
-        "img-src data:",
-        "style-src 'unsafe-inline'",
-        f"script-src 'sha256-{known}'",
-    ]
+    alone = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src"
+    assert policy == f"{alone} 'sha256-{known}'"
 
 
 def test_the_script_is_a_few_dozen_lines_and_the_page_small(main_run: Path) -> None:
