@@ -332,23 +332,18 @@ def ablating(of: Bench) -> tuple[Experiment, Component]:
     return exp, exp.components[1]
 
 
-def scores_with(exp: Experiment, *rows: tracing.Row) -> Tensor:
-    """[row, prompt] of the first tree."""
-    clean = exp.run_clean(exp.trees[0], range(exp.shape.n_layers), exp.components)
-    log_probs = exp.run_rows(clean, rows, tqdm(disable=True))
-    return clean.tree.scores(torch.cat([clean.log_probs, log_probs]), exp.task)
-
-
 def test_a_direction_zeroed_everywhere_is_the_ablation_of_the_paper(pre_norm: Bench) -> None:
     """Nothing less is: not the blocks' inputs alone, nor all without one kind of reading point."""
     exp, component = ablating(pre_norm)
     row, d = exp.everywhere(component), exp.directions[component]
     assert len(row) == 2 * exp.shape.n_layers + 1
-    less = [
-        tuple(e for e in row if e.site[1] != what) for what in ("", tracing.MIDDLE, tracing.FINAL)
-    ]
-    blocks = tuple(edit for edit in row if edit.site[1] == "")
-    base, found, *others = scores_with(exp, row, blocks, *less)
+    points = ("", tracing.MIDDLE, tracing.FINAL)  # "": the blocks' inputs
+    less = [tuple(e for e in row if e.site[1] == "")]
+    less += [tuple(e for e in row if e.site[1] != point) for point in points]
+    clean = exp.run_clean(exp.trees[0], range(exp.shape.n_layers), exp.components)
+    log_probs = exp.run_rows(clean, [row, *less], tqdm(disable=True))
+    both = torch.cat([clean.log_probs, log_probs])
+    base, found, *others = clean.tree.scores(both, exp.task)
     model, tokenizer = pre_norm.loaded
     for i, prompt in enumerate(exp.trees[0].prompts):
         text = prompt.sample.prompt_a if prompt.side == "a" else prompt.sample.prompt_b
