@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 import llama3_circuit_tracing as tracing
 import naive
@@ -119,10 +120,29 @@ def halves(folder: Path) -> list[list[str]]:
     return [sorted(table["sample_id"][table["unit"].isin(half)]) for half in units]
 
 
+def joint_rows(folder: Path, measure: str = "a - b", samples: str = "held-out") -> pd.DataFrame:
+    """The rows of circuit_confirm.csv of a measure on some samples."""
+    rows = read(folder, "circuit_confirm.csv").fillna({"components": ""})
+    asked = (rows["measure"] == measure) & (rows["samples"] == samples)
+    return rows[asked].reset_index(drop=True)
+
+
 def ablated(model: Any, labels: Iterable[str]) -> AbstractContextManager[None]:
     """Some components zeroed at once, with a plain hook each."""
     components = map(tracing.Component.parse, labels)
     return naive.zeroed(model, [(c.layer, c.kind, c.index) for c in components])
+
+
+@torch.no_grad()
+def divergence(model: Any, ids: Sequence[int], edit: AbstractContextManager[None]) -> float:
+    """KL of the first reply token, from what is said as things are to what is said with the edit."""
+
+    def log_probs() -> torch.Tensor:
+        return torch.Tensor(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
+
+    before = log_probs()
+    with edit:
+        return float((before.exp() * (before - log_probs())).sum())
 
 
 def student_tail(t: float, df: float, steps: int = 20_000) -> float:

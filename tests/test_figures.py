@@ -24,9 +24,10 @@ from llama3_circuit_tracing import bases_of
 
 CONFIG = tracing.Config()
 SUMMARY, HEADS, HEATMAP, CONFIRM = (
-    f"circuit_{name}.png" for name in ("summary", "heads", "heatmap", "confirm")
+    Path(f"circuit_{name}.png") for name in ("summary", "heads", "heatmap", "confirm")
 )
 ALWAYS = {SUMMARY, HEADS}
+Saved = dict[Path, Any]
 
 
 def check_png(path: Path) -> None:
@@ -41,8 +42,9 @@ def check_png(path: Path) -> None:
 
 
 def check_whole(figure: Any) -> None:
-    """Nothing is cut off, and no label hides its neighbour."""
+    """Of a size to print; nothing is cut off, and no label hides its neighbour."""
     inked, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert 3 <= width <= 30 and 1.6 <= height <= 30
     assert min(inked.x0, inked.y0, width - inked.x1, height - inked.y1) > -0.02, inked
     for axes in figure.axes:
         labels = [label.get_window_extent() for label in axes.get_xticklabels()]
@@ -50,14 +52,13 @@ def check_whole(figure: Any) -> None:
 
 
 @pytest.fixture()
-def saved(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The figures that are saved, by file name."""
-    figures: dict[str, Any] = {}
-    save = tracing.save_figure
+def saved(monkeypatch: pytest.MonkeyPatch) -> Saved:
+    """The figures that would be saved, laid out."""
+    figures: Saved = {}
 
     def keep(figure: Any, path: Path) -> None:
-        figures[path.name] = figure
-        save(figure, path)
+        figure.draw_without_rendering()
+        figures[path] = figure
 
     monkeypatch.setattr(tracing, "save_figure", keep)
     return figures
@@ -72,28 +73,25 @@ def heads_of(effects: Effects, base: float = -2.0, floor: float = math.nan) -> p
     ("flags", "names"),
     [
         ("--layers 1", set()),
-        ("--layers 1 --controls", set()),
-        ("--layers 0 --confirm 1 --num_random 1", {CONFIRM}),
-        ("--layers 0,2 --given L0H0 --heatmap", {HEATMAP}),
         ("--kind mlp --heatmap", {HEATMAP}),
-        ("--kind neuron --neurons 0-3 --layers 1 --heatmap", {HEATMAP}),
+        ("--layers 0,2 --given L0H0 --controls --confirm 1 --num_random 1", {CONFIRM}),
     ],
 )
 def test_a_run_draws_two_figures_and_those_that_are_asked_for(
-    flags: str, names: set[str], llama: str, tmp_path: Path
+    flags: str, names: set[Path], llama: str, tmp_path: Path
 ) -> None:
     finish(llama, tmp_path, "--num_samples", "2", *flags.split())
-    assert {path.name for path in tmp_path.glob("*.png")} == ALWAYS | names
-    for name in ALWAYS | names:
-        check_png(tmp_path / name)
+    assert {*tmp_path.glob("*.png")} == {tmp_path / name for name in ALWAYS | names}
+    for path in tmp_path.glob("*.png"):
+        check_png(path)
 
 
 def test_the_outputs_say_which_figures_every_run_draws() -> None:
-    figures = {name: always for name, always in tracing.OUTPUTS.items() if name.endswith(".png")}
+    figures = {Path(name): n for name, n in tracing.OUTPUTS.items() if name.endswith(".png")}
     stages = "screen directions steer paths positions graph"
-    others = [f"circuit_{name}.png" for name in stages.split()]
+    others = [Path(f"circuit_{name}.png") for name in stages.split()]
     every = (SUMMARY, HEADS, HEATMAP, CONFIRM, *others)
-    assert figures == {name: name in ALWAYS for name in every}
+    assert figures == {path: path in ALWAYS for path in every}
 
 
 def points(axes: Any) -> dict[float, float]:
@@ -106,32 +104,36 @@ def points(axes: Any) -> dict[float, float]:
 
 EVERY_HEAD = {f"L{n}H{h}": steps(n - h / 2) for n in range(3) for h in range(4)}
 ALL_BUT_GIVEN = {label: moved for label, moved in EVERY_HEAD.items() if label != "L1H2"}
-GRIDS: dict[str, Effects] = {
-    "all heads": EVERY_HEAD,
-    "without a given one": ALL_BUT_GIVEN,
-    "one layer of many": {f"L2H{h}": steps(h) for h in range(32)},
-    "one head": {"L2H3": steps(1)},
-    "one sentence": {"L0H0": [0.5], "L0H1": [-0.1]},
-    "no mean": {"L0H0": [0.1, -0.1], "L0H1": [-0.1, 0.1]},
-    "nothing": {f"L{n}H{h}": [0.0] * 8 for n in range(2) for h in range(2)},
-    "MLPs": {f"L{n}mlp": steps(n - 1) for n in range(4)},
-    "one residual stream": {"L1resid": steps(-1)},
-    "neurons": {f"L{n}N{i}": steps(i - n) for n in range(2) for i in (3, 5, 70)},
+MLPS = {f"L{n}mlp": steps(n - 1) for n in range(4)}
+NO_MEAN = {"L0H0": [0.1, -0.1], "L0H1": [-0.1, 0.1]}
+NEURONS = {f"L{n}N{i}": steps(i - n) for n in range(2) for i in (3, 5, 70)}
+GRIDS: dict[str, tuple[Effects, float, int]] = {  # with a noise floor and --top_k
+    "all heads": (EVERY_HEAD, 0.1, 20),
+    "the strongest": (EVERY_HEAD, 0.1, 1),
+    "all below the floor": (EVERY_HEAD, 1e6, 20),
+    "without a given one": (ALL_BUT_GIVEN, 0.1, 32),
+    "one layer of many": ({f"L2H{h}": steps(h) for h in range(32)}, math.nan, 32),
+    "one head": ({"L2H3": steps(1)}, 0.1, 20),
+    "one sentence": ({"L0H0": [0.5], "L0H1": [-0.1]}, math.nan, 20),
+    "no mean": (NO_MEAN, 0.1, 20),
+    "nothing": ({f"L{n}H{h}": [0.0] * 8 for n in range(2) for h in range(2)}, math.nan, 32),
+    "MLPs": (MLPS, math.nan, 32),
+    "MLPs below the floor": (MLPS, 1e6, 1),
+    "one residual stream": ({"L1resid": steps(-1)}, 0.1, 20),
+    "neurons": (NEURONS, 0.1, 20),
 }
 
 
-@pytest.mark.parametrize(("floor", "top_k"), [(0.1, 1), (1e6, 20), (math.nan, 32)])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_figures_of_any_table_are_whole(
-    grid: str, floor: float, top_k: int, tmp_path: Path, saved: dict[str, Any]
-) -> None:
-    table, config = results(GRIDS[grid], -2.0), tracing.Config(top_k=top_k)
+def test_the_figures_of_any_table_are_whole(grid: str, saved: Saved) -> None:
+    effects, floor, top_k = GRIDS[grid]
+    table, config = results(effects, -2.0), tracing.Config(top_k=top_k)
     heads = tracing.heads_table(table, bases_of(table), floor, CONFIG)
-    tracing.draw_summary(heads, config, tmp_path / SUMMARY)
-    tracing.draw_heads(heads, bases_of(table)["b"], config, tmp_path / HEADS)
-    tracing.draw_heatmap(heads, CONFIG, tmp_path / HEATMAP)
-    for name, figure in saved.items():
-        check_png(tmp_path / name)
+    tracing.draw_summary(heads, config, SUMMARY)
+    tracing.draw_heads(heads, bases_of(table)["b"], config, HEADS)
+    tracing.draw_heatmap(heads, CONFIG, HEATMAP)
+    assert len(saved) == 3
+    for figure in saved.values():
         check_whole(figure)
     assert len(saved[SUMMARY].axes[0].patches) == min(top_k, len(heads))
     assert len(points(saved[HEADS].axes[0])) == min(top_k, len(heads))
@@ -147,11 +149,11 @@ def test_the_figures_of_any_table_are_whole(
     [("L3H{}", "head", "head"), ("L3N{}", "neuron", "neuron"), ("L{}mlp", "mlp", "layer")],
 )
 def test_the_summary_shows_the_top_k_mean_effects_by_magnitude(
-    form: str, kind: str, axis: str, tmp_path: Path, saved: dict[str, Any]
+    form: str, kind: str, axis: str, saved: Saved
 ) -> None:
     moved = (0.1, -0.6, 0.3, 0.0, -0.2)
     heads = heads_of({form.format(i): [by, by + 0.02] for i, by in enumerate(moved)})
-    tracing.draw_summary(heads, tracing.Config(top_k=3), tmp_path / SUMMARY)
+    tracing.draw_summary(heads, tracing.Config(top_k=3), SUMMARY)
     (axes,) = saved[SUMMARY].axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([-0.59, 0.31, -0.19])
     labels = [tick.get_text() for tick in axes.get_xticklabels()]
@@ -189,19 +191,19 @@ def intervals(axes: Any) -> dict[int, tuple[float, float]]:
     return {int(row): (low, high) for (low, row), (high, _) in segments}
 
 
-def drawn_heads(table: pd.DataFrame, path: Path, top_k: int = 20) -> pd.DataFrame:
+def drawn_heads(table: pd.DataFrame, top_k: int = 20) -> pd.DataFrame:
     """The findings that are drawn above a floor of 0.1, by label."""
     bases = bases_of(table)
     heads = tracing.heads_table(table, bases, 0.1, CONFIG)
-    tracing.draw_heads(heads, bases["b"], tracing.Config(top_k=top_k), path)
+    tracing.draw_heads(heads, bases["b"], tracing.Config(top_k=top_k), HEADS)
     return heads.set_index("label")
 
 
 @pytest.mark.parametrize("top_k", [20, 2])
 def test_the_figure_of_heads_shows_the_top_k_means_with_their_intervals(
-    top_k: int, tmp_path: Path, saved: dict[str, Any]
+    top_k: int, saved: Saved
 ) -> None:
-    heads = drawn_heads(results(OF_VERDICT, -2.0), tmp_path / HEADS, top_k)
+    heads = drawn_heads(results(OF_VERDICT, -2.0), top_k)
     (axes,) = saved[HEADS].axes
     labels, rows = ORDER[-top_k:], range(min(top_k, len(ORDER)))
     assert [tick.get_text() for tick in axes.get_yticklabels()] == labels
@@ -218,23 +220,20 @@ def test_the_figure_of_heads_shows_the_top_k_means_with_their_intervals(
     + [({"op": "patch", "patch_into": side}, f"patch into {side}") for side in "ab"],
 )
 def test_titles_tell_the_whole_op_and_take_any_name_of_a_model(
-    flags: dict[str, Any], told: str, tmp_path: Path, saved: dict[str, Any]
+    flags: dict[str, Any], told: str, saved: Saved
 ) -> None:
     config = replace(CONFIG, model_id="a/x$_$y_{", **flags)
     table = results(OF_VERDICT, -2.0)
     bases = bases_of(table)
     heads = tracing.heads_table(table, bases, 0.1, config)
-    tracing.draw_heads(heads, bases["b"], config, tmp_path / HEADS)
+    tracing.draw_heads(heads, bases["b"], config, HEADS)
     assert f", x$_$y_{{, {told}\n" in saved[HEADS].get_suptitle()
-    check_png(tmp_path / HEADS)
-    tracing.draw_confirm(joint_table({1: -0.4}, MANY), config, tmp_path / CONFIRM)
+    tracing.draw_confirm(joint_table({1: -0.4}, MANY), config, CONFIRM)
     assert saved[CONFIRM].axes[0].get_title() == f"Held-out suppression: joint op {told}"
 
 
-def test_the_figure_of_heads_colors_by_verdict_about_a_line_at_zero(
-    tmp_path: Path, saved: dict[str, Any]
-) -> None:
-    heads = drawn_heads(results(OF_VERDICT, -2.0), tmp_path / HEADS)
+def test_the_figure_of_heads_colors_by_verdict_about_a_line_at_zero(saved: Saved) -> None:
+    heads = drawn_heads(results(OF_VERDICT, -2.0))
     (axes,), (legend,) = saved[HEADS].axes, saved[HEADS].legends
     assert heads["verdict"][ORDER].tolist() == VERDICTS
     expected = [to_rgba(tracing.VERDICTS[verdict]) for verdict in VERDICTS]
@@ -245,12 +244,10 @@ def test_the_figure_of_heads_colors_by_verdict_about_a_line_at_zero(
     assert len(zero) == 1
 
 
-def test_contrasts_have_a_panel_and_verdicts_of_their_own(
-    tmp_path: Path, saved: dict[str, Any]
-) -> None:
+def test_contrasts_have_a_panel_and_verdicts_of_their_own(saved: Saved) -> None:
     contrast = {**OF_VERDICT, "L0H0": [0.9, -0.7] * 4}
     table = with_control(results(OF_VERDICT, -2.0), "other", contrast, steps(1.0))
-    heads = drawn_heads(table, tmp_path / HEADS)
+    heads = drawn_heads(table)
     left, right = saved[HEADS].axes
     for axes, prefix in ((left, ""), (right, "minus_other_")):
         told = heads.loc[ORDER]
@@ -262,23 +259,18 @@ def test_contrasts_have_a_panel_and_verdicts_of_their_own(
     check_whole(saved[HEADS])
 
 
-def test_contrasts_that_a_component_lacks_are_no_hindrance(
-    tmp_path: Path, saved: dict[str, Any]
-) -> None:
+def test_contrasts_that_a_component_lacks_are_no_hindrance(saved: Saved) -> None:
     table = with_control(results(OF_VERDICT, -2.0), "other", OF_VERDICT, steps(1.0))
     lacks = table["head"] == 1
     table["effect_minus_other"] = table["effect_minus_other"].mask(lacks)
-    heads = drawn_heads(table, tmp_path / HEADS)
+    heads = drawn_heads(table)
     left, right = saved[HEADS].axes
     assert len(points(left)) == len(heads) == 4
     assert len(points(right)) == 3
-    check_png(tmp_path / HEADS)
 
 
 # ----- joint ablation
 
-JOINT = ["samples", "measure", "set", "draw", "n_ablated", "components", "lent", "mean_delta"]
-JOINT += ["ci_low", "ci_high", "damaged", "quoted"]
 HALF = 0.1  # of the intervals of the chosen
 
 
@@ -291,23 +283,21 @@ def joint_table(
 ) -> pd.DataFrame:
     """Rows of circuit_confirm.csv; of the last random set of each size some are lent."""
 
-    def row(name: str, draw: int, n: int, delta: float, *more: Any) -> list[Any]:
-        components = " ".join(f"L0H{i}" for i in range(n))
-        lent_here, half, is_damaged = more or (0, math.nan, math.nan)
-        ends = [delta - half, delta + half]
-        told = ["held-out", "a - b", name, draw, n, components, lent_here, delta]
-        return [*told, *ends, is_damaged, True]
+    def row(name: str, n: int, delta: float, half: float = math.nan, **more: Any) -> dict[str, Any]:
+        told = {"samples": "held-out", "measure": "a - b", "set": name, "draw": 0, "n_ablated": n}
+        told |= {"components": " ".join(f"L0H{i}" for i in range(n)), "lent": 0, "quoted": True}
+        told |= {"mean_delta": delta, "ci_low": delta - half, "ci_high": delta + half}
+        return told | {"damaged": math.nan} | more
 
-    rows = [row("none", 0, 0, -0.61)]
-    rows += [row("chosen", 0, n, d, 0, interval, n in damaged) for n, d in chosen.items()]
-    for n, deltas in drawn.items():
-        last = len(deltas) - 1
-        rows += [
-            row("random", i, n, d, lent if i == last else 0, math.nan, math.nan)
-            for i, d in enumerate(deltas)
-        ]
-    rows += [["all", *row(name, 0, n, 9.0)[1:]] for name, n in (("none", 0), ("ablate", 3))]
-    return pd.DataFrame(rows, columns=JOINT)
+    rows = [row("none", 0, -0.61)]
+    rows += [row("chosen", n, d, interval, damaged=n in damaged) for n, d in chosen.items()]
+    rows += [
+        row("random", n, d, draw=i, lent=lent * (i == len(deltas) - 1))
+        for n, deltas in drawn.items()
+        for i, d in enumerate(deltas)
+    ]
+    rows += [row(name, n, 9.0, samples="all") for name, n in (("none", 0), ("ablate", 3))]
+    return pd.DataFrame(rows)
 
 
 def joint_lines(figure: Any) -> dict[str, Any]:
@@ -324,9 +314,9 @@ MANY = {1: [-0.6 - 0.02 * i for i in range(21)], 3: [-0.5 + 0.01 * i for i in ra
 
 
 def test_the_joint_figure_shows_the_chosen_every_random_set_their_band_and_the_base(
-    tmp_path: Path, saved: dict[str, Any]
+    saved: Saved,
 ) -> None:
-    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, MANY), CONFIG, tmp_path / CONFIRM)
+    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, MANY), CONFIG, CONFIRM)
     (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
     chosen, dots = one_that("chosen", lines), one_that("random sets", lines)
     assert list(zip(*chosen.get_data(), strict=True)) == [(1, -0.4), (3, 0.1)]
@@ -338,27 +328,24 @@ def test_the_joint_figure_shows_the_chosen_every_random_set_their_band_and_the_b
     assert ends == [(1, -0.4 - HALF, -0.4 + HALF), (3, 0.1 - HALF, 0.1 + HALF)]
     corners = {(x, round(float(y), 9)) for ends in band.get_segments() for x, y in ends}
     assert corners == {(1, -0.98), (1, -0.62), (3, -0.49), (3, -0.31)}  # 5 and 95 % of 21
-    check_png(tmp_path / CONFIRM)
     check_whole(saved[CONFIRM])
 
 
 @pytest.mark.parametrize("n_sets", [1, tracing.MANY_SETS - 1, tracing.MANY_SETS])
 def test_a_band_is_drawn_where_there_are_many_distinct_sets_of_a_size_only(
-    n_sets: int, tmp_path: Path, saved: dict[str, Any]
+    n_sets: int, saved: Saved
 ) -> None:
     few = {1: MANY[1][:n_sets], 3: MANY[3]}
-    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, few), CONFIG, tmp_path / CONFIRM)
+    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, few), CONFIG, CONFIRM)
     band = saved[CONFIRM].axes[0].collections[0]
     sizes = {int(x) for ends in band.get_segments() for x, _ in ends}
     assert sizes == ({1, 3} if n_sets >= tracing.MANY_SETS else {3})
 
 
 @pytest.mark.parametrize("damaged", [(), (1,), (1, 3)])
-def test_damaged_sets_bear_a_red_cross(
-    damaged: tuple[int, ...], tmp_path: Path, saved: dict[str, Any]
-) -> None:
+def test_damaged_sets_bear_a_red_cross(damaged: tuple[int, ...], saved: Saved) -> None:
     table = joint_table({1: -0.4, 3: 0.1}, MANY, damaged)
-    tracing.draw_confirm(table, CONFIG, tmp_path / CONFIRM)
+    tracing.draw_confirm(table, CONFIG, CONFIRM)
     crosses = [line for line in saved[CONFIRM].axes[0].lines if line.get_marker() == "x"]
     places = {int(n): y for line in crosses for n, y in zip(*line.get_data(), strict=True)}
     assert places == {n: {1: -0.4, 3: 0.1}[n] for n in damaged}
@@ -369,21 +356,19 @@ def test_damaged_sets_bear_a_red_cross(
 
 @pytest.mark.parametrize("lent", [0, 2])
 def test_the_legend_names_how_many_components_of_random_sets_are_lent(
-    lent: int, tmp_path: Path, saved: dict[str, Any]
+    lent: int, saved: Saved
 ) -> None:
     table = joint_table({1: -0.4, 3: 0.1}, MANY, lent=lent)
-    tracing.draw_confirm(table, CONFIG, tmp_path / CONFIRM)
+    tracing.draw_confirm(table, CONFIG, CONFIRM)
     texts = [text.get_text() for text in saved[CONFIRM].legends[0].get_texts()]
     (told,) = (text for text in texts if text.startswith("random sets"))
     assert re.findall(r"\d+", told) == ([str(lent)] if lent else [])
 
 
-def test_with_controls_the_joint_figure_shows_the_measure_against_them(
-    tmp_path: Path, saved: dict[str, Any]
-) -> None:
+def test_with_controls_the_joint_figure_shows_the_measure_against_them(saved: Saved) -> None:
     against_b, against_other = joint_table({1: -0.4}, MANY), joint_table({1: 0.7}, MANY)
     both = pd.concat([against_b.assign(quoted=False), against_other.assign(measure="a - other")])
-    tracing.draw_confirm(both, CONFIG, tmp_path / CONFIRM)
+    tracing.draw_confirm(both, CONFIG, CONFIRM)
     (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
     assert list(one_that("chosen", lines).get_ydata()) == [0.7]
     assert "a - other" in axes.get_ylabel()
@@ -401,21 +386,16 @@ SMALL: dict[str, pd.DataFrame] = {
 
 
 @pytest.mark.parametrize("case", SMALL)
-def test_the_joint_figure_of_any_table_is_whole(
-    case: str, tmp_path: Path, saved: dict[str, Any]
-) -> None:
-    tracing.draw_confirm(SMALL[case], CONFIG, tmp_path / CONFIRM)
-    check_png(tmp_path / CONFIRM)
+def test_the_joint_figure_of_any_table_is_whole(case: str, saved: Saved) -> None:
+    tracing.draw_confirm(SMALL[case], CONFIG, CONFIRM)
     check_whole(saved[CONFIRM])
 
 
-def test_the_legend_of_the_joint_figure_hides_no_line(
-    tmp_path: Path, saved: dict[str, Any]
-) -> None:
+def test_the_legend_of_the_joint_figure_hides_no_line(saved: Saved) -> None:
     """The usual case: the chosen lift the delta to 0, random ones do little or the reverse."""
     chosen = {1: -0.44, 2: -0.1, 4: -0.01, 8: 0.01}
     drawn = {n: [-0.6 - 0.1 * i for i in range(6)] for n in chosen}
-    tracing.draw_confirm(joint_table(chosen, drawn, (8,), 1), CONFIG, tmp_path / CONFIRM)
+    tracing.draw_confirm(joint_table(chosen, drawn, (8,), 1), CONFIG, CONFIRM)
     (axes,), (legend,) = saved[CONFIRM].axes, saved[CONFIRM].legends
     for line in axes.lines:
         path = line.get_path().transformed(line.get_transform())
@@ -427,9 +407,9 @@ def test_the_legend_of_the_joint_figure_hides_no_line(
 
 @pytest.mark.parametrize("base", [-2.0, 2.0])
 def test_the_heatmap_shows_the_mean_role_and_greys_what_has_no_verdict(
-    base: float, tmp_path: Path, saved: dict[str, Any]
+    base: float, saved: Saved
 ) -> None:
-    tracing.draw_heatmap(heads_of(ALL_BUT_GIVEN, base, floor=0.6), CONFIG, tmp_path / HEATMAP)
+    tracing.draw_heatmap(heads_of(ALL_BUT_GIVEN, base, floor=0.6), CONFIG, HEATMAP)
     axes, bar = saved[HEATMAP].axes
     (mesh,) = axes.collections
     shown = mesh.get_array().reshape(3, 4)
@@ -443,14 +423,11 @@ def test_the_heatmap_shows_the_mean_role_and_greys_what_has_no_verdict(
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
 
 
-def test_components_without_index_are_drawn_as_one_bar_per_layer(
-    tmp_path: Path, saved: dict[str, Any]
-) -> None:
-    tracing.draw_heatmap(heads_of(GRIDS["MLPs"], floor=0.5), CONFIG, tmp_path / HEATMAP)
+def test_components_without_index_are_drawn_as_one_bar_per_layer(saved: Saved) -> None:
+    tracing.draw_heatmap(heads_of(MLPS, floor=0.5), CONFIG, HEATMAP)
     (axes,) = saved[HEATMAP].axes
-    assert [bar.get_height() for bar in axes.patches] == pytest.approx(
-        [-0.965, 0.035, 1.035, 2.035]
-    )
+    heights = [bar.get_height() for bar in axes.patches]
+    assert heights == pytest.approx([-0.965, 0.035, 1.035, 2.035])
     colors = [bar.get_facecolor() for bar in axes.patches]
     assert colors[1] != colors[0] == colors[2] == colors[3]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1", "2", "3"]

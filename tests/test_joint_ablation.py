@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import re
-import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,22 @@ import by_hand
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
-from by_hand import halves, prepared
-from conftest import Answer, finish, read, write_samples
+from by_hand import halves, joint_rows, prepared
+from conftest import Answer, finish, read, refuses, write_samples
 from llama3_circuit_tracing import Component, Components, JointSet
 
 CLOSE = 2e-5
 CONFIG = tracing.Config()
-COLUMNS = (
-    "samples measure set draw n_ablated components kept lent n_samples n_sentences mean_delta "
+COLUMNS = "samples measure set draw n_ablated components kept lent n_samples n_sentences "
+COLUMNS += (
+    "mean_delta ci_low ci_high share_removed share_low share_high faithfulness faithfulness_low "
 )
-COLUMNS += "ci_low ci_high share_removed share_low share_high faithfulness faithfulness_low "
 COLUMNS += "faithfulness_high remaining moved_a moved_b kl_a kl_b damaged quoted selection"
+CONFIRM_TABLE = "circuit_confirm.csv"
 CONFIRM = ["--num_samples", "6", "--confirm", "3", "--num_random", "4"]
+
+
+KINDS = {"apple": "fruit", "rose": "flower", "golf": "sport", "iron": "metal"}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +46,6 @@ def controlled(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(llama, tmp_path_factory.mktemp("run"), *CONFIRM, "--controls")
 
 
-def joint_rows(folder: Path, measure: str = "a - b") -> pd.DataFrame:
-    rows = read(folder, "circuit_confirm.csv").fillna({"components": ""})
-    return rows[rows["measure"] == measure].reset_index(drop=True)
-
-
 def parsed(labels: str) -> Components:
     return tuple(map(Component.parse, labels.split()))
 
@@ -55,23 +53,6 @@ def parsed(labels: str) -> Components:
 def by_size(rows: pd.DataFrame, name: str = "chosen") -> dict[int, str]:
     """The components of a set by their number."""
     return dict(rows[rows["set"] == name].set_index("n_ablated")["components"])
-
-
-def naive_scores(
-    model: str, folder: Path, side: str, sample_ids: Sequence[str], labels: Iterable[str] = ()
-) -> list[float]:
-    """The score of one prompt of some samples, with some components zeroed."""
-    plain, texts, targets = naive.load(model), by_hand.texts(folder), by_hand.targets_of(folder)
-    with by_hand.ablated(plain[0], labels):
-        return [naive.suppression_score(*plain, texts[i][side], targets[i]) for i in sample_ids]
-
-
-def naive_delta(
-    model: str, folder: Path, sample_ids: Sequence[str], labels: Sequence[str]
-) -> float:
-    """The mean delta_logit of some samples with some components zeroed."""
-    a, b = (naive_scores(model, folder, side, sample_ids, labels) for side in "ab")
-    return statistics.fmean(a) - statistics.fmean(b)
 
 
 # ----- which sentences, which components
@@ -88,66 +69,6 @@ def test_choosing_and_held_out_sentences_are_disjoint_halves(n: int) -> None:
     negative = table.assign(unit="n", group=tracing.NO_ODD_ONE)
     assert tracing.split_units(pd.concat([table, negative]), 0) == (choosing, held_out)
     assert len({frozenset(tracing.split_units(table, seed)[0]) for seed in range(9)}) > 1
-
-
-@pytest.mark.parametrize(
-    ("base", "config", "top"),
-    [
-        (-1.0, {}, ["L1N2", "L0N5", "L0N7"]),
-        (1.0, {}, ["L0N7", "L0N5", "L1N2"]),
-        (1.0, {"op": "scale", "factor": 2.0}, ["L1N2", "L0N5", "L0N7"]),
-    ],
-)
-def test_the_chosen_components_are_those_of_largest_mean_role(
-    base: float, config: dict[str, Any], top: list[str]
-) -> None:
-    table = by_hand.results({"L0N5": [0.1, 0.2], "L0N7": [-3.0, 0.1], "L1N2": [2.0, 0.1]}, base)
-    for k in (1, 2, 3):
-        config_of_k = tracing.Config(confirm=("top", k), **config)
-        chosen = tracing.choose_circuit(table, config_of_k, "b")
-        assert [component.label for component in chosen.index] == top[:k]
-
-
-@pytest.mark.parametrize(("base", "top"), [(1.0, "L0N7"), (-1.0, "L0N5")])
-def test_against_a_control_the_contrast_with_it_and_its_own_base_choose(
-    base: float, top: str
-) -> None:
-    """Samples without that control have no say."""
-    effects = {"L0N5": [0.0, 0.0, 9.0], "L0N7": [2.0, 2.0, -9.0], "L1N2": [1.0, 1.0, 1.0]}
-    contrast = {"L0N5": [3.0, 3.0, 0.0], "L0N7": [-3.0, -3.0, 0.0], "L1N2": [0.0, 0.0, 0.0]}
-    table = by_hand.with_control(by_hand.results(effects), "other", contrast, base)
-    lacking = table["sample_id"] == "s002"
-    controls = [name for name in table if "other" in name]
-    table[controls] = table[controls].mask(lacking)
-    chosen = tracing.choose_circuit(table, tracing.Config(confirm=("top", 1)), "other")
-    assert [component.label for component in chosen.index] == [top]
-
-
-def best_heads(table: pd.DataFrame, effect: str, base: pd.Series) -> list[str]:
-    """All heads by their mean role."""
-    sign = -math.copysign(1, base.groupby(table["sample_id"]).first().mean())
-    roles = sign * table.groupby(["layer", "head"])[effect].mean()
-    return [f"L{layer}H{head}" for layer, head in roles.sort_values(ascending=False).index]
-
-
-def test_a_run_chooses_on_one_half_of_its_sentences(confirmed: Path) -> None:
-    table, choosing = read(confirmed), halves(confirmed)[0]
-    half = table[table["sample_id"].isin(choosing)]
-    best = best_heads(half, "head_effect", half["delta_logit_base"])
-    assert len(choosing) == 3
-    assert by_size(joint_rows(confirmed)) == {n: " ".join(best[:n]) for n in (1, 2, 3)}
-
-
-def test_with_controls_a_run_chooses_by_the_contrast_with_other_words(controlled: Path) -> None:
-    table = read(controlled)
-    half = table[table["sample_id"].isin(halves(controlled)[0])]
-    base = half["score_a_base"] - half["score_other_base"]
-    best = best_heads(half, "effect_minus_other", base)
-    assert best[:3] != best_heads(half, "head_effect", half["delta_logit_base"])[:3]
-    for measure in ("a - b", "a - other"):
-        assert by_size(joint_rows(controlled, measure)) == {
-            n: " ".join(best[:n]) for n in (1, 2, 3)
-        }
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -198,28 +119,24 @@ def test_each_measure_tells_of_its_own_samples(
 
 
 def test_where_no_sample_has_controls_the_effect_itself_chooses(llama: str, tmp_path: Path) -> None:
-    kinds = {"apple": "fruit", "golf": "sport"}
     records = [
-        {"prompt_a": f"Never say {word}! Name a {kind}.", "prompt_b": f"Name a {kind}."}
-        | {"targets": [word]}
-        for word, kind in kinds.items()
+        {"prompt_a": f"Never say {word}! {asks}", "prompt_b": asks, "targets": [word]}
+        for word, asks in {"apple": "Name a fruit.", "golf": "Name a sport."}.items()
     ]
-    flags = ["--samples", write_samples(tmp_path / "mine.jsonl", *records)]
+    flags = ["--samples", write_samples(tmp_path / "mine.jsonl", *records), "--layers", "1"]
     flags += ["--confirm", "2", "--num_random", "2"]
-    without = joint_rows(finish(llama, tmp_path / "without", *flags))
-    with_controls = finish(llama, tmp_path / "with", *flags, "--controls")
-    assert set(read(with_controls, "circuit_confirm.csv")["measure"]) == {"a - b"}
-    pd.testing.assert_frame_equal(joint_rows(with_controls), without)
+    one, other = (finish(llama, tmp_path / f"{n}", *flags, *["--controls"] * n) for n in (0, 1))
+    assert set(read(other, CONFIRM_TABLE)["measure"]) == {"a - b"}
+    assert (one / CONFIRM_TABLE).read_bytes() == (other / CONFIRM_TABLE).read_bytes()
 
 
 def test_samples_of_one_unit_are_on_the_same_side_of_the_split(llama: str, tmp_path: Path) -> None:
     """Whatever their sentences."""
-    kinds = {"apple": "fruit", "rose": "flower", "golf": "sport", "iron": "metal"}
     records = [
         {"sentence": f"Name a {kind}.", "targets": [word], "unit": f"half {i // 2}"}
-        for i, (word, kind) in enumerate(kinds.items())
+        for i, (word, kind) in enumerate(KINDS.items())
     ]
-    flags = ["--samples", write_samples(tmp_path / "mine.jsonl", *records)]
+    flags = ["--samples", write_samples(tmp_path / "mine.jsonl", *records), "--layers", "1"]
     rows = joint_rows(finish(llama, tmp_path, *flags, "--confirm", "1", "--num_random", "1"))
     assert (rows["n_samples"] == 2).all()
     assert (rows["n_sentences"] == 1).all()
@@ -230,11 +147,10 @@ def test_samples_of_one_unit_are_on_the_same_side_of_the_split(llama: str, tmp_p
 
 
 @pytest.mark.parametrize("chosen", ["L1H0 L2H0 L2H3", "L0H2", "L2H1 L0H3 L2H3"])
-def test_random_sets_are_distinct_sorted_of_the_same_layers_and_none_is_chosen_or_given(
+def test_random_sets_are_distinct_sorted_of_the_same_layers_and_of_what_is_left(
     chosen: str, llama: str
 ) -> None:
-    given = "L1H1,L0H0,L2mlp"
-    exp = prepared(llama, "--num_random", "4", "--given", given)
+    exp = prepared(llama, "--num_random", "4", "--given", "L1H1,L2mlp", "--skip", "L0H0")
     sets, everyone = tracing.confirm_sets(parsed(chosen), exp), parsed(chosen)
     for n in tracing.joint_sizes(len(everyone)):
         assert JointSet("chosen", everyone[:n]) in sets
@@ -244,7 +160,7 @@ def test_random_sets_are_distinct_sorted_of_the_same_layers_and_none_is_chosen_o
         for components in drawn:
             assert len(set(components)) == n
             assert list(components) == sorted(components)
-            assert not {*components} & {*everyone, *parsed(given.replace(",", " "))}
+            assert not {*components} & {*everyone, *parsed("L1H1 L0H0")}
             layers = [Counter(c.layer for c in of) for of in (components, everyone[:n])]
             assert layers[0] == layers[1]
 
@@ -285,6 +201,20 @@ def test_where_a_layer_has_no_component_left_the_nearest_lends_one(llama: str) -
     crowded = prepared(llama, "--given", "L0H1,L0H2,L0H3,L1H0,L1H1,L1H2,L1H3")
     ((far,), lent) = tracing.draw_random([Component(0, "head", 0)], 1, crowded, 0)
     assert (far.layer, lent) == (2, 1)
+
+
+def test_sizes_are_powers_of_two_and_beyond_half_of_all_nothing_is_left_to_draw(llama: str) -> None:
+    exp = prepared(llama, "--num_random", "2")
+    for k, drawn in ((6, [1, 2, 4, 6]), (7, [1, 2, 4])):
+        sets = tracing.confirm_sets(tuple(exp.components[:k]), exp)
+        sizes = {
+            name: sorted({len(of.components) for of in sets if of.name == name})
+            for name in ("chosen", "random")
+        }
+        assert sizes == {"chosen": [1, 2, 4, k], "random": drawn}
+        assert {"all", "complement"} < {of.name for of in sets}
+        largest = [of.components for of in sets if of.name == "random" and len(of.components) == 6]
+        assert largest == [tuple(exp.components[6:])] * (k == 6)
 
 
 def told_of(
@@ -372,22 +302,15 @@ def test_the_joint_table_has_its_columns_and_rows_of_each_measure(
 ) -> None:
     rows = joint_rows(controlled, measure)
     assert sorted(rows) == sorted(COLUMNS.split())
-    assert set(rows["samples"]) == {"held-out"}
-    sizes = Counter(rows["n_ablated"][rows["set"] == "chosen"])
-    assert sizes == {1: 1, 2: 1, 3: 1}
     names = Counter(rows["set"])
-    assert names["none"] == names["all"] == names["complement"] == 1
-    assert set(names) == {"none", "chosen", "random", "all", "complement", "random complement"}
+    assert names.pop("random") > names.pop("random complement") > 1
+    assert names == {"none": 1, "all": 1, "complement": 1, "chosen": 3}
     assert (rows[["n_samples", "n_sentences"]] == 3).all(axis=None)
     shares = 1 - rows["mean_delta"] / rows["mean_delta"][0]
     assert rows["share_removed"].tolist() == pytest.approx(shares.tolist())
     assert rows["damaged"].isna().all()  # by four random sets of a size
     by_set = rows.groupby(["n_ablated", "kept"])["components"]
     assert by_set.nunique().eq(by_set.size()).all()
-
-
-def test_without_controls_one_measure_is_told(confirmed: Path) -> None:
-    assert set(read(confirmed, "circuit_confirm.csv")["measure"]) == {"a - b"}
 
 
 @pytest.mark.parametrize(("run", "measure"), [("confirmed", "a - b"), ("controlled", "a - other")])
@@ -423,87 +346,31 @@ def test_few_random_sets_are_told_by_their_ends_and_many_by_their_quantiles(
     assert f", {n} distinct random sets {ends};" in caplog.text
 
 
-def test_the_joint_effect_on_held_out_sentences_is_what_the_naive_oracle_says(
-    controlled: Path, llama: str
-) -> None:
-    held_out, table = halves(controlled)[1], joint_rows(controlled)
-    random_one = (table["draw"] == 1) & (table["n_ablated"] == 3)
-    asked = table["set"].isin(("none", "chosen")) | random_one
-    assert random_one.any()
-    of_other = joint_rows(controlled, "a - other")
-    bases = {s: statistics.fmean(naive_scores(llama, controlled, s, held_out)) for s in "ab"}
-    for i, row in table[asked].iterrows():
-        labels = row["components"].split()
-        scores = {
-            side: statistics.fmean(naive_scores(llama, controlled, side, held_out, labels))
-            for side in ("a", "b", "other")
-        }
-        expected = [scores["a"] - scores["b"], scores["a"] - scores["other"]]
-        expected += [scores[side] - bases[side] for side in "ab"]
-        found = [row["mean_delta"], of_other["mean_delta"][i], row["moved_a"], row["moved_b"]]
-        assert found == pytest.approx(expected, abs=CLOSE), labels
-
-
-@pytest.fixture(scope="module")
-def folder_of(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """A model folder by where its logits come from; the capped ones are the model's own."""
-
-    def build(name: str) -> str:
-        if name == "plain":
-            return llama
-        folder = tmp_path_factory.mktemp("capped") / "model"
-        widths = {"sliding_window": 400, "final_logit_softcapping": 2.0}
-        return str(random_models.build_model(folder, "gemma2", **widths))
-
-    return build
-
-
-@torch.no_grad()
-def reply_log_probs(plain: tuple[Any, Any], ids: Sequence[int]) -> torch.Tensor:
-    """[token] of the first reply token after a prompt, in a full forward."""
-    return plain[0](torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
-
-
 @pytest.mark.parametrize("rows", ["1", "64"])
 @pytest.mark.parametrize(("name", "given"), [("plain", ""), ("plain", "L0H1"), ("capped", "")])
 def test_the_divergence_of_the_first_reply_token_is_that_of_plain_forwards(
-    name: str, given: str, rows: str, folder_of: Callable[[str], str]
+    name: str, given: str, rows: str, llama: str, tmp_path: Path
 ) -> None:
-    """From what is said with the given components zeroed alone."""
-    folder = folder_of(name)
+    """From what is said with the given components zeroed alone; capped are a model's own logits."""
+    if name == "capped":
+        widths = {"sliding_window": 400, "final_logit_softcapping": 2.0}
+        llama = str(random_models.build_model(tmp_path, "gemma2", **widths))
     flags = ["--rows_per_forward", rows, "--attn_implementation", "eager"]
-    exp = prepared(folder, *flags, *(["--given", given] if given else []))
+    exp = prepared(llama, *flags, *(["--given", given] if given else []))
     labels = ["", "L1H2", "L0H0 L2H3 L1mlp"]
     found = tracing.run_sets(exp, [JointSet("", parsed(of)) for of in labels], exp.prompts)
     assert exp.traced.own_logits == (name == "capped")
-    plain = naive.load(folder)
+    model, _ = naive.load(llama)
     for of, of_set in zip(labels, found, strict=True):
         for prompts, (*_, kl_a, kl_b) in zip(exp.prompts, of_set, strict=True):
-            expected = []
-            for prompt in prompts[:2]:
-                with by_hand.ablated(plain[0], given.split()):
-                    before = reply_log_probs(plain, prompt.ids)
-                    with by_hand.ablated(plain[0], of.split()):
-                        after = reply_log_probs(plain, prompt.ids)
-                expected.append(float((before.exp() * (before - after)).sum()))
+            with by_hand.ablated(model, given.split()):
+                expected = [
+                    by_hand.divergence(model, prompt.ids, by_hand.ablated(model, of.split()))
+                    for prompt in prompts[:2]
+                ]
             assert [kl_a, kl_b] == pytest.approx(expected, abs=CLOSE)
             assert min(kl_a, kl_b) >= 0
             assert (max(kl_a, kl_b) < 1e-6) == (not of)
-
-
-def test_the_table_holds_the_mean_divergence_over_the_held_out_samples(
-    confirmed: Path, llama: str
-) -> None:
-    plain, texts, held_out = naive.load(llama), by_hand.texts(confirmed), halves(confirmed)[1]
-    row = joint_rows(confirmed).query("set == 'chosen' and n_ablated == 3").iloc[0]
-    for side in "ab":
-        found = []
-        for ids in (naive.prompt_ids(plain[1], texts[i][side]) for i in held_out):
-            before = reply_log_probs(plain, ids)
-            with by_hand.ablated(plain[0], row["components"].split()):
-                found.append(float((before.exp() * (before - reply_log_probs(plain, ids))).sum()))
-        assert row[f"kl_{side}"] == pytest.approx(statistics.fmean(found), abs=CLOSE)
-        assert row[f"kl_{side}"] > 1e-3
 
 
 # ----- intervals
@@ -556,17 +423,12 @@ def test_the_interval_of_one_component_alone_is_that_of_its_sweep(confirmed: Pat
 
 def test_negative_controls_choose_nothing_and_confirm_nothing(llama: str, tmp_path: Path) -> None:
     """Not even those that share their sentence with a sample that counts."""
-    words = {
-        "fruit": "apple pear",
-        "sport": "golf tennis",
-        "bird": "owl robin",
-        "gas": "neon xenon",
-    }
-    records: list[dict[str, Any]] = []
-    for kind, pair in words.items():
-        for word, group in zip(pair.split(), ("real", tracing.NO_ODD_ONE), strict=True):
-            records.append({"targets": [word], "group": group, "prompt_b": f"Name a {kind}."})
-            records[-1]["prompt_a"] = f"Don't mention {word}. Name a {kind}."
+    records = [
+        {"prompt_a": f"Don't mention {word}. Name a {kind}.", "prompt_b": f"Name a {kind}."}
+        | {"targets": [word], "group": group}
+        for named, kind in KINDS.items()
+        for word, group in ((named, "real"), (named[::-1], tracing.NO_ODD_ONE))
+    ]
     samples = write_samples(tmp_path / "mine.jsonl", *records)
     flags = ["--samples", samples, "--confirm", "1", "--num_random", "2", "--layers", "1"]
     table = read(finish(llama, tmp_path, *flags))
@@ -580,74 +442,35 @@ def test_negative_controls_choose_nothing_and_confirm_nothing(llama: str, tmp_pa
     assert by_size(joint_rows(tmp_path)) == {1: f"L1H{best}"}
 
 
-def test_up_to_half_of_all_components_are_confirmed_by_powers_of_two(
-    llama: str, tmp_path: Path
-) -> None:
-    flags = ["--num_samples", "2", "--confirm", "6", "--num_random", "2"]
-    rows = joint_rows(finish(llama, tmp_path, *flags))
-    everything = {f"L{layer}H{head}" for layer in range(3) for head in range(4)}
-    assert list(by_size(rows)) == [1, 2, 4, 6]
-    for drawn in rows[(rows["set"] == "random") & (rows["n_ablated"] == 6)]["components"]:
-        assert {*drawn.split(), *by_size(rows)[6].split()} == everything
-
-
 def test_confirming_needs_two_sentences(llama: str, tmp_path: Path, answer: Answer) -> None:
     flags = ["--num_samples", "1", "--output_dir", str(tmp_path), "--confirm", "2"]
-    code, _, error = answer("--model_id", llama, *flags)
-    assert code == 2
-    assert "--confirm needs at least two different sentences" in error
+    says = ["--confirm needs at least two different sentences"]
+    refuses(answer, "--model_id", llama, *flags, says=says)
 
 
 # ----- a set of one's own
 
 
-@pytest.mark.parametrize("labels", ["L2H3,L0H1,L2H0", "L1mlp,L0N7,L0N12,L2attn,L0H1"])
-def test_a_set_of_ones_own_is_measured_on_all_samples_as_the_naive_oracle_does(
-    labels: str, llama: str, tmp_path: Path
-) -> None:
-    own = {"golf": "sport", "iron": "metal", "owl": "bird", "eagle": "bird"}
-    records = [{"sentence": f"Name a {kind}.", "targets": [word]} for word, kind in own.items()]
-    samples = write_samples(tmp_path / "mine.jsonl", *records)
-    folder = finish(llama, tmp_path, "--samples", samples, "--ablate", labels, "--layers", "1")
-    rows = joint_rows(folder)
-    assert sorted(rows) == sorted(COLUMNS.split())
-    assert rows["set"].tolist() == ["none", "ablate", "complement", "all"]
-    assert (rows["samples"] == "all").all()
-    named = labels.replace(",", " ")
-    assert rows["components"].tolist() == ["", named, named, ""]
-    assert (rows[["n_samples", "n_sentences"]] == [4, 3]).all(axis=None)
-    for row in rows[~rows["kept"]].itertuples():
-        everyone = list(by_hand.texts(folder))
-        expected = naive_delta(llama, folder, everyone, row.components.split())
-        assert row.mean_delta == pytest.approx(expected, abs=CLOSE)
-    assert rows["damaged"].isna().all()
-    told = f"all samples, {len(labels.split(','))} jointly ({rows['components'][1]}): mean a - b "
-    log = (folder / "run.log").read_text()
-    assert re.search(re.escape(told) + r"[+-]\d.* removed \[.*\]; log P .* KL .* after b\n", log)
-    assert "random sets" not in log
-
-
-@pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize(
-    ("label", "own", "others", "op"),
+    ("label", "own", "others", "done"),
     [
-        ("L1H2", "head --heads 2", "mlp", "mean"),
+        ("L1H2", "head --heads 2", "mlp", "mean --positions last"),
         ("L2mlp", "mlp", "head", "mean"),
         ("L0attn", "attn", "neuron --neurons 3", "patch"),
-        ("L1resid", "resid", "attn", "patch"),
+        ("L1resid", "resid", "attn", "patch --positions last"),
         ("L1N41", "neuron --neurons 41", "resid", "scale --factor 0.5"),
-        ("L2H3", "head --heads 3", "attn", "zero"),
+        ("L2H3", "head --heads 3", "attn", "zero --positions last"),
     ],
 )
 def test_beside_another_kind_a_component_has_the_effect_that_its_own_sweep_finds(
-    label: str, own: str, others: str, op: str, positions: str, llama: str, tmp_path: Path
+    label: str, own: str, others: str, done: str, llama: str, tmp_path: Path
 ) -> None:
     def run(kind: str, *flags: str) -> Path:
-        asked = f"--num_samples 2 --kind {kind} --op {op} --positions {positions}".split()
+        asked = f"--num_samples 2 --kind {kind} --op {done}".split()
         return finish(llama, tmp_path / kind.split()[0], *asked, *flags)
 
     table = read(run(own, "--layers", label[1]))
-    rows = joint_rows(run(others, "--layers", "0,2", "--ablate", label))
+    rows = joint_rows(run(others, "--layers", "0", "--ablate", label), samples="all")
     means = table[["delta_logit_base", "delta_logit_head"]].mean().tolist()
     assert rows["mean_delta"][:2].tolist() == pytest.approx(means, abs=CLOSE)
     assert means[0] != pytest.approx(means[1], abs=1e-4)
@@ -659,22 +482,38 @@ def test_beside_another_kind_a_component_has_the_effect_that_its_own_sweep_finds
 def test_joint_sets_and_replies_that_are_there_are_not_made_again(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [*CONFIRM, "--max_new_tokens", "2"]
+    asked = [
+        "--num_samples",
+        "2",
+        "--layers",
+        "1-2",
+        "--confirm",
+        "2",
+        "--num_random",
+        "3",
+        "--max_new_tokens",
+        "2",
+    ]
 
     def finish_without(name: str, *flags: str) -> bytes:
         with monkeypatch.context() as patch:
-            patch.setattr(tracing, name, lambda *a: pytest.fail(f"{name} was called"))
-            finish(llama, tmp_path, *asked, *flags)
-        return (tmp_path / "circuit_confirm.csv").read_bytes()
+            if name:
+                patch.setattr(tracing, name, lambda *a: pytest.fail(f"{name} was called"))
+            return (finish(llama, tmp_path, *asked, *flags) / CONFIRM_TABLE).read_bytes()
 
-    before = (finish(llama, tmp_path, *asked) / "circuit_confirm.csv").read_bytes()
+    before, own = finish_without(""), ["--ablate", "L0H0,L1mlp"]
     replies = (tmp_path / "generations.jsonl").read_bytes()
     assert finish_without("load_model") == before
-    more = finish_without("sweep", "--ablate", "L0H0,L1mlp")
+    more = finish_without("sweep", *own)
     assert more.startswith(before)
-    assert joint_rows(tmp_path)["set"].tolist()[-4:] == ["none", "ablate", "complement", "all"]
-    assert finish_without("load_model", "--ablate", "L0H0,L1mlp") == more
+    names = ["none", "ablate", "complement", "all"]
+    assert joint_rows(tmp_path, samples="all")["set"].tolist() == names
+    log = (tmp_path / "run.log").read_text().splitlines()
+    (told,) = (line for line in log if line.startswith("all samples") and "all of the kind" in line)
+    assert "random complement" not in told, "those stand beside the confirmed circuit alone"
+    assert finish_without("load_model", *own) == more
     fewer = finish_without("sweep", "--num_random", "2")  # an option that comes again wins
-    assert len(fewer.splitlines()) == 1 + 2 + 3 + 1 + 4 * 2
+    first = [line for line in before.splitlines() if line.split(b",")[1] != b"2"]  # draws
+    assert fewer.splitlines() == first != before.splitlines()
     assert finish_without("load_model") == before
     assert (tmp_path / "generations.jsonl").read_bytes() == replies

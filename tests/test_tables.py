@@ -35,22 +35,16 @@ PLAIN, CONTROLLED = "--num_samples 6", "--num_samples 6 --controls"
 GOLF = {"sentence": "Name a sport.", "targets": ["golf"]}
 
 
-def run_with(model: str, folders: pytest.TempPathFactory, flags: str) -> Path:
-    return finish(model, folders.mktemp("run"), *flags.split())
+Runs = Callable[[str], Path]
+Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
-def run_of(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def run_of(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The folder of a run with some flags, done once."""
-    return functools.cache(functools.partial(run_with, llama, tmp_path_factory))
-
-
-@pytest.fixture(scope="module")
-def clear_run_of(
-    tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """The same of the bundled model, whose base is clear."""
-    return functools.cache(functools.partial(run_with, tiny_llama, tmp_path_factory))
+    return functools.cache(
+        lambda flags: finish(llama, tmp_path_factory.mktemp("run"), *flags.split())
+    )
 
 
 def find(
@@ -127,32 +121,22 @@ def test_the_columns_of_the_component_come_after_all_scores_and_head_is_for_head
     assert row[names.index("kind")] == kind
 
 
-OF_RUN = {  # by what is edited, what the columns of the run tell
-    "zero": ({}, ["head", "zero", "all", "suppression", "", "exact", "", ""]),
-    "scale": (
-        {"op": "scale", "factor": 0.5},
-        ["head", "scale", "all", "suppression", "", "exact", "0.5", ""],
-    ),
-    "patch": ({"op": "patch"}, ["head", "patch", "all", "suppression", "a", "exact", "", ""]),
-    "patch into b": (
-        {"op": "patch", "patch_into": "b", "positions": "last", "task": "refusal"},
-        ["head", "patch", "last", "refusal", "b", "exact", "", ""],
-    ),
-    "along": (
-        {"along": "some/where/of.safetensors"},
-        ["head", "zero", "all", "suppression", "", "exact", "", "of.safetensors"],
-    ),
+INTO_B = {"op": "patch", "patch_into": "b", "positions": "last", "task": "refusal"}
+OF_RUN: dict[str, dict[str, Any]] = {  # by the end of a row what is asked for
+    "zero,all,suppression,,exact,,": {},
+    "scale,all,suppression,,exact,0.5,": {"op": "scale", "factor": 0.5},
+    "patch,all,suppression,a,exact,,": {"op": "patch"},
+    "patch,last,refusal,b,exact,,": INTO_B,
+    "zero,all,suppression,,exact,,of.safetensors": {"along": "some/where/of.safetensors"},
 }
 
 
-@pytest.mark.parametrize("case", OF_RUN)
+@pytest.mark.parametrize("told", OF_RUN)
 def test_the_last_columns_tell_what_was_done_and_leave_empty_what_does_not_apply(
-    case: str, tmp_path: Path
+    told: str, tmp_path: Path
 ) -> None:
-    options, told = OF_RUN[case]
-    names, row = written(tmp_path / "t.csv", 3, **options)
-    assert names[-len(LAST) :] == LAST
-    assert row[-len(RUN) - 2 :] == [*told, "", ""]
+    _, row = written(tmp_path / "t.csv", 3, **OF_RUN[told])
+    assert ",".join(row).endswith(f",head,{told},,")
 
 
 def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
@@ -163,23 +147,14 @@ def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
     again, words = {**GOLF, "sample_id": "again"}, {**GOLF, "targets": ["golf", "tennis"]}
     samples = write_samples(tmp_path / "mine.jsonl", GOLF, sport, again, words)
     folder = finish(llama, tmp_path / "out", "--samples", samples, "--layers", "0", "--heads", "0")
-    first, other, same, more = (
-        read(folder)
-        .set_index("sample_id")
-        .loc[["line00001", "line00002", "again", "line00004"], "prompts"]
-    )
-    assert first == same
-    assert len({first, other, more}) == 3
-    recorded = {
-        sample["sample_id"]: sample["prompts_id"] for sample in record_of(folder)["samples"]
-    }
-    assert recorded["again"] == recorded["line00001"] == first
+    known = read(folder).set_index("sample_id")["prompts"].to_dict()
+    assert known["line00001"] == known["again"]
+    assert len({*known.values()}) == len(known) - 1 == 3
+    assert known == {of["sample_id"]: of["prompts_id"] for of in record_of(folder)["samples"]}
 
 
 @pytest.mark.parametrize("task", ["suppression", "refusal", "odd_one_out"])
-def test_every_row_of_a_run_recomputes_from_its_raw_scores(
-    task: str, run_of: Callable[[str], Path]
-) -> None:
+def test_every_row_of_a_run_recomputes_from_its_raw_scores(task: str, run_of: Runs) -> None:
     table = read(run_of(f"--task {task} --num_samples 5 --layers 1 --heads 0,2"))
     assert len(table) == 5 * 2
     base = table["score_a_base"] - table["score_b_base"]
@@ -196,7 +171,7 @@ def test_every_row_of_a_run_recomputes_from_its_raw_scores(
 
 
 def test_control_columns_come_between_and_change_none_of_those_before(
-    run_of: Callable[[str], Path],
+    run_of: Runs,
 ) -> None:
     plain, controlled = read(run_of(PLAIN)), read(run_of(CONTROLLED))
     assert list(plain) == [*FIRST, *LAST]
@@ -205,7 +180,7 @@ def test_control_columns_come_between_and_change_none_of_those_before(
     assert (controlled[NUMBERS] - plain[NUMBERS]).abs().max(axis=None) < 2e-5
 
 
-def test_control_effects_recompute_from_the_raw_scores(run_of: Callable[[str], Path]) -> None:
+def test_control_effects_recompute_from_the_raw_scores(run_of: Runs) -> None:
     table = read(run_of(CONTROLLED))
     assert len(table) == 6 * 12
     assert not table[CONTROLS].isna().any(axis=None)
@@ -217,25 +192,18 @@ def test_control_effects_recompute_from_the_raw_scores(run_of: Callable[[str], P
         assert table.groupby("sample_id")[f"score_{side}_base"].nunique().eq(1).all()
 
 
-def test_control_prompts_score_as_the_naive_oracle_says(
-    run_of: Callable[[str], Path], llama: str
-) -> None:
+def test_control_prompts_score_as_the_naive_oracle_says(run_of: Runs, llama: str) -> None:
     (model, tokenizer), folder = naive.load(llama), run_of(CONTROLLED)
-    table, targets = (
-        read(folder).set_index(["sample_id", "layer", "head"]),
-        by_hand.targets_of(folder),
-    )
-    for sample_id, of_side in list(by_hand.texts(folder).items())[:2]:
+    texts, targets = by_hand.texts(folder), by_hand.targets_of(folder)
+    heads = pd.DataFrame([(0, 2), (2, 1)], columns=["layer", "head"])
+    for row in read(folder).merge(heads).query("sample_id < 's0002'").to_dict("records"):
         for side in ("other", "affirm"):
-            asked = (tokenizer, of_side[side], targets[sample_id])
+            asked = tokenizer, texts[row["sample_id"]][side], targets[row["sample_id"]]
             base = naive.suppression_score(model, *asked)
-            for layer, head in ((0, 2), (2, 1)):
-                with by_hand.ablated(model, [f"L{layer}H{head}"]):
-                    edited = naive.suppression_score(model, *asked)
-                found = table.loc[
-                    (sample_id, layer, head), [f"score_{side}_base", f"score_{side}_head"]
-                ]
-                assert found.tolist() == pytest.approx([base, edited], abs=2e-5)
+            with by_hand.ablated(model, [f"L{row['layer']}H{row['head']}"]):
+                edited = naive.suppression_score(model, *asked)
+            found = [row[f"score_{side}_{run}"] for run in ("base", "head")]
+            assert found == pytest.approx([base, edited], abs=2e-5)
 
 
 def test_a_sample_without_controls_leaves_their_columns_empty(llama: str, tmp_path: Path) -> None:
@@ -271,14 +239,11 @@ def test_the_noise_floor_by_hand() -> None:
     effect, negative = table["head_effect"], {"sample_id": "n", "group": tracing.NO_ODD_ONE}
     negative |= {"head_effect": 50.0}
     opposite = effect.where(table["sample_id"] == "s0", -effect)
-    for jittered, floor in {
-        "as it is": (table, 4.8),
-        "in the other direction": (table.assign(head_effect=-effect), 4.8),
-        "with a negative control": (pd.concat([table, table.assign(**negative)]), 4.8),
-        "samples that cancel": (table.assign(head_effect=opposite), 0),
-        "no row": (table.head(0), math.nan),
-    }.values():
-        assert tracing.noise_floor(jittered) == pytest.approx(floor, nan_ok=True)
+    floor = tracing.noise_floor
+    assert floor(table) == floor(table.assign(head_effect=-effect)) == pytest.approx(4.8)
+    assert floor(pd.concat([table, table.assign(**negative)])) == pytest.approx(4.8)
+    assert floor(table.assign(head_effect=opposite)) == pytest.approx(0)
+    assert math.isnan(floor(table.head(0)))
 
 
 def test_the_noise_floor_takes_as_many_draws_of_a_layer_as_the_whole_sweep_has() -> None:
@@ -444,19 +409,17 @@ def test_effects_that_are_all_zero_give_no_verdict_and_no_nan() -> None:
 
 def test_where_nothing_is_there_few_tables_show_anything() -> None:
     """The global null, two samples to a sentence that share most of their noise: the share of
-    tables with any verdict is the false-discovery rate. Heads share noise as well."""
-    rng, shown = random.Random(0), 0
-    n_tables, n_sentences = 120, 10
-    for _ in range(n_tables):
-        common = [rng.gauss(0, 0.5) for _ in range(n_sentences)]
-        effects = {
-            label: [common[i % 10] + of_head[i % 10] + rng.gauss(0, 0.3) for i in range(20)]
-            for label, of_head in by_hand.noise(rng, n_sentences, 8, 1).items()
-        }
-        table = results(effects, -5.0, [f"u{i % 10}" for i in range(20)])
-        shown += (find(table)[1]["verdict"] != "unclear").any()
-    assert shown / n_tables <= 0.08
-    assert shown > 0  # the level is used, not only kept
+    tables with any verdict is the false-discovery rate. Heads share noise as well. Each layer
+    stands for a table of its own."""
+    rng, effects, n_tables = random.Random(0), {}, 120
+    for n in range(n_tables):
+        common = [rng.gauss(0, 0.5) for _ in range(10)]
+        for h in range(8):
+            of_head = [one + rng.gauss(0, 1) for one in common]
+            effects[f"L{n}H{h}"] = [one + rng.gauss(0, 0.3) for one in of_head * 2]
+    ps = of_effects(results(effects, -5.0, [f"u{i % 10}" for i in range(20)]))["p"].tolist()
+    shown = sum(min(by_hand.q_values(ps[i : i + 8])) < 0.05 for i in range(0, len(ps), 8))
+    assert 0 < shown / n_tables <= 0.08  # the level is used, not only kept
 
 
 def test_among_real_effects_few_of_the_discoveries_are_false() -> None:
@@ -479,9 +442,7 @@ CONTRASTS |= {"minus_affirm_": "effect_minus_affirm"}
 
 
 @pytest.mark.parametrize("prefix", CONTRASTS)
-def test_circuit_heads_recomputes_from_circuit_results(
-    prefix: str, run_of: Callable[[str], Path]
-) -> None:
+def test_circuit_heads_recomputes_from_circuit_results(prefix: str, run_of: Runs) -> None:
     column, table = CONTRASTS[prefix], read(run_of(CONTROLLED))
     heads, by_unit = read(run_of(CONTROLLED), "circuit_heads.csv"), {}
     assert heads["label"].tolist() == [f"L{i}H{j}" for i in range(3) for j in range(4)]
@@ -586,7 +547,7 @@ def test_moved_is_absent_where_a_table_lacks_a_score() -> None:
         assert not {"moved_a", "moved_b"} & {*find(table.drop(columns=name))[1]}
 
 
-def test_moved_a_less_moved_b_is_the_effect_of_a_run(run_of: Callable[[str], Path]) -> None:
+def test_moved_a_less_moved_b_is_the_effect_of_a_run(run_of: Runs) -> None:
     heads = read(run_of(PLAIN), "circuit_heads.csv")
     moved = heads["moved_a"] - heads["moved_b"]
     assert moved.tolist() == pytest.approx(heads["mean"].tolist())
@@ -596,16 +557,29 @@ def test_moved_a_less_moved_b_is_the_effect_of_a_run(run_of: Callable[[str], Pat
 # ----- comparison with another run
 
 
+@pytest.fixture()
+def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log, with all that it says of findings."""
+    caplog.set_level(logging.INFO, "circuit")
+    return caplog
+
+
+def compared(
+    table: pd.DataFrame, other: pd.DataFrame, floor: float = 0.1, op: str = "zero"
+) -> pd.DataFrame:
+    """The findings by label beside those of another run, without a factor unless it tells one."""
+    config = tracing.Config(op=op, compare="other.csv")
+    other = pd.DataFrame({"factor": math.nan, **other}, index=other.index)
+    heads = find(table, floor, config)[1]
+    return tracing.compare_runs(table, other, heads, floor, config).set_index("label")
+
+
 def compare(
     now: Effects, before: Effects, base: float = -2.0, floor: float = 0.1, op: str = "zero"
 ) -> pd.DataFrame:
-    """The findings by label beside those of a run of --op zero on the same eight samples."""
+    """The same of two runs on the same eight samples, of which the other is of --op zero."""
     bases = [base + 0.1 * i for i in range(8)]
-    table = results(now, bases, op=op)
-    other = results(before, bases).assign(factor=math.nan)
-    config = tracing.Config(op=op, compare="other.csv")
-    heads = find(table, floor, config)[1]
-    return tracing.compare_runs(table, other, heads, floor, config).set_index("label")
+    return compared(results(now, bases, op=op), results(before, bases), floor, op)
 
 
 @pytest.mark.parametrize("base", [-2.0, 2.0])
@@ -621,20 +595,19 @@ def compare(
     ids=["grew", "shrank", "below the floor", "no floor is known", "in some sentences only"],
 )
 def test_a_role_that_grew_beyond_the_floor_is_flagged(
-    grown: list[float], floor: float, flagged: bool, base: float, caplog: pytest.LogCaptureFixture
+    grown: list[float], floor: float, flagged: bool, base: float, told: pytest.LogCaptureFixture
 ) -> None:
     sign = -math.copysign(1.0, base)  # of the role against the effect
     before = {f"L1H{h}": steps(0.3 * h) for h in range(3)}
     moved = [e + sign * by for e, by in zip(before["L1H2"], grown, strict=True)]
-    with caplog.at_level(logging.INFO, logger="circuit"):
-        heads = compare({**before, "L1H2": moved}, before, base, floor)
+    heads = compare({**before, "L1H2": moved}, before, base, floor)
     assert heads["growth_flag"].astype(bool).tolist() == [False, False, flagged]
     expected = [0, 0, statistics.fmean(grown)]
     assert heads["growth_mean"].tolist() == pytest.approx(expected, abs=1e-9)
     p = float(tracing.mean_test(torch.tensor(grown)[:, None].double(), torch.ones(8, 1).double()))
     found = heads.loc["L1H2", ["growth_p", "growth_q"]].tolist()
     assert found == pytest.approx([p, min(1, 3 * p)])  # one of three tests
-    (line,) = (text for text in caplog.messages if text.startswith("role grew"))
+    (line,) = (text for text in told.messages if text.startswith("role grew"))
     assert line.endswith(": L1H2" if flagged else ": none")
 
 
@@ -649,13 +622,12 @@ RANKED = {  # by agreement the effects of four heads, now and before
 @pytest.mark.parametrize("agreement", RANKED)
 @pytest.mark.parametrize("op", ["zero", "mean"])
 def test_the_rankings_agree_by_spearman_and_growth_is_of_one_op_only(
-    op: str, agreement: str, caplog: pytest.LogCaptureFixture
+    op: str, agreement: str, told: pytest.LogCaptureFixture
 ) -> None:
     now, before = ({f"L0H{h}": steps(e) for h, e in enumerate(es)} for es in RANKED[agreement])
-    with caplog.at_level(logging.INFO, logger="circuit"):
-        heads = compare(now, before, op=op)
-    assert caplog.messages[0] == "shared with other.csv: 4 components and 8 of 8 sentences"
-    assert f"({op} here, zero in other.csv): {agreement}" in caplog.messages[1]
+    heads = compare(now, before, op=op)
+    assert told.messages[0] == "shared with other.csv: 4 components and 8 of 8 sentences"
+    assert f"({op} here, zero in other.csv): {agreement}" in told.messages[1]
     assert ("growth_mean" in heads) == (op == "zero")
 
 
@@ -667,19 +639,18 @@ def test_runs_of_components_without_heads_are_compared(end: str) -> None:
 
 
 def test_growth_planted_in_a_real_run_is_flagged(
-    clear_run_of: Callable[[str], Path],
-    tiny_llama: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = "--num_samples 8 --layers 2 --heads 0-2"
-    table = read(clear_run_of(flags))
+    """Under other sample_ids."""
+    flags = ["--num_samples", "8", "--layers", "2", "--heads", "0-2"]
+    table = read(finish(tiny_llama, tmp_path, *flags))
     sign = math.copysign(1.0, table.drop_duplicates("sample_id")["delta_logit_base"].mean())
     grown = ["head_effect", "delta_logit_head", "score_a_head"]
     table.loc[table["head"] == 1, grown] += 5 * sign
+    table["sample_id"] = table["sample_id"].map(lambda name: f"s{7 - int(name[1:])}")
     table.to_csv(tmp_path / "before.csv", index=False)
-    again = [*flags.split(), "--compare", str(tmp_path / "before.csv")]
-    heads = read(finish(tiny_llama, clear_run_of(flags), *again), "circuit_heads.csv")
+    again = [*flags, "--compare", str(tmp_path / "before.csv")]
+    heads = read(finish(tiny_llama, tmp_path, *again), "circuit_heads.csv")
     assert heads["growth_flag"].astype(bool).tolist() == [False, True, False]
     assert heads["growth_mean"].tolist() == pytest.approx([0, 5, 0], abs=1e-5)
     assert "L2H1" in capsys.readouterr().out.split("role grew")[1].splitlines()[0]
@@ -691,186 +662,125 @@ def test_growth_planted_in_a_real_run_is_flagged(
     assert float(line.split()[-1]) == pytest.approx(expected, abs=1e-3)
 
 
-def agreement(lines: str) -> float:
-    """The number in the log that tells of the rankings."""
-    (line,) = (line for line in lines.splitlines() if "Spearman" in line)
-    return float(line.split()[-1])
-
-
 def test_samples_are_paired_by_their_prompts_whatever_they_are_called(
-    caplog: pytest.LogCaptureFixture,
+    told: pytest.LogCaptureFixture,
 ) -> None:
     """Effects differ by sample more than by head: other pairs would tell of growth."""
     now = {f"L0H{h}": [5.0 * i + h for i in range(8)] for h in range(3)}
     table = results(now).astype({"prompts": "category", "unit": "category"})
+    other = results({**now, "L0H1": [moved - 0.5 for moved in now["L0H1"]]})
     ids = list(table["sample_id"].unique())
-    names = dict(zip(ids, reversed(ids), strict=True))
-    lower = [moved - 0.5 for moved in now["L0H1"]]
-    other = results({**now, "L0H1": lower}).assign(factor=math.nan)
-    config, heads = tracing.Config(compare="other.csv"), find(table)[1]
-    found = []
-    for theirs in (other, other.assign(sample_id=other["sample_id"].map(names))):
-        caplog.clear()
-        with caplog.at_level(logging.INFO, logger="circuit"):
-            found.append(tracing.compare_runs(table, theirs, heads, 0.1, config))
-        assert agreement("\n".join(caplog.messages)) == 1.0
+    renamed = other["sample_id"].map(dict(zip(ids, reversed(ids), strict=True)))
+    found = [compared(table, theirs) for theirs in (other, other.assign(sample_id=renamed))]
+    assert [line[-7:] for line in told.messages if "Spearman" in line] == [": 1.000"] * 2
     pd.testing.assert_frame_equal(*found)
     assert found[1]["growth_mean"].tolist() == [0, 0.5, 0]
     assert found[1]["growth_flag"].tolist() == [False, True, False]
 
 
 def test_samples_of_other_prompts_are_no_pairs_and_units_need_not_agree(
-    caplog: pytest.LogCaptureFixture,
+    told: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "circuit")
     table = results(EFFECT)
-    config, heads = tracing.Config(compare="other.csv"), find(table)[1]
     prompts = table["prompts"].replace("p00[0-3]", "x", regex=True)
-    other = table.assign(prompts=prompts, unit="other " + table["unit"], factor=math.nan)
-    found = tracing.compare_runs(table, other.assign(head_effect=0.0), heads, 0.1, config)
+    other = table.assign(prompts=prompts, unit="other " + table["unit"])
     half = [statistics.fmean(EFFECT[label][4:]) for label in EFFECT]
+    found = compared(table, other.assign(head_effect=0.0))
     assert found["growth_mean"].tolist() == pytest.approx(half)
     for mine, theirs in ((table, other.assign(prompts="x")), (table.assign(prompts=""),) * 2):
         with pytest.raises(tracing.UsageError, match=r"other.csv shares no prompt"):
-            tracing.compare_runs(mine, theirs, heads, 0.1, config)
-    assert "2 components and 4 of 8 sentences" in caplog.text
+            compared(mine, theirs)
+    assert "2 components and 4 of 8 sentences" in told.text
 
 
 @pytest.mark.parametrize("base", [-2.0, 2.0])
 @pytest.mark.parametrize(("factor", "agree"), [(2.0, "-1.000"), (0.5, "1.000")])
 def test_an_amplification_ranks_by_its_own_roles(
-    factor: float, agree: str, base: float, caplog: pytest.LogCaptureFixture
+    factor: float, agree: str, base: float, told: pytest.LogCaptureFixture
 ) -> None:
     """The same effects, of taking away here and of amplifying there, are opposite roles."""
-    caplog.set_level(logging.INFO, "circuit")
     effects = {f"L0H{h}": steps(e) for h, e in enumerate([1.0, 2.0, 3.0])}
-    table = results(effects, base)
     other = results(effects, base, op="scale").assign(factor=factor)
-    config = tracing.Config(compare="other.csv")
-    heads = tracing.compare_runs(table, other, find(table)[1], 0.1, config)
-    assert f"(zero here, scale in other.csv): {agree}" in caplog.text
-    assert "growth_mean" not in heads
+    assert "growth_mean" not in compared(results(effects, base), other)
+    assert f"(zero here, scale in other.csv): {agree}" in told.text
 
 
 @pytest.mark.parametrize("unclear", ["here", "there"])
 def test_nothing_is_compared_where_a_base_of_the_shared_sentences_is_unclear(
-    unclear: str, caplog: pytest.LogCaptureFixture
+    unclear: str, told: pytest.LogCaptureFixture
 ) -> None:
     """Though that of all sentences is clear: four of them are shared."""
-    caplog.set_level(logging.INFO, "circuit")
     clear, mixed = [-2.0 - 0.1 * i for i in range(8)], [2.0, -2.0, 2.5, -2.5, *[-40.0] * 4]
-    table = results(EFFECT, mixed if unclear == "here" else clear)
-    other = results(EFFECT, clear if unclear == "here" else mixed).assign(factor=math.nan)
-    other = other[other["prompts"] < "p004"]
-    heads = find(table)[1]
-    found = tracing.compare_runs(table, other, heads, 0.1, tracing.Config(compare="other.csv"))
-    assert "growth_mean" not in found and "Spearman" not in caplog.text
-    assert "shared with other.csv: 2 components and 4 of 8 sentences" in caplog.text
-    assert "the interval of a base covers 0" in caplog.text
+    here, there = (mixed, clear) if unclear == "here" else (clear, mixed)
+    found = compared(results(EFFECT, here), results(EFFECT, there).query("prompts < 'p004'"))
+    assert "growth_mean" not in found and "Spearman" not in told.text
+    assert "shared with other.csv: 2 components and 4 of 8 sentences" in told.text
+    assert "the interval of a base covers 0" in told.text
 
 
-def test_negative_controls_are_not_compared(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "circuit")
+def test_negative_controls_are_not_compared(told: pytest.LogCaptureFixture) -> None:
     table = results(EFFECT)
     negative = table.assign(group=tracing.NO_ODD_ONE)
     negative[["sample_id", "prompts", "unit"]] = "n" + negative[["sample_id", "prompts", "unit"]]
-    other = pd.concat([table, negative.assign(head_effect=-9 * negative["head_effect"])])
-    both = pd.concat([table, negative])
-    config = tracing.Config(compare="other.csv")
-    heads = tracing.compare_runs(both, other.assign(factor=math.nan), find(both)[1], 0.1, config)
-    assert agreement(caplog.text) == 1.0
-    assert "2 components and 8 of 8 sentences" in caplog.text
+    other = negative.assign(head_effect=-9 * negative["head_effect"])
+    heads = compared(pd.concat([table, negative]), pd.concat([table, other]))
+    assert "zero in other.csv): 1.000" in told.text
+    assert "2 components and 8 of 8 sentences" in told.text
     assert heads["growth_mean"].tolist() == [0, 0]
 
 
-def test_a_single_component_has_no_ranking(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "circuit")
+def test_a_single_component_has_no_ranking(told: pytest.LogCaptureFixture) -> None:
     compare({"L0H1": steps(1.0)}, {"L0H1": steps(1.0)})
-    assert "1 component and 8 of 8 sentences" in caplog.text
-    assert "Spearman" not in caplog.text
+    assert "1 component and 8 of 8 sentences" in told.text
+    assert "Spearman" not in told.text
 
 
-INCOMPARABLE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    # flags of the run, what the other's columns tell instead, what is said
+TWO = "--num_samples 2 --layers 2"
+INTO = {"op": "patch", "patch_into": "b"}
+SCALED = {"op": "scale", "factor": 2.0}
+OTHERS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    # flags of the run, what the other's columns tell instead, what is said if it is refused
     "task": ("", {"task": "refusal"}, ["task refusal", "suppression"]),
     "kind": ("", {"kind": "neuron", "head": ""}, ["kind neuron", "head"]),
     "positions": ("", {"positions": "last"}, ["positions last", "all"]),
-    "patch_into": ("--op patch", {"patch_into": "b"}, ["patch_into b", "this run a"]),
-    "factor": ("--op scale --factor 0.5", {"factor": 2.0}, ["factor 2.0", "0.5"]),
+    "patch_into": ("--op patch", INTO, ["patch_into b", "this run a"]),
+    "factor": ("--op scale --factor 0.5", SCALED, ["factor 2.0", "0.5"]),
     "other prompts": ("", {"prompts": lambda table: table["sample_id"]}, ["shares no prompt"]),
     "another layer": ("", {"layer": 1}, ["shares no prompt and component"]),
+    "mean and zero": ("--op mean", {}, []),
+    "scale and zero": ("--op scale --factor 0.5", {}, []),
+    "zero and scale": ("", SCALED, []),
+    "patch and zero": ("--op patch", {}, []),
+    "zero and patch into b": ("", INTO, []),
 }
-TWO = "--num_samples 2 --layers 2"
 
 
-@pytest.fixture()
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *a: pytest.fail("weights were loaded"))
-
-
-@pytest.mark.parametrize("case", INCOMPARABLE)
-def test_a_run_that_means_something_else_is_not_compared_with_and_no_model_is_loaded(
-    case: str,
-    llama: str,
-    tmp_path: Path,
-    run_of: Callable[[str], Path],
-    answer: Answer,
-    request: pytest.FixtureRequest,
+@pytest.mark.parametrize("case", OTHERS)
+def test_runs_of_two_ops_are_compared_but_none_that_means_something_else_before_the_weights(
+    case: str, llama: str, tmp_path: Path, run_of: Runs, answer: Answer, monkeypatch: Patch
 ) -> None:
-    flags, told, says = INCOMPARABLE[case]
+    flags, columns, says = OTHERS[case]
     other = tmp_path / "other.csv"
-    read(run_of(f"{TWO} {flags}")).assign(**told).to_csv(other, index=False)
-    request.getfixturevalue("no_weights")
+    read(run_of(TWO)).assign(**columns).to_csv(other, index=False)
+
+    def stop(*_: Any) -> None:
+        raise tracing.RunError("weights are loaded")
+
+    monkeypatch.setattr(tracing, "load_model", stop)
     argv = ["--output_dir", str(tmp_path / "out"), *TWO.split(), *flags.split()]
-    refuses(answer, "--model_id", llama, *argv, "--compare", str(other), says=[str(other), *says])
+    argv += ["--model_id", llama, "--compare", str(other)]
+    if says:
+        refuses(answer, *argv, says=[str(other), *says])
+    else:
+        refuses(answer, *argv, says=["weights are loaded"], code=1)
 
 
 @pytest.mark.parametrize("column", ["prompts", *RUN[3:]])
 def test_a_table_that_does_not_tell_what_it_compares_is_refused_by_the_column(
-    column: str, llama: str, tmp_path: Path, run_of: Callable[[str], Path], answer: Answer
+    column: str, llama: str, tmp_path: Path, run_of: Runs, answer: Answer
 ) -> None:
     other = tmp_path / "other.csv"
     read(run_of(TWO)).drop(columns=column).to_csv(other, index=False)
     argv = ["--output_dir", str(tmp_path / "out"), *TWO.split(), "--compare", str(other)]
     says = [str(other), f"column {column!r} is missing"]
     refuses(answer, "--model_id", llama, *argv, says=says)
-
-
-@pytest.mark.parametrize(
-    ("flags", "before"),
-    [
-        ("--op mean", ""),
-        ("--op scale --factor 0.5", ""),
-        ("", "--op scale --factor 2"),
-        ("--op patch", ""),
-        ("", "--op patch --patch_into b"),
-    ],
-)
-def test_runs_of_two_ops_are_compared_whatever_their_factors(
-    flags: str,
-    before: str,
-    tiny_llama: str,
-    tmp_path: Path,
-    clear_run_of: Callable[[str], Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    other = clear_run_of(f"{TWO} {before}".strip()) / "circuit_results.csv"
-    finish(tiny_llama, tmp_path, *TWO.split(), *flags.split(), "--compare", str(other))
-    assert -1 <= agreement(capsys.readouterr().out) <= 1
-
-
-def test_a_run_agrees_with_itself_under_other_sample_ids(
-    tiny_llama: str,
-    tmp_path: Path,
-    clear_run_of: Callable[[str], Path],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    table, other = read(clear_run_of(TWO)), tmp_path / "other.csv"
-    swapped = table["sample_id"].map({"s0000": "s0001", "s0001": "s0000"})
-    table.assign(sample_id=swapped).to_csv(other, index=False)
-    heads = read(
-        finish(tiny_llama, tmp_path / "out", *TWO.split(), "--compare", str(other)),
-        "circuit_heads.csv",
-    )
-    assert agreement(capsys.readouterr().out) == 1.0
-    assert heads["growth_mean"].abs().max() < 1e-5
