@@ -254,9 +254,8 @@ def test_a_circuit_of_another_model_is_refused_and_the_folder_stays(
 
 @pytest.mark.parametrize("label", ["L3H0", "L0H4", "L0N80", "L3mlp"])
 def test_components_that_the_model_lacks_are_refused(
-    label: str, llama: str, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    label: str, llama: str, answer: Answer, tmp_path: Path, no_weights: None
 ) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *a: pytest.fail("weights are loaded"))
     (tmp_path / "names").write_text(f"L0H0 {label}")
     for flag in ("--ablate", "--given", "--skip"):
         argv = ["--output_dir", str(tmp_path / "run"), flag, str(tmp_path / "names")]

@@ -265,9 +265,7 @@ def test_agreement_by_hand() -> None:
     assert found["slope"] == pytest.approx(0.2)
     assert found["rank"] == pytest.approx(2 / math.sqrt(20))
     for one in (pairs([], []), pairs([1], [2])):
-        assert {math.isnan(tracing.agreement(one)[name]) for name in ("r", "rank", "slope")} == {
-            True
-        }
+        assert all(math.isnan(tracing.agreement(one)[name]) for name in ("r", "rank", "slope"))
 
 
 def screen_of(top: str, drawn: str, n_left_out: int = 2, factor: float = 1.0) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,19 +28,16 @@ def plain(llama: str) -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def runs(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The output folder of a small run of a task, with controls where it has any."""
-    done: dict[str, Path] = {}
 
-    def of(task: str) -> Path:
-        if task not in done:
-            flags = ["--task", task, *(["--controls"] if task == "suppression" else [])]
-            done[task] = finish(llama, tmp_path_factory.mktemp(task), *SMALL, *flags)
-        return done[task]
+    def run(task: str) -> Path:
+        flags = ["--task", task, *["--controls"] * (task == "suppression")]
+        return finish(llama, tmp_path_factory.mktemp(task), *SMALL, *flags)
 
-    return of
+    return functools.cache(run)
 
 
 TASKS = {"suppression": ["a", "b", "other", "affirm"], "refusal": ["a", "b"]}
-TASKS["odd_one_out"] = ["a", "b"]
+TASKS["odd_one_out"] = TASKS["refusal"]
 NATURAL = {"suppression": "b", "refusal": "a", "odd_one_out": "a"}  # after which targets are likely
 SIGNS = {"suppression": -1, "refusal": 1, "odd_one_out": 1}  # of delta where the task is carried
 
