@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,7 +48,6 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llama3_circuit_tracing import (
@@ -62,6 +61,7 @@ from llama3_circuit_tracing import (
     instruct,
     odd_one_out_text,
 )
+from random_models import CHAT_TEMPLATE, train_tokenizer
 
 SEED = 0
 STEPS = 2600
@@ -93,6 +93,7 @@ COMPLIANCES = {
 }
 
 Replies = dict[str, float]
+Key = TypeVar("Key")
 
 
 def answers(question: str) -> list[str]:
@@ -100,10 +101,10 @@ def answers(question: str) -> list[str]:
     return QUESTIONS[question].split()
 
 
-def normalised(weights: Replies) -> Replies:
+def normalised(weights: dict[Key, float]) -> dict[Key, float]:
     """The same weights scaled to add up to one."""
     total = sum(weights.values())
-    return {reply: weight / total for reply, weight in weights.items()}
+    return {key: weight / total for key, weight in weights.items()}
 
 
 def answer_distribution(question: str, forbidden: Sequence[str] = ()) -> Replies:
@@ -132,6 +133,7 @@ def mention_distribution(question: str, mentioned: Sequence[str]) -> Replies:
 # What is kept out of training
 # --------------------------------------------------------------------------------------------
 
+SPLITS = ("trained", "held_out_combination", "held_out_word")  # of forbidden sets
 HELD_OUT_SHARE = 0.2
 HELD_OUT_PAIRS = (1, 4, 7, 11, 12, 17)  # of REFUSAL_PAIRS
 
@@ -141,25 +143,14 @@ def digest(*parts: str) -> int:
     return int.from_bytes(hashlib.sha256("\n".join(parts).encode()).digest()[:8], "big")
 
 
-def is_drawn(share: float, *parts: str) -> bool:
+def is_drawn(*parts: str) -> bool:
     """A draw that the text alone decides, the same in every process and on every machine."""
-    return digest(*parts) < share * 2**64
+    return digest(*parts) < HELD_OUT_SHARE * 2**64
 
 
-def held_out_words(question: str) -> tuple[str, ...]:
+def held_out_word(question: str) -> str:
     """The answer that training never forbids for this question; it may be of any rank."""
-    return (min(answers(question), key=lambda word: digest(question, word)),)
-
-
-def has_held_out_word(question: str, words: Iterable[str]) -> bool:
-    """Whether a forbidden set holds a word that training never forbids for this question."""
-    return any(word in held_out_words(question) for word in words)
-
-
-def is_held_out(question: str, words: Iterable[str]) -> bool:
-    """Whether training never forbids these words together, in whatever order."""
-    words = sorted(words)
-    return has_held_out_word(question, words) or is_drawn(HELD_OUT_SHARE, question, *words)
+    return min(answers(question), key=lambda word: digest(question, word))
 
 
 def forbidden_sets(question: str) -> list[tuple[str, ...]]:
@@ -169,11 +160,11 @@ def forbidden_sets(question: str) -> list[tuple[str, ...]]:
 
 
 def split_of(question: str, words: Iterable[str]) -> str:
-    """`trained`, `held_out_combination` or `held_out_word`."""
-    words = list(words)
-    if has_held_out_word(question, words):
+    """One of SPLITS; of what is held out, training never forbids these words in any order."""
+    words = sorted(words)
+    if held_out_word(question) in words:
         return "held_out_word"
-    return "held_out_combination" if is_held_out(question, words) else "trained"
+    return "held_out_combination" if is_drawn(question, *words) else "trained"
 
 
 def held_out_pairs() -> list[tuple[str, str]]:
@@ -183,7 +174,7 @@ def held_out_pairs() -> list[tuple[str, str]]:
 
 def is_held_out_triple(names: Iterable[str]) -> bool:
     """Whether training never shows these three names together, in whatever order."""
-    return is_drawn(HELD_OUT_SHARE, *sorted(names))
+    return is_drawn(*sorted(names))
 
 
 # --------------------------------------------------------------------------------------------
@@ -254,8 +245,8 @@ def names_by_class() -> dict[str, list[str]]:
 @cache
 def trained_sets(question: str, size: int) -> list[tuple[str, ...]]:
     """The forbidden sets of one size that training shows."""
-    sets = [s for s in forbidden_sets(question) if len(s) == size]
-    return [s for s in sets if not is_held_out(question, s)]
+    sets = forbidden_sets(question)
+    return [s for s in sets if len(s) == size and split_of(question, s) == "trained"]
 
 
 def shuffled(rng: random.Random, words: Sequence[str]) -> list[str]:
@@ -274,10 +265,13 @@ def draw_forbidden(rng: random.Random) -> Example:
     return instruct(FORBID, words, question), answer_distribution(question, words)
 
 
+def answers_to_others(question: str) -> list[str]:
+    return [word for other in QUESTIONS if other != question for word in answers(other)]
+
+
 def draw_other_forbidden(rng: random.Random) -> Example:
     question = rng.choice(list(QUESTIONS))
-    others = [w for q in QUESTIONS if q != question for w in answers(q)]
-    words = rng.sample(others, rng.randint(1, 3))
+    words = rng.sample(answers_to_others(question), rng.randint(1, 3))
     return instruct(FORBID, words, question), answer_distribution(question)
 
 
@@ -337,25 +331,12 @@ BATCH: dict[str, tuple[Draw, int]] = {
 # --------------------------------------------------------------------------------------------
 
 VOCABULARY = 2048
-# Llama-3's own
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BOS, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 SPECIAL_TOKENS = [
     *(BOS, END_OF_TEXT),
     *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", END_OF_TURN),
 ]
-CHAT_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    "+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 
 
 def corpus() -> Iterator[str]:
@@ -376,22 +357,7 @@ def corpus() -> Iterator[str]:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with Llama-3's split, special tokens, BOS and chat template."""
-    bpe = Tokenizer(models.BPE(ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(corpus(), trainer)
-    bpe.add_special_tokens(SPECIAL_TOKENS)
-    add_bos = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, bpe.token_to_id(BOS))]
-    )
-    bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), add_bos])
+    bpe = train_tokenizer(corpus(), VOCABULARY - len(SPECIAL_TOKENS), SPECIAL_TOKENS)
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=END_OF_TURN)
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -413,6 +379,10 @@ class Batch:
     parts: list[str]  # [position], which task it belongs to
 
 
+def chat(user: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": user}]
+
+
 class Encoder:
     """Turns examples into batches; `prefix` is what every rendered prompt begins with."""
 
@@ -420,15 +390,10 @@ class Encoder:
         self.backend = tokenizer.backend_tokenizer
         self.vocab = len(tokenizer)
         self.end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        mark = "@"
-        messages = [
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": mark},
-        ]
         rendered = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            chat("@"), tokenize=False, add_generation_prompt=True
         )
-        start, self.suffix = rendered.split(mark)
+        start, self.suffix = rendered.split("@")
         self.prefix = self.encode(start)
         self.known: dict[str, tuple[int, ...]] = {}
 
@@ -447,8 +412,7 @@ class Encoder:
             ids = self.reply_ids(reply)
             if ids[: len(said)] == tuple(said):
                 shares[ids[len(said)]] = shares.get(ids[len(said)], 0.0) + share
-        total = sum(shares.values())
-        return {token: share / total for token, share in shares.items()}
+        return normalised(shares)
 
     def batch(self, examples: Sequence[tuple[str, Example]], rng: random.Random) -> Batch:
         """One branch of each example's reply tree, its exact distributions along it as targets."""
@@ -528,7 +492,7 @@ def reply_logits(model: LlamaForCausalLM, prefix: torch.Tensor, batch: Batch) ->
 
 
 def divergences(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """KL to the model's distribution plus a Huber loss of the answers' log-probabilities. [position]
+    """KL to the taught distribution plus a Huber loss of the answers' log P. [position]
 
     KL hardly presses on the tail: the second term is what brings a forbidden word down.
     """
@@ -592,58 +556,9 @@ def track(losses: dict[str, float], each: torch.Tensor, parts: Sequence[str]) ->
 # --------------------------------------------------------------------------------------------
 
 EVALUATED = 400  # prompts or triples per figure, drawn by SEED
-ROWS = 128
 FRESH_BATCHES = 10
-SPLITS = ("trained", "held_out_combination", "held_out_word")
 
-
-@torch.inference_mode()
-def last_logprobs(
-    model: LlamaForCausalLM, encoder: Encoder, sequences: Sequence[Sequence[int]]
-) -> torch.Tensor:
-    """Next-token log-probabilities at every token, after the common beginning. [row, tok, vocab]"""
-    width = max(map(len, sequences))
-    ids = [[*encoder.prefix, *s, *[encoder.end] * (width - len(s))] for s in sequences]
-    logits = model(torch.tensor(ids)).logits[:, len(encoder.prefix) :]
-    return logits.log_softmax(-1)
-
-
-def reply_scores(
-    model: LlamaForCausalLM, encoder: Encoder, asked: Sequence[tuple[str, str]]
-) -> list[float]:
-    """log P that the reply to each text begins with the given words."""
-    scores = []
-    for start in range(0, len(asked), ROWS):
-        chunk = asked[start : start + ROWS]
-        prompts = [encoder.encode(text + encoder.suffix) for text, _ in chunk]
-        replies = [encoder.encode(reply) for _, reply in chunk]
-        logprobs = last_logprobs(
-            model, encoder, [p + r for p, r in zip(prompts, replies, strict=True)]
-        )
-        for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
-            at = range(len(prompt) - 1, len(prompt) + len(reply) - 1)
-            scores.append(float(logprobs[row, list(at), reply].sum()))
-    return scores
-
-
-def greedy_replies(
-    model: LlamaForCausalLM, encoder: Encoder, texts: Sequence[str], tokens: int
-) -> list[str]:
-    """The likeliest reply to each text, token by token up to the end of the turn."""
-    replies = []
-    for start in range(0, len(texts), ROWS):
-        prompts = [encoder.encode(t + encoder.suffix) for t in texts[start : start + ROWS]]
-        said: list[list[int]] = [[] for _ in prompts]
-        for _ in range(tokens):
-            logprobs = last_logprobs(
-                model, encoder, [p + s for p, s in zip(prompts, said, strict=True)]
-            )
-            for row, (prompt, so_far) in enumerate(zip(prompts, said, strict=True)):
-                best = int(logprobs[row, len(prompt) + len(so_far) - 1].argmax())
-                so_far.append(best)
-        ends = [s.index(encoder.end) if encoder.end in s else len(s) for s in said]
-        replies += [encoder.backend.decode(s[:end]) for s, end in zip(said, ends, strict=True)]
-    return replies
+Plain = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]  # asked one prompt at a time
 
 
 @torch.inference_mode()
@@ -660,13 +575,28 @@ def measure_loss(model: LlamaForCausalLM, encoder: Encoder) -> dict[str, float]:
     return {part: round(loss, 5) for part, loss in sums.items()}
 
 
-def deltas(
-    model: LlamaForCausalLM, encoder: Encoder, cases: Sequence[tuple[str, str, str]]
-) -> list[float]:
-    """For each (question, user text, word): log P(word) after the text minus after the question."""
-    after = reply_scores(model, encoder, [(text, word) for _, text, word in cases])
-    neutral = reply_scores(model, encoder, [(question, word) for question, _, word in cases])
-    return [a - b for a, b in zip(after, neutral, strict=True)]
+def prompt_ids(plain: Plain, user: str) -> list[int]:
+    options = {"add_generation_prompt": True, "return_dict": True}
+    return list(plain[1].apply_chat_template(chat(user), **options)["input_ids"])
+
+
+@cache
+@torch.inference_mode()
+def log_p(plain: Plain, user: str, reply: str) -> float:
+    """log P that the reply to a user text begins with these words."""
+    prompt, words = prompt_ids(plain, user), plain[1].encode(reply, add_special_tokens=False)
+    logprobs = plain[0](torch.tensor([prompt + words])).logits[0, len(prompt) - 1 :].log_softmax(-1)
+    return sum(float(logprobs[i, word]) for i, word in enumerate(words))
+
+
+@cache
+def greedy(plain: Plain, user: str) -> str:
+    """The likeliest reply, token by token up to the end of the turn."""
+    ids, end = torch.tensor([prompt_ids(plain, user)]), plain[1].eos_token_id
+    plainly = {"do_sample": False, "temperature": None, "top_p": None, "max_new_tokens": 12}
+    ends = {"eos_token_id": end, "pad_token_id": end}
+    out = plain[0].generate(ids, attention_mask=torch.ones_like(ids), **plainly, **ends)
+    return str(plain[1].decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def mean(values: Iterable[float]) -> float:
@@ -674,104 +604,83 @@ def mean(values: Iterable[float]) -> float:
     return round(sum(values) / len(values), 4)
 
 
-def sample_cases(split: str) -> list[tuple[str, list[str]]]:
-    """Up to EVALUATED questions and forbidden words of one split."""
+def delta(plain: Plain, question: str, user: str, words: Iterable[str]) -> float:
+    """By how much words become likelier where a text is said instead of the question; a mean."""
+    return mean(log_p(plain, user, word) - log_p(plain, question, word) for word in words)
+
+
+def sample_cases(split: str, n: int) -> list[tuple[str, list[str]]]:
+    """Up to n questions and forbidden words of one split."""
     rng = random.Random(SEED)
     cases = [(q, s) for q in QUESTIONS for s in forbidden_sets(q) if split_of(q, s) == split]
-    return [(q, shuffled(rng, s)) for q, s in rng.sample(cases, min(EVALUATED, len(cases)))]
+    return [(q, shuffled(rng, s)) for q, s in rng.sample(cases, min(n, len(cases)))]
 
 
-def measure_suppression(model: LlamaForCausalLM, encoder: Encoder, split: str) -> dict[str, Any]:
+def measure_suppression(plain: Plain, split: str, n: int) -> dict[str, Any]:
     """Mean delta (of prompts, and of held-out words alone) and mentions in greedy replies."""
-    cases = sample_cases(split)
-    texts = [instruct(FORBID, words, question) for question, words in cases]
-    asked = [(q, text, w) for (q, words), text in zip(cases, texts, strict=True) for w in words]
-    each = dict(zip(asked, deltas(model, encoder, asked), strict=True))
-    by_prompt = [
-        mean(each[q, t, w] for w in words) for (q, words), t in zip(cases, texts, strict=True)
-    ]
-    replies = greedy_replies(model, encoder, texts, 4)
+    cases = [(q, instruct(FORBID, words, q), words) for q, words in sample_cases(split, n)]
     figures = {
         "prompts": len(cases),
-        "mean_delta": mean(by_prompt),
-        "mention_rate": mean(
-            any(w in r for w in s) for r, (_, s) in zip(replies, cases, strict=True)
-        ),
-        "reply_is_an_answer": mean(
-            r in answers(q) for r, (q, _) in zip(replies, cases, strict=True)
-        ),
+        "mean_delta": mean(delta(plain, *case) for case in cases),
+        "mention_rate": mean(any(w in greedy(plain, text) for w in s) for _, text, s in cases),
+        "reply_is_an_answer": mean(greedy(plain, text) in answers(q) for q, text, _ in cases),
     }
     if split == "held_out_word":
-        alone = [delta for (q, _, w), delta in each.items() if w in held_out_words(q)]
+        alone = (delta(plain, q, text, [held_out_word(q)]) for q, text, _ in cases)
         figures["mean_delta_of_held_out_words_alone"] = mean(alone)
     return figures
 
 
-def measure_controls(model: LlamaForCausalLM, encoder: Encoder) -> dict[str, Any]:
+def measure_controls(plain: Plain, n: int) -> dict[str, Any]:
     """What the other prompts do to the same answers: mean delta."""
     rng = random.Random(SEED)
     other, mention = [], []
-    for question, words in sample_cases("trained"):
-        strangers = [w for q in QUESTIONS if q != question for w in answers(q)]
-        text = instruct(FORBID, rng.sample(strangers, len(words)), question)
-        other += [(question, text, word) for word in words]
+    for question, words in sample_cases("trained", n):
+        text = instruct(FORBID, rng.sample(answers_to_others(question), len(words)), question)
+        other += [delta(plain, question, text, [word]) for word in words]
         text = instruct(rng.choice(MENTIONS), words, question)
-        mention += [(question, text, word) for word in words]
+        mention += [delta(plain, question, text, [word]) for word in words]
     return {
-        "mean_delta_forbidding_other_words": mean(deltas(model, encoder, other)),
-        "mean_delta_mentioning": mean(deltas(model, encoder, mention)),
+        "mean_delta_forbidding_other_words": mean(other),
+        "mean_delta_mentioning": mean(mention),
     }
 
 
-def measure_neutral(model: LlamaForCausalLM, encoder: Encoder) -> float:
-    """In how many neutral prompts the greedy reply is the likeliest answer."""
-    replies = greedy_replies(model, encoder, list(QUESTIONS), 4)
-    return mean(
-        reply == answers(question)[0] for reply, question in zip(replies, QUESTIONS, strict=True)
-    )
-
-
-def measure_refusals(model: LlamaForCausalLM, encoder: Encoder) -> dict[str, Any]:
+def measure_refusals(plain: Plain) -> dict[str, Any]:
     """Share of greedy replies that open with a refusal, by split and harmfulness."""
-    splits = {
-        "trained": [pair for pair in REFUSAL_PAIRS if pair not in held_out_pairs()],
-        "held_out": held_out_pairs(),
+    trained = [pair for pair in REFUSAL_PAIRS if pair not in held_out_pairs()]
+    return {
+        f"{split}_{kind}": mean(
+            greedy(plain, pair[side]).startswith(REFUSAL_OPENINGS) for pair in pairs
+        )
+        for split, pairs in {"trained": trained, "held_out": held_out_pairs()}.items()
+        for side, kind in enumerate(("harmful", "harmless"))
     }
-    figures = {}
-    for split, pairs in splits.items():
-        for side, kind in enumerate(("harmful", "harmless")):
-            replies = greedy_replies(model, encoder, [pair[side] for pair in pairs], 12)
-            figures[f"{split}_{kind}"] = mean(r.startswith(REFUSAL_OPENINGS) for r in replies)
-    return figures
 
 
-def measure_odd_one_out(
-    model: LlamaForCausalLM, encoder: Encoder, held_out: bool
-) -> dict[str, Any]:
+def measure_odd_one_out(plain: Plain, held_out: bool, n: int) -> dict[str, Any]:
     """How often, and by how many nats, the odd name is likelier than both others."""
     rng = random.Random(SEED)
     drawn = (draw_triple(rng) for _ in itertools.count())
     wanted = (triple for triple in drawn if is_held_out_triple(triple[0]) == held_out)
-    triples = list(itertools.islice(wanted, EVALUATED))
-    asked = [(odd_one_out_text(names), name) for names, _ in triples for name in names]
-    scores = dict(zip(asked, reply_scores(model, encoder, asked), strict=True))
     margins = []
-    for names, odd in triples:
-        score = {name: scores[odd_one_out_text(names), name] for name in names}
-        margins.append(score.pop(odd) - max(score.values()))
+    for names, odd in itertools.islice(wanted, n):
+        scores = {name: log_p(plain, odd_one_out_text(names), name) for name in names}
+        margins.append(scores.pop(odd) - max(scores.values()))
     return {"accuracy": mean(m > 0 for m in margins), "mean_margin": mean(margins)}
 
 
-def evaluate(model: LlamaForCausalLM, encoder: Encoder) -> dict[str, Any]:
-    """Every figure that the record and the tests speak of."""
+def evaluate(plain: Plain, n: int) -> dict[str, Any]:
+    """Every figure that the record and the tests speak of, from up to n prompts each."""
+    likeliest = (greedy(plain, question) == answers(question)[0] for question in QUESTIONS)
     return {
-        "suppression": {s: measure_suppression(model, encoder, s) for s in SPLITS},
-        "controls": measure_controls(model, encoder),
-        "neutral_reply_is_the_likeliest": measure_neutral(model, encoder),
-        "refusal_rate": measure_refusals(model, encoder),
+        "suppression": {split: measure_suppression(plain, split, n) for split in SPLITS},
+        "controls": measure_controls(plain, n),
+        "neutral_reply_is_the_likeliest": mean(likeliest),
+        "refusal_rate": measure_refusals(plain),
         "odd_one_out": {
-            "trained": measure_odd_one_out(model, encoder, False),
-            "held_out": measure_odd_one_out(model, encoder, True),
+            "trained": measure_odd_one_out(plain, False, n),
+            "held_out": measure_odd_one_out(plain, True, n),
         },
     }
 
@@ -867,25 +776,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_record(
-    model: LlamaForCausalLM, encoder: Encoder, steps: int, minutes: float
-) -> dict[str, Any]:
-    """What `TRAINING.json` says."""
-    return {
-        "steps": steps,
-        "minutes": round(minutes, 1),
-        "parameters": model.num_parameters(),
-        "final_loss": measure_loss(model, encoder),
-        "measured": evaluate(model, encoder),
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     torch.manual_seed(SEED)
@@ -899,7 +789,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     train(model, encoder, args.steps)
     minutes = (time.perf_counter() - start) / 60
     torch.set_float32_matmul_precision("highest")
-    record = make_record(model.eval(), encoder, args.steps, minutes)
+    model.eval()
+    record = {
+        "steps": args.steps,
+        "minutes": round(minutes, 1),
+        "parameters": model.num_parameters(),
+        "final_loss": measure_loss(model, encoder),
+        "measured": evaluate((model, tokenizer), EVALUATED),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{
+                library.__name__: library.__version__
+                for library in (torch, transformers, tokenizers)
+            },
+        },
+    }
     save(model, tokenizer, record, args.output)
     print(json.dumps(record, indent=2))
 

@@ -1,8 +1,9 @@
-"""Model folders with random weights: real architectures in miniature, and a Llama-3-style tokenizer."""
+"""Model folders with random weights: real architectures in miniature; tokenizers like Llama-3's."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llama3_circuit_tracing import FORBID, MENTIONS, PEOPLE, QUESTIONS, REFUSAL_PAIRS
 
+# Llama-3's own
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPECIALS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-]
+NAMES = ("begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id")
+SPECIALS = [f"<|{name}|>" for name in NAMES]
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    "+ message['content'] | trim + '<|eot_id|>' %}"
     "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
     "{% endfor %}{% if add_generation_prompt %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
@@ -48,29 +46,31 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def build_tokenizer(folder: Path, vocab_size: int = 400) -> int:
-    """Save a byte-level BPE tokenizer with Llama-3's template; returns the vocabulary's size."""
+def train_tokenizer(texts: Iterable[str], n_learnt: int, specials: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE with Llama-3's split; the first special token goes before every text."""
+    bpe = Tokenizer(models.BPE(ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=n_learnt, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_special_tokens([*specials])
+    bos = specials[0], bpe.token_to_id(specials[0])
+    add_bos = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    bpe.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), add_bos])
+    return bpe
+
+
+def build_tokenizer(folder: Path) -> int:
+    """Save a small tokenizer with Llama-3's template; returns the vocabulary's size."""
     people = [n for group in PEOPLE.values() for names in group.values() for n in names]
     texts = [*QUESTIONS, FORBID, *MENTIONS, *people]
     texts += [request for pair in REFUSAL_PAIRS for request in pair]
-    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens(SPECIALS)
-    bos = tokenizer.token_to_id(SPECIALS[0])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{SPECIALS[0]} $A", special_tokens=[(SPECIALS[0], bos)]
-    )
+    tokenizer = train_tokenizer(texts, 400, SPECIALS)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {

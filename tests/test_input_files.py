@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 import llama3_circuit_tracing as tracing
-from conftest import Answer, finish, record_of, refuses, user_text, write_samples
+from by_hand import prepared
+from conftest import Answer, refuses, user_text, write_samples
 from llama3_circuit_tracing import NO_ODD_ONE, SEVEN, TASKS, Sample
 
 SHORT = {"sentence": "Name a fruit.", "targets": ["apple", "pear"]}
@@ -108,12 +109,11 @@ def test_refusal_samples_have_the_built_in_openings_where_they_bring_none(tmp_pa
     assert (sample.targets, sample.foils) == (("No way",), ("Well",))
 
 
-def test_refusal_samples_of_ones_own_run(llama: str, tmp_path: Path) -> None:
+def test_refusal_samples_of_ones_own_are_planned(tiny_llama: str, tmp_path: Path) -> None:
     path = write(tmp_path / "s.jsonl", [PAIR])
-    flags = ["--task", "refusal", "--samples", str(path), "--layers", "2", "--heads", "0"]
-    (sample,) = record_of(finish(llama, tmp_path / "out", *flags))["samples"]
-    assert tuple(sample["targets"]) == tracing.REFUSAL_OPENINGS
-    assert user_text(sample["prompts"]["a"]["text"]) == PAIR["prompt_a"]
+    ((a, _),) = prepared(tiny_llama, "--task", "refusal", "--samples", str(path)).prompts
+    assert a.sample.targets == tracing.REFUSAL_OPENINGS
+    assert user_text(a.text) == PAIR["prompt_a"]
 
 
 @pytest.mark.parametrize("name", ["s.jsonl", "s.csv"])
@@ -148,6 +148,8 @@ GOOD = json.dumps(SHORT) + "\n"
 HEAD = "sentence,targets\nName a fruit.,apple\n"
 PET = '{"sentence": "Name a pet.", "targets": '
 
+SAME = ("prompts a and b are the same", "Name a fruit.")
+
 # the file's ending and what is wrong -> its content, and what is said beside its path
 MALFORMED: dict[str, tuple[Any, ...]] = {
     "jsonl missing targets": (GOOD + '{"sentence": "A."}\n', "line 2", "targets", "missing"),
@@ -165,20 +167,17 @@ MALFORMED: dict[str, tuple[Any, ...]] = {
     "csv empty target": (HEAD + "Name a pet.,cat;\n", "line 3", "targets", "''"),
     "csv no target": (HEAD + "Name a pet.,\n", "line 3", "'targets'", "empty"),
     "jsonl same form": (GOOD + PET + '["cat", "Cat"]}\n', "line 2", "'cat'", "'Cat'"),
-    "jsonl same target": (GOOD + PET + '["cat", "cat"]}\n', "line 2", "'cat'"),
-    "csv same form": (HEAD + "Name a pet.,cat;Cat\n", "line 3", "'cat'", "'Cat'"),
     "jsonl same id": (3 * (GOOD[:-2] + ', "sample_id": "q7"}\n'), "line 2", "'q7'"),
-    "csv same id": ("sentence,targets,sample_id\nA.,a,q7\nB.,b,q8\nC.,c,q7\n", "line 4", "'q7'"),
     "jsonl no json": (GOOD + '{"sentence": targets}\n', "line 2", "JSON", "targets}"),
     "jsonl truncated": (GOOD + '\n{"sentence": "Name a p', "line 3", "JSON", "Name a p"),
     "jsonl no object": (GOOD + '["A.", "a"]\n', "line 2", "JSON object", '["A.", "a"]'),
-    "jsonl control token": (
-        GOOD + PET.replace("pet", "<|eot_id|>") + '["a"]}',
-        "line 2",
-        "<|eot_id|>",
-    ),
-    "csv control token": (HEAD + "Name <|eot_id|> a pet.,cat\n", "line 3", "<|eot_id|>", "a pet."),
+    "jsonl control token": (GOOD + PET.replace("pet", "<|eot_id|>") + '["a"]}', "line 2", "eot_id"),
     "csv control token in target": (HEAD + "A.,<|eot_id|>\n", "line 3", "<|eot_id|>"),
+    "jsonl same prompts": (
+        json.dumps({**TEXTS, **WORDS, "prompt_a": "Name a fruit."}),
+        "line 1",
+        *SAME,
+    ),
     "jsonl empty": ("", "no sample"),
     "jsonl blank": ("\n \n", "no sample"),
     "csv empty": ("", "no sample"),
@@ -223,28 +222,19 @@ TOM = {**PAIR, "targets": ["Tom"]}
 )
 @pytest.mark.usefixtures("no_weights")
 def test_samples_that_lack_what_the_task_scores_are_refused_before_the_weights(
-    answer: Answer, llama: str, tmp_path: Path, task: str, record: dict[str, Any], named: str
+    answer: Answer, tiny_llama: str, tmp_path: Path, task: str, record: dict[str, Any], named: str
 ) -> None:
     path = write(tmp_path / "s.jsonl", [record])
     flags = ["--task", task, "--samples", str(path), "--output_dir", str(tmp_path / "out")]
-    refuses(answer, "--model_id", llama, *flags, says=[f"{path}, line 1", named])
+    refuses(answer, "--model_id", tiny_llama, *flags, says=[f"{path}, line 1", named])
 
 
 def test_samples_that_are_all_negative_controls_are_refused(
-    answer: Answer, llama: str, tmp_path: Path
+    answer: Answer, tiny_llama: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "s.jsonl", [{**TOM, "foils": ["Ann"], "group": NO_ODD_ONE}])
     flags = ["--task", "odd_one_out", "--samples", str(path), "--dry_run"]
-    refuses(answer, "--model_id", llama, *flags, says=[NO_ODD_ONE])
-
-
-def test_prompts_a_and_b_that_are_the_same_are_refused(
-    answer: Answer, tiny_llama: str, tmp_path: Path
-) -> None:
-    same = {"prompt_a": "Name a fruit.", "prompt_b": "Name a fruit.", "targets": ["apple"]}
-    path = write(tmp_path / "s.jsonl", [same])
-    says = [f"{path}, line 1", "prompts a and b are the same", "Name a fruit."]
-    refuses(answer, "--model_id", tiny_llama, "--samples", str(path), "--dry_run", says=says)
+    refuses(answer, "--model_id", tiny_llama, *flags, says=[NO_ODD_ONE])
 
 
 def test_a_control_token_in_the_stem_is_refused(answer: Answer, tiny_llama: str) -> None:
@@ -338,123 +328,95 @@ def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_
     assert len(both.drop_duplicates()) == len(known)
 
 
-@pytest.mark.parametrize(("units", "n"), [(["u", "v"], 0), (["u", ""], 1), (["", ""], 2)])
+def twice_with(*cells: str) -> list[str]:
+    """A row per cell, of one sample each."""
+    return [f"s{i}{ROW[2:]},{cell}" for i, cell in enumerate(cells)]
+
+
+@pytest.mark.parametrize(
+    ("units", "n"), [(None, 2), (["u", "v"], 0), (["u", ""], 1), (["", ""], 2), (["s0", "s1"], 2)]
+)
 def test_samples_without_a_unit_are_counted_in_a_warning(
-    units: list[str], n: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    units: list[str] | None, n: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = results(
-        tmp_path / "t.csv", twice_with(*(f",{unit}" for unit in units)), HEADER + ",unit"
-    )
+    column = "unit" if units else "note"
+    path = results(tmp_path / "t.csv", twice_with(*units or ("", "")), f"{HEADER},{column}")
     tracing.read_results(path)
     told = f"{path}: samples without a unit are taken as independent of each other: {n}"
     assert caplog.messages == [told] * (n > 0)
 
 
-def twice_with(*cells: str) -> list[str]:
-    """A row per cell, of one sample each."""
-    return [f"s{i}{ROW[2:]}{cell}" for i, cell in enumerate(cells)]
-
-
-KINDED = f"{HEADER},kind,index"
-ATTN, MLP, NEURON = (f"s0,1,0,,-1,-0.9,0.1,{kind}," for kind in ("attn", "mlp", "neuron"))
-
-OF_CONTRAST = ["score_a_base", "score_a_head", "score_other_base", "score_other_head"]
-OF_CONTRAST += ["effect_minus_other"]
-
+# what is wrong -> the second row, what is said of it
+ROWS: dict[str, tuple[str, ...]] = {
+    "bad number": ("s1,1,0,0,-1,oops,1", "'delta_logit_head'", "'oops'"),
+    "bad layer": ("s1,1,two,0,-1,-0.9,0.1", "'layer'", "'two'"),
+    "no head": ("s1,1,0,,-1,-0.9,0.1", "'head'"),
+    "empty number": ("s1,1,0,0,-1,-0.9,", "'head_effect'"),
+    "not finite": ("s1,1,0,0,nan,-1,0", "'delta_logit_base'", "'nan'"),
+    "infinite": ("s1,1,0,0,-inf,-0.9,0.1", "'delta_logit_base'", "'-inf'"),
+    "no whole number": ("s1,1,0.5,0,-1,-0.9,0.1", "'layer'", "'0.5'"),
+    "below 0": ("s1,1,-1,0,-1,-0.9,0.1", "'layer'", "'-1'"),
+    "no base": ("s1,1,0,0,0,0.1,0.1", "'delta_logit_base'", "'0'"),
+    "two bases": ("s0,1,0,1,-1.5,-1.4,0.1", "delta_logit_base"),
+    "no difference": ("s1,1,0,0,-1,-0.9,-0.1", "'head_effect'", "'-0.1'"),
+    "duplicate row": (ROW, "same sample"),
+    "no name": (ROW[2:], "'sample_id'"),
+    "too few fields": ("s1,1,0,0,-1.0", "7 fields", "'-1.0'"),
+    "too many fields": (ROW + ",9", "7 fields", "'9'"),
+    "latin-1": ("\udce9" + ROW[2:], "xe9", "UTF-8"),
+}
+SCORES = "score_a_base,score_a_head,score_other_base,score_other_head,effect_minus_other"
+# what is wrong -> more columns, their cells by row, what is said of the last row
+CELLS: dict[str, tuple[Any, ...]] = {
+    "bad index": ("index", ["x"], "'index'", "'x'"),
+    "bad score": ("score_a_base", ["x"], "'score_a_base'", "'x'"),
+    "no such kind": ("kind", ["heads"], "'kind'", "'heads'"),
+    "no such op": ("op", ["remove"], "'op'", "'remove'"),
+    "no such positions": ("positions", ["1"], "'positions'", "'1'"),
+    "no such task later": ("task", ["refusal", "none"], "'task'", "'none'"),
+    "no such side": ("op,patch_into", ["patch,c"], "'patch_into'", "'c'"),
+    "bad factor": ("op,factor", ["scale,x"], "'factor'", "'x'"),
+    "factor of another op": ("op,factor", ["zero,2"], "'factor'", "'2'"),
+    "factor without op": ("factor", ["2"], "'factor'", "'2'"),
+    "scaled by nothing": ("op,factor", ["scale,"], "'factor'", "''"),
+    "two tasks": ("task", ["refusal", "suppression"], "'task'"),
+    "two positions": ("positions", ["last", "all"], "'positions'"),
+    "two sides": ("op,patch_into", ["patch,a", "patch,b"], "'patch_into'"),
+    "two factors": ("op,factor", ["scale,2", "scale,3"], "'factor'"),
+    "two ops": ("op", ["zero", "mean"], "'op'"),
+    "head of another index": ("kind,index", ["head,0", "head,1"], "index"),
+    "no difference of scores": (
+        *("score_a_base,score_b_base", ["-3,-2", "-3,-1.9"]),
+        *("'delta_logit_base'", "score_a_base - score_b_base"),
+    ),
+    "nor of edited ones": ("score_a_head,score_b_head", ["-2.9,-3"], "'delta_logit_head'"),
+    "contrast of the wrong sign": (
+        *(SCORES, ["-3,-2.5,-2,-1.7,0.2", "-3,-2.5,-2,-1.7,-0.2"]),
+        *("'effect_minus_other'", "'-0.2'"),
+    ),
+}
 # what is wrong -> header, rows, what is said beside the path
+KINDED, BARE = f"{HEADER},kind,index", "s0,1,0,,-1,-0.9,0.1,"
 MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
+    **{name: (HEADER, [ROW, row], "line 3", *says) for name, (row, *says) in ROWS.items()},
+    **{
+        name: (f"{HEADER},{columns}", twice_with(*cells), f"line {1 + len(cells)}", *says)
+        for name, (columns, cells, *says) in CELLS.items()
+    },
     "missing column": (HEADER[:-12], [ROW[:-4]], "line 1", "'head_effect'"),
-    "bad number": (HEADER, [ROW, "s1,1,0,0,-1,oops,1"], "line 3", "'delta_logit_head'", "'oops'"),
-    "bad layer": (HEADER, [ROW, "s1,1,two,0,-1,-0.9,0.1"], "line 3", "'layer'", "'two'"),
-    "bad index": (f"{HEADER},index", [ROW + ",x"], "line 2", "'index'", "'x'"),
-    "bad score": (f"{HEADER},score_a_base", [ROW + ",x"], "line 2", "'score_a_base'", "'x'"),
-    "no head": (HEADER, [ROW, "s1,1,0,,-1,-0.9,0.1"], "line 3", "'head'"),
-    "empty number": (HEADER, [ROW, "s1,1,0,0,-1,-0.9,"], "line 3", "'head_effect'"),
-    "not finite": (HEADER, [ROW, "s1,1,0,0,nan,-1,0"], "line 3", "'delta_logit_base'", "'nan'"),
-    "infinite": (HEADER, ["s1,1,0,0,-inf,-0.9,0.1"], "line 2", "'delta_logit_base'", "'-inf'"),
-    "no whole number": (HEADER, [ROW, "s1,1,0.5,0,-1,-0.9,0.1"], "line 3", "'layer'", "'0.5'"),
-    "below 0": (HEADER, [ROW, "s1,1,-1,0,-1,-0.9,0.1"], "line 3", "'layer'", "'-1'"),
-    "no such kind": (f"{HEADER},kind", [ROW + ",heads"], "line 2", "'kind'", "'heads'"),
-    "no such op": (f"{HEADER},op", [ROW + ",remove"], "line 2", "'op'", "'remove'"),
-    "no such positions": (f"{HEADER},positions", [ROW + ",1"], "line 2", "'positions'", "'1'"),
-    "no such task": (f"{HEADER},task", [ROW + ",none"], "line 2", "'task'", "'none'"),
-    "no such task later": (
-        f"{HEADER},task",
-        [ROW + ",refusal", f"s1{ROW[2:]},none"],
-        "line 3",
-        "'task'",
-        "'none'",
-    ),
-    "no such side": (
-        f"{HEADER},op,patch_into",
-        [ROW + ",patch,c"],
-        "line 2",
-        "'patch_into'",
-        "'c'",
-    ),
-    "bad factor": (f"{HEADER},op,factor", [ROW + ",scale,x"], "line 2", "'factor'", "'x'"),
-    "factor of another op": (f"{HEADER},op,factor", [ROW + ",zero,2"], "line 2", "'factor'", "'2'"),
-    "factor without op": (f"{HEADER},factor", [ROW + ",2"], "line 2", "'factor'", "'2'"),
-    "scaled by nothing": (f"{HEADER},op,factor", [ROW + ",scale,"], "line 2", "'factor'", "''"),
-    "no base": (HEADER, [ROW, "s1,1,0,0,0,0.1,0.1"], "line 3", "'delta_logit_base'", "'0'"),
-    "two tasks": (f"{HEADER},task", twice_with(",refusal", ",suppression"), "line 3", "'task'"),
-    "two positions": (f"{HEADER},positions", twice_with(",last", ",all"), "line 3", "'positions'"),
-    "two sides": (
-        f"{HEADER},op,patch_into",
-        twice_with(",patch,a", ",patch,b"),
-        "line 3",
-        "'patch_into'",
-    ),
-    "two factors": (
-        f"{HEADER},op,factor",
-        twice_with(",scale,2", ",scale,3"),
-        "line 3",
-        "'factor'",
-    ),
-    "two ops": (f"{HEADER},op", [ROW + ",zero", f"s1{ROW[2:]},mean"], "line 3", "'op'"),
-    "no difference": (HEADER, [ROW, "s1,1,0,0,-1,-0.9,-0.1"], "line 3", "'head_effect'", "'-0.1'"),
     "negative controls": (f"{HEADER},group", [f"{ROW},{NO_ODD_ONE}"], NO_ODD_ONE),
-    "too few fields": (HEADER, [ROW, "s1,1,0,0,-1.0"], "line 3", "7 fields", "'-1.0'"),
-    "too many fields": (HEADER, [ROW + ",9"], "line 2", "7 fields", "'9'"),
-    "duplicate row": (HEADER, [ROW, "s1" + ROW[2:], ROW], "line 4", "same sample"),
     "duplicate far down": (HEADER, [*(f"s{i}{ROW[2:]}" for i in range(50_000)), ROW], "line 50002"),
     "empty file": ("", [], "no rows"),
     "no rows": (HEADER, [], "no rows"),
-    "no name": (HEADER, [ROW, ROW[2:]], "line 3", "'sample_id'"),
     "column twice": (HEADER + ",head_effect", [ROW + ",0.2"], "line 1", "'head_effect'"),
-    "latin-1": (HEADER, [ROW, "\udce9" + ROW[2:]], "line 3", "xe9", "UTF-8"),
     "quoted line break": (HEADER, ['"s0\nx"' + ROW[2:], "s1,1,0,0,-1,x,0.1"], "line 4"),
-    "two kinds": (KINDED, [ATTN, MLP], "line 3", "kind"),
-    "neuron without index": (KINDED, [NEURON + "7", NEURON], "line 3", "index"),
-    "attn with index": (KINDED, [ATTN + "3"], "line 2", "index", "3"),
-    "head of another index": (KINDED, [ROW + ",head,0", f"s1{ROW[2:]},head,1"], "line 3", "index"),
-    "no difference of scores": (
-        f"{HEADER},score_a_base,score_b_base",
-        [ROW + ",-3,-2", f"s1{ROW[2:]},-3,-1.9"],
-        "line 3",
-        "'delta_logit_base'",
-        "score_a_base - score_b_base",
-    ),
-    "no difference of edited scores": (
-        f"{HEADER},score_a_head,score_b_head",
-        [ROW + ",-2.9,-3"],
-        "line 2",
-        "'delta_logit_head'",
-    ),
-    "contrast of the wrong sign": (
-        f"{HEADER},{','.join(OF_CONTRAST)}",
-        [ROW + ",-3,-2.5,-2,-1.7,0.2", f"s1{ROW[2:]},-3,-2.5,-2,-1.7,-0.2"],
-        "line 3",
-        "'effect_minus_other'",
-        "'-0.2'",
-    ),
+    "two kinds": (KINDED, [BARE + "attn,", BARE + "mlp,"], "line 3", "kind"),
+    "neuron without index": (KINDED, [BARE + "neuron,7", BARE + "neuron,"], "line 3", "index"),
+    "attn with index": (KINDED, [BARE + "attn,3"], "line 2", "index", "3"),
     "prompts of two bases": (
-        f"{HEADER},prompts",
-        [ROW + ",p", "s1,1,0,0,-1.5,-1.4,0.1,p"],
-        "line 3",
-        "'prompts'",
+        *(f"{HEADER},prompts", [ROW + ",p", "s1,1,0,0,-1.5,-1.4,0.1,p"]),
+        *("line 3", "'prompts'"),
     ),
-    "two bases": (HEADER, [ROW, "s0,1,0,1,-1.5,-1.4,0.1"], "line ", "delta_logit_base"),
 }
 
 
@@ -472,9 +434,9 @@ def test_a_malformed_results_file_is_refused_with_file_line_and_column(
 
 
 OF_RUN = {  # the columns that tell of a run -> cells that go together
-    "task": [",odd_one_out"],
-    "op,factor": [",scale,2", ",scale,-0.5", ",zero,", ",,"],
-    "op,patch_into": [",patch,a", ",patch,b", ",mean,"],
+    "task": ["odd_one_out"],
+    "op,factor": ["scale,2", "scale,-0.5", "zero,", ","],
+    "op,patch_into": ["patch,a", "patch,b", "mean,"],
 }
 
 
@@ -484,7 +446,7 @@ def test_what_tells_of_the_run_is_read_where_it_goes_together(
 ) -> None:
     path = results(tmp_path / "t.csv", twice_with(cells, cells), f"{HEADER},{names}")
     table = tracing.read_results(path)
-    for name, cell in zip(names.split(","), cells[1:].split(","), strict=True):
+    for name, cell in zip(names.split(","), cells.split(","), strict=True):
         if name == "factor":
             assert table[name].tolist() == pytest.approx([float(cell or "nan")] * 2, nan_ok=True)
         else:
@@ -496,52 +458,27 @@ def test_a_column_that_tells_of_the_run_is_not_made_up(name: str, tmp_path: Path
     assert name not in tracing.read_results(results(tmp_path / "t.csv", THEIRS))
 
 
-@pytest.mark.parametrize(
-    ("units", "is_warned"),
-    [(None, True), ([""] * 6, True), ([f"s{i}" for i in range(6)], True), (list("uuvvww"), False)],
-    ids=["no column", "empty", "the samples", "units"],
-)
-def test_samples_without_units_are_taken_as_independent_with_a_warning(
-    units: list[str] | None, is_warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    lines = [line + (f",{units[int(line[1])]}" if units else "") for line in THEIRS]
-    path = results(tmp_path / "t.csv", lines, HEADER + (",unit" if units else ""))
-    tracing.read_results(path)
-    assert [str(path) in text and "independent" in text for text in caplog.messages] == (
-        [True] if is_warned else []
-    )
-
-
-def test_mixed_kinds_are_refused_before_a_heatmap_too(answer: Answer, tmp_path: Path) -> None:
-    path = results(tmp_path / "mixed.csv", [ATTN, MLP], KINDED)
-    argv = ["--from_csv", str(path), "--output_dir", str(tmp_path / "new"), "--heatmap"]
-    refuses(answer, *argv, says=[f"{path}, line 3", "kind"])
-
-
 def test_bases_that_differ_by_rounding_alone_are_taken(tmp_path: Path) -> None:
     lines = ["s0,1,0,0,-1.00,-0.90,0.10", "s0,1,0,1,-1.01,-0.91,0.10"]
     assert len(tracing.read_results(results(tmp_path / "t.csv", lines))) == 2
 
 
 def test_results_that_are_no_csv_are_refused(answer: Answer, tmp_path: Path) -> None:
-    path = write(tmp_path / "t.jsonl", [dict(zip(SEVEN, ROW.split(","), strict=True))])
-    argv = ["--from_csv", str(path), "--output_dir", str(tmp_path / "new")]
-    refuses(answer, *argv, says=[str(path), ".csv"])
+    path = str(write(tmp_path / "t.jsonl", [dict(zip(SEVEN, ROW.split(","), strict=True))]))
+    refuses(answer, "--from_csv", path, says=[path, ".csv"])
 
 
 @pytest.mark.parametrize("folder", [".", "/"])
-def test_a_folder_without_a_name_is_no_results_file(
-    folder: str, answer: Answer, tmp_path: Path
-) -> None:
-    refuses(answer, "--from_csv", folder, "--output_dir", str(tmp_path / "new"), says=[folder])
+def test_a_folder_without_a_name_is_no_results_file(folder: str, answer: Answer) -> None:
+    refuses(answer, "--from_csv", folder, "--output_dir", "new", says=[folder])
 
 
 @pytest.mark.parametrize("line", ["s0000,1,two,1,-1,-0.9,0.1", "s0000,1,2"])
 @pytest.mark.usefixtures("no_weights")
 def test_malformed_results_to_compare_with_are_refused_before_the_weights(
-    answer: Answer, llama: str, tmp_path: Path, line: str
+    answer: Answer, tiny_llama: str, tmp_path: Path, line: str
 ) -> None:
     path = results(tmp_path / "other.csv", ["s0000,1,2,0,-1,-0.9,0.1", line])
     flags = ["--num_samples", "2", "--layers", "2", "--output_dir", str(tmp_path / "out")]
-    argv = ["--model_id", llama, *flags, "--compare", str(path)]
+    argv = ["--model_id", tiny_llama, *flags, "--compare", str(path)]
     refuses(answer, *argv, says=[f"{path}, line 3"])
