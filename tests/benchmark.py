@@ -3,7 +3,7 @@
   python tests/benchmark.py mid --pairs 2
   python tests/benchmark.py mid --pairs 8
   python tests/benchmark.py 8b --pairs 16          (one large GPU)
-  python tests/benchmark.py growth                 (double layers, heads, samples; time against work)
+  python tests/benchmark.py growth                 (layers, heads or samples doubled)
   python tests/benchmark.py scale                  (5,000 samples: planning, table, statistics)
   python tests/benchmark.py job                    (the README's job: seconds by stage)
   python tests/benchmark.py screen --pairs 8       (estimates against the exact sweep of mid)
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,39 +38,46 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama3_circuit_tracing as tracing
+import naive
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "mid": {
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "vocab_size": 32000,
-        "dtype": torch.float32,
-    },
-    "8b": {
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-        "dtype": torch.bfloat16,
-    },
+Shape = dict[str, Any]
+Effects = dict[tuple[str, int, int], float]  # by sample, layer and head
+
+
+def of_sizes(
+    layers: int, heads: int, kv_heads: int, d_model: int, d_mlp: int, vocab: int, dtype: Any
+) -> Shape:
+    return {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": d_model,
+        "intermediate_size": d_mlp,
+        "vocab_size": vocab,
+        "dtype": dtype,
+    }
+
+
+PRESETS = {
+    "mid": of_sizes(12, 16, 4, 1024, 2816, 32000, torch.float32),
+    "8b": of_sizes(32, 32, 8, 4096, 14336, 128256, torch.bfloat16),
+}
+GROWTH = {  # shape and pairs
+    "base": (of_sizes(6, 8, 2, 512, 1408, 32000, torch.float32), 8),
+    "layers x2": (of_sizes(12, 8, 2, 512, 1408, 32000, torch.float32), 8),
+    "heads x2 (same d_model)": (of_sizes(6, 16, 4, 512, 1408, 32000, torch.float32), 8),
+    "samples x2": (of_sizes(6, 8, 2, 512, 1408, 32000, torch.float32), 16),
 }
 
 
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def wait_for_device() -> None:
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -91,41 +99,37 @@ def timed() -> Iterator[Clock]:
     clock.wall, clock.cpu = time.perf_counter() - wall, time.process_time() - cpu
 
 
-def random_model(shape: dict[str, Any], seed: int) -> Any:
+def random_model(shape: Shape, seed: int) -> Any:
     """A Llama of a preset's shape whose weights are large enough for heads to have effects."""
-    shape = dict(shape)
-    dtype = shape.pop("dtype")
-    config = LlamaConfig(**shape, rope_theta=500000.0, max_position_embeddings=8192)
+    sizes = {name: size for name, size in shape.items() if name != "dtype"}
+    config = LlamaConfig(**sizes, rope_theta=500000.0, max_position_embeddings=8192)
     torch.manual_seed(seed)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(dtype).to_empty(device=device())
+    model = model.to(shape["dtype"]).to_empty(device=DEVICE)
     with torch.no_grad():
         for parameter in model.parameters():
             scale = parameter.shape[-1] ** -0.5
             parameter.normal_(0, scale) if parameter.ndim > 1 else parameter.fill_(1.0)
-        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device())
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(DEVICE)
     return model.eval()
 
 
-def random_prompts(pairs: int, lengths: tuple[int, int], vocab: int) -> list[list[tracing.Prompt]]:
+def random_prompts(options: argparse.Namespace, pairs: int, vocab: int) -> list[Any]:
     """Pairs of prompts as chats are: a shared beginning, a prohibition in prompt a, a sentence."""
-    shared, sentence_length = lengths
     rng = random.Random(0)
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.randrange(1, vocab) for _ in range(n))
 
-    start, end = tokens(shared), tokens(5)  # the end of the chat follows every sentence
+    start, end = tokens(options.shared), tokens(5)  # the end of the chat follows every sentence
     prompts = []
     for i in range(pairs):
         sample = tracing.Sample(f"s{i:04d}", f"a{i}", f"b{i}", ("word",))
-        sentence, form = tokens(sentence_length - 5), ((tokens(1),),)
-        a = start + tokens(rng.randint(12, 17)) + sentence + end
-        b = start + sentence + end
-        prompts.append(
-            [tracing.Prompt(sample, "a", "", a, form), tracing.Prompt(sample, "b", "", b, form)]
-        )
+        sentence, form = tokens(options.sentence - 5), ((tokens(1),),)
+        forbidding = tokens(rng.randint(12, 17))
+        texts = {"a": (*start, *forbidding, *sentence, *end), "b": (*start, *sentence, *end)}
+        prompts.append([tracing.Prompt(sample, s, "", ids, form) for s, ids in texts.items()])
     return prompts
 
 
@@ -136,16 +140,18 @@ class NoTokenizer:
         return str(ids)
 
 
-def build_experiment(model: Any, prompts: list[list[tracing.Prompt]], rows: int | None) -> Any:
-    config = tracing.Config()
-    shape = tracing.shape_of(model, model.dtype)
+def build_experiment(shape: Shape, pairs: int, options: argparse.Namespace) -> Any:
+    """On a random model and random prompts."""
+    model = random_model(shape, options.seed).requires_grad_(False)
+    prompts = random_prompts(options, pairs, shape["vocab_size"])
+    config, of_model = tracing.Config(), tracing.shape_of(model, model.dtype)
     trees = tracing.plant_trees(prompts, None, config)
-    components = tracing.choose_components(config, shape)
+    components = tracing.choose_components(config, of_model)
     budget = tracing.ROW_TOKENS[tracing.device_type(config)]
-    rows = rows or max(1, budget // max(tree.n_tokens for tree in trees))
+    rows = options.rows_per_forward or max(1, budget // max(tree.n_tokens for tree in trees))
     encoder = tracing.PromptEncoder(NoTokenizer(), "", "word")
-    experiment = tracing.Experiment(config, shape, encoder, prompts, trees, components, rows)
-    experiment.traced = tracing.TracedModel(model, shape, rows)
+    experiment = tracing.Experiment(config, of_model, encoder, prompts, trees, components, rows)
+    experiment.traced = tracing.TracedModel(model, of_model, rows)
     return experiment
 
 
@@ -153,42 +159,25 @@ def build_experiment(model: Any, prompts: list[list[tracing.Prompt]], rows: int 
 
 
 @torch.inference_mode()
-def naive_loop(
-    model: Any, prompts: list[list[tracing.Prompt]], heads: list[tuple[int, int]]
-) -> dict[tuple[str, int, int], float]:
-    """The protocol: (sample, layer, head) -> effect, two full forwards for each."""
+def naive_loop(model: Any, prompts: Sequence[Any], heads: list[tuple[int, int]]) -> Effects:
+    """The protocol: two full forwards for each head and sample."""
 
     def score(prompt: tracing.Prompt) -> float:
         ids = torch.tensor([prompt.ids], device=model.device)
         logits = model(ids, use_cache=False).logits
-        log_probs = torch.log_softmax(logits[0, -1].float(), dim=-1)
-        return float(log_probs[prompt.forms[0][0][0]])
+        return float(logits[0, -1].float().log_softmax(-1)[prompt.forms[0][0][0]])
 
-    def delta(pair: list[tracing.Prompt]) -> float:
-        return score(pair[0]) - score(pair[1])
+    def deltas() -> dict[str, float]:
+        return {a.sample.sample_id: score(a) - score(b) for a, b in prompts}
 
-    base = {pair[0].sample.sample_id: delta(pair) for pair in prompts}
-    effects = {}
+    base, effects = deltas(), {}
     for layer, head in heads:
-        module = model.model.layers[layer].self_attn.o_proj
-        width = module.in_features // model.config.num_attention_heads
-
-        def hook(
-            _: Any, args: tuple[Tensor], head: int = head, width: int = width
-        ) -> tuple[Tensor]:
-            x = args[0].clone()
-            x[..., head * width : (head + 1) * width] = 0
-            return (x,)
-
-        handle = module.register_forward_pre_hook(hook)
-        for pair in prompts:
-            sample_id = pair[0].sample.sample_id
-            effects[sample_id, layer, head] = delta(pair) - base[sample_id]
-        handle.remove()
+        with naive.zeroed(model, [(layer, "head", head)]):
+            effects |= {(i, layer, head): delta - base[i] for i, delta in deltas().items()}
     return effects
 
 
-def our_sweep(experiment: Any) -> dict[tuple[str, int, int], float]:
+def our_sweep(experiment: Any) -> Effects:
     with tempfile.TemporaryDirectory() as path:
         folder = tracing.RunFolder(Path(path))
         folder.parts.mkdir()
@@ -199,25 +188,24 @@ def our_sweep(experiment: Any) -> dict[tuple[str, int, int], float]:
         rows = tracing.read_sweep(experiment, folder)
         table = tracing.results_table(rows, records, experiment.config)
     table = table[table["draw"] < 0]
-    rows = table[["sample_id", "layer", "head", "head_effect"]].itertuples(index=False)
-    return {(row[0], row[1], row[2]): row[3] for row in rows}
+    return table.set_index(["sample_id", "layer", "head"])["head_effect"].to_dict()
 
 
 # ----- what it is held against
 
 
-def flops_per_token(shape: dict[str, Any]) -> float:
+def flops_per_token(shape: Shape) -> float:
     """Multiply-adds times two of one block's matrices for one token."""
     d, width = shape["hidden_size"], shape["hidden_size"] // shape["num_attention_heads"]
     attention = d * (2 * d + 2 * width * shape["num_key_value_heads"])
     return 2.0 * (attention + 3 * d * shape["intermediate_size"])
 
 
-def matrix_rate(shape: dict[str, Any], n_rows: int) -> float:
+def matrix_rate(shape: Shape, n_rows: int) -> float:
     """FLOP/s of a plain matrix product of as many rows, the MLP's shape."""
     d, d_mlp = shape["hidden_size"], shape["intermediate_size"]
-    a = torch.randn(n_rows, d, device=device(), dtype=shape["dtype"])
-    b = torch.randn(d, d_mlp, device=device(), dtype=shape["dtype"])
+    a = torch.randn(n_rows, d, device=DEVICE, dtype=shape["dtype"])
+    b = torch.randn(d, d_mlp, device=DEVICE, dtype=shape["dtype"])
     rates = []
     for _ in range(7):
         with timed() as clock:
@@ -229,98 +217,78 @@ def matrix_rate(shape: dict[str, Any], n_rows: int) -> float:
 
 def peak_memory() -> float:
     """Bytes: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
+    if DEVICE.type == "cuda":
         return float(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def spread_heads(shape: dict[str, Any], per_layer: int, n_layers: int) -> list[tuple[int, int]]:
+def spread_heads(shape: Shape, per_layer: int, n_layers: int) -> list[tuple[int, int]]:
     """A subset of heads, evenly over the layers."""
     total, heads = shape["num_hidden_layers"], shape["num_attention_heads"]
     layers = sorted({round(i * (total - 1) / max(1, n_layers - 1)) for i in range(n_layers)})
     return [(layer, (3 * layer + 5 * i) % heads) for layer in layers for i in range(per_layer)]
 
 
-def compare(shape: dict[str, Any], options: argparse.Namespace) -> None:
+def compare(shape: Shape, options: argparse.Namespace) -> None:
     """Print everything, and last the line `ratio R, cpu ratio C, largest difference D`."""
-    model = random_model(shape, options.seed)
-    prompts = random_prompts(options.pairs, (options.shared, options.sentence), shape["vocab_size"])
-    experiment = build_experiment(model, prompts, options.rows_per_forward)
+    experiment = build_experiment(shape, options.pairs, options)
+    prompts, tree, traced = experiment.prompts, experiment.trees[0], experiment.traced
     n_heads = shape["num_hidden_layers"] * shape["num_attention_heads"]
     subset = spread_heads(shape, options.naive_per_layer, options.naive_layers)
-    ids = torch.tensor([prompts[0][0].ids], device=device())
+    ids = torch.tensor([prompts[0][0].ids], device=DEVICE)
     with torch.inference_mode():
-        model(ids)
+        traced.model(ids)
         with timed() as bare:
             for _ in range(5):
-                model(ids)
+                traced.model(ids)
     with timed() as slow:
-        expected = naive_loop(model, prompts, subset)
+        expected = naive_loop(traced.model, prompts, subset)
     n_forwards = 2 * len(prompts) * (len(subset) + 1)
     scale = (n_heads + 1) / (len(subset) + 1)  # every head, and the base
-    before = (experiment.traced.n_forwards, experiment.traced.n_tokens)
+    before = (traced.n_forwards, traced.n_tokens)
     with timed() as fast:
         found = our_sweep(experiment)
-    forwards = experiment.traced.n_forwards - before[0]
-    tokens = experiment.traced.n_tokens - before[1]
-    naive_tokens = (
-        (n_heads + 1)
-        * sum(len(p.ids) for pair in prompts for p in pair)
-        * shape["num_hidden_layers"]
-    )
+    forwards, tokens = traced.n_forwards - before[0], traced.n_tokens - before[1]
+    prompt_tokens = sum(len(prompt.ids) for pair in prompts for prompt in pair)
+    naive_tokens = (n_heads + 1) * prompt_tokens * shape["num_hidden_layers"]
     rate = tokens * flops_per_token(shape) / fast.wall
     rows = min(experiment.rows_per_forward, shape["num_attention_heads"] + 1)  # one is jittered
-    n_rows = rows * experiment.trees[0].n_tokens
-    plain = matrix_rate(shape, n_rows)
+    n_rows = rows * tree.n_tokens
     print(
-        f"{len(prompts)} pairs, {len(experiment.trees)} trees of {experiment.trees[0].n_tokens} tokens, {experiment.rows_per_forward} rows per forward, {torch.get_num_threads()} threads"
+        f"{len(prompts)} pairs, {len(experiment.trees)} trees of {tree.n_tokens} tokens,",
+        f"{experiment.rows_per_forward} rows per forward, {torch.get_num_threads()} threads",
     )
     print(
-        f"naive: {len(subset)} of {n_heads} heads, {1e3 * slow.wall / n_forwards:.1f} ms per forward (bare model(ids): {1e3 * bare.wall / 5:.1f}); all heads: {slow.wall * scale:.1f} s wall, {slow.cpu * scale:.1f} s CPU"
+        f"naive: {len(subset)} of {n_heads} heads, {1e3 * slow.wall / n_forwards:.1f} ms per",
+        f"forward (bare model(ids): {1e3 * bare.wall / 5:.1f}); all heads:",
+        f"{slow.wall * scale:.1f} s wall, {slow.cpu * scale:.1f} s CPU",
     )
     print(
-        f"sweep: {fast.wall:.1f} s wall, {fast.cpu:.1f} s CPU, {forwards} forwards, {tokens} tokens through a block against {naive_tokens}"
+        f"sweep: {fast.wall:.1f} s wall, {fast.cpu:.1f} s CPU, {forwards} forwards,",
+        f"{tokens} tokens through a block against {naive_tokens}",
     )
     print(
-        f"rate: {rate / 1e9:.1f} GFLOP/s against {plain / 1e9:.1f} of a matrix product of {n_rows} rows; peak memory {peak_memory() / 1e9:.2f} GB"
+        f"rate: {rate / 1e9:.1f} GFLOP/s against {matrix_rate(shape, n_rows) / 1e9:.1f} of a",
+        f"matrix product of {n_rows} rows; peak memory {peak_memory() / 1e9:.2f} GB",
     )
     largest = max(abs(found[key] - effect) for key, effect in expected.items())
     print(
-        f"ratio {slow.wall * scale / fast.wall:.2f}, cpu ratio {slow.cpu * scale / fast.cpu:.2f}, largest difference {largest:.2e}"
+        f"ratio {slow.wall * scale / fast.wall:.2f}, cpu ratio {slow.cpu * scale / fast.cpu:.2f},",
+        f"largest difference {largest:.2e}",
     )
 
 
 def growth(options: argparse.Namespace) -> None:
     """The sweep's seconds as layers, heads and samples double, beside the work that is done."""
-    small = PRESETS["mid"] | {
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-    }
-    doubled: list[tuple[str, dict[str, Any], int]] = [
-        ("base", small, 8),
-        ("layers x2", small | {"num_hidden_layers": 12}, 8),
-        (
-            "heads x2 (same d_model)",
-            small | {"num_attention_heads": 16, "num_key_value_heads": 4},
-            8,
-        ),
-        ("samples x2", small, 16),
-    ]
     first: tuple[float, float] | None = None
     print("what, CPU seconds, against base, tokens through a block against base")
-    for name, shape, pairs in doubled:
-        model = random_model(shape, options.seed)
-        prompts = random_prompts(pairs, (options.shared, options.sentence), shape["vocab_size"])
-        experiment = build_experiment(model, prompts, options.rows_per_forward)
+    for name, (shape, pairs) in GROWTH.items():
+        experiment = build_experiment(shape, pairs, options)
         with timed() as clock:
             our_sweep(experiment)
-        first = first or (clock.cpu, experiment.traced.n_tokens)
-        print(
-            f"{name}, {clock.cpu:.1f}, {clock.cpu / first[0]:.2f}, {experiment.traced.n_tokens / first[1]:.2f}"
-        )
+        work = experiment.traced.n_tokens
+        first = first or (clock.cpu, work)
+        print(f"{name}, {clock.cpu:.1f}, {clock.cpu / first[0]:.2f}, {work / first[1]:.2f}")
 
 
 # ----- estimates
@@ -328,18 +296,15 @@ def growth(options: argparse.Namespace) -> None:
 
 def screen(options: argparse.Namespace) -> None:
     """Per method the CPU seconds against those of the exact sweep, how many of the exact top 20
-    are in the estimated top 20 and 60, and what a gradient costs in plain forwards of its tokens."""
-    shape = PRESETS["mid"]
-    model = random_model(shape, options.seed).requires_grad_(False)
-    prompts = random_prompts(options.pairs, (options.shared, options.sentence), shape["vocab_size"])
-    experiment = build_experiment(model, prompts, options.rows_per_forward)
+    are in the estimated top 20 and 60, and a gradient's cost in plain forwards of its tokens."""
+    experiment = build_experiment(PRESETS["mid"], options.pairs, options)
     with timed() as exact:
         found = our_sweep(experiment)
     heads = [(c.layer, c.index) for c in experiment.components]
-    ids = [of_sample[0].sample.sample_id for of_sample in prompts]
+    ids = [of_sample[0].sample.sample_id for of_sample in experiment.prompts]
     effects = torch.tensor([[found[(i, *head)] for head in heads] for i in ids]).mean(0)
     best = {*effects.abs().argsort(descending=True)[:20].tolist()}
-    trees = tracing.plant_trees(prompts, None, experiment.config, apart=True)
+    trees = tracing.plant_trees(experiment.prompts, None, experiment.config, apart=True)
     with timed() as plain:
         for tree in trees:
             tracing.run_clean(experiment.traced, tree, (), (), ())
@@ -353,7 +318,9 @@ def screen(options: argparse.Namespace) -> None:
         recall = [len(best.intersection(order[:n])) for n in (20, 60)]
         r = float(torch.corrcoef(torch.stack([estimates, effects]))[0, 1])
         print(
-            f"{method}: {clock.cpu:.2f} s CPU, 1/{exact.cpu / clock.cpu:.1f} of the sweep, {clock.cpu / plain.cpu / 2:.1f} forwards a side; {recall[0]} of the exact top 20 in its top 20, {recall[1]} in its top 60, r {r:.3f}"
+            f"{method}: {clock.cpu:.2f} s CPU, 1/{exact.cpu / clock.cpu:.1f} of the sweep,",
+            f"{clock.cpu / plain.cpu / 2:.1f} forwards a side; {recall[0]} of the exact top 20",
+            f"in its top 20, {recall[1]} in its top 60, r {r:.3f}",
         )
 
 
@@ -361,12 +328,13 @@ def screen(options: argparse.Namespace) -> None:
 
 
 def fabricate_command(folder: Path, n_samples: int) -> list[str]:
-    """A model folder of Llama-3-8B's shape without weights, and samples for it, as a command line."""
+    """A model folder of Llama-3-8B's shape without weights and samples for it; a command line."""
     tiny = Path(__file__).parent / "tiny_llama"
     for path in tiny.glob("*token*.json"):
         shutil.copy(path, folder)
     vocab = json.loads((tiny / "config.json").read_text())["vocab_size"]
-    sizes = {k: v for k, v in PRESETS["8b"].items() if k != "dtype"} | {"vocab_size": vocab}
+    sizes = {**PRESETS["8b"], "vocab_size": vocab}
+    del sizes["dtype"]
     LlamaConfig(**sizes, max_position_embeddings=8192).save_pretrained(folder)
     words = [word for answers in tracing.QUESTIONS.values() for word in answers.split()]
     compound = [f"{a}{b}" for a, b in zip(words, words[7:] + words[:7], strict=True)]
@@ -442,9 +410,8 @@ def scale(options: argparse.Namespace) -> None:
             tracing.write_findings(table, None, floor, config, folder.path)
         print(f"statistics: {testing.wall:.1f} s", flush=True)
         after = reading.wall + tabling.wall + writing.wall + testing.wall
-        print(
-            f"planning {planning.wall:.1f} s, the rest {after:.1f} s, {peak_memory() / 1e9:.2f} GB"
-        )
+        gb = peak_memory() / 1e9
+        print(f"planning {planning.wall:.1f} s, the rest {after:.1f} s, {gb:.2f} GB")
 
 
 # ----- a whole job
@@ -456,7 +423,7 @@ JOBS = {  # model folder beside this file -> flags; the second is what tests/rea
 }
 
 
-def job() -> None:
+def job(_: argparse.Namespace) -> None:
     """Seconds by stage of the README's command, a process each, with this machine's threads."""
     here = Path(__file__).parent
     for model, flags in JOBS.items():
@@ -471,11 +438,15 @@ def job() -> None:
         print(f"{model}: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()))
 
 
+MODES = {"growth": growth, "scale": scale, "job": job, "screen": screen}
+MODES |= {name: functools.partial(compare, shape) for name, shape in PRESETS.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("preset", choices=[*PRESETS, "growth", "scale", "job", "screen"])
+    parser.add_argument("preset", choices=MODES)
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--shared", type=int, default=25, help="tokens that all prompts share")
     parser.add_argument("--sentence", type=int, default=20, help="tokens of a sentence")
@@ -485,16 +456,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=5000, help="of scale")
     options = parser.parse_args()
-    if options.preset == "growth":
-        growth(options)
-    elif options.preset == "scale":
-        scale(options)
-    elif options.preset == "job":
-        job()
-    elif options.preset == "screen":
-        screen(options)
-    else:
-        compare(PRESETS[options.preset], options)
+    MODES[options.preset](options)
 
 
 if __name__ == "__main__":
