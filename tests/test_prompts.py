@@ -107,19 +107,22 @@ def test_a_tokenizer_that_adds_no_bos_needs_none_and_has_at_most_one_at_the_star
     assert write(none, FRUIT).ids[0] != none.tokenizer.bos_token_id
 
 
-@pytest.mark.parametrize(
-    ("head", "date"),
-    [
-        # as Llama-3.1's, as Llama-3.2's, as gpt-oss's and Mistral's
-        ("Today: {{ date_string or '1 Jan' }}\n", "26 Jul 2024"),
-        ("Today: {{ date_string or strftime_now('%d %b %Y') }}\n", "26 Jul 2024"),
-        ("Today: {{ strftime_now('%d %b %Y') }}\n", "26 Jul 2024"),
-        ('Today: {{ strftime_now( "%Y-%m-%d" ) }}\n', "2024-07-26"),
-    ],
-)
-def test_a_template_that_writes_the_date_gets_one_day(tokenizer: Any, head: str, date: str) -> None:
-    text = with_template(tokenizer, BOS + head + MESSAGES).render("Name a fruit.")
-    assert f"Today: {date}\n" in text
+DATED = {  # how a template asks for the day
+    "{{ date_string or '1 Jan' }}": "26 Jul 2024",  # Llama-3.1's
+    "{{ date_string or strftime_now('%d %b %Y') }}": "26 Jul 2024",  # Llama-3.2's
+    '{{ strftime_now( "%Y-%m-%d" ) }}': "2024-07-26",  # gpt-oss's and Mistral's
+    "{{ strftime_now('%-d/%-m/%y') }}": "26/7/24",
+    "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}": "26 Jul 2024",
+    "{% macro f(x) %}{{ strftime_now(x) }}{% endmacro %}{{ f('%d %b') }}": "26 Jul",
+    "{% if strftime_now is defined %}{{ strftime_now('%d ' + '%b') }}{% endif %}": "26 Jul",
+}
+
+
+@pytest.mark.parametrize("asks", DATED)
+def test_today_is_one_day_however_a_template_asks_for_it(asks: str, tokenizer: Any) -> None:
+    plain = with_template(tokenizer, tokenizer.chat_template).render("Name a fruit.")
+    dated = with_template(tokenizer, asks + tokenizer.chat_template).render("Name a fruit.")
+    assert dated == DATED[asks] + plain
 
 
 def test_a_template_that_fails_is_told_with_its_reason(tokenizer: Any) -> None:
@@ -140,12 +143,8 @@ def test_forms_are_as_written_and_with_a_capital(tokenizer: Any, stem: str, blan
     """Behind a blank where the text ends in none; all tokens are kept, and none of the prompt's
     changes, nor any blank of the stem."""
     encoder = PromptEncoder(tokenizer, stem, "word")
-    words = {
-        "apple": "Apple",
-        "Mars": "Mars",
-        "tiny car": "Tiny car",
-        "quixotically": "Quixotically",
-    }
+    words = {"apple": "Apple", "Mars": "Mars", "tiny car": "Tiny car"}
+    words["quixotically"] = "Quixotically"
     prompt = write(encoder, replace(FRUIT, targets=("apple", "Mars"), foils=(*words,)[2:]))
     assert prompt.text.endswith(f"<|end_header_id|>\n\n{stem}")
     assert tokenizer.decode(list(prompt.ids)) == prompt.text
@@ -177,9 +176,8 @@ def test_two_words_with_the_same_form_are_refused(
 ) -> None:
     sample = replace(FRUIT, targets=targets, foils=foils, origin="mine.jsonl, line 3")
     second = (*targets, *foils)[-1]
-    with pytest.raises(
-        UsageError, match=rf"mine\.jsonl, line 3.*'apple' and '{second}'.*'[aA]pple'"
-    ):
+    both = f"'apple' and '{second}'"
+    with pytest.raises(UsageError, match=rf"mine\.jsonl, line 3.*{both}.*'[aA]pple'"):
         write(encoder, sample)
 
 
@@ -258,7 +256,6 @@ def test_a_word_of_which_one_form_begins_with_another_is_refused_in_any_task(sum
     ("task", "targets", "foils", "both"),
     [
         ("refusal", ["No", "No way"], ["Sure"], "'No way' begins with 'No'"),
-        ("refusal", ["No"], ["Sure", "Yes", "Sure thing"], "'Sure thing' begins with 'Sure'"),
         ("odd_one_out", ["Bo"], ["Al", "Al Bo"], "'Al Bo' begins with 'Al'"),
         ("suppression", ["ice", "ice cream"], [], ""),
     ],
@@ -308,12 +305,10 @@ def test_controls_forbid_as_many_words_that_nobody_answers_or_mention_those_that
         assert len(words) == len(set(words)) == len(sample.targets)
         assert set(words) <= {w for other in BUILT_IN if other != sample for w in other.targets}
         assert not set(words) & {*tracing.QUESTIONS[sample.prompt_b].split(), *sample.targets}
-        mentions = [
-            f"{m} {' or '.join(sample.targets)}. {sample.prompt_b}" for m in tracing.MENTIONS
-        ]
-        gaps = {
-            text: abs(encoder.count(encoder.render(text)) - len(of["a"].ids)) for text in mentions
-        }
+        gaps = {}
+        for opening in tracing.MENTIONS:
+            text = f"{opening} {' or '.join(sample.targets)}. {sample.prompt_b}"
+            gaps[text] = abs(encoder.count(encoder.render(text)) - len(of["a"].ids))
         assert gaps[user_text(of["affirm"].text)] == min(gaps.values())
 
 
@@ -375,8 +370,8 @@ def test_a_sample_that_lacks_a_control_is_warned_of_once(
 # ----- other models' templates
 
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NO_SYSTEM = (  # as Gemma's and that of Mistral v0.1
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
@@ -396,23 +391,22 @@ def test_a_template_that_knows_no_system_turn_gets_none(
 ) -> None:
     encoder = with_template(tokenizer, template)
     assert encoder.opening == {}
-    text = write(encoder, FRUIT).text
-    assert text == "<|begin_of_text|>" + turn.format("Don't mention apple. Name a fruit.")
+    prompt = write(encoder, FRUIT)
+    assert prompt.text == "<|begin_of_text|>" + turn.format("Don't mention apple. Name a fruit.")
+    # behind no white space a form begins with a blank
+    assert prompt.forms == ((encoder.encode(" apple"), encoder.encode(" Apple")),)
 
 
-def test_the_log_and_the_record_say_whether_there_is_a_system_turn(
+def test_the_log_and_the_record_say_that_there_is_no_system_turn(
     llama: str, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     path = model / "tokenizer_config.json"
-    settings = {**json.loads(path.read_text()), "chat_template": NO_SYSTEM}
-    path.write_text(json.dumps(settings))
-    for folder, turn in ((str(model), "none"), (llama, "You are an assistant.")):
-        finish(folder, tmp_path / turn, "--num_samples", "2", "--layers", "0")
-        assert record_of(tmp_path / turn)["system_turn"] == turn
-        log = (tmp_path / turn / "run.log").read_text()
-        left_out = "knows no system turn: 'You are an assistant.' is left out"
-        assert (left_out in log) == (folder != llama)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": NO_SYSTEM}))
+    run = finish(str(model), tmp_path / "run", "--num_samples", "2", "--layers", "0")
+    assert record_of(run)["system_turn"] == "none"
+    told = "knows no system turn: 'You are an assistant.' is left out"
+    assert told in (run / "run.log").read_text()
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}Hello", "{{ messages[0].content | upper }}"])
@@ -421,22 +415,6 @@ def test_a_template_that_drops_or_changes_what_is_said_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="changes or drops"):
         write(with_template(tokenizer, template), FRUIT)
-
-
-@pytest.mark.parametrize(
-    "asks",
-    [
-        "{{ strftime_now('%d %b %Y') }}",
-        "{% set form = '%d %b %Y' %}{{ strftime_now(form) }}",
-        "{% macro day(form) %}{{ strftime_now(form) }}{% endmacro %}{{ day('%d %b %Y') }}",
-        "{{ date_string }}",
-        "{% if strftime_now is defined %}{{ strftime_now('%d ' + '%b %Y') }}{% endif %}",
-    ],
-)
-def test_today_is_pinned_however_a_template_asks_for_it(asks: str, tokenizer: Any) -> None:
-    plain = with_template(tokenizer, tokenizer.chat_template).render("Name a fruit.")
-    dated = with_template(tokenizer, asks + tokenizer.chat_template).render("Name a fruit.")
-    assert dated == "26 Jul 2024" + plain
 
 
 @pytest.mark.parametrize("start", ["", "  ", "\n  ", "\n\n"])
@@ -450,11 +428,6 @@ def test_what_a_template_begins_with_stays_as_it_is(start: str, tokenizer: Any) 
     assert encoder.chat(turns) == encoder.tokenizer.apply_chat_template(chat, **options)
 
 
-def test_days_and_months_without_a_zero_in_front_are_pinned() -> None:
-    day, month = tracing.DATE.day, tracing.DATE.month
-    assert (tracing.CODES["%-d"], tracing.CODES["%-m"]) == (str(day), str(month))
-
-
 def test_a_reply_that_opens_with_a_thought_is_refused_with_the_way_out(tokenizer: Any) -> None:
     with pytest.raises(UsageError, match=r"open with a thought.*--answer_prefix '</think>'"):
         write(with_template(tokenizer, THINKS), FRUIT)
@@ -463,20 +436,3 @@ def test_a_reply_that_opens_with_a_thought_is_refused_with_the_way_out(tokenizer
     empty = with_template(tokenizer, THINKS.replace("<think>", "<think>\n\n</think>\n"))
     assert write(empty, FRUIT).text.endswith("</think>\n\n")
     write(with_template(tokenizer, CHATML), replace(FRUIT, prompt_a="What does <think> mean?"))
-
-
-@pytest.mark.parametrize(
-    ("template", "stem", "blank"),
-    [
-        (CHATML, "", ""),
-        (NO_SYSTEM, "", " "),
-        (CHATML, "It is", " "),
-        (CHATML, "It is:\n", ""),
-    ],
-)
-def test_a_form_begins_with_a_blank_where_the_text_ends_in_no_white_space(
-    template: str, stem: str, blank: str, tokenizer: Any
-) -> None:
-    encoder = with_template(tokenizer, template, stem)
-    (forms,) = write(encoder, FRUIT).forms
-    assert forms == (encoder.encode(f"{blank}apple"), encoder.encode(f"{blank}Apple"))

@@ -31,18 +31,15 @@ FIRST_LAYER = [*TWO, "--layers", "0"]
 RESULTS = "circuit_results.csv"
 
 
-NO_MEMORY = MemoryError()
-
-
-def rows_run(patch: pytest.MonkeyPatch, limit: int, error: Exception = NO_MEMORY) -> list[int]:
-    """How many rows each forward with edits was asked for; `error` where it was more than fit."""
+def rows_run(patch: pytest.MonkeyPatch, limit: int = 1000) -> list[int]:
+    """How many rows each forward with edits was asked for; more than the limit do not fit."""
     asked: list[int] = []
     run_rows = tracing.run_rows
 
     def limited(traced: Any, clean: Any, rows: Any, **reads: Any) -> Any:
         asked.append(len(rows))
         if len(rows) > limit:
-            raise error
+            raise MemoryError
         return run_rows(traced, clean, rows, **reads)
 
     patch.setattr(tracing, "run_rows", limited)
@@ -87,7 +84,7 @@ def test_more_layers_in_the_same_folder_compute_only_what_is_missing(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish(llama, tmp_path, *TWO, "--layers", "0,2", "--heads", "0-2")
-    asked = rows_run(monkeypatch, 1000)
+    asked = rows_run(monkeypatch)
     finish(llama, tmp_path, *TWO)
     n_jittered_in_layer_1 = 4
     assert sum(asked) == 12 - 6 + n_jittered_in_layer_1
@@ -328,23 +325,6 @@ def test_rows_are_halved_when_memory_runs_out_and_a_resumed_run_remembers(
     finish(llama, tmp_path, *flags)
     assert max(asked) <= 3
     assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL
-
-
-@pytest.mark.parametrize(
-    ("error", "said"), [(NO_MEMORY, "--tree_tokens"), (RuntimeError("planted"), "planted")]
-)
-def test_what_fails_with_one_row_alone_names_what_to_lower_or_its_own_reason(
-    error: Exception,
-    said: str,
-    llama: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    answer: Answer,
-) -> None:
-    rows_run(monkeypatch, 0, error)
-    code, _, err = answer("--model_id", llama, "--output_dir", str(tmp_path), *TWO)
-    assert code == 1
-    assert said in err.splitlines()[-1]
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(

@@ -86,9 +86,7 @@ WAYS: dict[str, tuple[str, list[str], str]] = {
     "qwen3": ("qwen3", [], FLOAT32),
     "gemma3": ("gemma3_text", [], FLOAT32),
     "the bundled model": ("bundled", [], FLOAT32),
-    "one row per forward": ("llama", ["--rows_per_forward", "1"], FLOAT32),
     "three rows per forward": ("llama", ["--rows_per_forward", "3"], FLOAT32),
-    "all rows in one forward": ("llama", ["--rows_per_forward", "100"], FLOAT32),
     "eager attention": ("llama", ["--attn_implementation", "eager"], FLOAT32),
     "layers on disk": ("llama", ["--device_map", json.dumps(PLACES)], OWN),
     "capped logits": ("capped", ["--attn_implementation", "eager"], OWN),
@@ -112,7 +110,7 @@ def test_the_sweep_equals_the_naive_loop(
 def test_layers_offloaded_to_the_cpu_change_nothing_and_no_positions_are_picked_elsewhere(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`logits_to_keep` as a tensor fails where the last layer is on another device than the first."""
+    """`logits_to_keep` as a tensor fails where the last layer is on another device."""
     load, cpu, forward = tracing.load_model, torch.device("cpu"), LlamaForCausalLM.forward
     asked: list[Any] = []
 
@@ -129,7 +127,6 @@ def test_layers_offloaded_to_the_cpu_change_nothing_and_no_positions_are_picked_
 
 scores = Tree.scores
 CAUGHT = ["the columns of the next head", "a token of the sentence is hidden"]
-CAUGHT += ["an edit in place", "one block too many skipped"]
 PLANTED = {name: MISTAKES[name] for name in CAUGHT}
 PLANTED["the sign"] = (Tree, "scores", lambda tree, log_probs, task: -scores(tree, log_probs, task))
 
@@ -412,13 +409,10 @@ def test_components_of_an_interrupted_command_stay_out_of_another_commands_table
         argv = ["--model_id", llama, "--output_dir", str(tmp_path), *flags, "--layers", "0,1"]
         assert tracing.main(argv) == 143
     table = read(finish(llama, tmp_path, *flags, "--layers", "2"))
-    assert set(table["layer"]) == {2}
-    assert len(table) == 2 * 4
-    assert (
-        "8 components of an interrupted command are left out" in (tmp_path / "run.log").read_text()
-    )
-    whole = read(finish(llama, tmp_path, *flags))
-    assert len(whole) == 2 * 12
+    assert set(table["layer"]) == {2} and len(table) == 2 * 4
+    told = (tmp_path / "run.log").read_text()
+    assert "8 components of an interrupted command are left out" in told
+    assert len(read(finish(llama, tmp_path, *flags))) == 2 * 12
 
 
 @pytest.mark.parametrize("where", ["the part itself", "another part"])
@@ -453,10 +447,7 @@ def test_units_that_a_samples_file_names_later_are_taken_up(llama: str, tmp_path
     path, run = tmp_path / "samples.jsonl", tmp_path / "run"
     flags = ["--samples", str(path), "--layers", "0", "--heads", "0"]
     for units in (["a", "b"], ["a", "a"]):
-        samples = [
-            {"sentence": f"Name a {what}.", "targets": ["apple"], "unit": unit}
-            for what, unit in zip(("fruit", "tree"), units, strict=True)
-        ]
-        path.write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        texts = ({"sentence": f"Name a {x}.", "targets": ["apple"]} for x in ("fruit", "tree"))
+        write_samples(path, *({**t, "unit": u} for t, u in zip(texts, units, strict=True)))
         finish(llama, run, *flags)
         assert list(read(run)["unit"]) == units

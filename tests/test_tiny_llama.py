@@ -50,11 +50,6 @@ def test_the_tokenizer_behaves_as_llama_3s() -> None:
     model, tokenizer = loaded()
     ids = made.prompt_ids(loaded(), "Name a fruit.")
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids) == (
-        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nYou are an assistant."
-        "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nName a fruit.<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     text = "Don't say naïve, 12345 or 日本!"
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text

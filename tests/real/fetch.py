@@ -24,7 +24,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from random_models import SPLIT
+import torch
+from tokenizers.processors import Sequence, TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from random_models import CHAT_TEMPLATE, SPLIT
 
 CACHE = Path(__file__).resolve().parent / "cache"
 SMOLLM2, GGUF = CACHE / "smollm2", CACHE / "smollm2.gguf"
@@ -32,15 +43,6 @@ LLAMA3 = CACHE / "llama3_two_layers"
 
 NAMED = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id"}
 NAMED |= {9: "eot_id"}
-TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
-    " + message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
-    "{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 
 
 def specials() -> list[str]:
@@ -75,9 +77,6 @@ def make(folder: Path, fill: Callable[[Path], None]) -> None:
 def smollm2(folder: Path) -> None:
     """The GGUF file as an ordinary folder; `save_pretrained` refuses what was quantised, so that
     the weights are copied into a model of their own."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
     where = {"pretrained_model_name_or_path": str(CACHE), "gguf_file": GGUF.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -91,11 +90,6 @@ def smollm2(folder: Path) -> None:
 
 
 def llama3(folder: Path) -> None:
-    import torch
-    from tokenizers.processors import Sequence, TemplateProcessing
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
     package, inside = "llama-models==0.3.0", "llama_models/llama3/tokenizer.model"
     vocabulary = member(package, inside, CACHE / "llama3.tokenizer.model")
     tokens = specials()
@@ -110,7 +104,7 @@ def llama3(folder: Path) -> None:
         tokenizer_object=converted,
         bos_token=tokens[0],
         eos_token=tokens[9],
-        chat_template=TEMPLATE,
+        chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
     config = LlamaConfig(

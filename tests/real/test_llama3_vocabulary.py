@@ -74,13 +74,15 @@ def prompts() -> Prompts:
 def test_prompts_are_the_chat_as_text(prompts: Prompts) -> None:
     for of_sample in prompts:
         sample = of_sample[0].sample
-        assert [p.text for p in of_sample[:2]] == [chat(sample.prompt_a), chat(sample.prompt_b)]
-        assert [p.text for p in of_sample[2:]] == [chat(user_text(p.text)) for p in of_sample[2:]]
+        users = [sample.prompt_a, sample.prompt_b, *(user_text(p.text) for p in of_sample[2:])]
+        assert [p.text for p in of_sample] == [chat(user) for user in users]
 
 
 def test_prompts_and_forms_have_the_ids_that_tiktoken_gives(prompts: Prompts) -> None:
+    """And one BOS, which is their first."""
     for prompt in (prompt for of_sample in prompts for prompt in of_sample):
         assert list(prompt.ids) == tokens(prompt.text)
+        assert prompt.ids[0] == BEGIN and prompt.ids.count(BEGIN) == 1
         for word, forms in zip(prompt.sample.words, prompt.forms, strict=True):
             both = dict.fromkeys([word, word[0].upper() + word[1:]])
             assert [list(form) for form in forms] == [tokens(form) for form in both]
@@ -92,12 +94,6 @@ def test_the_ids_of_a_prompt_by_hand(prompts: Prompts) -> None:
     assert list(prompt.ids) == HELIUM
 
 
-def test_prompts_begin_with_bos_and_hold_no_other(prompts: Prompts) -> None:
-    for prompt in (prompt for of_sample in prompts for prompt in of_sample):
-        assert prompt.ids[0] == BEGIN
-        assert prompt.ids.count(BEGIN) == 1
-
-
 def test_the_tokenizer_itself_puts_bos_before_a_text() -> None:
     """The trap: a rendered prompt that is simply encoded has two."""
     encoder = prepared(MODEL).encoder
@@ -105,9 +101,7 @@ def test_the_tokenizer_itself_puts_bos_before_a_text() -> None:
     assert encoder.bos == BEGIN
 
 
-def test_helium_is_two_tokens_and_wine_is_one_without_and_two_with_a_capital(
-    tmp_path: Path,
-) -> None:
+def test_helium_is_two_tokens_and_wine_one_or_with_a_capital_two(tmp_path: Path) -> None:
     sample = {"sentence": "Name one.", "targets": list(FORMS)}
     (found,) = prepared(MODEL, "--samples", write_samples(tmp_path / "s.jsonl", sample)).prompts
     for prompt in found:
@@ -128,10 +122,7 @@ def test_controls_are_within_two_tokens_of_prompt_a_and_most_are_of_its_length(
 
 @pytest.mark.parametrize(
     ("stem", "forms"),
-    [
-        ("The gas is", [(97607,), (16183, 2411)]),
-        ("Answer:\n\n", [(50222, 2411), (33813, 2411)]),
-    ],
+    [("The gas is", [(97607,), (16183, 2411)]), ("Answer:\n\n", [(50222, 2411), (33813, 2411)])],
 )
 def test_forms_take_a_leading_space_after_a_stem_that_ends_in_none(
     stem: str, forms: list[tuple[int, ...]]
@@ -170,7 +161,6 @@ def test_the_effects_of_all_heads_are_those_of_the_naive_loop(
         base, edited = expected[list(texts).index(row.sample_id), row.layer, row.head]
         assert row.delta_logit_base == pytest.approx(base, abs=EQUAL)
         assert row.delta_logit_head == pytest.approx(edited, abs=EQUAL)
-        assert row.head_effect == pytest.approx(edited - base, abs=EQUAL)
     assert table["head_effect"].abs().max() > 1000 * EQUAL
 
 

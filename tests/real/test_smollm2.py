@@ -96,11 +96,10 @@ def test_the_sweep_equals_the_naive_loop(flags: str, plain: Plain, tmp_path: Pat
         a = naive.edited_score(*plain, change, texts, *where)
         b = naive.edited_score(*plain, change, texts[::-1], *where)
         assert row.delta_logit_head == pytest.approx(a - b, abs=EQUAL)
-    for sample_id, of_sample in table.groupby("sample_id"):
-        sample = samples[sample_id]
-        texts = [sample.prompt_a, sample.prompt_b]
-        a, b = (naive.suppression_score(*plain, text, sample.targets) for text in texts)
-        assert of_sample["delta_logit_base"].to_numpy() == pytest.approx(a - b, abs=EQUAL)
+    for sample_id, bases in table.groupby("sample_id")["delta_logit_base"]:
+        s = samples[sample_id]
+        a, b = (naive.suppression_score(*plain, t, s.targets) for t in (s.prompt_a, s.prompt_b))
+        assert bases.to_numpy() == pytest.approx(a - b, abs=EQUAL)
     assert table["head_effect"].abs().max() > 1000 * EQUAL
 
 
@@ -111,19 +110,15 @@ def test_a_gradient_is_the_slope_of_the_sweep(flags: str) -> None:
     (tree,) = tracing.plant_trees(exp.prompts, exp.encoder.bos, exp.config, apart=True)
     found = tracing.estimate_tree(exp, tree)  # [sample, component, side]
     clean = exp.run_clean(tree, range(exp.shape.n_layers))
-    rows = [
-        exp.edits([component], clean, multiplier=factor)
-        for component in exp.components
-        for factor in (1.01, 0.99)
-    ]
+    of_both = [(component, factor) for component in exp.components for factor in (1.01, 0.99)]
+    rows = [exp.edits([component], clean, multiplier=factor) for component, factor in of_both]
     log_probs = torch.cat([tracing.run_rows(exp.traced, clean, [row]) for row in rows])
     up, down = tree.scores(log_probs, exp.task).unflatten(0, (-1, 2)).unbind(1)
     slopes = (up - down) / 0.02  # [component, prompt]
     for n, (_, places) in enumerate(tree.samples):
         for side, place in places.items():
-            expected = slopes[:, place]
             of_side = found[n, :, tracing.SIDES.index(side)]
-            assert (of_side - expected).abs().max() < 0.01 * slopes.abs().max()
+            assert (of_side - slopes[:, place]).abs().max() < 0.01 * slopes.abs().max()
     assert slopes.abs().max() > 0.05
 
 
