@@ -163,3 +163,9 @@ def coarse_figures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "save_figure", lambda figure, path: figure.savefig(path, dpi=20))
         yield
+
+
+@pytest.fixture(scope="session")
+def folder_of(random_model: Callable[..., str], tiny_llama: str) -> Callable[[str], str]:
+    """The folder of an architecture's random model, or of the bundled one."""
+    return lambda name: tiny_llama if name == "bundled" else random_model(name)

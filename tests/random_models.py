@@ -44,6 +44,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {},
     "gemma3_text": {"sliding_window": 400, "query_pre_attn_scalar": 16},
 }
+OTHERS: dict[str, dict[str, Any]] = {
+    # blocks without mlp.down_proj
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2},
+    # logits that are not linear in the final states
+    "gemma2": {"sliding_window": 400, "final_logit_softcapping": 2.0},
+}
 
 
 def train_tokenizer(texts: Iterable[str], n_learnt: int, specials: Sequence[str]) -> Tokenizer:
@@ -87,7 +93,8 @@ def build_tokenizer(folder: Path) -> int:
 def build_model(folder: Path, architecture: str = "llama", seed: int = 0, **widths: Any) -> Path:
     """Save a model folder whose random weights are large enough for heads to have effects."""
     vocab = build_tokenizer(folder)
-    settings = {**WIDTHS, **ARCHITECTURES.get(architecture, {}), "vocab_size": vocab, **widths}
+    own = {**ARCHITECTURES, **OTHERS}.get(architecture, {})
+    settings = {**WIDTHS, **own, "vocab_size": vocab, **widths}
     config = AutoConfig.for_model(architecture, pad_token_id=None, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)

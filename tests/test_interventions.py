@@ -159,9 +159,8 @@ def test_other_architectures_agree_with_one_plain_hook(
     assert_like_the_oracle(bench(random_model(architecture)), f"{flags} --layers 1-2")
 
 
-def test_a_mixture_of_experts_is_swept_by_head_and_residual(tmp_path: Path) -> None:
-    widths = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-    experts = bench(str(random_models.build_model(tmp_path, "mixtral", **widths)))
+def test_a_mixture_of_experts_is_swept_by_head_and_residual(random_model: Folders) -> None:
+    experts = bench(random_model("mixtral"))
     assert_like_the_oracle(experts, "--heads 1")
     assert_like_the_oracle(experts, "--kind resid --op scale --factor 2")
 

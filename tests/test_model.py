@@ -162,14 +162,6 @@ def test_the_default_command_line_runs_on_what_the_cache_holds(
 # ----- folders
 
 
-def test_a_file_beside_the_command_that_is_not_there_is_named_as_a_file(answer: Answer) -> None:
-    code, _, err = answer("--model_id", "missing.gguf", "--dry_run")
-    (said,) = err.splitlines()
-    assert code in (1, 2)
-    assert "missing.gguf" in said
-    assert "model folder" not in said
-
-
 @pytest.mark.parametrize("error", [OSError(""), RuntimeError()], ids=repr)
 def test_an_error_of_the_library_without_a_message_is_told_of_the_model(
     llama: str, error: Exception
@@ -284,20 +276,13 @@ def test_a_window_that_is_switched_off_refuses_nothing(
     assert (code, err) == (0, "")
 
 
-@pytest.fixture(scope="module")
-def experts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A mixture of experts, whose blocks have no mlp.down_proj."""
-    widths = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 2}
-    return str(random_models.build_model(tmp_path_factory.mktemp("moe") / "m", "mixtral", **widths))
-
-
 @pytest.mark.parametrize(
     "line", ["--kind mlp", "--kind neuron --neurons 0", "--given L0mlp", "--ablate L0N1"]
 )
 def test_a_mixture_of_experts_is_refused_by_name_where_mlps_are_edited(
-    answer: Answer, experts: str, line: str
+    answer: Answer, random_model: Callable[..., str], line: str
 ) -> None:
-    argv = ["--model_id", experts, "--num_samples", "1", "--dry_run"]
+    argv = ["--model_id", random_model("mixtral"), "--num_samples", "1", "--dry_run"]
     refuses(answer, *argv, *line.split(), says=["MixtralForCausalLM", "mixture of experts"])
     assert answer(*argv)[0] == 0
 
@@ -419,5 +404,6 @@ def test_a_gguf_file_needs_its_package_and_says_so(
 
 
 def test_a_gguf_file_that_is_not_there_is_named(tmp_path: Path, answer: Answer) -> None:
-    argv = ["--model_id", str(tmp_path / "model.gguf"), "--dry_run"]
-    refuses(answer, *argv, says=[f"{tmp_path}/model.gguf is no file"], code=1)
+    """Also beside the command: it is no id of the hub."""
+    for path in ("missing.gguf", f"{tmp_path}/missing.gguf"):
+        refuses(answer, "--model_id", path, "--dry_run", says=[f"{path} is no file"], code=1)

@@ -236,8 +236,7 @@ def test_where_words_are_summed_one_that_begins_with_another_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("targets", "foils"),
-    [("abc", "ab"), ("ab", "abc abd"), ("abc abd", "q"), ("bab ab", "q")],
+    ("targets", "foils"), [("abc", "ab"), ("ab", "abc abd"), ("abc abd", "q"), ("bab ab", "q")]
 )
 def test_forms_of_opposite_sides_or_that_only_end_alike_are_let_pass(
     targets: str, foils: str

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import llama3_circuit_tracing as tracing
 import naive
-from conftest import Answer, finish, read, record_of, user_text
+from conftest import Answer, finish, read, record_of, refuses, user_text
 from llama3_circuit_tracing import NO_ODD_ONE, PEOPLE, QUESTIONS, TASKS, Sample
 
 CountTokens = Callable[[str], int]
@@ -53,11 +53,8 @@ def in_common(sample: Sample) -> set[str]:
     """What makes a sample no independent evidence beside another that has it too."""
     if sample.foils == tracing.COMPLIANT_OPENINGS:
         return {str([pair[0] for pair in tracing.REFUSAL_PAIRS].index(sample.prompt_a) // 2)}
-    return (
-        {sample.prompt_b}
-        if not sample.foils
-        else {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}
-    )
+    names = {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}
+    return names if sample.foils else {sample.prompt_b}
 
 
 @pytest.mark.parametrize("task", BUILT_IN)
@@ -121,9 +118,8 @@ def test_sentences_are_used_once_before_any_is_used_again_with_other_targets() -
 
 
 def test_more_samples_than_are_built_in_are_refused(answer: Answer, tiny_llama: str) -> None:
-    code, _, err = answer("--model_id", tiny_llama, "--num_samples", "100000", "--dry_run")
-    assert (code, len(err.splitlines())) == (2, 1)
-    assert "--num_samples 100000" in err
+    argv = ["--model_id", tiny_llama, "--num_samples", "100000", "--dry_run"]
+    refuses(answer, *argv, says=["--num_samples 100000"])
 
 
 # ----- refusal

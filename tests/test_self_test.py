@@ -23,12 +23,6 @@ from random_models import ARCHITECTURES
 Models = Callable[[str], str]
 
 
-@pytest.fixture()
-def folder_of(random_model: Callable[..., str], tiny_llama: str) -> Models:
-    """The folder of an architecture's random model, or of the bundled one."""
-    return lambda name: tiny_llama if name == "bundled" else random_model(name)
-
-
 def self_test(model: str, *flags: str) -> list[str]:
     return ["--model_id", model, "--self_test", "--num_samples", "2", *flags]
 

@@ -58,22 +58,6 @@ def naive_results(folder: str) -> pd.DataFrame:
     )
 
 
-@pytest.fixture(scope="module")
-def folder_of(
-    random_model: Callable[..., str], tiny_llama: str, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], str]:
-    """A model folder by name; `capped`: one whose logits are not linear in the final states."""
-
-    def build(name: str) -> str:
-        if name != "capped":
-            return tiny_llama if name == "bundled" else random_model(name)
-        folder, cap = tmp_path_factory.mktemp("capped") / "model", 2.0
-        widths = {"sliding_window": 400, "final_logit_softcapping": cap}
-        return str(random_models.build_model(folder, "gemma2", **widths))
-
-    return build
-
-
 # ----- equality
 
 PLACES = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
@@ -89,7 +73,7 @@ WAYS: dict[str, tuple[str, list[str], str]] = {
     "three rows per forward": ("llama", ["--rows_per_forward", "3"], FLOAT32),
     "eager attention": ("llama", ["--attn_implementation", "eager"], FLOAT32),
     "layers on disk": ("llama", ["--device_map", json.dumps(PLACES)], OWN),
-    "capped logits": ("capped", ["--attn_implementation", "eager"], OWN),
+    "capped logits": ("gemma2", ["--attn_implementation", "eager"], OWN),
 }
 
 
