@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llama3_circuit_tracing as tracing
 import random_models
 from conftest import ROOT, Answer, finish, read, record_of, refuses
-from llama3_circuit_tracing import Component, Config
+from llama3_circuit_tracing import Config
 
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
 WAY_OUT = "python llama3_circuit_tracing.py --model_id tests/tiny_llama"
@@ -305,20 +305,6 @@ def test_the_shape_is_read_before_the_weights(
     assert shape.width("self_attn.o_proj") == shape.d_attn == block.self_attn.o_proj.in_features
     assert shape.width("mlp.down_proj") == shape.d_mlp == block.mlp.down_proj.in_features
     assert shape.width("") == shape.d_model == model.get_input_embeddings().embedding_dim
-
-
-def test_components_are_equal_slices_of_their_modules_input_by_hand(llama: str) -> None:
-    """Four heads of 16, which is not the hidden size 48 divided by four."""
-    shape = tracing.read_shape(Config(model_id=llama))
-    columns = {label: shape.columns(Component.parse(label)) for label in ("L1H0", "L2H3", "L0N79")}
-    assert columns == {"L1H0": slice(0, 16), "L2H3": slice(48, 64), "L0N79": slice(79, 80)}
-    for kind in ("attn", "mlp", "resid"):
-        assert shape.columns(Component(1, kind)) == slice(None)
-        assert list(shape.indices(kind)) == [-1]
-    assert list(shape.indices("head")) == [0, 1, 2, 3]
-    assert list(shape.indices("neuron")) == list(range(80))
-    with pytest.raises(KeyError):
-        shape.width("self_attn.q_proj")
 
 
 @pytest.mark.parametrize("native", [True, False])

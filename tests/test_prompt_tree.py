@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -86,23 +85,6 @@ def test_a_small_tree_by_hand() -> None:
     assert torch.equal(mask[0, 0], torch.where(tree.visible, 0.0, torch.finfo(torch.float32).min))
 
 
-def test_a_word_is_the_sum_over_its_forms_of_the_product_over_their_tokens() -> None:
-    tree = plant(SMALL)
-    chances = torch.tensor([[0.5, 0.25, 0.5, 0.1, 0.2, 1.0]], dtype=torch.float64)
-    words = torch.cat(tree.word_log_probs(chances.log()), -1).exp()
-    assert words[0].tolist() == pytest.approx([0.5 + 0.25 * 0.5, 0.1 + 0.2 * 1.0])
-    scores = tree.scores(chances.log(), tracing.TASKS["suppression"])
-    assert scores[0].tolist() == pytest.approx([math.log(0.625), math.log(0.3)])
-
-
-def test_words_with_fewer_forms_than_others_gain_nothing() -> None:
-    sample = replace(PAIR, targets=("x", "y"))
-    tree = plant([prompt_of(sample, side, (1, 2), ((7,), (8,)), ((9,),)) for side in "ab"])
-    chances = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.1, 0.2]], dtype=torch.float64)
-    words = torch.cat(tree.word_log_probs(chances.log()), -1).exp()
-    assert words[0].tolist() == pytest.approx([0.3, 0.3, 0.5, 0.2])
-
-
 def test_a_prompt_that_is_the_beginning_of_another_needs_no_node_of_its_own() -> None:
     prompts = [prompt_of(PAIR, "a", (1, 2, 3), ((7,),)), prompt_of(PAIR, "b", (1, 2), ((3, 4),))]
     tree = plant(prompts)
@@ -129,25 +111,6 @@ def encoder(tiny_llama: str) -> PromptEncoder:
 def built_in(encoder: PromptEncoder) -> Prompts:
     samples = tracing.build_suppression(9, random.Random(3), len)
     return tracing.write_prompts(samples, encoder, Config())
-
-
-def test_every_beginning_is_there_once_and_every_token_of_a_form_scored(built_in: Prompts) -> None:
-    tree = plant(*built_in, bos=None)
-    nodes = spellings(tree)
-    beginnings = set()
-    for prompt in (p for of_sample in built_in for p in of_sample):
-        for form in (f for forms in prompt.forms for f in forms):
-            whole = prompt.ids + form[:-1]
-            beginnings |= {whole[: i + 1] for i in range(len(whole))}
-    assert sorted(nodes) == sorted(beginnings)
-    assert tree.depth[0].tolist() == [len(node) - 1 for node in nodes]
-    for prompt, path in zip(tree.prompts, tree.paths, strict=True):
-        assert [nodes[node] for node in path] == [prompt.ids[: i + 1] for i in range(len(path))]
-    assert scored(tree) == [
-        [[[(p.ids + f[:i], f[i]) for i in range(len(f))] for f in forms] for forms in p.forms]
-        for p in tree.prompts
-    ]
-    assert {prompt.ids for prompt in tree.prompts} <= {nodes[int(node)] for node in tree.scored}
 
 
 # ----- capped trees
@@ -227,39 +190,6 @@ def test_control_prompts_are_patched_from_b_as_a_is() -> None:
     found = sources(plant([*SMALL, other], config=Config(op="patch")))
     assert {(1, 2, 6): b[:3], other.ids: b, (*other.ids, 8): (*b, 8)}.items() <= found.items()
     assert len(found) == 6, "b receives nothing"
-
-
-@pytest.mark.parametrize("patch_into", ["a", "b"])
-@pytest.mark.parametrize("positions", ["all", "last", "differing"])
-@pytest.mark.parametrize("op", ["zero", "patch"])
-def test_nodes_that_edits_single_out_belong_to_one_prompt_only(
-    encoder: PromptEncoder, op: str, positions: str, patch_into: str
-) -> None:
-    """Also where samples share prompt b or both prompts, and where these are of equal length."""
-    config = Config(op=op, positions=positions, patch_into=patch_into)
-    samples = [
-        Sample("s0", "Don't mention apple. Name a fruit.", "Name a fruit.", ("apple",)),
-        Sample("s1", "Don't mention pear. Name a fruit.", "Name a fruit.", ("pear",)),
-        Sample("s2", "Don't mention apple. Name a fruit.", "Name a fruit.", ("quixotically",)),
-        Sample("s3", "Name a metal.", "Name a sport.", ("iron",)),
-    ]
-    prompts = tracing.write_prompts(samples, encoder, config)
-    tree = plant(*prompts, bos=encoder.bos, config=config)
-    nodes = spellings(tree)
-    assert [nodes[path[-1]] for path in tree.paths] == [prompt.ids for prompt in tree.prompts]
-    if tree.where is None:
-        assert (op, positions) == ("zero", "all")
-        return
-    touched = tree.where.nonzero().flatten().tolist()
-    for node in touched:
-        owners = [path for path in tree.paths if node in path or tree.visible[node, path[-1]]]
-        assert len(owners) == 1
-    assert op == "zero" or not tree.where[tree.partner[touched]].any(), "from unedited nodes"
-    for i, (prompt, path) in enumerate(zip(tree.prompts, tree.paths, strict=True)):
-        plan = edited_positions(prompt.ids, tree.prompts[i ^ 1].ids, config) or {}
-        receives = op != "patch" or prompt.side == patch_into
-        found = {position for position, node in enumerate(path) if tree.where[node]}
-        assert found == (set(plan) if receives else set())
 
 
 def test_a_sample_that_no_edit_would_touch_is_refused(answer: Answer, tiny_llama: str) -> None:

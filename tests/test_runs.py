@@ -1,4 +1,4 @@
-"""Runs: log-probabilities with and without edits, own logits, memory that runs out, gradients."""
+"""Runs: log-probabilities with and without edits, own logits, memory that runs out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from tqdm import tqdm
 import llama3_circuit_tracing as tracing
 import naive
 from conftest import user_text
-from llama3_circuit_tracing import Component, Edit, TracedModel, Tree
+from llama3_circuit_tracing import Component, TracedModel, Tree
 
 HEAD = Component(1, "head", 2)
 SCALED = {"logit_scale": 2.0}  # is said of a model that does nothing of the kind
@@ -82,38 +81,6 @@ def test_every_word_of_every_prompt_has_its_plain_log_probability(
                 expected = [naive.word_log_prob(*told, word) for word in prompt.sample.words]
                 assert found[0].tolist() == pytest.approx(expected, abs=1e-5, rel=0)
     assert (edited[0] - clean.log_probs).abs().max() > 1e-3
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("change", [None, with_bias])
-def test_what_is_read_of_the_final_states_stands_side_by_side(
-    plain: Plain, traced: TracedModel, tree: Tree, change: Callable[[Any], None] | None
-) -> None:
-    """Of the states that are unembedded, or of the model's own logits."""
-    traced = changed(plain, traced, change)
-    clean = tracing.run_clean(traced, tree, (), [1, 2], [])
-    rows = [(), tracing.zeroing([HEAD], traced.shape)]
-    width = traced.shape.vocab if change else traced.shape.d_model
-    states = tracing.final_states(traced, clean, rows)
-    assert states.shape == (2, len(tree.scored), width)
-    assert (states[:1] - clean.states).abs().max() < 1e-4
-    assert (states[1:] - clean.states).abs().max() > 1e-2
-    entries, kl = (
-        read(traced, clean, states) for read in (tracing.read_entries, tracing.divergence)
-    )
-    assert (entries[:1] - clean.log_probs).abs().max() < 5e-6
-    assert kl.shape == (2, len(tree.prompts))
-    assert (kl[0] < 1e-6).all() and (kl[1] > 1e-6).any()
-    reads = (tracing.divergence, tracing.read_entries)
-    found = tracing.run_rows(traced, clean, rows, reads)
-    assert torch.allclose(found, torch.cat([kl, entries], -1), rtol=0, atol=5e-6)
-    assert torch.allclose(tracing.run_rows(traced, clean, rows), entries, rtol=0, atol=5e-6)
-
-
-def test_the_ends_of_a_tree_are_the_last_tokens_of_its_prompts(tree: Tree) -> None:
-    assert tree.scored[tree.ends].tolist() == [path[-1] for path in tree.paths]
-    assert tree.ids[0, tree.scored[tree.ends]].tolist() == [p.ids[-1] for p in tree.prompts]
-    assert len(set(tree.ends)) == len(tree.prompts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -201,31 +168,3 @@ def test_a_row_that_does_not_fit_alone_names_what_to_lower(traced: TracedModel) 
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         limited.run()
     assert limited.tried == [1], "another error is no reason to go on"
-
-
-# ----- gradients
-
-
-def test_gradients_can_be_taken_through_an_edit_outside_of_the_runs(
-    traced: TracedModel, tree: Tree
-) -> None:
-    """Only the runs themselves are in inference mode; <gradient, D> is what a small D does."""
-    modes: list[bool] = []
-    watch = traced.body.register_forward_pre_hook(
-        lambda module, args: modes.append(torch.is_inference_mode_enabled())
-    )
-    with watch:
-        clean = tracing.run_clean(traced, tree, (), [1], [])
-        source = torch.zeros(tree.n_tokens, 16, requires_grad=True)
-        edit = Edit(HEAD.site, traced.shape.columns(HEAD), factor=1.0, source=source)
-        mask = tree.mask(torch.float32, torch.device("cpu"))
-        with tracing.editing(traced, [(edit,)]):
-            final = traced.body(tree.ids, mask, tree.depth, use_cache=False).last_hidden_state
-    log_probs = tracing.entry_log_probs(final[:, tree.scored], traced.head.weight, tree)
-    (gradient,) = torch.autograd.grad(log_probs.sum(), source)
-    assert (log_probs - clean.log_probs).abs().max() < 5e-6
-    small = 1e-2 * gradient / gradient.norm()
-    rows = [(replace(edit, source=sign * small),) for sign in (1, -1)]
-    up, down = tracing.run_rows(traced, clean, rows).sum(1)
-    assert float((up - down) / 2) == pytest.approx(float((gradient * small).sum()), rel=1e-2)
-    assert modes == [False, False] and not torch.is_inference_mode_enabled()
