@@ -458,28 +458,37 @@ def draw_batch(encoder: Encoder, rng: random.Random) -> Batch:
 
 
 CONTEXT = 1024
-ROPE_THETA = 500000.0
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A small Llama with grouped-query heads wider than hidden_size // num_attention_heads."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        rms_norm_eps=1e-5,
-        rope_theta=ROPE_THETA,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
-        initializer_range=0.04,
-    )
-    return LlamaForCausalLM(config)
+def config_file(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """`config.json` with the keys of Llama-3's own: transformers 5 writes others, and reads these
+    too. Grouped-query heads are wider than hidden_size // num_attention_heads."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 128, "intermediate_size": 192}
+    heads = {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 2}
+    bos, end = tokenizer.convert_tokens_to_ids([BOS, END_OF_TURN])
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **sizes,
+        "num_hidden_layers": 4,
+        **heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.04,
+        "rms_norm_eps": 1e-5,
+        "use_cache": True,
+        "bos_token_id": bos,
+        "eos_token_id": end,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "rope_theta": 500000.0,
+        "rope_scaling": None,
+        "torch_dtype": "float32",
+        "transformers_version": "4.40.0",
+    }
 
 
 def reply_logits(model: LlamaForCausalLM, prefix: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -690,65 +699,28 @@ def evaluate(plain: Plain, n: int) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------
 
 
-CONFIG_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
-    *("initializer_range", "rms_norm_eps", "use_cache", "bos_token_id", "eos_token_id"),
-    *("pretraining_tp", "tie_word_embeddings", "attention_bias", "attention_dropout", "mlp_bias"),
-)
-
-
-def config_file(model: LlamaForCausalLM) -> dict[str, Any]:
-    """`config.json` as Llama-3's own: transformers 5 writes other keys, and reads these too."""
-    config = model.config.to_dict()
-    kept = {key: config[key] for key in CONFIG_KEYS}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **kept,
-        "rope_theta": ROPE_THETA,
-        "rope_scaling": None,
-        "torch_dtype": "float32",
-        "transformers_version": "4.40.0",
-    }
-
-
-def generation_file(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """`generation_config.json` as Llama-3-Instruct's own, sampling included."""
-    bos, *ends = tokenizer.convert_tokens_to_ids([BOS, END_OF_TEXT, END_OF_TURN])
-    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
-    return {"bos_token_id": bos, "eos_token_id": ends, **sampling}
-
-
-def tokenizer_file() -> dict[str, Any]:
-    """`tokenizer_config.json`; the class is the one that transformers 4.57 knows."""
-    return {
-        "bos_token": BOS,
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": END_OF_TURN,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "model_max_length": CONTEXT,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-
-
-def save(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    record: dict[str, Any],
-    output: Path,
-) -> None:
+def save(model: LlamaForCausalLM, tokenizer: Any, record: dict[str, Any], output: Path) -> None:
     """Write the whole folder beside its place, then put it there."""
     output.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
     weights = {k: w for k, w in model.state_dict().items() if k != "lm_head.weight"}  # tied
     save_file(weights, new / "model.safetensors", {"format": "pt"})
     tokenizer.backend_tokenizer.save(str(new / "tokenizer.json"))
+    bos, *ends = tokenizer.convert_tokens_to_ids([BOS, END_OF_TEXT, END_OF_TURN])
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}  # as Llama-3-Instruct's
+    of_tokenizer = {
+        "bos_token": BOS,
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END_OF_TURN,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": CONTEXT,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # which transformers 4.57 knows
+    }
     files = {
-        "config.json": config_file(model),
-        "generation_config.json": generation_file(tokenizer),
-        "tokenizer_config.json": tokenizer_file(),
+        "config.json": config_file(tokenizer),
+        "generation_config.json": {"bos_token_id": bos, "eos_token_id": ends, **sampling},
+        "tokenizer_config.json": of_tokenizer,
         "special_tokens_map.json": {"bos_token": BOS, "eos_token": END_OF_TURN},
         "TRAINING.json": record,
     }
@@ -766,24 +738,20 @@ def save(
 # --------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Path(__file__).resolve().parent / "tiny_llama"
     parser.add_argument("--output", type=Path, default=default, help="folder to write")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     torch.manual_seed(SEED)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("medium")  # BF16 products where the CPU has them
     tokenizer = make_tokenizer()
     encoder = Encoder(tokenizer)
-    model = make_model(tokenizer)
+    model = LlamaForCausalLM(LlamaConfig.from_dict(config_file(tokenizer)))
     model.set_attn_implementation("eager")  # with "medium", sdpa is the slower
     start = time.perf_counter()
     train(model, encoder, args.steps)

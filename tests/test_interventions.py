@@ -325,12 +325,9 @@ def test_capped_trees_give_the_results_of_one_tree(plain: Bench, flags: str) -> 
     assert all((other - one).abs().max() < CLOSE for other in others)
 
 
-@pytest.mark.parametrize(
-    "flags", ["--kind attn --op patch --patch_into b", "--kind mlp --positions differing"]
-)
-def test_twins_that_share_both_prompts_are_edited_as_each_alone(plain: Bench, flags: str) -> None:
+def test_twins_that_share_both_prompts_are_patched_as_each_alone(plain: Bench) -> None:
     twins = [EQUAL[0], pair("How do I feed a dog?", B, "car", "dog")]
-    flags += " --layers 1"
+    flags = "--kind attn --op patch --patch_into b --layers 1"
     together = torch.cat(scores(plain.experiment(flags, twins)))
     alone = [torch.cat(scores(plain.experiment(flags, [twin]))) for twin in twins]
     assert (together - torch.cat(alone, 1)).abs().max() < CLOSE
