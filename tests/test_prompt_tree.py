@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import llama3_circuit_tracing as tracing
+from by_hand import prepared
 from conftest import Answer, refuses
-from llama3_circuit_tracing import Config, Prompt, PromptEncoder, Sample, Tree, edited_positions
+from llama3_circuit_tracing import Config, Prompt, Sample, Tree, edited_positions
 
 Spelling = tuple[int, ...]
 Pair = tuple[Spelling, Spelling]
-Prompts = list[list[Prompt]]
 
 
 def prompt_of(sample: Sample, side: str, ids: Spelling, *forms: tuple[Spelling, ...]) -> Prompt:
@@ -102,22 +100,12 @@ def test_means_count_the_tokens_of_each_b_without_bos(bos: int | None, of_first:
     assert weights == dict.fromkeys(weights, 0.0) | of_b
 
 
-@pytest.fixture(scope="module")
-def encoder(tiny_llama: str) -> PromptEncoder:
-    return PromptEncoder(AutoTokenizer.from_pretrained(tiny_llama), "", "word")
-
-
-@pytest.fixture(scope="module")
-def built_in(encoder: PromptEncoder) -> Prompts:
-    samples = tracing.build_suppression(9, random.Random(3), len)
-    return tracing.write_prompts(samples, encoder, Config())
-
-
 # ----- capped trees
 
 
-def test_trees_hold_samples_in_order_and_at_most_the_tokens_allowed(built_in: Prompts) -> None:
+def test_trees_hold_samples_in_order_and_at_most_the_tokens_allowed(tiny_llama: str) -> None:
     """A tree is what its own samples alone would make: nothing is left of one that did not fit."""
+    built_in = prepared(tiny_llama, "--num_samples", "9").prompts
     whole = plant(*built_in[:3], bos=None)
     for limit, n_first in ((whole.n_tokens, 3), (whole.n_tokens - 1, 2), (1, 1)):
         trees = tracing.plant_trees(built_in, None, Config(tree_tokens=limit))

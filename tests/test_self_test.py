@@ -226,7 +226,7 @@ def test_a_planted_mistake_is_caught_with_a_number(
     assert "tree" in said or mistake in IN_THE_HOOKS, said
 
 
-def test_every_sweep_begins_with_the_self_test(
+def test_every_sweep_begins_with_the_self_test_and_a_failed_one_is_not_remembered(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Answer
 ) -> None:
     monkeypatch.setattr(tracing, "editing", editing_outputs)
@@ -235,6 +235,7 @@ def test_every_sweep_begins_with_the_self_test(
     assert "self-test failed" in err
     assert not (tmp_path / "circuit_results.csv").exists()
     assert not list((tmp_path / ".parts").glob("sweep-*"))
+    assert "self_test" not in record_of(tmp_path)
 
 
 def test_a_passed_self_test_is_remembered_for_the_same_run(
@@ -280,16 +281,6 @@ def test_a_self_test_on_other_devices_is_not_taken_up(
     for layers in ("0-1", "0-2"):  # the second time on the same
         finish(llama, tmp_path, *flags, device_map, "--layers", layers)
         assert len(ran) == 2
-
-
-def test_a_failed_self_test_is_not_remembered(
-    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    argv = ["--model_id", llama, "--num_samples", "2", "--output_dir", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        patch.setattr(tracing, "count_hooks", lambda traced: math.nan)
-        assert tracing.main(argv) == 1
-    assert "self_test" not in record_of(tmp_path)
 
 
 def test_the_self_test_runs_on_the_two_shortest_samples(

@@ -171,15 +171,6 @@ def test_removing_a_head_that_suppresses_has_a_positive_effect_and_amplifying_a_
 
 # ----- rows, of heads and of noise
 
-N_SAMPLES = 6
-
-
-@pytest.fixture(scope="module")
-def finished(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of several trees, with control prompts."""
-    flags = ["--num_samples", str(N_SAMPLES), "--controls", "--tree_tokens", "300"]
-    return finish(llama, tmp_path_factory.mktemp("full"), *flags)
-
 
 def parts_of(folder: Path) -> list[pd.DataFrame]:
     """The rows that every job left behind."""
@@ -200,15 +191,17 @@ def jittered_effects(folder: Path) -> pd.Series:
 
 
 def test_the_noise_floor_is_the_95th_percentile_of_the_mean_effects_of_jittered_rows(
-    finished: Path,
+    llama: str, tmp_path: Path
 ) -> None:
-    effects = jittered_effects(finished)
+    """Over several trees."""
+    finish(llama, tmp_path, "--num_samples", "6", "--tree_tokens", "300")
+    effects = jittered_effects(tmp_path)
     assert len(effects) >= 12
     assert set(effects.index.get_level_values("layer")) == {0, 1, 2}
-    floor = record_of(finished)["noise_floor"]
+    floor = record_of(tmp_path)["noise_floor"]
     assert floor == pytest.approx(effects.abs().quantile(0.95), rel=1e-9)
-    assert f"noise floor {floor:.2g}" in (finished / "run.log").read_text()
-    heads = read(finished, "circuit_heads.csv")
+    assert f"noise floor {floor:.2g}" in (tmp_path / "run.log").read_text()
+    heads = read(tmp_path, "circuit_heads.csv")
     assert heads["above_noise"].tolist() == (heads["mean"].abs() > floor).tolist()
 
 
