@@ -90,7 +90,7 @@ def without_template(model: str, folder: Path) -> str:
 
 
 def test_a_contrast_is_all_targets_less_all_foils(llama: str, samples: str, tmp_path: Path) -> None:
-    """By hand, with and without a head; neither sign is warned of or has a name, redrawn neither."""
+    """By hand, with and without a head; neither sign is warned of or has a name; redrawn alike."""
     mirrored = [{**s, "prompt_a": s["prompt_b"], "prompt_b": s["prompt_a"]} for s in SAMPLES]
     other = write_samples(tmp_path / "mirrored.jsonl", *mirrored)
     flags = ["--layers", "1", "--heads", "0,2"]
