@@ -108,6 +108,16 @@ def test_logistic_is_where_the_gradient_of_its_loss_is_zero(count: int, n: int, 
         assert abs(pull(k).sum()) < 1e-4
 
 
+def test_logistic_is_that_of_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.linear_model")
+    x, _ = gaussians(16, 1.0, 200, 4)
+    for flat, d in zip(x.numpy().reshape(4, 32, 200), tracing.logistic(x)[0].numpy(), strict=True):
+        model = sklearn.LogisticRegression(C=1.0, tol=1e-8, max_iter=1000)
+        model.fit((flat - flat.mean(0)) / flat.std(0), np.tile([1, 0], 16))
+        normal = model.coef_[0] / flat.std(0)
+        assert normal @ d / np.linalg.norm(normal) / np.linalg.norm(d) > 0.9999
+
+
 @pytest.mark.parametrize("method", FITS)
 def test_what_is_the_same_on_both_sides_has_no_direction(method: str) -> None:
     x = torch.full((1, 4, 2, 6), 0.1).double()
