@@ -403,7 +403,9 @@ class Config:
     )
     given: Components = option((), "components zeroed in every run, base included: names or a file")
     method: str = option("exact", "how effects are found; gradients estimate", " ".join(METHODS))
-    screen: Natural = option(0, "estimate all (by atp, or --method), measure so many and 32 more")
+    screen: Natural = option(
+        0, "estimate all (by atp, or --method), measure K and 32 others", metavar="K"
+    )
     tree_tokens: Count = option(512, "tokens that one prompt tree may hold")
     rows_per_forward: Count | None = option(None, "components edited side by side", shown="auto")
 
@@ -422,7 +424,9 @@ class Config:
     ablate: Components = option((), "measure one joint set: names L2H5,L3mlp, or a circuit.json")
     multipliers: Numbers = option((), "scale the circuit in replies: 0,0.5,1,2")
     compare: str | None = option(None, "results CSV of another run to compare with")
-    graph: str | None = option(None, "attribution graph of a sample's prompt: s0000 (a) or s0000:b")
+    graph: str | None = option(
+        None, "attribution graph of a sample's prompt a, or b", metavar="SAMPLE_ID[:b]"
+    )
     graph_goal: str = option("words", "its logits: the scored words', the likeliest", "words top")
     graph_nodes: Count = option(500, "heads and neurons that are nodes of their own")
     node_threshold: Proportion = option(0.8, "share of all influence that kept nodes have")
