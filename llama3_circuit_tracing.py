@@ -1061,7 +1061,7 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task) -> Sample:
         name = "foils" if targets else "targets"
         raise UsageError(f"{origin}: {name!r} is missing or empty; --task {task.name} needs it")
     if foils and not task.margin:
-        raise UsageError(f"{origin}: --task {task.name} takes no foils; give --task contrast")
+        raise UsageError(f"{origin}: --task {task.name} takes no foils: omit, or --task contrast")
     name = text("sample_id")
     labels = {label: text(label) for label in ("group", "unit") if label in record}
     if "sentence" in record and task.name == "suppression":
@@ -1377,6 +1377,9 @@ def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) 
     sentence, and have the targets' token counts where possible), and with its words mentioned
     instead, by the template nearest in length."""
     length, controls = functools.cache(encoder.count), Record()
+    units: dict[str, set[str]] = defaultdict(set)  # of each word
+    for word, unit in sorted({(word, s.unit) for s in samples for word in s.targets}):
+        units[word].add(unit)
     for sample in samples:
         targets, sentence = sample.targets, sample.prompt_b
         if sample.prompt_a != instruct(FORBID, targets, sentence):
@@ -1385,8 +1388,7 @@ def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) 
             continue
         texts = controls[sample.sample_id] = {}
         own = {word.casefold() for word in (*plausible_answers(sample), *targets)}
-        other = {word for s in samples if s.unit != sample.unit for word in s.targets}
-        left = [word for word in sorted(other) if word.casefold() not in own]
+        left = [w for w in units if units[w] != {sample.unit} and w.casefold() not in own]
         random.Random(f"{seed} {sample.sample_id}").shuffle(left)
         if len(left) < len(targets):
             log.warning("%s: too few words of other samples for a control", sample.named)
@@ -3260,8 +3262,8 @@ def estimate_tree(exp: Experiment, tree: Tree) -> Tensor:
     a module move together (integrated gradients, arXiv:1703.01365, by midpoints).
     """
     kind, layers = exp.config.kind, sorted({component.layer for component in exp.components})
-    whole = {"head": "attn", "neuron": "mlp"}.get(kind, kind)
-    modules = [Component(layer, whole) for layer in layers]
+    wholes = {of.module: name for name, of in KINDS.items() if not of.slices}
+    modules = [Component(layer, wholes[KINDS[kind].module]) for layer in layers]
     sites = [module.site for module in modules]
     clean = run_clean(exp.traced, tree, exp.background, layers, sites)
     moves = {
