@@ -144,7 +144,7 @@ def test_a_contrast_needs_samples_with_foils_and_suppression_takes_none(
     says = ["lacking.jsonl", "line 2", "'foils' is missing or empty"]
     refuses(answer, *argv, *CONTRAST, lacking, says=says)
     mixed = write_samples(tmp_path / "mixed.jsonl", bare, SAMPLES[0])
-    says = ["mixed.jsonl", "line 2", "--task suppression takes no foils; give --task contrast"]
+    says = ["mixed.jsonl", "line 2", "--task suppression takes no foils: omit, or --task contrast"]
     refuses(answer, *argv, "--samples", mixed, says=says)
 
 
