@@ -1243,6 +1243,8 @@ class Prompt:
         return digest(self.sample.prompt_a)[:12], digest(self.sample.prompt_b)[:12]
 
 
+Prompts = list[list[Prompt]]  # of each sample: a, b, and those of its controls
+
 # before a template: today is DATE, in whatever format it is asked for
 PINNED = """{% macro strftime_now(format) %}{% set date = namespace(text=format) %}
 {% for code, value in codes.items() %}{% set date.text = date.text.replace(code, value) %}
@@ -1355,9 +1357,7 @@ def check_forms(prompt: Prompt, sums: bool) -> None:
                 raise UsageError(f"{prompt.sample.named}: {both}; their chances cannot add up")
 
 
-def write_prompts(
-    samples: Sequence[Sample], encoder: PromptEncoder, config: Config
-) -> list[list[Prompt]]:
+def write_prompts(samples: Sequence[Sample], encoder: PromptEncoder, config: Config) -> Prompts:
     """The prompts of each sample: a, b and, with controls, those of `control_texts`."""
     controls = control_texts(samples, encoder, config.seed) if config.controls else {}
     prompts = []
@@ -1523,7 +1523,7 @@ def plant(nodes: Nodes, prompts: Sequence[Prompt], config: Config, apart: bool) 
 
 
 def plant_trees(
-    samples: Sequence[Sequence[Prompt]], bos: int | None, config: Config, apart: bool = False
+    samples: Prompts, bos: int | None, config: Config, apart: bool = False
 ) -> list[Tree]:
     """Samples in order, as many per tree as --tree_tokens nodes hold, at least one; `apart`: none
     shares a node with another."""
@@ -2199,7 +2199,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def run_batches(
     traced: TracedModel,
     items: Sequence[Any],
-    run: Callable[[Sequence[Any]], Any],
+    run: Callable[[Any], Any],
     bar: tqdm[Any],
     at_once: str = "rows_per_forward",
 ) -> list[Any]:
@@ -2396,14 +2396,14 @@ class Experiment:
     config: Config
     shape: ModelShape
     encoder: PromptEncoder
-    prompts: list[list[Prompt]]
+    prompts: Prompts
     trees: list[Tree]
     components: list[Component]
     rows_per_forward: int
     other: pd.DataFrame | None = None  # the results that --compare names
     device: torch.device | None = None  # this process's own, where there are several
     scratch: Path | None = None  # for weights that do not fit into memory; None: the system's
-    fitting: list[list[Prompt]] = field(default_factory=list)  # that give or choose directions
+    fitting: Prompts = field(default_factory=list)  # that give or choose directions
     directions: dict[Component, Tensor] = field(default_factory=dict)  # [columns], raw, toward a
     along_model: str = ""  # whose directions those of a file are, where it tells
     estimates: Tensor | None = None  # [sample, component, side], see `estimate`
@@ -2468,7 +2468,7 @@ class Experiment:
         run = functools.partial(run_rows, self.traced, clean, reads=reads)
         return torch.stack(run_batches(self.traced, rows, run, bar))
 
-    def prompts_of(self, units: set[str]) -> list[list[Prompt]]:
+    def prompts_of(self, units: set[str]) -> Prompts:
         """Those of the samples of some sentences, without negative controls."""
         return [p for p in self.prompts if p[0].sample.unit in units and p[0].sample.counts]
 
@@ -2610,7 +2610,7 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
     return own[:n]
 
 
-def check_prompts(prompts: Sequence[Sequence[Prompt]], shape: ModelShape, config: Config) -> None:
+def check_prompts(prompts: Prompts, shape: ModelShape, config: Config) -> None:
     """`UsageError` where no token of a sample is edited, a prompt exceeds context or vocabulary."""
     edit, limit = f"--op {config.op} at --positions {config.positions}", shape.context
     lengths = sorted({len(prompt.ids) for of_sample in prompts for prompt in of_sample[:2]})
@@ -2667,9 +2667,7 @@ def read_directions(
     return found, told
 
 
-def set_apart(
-    prompts: list[list[Prompt]], config: Config, told: Record
-) -> tuple[list[list[Prompt]], list[list[Prompt]]]:
+def set_apart(prompts: Prompts, config: Config, told: Record) -> tuple[Prompts, Prompts]:
     """The samples that give the directions of --along, or choose one of a file's, and those that
     are measured: of no sentence that gave the file's. `UsageError` where too few are left."""
     if not config.along:
@@ -2695,7 +2693,7 @@ def set_apart(
 MOST_NODES = 10_000  # of a graph, whose edges are a matrix
 
 
-def graph_prompt(config: Config, prompts: Sequence[Sequence[Prompt]], shape: ModelShape) -> Prompt:
+def graph_prompt(config: Config, prompts: Prompts, shape: ModelShape) -> Prompt:
     """The prompt that --graph names by its sample, and :b for the other side; `UsageError` where
     there is no such sample or its graph would be too large."""
     by_id = {of_sample[0].sample.sample_id: of_sample for of_sample in prompts}
@@ -3227,7 +3225,6 @@ def measure_places(
 # ----- Estimates ----------------------------------------------------------------------------------
 
 SIDES = ("a", "b", *CONTROLS)
-Asked = Sequence[list[Prompt]]  # the prompts of each sample
 
 
 def mean_gradients(
@@ -3287,10 +3284,10 @@ def estimate(exp: Experiment, folder: RunFolder) -> Tensor:
     method, bos = exp.config.estimator, exp.encoder.bos
     whole = replace(exp.config, tree_tokens=2**31)
 
-    def some(prompts: Asked) -> list[Any]:
+    def some(prompts: Prompts) -> list[Any]:
         return list(estimate_tree(exp, *plant_trees(prompts, bos, whole, apart=True)).tolist())
 
-    def compute(prompts: Asked) -> list[Any]:
+    def compute(prompts: Prompts) -> list[Any]:
         if any(weight.is_meta for weight in exp.traced.model.parameters()):
             raise UsageError(f"--method {method} needs weights at hand; some are offloaded")
         return run_batches(exp.traced, prompts, some, bar, "samples_per_backward")
@@ -3527,7 +3524,7 @@ def bases_of(table: pd.DataFrame) -> Bases:
     return {side: base for side in ("b", *CONTROLS) if (base := base_statistics(table, side))}
 
 
-def quoted_side(prompts: Asked, groups: Iterable[set[str]]) -> str:
+def quoted_side(prompts: Prompts, groups: Iterable[set[str]]) -> str:
     """Less which side the score of prompt a is quoted: `other` where most sentences of each group
     have that control."""
     others = (p for p in itertools.chain(*prompts) if p.side == "other" and p.sample.counts)
@@ -3637,7 +3634,7 @@ def draw_bars(heights: pd.Series, path: Path, color: Any = None, **settings: Any
 
 def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     """The top-K mean effects by magnitude as bars."""
-    top = heads.sort_values("mean", key=abs, ascending=False).head(config.top_k)
+    top = largest(heads, "mean", config.top_k)
     kind = str(top["kind"].iloc[0])
     axis = kind if KINDS[kind].slices else "layer"
     title = f"Top {len(top)} {kind} effects on delta_logit\n{config.by[1:]}".rstrip()
@@ -3658,7 +3655,7 @@ VERDICTS = {"contributes": "tab:blue", "works against": "tab:orange", "unclear":
 
 def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) -> None:
     """The top K with their intervals and, where known, what is left less forbidding other words."""
-    top = heads.sort_values("mean", key=abs).tail(config.top_k).reset_index(drop=True)
+    top = largest(heads, "mean", config.top_k)[::-1].reset_index(drop=True)
     panels = {"": "effect on delta_logit"}
     if "minus_other_mean" in top:
         panels["minus_other_"] = "less forbidding other words"
@@ -3990,9 +3987,7 @@ Fit = tuple[Tensor, Tensor]  # [component, width], raw, toward a; [component], w
 N_SHUFFLES = 20
 
 
-def last_inputs(
-    exp: Experiment, prompts: Sequence[list[Prompt]], sites: Iterable[Site]
-) -> dict[Site, Tensor]:
+def last_inputs(exp: Experiment, prompts: Prompts, sites: Iterable[Site]) -> dict[Site, Tensor]:
     """[sample, side, width] by site: its inputs at the last token of prompts a and b."""
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for tree in plant_trees([of[:2] for of in prompts], exp.encoder.bos, exp.config):
@@ -4373,7 +4368,7 @@ def write_circuit(
 # ----- Joint ablation -----------------------------------------------------------------------------
 
 
-def run_sets(exp: Experiment, sets: Sets, prompts: Asked) -> list[list[list[float]]]:
+def run_sets(exp: Experiment, sets: Sets, prompts: Prompts) -> list[list[list[float]]]:
     """[set, sample, column]: with each set edited the scores of prompts a, b and other (NaN where
     there is none), and the KL divergence after a and b."""
     layers = range(exp.shape.n_layers)
@@ -4394,7 +4389,7 @@ def run_sets(exp: Experiment, sets: Sets, prompts: Asked) -> list[list[list[floa
     return torch.stack(found, 1).tolist()
 
 
-def set_scores(exp: Experiment, folder: RunFolder, sets: Sets, prompts: Asked) -> Tensor:
+def set_scores(exp: Experiment, folder: RunFolder, sets: Sets, prompts: Prompts) -> Tensor:
     """`run_sets` as a part of the run."""
     ids = [of_sample[0].sample.sample_id for of_sample in prompts]
     named = [(of.text, of.name, of.draw, of.others_of, of.multiplier) for of in sets]
@@ -4681,7 +4676,7 @@ def report_paths(paths: pd.DataFrame, exp: Experiment, path: Path) -> None:
     """The strongest paths in the log, and all of them in circuit_paths.png."""
     held = {"heads": "all heads above the sender", "all": "all heads and MLPs above the sender"}
     log.info("paths pass %s at their clean values", held[exp.config.freeze])
-    for told in paths.sort_values("mean", key=abs, ascending=False).head(8).itertuples():
+    for told in largest(paths, "mean", 8).itertuples():
         effect = f"{told.mean:+.3f}{interval(told)}, q {told.q:.2g}"
         of_total = f"{told.share_of_total:.0%} of its {told.total:+.3f}"
         log.info(f"{told.sender} -> {told.receiver}: {effect}; {of_total}")
@@ -4737,7 +4732,7 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     tokens = describe_tokens(exp)
     told = effects_of(rows, table, ["label", "position"]).merge(tokens, on="position")
     write_text(folder.path / "circuit_positions.csv", told.to_csv(index=False))
-    for row in told.sort_values("mean", key=abs, ascending=False).head(5).itertuples():
+    for row in largest(told, "mean", 5).itertuples():
         where = f"token {row.position} {row.token!r} ({row.token_b!r} in b)"
         log.info(f"{OPS[exp.config.op].doing} {row.label} at {where}: {row.mean:+.3f}")
     grid = told.pivot(index="label", columns="position", values="mean").loc[labels]
@@ -5278,7 +5273,7 @@ def greedy_replies(exp: Experiment, edits: Row, prompts: Sequence[Prompt]) -> li
     return [str(tokenizer.decode([*of], skip_special_tokens=True)).strip() for of in said]
 
 
-def measure_replies(exp: Experiment, folder: RunFolder, of: JointSet, prompts: Asked) -> Records:
+def measure_replies(exp: Experiment, folder: RunFolder, of: JointSet, prompts: Prompts) -> Records:
     """Greedy replies to prompts a and b of some samples with a set edited, and what they show."""
     task, edited = exp.task, {"ablated": of.text, "n_ablated": len(of.components)}
     edited |= {"multiplier": of.multiplier}
