@@ -5868,20 +5868,27 @@ def explain(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolde
         if config.screen:
             write_screen(exp, heads, folder)
     chosen: list[JointSet] = []
-    joint, each = config.confirms or config.ablate, config.positions == "each"
-    of_graph = f" of {config.graph}"
-    for asked, name, detail, work in (
-        (config.along, "directions", "", lambda: trace_directions(exp, table, heads, folder)),
-        (config.graph, "attribution graph", of_graph, lambda: trace_graph(exp, folder)),
-        (joint, "joint ablation", "", lambda: chosen.extend(confirm(exp, table, folder))),
-        (config.via, "paths", "", lambda: trace_paths(exp, table, heads, floor, folder)),
-        (each, "positions", "", lambda: trace_positions(exp, table, folder)),
-        (config.max_new_tokens, "replies", "", lambda: check_behaviour(exp, chosen, table, folder)),
-        (config.multipliers, "steering", "", lambda: steer(exp, chosen, table, folder)),
-    ):
-        if asked:
-            with exp.stage(name, detail):
-                work()
+    if config.along:
+        with exp.stage("directions"):
+            trace_directions(exp, table, heads, folder)
+    if config.graph:
+        with exp.stage("attribution graph", f" of {config.graph}"):
+            trace_graph(exp, folder)
+    if config.confirms or config.ablate:
+        with exp.stage("joint ablation"):
+            chosen = confirm(exp, table, folder)
+    if config.via:
+        with exp.stage("paths"):
+            trace_paths(exp, table, heads, floor, folder)
+    if config.positions == "each":
+        with exp.stage("positions"):
+            trace_positions(exp, table, folder)
+    if config.max_new_tokens:
+        with exp.stage("replies"):
+            check_behaviour(exp, chosen, table, folder)
+    if config.multipliers:
+        with exp.stage("steering"):
+            steer(exp, chosen, table, folder)
     return heads
 
 
