@@ -102,6 +102,7 @@ from importlib.util import find_spec
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 # ----- Components ---------------------------------------------------------------------------------
 
@@ -538,7 +539,7 @@ def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None =
 def along_contradictions(config: Config) -> dict[str, Any]:
     """Those of --along."""
     along, whole, kind = config.along, config.ablate or config.multipliers, config.kind
-    folder, asked = Path(config.output_dir).resolve(), (kind, config.op, config.positions)
+    folder = Path(config.output_dir).resolve()
     return {
         f"--along edits directions of heads, attn, mlp and resid, no --kind {kind}": along
         and kind == "neuron",
@@ -549,7 +550,7 @@ def along_contradictions(config: Config) -> dict[str, Any]:
         and config.overwrite
         and Path(along).resolve().parent == folder,
         "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
-        and asked != ("resid", "zero", "all"),
+        and (kind, config.op, config.positions) != ("resid", "zero", "all"),
         "--confirm all ablates a direction: give --along": config.everywhere and not along,
     }
 
@@ -1126,11 +1127,10 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
 def impossible(table: pd.DataFrame, index: pd.Series) -> dict[tuple[str, str], pd.Series]:
     """Rows that no run makes, by the column that shows it and by what is wrong there."""
     sliced = table["kind"].map(lambda kind: bool(KINDS[kind].slices))
+    another = index.notna().ne(sliced) | (table["index"].notna() & index.ne(table["index"]))
     wrong = {
         ("delta_logit_base", "is 0: both prompts are the same"): table["delta_logit_base"] == 0,
-        ("index", "does not go with the row's kind and head"): (
-            index.notna().ne(sliced) | (table["index"].notna() & index.ne(table["index"]))
-        ),
+        ("index", "does not go with the row's kind and head"): another,
     }
     formulas = {"head_effect": "delta_logit_head - delta_logit_base"}
     formulas |= {f"delta_logit_{run}": f"score_a_{run} - score_b_{run}" for run in ("base", "head")}
@@ -1345,8 +1345,7 @@ class PromptEncoder:
 
 
 def check_forms(prompt: Prompt, sums: bool) -> None:
-    """`UsageError` where of forms whose probabilities add up one begins with another: the longer
-    one's would count twice."""
+    """`UsageError` where a form begins with another that it adds up with: it would count twice."""
     named = list(zip(prompt.sample.words, prompt.forms, strict=True))
     n = len(prompt.sample.targets)
     for group in (named[:n], named[n:]) if sums else ([word] for word in named):
@@ -1563,10 +1562,8 @@ def build_tree(nodes: Nodes, placed: Sequence[Placed], bos: int | None, config: 
     scored, node = torch.tensor(parents).unique(return_inverse=True)
     ids, token = torch.tensor([[token for _, token, _ in nodes]]), torch.tensor(tokens)
     depth = visible.sum(1)[None] - 1
-    where, partner = place_edits(placed, len(nodes), config)
-    return Tree(
-        prompts, paths, entries, ids, depth, visible, scored, node, token, where, partner, weight
-    )
+    edits = place_edits(placed, len(nodes), config)
+    return Tree(prompts, paths, entries, ids, depth, visible, scored, node, token, *edits, weight)
 
 
 def place_edits(placed: Sequence[Placed], n: int, config: Config) -> tuple[Tensor | None, Tensor]:
@@ -1802,9 +1799,8 @@ def load_model(
             raise RunError(f"{config.model_id}: {there} for {shape.name}: {named}")
     used = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
     if used & {"cpu", "disk"} and used - {"cpu"}:
-        log.warning(
-            f"some layers are offloaded ({', '.join(sorted(used))}): this is exact but slow"
-        )
+        where = ", ".join(sorted(used))
+        log.warning(f"some layers are offloaded ({where}): this is exact but slow")
     return model.eval().requires_grad_(False)
 
 
@@ -1995,17 +1991,11 @@ def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[No
     """Skip the blocks below a layer: it receives the residual stream [1, tok, d_model] of the clean
     run, in the form of a block's output. The library's own forward stays in charge (masks, rotary
     embeddings, norms); the weights of skipped blocks are not even read where they are offloaded."""
-    below = list(traced.layers)[:layer]
-    saved = [block.__dict__.get("forward") for block in below]  # accelerate's, where it offloads
-    try:
-        for block in below:
-            block.forward = lambda hidden_states, *args, **kwargs: residual
+    with contextlib.ExitStack() as stack:
+        for block in list(traced.layers)[:layer]:
+            skipped = mock.patch.object(block, "forward", lambda *args, **kwargs: residual)
+            stack.enter_context(skipped)  # puts back accelerate's, where it offloads
         yield
-    finally:
-        for block, forward in zip(below, saved, strict=True):
-            block.__dict__.pop("forward", None)
-            if forward is not None:
-                block.forward = forward
 
 
 def gathering(module: nn.Module, nodes: Tensor) -> RemovableHandle:
