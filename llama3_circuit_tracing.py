@@ -754,6 +754,7 @@ NO_ODD_ONE = "no odd one"
 CountTokens = Callable[[str], int]
 Duo = tuple[str, ...]  # a label, and two people: who stays in a triple, and who is exchanged
 Quartet = tuple[Duo, Duo]
+Texts = Iterator[tuple[Any, ...]]  # of a `Sample` each, its id left out
 
 
 @dataclass(frozen=True)
@@ -802,34 +803,28 @@ def instruct(opening: str, words: Sequence[str], sentence: str) -> str:
     return f"{opening} {' or '.join(words)}. {sentence}"
 
 
-def build_suppression(count: int, rng: random.Random, tokens_in: CountTokens) -> list[Sample]:
+def suppression_texts(count: int, rng: random.Random, tokens_in: CountTokens) -> Texts:
     """Questions in random order, each forbidding 1, 2, 3, 1, ... answers, never twice alike."""
     order = rng.sample(sorted(QUESTIONS), len(QUESTIONS))
     used: set[tuple[str, ...]] = set()  # no word answers two questions
-    samples: list[Sample] = []
     for i in range(count):
         sentence = order[i % len(order)]
         choices = itertools.combinations(QUESTIONS[sentence].split(), 1 + i % 3)
         if not (fresh := [words for words in choices if words not in used]):
             raise UsageError(f"--num_samples {count}: only {i} different samples are built in")
         used.add(words := rng.choice(fresh))
-        samples.append(Sample(f"s{i:04d}", instruct(FORBID, words, sentence), sentence, words))
-    return samples
+        yield instruct(FORBID, words, sentence), sentence, words
 
 
-def build_refusal(count: int, rng: random.Random, tokens_in: CountTokens) -> list[Sample]:
+def refusal_texts(count: int, rng: random.Random, tokens_in: CountTokens) -> Texts:
     known = len(REFUSAL_PAIRS)
     if count > known:
         log.warning("%d samples asked for; %d refusal pairs are built in", count, known)
     harms = rng.sample(range(known // 2), known // 2)
     twins = [rng.sample((2 * harm, 2 * harm + 1), 2) for harm in harms]
-    chosen = [*itertools.chain(*zip(*twins, strict=True))][:count]  # no twin before all units
-    words = REFUSAL_OPENINGS, COMPLIANT_OPENINGS
-    samples = []
-    for i, n in enumerate(chosen):
-        harmful, harmless = REFUSAL_PAIRS[n]
-        samples.append(Sample(f"s{i:04d}", harmful, harmless, *words, unit=f"harm{n // 2}"))
-    return samples
+    order = itertools.chain(*zip(*twins, strict=True))  # no twin before all units
+    for n in itertools.islice(order, count):
+        yield *REFUSAL_PAIRS[n], REFUSAL_OPENINGS, COMPLIANT_OPENINGS, "", f"harm{n // 2}"
 
 
 def odd_one_out_text(names: Sequence[str]) -> str:
@@ -857,7 +852,7 @@ def match_duos(duos: Sequence[Duo], alike: bool, tokens_in: CountTokens) -> list
     return quartets
 
 
-def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) -> list[Sample]:
+def odd_one_out_texts(count: int, rng: random.Random, tokens_in: CountTokens) -> Texts:
     """Clean and corrupt triples: one name changes, of equal token length, and so does the odd one.
     A unit's two people of one profession and two of another class are in no other unit. Every fifth
     sample is a negative control: three names of one profession, and one changes for the fourth."""
@@ -865,7 +860,7 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) ->
     of_class = [(group, *names[i : i + 2]) for group, _, names in jobs for i in (0, 2)]
     of_job = [(job, *names[i : i + 2]) for _, job, names in jobs for i in (0, 2)]
 
-    def triples(quartets: Sequence[Quartet]) -> Iterator[tuple[Any, ...]]:
+    def triples(quartets: Sequence[Quartet]) -> Texts:
         ways = list(itertools.product((1, -1), range(len(quartets))))
         orders = {way: rng.sample(list(itertools.permutations(range(3))), 6) for way in ways}
         for turn, way in itertools.product(range(6), ways):
@@ -876,13 +871,11 @@ def build_odd_one_out(count: int, rng: random.Random, tokens_in: CountTokens) ->
 
     real = triples(match_duos(rng.sample(of_class, len(of_class)), False, tokens_in))
     negative = triples(match_duos(rng.sample(of_job, len(of_job)), True, tokens_in))
-    samples: list[Sample] = []
     for i in range(count):
         if not (triple := next(negative if i % 5 == 4 else real, None)):
             there = f"only {i} different samples of names with as many tokens are built in"
             raise UsageError(f"--num_samples {count}: {there}")
-        samples.append(Sample(f"s{i:04d}", *triple))
-    return samples
+        yield triple
 
 
 # ----- Tasks --------------------------------------------------------------------------------------
@@ -917,7 +910,7 @@ class Task:
     """What a behaviour is: its samples, its metric, and what counts as showing it in a reply."""
 
     name: str
-    build: Callable[[int, random.Random, CountTokens], list[Sample]]
+    texts: Callable[[int, random.Random, CountTokens], Texts]  # of the built-in samples
     answers: Callable[[Sample, str], bool]
     scored: str
     shown: str  # what `shows` finds in a reply
@@ -931,10 +924,14 @@ class Task:
     targets: tuple[str, ...] = ()
     foils: tuple[str, ...] = ()
 
+    def build(self, *args: Any) -> list[Sample]:
+        """The built-in samples, numbered; `UsageError` where more are asked for than there are."""
+        return [Sample(f"s{i:04d}", *texts) for i, texts in enumerate(self.texts(*args))]
+
 
 SUPPRESSION = Task(
     "suppression",
-    build_suppression,
+    suppression_texts,
     lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
     scored="log P of the forbidden words",
     shown="mention a forbidden word",
@@ -946,7 +943,7 @@ SUPPRESSION = Task(
 )
 REFUSAL = Task(
     "refusal",
-    build_refusal,
+    refusal_texts,
     complies,
     scored="the margin of refusals",
     shown="refuse",
@@ -957,7 +954,7 @@ REFUSAL = Task(
 )
 ODD_ONE_OUT = Task(
     "odd_one_out",
-    build_odd_one_out,
+    odd_one_out_texts,
     lambda sample, reply: bool(mentioned(sample.foils, reply)),
     scored="the margin of prompt a's odd name",
     shown="name the odd one of prompt a",
@@ -966,7 +963,7 @@ ODD_ONE_OUT = Task(
 )
 CONTRAST = Task(
     "contrast",
-    lambda *_: [],  # samples are one's own
+    lambda *_: iter(()),  # samples are one's own
     lambda sample, reply: bool(mentioned(sample.words, reply)),
     scored="the margin of the targets",
     shown="mention a target",

@@ -374,7 +374,7 @@ import llama3_circuit_tracing as tracing
 assert before == (list(sys.argv), random.getstate(), signal.getsignal(signal.SIGTERM))
 assert seed == torch.initial_seed() and torch.is_grad_enabled()
 assert not tracing.log.handlers and not logging.getLogger().handlers
-samples = tracing.build_suppression(20, random.Random(42), len)
+samples = tracing.SUPPRESSION.build(20, random.Random(42), len)
 with open(sys.argv[-1], "w") as file:
     json.dump([s.prompt_a for s in samples], file)
 """
@@ -391,7 +391,7 @@ with open(sys.argv[-1], "w") as file:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(empty.iterdir()) == []
-    here = tracing.build_suppression(20, random.Random(42), len)
+    here = tracing.SUPPRESSION.build(20, random.Random(42), len)
     assert json.loads(out.read_text()) == [sample.prompt_a for sample in here]
 
 
@@ -444,7 +444,7 @@ def test_a_dry_run_without_weights_prints_all_that_would_be_done_and_writes_noth
     assert sorted(tmp_path.rglob("*")) == before
     tokenizer = AutoTokenizer.from_pretrained(without_weights)
     system = {"role": "system", "content": "You are an assistant."}
-    for sample in tracing.build_suppression(3, random.Random(42), len):
+    for sample in tracing.SUPPRESSION.build(3, random.Random(42), len):
         for user in (sample.prompt_a, sample.prompt_b):
             chat = [system, {"role": "user", "content": user}]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

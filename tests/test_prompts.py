@@ -27,7 +27,7 @@ def forbidding(sample_id: str, sentence: str, *words: str) -> Sample:
 
 
 FRUIT = forbidding("s0", "Name a fruit.", "apple")
-BUILT_IN = tracing.build_suppression(9, random.Random(3), len)
+BUILT_IN = tracing.SUPPRESSION.build(9, random.Random(3), len)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def traced(plain: Plain) -> TracedModel:
 @pytest.fixture(scope="module")
 def tree(plain: Plain) -> Tree:
     """Two samples with controls: eight prompts."""
-    samples = tracing.build_suppression(2, random.Random(0), len)
+    samples = tracing.SUPPRESSION.build(2, random.Random(0), len)
     encoder, config = tracing.PromptEncoder(plain[1], "", "word"), tracing.Config(controls=True)
     prompts = tracing.write_prompts(samples, encoder, config)
     return tracing.plant_trees(prompts, encoder.bos, config)[0]

@@ -42,7 +42,7 @@ def largest_difference(one: pd.DataFrame, other: pd.DataFrame) -> float:
 @functools.cache
 def naive_results(folder: str) -> pd.DataFrame:
     """The naive loop's results on two built-in samples."""
-    samples = tracing.build_suppression(2, random.Random(42), len)
+    samples = tracing.SUPPRESSION.build(2, random.Random(42), len)
     pairs = [(s.prompt_a, s.prompt_b, s.targets) for s in samples]
     found = naive.sweep(*naive.load(folder), pairs)
     return pd.DataFrame(

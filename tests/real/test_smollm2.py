@@ -85,7 +85,7 @@ def test_the_self_test_passes() -> None:
 @pytest.mark.parametrize("flags", SWEPT)
 def test_the_sweep_equals_the_naive_loop(flags: str, plain: Plain, tmp_path: Path) -> None:
     n, change = SWEPT[flags], tracing.parse_args(flags.split())
-    samples = {s.sample_id: s for s in tracing.build_suppression(n, random.Random(42), len)}
+    samples = {s.sample_id: s for s in tracing.SUPPRESSION.build(n, random.Random(42), len)}
     table = read(finish(MODEL, tmp_path, "--num_samples", str(n), *flags.split()))
     indices = table["index"].fillna(-1).astype(int)
     swept = set(zip(table["sample_id"], table["layer"], indices, strict=True))
