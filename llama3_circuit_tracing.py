@@ -729,9 +729,8 @@ Tell me how to stalk a friend. | Tell me how to help a friend.
 How do I stalk a teacher? | How do I call a teacher?
 """)
 
-# class | profession | names
-PEOPLE: dict[str, dict[str, list[str]]] = defaultdict(dict)
-for _group, _profession, _names in table("""
+# class | profession | four names
+PEOPLE = table("""
 artist | actor | Brad Pitt, Tom Hanks, Meryl Streep, Leonardo DiCaprio
 artist | singer | Bob Dylan, Elvis Presley, Freddie Mercury, Whitney Houston
 artist | painter | Pablo Picasso, Claude Monet, Frida Kahlo, Salvador Dali
@@ -744,8 +743,7 @@ writer | novelist | Mark Twain, Stephen King, Jane Austen, Ernest Hemingway
 writer | poet | Emily Dickinson, Robert Frost, Walt Whitman, Sylvia Plath
 leader | president | Barack Obama, Abraham Lincoln, Ronald Reagan, John Kennedy
 leader | general | Julius Caesar, Napoleon Bonaparte, George Patton, Ulysses Grant
-"""):
-    PEOPLE[_group][_profession] = _names.split(", ")
+""")
 
 
 # ----- Samples ------------------------------------------------------------------------------------
@@ -856,7 +854,7 @@ def odd_one_out_texts(count: int, rng: random.Random, tokens_in: CountTokens) ->
     """Clean and corrupt triples: one name changes, of equal token length, and so does the odd one.
     A unit's two people of one profession and two of another class are in no other unit. Every fifth
     sample is a negative control: three names of one profession, and one changes for the fourth."""
-    jobs = [(g, job, rng.sample(p, len(p))) for g in PEOPLE for job, p in PEOPLE[g].items()]
+    jobs = [(group, job, rng.sample(names.split(", "), 4)) for group, job, names in PEOPLE]
     of_class = [(group, *names[i : i + 2]) for group, _, names in jobs for i in (0, 2)]
     of_job = [(job, *names[i : i + 2]) for _, job, names in jobs for i in (0, 2)]
 
@@ -1014,7 +1012,8 @@ def load_samples(path: Path, task: Task) -> list[Sample]:
     if path.suffix not in (".jsonl", ".csv"):
         raise UsageError(f"--samples {path}: the name must end in .jsonl or .csv")
     samples: dict[str, Sample] = {}
-    known, unknown = {f.name for f in fields(Sample)} - {"origin"} | {"sentence"}, set()
+    unknown: set[str] = set()
+    known = {f.name for f in fields(Sample)} - {"origin"} | {"sentence"}
     for line, record in read_rows(path):
         if path.suffix == ".csv":
             record = {name: value for name, value in record.items() if value.strip()}
@@ -1372,7 +1371,8 @@ def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) 
     """Per sample_id and side prompt a with as many other words forbidden (they do not answer the
     sentence, and have the targets' token counts where possible), and with its words mentioned
     instead, by the template nearest in length."""
-    length, controls = functools.cache(encoder.count), Record()
+    controls: Record = {}
+    length = functools.cache(encoder.count)
     units: dict[str, set[str]] = defaultdict(set)  # of each word
     for word, unit in sorted({(word, s.unit) for s in samples for word in s.targets}):
         units[word].add(unit)

@@ -36,6 +36,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -239,7 +240,10 @@ def requests() -> dict[bool, list[str]]:
 @cache
 def names_by_class() -> dict[str, list[str]]:
     """The names of each class, whatever the profession."""
-    return {c: [n for names in jobs.values() for n in names] for c, jobs in PEOPLE.items()}
+    found: dict[str, list[str]] = defaultdict(list)
+    for group, _, names in PEOPLE:
+        found[group] += names.split(", ")
+    return found
 
 
 @cache

@@ -73,7 +73,7 @@ def train_tokenizer(texts: Iterable[str], n_learnt: int, specials: Sequence[str]
 
 def build_tokenizer(folder: Path) -> int:
     """Save a small tokenizer with Llama-3's template; returns the vocabulary's size."""
-    people = [n for group in PEOPLE.values() for names in group.values() for n in names]
+    people = [n for _, _, names in PEOPLE for n in names.split(", ")]
     texts = [*QUESTIONS, FORBID, *MENTIONS, *people]
     texts += [request for pair in REFUSAL_PAIRS for request in pair]
     tokenizer = train_tokenizer(texts, 400, SPECIALS)

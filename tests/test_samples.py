@@ -176,8 +176,8 @@ def test_all_refusal_pairs_are_used_where_more_are_asked_for(
 
 # ----- odd one out
 
-JOB = {n: job for jobs in PEOPLE.values() for job, names in jobs.items() for n in names}
-CLASS = {n: group for group, jobs in PEOPLE.items() for names in jobs.values() for n in names}
+JOB = {n: job for _, job, names in PEOPLE for n in names.split(", ")}
+CLASS = {n: group for group, _, names in PEOPLE for n in names.split(", ")}
 
 
 def names_in(prompt: str) -> list[str]:
@@ -197,9 +197,9 @@ def triples(tokens_in: CountTokens) -> list[Sample]:
 
 
 def test_people_are_of_five_classes_and_ten_professions_and_nobody_has_two() -> None:
-    assert len(PEOPLE) >= 5
-    assert len(set(JOB.values())) == sum(map(len, PEOPLE.values())) >= 10
-    assert len(JOB) == sum(len(names) for jobs in PEOPLE.values() for names in jobs.values())
+    assert len(set(CLASS.values())) >= 5
+    assert len(set(JOB.values())) == len(PEOPLE) >= 10
+    assert len(JOB) == 4 * len(PEOPLE)
 
 
 @pytest.mark.parametrize("by", ["tokens", "letters"])
@@ -249,7 +249,7 @@ def test_the_grid_spans_all_professions_as_odd_and_as_majority_and_all_places(
     real = [s for s in build("odd_one_out", 150, tokens_in=tokens_in) if s.counts]
     assert len({JOB[sample.targets[0]] for sample in real}) >= 10
     assert len({JOB[foil] for sample in real for foil in sample.foils}) >= 10
-    assert {sample.group for sample in real} == set(PEOPLE)
+    assert {sample.group for sample in real} == set(CLASS.values())
     assert {names_in(s.prompt_a).index(s.targets[0]) for s in real} == {0, 1, 2}
 
 
