@@ -425,9 +425,7 @@ class Config:
     ablate: Components = option((), "measure one joint set: names L2H5,L3mlp, or a circuit.json")
     multipliers: Numbers = option((), "scale the circuit in replies: 0,0.5,1,2")
     compare: str | None = option(None, "results CSV of another run to compare with")
-    graph: str | None = option(
-        None, "attribution graph of a sample's prompt a, or b", metavar="SAMPLE_ID[:b]"
-    )
+    graph: str | None = option(None, "attribution graph of prompt a, or b", metavar="SAMPLE_ID[:b]")
     graph_goal: str = option("words", "its logits: the scored words', the likeliest", "words top")
     graph_nodes: Count = option(500, "heads and neurons that are nodes of their own")
     node_threshold: Proportion = option(0.8, "share of all influence that kept nodes have")
@@ -1527,13 +1525,13 @@ def plant_trees(
     nodes: Nodes = {}
     placed: list[Placed] = []
     for prompts in samples:
-        before = len(nodes)
-        new = [*plant(nodes, prompts, config, apart)]
-        if placed and len(nodes) > config.tree_tokens:
-            kept = dict(itertools.islice(nodes.items(), before))
-            trees.append(build_tree(kept, placed, bos, config))
-            nodes, placed = {}, []
-            new = [*plant(nodes, prompts, config, apart)]
+        grown = nodes.copy()
+        new = [*plant(grown, prompts, config, apart)]
+        if placed and len(grown) > config.tree_tokens:
+            trees.append(build_tree(nodes, placed, bos, config))
+            grown, placed = {}, []
+            new = [*plant(grown, prompts, config, apart)]
+        nodes = grown
         placed += new
     return [*trees, build_tree(nodes, placed, bos, config)]
 
