@@ -1848,6 +1848,7 @@ class Edit:
 
 
 Row = tuple[Edit, ...]  # what is edited in one row of a batch
+unit = functools.partial(nn.functional.normalize, dim=0, eps=1e-300)  # of a direction; 0 stays 0
 
 
 def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Site, slice | Tensor]:
@@ -1880,11 +1881,6 @@ def other_columns(
 def zeroing(components: Iterable[Component], shape: ModelShape) -> Row:
     """Some components zeroed at every token."""
     return tuple(Edit(site, columns) for site, columns in join_columns(components, shape).items())
-
-
-def unit(direction: Tensor) -> Tensor:
-    """Of length 1; 0 where the direction is."""
-    return (direction / direction.norm()).nan_to_num()
 
 
 def displacement(edit: Edit, x: Tensor) -> Tensor:
