@@ -4138,7 +4138,7 @@ def trace_directions(
     write_components(folder.path / "circuit_directions.csv", told)
     if config.along in FITS:
         write_directions(exp, folder)
-    report_directions(told, exp)
+    report_directions(told)
     draw_directions(told, exp, folder.path / "circuit_directions.png")
 
 
@@ -4152,25 +4152,24 @@ def write_directions(exp: Experiment, folder: RunFolder) -> None:
     write_atomically(folder.path / "directions.safetensors", lambda p: p.write_bytes(content))
 
 
-def report_directions(told: pd.DataFrame, exp: Experiment) -> None:
+def report_directions(told: pd.DataFrame) -> None:
     """How well the strongest directions tell the prompts apart, and what is moved along them."""
     for accuracy in told.loc[told["label"] == "L0resid", "accuracy"].dropna():
         log.info(f"layer 0, where only the last token itself tells: accuracy {accuracy:.0%}")
     ways = {"along": "along it", "random": "as far in one random direction"}
     ways |= {"whole": "by the whole"} if "whole_mean" in told else {}
     known = told[told["along_mean"].notna() & (told["norm"] > 0)]
-    for row in largest(known, "along_mean", 5).to_dict("records"):
-        apart = f"AUC {row['auc']:.2f} over {numbered(row['n_sentences'], 'held-out sentence')}"
-        if not math.isnan(row["accuracy"]):
-            apart += f", accuracy {row['accuracy']:.0%} [{row['accuracy_low']:.0%}, "
-            chance = f"shuffled: up to {row['accuracy_shuffled']:.0%}"
-            apart += f"{row['accuracy_high']:.0%}] ({chance})"
+    for row in largest(known, "along_mean", 5).itertuples():
+        apart = f"AUC {row.auc:.2f} over {numbered(row.n_sentences, 'held-out sentence')}"
+        if not math.isnan(row.accuracy):
+            chance = f"(shuffled: up to {row.accuracy_shuffled:.0%})"
+            apart += f", accuracy {row.accuracy:.0%}{interval(row, 'accuracy', '.0%')} {chance}"
         moved = []
         for way, said in ways.items():
-            share = row[f"{way}_share_moved"]
+            mean, share = (getattr(row, f"{way}_{name}") for name in ("mean", "share_moved"))
             of_base = "" if math.isnan(share) else f" ({share + 0.0:.0%} of the base)"
-            moved.append(f"{said} {row[f'{way}_mean']:+.3f}{of_base}")
-        log.info(f"direction of {row['label']}: {apart}; moved {', '.join(moved)}")
+            moved.append(f"{said} {mean:+.3f}{of_base}")
+        log.info(f"direction of {row.label}: {apart}; moved {', '.join(moved)}")
 
 
 def draw_directions(told: pd.DataFrame, exp: Experiment, path: Path) -> None:
@@ -4824,26 +4823,24 @@ def total_gradients(traced: TracedModel, halves: Halves, direction: Tensor) -> d
 def choose_nodes(
     shape: ModelShape, halves: Halves, gradients: Mapping[Site, Tensor], n_best: int
 ) -> pd.DataFrame:
-    """kind, layer, index and position, along the residual stream: of all tokens the embedding and
-    of every half-block the rest (index -1), the goal, and the `n_best` heads and neurons of the
-    largest attribution <value, gradient of the goal>."""
+    """kind, layer, index, position and depth, along the residual stream: of all tokens the
+    embedding and of every half-block the rest (index -1), the goal, and the `n_best` heads and
+    neurons of the largest attribution <value, gradient of the goal>."""
     frames, layers, n_tokens = [], range(shape.n_layers), len(gradients[0, ""])
     for kind, layer in itertools.product(("head", "neuron"), layers):
         site, n = (layer, KINDS[kind].module), len(shape.indices(kind))
         product = halves[site][1][0].detach().to(gradients[site]) * gradients[site]
         sizes = product.unflatten(-1, (n, -1)).sum(-1).flatten().abs()  # [tok * n]
-        size, best = (of.cpu().numpy() for of in sizes.topk(min(n_best, len(sizes))))
-        columns = {"position": best // n, "index": best % n, "size": size}
+        size, at = (of.cpu().numpy() for of in sizes.topk(min(n_best, len(sizes))))
+        columns = {"position": at // n, "index": at % n, "size": size}
         frames.append(pd.DataFrame({"kind": kind, "layer": layer, **columns}))
-    ranked = pd.concat(frames).sort_values("size", ascending=False, kind="stable")
+    best = largest(pd.concat(frames), "size", n_best).drop(columns="size")
     others = [*itertools.product(["embedding"], [0], range(n_tokens))]
     others += itertools.product(["attn-rest", "mlp-rest"], layers, range(n_tokens))
     others.append(("goal", shape.n_layers, n_tokens - 1))
     other = pd.DataFrame(others, columns=["kind", "layer", "position"]).assign(index=-1)
-    nodes = pd.concat([ranked.head(n_best).drop(columns="size"), other])
-    nodes = nodes.assign(depth=nodes["kind"].map(NODES))
-    nodes = nodes.sort_values(["layer", "depth", "position", "index"], ignore_index=True)
-    return nodes.drop(columns="depth")
+    nodes = pd.concat([best, other]).assign(depth=lambda every: every["kind"].map(NODES))
+    return nodes.sort_values(["layer", "depth", "position", "index"], ignore_index=True)
 
 
 def own_elements(of_site: pd.DataFrame, module: str, shape: ModelShape) -> Tensor:
@@ -4875,8 +4872,8 @@ def attribute(
     positions = torch.tensor(nodes["position"].to_numpy(), device=traced.device)
     weights = torch.zeros(len(nodes), len(nodes), device=traced.device)
     written = torch.zeros(len(nodes), traced.shape.d_model, device=traced.device)
-    attributions, groups = [], nodes.groupby(["layer", nodes["kind"].map(NODES)])
-    for (site, half), (_, of_site) in zip(halves.items(), groups, strict=True):
+    attributions, by_site = [], nodes.groupby(["layer", "depth"])
+    for (site, half), (_, of_site) in zip(halves.items(), by_site, strict=True):
         first = int(of_site.index[0])
         rows = slice(first, first + len(of_site))
         gradient, there = gradients[site], positions[rows]
@@ -5014,8 +5011,10 @@ def measure_graph(traced: TracedModel, halves: Halves, graph: Graph, lost: Lost)
     between = links[links["source"].isin(zeroed) & links["target"].isin(zeroed)]
     best, strong = largest(heads, "attribution", MEASURED), largest(between, "weight", MEASURED)
     pairs: list[Row] = [(zeroed[a], zeroed[b]) for a, b in strong[["source", "target"]].to_numpy()]
-    nodes.loc[best.index, "exact_effect"] = lost([(zeroed[name],) for name in best["node_id"]])
-    links.loc[strong.index, "exact_effect"] = patch_edges(traced, halves, pairs, lost)
+    exact = lost([(zeroed[name],) for name in best["node_id"]])
+    nodes["exact_effect"] = pd.Series(exact, best.index, float)
+    exact = patch_edges(traced, halves, pairs, lost)
+    links["exact_effect"] = pd.Series(exact, strong.index, float)
 
 
 # ----- Graph files --------------------------------------------------------------------------------
@@ -5190,8 +5189,7 @@ def graph_of(exp: Experiment, prompt: Prompt) -> Record:
     target, source = (of.numpy() for of in edges.nonzero(as_tuple=True))
     name = nodes["node_id"].to_numpy()
     links = pd.DataFrame({"source": name[source], "target": name[target]})
-    links = links.assign(weight=weights[target, source].tolist(), exact_effect=math.nan)
-    nodes["exact_effect"] = math.nan
+    links["weight"] = weights[target, source].tolist()
     lost = functools.partial(lost_goals, traced, prompt.ids, direction)
     measure_graph(traced, halves, (nodes, links), lost)
     told: Record = {"sample_id": prompt.sample.sample_id, "side": prompt.side}
@@ -5603,20 +5601,19 @@ def draw_table(heads: pd.DataFrame, quoted: str) -> str:
 
 def draw_cells(heads: pd.DataFrame, quoted: str) -> str:
     """A cell per layer and index: colour by role, numbers on hover, a dot with a verdict."""
-    cells: dict[str, tuple[str, str]] = {}
-    bound = float(heads[f"{quoted}role"].abs().max()) or 1.0
-    for head in heads.to_dict("records"):
-        mean, low, high, q, verdict = (head[f"{quoted}{name}"] for name in [*COLUMNS][:5])
-        interval = "" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]"
-        told = f"{head['label']}: {mean:+.3f}{interval}, q {q:.2g}, {verdict}"
-        dot = "" if verdict == "unclear" else "&bull;"
-        cell = f'<span title="{MEASURES[quoted]}, {told}">{dot or "&nbsp;"}</span>'
-        cells[head["label"]] = cell, shade(head[f"{quoted}role"], bound)
-    grid = heads.pivot(index="layer", columns="index", values="label")
-    grid = grid.rename(index="layer {}".format, columns=lambda i: "" if i < 0 else i)[::-1]
-    style = Styler(grid.rename_axis(None).rename_axis(None, axis=1), uuid="grid", cell_ids=False)
-    style.map(lambda label: cells[label][1] if label in cells else "")
-    style.format(lambda label: cells[label][0], na_rep="")
+    cells, roles = [], heads[f"{quoted}role"]
+    bound = float(roles.abs().max()) or 1.0
+    for head in heads.itertuples():
+        mean, q, verdict = (getattr(head, f"{quoted}{name}") for name in ("mean", "q", "verdict"))
+        told = f"{head.label}: {mean:+.3f}{interval(head, f'{quoted}ci')}, q {q:.2g}, {verdict}"
+        dot = "&nbsp;" if verdict == "unclear" else "&bull;"
+        cells.append(f'<span title="{MEASURES[quoted]}, {told}">{dot}</span>')
+    heads = heads.assign(cell=cells, css=[shade(role, bound) for role in roles])
+    grid = heads.pivot(index="layer", columns="index", values=["cell", "css"])[::-1]
+    grid = grid.rename_axis(None).rename_axis([None, None], axis=1)
+    style = Styler(grid["cell"], uuid="grid", cell_ids=False).format(na_rep="")
+    style.format_index("layer {}").format_index(lambda i: "" if i < 0 else i, axis=1)
+    style.apply(lambda _: grid["css"].fillna(""), axis=None)
     told = f"Role in the {MEASURES[quoted]}; a dot has a verdict. Numbers show under the pointer."
     return f'<p>{told}</p><div class="wide">{style.to_html(table_attributes="class=grid")}</div>'
 
