@@ -3968,20 +3968,19 @@ Fit = tuple[Tensor, Tensor]  # [component, width], raw, toward a; [component], w
 N_SHUFFLES = 20
 
 
-def last_inputs(exp: Experiment, prompts: Prompts, sites: Iterable[Site]) -> dict[Site, Tensor]:
-    """[sample, side, width] by site: its inputs at the last token of prompts a and b."""
-    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+def last_inputs(exp: Experiment, prompts: Prompts, some: Sequence[Component]) -> dict[Site, Tensor]:
+    """[component, sample, side, width] by site: inputs at the last token of prompts a and b."""
+    found: dict[Site, list[Tensor]] = {component.site: [] for component in some}
     for tree in plant_trees([of[:2] for of in prompts], exp.encoder.bos, exp.config):
         clean = run_clean(exp.traced, tree, exp.background, (), found)
         ends = [[tree.paths[of[side]][-1] for side in "ab"] for _, of in tree.samples]
         for site, x in clean.site_inputs.items():
-            found[site].append(x[torch.tensor(ends, device=x.device)].float().cpu())
-    return {site: torch.cat(parts) for site, parts in found.items()}
-
-
-def slices_of(shape: ModelShape, x: Tensor, components: Iterable[Component]) -> Tensor:
-    """[component, sample, side, width] of a module's inputs [sample, side, width of all]."""
-    return torch.stack([x[..., shape.columns(component)] for component in components]).double()
+            found[site].append(x[torch.tensor(ends, device=x.device)].cpu().double())
+    inputs = {}
+    for site, of_site in itertools.groupby(some, key=lambda component: component.site):
+        x = torch.cat(found[site])
+        inputs[site] = torch.stack([x[..., exp.shape.columns(component)] for component in of_site])
+    return inputs
 
 
 def difference_of_means(x: Tensor) -> Fit:
@@ -4047,22 +4046,23 @@ def probe(exp: Experiment, components: Sequence[Component]) -> list[tuple[Record
     that goes with a threshold."""
     tested = [of_sample for of_sample in exp.prompts if of_sample[0].sample.counts]
     units = [of_sample[0].sample.unit for of_sample in exp.fitting]
-    n, sites = len({of[0].sample.unit for of in tested}), {c.site for c in components}
+    n = len({of[0].sample.unit for of in tested})
     find = {"difference": difference_of_means, "logistic": logistic}.get(exp.config.along or "")
-    held_out, found = last_inputs(exp, tested, sites), []
-    fitting = last_inputs(exp, exp.fitting, sites) if find else {}
+    held_out, found = last_inputs(exp, tested, components), []
+    fitting = last_inputs(exp, exp.fitting, components) if find else {}
     for site, group in itertools.groupby(components, key=lambda component: component.site):
-        some = list(group)
-        x, unknown = slices_of(exp.shape, held_out[site], some), torch.full((len(some),), math.nan)
+        some, x = list(group), held_out[site]
+        unknown = torch.full((len(some),), math.nan)
         told = dict.fromkeys(("accuracy_fit", "accuracy", "accuracy_shuffled"), unknown)
         if find:
-            given = slices_of(exp.shape, fitting[site], some)
+            given = fitting[site]
             fit = find(given)
             told = {"accuracy_fit": separation(fit, given)[0], "accuracy": separation(fit, x)[0]}
             told["accuracy_shuffled"] = accuracy_by_chance(find, given, x, units, exp.config.seed)
         else:
             fit = torch.stack([exp.directions[component] for component in some]), unknown
-        squared, told["auc"] = fit[0] ** 2, separation(fit, x)[1]
+        told["auc"] = separation(fit, x)[1]
+        squared = fit[0] ** 2
         told |= {"norm": squared.sum(1).sqrt(), "largest_share": squared.amax(1) / squared.sum(1)}
         for i, component in enumerate(some):
             row: Record = {"label": component.label} | vars(component) | {"n_sentences": n}
@@ -4159,6 +4159,7 @@ def report_directions(told: pd.DataFrame) -> None:
     ways = {"along": "along it", "random": "as far in one random direction"}
     ways |= {"whole": "by the whole"} if "whole_mean" in told else {}
     known = told[told["along_mean"].notna() & (told["norm"] > 0)]
+    row: Any
     for row in largest(known, "along_mean", 5).itertuples():
         apart = f"AUC {row.auc:.2f} over {numbered(row.n_sentences, 'held-out sentence')}"
         if not math.isnan(row.accuracy):
@@ -4243,11 +4244,9 @@ def choose_circuit(table: pd.DataFrame, config: Config, against: str) -> pd.Data
     return carriers.groupby([component.layer for component in carriers.index]).head(int(amount))
 
 
-def draw_random(
-    chosen: Sequence[Component], n: int, exp: Experiment, draw: int
-) -> tuple[Components, int] | None:
-    """As many as the first n, none chosen, each from its counterpart's layer or the nearest; and
-    how many are not from their counterpart's. None where there are too few."""
+def draw_random(chosen: Components, n: int, exp: Experiment, draw: int) -> JointSet | None:
+    """As many as the first n, none chosen, each from its counterpart's layer or the nearest; None
+    where there are too few."""
     rng, shape = random.Random(f"{exp.config.seed} random {n} {draw}"), exp.shape
     no_more = (*chosen, *exp.config.given, *exp.config.skip)
     free = other_columns(no_more, {component.kind for component in no_more}, shape)
@@ -4265,7 +4264,7 @@ def draw_random(
         drawn.append(Component(layer, component.kind, index))
         free[site][shape.columns(drawn[-1])] = False
         lent += layer != component.layer
-    return tuple(sorted(drawn)), lent
+    return JointSet("random", tuple(sorted(drawn)), draw, lent)
 
 
 def row_of(exp: Experiment, clean: CleanRun | None, of: JointSet) -> Row:
@@ -4320,11 +4319,10 @@ def confirm_sets(chosen: Components, exp: Experiment) -> list[JointSet]:
             sets += random_directions(sets[-1], exp.config)
             continue
         tries = (draw_random(chosen, n, exp, draw) for draw in range(10 * exp.config.num_random))
-        distinct: dict[Components, int] = {}
+        distinct: dict[Components, JointSet] = {}
         while len(distinct) < exp.config.num_random and (drawn := next(tries, None)):
-            distinct.setdefault(*drawn)
-        drawn_sets = enumerate(distinct.items())
-        sets += [JointSet("random", of, draw, lent) for draw, (of, lent) in drawn_sets]
+            distinct.setdefault(drawn.components, drawn)
+        sets += [of._replace(draw=number) for number, of in enumerate(distinct.values())]
     names = {"chosen": "complement"}
     names |= {} if exp.config.along else {"random": "random complement"}
     whole = [of for of in sets if of.name in names and len(of.components) == len(chosen)]
@@ -4645,7 +4643,7 @@ def trace_paths(
     rows = pd.concat(map(pd.DataFrame, frames), ignore_index=True)
     paths = effects_of(rows, table, ["sender", "receiver"])
     paths = paths.join(heads.set_index("label")["mean"].rename("total"), on="sender")
-    share = (paths["mean"] / paths["total"]).where(paths["total"].abs() > (floor or 0.0))
+    share = (paths["mean"] / paths["total"]).where(paths["total"].abs() > floor)
     paths = paths.assign(share_of_total=share, above_noise=paths["mean"].abs() > floor)
     paths = paths.assign(freeze=exp.config.freeze, op=op_of(exp.config))
     write_text(folder.path / "circuit_paths.csv", paths.to_csv(index=False))
@@ -4721,8 +4719,8 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     grid = grid.rename_axis(index=exp.config.kind, columns="token of prompt a")
     title = f"{op_of(exp.config)} at one token of {Path(exp.config.model_id).name}"
     title += f"\n{exp.task.name}, {numbered(len(exp.prompts), 'sample')}; * differs between a and b"
-    figure, label = folder.path / "circuit_positions.png", "mean effect on delta (nats)"
-    draw_grid(grid, grid.notna(), label, title, figure, ticks=80)
+    path = folder.path / "circuit_positions.png"
+    draw_grid(grid, grid.notna(), "mean effect on delta (nats)", title, path, ticks=80)
 
 
 # ----- Attribution graph --------------------------------------------------------------------------
@@ -5155,10 +5153,9 @@ def report_graph(graph: Graph, told: Record) -> None:
         name = f"{node.label} at token {node.position} {node.token!r}"
         log.info(f"{name}: attribution {node.attribution:+.3f}")
         measured.append(f"zeroing {name} takes {node.exact_effect:+.3f} from the goal")
-    for table, column, what in (
-        (nodes, "attribution", "heads, zeroed"),
-        (links, "weight", "edges between heads, patched"),
-    ):
+    beside = {"heads, zeroed": (nodes, "attribution")}
+    beside |= {"edges between heads, patched": (links, "weight")}
+    for what, (table, column) in beside.items():
         known = table.dropna(subset="exact_effect")
         same = int((known[column] * known["exact_effect"] > 0).sum())
         r = f", r {known[column].corr(known['exact_effect']):.2f}" if len(known) > 2 else ""
@@ -5254,8 +5251,8 @@ def greedy_replies(exp: Experiment, edits: Row, prompts: Sequence[Prompt]) -> li
 
 def measure_replies(exp: Experiment, folder: RunFolder, of: JointSet, prompts: Prompts) -> Records:
     """Greedy replies to prompts a and b of some samples with a set edited, and what they show."""
-    task, edited = exp.task, {"ablated": of.text, "n_ablated": len(of.components)}
-    edited |= {"multiplier": of.multiplier}
+    task = exp.task
+    edited = {"ablated": of.text, "n_ablated": len(of.components), "multiplier": of.multiplier}
 
     def compute() -> Records:
         asked = [prompt for of_sample in prompts for prompt in of_sample[:2]]
@@ -5350,8 +5347,8 @@ def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: 
         return
     sets, drawn = [JointSet("circuit", circuit)], draw_random(circuit, len(circuit), exp, 0)
     if drawn:
-        sets.append(JointSet("random", drawn[0], lent=drawn[1]))
-        tell_lent(drawn[1])
+        sets.append(drawn)
+        tell_lent(drawn.lent)
     else:
         log.warning("no random set is steered: the circuit leaves too few other components")
     joint = [of._replace(multiplier=factor) for of in sets for factor in config.multipliers]

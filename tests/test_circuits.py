@@ -532,11 +532,11 @@ def test_random_sets_share_no_column_with_the_circuit_nor_with_themselves(
     for draw in range(30):
         drawn = tracing.draw_random(circuit, len(circuit), exp, draw)
         if drawn:
-            both = [*circuit, *drawn[0]]
+            both = [*circuit, *drawn.components]
             columns = [range(exp.shape.width(c.site[1]))[exp.shape.columns(c)] for c in both]
             taken = [(c.site, i) for c, of in zip(both, columns, strict=True) for i in of]
             assert len(taken) == len({*taken})
-            assert Counter(c.kind for c in drawn[0]) == Counter(c.kind for c in circuit)
+            assert Counter(c.kind for c in drawn.components) == Counter(c.kind for c in circuit)
 
 
 def test_a_circuit_read_from_the_folder_of_the_run_stays_there(llama: str, tmp_path: Path) -> None:

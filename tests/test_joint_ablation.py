@@ -189,17 +189,19 @@ def test_random_sets_are_drawn_by_seed_for_each_size_anew(llama: str) -> None:
 
 
 def test_where_a_layer_has_no_component_left_the_nearest_lends_one(llama: str) -> None:
-    exp, chosen = prepared(llama), [Component(1, "head", i) for i in range(3)]
+    exp, chosen = prepared(llama), tuple(Component(1, "head", i) for i in range(3))
     for draw in range(20):
-        drawn, lent = tracing.draw_random(chosen, 3, exp, draw)
-        first, *others = sorted(drawn, key=lambda c: abs(c.layer - 1))
-        assert lent == 2
+        drawn = tracing.draw_random(chosen, 3, exp, draw)
+        assert drawn is not None
+        first, *others = sorted(drawn.components, key=lambda c: abs(c.layer - 1))
+        assert drawn.lent == 2
         assert first.label == "L1H3"
         assert {component.layer for component in others} <= {0, 2}
         assert len(set(others)) == 2
     crowded = prepared(llama, "--given", "L0H1,L0H2,L0H3,L1H0,L1H1,L1H2,L1H3")
-    ((far,), lent) = tracing.draw_random([Component(0, "head", 0)], 1, crowded, 0)
-    assert (far.layer, lent) == (2, 1)
+    far = tracing.draw_random((Component(0, "head", 0),), 1, crowded, 0)
+    assert far is not None
+    assert (far.components[0].layer, far.lent) == (2, 1)
 
 
 def test_sizes_are_powers_of_two_and_beyond_half_of_all_nothing_is_left_to_draw(llama: str) -> None:
