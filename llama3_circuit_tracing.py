@@ -4255,13 +4255,12 @@ def draw_random(chosen: Components, n: int, exp: Experiment, draw: int) -> Joint
         indices = shape.indices(component.kind)
         for layer in sorted(range(shape.n_layers), key=lambda n: abs(n - component.layer)):
             site = layer, KINDS[component.kind].module
-            slices = free[site].unflatten(0, (len(indices), -1)).all(-1).nonzero()[:, 0]
-            if len(slices):
+            slices = free[site].unflatten(0, (len(indices), -1)).all(-1).nonzero()[:, 0].tolist()
+            if slices:
                 break
         else:
             return None
-        index = indices[int(slices[rng.randrange(len(slices))])]
-        drawn.append(Component(layer, component.kind, index))
+        drawn.append(Component(layer, component.kind, indices[rng.choice(slices)]))
         free[site][shape.columns(drawn[-1])] = False
         lent += layer != component.layer
     return JointSet("random", tuple(sorted(drawn)), draw, lent)
@@ -4415,7 +4414,8 @@ def joint_statistics(deltas: Tensor, units: Sequence[str], sets: pd.DataFrame) -
     found = {"mean_delta": mean, "ci_low": low, "ci_high": high}
     found |= {"share_removed": 1 - mean / mean[0], "share_low": kept, "share_high": gone}
     all_of = (sets["set"] == "all").argmax()  # 0, the empty set, where there is none
-    every, is_kept = sums[:, [int(all_of)]].expand_as(sums), torch.tensor(sets["kept"].to_numpy())
+    every = sums[:, [int(all_of)]].expand_as(sums)
+    is_kept = torch.tensor(sets["kept"].to_numpy())
     least, most = mean_interval((base - every)[:, :1], counts[:, :1])[:, 0]
     clear = (least > 0) | (most < 0)
     left = (sums - every).sum(0) / (base - every).sum(0)
@@ -4952,8 +4952,8 @@ def prune(nodes: pd.DataFrame, weights: Tensor, config: Config) -> tuple[pd.Data
     ordered = influence.sort(descending=True)
     cumulative = torch.empty_like(influence)
     cumulative[ordered.indices] = ordered.values.cumsum(0) / ordered.values.sum()
-    told = {"influence": influence, "cumulative": cumulative, "kept": kept}
-    return nodes.assign(**{name: of.tolist() for name, of in told.items()}), edges
+    nodes = nodes.assign(influence=influence.tolist(), cumulative=cumulative.tolist())
+    return nodes.assign(kept=kept.tolist()), edges
 
 
 def graph_scores(nodes: pd.DataFrame, weights: Tensor) -> dict[str, float]:
@@ -5181,7 +5181,8 @@ def graph_of(exp: Experiment, prompt: Prompt) -> Record:
     if not error <= bound:
         what = f"inflow and outflow differ by {error:.2g} of the goal's (bound {bound:g})"
         raise RunError(f"--graph: {what}: {exp.shape.name} is no sum of heads and MLPs")
-    scores, (nodes, edges) = graph_scores(nodes, weights), prune(nodes, weights, exp.config)
+    scores = graph_scores(nodes, weights)
+    nodes, edges = prune(nodes, weights, exp.config)
     nodes = name_nodes(nodes, exp, prompt, max(goal, key=lambda token: goal[token]))
     target, source = (of.numpy() for of in edges.nonzero(as_tuple=True))
     name = nodes["node_id"].to_numpy()
@@ -5354,8 +5355,8 @@ def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: 
     joint = [of._replace(multiplier=factor) for of in sets for factor in config.multipliers]
     prompts = exp.prompts_of(units)
     scores = set_scores(exp, folder, [JointSet("none"), *joint], prompts)[1:]
-    path, rows = folder.path / "generations.jsonl", []
-    said = path.read_text(encoding="utf-8")
+    path = folder.path / "generations.jsonl"
+    said, rows = path.read_text(encoding="utf-8"), []
     for of, found in zip(joint, scores, strict=True):
         records = measure_replies(exp, folder, of, prompts)
         said += "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -5740,12 +5741,12 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
             exp.estimates = estimate(exp, folder)
     if exp.config.screen:
         exp.screened = choose_screened(exp)
-    swept, rows = read_sweep(exp, folder), folder.record.get("rows_after_halving")
+    swept = read_sweep(exp, folder)
     jobs = plan_jobs(exp, swept)
     for job in jobs:  # whatever lies there is no part of this run
         discard(folder.part_path(job.name))
-    shared = [jobs, folder.key, rows or exp.rows_per_forward, folder.record.get("tested_on")]
-    return swept, [*shared, exp.directions]
+    rows = folder.record.get("rows_after_halving", exp.rows_per_forward)
+    return swept, [jobs, folder.key, rows, folder.record.get("tested_on"), exp.directions]
 
 
 def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataFrame | None:
