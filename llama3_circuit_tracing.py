@@ -102,7 +102,6 @@ from importlib.util import find_spec
 from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 # ----- Components ---------------------------------------------------------------------------------
 
@@ -1525,13 +1524,13 @@ def plant_trees(
     nodes: Nodes = {}
     placed: list[Placed] = []
     for prompts in samples:
-        grown = nodes.copy()
-        new = [*plant(grown, prompts, config, apart)]
-        if placed and len(grown) > config.tree_tokens:
-            trees.append(build_tree(nodes, placed, bos, config))
-            grown, placed = {}, []
-            new = [*plant(grown, prompts, config, apart)]
-        nodes = grown
+        before = len(nodes)
+        new = [*plant(nodes, prompts, config, apart)]
+        if placed and len(nodes) > config.tree_tokens:
+            kept = dict(itertools.islice(nodes.items(), before))
+            trees.append(build_tree(kept, placed, bos, config))
+            nodes, placed = {}, []
+            new = [*plant(nodes, prompts, config, apart)]
         placed += new
     return [*trees, build_tree(nodes, placed, bos, config)]
 
@@ -1982,11 +1981,17 @@ def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[No
     """Skip the blocks below a layer: it receives the residual stream [1, tok, d_model] of the clean
     run, in the form of a block's output. The library's own forward stays in charge (masks, rotary
     embeddings, norms); the weights of skipped blocks are not even read where they are offloaded."""
-    with contextlib.ExitStack() as stack:
-        for block in list(traced.layers)[:layer]:
-            skipped = mock.patch.object(block, "forward", lambda *args, **kwargs: residual)
-            stack.enter_context(skipped)  # puts back accelerate's, where it offloads
+    below = list(traced.layers)[:layer]
+    saved = [block.__dict__.get("forward") for block in below]  # accelerate's, where it offloads
+    try:
+        for block in below:
+            block.forward = lambda hidden_states, *args, **kwargs: residual
         yield
+    finally:
+        for block, forward in zip(below, saved, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def gathering(module: nn.Module, nodes: Tensor) -> RemovableHandle:
