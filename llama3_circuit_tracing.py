@@ -1191,9 +1191,11 @@ def differences(table: pd.DataFrame, config: Config) -> dict[str, tuple[Any, ...
     return found
 
 
-def check_comparable(other: pd.DataFrame, config: Config) -> None:
-    """`UsageError` where effects of the run that --compare names mean something else than here."""
-    named = f"--compare {config.compare}"
+def read_compared(config: Config) -> pd.DataFrame | None:
+    """The results that --compare names; `UsageError` where effects mean something else there."""
+    if not config.compare:
+        return None
+    other, named = read_results(Path(config.compare)), f"--compare {config.compare}"
     if lacking := [name for name in (*ONCE, "prompts") if name not in other]:
         raise UsageError(f"{named}: column {lacking[0]!r} is missing, and tells what compares")
     of_op = {"op", "factor", "patch_into"}  # these may differ where the op does
@@ -1201,6 +1203,7 @@ def check_comparable(other: pd.DataFrame, config: Config) -> None:
     for name, (there, here) in differences(other, config).items():
         if name not in ignored:
             raise UsageError(f"{named} has {name} {there}, this run {here}")
+    return other
 
 
 # ----- Prompts ------------------------------------------------------------------------------------
@@ -2712,10 +2715,7 @@ def check_shape(config: Config, shape: ModelShape) -> None:
 def prepare(config: Config, folder: RunFolder, device: torch.device | None = None) -> Experiment:
     """Everything that is known before the weights: samples, prompts, trees, components."""
     own = load_samples(Path(config.samples), TASKS[config.task]) if config.samples else []
-    other = read_results(Path(config.compare)) if config.compare else None
-    if other is not None:
-        check_comparable(other, config)
-    shape = read_shape(config)
+    other, shape = read_compared(config), read_shape(config)
     if config.bf16 is None and shape.dtype == torch.float32:
         size = f"{4 * shape.n_parameters / 1e9:.3g} GB here; an 8B model needs 32 GB"
         log.warning(f"no GPU with native bfloat16: float32 weights, {size}")
@@ -3021,10 +3021,10 @@ def sample_records(exp: Experiment, tree: Tree) -> Records:
     for sample, places in tree.samples:
         prompts: dict[str, Any] = {}
         for side, i in places.items():
-            prompt, tokens = tree.prompts[i], top.indices[i].tolist()
+            prompt = tree.prompts[i]
             forms = dict(zip(sample.words, prompt.forms, strict=True))
             log_p = dict(zip(sample.words, log_probs[i][0].tolist(), strict=True))
-            texts = [exp.encoder.tokenizer.decode([token]) for token in tokens]
+            texts = exp.encoder.tokenizer.batch_decode(top.indices[i, :, None])
             likeliest = list(zip(texts, top.values[i].tolist(), strict=True))
             prompts[side] = {"text": prompt.text, "n_tokens": len(prompt.ids), "form_ids": forms}
             prompts[side] |= {"log_probs": log_p, "score": scores[i], "likeliest": likeliest}
@@ -3101,25 +3101,23 @@ def draws_per_layer(n_layers: int) -> int:
     return -(-NOISE_ROWS // n_layers)
 
 
-def plan_jobs(exp: Experiment, done: pd.DataFrame) -> list[Job]:
+def plan_jobs(exp: Experiment, done: pd.DataFrame) -> Iterator[Job]:
     """What remains to be done. Jittered components are drawn from all of a layer, none twice while
     others are left: the same for every tree, and whatever part of the layer is swept."""
     grouped = itertools.groupby(exp.measured, key=lambda component: component.layer)
     by_layer = {layer: [(c, -1) for c in components] for layer, components in grouped}
+    n_draws = draws_per_layer(len(by_layer))
     for layer, edits in by_layer.items():
         every = [Component(layer, exp.config.kind, i) for i in exp.shape.indices(exp.config.kind)]
         order = [component for component in every if component not in exp.config.given]
         random.Random(f"{exp.config.seed} {layer}").shuffle(order)
-        n_draws = draws_per_layer(len(by_layer))
         edits += [(c, i) for i, c in enumerate(itertools.islice(itertools.cycle(order), n_draws))]
     firsts = [tree.samples[0][0].sample_id for tree in exp.trees]  # one tells of all of its tree
     done = done.loc[done["sample_id"].isin(firsts), ["sample_id", "layer", "index", "draw"]]
     there = set(done.itertuples(index=False, name=None))
-    jobs = []
     for (tree, first), (layer, edits) in itertools.product(enumerate(firsts), by_layer.items()):
         if left := [(c, draw) for c, draw in edits if (first, layer, c.index, draw) not in there]:
-            jobs.append(Job(tree, layer, tuple(left)))
-    return jobs
+            yield Job(tree, layer, tuple(left))
 
 
 def share_jobs(exp: Experiment, jobs: Sequence[Job], rank: int, n_processes: int) -> list[Job]:
@@ -3412,18 +3410,17 @@ def results_table(rows: pd.DataFrame, records: Records, config: Config) -> pd.Da
     for run in ("base", "head"):
         table[f"delta_logit_{run}"] = table[f"score_a_{run}"] - table[f"score_b_{run}"]
     table["head_effect"] = table["delta_logit_head"] - table["delta_logit_base"]
-    sides = CONTROLS if config.controls else ()
-    controls = [f"score_{side}_{run}" for side in sides for run in ("base", "head")]
-    needed = [*controls, "estimate", "n_screened"]  # NaN where no sample has them
-    table = table.reindex(columns=[*dict.fromkeys([*table, *needed])])
     moved = table["score_a_head"] - table["score_a_base"]
+    sides = CONTROLS if config.controls else ()
     for side in sides:
-        control = table[f"score_{side}_head"] - table[f"score_{side}_base"]
-        table[f"effect_minus_{side}"] = moved - control
+        if f"score_{side}_head" in table:
+            control = table[f"score_{side}_head"] - table[f"score_{side}_base"]
+            table[f"effect_minus_{side}"] = moved - control
     columns = [*SEVEN, "score_a_base", "score_b_base", "score_a_head", "score_b_head"]
-    columns += [*controls, *(f"effect_minus_{side}" for side in sides), *labels, "index", *ONCE]
-    columns += ["estimate", "n_screened", "draw"]
-    return table[columns].sort_values(["sample_id", "layer", "index"], ignore_index=True)
+    columns += [f"score_{side}_{run}" for side in sides for run in ("base", "head")]
+    columns += [*(f"effect_minus_{side}" for side in sides), *labels, "index", *ONCE]
+    table = table.reindex(columns=[*columns, "estimate", "n_screened", "draw"])  # NaN: no sample's
+    return table.sort_values(["sample_id", "layer", "index"], ignore_index=True)
 
 
 def write_components(path: Path, table: pd.DataFrame) -> None:
@@ -3621,9 +3618,8 @@ def draw_bars(heights: pd.Series, path: Path, color: Any = None, **settings: Any
 def draw_summary(heads: pd.DataFrame, config: Config, path: Path) -> None:
     """The top-K mean effects by magnitude as bars."""
     top = largest(heads, "mean", config.top_k)
-    kind = str(top["kind"].iloc[0])
-    axis = kind if KINDS[kind].slices else "layer"
-    title = f"Top {len(top)} {kind} effects on delta_logit\n{config.by[1:]}".rstrip()
+    axis = config.kind if KINDS[config.kind].slices else "layer"
+    title = f"Top {len(top)} {config.kind} effects on delta_logit\n{config.by[1:]}".rstrip()
     means = top.set_index("label")["mean"]
     draw_bars(means, path, xlabel=axis, ylabel="mean_head_effect", title=title)
 
@@ -3846,13 +3842,11 @@ def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     if taken:
         options = " ".join(f"--{name} {value}" for name, value in taken.items())
         log.warning(f"{source} does not tell how it was made: {options} is taken")
-    other = read_results(Path(config.compare)) if config.compare else None
     floor = math.nan if record.get("noise_floor") is None else record["noise_floor"]
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         way_out = "give another folder for the redrawn files"
         raise UsageError(f"--output_dir {path} holds another run; {way_out}")
-    if other is not None:
-        check_comparable(other, config)
+    other = read_compared(config)
     make_folder(path)
     with alone_in(path) if (path / ".parts").is_dir() else contextlib.nullcontext():
         heads = write_findings(table, other, floor, config, path)
@@ -5747,7 +5741,7 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     if exp.config.screen:
         exp.screened = choose_screened(exp)
     swept = read_sweep(exp, folder)
-    jobs = plan_jobs(exp, swept)
+    jobs = list(plan_jobs(exp, swept))
     for job in jobs:  # whatever lies there is no part of this run
         discard(folder.part_path(job.name))
     rows = folder.record.get("rows_after_halving", exp.rows_per_forward)

@@ -181,7 +181,7 @@ def our_sweep(experiment: Any) -> Effects:
     with tempfile.TemporaryDirectory() as path:
         folder = tracing.RunFolder(Path(path))
         folder.parts.mkdir()
-        jobs = tracing.plan_jobs(experiment, tracing.read_sweep(experiment, folder))
+        jobs = [*tracing.plan_jobs(experiment, tracing.read_sweep(experiment, folder))]
         records = [r for tree in experiment.trees for r in tracing.sample_records(experiment, tree)]
         records = [{"unit": r["sample_id"], "group": "", **r} for r in records]
         tracing.sweep(experiment, jobs, folder)
