@@ -2148,9 +2148,9 @@ def divergence(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
             logits = torch.cat([*unembed(logits.to(weight.device), weight)], -1)
         return logits.float().log_softmax(-1)
 
-    unedited, kl = log_p(clean.states[0]), functools.partial(nn.functional.kl_div, log_target=True)
-    found = [kl(log_p(row), unedited, reduction="none").sum(-1) for row in states]
-    return torch.stack(found).clamp_min(0).cpu().double()
+    unedited = log_p(clean.states[0])
+    kl = functools.partial(nn.functional.kl_div, target=unedited, reduction="none", log_target=True)
+    return torch.stack([kl(log_p(row)).sum(-1) for row in states]).clamp_min(0).cpu().double()
 
 
 @torch.inference_mode()
@@ -2162,23 +2162,6 @@ def run_rows(
     return torch.cat([read(traced, clean, states) for read in reads or (read_entries,)], -1)
 
 
-def side_gradients(
-    traced: TracedModel, clean: CleanRun, task: Task, rows: Sequence[Row], leaves: Sequence[Tensor]
-) -> dict[str, tuple[Tensor, ...]]:
-    """Per side the gradients of its prompts' scores, summed over rows, with respect to tensors that
-    the edits of these rows take; `RunError` where one is not finite."""
-    with torch.enable_grad():
-        log_probs = read_entries(traced, clean, final_states(traced, clean, rows))
-        scores = clean.tree.scores(log_probs, task).sum(0)  # [prompt]
-    sides, found = [prompt.side for prompt in clean.tree.prompts], {}
-    for side in dict.fromkeys(sides):
-        total = scores[torch.tensor([of == side for of in sides])].sum()
-        found[side] = torch.autograd.grad(total, leaves, retain_graph=True)
-        if not all(gradient.isfinite().all() for gradient in found[side]):
-            raise RunError("a gradient is not finite; try --attn_implementation eager")
-    return found
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """CUDA, the CPU allocator, cuBLAS and Python itself."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -2186,11 +2169,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def run_batches(
-    traced: TracedModel,
-    items: Sequence[Any],
-    run: Callable[[Any], Any],
-    bar: tqdm[Any],
-    at_once: str = "rows_per_forward",
+    traced: TracedModel, items: Sequence[Any], run: Callable[..., Any], bar: tqdm[Any], at_once: str
 ) -> list[Any]:
     """What `run` gives for each of some items, rows of a batch, as many at a time as the model's
     attribute `at_once` says; `RunError` where one does not fit alone."""
@@ -2422,11 +2401,11 @@ class Experiment:
 
     @functools.cached_property
     def traced(self) -> TracedModel:
-        config, shape = self.config, self.shape
-        with self.stage("loading", f" {config.model_id}, {shape.n_parameters:,} parameters"):
+        size = f"{self.shape.n_parameters:,} parameters"
+        with self.stage("loading", f" {self.config.model_id}, {size}"):
             disk = self.scratch if self.scratch and self.scratch.is_dir() else None
-            model = load_model(config, shape, self.device, disk)
-        traced = TracedModel(model, shape, self.rows_per_forward)
+            model = load_model(self.config, self.shape, self.device, disk)
+        traced = TracedModel(model, self.shape, self.rows_per_forward)
         if traced.own_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
         return traced
@@ -2455,7 +2434,7 @@ class Experiment:
     def run_rows(self, clean: CleanRun, rows: list[Row], bar: tqdm[Any], *reads: Read) -> Tensor:
         """`run_rows` of any number of rows."""
         run = functools.partial(run_rows, self.traced, clean, reads=reads)
-        return torch.stack(run_batches(self.traced, rows, run, bar))
+        return torch.stack(run_batches(self.traced, rows, run, bar, "rows_per_forward"))
 
     def prompts_of(self, units: set[str]) -> Prompts:
         """Those of the samples of some sentences, without negative controls."""
@@ -2476,10 +2455,11 @@ class Experiment:
     ) -> Row:
         """The op on some components, or on all others of some kinds, one edit per module; without a
         clean run, at every token. A multiplier scales them at every token in place of the op."""
-        op, where, edits = OPS[self.config.op], clean.tree.where if clean else None, []
+        op, where = OPS[self.config.op], clean.tree.where if clean else None
         factor = op.factor if op.factor is not None else self.config.factor or 0.0
         if multiplier is not None:
             op, where, factor = OPS["scale"], None, multiplier
+        edits = []
         for site, columns, direction in self.parts(components, others_of):
             source: Any = direction if op.source == "direction" else 0.0
             if op.source == "means":
@@ -2638,8 +2618,7 @@ def read_directions(
             types = [type(told.get(name)) for name in known]
             if types != [str, list, str] or told["format"] != known["format"]:
                 raise ValueError("it tells of itself in a format that is not known")
-            names = list(file.keys())
-            found = {Component.parse(name): file.get_tensor(name) for name in names}
+            found = {Component.parse(name): file.get_tensor(name) for name in list(file.keys())}
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UsageError(f"--along {path} is no file of directions: {error}") from error
     all_too = config.confirms and not config.everywhere  # all others are edited, too
@@ -2729,8 +2708,7 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     encoder = PromptEncoder(tokenizer, *asked)
     if config.chat and config.system_prompt and not encoder.opening:
         log.warning(f"the chat template knows no system turn: {config.system_prompt!r} is left out")
-    samples = choose_samples(config, encoder, own)
-    prompts = write_prompts(samples, encoder, config)
+    prompts = write_prompts(choose_samples(config, encoder, own), encoder, config)
     check_prompts(prompts, shape, config)
     directions, of_file = read_directions(config, shape, components)
     apart, prompts = set_apart(prompts, config, of_file)
@@ -2753,7 +2731,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
 
 
 def sha256_of(file: Path) -> str:
-    sha, shown = hashlib.sha256(), Record(total=file.stat().st_size, desc=file.name, disable=None)
+    sha = hashlib.sha256()
+    shown = Record(total=file.stat().st_size, desc=file.name, disable=None)
     with open(file, "rb") as raw, tqdm.wrapattr(raw, "read", **shown) as source:
         while block := source.read(1 << 24):
             sha.update(block)
@@ -2951,7 +2930,7 @@ def check_mask(clean: CleanRun) -> Check:
     tree, wrong = clean.tree, 0
     seen = clean.model_inputs["attention_mask"][0, 0].cpu() == 0
     for path, words in zip(tree.paths, tree.entries, strict=True):
-        for form in (form for forms in words for form in forms):
+        for form in itertools.chain(*words):
             line = [*path, *tree.scored[tree.entry_node[form[1:]]].tolist()]
             expected = torch.zeros(len(line), len(seen), dtype=torch.bool)
             expected[:, line] = torch.ones(len(line), len(line), dtype=torch.bool).tril()
@@ -3106,11 +3085,11 @@ def plan_jobs(exp: Experiment, done: pd.DataFrame) -> Iterator[Job]:
     others are left: the same for every tree, and whatever part of the layer is swept."""
     grouped = itertools.groupby(exp.measured, key=lambda component: component.layer)
     by_layer = {layer: [(c, -1) for c in components] for layer, components in grouped}
-    n_draws = draws_per_layer(len(by_layer))
     for layer, edits in by_layer.items():
         every = [Component(layer, exp.config.kind, i) for i in exp.shape.indices(exp.config.kind)]
         order = [component for component in every if component not in exp.config.given]
         random.Random(f"{exp.config.seed} {layer}").shuffle(order)
+        n_draws = draws_per_layer(len(by_layer))
         edits += [(c, i) for i, c in enumerate(itertools.islice(itertools.cycle(order), n_draws))]
     firsts = [tree.samples[0][0].sample_id for tree in exp.trees]  # one tells of all of its tree
     done = done.loc[done["sample_id"].isin(firsts), ["sample_id", "layer", "index", "draw"]]
@@ -3161,17 +3140,16 @@ def jitter(exp: Experiment, tree: Tree, component: Component, draw: int) -> Row:
     return (Edit(component.site, columns, 1 + eps * signs.double(), where=tree.where),)
 
 
-def sweep_tree(
-    exp: Experiment, tree: Tree, jobs: Sequence[Job], folder: RunFolder, bar: tqdm[Any]
-) -> None:
+def sweep_tree(exp: Experiment, jobs: Sequence[Job], folder: RunFolder, bar: tqdm[Any]) -> None:
     """The jobs of one tree. Its clean run keeps the residual stream entering each layer that is
     edited; a layer's components are the rows of a batch that starts there."""
+    tree = exp.trees[jobs[0].tree]
     edited = [component for job in jobs for component, _ in job.edits]
     clean = exp.run_clean(tree, {job.layer for job in jobs}, edited)
     for job in jobs:
         rows = [
-            exp.edits([component], clean) if draw < 0 else jitter(exp, tree, component, draw)
-            for component, draw in job.edits
+            exp.edits([c], clean) if draw < 0 else jitter(exp, tree, c, draw)
+            for c, draw in job.edits
         ]
         scores = tree.scores(exp.run_rows(clean, rows, bar), exp.task)
         folder.write_part(job.name, tidy_rows(tree, job, scores).to_dict("list"))
@@ -3187,8 +3165,8 @@ def sweep(exp: Experiment, jobs: Sequence[Job], folder: RunFolder) -> None:
     total = sum(len(job.edits) for job in jobs)
     quiet = None if folder.leads else True  # one bar: process 0's
     with tqdm(total=total, unit="row", desc="sweep", disable=quiet) as bar:
-        for number, of_tree in itertools.groupby(jobs, key=lambda job: job.tree):
-            sweep_tree(exp, exp.trees[number], list(of_tree), folder, bar)
+        for _, of_tree in itertools.groupby(jobs, key=lambda job: job.tree):
+            sweep_tree(exp, list(of_tree), folder, bar)
 
 
 def measure_places(
@@ -3211,26 +3189,32 @@ def measure_places(
 SIDES = ("a", "b", *CONTROLS)
 
 
-def mean_gradients(
+def side_gradients(
     exp: Experiment, clean: CleanRun, moves: Mapping[Site, Tensor]
 ) -> Iterator[tuple[str, Site, Tensor]]:
-    """By side and site the gradient [tok, width] of the side's scores with respect to the site's
-    input x: at x, of all sites at once, or the mean over points x + share * D of one site."""
-    method, sites = exp.config.estimator, list(moves)
-    shares = METHODS[method]
-    for group in [sites] if len(shares) == 1 else [[site] for site in sites]:
-        far = [moves[site].expand(len(shares), -1, -1) for site in group]  # [share, tok, width]
-        leaves = [torch.zeros_like(of, dtype=torch.float32, requires_grad=True) for of in far]
-        rows = []
-        for share, *of_share in zip(shares, *leaves, strict=True):
-            pairs = zip(group, of_share, strict=True)
-            edits = (Edit(site, slice(None), 1.0, share * moves[site] + x) for site, x in pairs)
-            rows.append(tuple(edits))
-        with linearised(exp.traced) if method == "relp" else contextlib.nullcontext():
-            found = side_gradients(exp.traced, clean, exp.task, rows, leaves)
-        for side, gradients in found.items():
-            for site, gradient in zip(group, gradients, strict=True):
-                yield side, site, gradient.mean(0)
+    """By side and site the gradient [tok, width] of the scores of the side's prompts with respect
+    to the site's input x: the mean over points x + share * D, to which all of these sites move at
+    once; `RunError` where one is not finite."""
+    traced, shares = exp.traced, METHODS[exp.config.estimator]
+    far = [move.expand(len(shares), -1, -1) for move in moves.values()]  # [share, tok, width]
+    leaves = [torch.zeros_like(of, dtype=torch.float32, requires_grad=True) for of in far]
+    rows = []
+    for share, *of_share in zip(shares, *leaves, strict=True):
+        there = zip(moves.items(), of_share, strict=True)
+        edits = (Edit(site, slice(None), 1.0, share * move + x) for (site, move), x in there)
+        rows.append(tuple(edits))
+    rules = linearised(traced) if exp.config.estimator == "relp" else contextlib.nullcontext()
+    with rules, torch.enable_grad():
+        log_probs = read_entries(traced, clean, final_states(traced, clean, rows))
+        scores = clean.tree.scores(log_probs, exp.task).sum(0)  # [prompt]
+    sides = [prompt.side for prompt in clean.tree.prompts]
+    for side in dict.fromkeys(sides):
+        total = scores[torch.tensor([of == side for of in sides])].sum()
+        found = torch.autograd.grad(total, leaves, retain_graph=True)
+        if not all(gradient.isfinite().all() for gradient in found):
+            raise RunError("a gradient is not finite; try --attn_implementation eager")
+        for site, gradient in zip(moves, found, strict=True):
+            yield side, site, gradient.mean(0)
 
 
 def estimate_tree(exp: Experiment, tree: Tree) -> Tensor:
@@ -3253,11 +3237,13 @@ def estimate_tree(exp: Experiment, tree: Tree) -> Tensor:
     }
     n_slices, n_samples = len(exp.shape.indices(kind)), len(tree.samples)
     found = torch.full((n_samples, len(sites), n_slices, len(SIDES)), math.nan).double()
-    for side, site, gradient in mean_gradients(exp, clean, moves):
-        has = [n for n, (_, places) in enumerate(tree.samples) if side in places]
-        by_slice = (gradient * moves[site]).unflatten(-1, (n_slices, -1)).sum(-1).cpu()
-        sums = by_slice.new_zeros(n_samples, n_slices).index_add(0, tree.sample_of, by_slice)
-        found[has, sites.index(site), :, SIDES.index(side)] = sums[has]
+    one_by_one = [{site: move} for site, move in moves.items()]
+    for group in [moves] if len(METHODS[exp.config.estimator]) == 1 else one_by_one:
+        for side, site, gradient in side_gradients(exp, clean, group):
+            has = [n for n, (_, places) in enumerate(tree.samples) if side in places]
+            by_slice = (gradient * moves[site]).unflatten(-1, (n_slices, -1)).sum(-1).cpu()
+            sums = by_slice.new_zeros(n_samples, n_slices).index_add(0, tree.sample_of, by_slice)
+            found[has, sites.index(site), :, SIDES.index(side)] = sums[has]
     wanted = [(sites.index(c.site), max(c.index, 0)) for c in exp.components]
     of_site, index = torch.tensor(wanted).unbind(1)
     return found[:, of_site, index]
@@ -3276,7 +3262,8 @@ def estimate(exp: Experiment, folder: RunFolder) -> Tensor:
             raise UsageError(f"--method {method} needs weights at hand; some are offloaded")
         return run_batches(exp.traced, prompts, some, bar, "samples_per_backward")
 
-    left, labels, found = iter(exp.prompts), labels_of(exp.components), []
+    labels = labels_of(exp.components)
+    left, found = iter(exp.prompts), []
     with tqdm(total=len(exp.prompts), unit="sample", desc="estimates", disable=None) as bar:
         for tree in plant_trees(exp.prompts, bos, exp.config, apart=True):
             prompts = list(itertools.islice(left, len(tree.samples)))
@@ -3287,8 +3274,8 @@ def estimate(exp: Experiment, folder: RunFolder) -> Tensor:
 
 def estimated_rows(exp: Experiment, estimates: Tensor, records: Records) -> pd.DataFrame:
     """The estimates as rows like those of `tidy_rows`: an unedited score and what is added."""
-    layers, indices = zip(*((c.layer, c.index) for c in exp.components), strict=True)
-    frames, rows = [], pd.DataFrame({"layer": layers, "index": indices, "draw": -1})
+    rows = pd.DataFrame({"layer": c.layer, "index": c.index, "draw": -1} for c in exp.components)
+    frames = []
     for record, of_sample in zip(records, estimates.numpy(), strict=True):
         frames.append(rows.assign(sample_id=record["sample_id"]))
         for side, prompt in record["prompts"].items():
@@ -3497,9 +3484,8 @@ def base_statistics(table: pd.DataFrame, side: str = "b") -> Record:
     once = table.assign(base=base_of(table, side)).drop_duplicates("sample_id")
     if once["base"].isna().all():
         return {}
-    found: pd.Series = statistics_of(once, "base", ["kind"]).iloc[0]
-    told = {str(name): value for name, value in found.items()}
-    return told | {"is_clear": bool(found["ci_low"] > 0 or found["ci_high"] < 0)}
+    found = statistics_of(once, "base", ["kind"]).iloc[0]
+    return Record(found, is_clear=bool(found["ci_low"] > 0 or found["ci_high"] < 0))
 
 
 def bases_of(table: pd.DataFrame) -> Bases:
@@ -3510,8 +3496,7 @@ def bases_of(table: pd.DataFrame) -> Bases:
 def quoted_side(prompts: Prompts, groups: Iterable[set[str]]) -> str:
     """Less which side the score of prompt a is quoted: `other` where most sentences of each group
     have that control."""
-    others = (p for p in itertools.chain(*prompts) if p.side == "other" and p.sample.counts)
-    has = {prompt.sample.unit for prompt in others}
+    has = {p.sample.unit for of in prompts for p in of if p.side == "other" and p.sample.counts}
     return "other" if all(2 * len(has & units) > len(units) for units in groups) else "b"
 
 
@@ -3563,8 +3548,8 @@ def compare_runs(
         raise UsageError("--compare pairs prompts: this table has no column 'prompts'")
     keys, before = ["prompts", *KEY], str(other["op"].iloc[0])
     mine, theirs = (real_rows(run).astype({"prompts": str}) for run in (table, other))
-    n_sentences, shared = mine["unit"].nunique(), mine[keys].merge(theirs[keys]).drop_duplicates()
-    shared = shared[shared["prompts"] != ""]
+    n_sentences = mine["unit"].nunique()
+    shared = mine.loc[mine["prompts"] != "", keys].merge(theirs[keys]).drop_duplicates()
     if shared.empty:
         raise UsageError(f"--compare {config.compare} shares no prompt and component with this run")
     mine, theirs = (run.merge(shared, on=keys) for run in (mine, theirs))
@@ -3641,8 +3626,7 @@ def draw_heads(heads: pd.DataFrame, base: Record, config: Config, path: Path) ->
     panels = {"": "effect on delta_logit"}
     if "minus_other_mean" in top:
         panels["minus_other_"] = "less forbidding other words"
-    size = (2.6 + 3.0 * len(panels), 1.6 + 0.24 * len(top))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure((2.6 + 3.0 * len(panels), 1.6 + 0.24 * len(top)), layout="constrained")
     (every,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, (prefix, title) in zip(every, panels.items(), strict=True):
         axes.axvline(0, color="black", linewidth=0.8)
@@ -3666,7 +3650,8 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
     rows = rows[(rows["samples"] == "held-out") & rows["quoted"]].set_index("n_ablated")
     none, chosen, drawn = (rows[rows["set"] == name] for name in ("none", "chosen", "random"))
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    axes, base = figure.add_subplot(), float(none["mean_delta"].iloc[0])
+    axes = figure.add_subplot()
+    base = float(none["mean_delta"].iloc[0])
     axes.axhline(base, color="black", linewidth=0.8, linestyle="--", label="nothing edited")
     by_size = drawn.groupby("n_ablated")["mean_delta"]
     many = by_size.size()[by_size.size() >= MANY_SETS].index
@@ -3695,14 +3680,14 @@ def draw_confirm(rows: pd.DataFrame, config: Config, path: Path) -> None:
 def draw_heatmap(heads: pd.DataFrame, config: Config, path: Path) -> None:
     """Mean role by layer and index, centred at zero; grey where it has no verdict."""
     cells = heads.pivot(index="layer", columns="index", values=["role", "verdict"])
-    kind, label = str(heads["kind"].iloc[0]), "role in nats: > 0 carries the task"
-    grid, loud = cells["role"].astype(float), cells["verdict"] != "unclear"
+    grid = cells["role"].astype(float).rename_axis(columns=config.kind)
+    loud = cells["verdict"] != "unclear"
+    label = "role in nats: > 0 carries the task"
     title = f"Mean role{config.by}\n(grey: q >= 0.05 or below the floor)"
     if grid.shape[1] == 1:
         colors = ["tab:blue" if above else "lightgray" for above in loud.iloc[:, 0]]
-        axes: Record = {"xlabel": f"layer ({kind})", "ylabel": label, "title": title}
-        return draw_bars(grid.iloc[:, 0], path, color=colors, **axes)
-    grid = grid.rename_axis(columns=kind)
+        axis = f"layer ({config.kind})"
+        return draw_bars(grid.iloc[:, 0], path, colors, xlabel=axis, ylabel=label, title=title)
     return draw_grid(grid, loud, f"{label}, < 0 works against it", title, path)
 
 
@@ -3903,7 +3888,7 @@ def agreement(pairs: pd.DataFrame) -> Record:
 def write_screen(exp: Experiment, heads: pd.DataFrame, folder: RunFolder) -> None:
     """circuit_screen.csv and .png: every estimate, beside the measurement where there is one; the
     log and run.json say how they agree and what the screen missed."""
-    config, (against, effects, order) = exp.config, quoted_estimates(exp)
+    against, effects, order = quoted_estimates(exp)
     prefix = "minus_other_" if against == "other" else ""
     table = pd.DataFrame({"label": c.label} | vars(c) for c in exp.components)
     table.insert(2, "head", table["index"])
@@ -3915,8 +3900,8 @@ def write_screen(exp: Experiment, heads: pd.DataFrame, folder: RunFolder) -> Non
     exact = heads.set_index(KEY)[[f"{prefix}mean", f"{prefix}verdict"]]
     table = table.join(exact.set_axis(["mean", "verdict"], axis=1), on=KEY).sort_values("rank")
     write_components(folder.path / "circuit_screen.csv", table.astype({"rank": int}))
-    folder.note(screen=report_screen(table, config))
-    draw_screen(table, config, folder.path / "circuit_screen.png")
+    folder.note(screen=report_screen(table, exp.config))
+    draw_screen(table, exp.config, folder.path / "circuit_screen.png")
 
 
 def report_screen(table: pd.DataFrame, config: Config) -> Record:
@@ -4625,7 +4610,8 @@ def trace_paths(
     def compute(number: int, senders: Components) -> Any:
         """Delta by sender, path and sample."""
         tree, run = exp.trees[number], functools.partial(run_paths, exp, clean_run(number), bar)
-        scores = torch.tensor(run_batches(exp.traced, senders, run, bar), dtype=torch.float64)
+        found = run_batches(exp.traced, senders, run, bar, "rows_per_forward")
+        scores = torch.tensor(found, dtype=torch.float64)
         names = [labels_of(path) or "logits" for path in receivers_of(exp, senders[0])]
         ids = [sample.sample_id for sample, _ in tree.samples]
         rows = itertools.product([sender.label for sender in senders], names, ids)
@@ -5258,7 +5244,7 @@ def measure_replies(exp: Experiment, folder: RunFolder, of: JointSet, prompts: P
         asked = [prompt for of_sample in prompts for prompt in of_sample[:2]]
         run = functools.partial(greedy_replies, exp, row_of(exp, None, of))
         with tqdm(total=len(asked), unit="reply", desc="replies", disable=None) as bar:
-            said = run_batches(exp.traced, asked, run, bar)
+            said = run_batches(exp.traced, asked, run, bar, "rows_per_forward")
         return [
             {"sample_id": p.sample.sample_id, "prompt": p.side, **edited, "reply": reply}
             | {"mentions": task.shows(p.sample, reply), "answers": task.answers(p.sample, reply)}

@@ -153,7 +153,7 @@ def test_the_summary_shows_the_top_k_mean_effects_by_magnitude(
 ) -> None:
     moved = (0.1, -0.6, 0.3, 0.0, -0.2)
     heads = heads_of({form.format(i): [by, by + 0.02] for i, by in enumerate(moved)})
-    tracing.draw_summary(heads, tracing.Config(top_k=3), SUMMARY)
+    tracing.draw_summary(heads, tracing.Config(kind=kind, top_k=3), SUMMARY)
     (axes,) = saved[SUMMARY].axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([-0.59, 0.31, -0.19])
     labels = [tick.get_text() for tick in axes.get_xticklabels()]

@@ -135,7 +135,7 @@ class Limited:
     def run(self) -> tuple[list[int], float]:
         """What is found, and how much of it the bar was told."""
         with tqdm(total=len(ROWS), file=io.StringIO()) as bar:
-            found = tracing.run_batches(self.traced, ROWS, self, bar)
+            found = tracing.run_batches(self.traced, ROWS, self, bar, "rows_per_forward")
             return torch.stack(found).flatten().tolist(), bar.n
 
 
