@@ -1880,9 +1880,9 @@ def other_columns(
     return found
 
 
-def zeroing(components: Iterable[Component], shape: ModelShape) -> Row:
-    """Some components zeroed at every token."""
-    return tuple(Edit(site, columns) for site, columns in join_columns(components, shape).items())
+def zeroing(components: Iterable[Component], shape: ModelShape, factor: float = 0.0) -> Row:
+    """Some components zeroed at every token, or times a factor."""
+    return tuple(Edit(site, of, factor) for site, of in join_columns(components, shape).items())
 
 
 def displacement(edit: Edit, x: Tensor) -> Tensor:
@@ -2451,14 +2451,11 @@ class Experiment:
         components: Iterable[Component],
         clean: CleanRun | None = None,
         others_of: Sequence[str] = (),
-        multiplier: float | None = None,
     ) -> Row:
         """The op on some components, or on all others of some kinds, one edit per module; without a
-        clean run, at every token. A multiplier scales them at every token in place of the op."""
+        clean run, at every token."""
         op, where = OPS[self.config.op], clean.tree.where if clean else None
         factor = op.factor if op.factor is not None else self.config.factor or 0.0
-        if multiplier is not None:
-            op, where, factor = OPS["scale"], None, multiplier
         edits = []
         for site, columns, direction in self.parts(components, others_of):
             source: Any = direction if op.source == "direction" else 0.0
@@ -2471,22 +2468,18 @@ class Experiment:
             edits.append(Edit(site, columns, factor, source, where, along))
         return tuple(edits)
 
-    def parts(
-        self, components: Iterable[Component], others_of: Sequence[str]
-    ) -> Iterator[tuple[Site, slice | Tensor, Any]]:
-        """Module, columns and direction of what is edited: with --along one component at a time,
+    def parts(self, components: Iterable[Component], others_of: Sequence[str]) -> list[Any]:
+        """(module, columns, direction) of what is edited: with --along one component at a time,
         else all of a module together."""
         if self.config.along:
             if others_of:
                 components = {*self.shape.every(*others_of)} - {*components}
-            for c in sorted(components):
-                yield c.site, self.shape.columns(c), self.directions[c]
-        elif others_of:
-            for site, free in other_columns(components, others_of, self.shape).items():
-                yield site, free.nonzero()[:, 0], None
-        else:
-            for site, columns in join_columns(components, self.shape).items():
-                yield site, columns, None
+            return [(c.site, self.shape.columns(c), self.directions[c]) for c in sorted(components)]
+        if others_of:
+            free = other_columns(components, others_of, self.shape)
+            return [(site, of.nonzero()[:, 0], None) for site, of in free.items()]
+        joined = join_columns(components, self.shape)
+        return [(site, columns, None) for site, columns in joined.items()]
 
     def everywhere(self, component: Component) -> Row:
         """A component's direction zeroed wherever the residual stream is read, at every token: the
@@ -2915,9 +2908,8 @@ def check_rows(traced: TracedModel, clean: CleanRun, heads: Sequence[Component])
     later = {min(1, n_layers - 1), n_layers // 2, n_layers - 1}
     for layer in later:  # a row alone must not edit what the clean run keeps
         run_rows(traced, clean, [(Edit(Component(layer, "resid").site, slice(None)),)])
-    ablated = zeroing(heads, traced.shape)
-    kept = tuple(replace(edit, factor=1.0) for edit in ablated)
-    beside, alone = (run_rows(traced, clean, [row, ()])[1:] for row in (ablated, kept))
+    rows = [zeroing(heads, traced.shape, factor) for factor in (0.0, 1.0)]  # ablated, kept
+    beside, alone = (run_rows(traced, clean, [row, ()])[1:] for row in rows)
     resumed = worst(map(unedited_from, later), itertools.repeat(clean.log_probs, len(later)))
     first = worst([unedited_from(0)], [clean.log_probs])
     yield "an empty edit reproduces the log-probabilities (nats)", first, bound
@@ -4257,7 +4249,9 @@ def row_of(exp: Experiment, clean: CleanRun | None, of: JointSet) -> Row:
     if of.everywhere:
         row = exp.everywhere(of.components[0])
         return random_everywhere(exp, clean, of, row) if at_random else row
-    row = exp.edits(of.components, clean, of.others_of, of.multiplier)
+    if of.multiplier is not None:
+        return zeroing(of.components, exp.shape, of.multiplier)
+    row = exp.edits(of.components, clean, of.others_of)
     if at_random:
         pairs = zip(row, sorted(of.components), strict=True)
         row = tuple(turned(exp, edit, component, of.draw) for edit, component in pairs)
