@@ -4610,7 +4610,7 @@ def trace_paths(
         ids = [sample.sample_id for sample, _ in tree.samples]
         rows = itertools.product([sender.label for sender in senders], names, ids)
         told = pd.DataFrame(rows, columns=["sender", "receiver", "sample_id"])
-        deltas = tree.deltas(scores.flatten(0, 1)).flatten()
+        deltas = tree.deltas(scores.flatten(0, 1)).flatten().tolist()
         return told.assign(delta=deltas).to_dict("list")
 
     total = len(exp.trees) * len(exp.components)

@@ -397,7 +397,7 @@ def test_random_directions_go_as_far_at_each_token_and_reading_point(pre_norm: B
     directions = []
     for drawn in found[1:]:
         for site, moved in found[0].items():
-            far = moved[ends].norm(dim=1)
+            far = moved[ends].detach().norm(dim=1)
             assert (drawn[site][ends].norm(dim=1) - far).abs().max() < 1e-4 * float(far.max())
         directions.append(torch.nn.functional.normalize(drawn[0, ""][-1], dim=0))
         for moved in drawn.values():  # all in one direction

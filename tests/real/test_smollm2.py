@@ -111,7 +111,7 @@ def test_a_gradient_is_the_slope_of_the_sweep(flags: str) -> None:
     found = tracing.estimate_tree(exp, tree)  # [sample, component, side]
     clean = exp.run_clean(tree, range(exp.shape.n_layers))
     of_both = [(component, factor) for component in exp.components for factor in (1.01, 0.99)]
-    rows = [exp.edits([component], clean, multiplier=factor) for component, factor in of_both]
+    rows = [tracing.zeroing([component], exp.shape, factor) for component, factor in of_both]
     log_probs = torch.cat([tracing.run_rows(exp.traced, clean, [row]) for row in rows])
     up, down = tree.scores(log_probs, exp.task).unflatten(0, (-1, 2)).unbind(1)
     slopes = (up - down) / 0.02  # [component, prompt]
