@@ -536,7 +536,6 @@ def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None =
 def along_contradictions(config: Config) -> dict[str, Any]:
     """Those of --along."""
     along, whole, kind = config.along, config.ablate or config.multipliers, config.kind
-    folder = Path(config.output_dir).resolve()
     return {
         f"--along edits directions of heads, attn, mlp and resid, no --kind {kind}": along
         and kind == "neuron",
@@ -545,7 +544,7 @@ def along_contradictions(config: Config) -> dict[str, Any]:
         "--op add adds a direction: give --along": config.op == "add" and not along,
         f"--along {along} lies in the folder that --overwrite empties": along
         and config.overwrite
-        and Path(along).resolve().parent == folder,
+        and Path(along).resolve().parent == Path(config.output_dir).resolve(),
         "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
         and (kind, config.op, config.positions) != ("resid", "zero", "all"),
         "--confirm all ablates a direction: give --along": config.everywhere and not along,
@@ -555,24 +554,25 @@ def along_contradictions(config: Config) -> dict[str, Any]:
 def contradictions(config: Config) -> dict[str, Any]:
     """Does it hold?, by sentence, for every combination of options that means nothing."""
     kind, op, via, estimates = config.kind, config.op, config.via, config.estimator
+    value, factor = OPS[op], config.factor
     into_b, neurons = config.patch_into == "b", config.neurons is not None
     told, controls, scaled = vars(config), config.controls, config.multipliers
     unset = {name for name in told if told[name] == ""} - {"system_prompt", "answer_prefix"}
     of_graph = [name for name in OF_GRAPH if told[name] != getattr(Config, name)]
     kinds = {name: {getattr(one, "kind", "") for one in told[name]} for name in NAMING}
-    whole = op in ("zero", "mean") and not config.along and not config.everywhere
+    whole = value.factor == 0 and not (config.patches or config.along or config.everywhere)
     emptied = whole and config.positions == "all" and "resid" in {kind, *kinds["ablate"]}
     nothing = "removes the input itself and means nothing"
     flat = f"--method {estimates}: a norm makes the gradient along a residual stream flat"
-    removes = not OPS[op].source and not (config.factor or OPS[op].factor)
+    removes = not (value.source or factor or value.factor)
     return {
         f"--{' and --'.join(sorted(unset))} is empty; is a shell variable unset?": unset,
-        "--op scale and --factor go together": (op == "scale") != (config.factor is not None),
+        "--op scale and --factor go together": (value.factor is None) != (factor is not None),
         "--kind neuron and --neurons go together": (kind == "neuron") != neurons
         and (neurons or not estimates),
         f"{flat}; no --kind resid --op {op}": estimates and kind == "resid" and removes,
         f"--heads does not apply to --kind {kind}": kind != "head" and config.heads != "all",
-        "--patch_into applies to --op patch only": into_b and op != "patch",
+        "--patch_into applies to --op patch only": into_b and not config.patches,
         f"--kind resid with --op {op} at all positions {nothing}": emptied,
         f"--given of kind resid {nothing}": "resid" in kinds["given"],
         "--controls belong to --task suppression": controls and config.task != "suppression",
@@ -1644,7 +1644,8 @@ LOAD_ERRORS = {  # what the libraries raise below, and what it means
     f"`hf auth login`; {TINY}",
     "RevisionNotFoundError": "has no revision {revision!r}",
     "RepositoryNotFoundError": f"is not on the hub, or private: check, or `hf auth login`; {TINY}",
-    "LocalEntry|Offline": f"is not in the local cache and the hub cannot be reached; {TINY}",
+    "LocalEntryNotFoundError|OfflineModeIsEnabled": "is not in the local cache and the hub cannot "
+    f"be reached; {TINY}",
     "": f"cannot be loaded: {{error}}; {TINY}",
 }
 
@@ -1858,9 +1859,11 @@ def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Sit
     found: dict[Site, Any] = defaultdict(list)
     for component in components:
         found[component.site].append(shape.columns(component))
-    for site, spans in found.items():
-        every = torch.arange(shape.width(site[1]))
-        found[site] = torch.cat([every[of] for of in spans]).unique() if spans[1:] else spans[0]
+    for site, (first, *more) in found.items():
+        found[site] = first
+        if more:
+            every = torch.arange(shape.width(site[1]))
+            found[site] = torch.cat([every[of] for of in (first, *more)]).unique()
     return found
 
 
@@ -2738,10 +2741,13 @@ def file_digests(config: Config, known: Mapping[str, Any]) -> dict[str, list[Any
     path, digests = Path(config.model_id).expanduser(), {}
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in (f for f in files if f.suffix in MODEL_FILES and f.is_file()):
-        now, told = [file.stat().st_size, file.stat().st_mtime_ns], known.get(file.name)
-        if not (isinstance(told, list) and told[:2] == now and isinstance(told[-1], str)):
-            told = [*now, sha256_of(file)]
-        digests[file.name] = told
+        now = file.stat()
+        match known.get(file.name):
+            case [now.st_size, now.st_mtime_ns, str(sha)]:
+                pass
+            case _:
+                sha = sha256_of(file)
+        digests[file.name] = [now.st_size, now.st_mtime_ns, sha]
     return digests
 
 
@@ -3951,7 +3957,7 @@ def last_inputs(exp: Experiment, prompts: Prompts, some: Sequence[Component]) ->
         clean = run_clean(exp.traced, tree, exp.background, (), found)
         ends = [[tree.paths[of[side]][-1] for side in "ab"] for _, of in tree.samples]
         for site, x in clean.site_inputs.items():
-            found[site].append(x[torch.tensor(ends, device=x.device)].cpu().double())
+            found[site].append(x[torch.tensor(ends, device=x.device)].float().cpu())
     inputs = {}
     for site, of_site in itertools.groupby(some, key=lambda component: component.site):
         x = torch.cat(found[site])
@@ -4027,11 +4033,11 @@ def probe(exp: Experiment, components: Sequence[Component]) -> list[tuple[Record
     held_out, found = last_inputs(exp, tested, components), []
     fitting = last_inputs(exp, exp.fitting, components) if find else {}
     for site, group in itertools.groupby(components, key=lambda component: component.site):
-        some, x = list(group), held_out[site]
+        some, x = list(group), held_out[site].double()
         unknown = torch.full((len(some),), math.nan)
         told = dict.fromkeys(("accuracy_fit", "accuracy", "accuracy_shuffled"), unknown)
         if find:
-            given = fitting[site]
+            given = fitting[site].double()
             fit = find(given)
             told = {"accuracy_fit": separation(fit, given)[0], "accuracy": separation(fit, x)[0]}
             told["accuracy_shuffled"] = accuracy_by_chance(find, given, x, units, exp.config.seed)
@@ -4997,7 +5003,6 @@ def measure_graph(traced: TracedModel, halves: Halves, graph: Graph, lost: Lost)
 # ----- Graph files --------------------------------------------------------------------------------
 
 LABELLED, DRAWN = 60, 300  # nodes of the figure with names, and its edges
-
 # what circuit-tracer's viewer calls nodes; it takes all with "error" in them for unexplained
 TYPES = {"embedding": "embedding", "goal": "logit", "head": "attention head"}
 TYPES |= {"neuron": "mlp neuron", "attn-rest": "attention remainder error"}
@@ -5011,12 +5016,10 @@ def name_nodes(nodes: pd.DataFrame, exp: Experiment, prompt: Prompt, goal: int) 
     one token stands for the goal), a label, and the token at their place."""
     rows: list[tuple[Any, ...]] = []
     for kind, layer, index, at in nodes[["kind", "layer", "index", "position"]].to_numpy():
-        stratum, number, feature, label = layer, kind, -1 - (kind == "attn-rest"), f"L{layer}{kind}"
-        if kind == "embedding":
-            stratum, number, feature, label = "E", prompt.ids[at], at, kind
-        elif kind == "goal":
-            stratum, number, feature, label = layer + 1, goal, goal, kind
-        elif index >= 0:
+        ends = {"embedding": ("E", prompt.ids[at], at), "goal": (layer + 1, goal, goal)}
+        stratum, number, feature = ends.get(kind, (layer, kind, -1 - (kind == "attn-rest")))
+        label = kind if kind in ends else f"L{layer}{kind}"
+        if index >= 0:
             label = Component(layer, kind, index).label
             number = index + exp.shape.n_heads * (kind == "neuron")  # neurons after the heads
             feature = (layer + number) * (layer + number + 1) // 2 + number  # Cantor's pairing
@@ -5499,8 +5502,6 @@ COLUMNS = {"mean": "+.3f", "ci_low": "+.3f", "ci_high": "+.3f", "q": ".2g"}
 COLUMNS |= {"verdict": "", "flag": ""}
 DETAILS = {"median": "+.3f", "moved_a": "+.2f", "moved_b": "+.2f", "share_moved": ".0%"}
 DETAILS |= {"above_noise": "", "n_sentences": "d"}
-
-
 Said = list[logging.LogRecord]
 
 
@@ -5808,11 +5809,10 @@ def run(config: Config) -> None:
         with logging_redirect_tqdm():
             exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
             if config.dry_run:
-                log.info("%s", describe_plan(exp))
-            elif config.self_test:
-                self_test(exp)
-            else:
-                trace(exp, folder, state, started)
+                return log.info("%s", describe_plan(exp))
+            if not config.self_test:
+                return trace(exp, folder, state, started)
+            self_test(exp)
 
 
 def explain(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolder) -> pd.DataFrame:
