@@ -387,7 +387,7 @@ with open(sys.argv[-1], "w") as file:
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(empty.iterdir()) == []

@@ -23,7 +23,7 @@ import naive
 import random_models
 from by_hand import prepared
 from conftest import Answer, finish, read, record_of, refuses, write_samples
-from llama3_circuit_tracing import Tree
+from llama3_circuit_tracing import Component, Tree
 from test_self_test import MISTAKES
 
 EQUAL = 2e-5
@@ -69,7 +69,7 @@ WAYS: dict[str, tuple[str, list[str], str]] = {
     "mistral": ("mistral", [], FLOAT32),
     "qwen3": ("qwen3", [], FLOAT32),
     "gemma3": ("gemma3_text", [], FLOAT32),
-    "the bundled model": ("bundled", [], FLOAT32),
+    "the bundled model": ("tiny", [], FLOAT32),
     "three rows per forward": ("llama", ["--rows_per_forward", "3"], FLOAT32),
     "eager attention": ("llama", ["--attn_implementation", "eager"], FLOAT32),
     "layers on disk": ("llama", ["--device_map", json.dumps(PLACES)], OWN),
@@ -226,6 +226,21 @@ def test_a_jittered_row_turns_each_element_by_one_eps_where_heads_are_edited(
     assert set(factors.unique().tolist()) == {1 - eps, 1 + eps}
     assert ((factors > 1).double().mean(1) - 0.5).abs().max() < 0.05
     assert len(factors.unique(dim=0)) == len(factors) == 12
+
+
+def test_the_signs_of_jitter_depend_on_seed_component_draw_and_tree_alone(llama: str) -> None:
+    exp, again, other = (prepared(llama, "--tree_tokens", "1", "--seed", s) for s in "112")
+    where = [Component(1, "attn"), Component(2, "attn")]
+    cases = [(exp, exp.trees[0], where[0], 0), (exp, exp.trees[0], where[0], 1)]
+    cases += [(exp, exp.trees[1], where[0], 0), (exp, exp.trees[0], where[1], 0)]
+    cases.append((other, exp.trees[0], where[0], 0))
+    found = []
+    for case in cases:
+        ((edit,), (same,)) = (tracing.jitter(*case) for _ in range(2))
+        assert torch.equal(edit.factor, same.factor)
+        found.append(edit.factor[:20])
+    assert torch.equal(tracing.jitter(again, *cases[0][1:])[0].factor[:20], found[0])
+    assert len(torch.stack(found).unique(dim=0)) == len(found)
 
 
 def test_jitter_moves_the_mean_effect_several_times_less_than_a_common_factor(
