@@ -137,18 +137,18 @@ def write_samples(path: Path, *records: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="session")
-def writable(
+def folder_of(
     random_model: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], str]:
     """Folder of a model, "tiny" for the trained one, that samples may be written to."""
 
     @functools.cache
-    def folder_of(name: str) -> str:
+    def find(name: str) -> str:
         if name != "tiny":
             return random_model(name)
         return str(shutil.copytree(TINY, tmp_path_factory.mktemp("tiny") / "model"))
 
-    return folder_of
+    return find
 
 
 @pytest.fixture()
@@ -163,9 +163,3 @@ def coarse_figures() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "save_figure", lambda figure, path: figure.savefig(path, dpi=20))
         yield
-
-
-@pytest.fixture(scope="session")
-def folder_of(random_model: Callable[..., str], tiny_llama: str) -> Callable[[str], str]:
-    """The folder of an architecture's random model, or of the bundled one."""
-    return lambda name: tiny_llama if name == "bundled" else random_model(name)

@@ -40,9 +40,9 @@ Explained = tuple[pd.DataFrame, Tensor, Tensor]  # nodes, weights, the goal's di
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen3", "tiny"])
-def any_bench(request: Any, random_model: Build, tiny_llama: str) -> Bench:
+def any_bench(request: Any, folder_of: Build) -> Bench:
     """The models that have no post-norms."""
-    return bench(tiny_llama if request.param == "tiny" else random_model(request.param))
+    return bench(folder_of(request.param))
 
 
 @pytest.fixture(scope="module")

@@ -158,13 +158,13 @@ def test_fits_to_shuffled_sides_are_right_half_of_the_time(method: str) -> None:
 
 
 @pytest.fixture(scope="module", params=[*random_models.ARCHITECTURES, "tiny"])
-def any_bench(request: Any, writable: Build) -> Bench:
-    return bench(writable(request.param))
+def any_bench(request: Any, folder_of: Build) -> Bench:
+    return bench(folder_of(request.param))
 
 
 @pytest.fixture(scope="module", params=[*PRE_NORM, "tiny"])
-def pre_norm(request: Any, writable: Build) -> Bench:
-    return bench(writable(request.param))
+def pre_norm(request: Any, folder_of: Build) -> Bench:
+    return bench(folder_of(request.param))
 
 
 @pytest.fixture(scope="module")

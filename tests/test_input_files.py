@@ -36,11 +36,6 @@ def load(path: Path, task: str = "suppression") -> list[Sample]:
     return tracing.load_samples(path, TASKS[task])
 
 
-@pytest.fixture()
-def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
-
-
 # ----- samples of one's own
 
 

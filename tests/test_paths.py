@@ -31,8 +31,8 @@ pytestmark = pytest.mark.usefixtures("coarse_figures")
 
 
 @pytest.fixture(scope="module", params=[*random_models.ARCHITECTURES, "tiny"])
-def any_bench(request: Any, writable: Callable[[str], str]) -> Bench:
-    return bench(writable(request.param))
+def any_bench(request: Any, folder_of: Callable[[str], str]) -> Bench:
+    return bench(folder_of(request.param))
 
 
 def clean_of(exp: Experiment, tree: Any = None) -> tracing.CleanRun:

@@ -83,15 +83,10 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "flags"), CASES)
 def test_an_edit_of_one_token_is_one_plain_hook_at_that_token(
-    random_model: Callable[..., str],
-    tiny_llama: str,
-    samples: str,
-    tmp_path: Path,
-    name: str,
-    flags: str,
+    folder_of: Callable[[str], str], samples: str, tmp_path: Path, name: str, flags: str
 ) -> None:
     """Zero touches both prompts at every token, a patch one from the first difference on."""
-    model = tiny_llama if name == "tiny" else random_model(name)
+    model = folder_of(name)
     told = ["--samples", samples, "--no-bf16", "--positions", "each", *flags.split()]
     table = read(finish(model, tmp_path / "run", *told), TABLE)
     loaded, config = naive.load(model), tracing.parse_args(["--model_id", model, *told])

@@ -31,7 +31,7 @@ DTYPES = ("--no-bf16", "--bf16")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", [*ARCHITECTURES, "bundled"])
+@pytest.mark.parametrize("model", [*ARCHITECTURES, "tiny"])
 def test_the_self_test_passes_writes_nothing_and_leaves_the_attention_as_it_was(
     model: str,
     dtype: str,
@@ -204,7 +204,7 @@ MISTAKES = IN_THE_TREE | IN_THE_HOOKS
 RUNS = [
     (mistake, model, DTYPES[(i + j) % 2])
     for i, mistake in enumerate(MISTAKES)
-    for j, model in enumerate(("llama", "bundled"))
+    for j, model in enumerate(("llama", "tiny"))
 ]
 
 
