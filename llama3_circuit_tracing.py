@@ -1069,7 +1069,7 @@ CONTROLS = ("other", "affirm")  # sides
 SEVEN = ["sample_id", "n_constraints", "layer", "head"]
 SEVEN += ["delta_logit_base", "delta_logit_head", "head_effect"]
 KEY = ["layer", "kind", "index"]
-WHOLE = ("n_constraints", "layer", "head", "index", "n_screened")
+WHOLE = ("n_constraints", "layer", "head", "index", "n_screened", "n_tests")
 # the texts of a table, and what an empty one stands for
 TEXTS = {"group": "", "kind": "head", "op": "zero", "positions": "all", "method": "exact"}
 TEXTS |= dict.fromkeys(("task", "patch_into", "prompts", "along"), "")
@@ -1077,8 +1077,9 @@ TEXTS |= dict.fromkeys(("task", "patch_into", "prompts", "along"), "")
 DECIMALS = 0.02  # by which numbers of two decimals may miss what they recompute from
 KNOWN: dict[str, Iterable[str]] = {"kind": KINDS, "op": OPS, "positions": POSITIONS}
 KNOWN |= {"task": TASKS, "patch_into": ("", "a", "b"), "method": METHODS}
-ONCE = (*KNOWN, "factor", "along")  # the same in all rows of a table, as n_screened is
-NUMBERS = (*SEVEN[1:], "index", "factor", "estimate", "n_screened")
+ONCE = (*KNOWN, "factor", "along")  # the same in all rows of a table, as these two are:
+TESTED_COLUMNS = ("n_screened", "n_tests")  # how many components were estimated, and tested
+NUMBERS = (*SEVEN[1:], "index", "factor", "estimate", *TESTED_COLUMNS)
 
 
 def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.DataFrame:
@@ -1151,7 +1152,7 @@ def read_results(path: Path) -> pd.DataFrame:
     table = pd.concat(frames)
     twice = table.duplicated(["sample_id", *KEY])
     wrong = {"column 'head': same sample and component as before": twice}
-    for name, told in table.filter([*ONCE, "n_screened"]).items():
+    for name, told in table.filter([*ONCE, *TESTED_COLUMNS]).items():
         wrong[f"column {name!r}: another than above"] = ~told.isin(told[:1])
     first = table.groupby("sample_id")[["unit", "group", "delta_logit_base"]].transform("first")
     for name in ("unit", "group"):
@@ -1219,6 +1220,9 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+Forms = tuple[tuple[tuple[int, ...], ...], ...]  # token ids, by word and surface form
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A rendered prompt: its tokens and, per scored word, the token ids of each surface form."""
@@ -1227,7 +1231,15 @@ class Prompt:
     side: str  # a, b, other or affirm
     text: str
     ids: tuple[int, ...]
-    forms: tuple[tuple[tuple[int, ...], ...], ...]
+    forms: Forms
+
+    @property
+    def target_forms(self) -> Forms:
+        return self.forms[: len(self.sample.targets)]
+
+    @property
+    def foil_forms(self) -> Forms:
+        return self.forms[len(self.sample.targets) :]
 
     def pair_id(self, partner: Prompt) -> str:
         """What tells a sample from others in any run: its two prompts and its words."""
@@ -2735,26 +2747,59 @@ def sha256_of(file: Path) -> str:
     return sha.hexdigest()
 
 
+def json_field(path: Path, name: str) -> Any:
+    """A field of a JSON file as the library reads it; None where there is none, or no such file:
+    the library tells of that when it loads the model."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get(name) if isinstance(content, dict) else None
+
+
+def named_weights(folder: Path) -> list[str]:
+    """The weight files that a model's config and its indices name, relative to its folder."""
+    names = [json_field(folder / "config.json", "transformers_weights")]
+    indices = list(folder.glob("*.index.json"))
+    if isinstance(names[0], str) and names[0].endswith(".index.json"):
+        indices.append(folder / names[0])
+    for index in indices:
+        weight_map = json_field(index, "weight_map")
+        if isinstance(weight_map, dict):
+            names += weight_map.values()
+    return [name for name in names if isinstance(name, str)]
+
+
+def model_files(path: Path) -> dict[str, Path]:
+    """The files that a local model is loaded from, by name relative to its folder: the folder's
+    own, but for what this script writes, and the weights that they name, wherever these lie."""
+    if not path.is_dir():
+        return {path.name: path} if path.suffix in MODEL_FILES and path.is_file() else {}
+    names = [file.name for file in path.iterdir() if file.suffix in MODEL_FILES]
+    names = [name for name in names if name not in OUTPUTS]
+    names += [Path(name).as_posix() for name in named_weights(path)]
+    return {name: path / name for name in sorted(set(names)) if (path / name).is_file()}
+
+
 def file_digests(config: Config, known: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Size, mtime and SHA-256 of each file of a local model, by name. Those that are `known` are
-    read again only where size or mtime differ."""
-    path, digests = Path(config.model_id).expanduser(), {}
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    for file in (f for f in files if f.suffix in MODEL_FILES and f.is_file()):
-        now = file.stat()
-        match known.get(file.name):
-            case [now.st_size, now.st_mtime_ns, str(sha)]:
-                pass
-            case _:
-                sha = sha256_of(file)
-        digests[file.name] = [now.st_size, now.st_mtime_ns, sha]
+    """Size, mtime and ctime (ns), inode and SHA-256 of each of `model_files`, by name. A file with
+    a `known` entry is read again unless all but the digest are as they were: size and mtime alone
+    stay the same where tools that keep times write into a file or put another in its place."""
+    digests = {}
+    for name, file in model_files(Path(config.model_id).expanduser()).items():
+        status, entry = file.stat(), known.get(name)
+        state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        if isinstance(entry, list) and entry[:-1] == state and isinstance(entry[-1], str):
+            digests[name] = entry
+        else:
+            digests[name] = [*state, sha256_of(file)]
     return digests
 
 
 def model_identity(config: Config, files: Mapping[str, list[Any]]) -> str:
-    """The commit on the hub; a hash of all files of a local model."""
+    """The commit on the hub; a hash of the names and contents of a local model's files."""
     if files:
-        return digest({name: told[2] for name, told in files.items()})[:16]
+        return digest({name: entry[-1] for name, entry in files.items()})[:16]
     name = Path(config.model_id)
     revision, asked = config.revision or "main", "config.json"
     if name.suffix == ".gguf":
@@ -2780,7 +2825,8 @@ def fingerprint_of(exp: Experiment, files: Mapping[str, list[Any]]) -> dict[str,
         "method": exp.config.row_method,
         "positions": exp.config.span,
         "prompts": digest([(p.sample.sample_id, p.side, p.text, p.ids) for p in flat])[:16],
-        "targets": digest([(p.sample.words, p.forms) for p in flat])[:16],
+        "targets": digest([(p.sample.targets, p.target_forms) for p in flat])[:16],
+        "foils": digest([(p.sample.foils, p.foil_forms) for p in flat])[:16],
         "rows_per_forward": exp.rows_per_forward,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -3034,6 +3080,8 @@ def report_samples(records: Records) -> None:
 
 # ----- Sweep --------------------------------------------------------------------------------------
 
+EDIT_KEY = ["layer", "index", "draw"]  # of a row, beside its sample: see `Job`
+
 
 class Job(NamedTuple):
     """The work that is done or lost as one: edits of one layer on one tree, each with its draw,
@@ -3054,47 +3102,70 @@ def read_sweep(exp: Experiment, folder: RunFolder) -> pd.DataFrame:
     ids = pd.CategoricalDtype(sorted(prompts[0].sample.sample_id for prompts in exp.prompts))
     found = (folder.read_part(path.stem) for path in sorted(folder.parts.glob("sweep-*.json")))
     frames = [pd.DataFrame(rows).astype({"sample_id": ids}) for rows in found if rows]
-    nothing = pd.DataFrame(columns=["sample_id", "layer", "index", "draw"], dtype=int)
+    nothing = pd.DataFrame(columns=["sample_id", *EDIT_KEY], dtype=int)
     return pd.concat(frames or [nothing], ignore_index=True)
-
-
-def whole_components(exp: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the components with one per sample; others may be left from a command that was
-    interrupted. `RunError` where one that this command asks for is not whole."""
-    key = ["layer", "index"]
-    counts = rows[rows["draw"] < 0].groupby(key).size()
-    whole = counts.index[counts == len(exp.prompts)]
-    if lacking := [c.label for c in exp.measured if (c.layer, c.index) not in whole]:
-        what = f"{len(lacking)} components lack rows or have some twice ({lacking[0]} first)"
-        raise RunError(f"{what}: run the same command again; if they still do, with --overwrite")
-    if n := len(counts) - len(whole):
-        log.warning("%d components of an interrupted command are left out: samples lack", n)
-    if exp.screened:  # not of another screen in this folder
-        whole = whole.intersection([(c.layer, c.index) for c in exp.screened])
-    return rows[(rows["draw"] >= 0) | pd.MultiIndex.from_frame(rows[key]).isin(whole)]
 
 
 def draws_per_layer(n_layers: int) -> int:
     return -(-NOISE_ROWS // n_layers)
 
 
-def plan_jobs(exp: Experiment, done: pd.DataFrame) -> Iterator[Job]:
-    """What remains to be done. Jittered components are drawn from all of a layer, none twice while
+def edits_by_layer(exp: Experiment) -> dict[int, list[tuple[Component, int]]]:
+    """By layer what this command measures in every tree: its components, then jittered ones, each
+    with its draw (see `Job`). Jittered components are drawn from all of a layer, none twice while
     others are left: the same for every tree, and whatever part of the layer is swept."""
-    grouped = itertools.groupby(exp.measured, key=lambda component: component.layer)
-    by_layer = {layer: [(c, -1) for c in components] for layer, components in grouped}
-    for layer, edits in by_layer.items():
+    edits: dict[int, list[tuple[Component, int]]] = {}
+    for component in exp.measured:
+        edits.setdefault(component.layer, []).append((component, -1))
+    for layer, of_layer in edits.items():
         every = [Component(layer, exp.config.kind, i) for i in exp.shape.indices(exp.config.kind)]
         order = [component for component in every if component not in exp.config.given]
         random.Random(f"{exp.config.seed} {layer}").shuffle(order)
-        n_draws = draws_per_layer(len(by_layer))
-        edits += [(c, i) for i, c in enumerate(itertools.islice(itertools.cycle(order), n_draws))]
+        drawn = itertools.islice(itertools.cycle(order), draws_per_layer(len(edits)))
+        of_layer += [(component, draw) for draw, component in enumerate(drawn)]
+    return edits
+
+
+def plan_jobs(exp: Experiment, done: pd.DataFrame) -> Iterator[Job]:
+    """What remains to be done of `edits_by_layer`, in every tree."""
     firsts = [tree.samples[0][0].sample_id for tree in exp.trees]  # one tells of all of its tree
-    done = done.loc[done["sample_id"].isin(firsts), ["sample_id", "layer", "index", "draw"]]
+    done = done.loc[done["sample_id"].isin(firsts), ["sample_id", *EDIT_KEY]]
     there = set(done.itertuples(index=False, name=None))
+    by_layer = edits_by_layer(exp)
     for (tree, first), (layer, edits) in itertools.product(enumerate(firsts), by_layer.items()):
         if left := [(c, draw) for c, draw in edits if (first, layer, c.index, draw) not in there]:
             yield Job(tree, layer, tuple(left))
+
+
+def requested_rows(exp: Experiment, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the edits that this command measures; a folder may hold those of other commands
+    too. `RunError` where an edit has not one row per sample."""
+    labels = {}
+    for layer, edits in edits_by_layer(exp).items():
+        for component, draw in edits:
+            labels[layer, component.index, draw] = component.label
+    if not labels:
+        return rows.head(0)
+    requested = pd.MultiIndex.from_tuples(labels, names=EDIT_KEY)
+    rows = rows[pd.MultiIndex.from_frame(rows[EDIT_KEY]).isin(requested)]
+    n_rows = rows.groupby(EDIT_KEY).size().reindex(requested, fill_value=0)
+    incomplete = n_rows.index[n_rows != len(exp.prompts)]
+    if lacking := list(dict.fromkeys(labels[edit] for edit in incomplete)):
+        what = f"{len(lacking)} components lack rows or have some twice ({lacking[0]} first)"
+        raise RunError(f"{what}: run the same command again; if they still do, with --overwrite")
+    return rows
+
+
+def count_tested(exp: Experiment, folder: RunFolder) -> int:
+    """How many components q corrects for: those of the widest table that this folder has given,
+    this command's included; a screen tests all that it estimates. A part keeps the number, since
+    a narrower command may well have been chosen by what a wider one found."""
+    n_here = len(exp.components)
+    n_tests = max(n_here, folder.read_part("tested") or 0)
+    folder.write_part("tested", n_tests)
+    if n_tests > n_here:
+        log.info(f"q corrects for {n_tests} components: this folder has tested them before")
+    return n_tests
 
 
 def share_jobs(exp: Experiment, jobs: Sequence[Job], rank: int, n_processes: int) -> list[Job]:
@@ -3431,19 +3502,19 @@ def split_units(table: pd.DataFrame, seed: int) -> tuple[set[str], set[str]]:
 
 
 def noise_floor(jittered: pd.DataFrame) -> float:
-    """95th percentile over jittered rows of |mean effect| over all samples (nats); NaN without.
-    Rows of a smaller sweep from which the folder grew are more per layer; those are left out."""
-    real = real_rows(jittered)
-    effects = real.groupby(["layer", "draw"])["head_effect"].agg(["mean", "size"]).reset_index()
-    whole = effects[effects["size"] == real["sample_id"].nunique()]
-    n_draws = draws_per_layer(max(1, whole["layer"].nunique()))
-    return float(whole.loc[whole["draw"] < n_draws, "mean"].abs().quantile(0.95))
+    """95th percentile over jittered rows of |mean effect| over all samples (nats); NaN without."""
+    means = real_rows(jittered).groupby(["layer", "draw"])["head_effect"].mean()
+    return float(means.abs().quantile(0.95))
 
 
 def count_tests(table: pd.DataFrame, key: Sequence[str] = KEY) -> int:
-    """Of the components in a table, or of all from which a screen took them."""
-    screened = table["n_screened"].max() if "n_screened" in table else math.nan
-    return len(table[[*key]].drop_duplicates()) if math.isnan(screened) else int(screened)
+    """How many components q corrects for: those in a table, all from which a screen took them, or
+    those of a wider table before it, whichever are most."""
+    n_tests = len(table[[*key]].drop_duplicates())
+    for name in TESTED_COLUMNS:
+        if name in table and table[name].notna().any():
+            n_tests = max(n_tests, int(table[name].max()))
+    return n_tests
 
 
 def statistics_of(table: pd.DataFrame, column: str, key: Sequence[str] = KEY) -> pd.DataFrame:
@@ -5531,8 +5602,10 @@ def list_facts(
     if n_apart := record.get("n_set_apart"):
         controls += f"; {numbered(n_apart, 'other')} gave or chose directions"
     method = "measured, by the exact sweep"
-    if n_tests > len(heads):
-        method = f"{len(heads)} of {n_tests} estimated components measured by the exact sweep"
+    n_screened = table["n_screened"].max() if "n_screened" in table else math.nan
+    if n_screened > len(heads):
+        estimated = f"{n_screened:.0f} estimated components"
+        method = f"{len(heads)} of {estimated} measured by the exact sweep"
     if config.estimated:
         method = f"ESTIMATED from gradients by {config.row_method}: no component is measured"
     run = ("model", "seed", "dtype", "device_type", "attn_implementation", "torch", "transformers")
@@ -5762,12 +5835,14 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     while there != names and all(folder.part_path(name).exists() for name in there):
         time.sleep(0.2)  # a launcher ends the run if a process dies
         there |= {name for name in names - there if folder.part_path(name).exists()}
-    swept = whole_components(exp, read_sweep(exp, folder) if jobs else swept)
+    swept = requested_rows(exp, read_sweep(exp, folder) if jobs else swept)
     if exp.estimates is not None:
         if not exp.config.screen:
             swept = estimated_rows(exp, exp.estimates, records)
         swept = beside_estimates(exp, exp.estimates, swept)
-    return results_table(swept, records, exp.config)
+    table = results_table(swept, records, exp.config)
+    n_tests = count_tested(exp, folder)
+    return table.assign(n_tests=n_tests) if n_tests > len(exp.components) else table
 
 
 def device_names() -> list[str]:

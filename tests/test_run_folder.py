@@ -22,13 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llama3_circuit_tracing as tracing
+from by_hand import prepared, q_values
 from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses
 from test_sweep import EQUAL, TWO, largest_difference, naive_results, parts_of
 
 EXTRAS = "--confirm 2 --num_random 3 --max_new_tokens 2 --heatmap --screen 4 --multipliers 0"
 WITH_ALL_PARTS = [*TWO, "--layers", "0-1", "--controls", *EXTRAS.split(), "--graph", "s0000"]
 FIRST_LAYER = [*TWO, "--layers", "0"]
-RESULTS = "circuit_results.csv"
+RESULTS, HEADS = "circuit_results.csv", "circuit_heads.csv"
 
 
 def rows_run(patch: pytest.MonkeyPatch, limit: int = 1000) -> list[int]:
@@ -98,7 +99,7 @@ def at_once(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # so that a row's last bits do not depend on how many others are computed beside it
 ONE_BY_ONE = ["--rows_per_forward", "1", "--tree_tokens", "1"]
-GROWN = ["--layers 2|--layers 0,1", "--heads 3|--heads 0-1|--heads 2", "--heads 1|--layers 0-1|"]
+GROWN = ["--layers 2|--layers 0,1|", "--heads 3|--heads 0-1|--heads 2|", "--heads 1|--layers 0-1|"]
 
 
 @pytest.mark.parametrize("lines", GROWN)
@@ -106,11 +107,120 @@ def test_a_folder_that_grew_bit_by_bit_holds_what_one_run_of_all_does(
     lines: str, llama: str, at_once: Path, tmp_path: Path
 ) -> None:
     for line in lines.split("|"):
-        finish(llama, tmp_path, *TWO, *ONE_BY_ONE, *line.split())
+        flags = [*TWO, *ONE_BY_ONE, *line.split()]
+        heads = read(finish(llama, tmp_path, *flags), HEADS)
+        assert heads["label"].tolist() == [c.label for c in prepared(llama, *flags).components]
+        assert (heads["n_tests"] == len(heads)).all(), "no table before was wider"
     assert (tmp_path / RESULTS).read_bytes() == (at_once / RESULTS).read_bytes()
     assert record_of(tmp_path)["noise_floor"] == record_of(at_once)["noise_floor"]
     jittered = pd.concat(parts_of(tmp_path)).query("draw >= 0")
     assert not jittered.duplicated(["sample_id", "layer", "draw"]).any()
+
+
+# ----- a table holds what its command names, whatever else was measured before
+
+SIX = ["--num_samples", "6", *ONE_BY_ONE]
+NARROW = [*SIX, "--layers", "0-1", "--heads", "1,3", "--confirm", "1", "--num_random", "2"]
+OF_TABLE = ("circuit.json", "circuit_confirm.csv")
+
+
+@pytest.fixture(scope="module")
+def wide(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("wide"), *SIX)
+
+
+@pytest.fixture(scope="module")
+def narrow(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow command in a folder of its own."""
+    return finish(llama, tmp_path_factory.mktemp("narrow"), *NARROW)
+
+
+@pytest.fixture(scope="module")
+def narrowed(llama: str, wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The narrow command in a folder that has seen the wide one."""
+    folder = shutil.copytree(wide, tmp_path_factory.mktemp("narrowed") / "run")
+    return finish(llama, Path(folder), *NARROW)
+
+
+def test_a_narrower_command_gives_the_table_of_a_folder_of_its_own(
+    narrow: Path, narrowed: Path
+) -> None:
+    """Rows, circuit, joint ablation and noise floor; q alone heeds what was tested before."""
+    assert read(narrow, HEADS)["label"].tolist() == ["L0H1", "L0H3", "L1H1", "L1H3"]
+    columns = list(read(narrow))
+    pd.testing.assert_frame_equal(read(narrowed)[columns], read(narrow), check_exact=True)
+    for name in OF_TABLE:
+        assert (narrowed / name).read_bytes() == (narrow / name).read_bytes()
+    assert record_of(narrowed)["noise_floor"] == record_of(narrow)["noise_floor"]
+    corrected = ["q", "n_tests", "verdict"]
+    heads = [read(folder, HEADS).drop(columns=corrected) for folder in (narrow, narrowed)]
+    pd.testing.assert_frame_equal(*heads, check_exact=True)
+
+
+def test_a_narrower_table_is_corrected_for_the_widest_before_and_the_log_says_so(
+    narrow: Path, narrowed: Path
+) -> None:
+    own, heads = read(narrow, HEADS), read(narrowed, HEADS)
+    assert (set(own["n_tests"]), set(heads["n_tests"])) == ({4}, {12})
+    p = heads["p"].tolist()
+    assert own["q"].tolist() == pytest.approx(q_values(p))
+    assert heads["q"].tolist() == pytest.approx(q_values([*p, *[1.0] * 8])[:4])
+    assert own["q"].tolist() != heads["q"].tolist()
+    said = "q corrects for 12 components: this folder has tested them before"
+    assert said in (narrowed / "run.log").read_text()
+    assert "has tested them before" not in (narrow / "run.log").read_text()
+
+
+def test_redrawing_a_narrower_table_keeps_its_correction(narrowed: Path, tmp_path: Path) -> None:
+    """Also where the table lies alone."""
+    shutil.copy(narrowed / RESULTS, tmp_path)
+    argv = ["--from_csv", str(tmp_path / RESULTS), "--output_dir", str(tmp_path / "redrawn")]
+    assert tracing.main(argv) == 0
+    redrawn = read(tmp_path / "redrawn", HEADS)
+    assert redrawn[["q", "n_tests"]].equals(read(narrowed, HEADS)[["q", "n_tests"]])
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_the_wider_command_comes_back_without_computing(
+    llama: str, wide: Path, narrowed: Path, tmp_path: Path
+) -> None:
+    """And the narrower one after it: parts are kept."""
+    folder = Path(shutil.copytree(narrowed, tmp_path / "run"))
+    names = [RESULTS, HEADS, *OF_TABLE]
+    of_narrow = [(folder / name).read_bytes() for name in names]
+    finish(llama, folder, *SIX)
+    for name in (RESULTS, HEADS):
+        assert (folder / name).read_bytes() == (wide / name).read_bytes()
+    finish(llama, folder, *NARROW)
+    assert [(folder / name).read_bytes() for name in names] == of_narrow
+
+
+@pytest.mark.parametrize("way", ["--overwrite", "no parts", "the parts of another run"])
+def test_what_was_tested_is_forgotten_with_its_parts(
+    way: str, llama: str, wide: Path, two_runs: list[Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(wide, tmp_path / "run"))
+    flags = [*SIX, "--layers", "0"]
+    if way == "--overwrite":
+        flags.append(way)
+    if way == "no parts":
+        shutil.rmtree(folder / ".parts")
+    if way == "the parts of another run":
+        shutil.copy(two_runs[1] / ".parts" / "tested.json", folder / ".parts")
+    assert set(read(finish(llama, folder, *flags), HEADS)["n_tests"]) == {4}
+
+
+@pytest.mark.parametrize(("line", "n"), [("--layers 0 --heads 0", 4), ("--layers 1-2", 8)])
+def test_the_widest_table_counts_and_not_the_sum_of_all(
+    line: str, n: int, llama: str, begun: Path
+) -> None:
+    """After a table of the four heads of layer 0."""
+    heads = read(finish(llama, begun, *TWO, *line.split()), HEADS)
+    assert len(heads) == len(prepared(llama, *line.split()).components)
+    assert set(heads["n_tests"]) == {n}
+
+
+# ----- what a folder keeps, and what it refuses
 
 
 def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, whole: Path) -> None:
@@ -171,7 +281,7 @@ def test_overwrite_starts_afresh_and_deletes_only_files_of_this_script(
     finish(llama, whole, *TWO, "--layers", "1", "--seed", "7", "--overwrite")
     assert set(read(whole)["layer"]) == {1}
     assert all(path.exists() for path in mine)
-    assert [path.name.split("-")[0] for path in parts(whole)] == ["base", "sweep"]
+    assert [path.stem.split("-")[0] for path in parts(whole)] == ["base", "sweep", "tested"]
     assert not (whole / "generations.jsonl").exists()
 
 
