@@ -357,6 +357,16 @@ def test_of_a_screen_it_says_how_many_are_measured(llama: str, tmp_path: Path) -
     assert "estimates</h2>" not in source
 
 
+def test_a_narrower_table_is_called_measured_and_corrected_for_the_wider_one(
+    llama: str, tmp_path: Path
+) -> None:
+    for layers in ("0-1", "1"):
+        finish(llama, tmp_path, "--num_samples", "4", "--layers", layers)
+    facts = facts_of(page_of(tmp_path))
+    assert facts["tested"] == "8 components, which q corrects for"
+    assert facts["method"] == "measured, by the exact sweep"
+
+
 def images(page: Page) -> list[bytes]:
     sources = [told["src"] for told in page.all("img")]
     assert all(source.startswith("data:image/png;base64,") for source in sources)
