@@ -186,7 +186,7 @@ class Characters:
 
     bos_token_id = None
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
         pieces = re.findall(".x?", text.replace("~", ""))
         return {"input_ids": [ord(piece[0]) + 1000 * len(piece) for piece in pieces]}
 
