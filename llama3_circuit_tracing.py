@@ -108,8 +108,7 @@ from typing import Any, NamedTuple, NoReturn
 # ----- Sentences ----------------------------------------------------------------------------------
 
 LONGEST_VALUE = 80  # characters that a sentence shows of one value
-LONGEST_REASON = 300  # of what a library says of its error
-LONGEST_ERROR = 2000  # of an error as a whole, whoever wrote it
+LONGEST_ERROR = 1000  # of an error as a whole, whoever wrote it
 
 
 def shorten(value: object, longest: int = LONGEST_VALUE) -> str:
@@ -154,10 +153,9 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an exception's message, shortened as are its long words; its type where it has none."""
+    """Of an exception's message, its long words shortened; its type where it has none."""
     line = next(iter(str(error).splitlines()), type(error).__name__)
-    long_word = rf"\S{{{LONGEST_VALUE + 1},}}"
-    return shorten(re.sub(long_word, lambda word: shorten(word[0]), line), LONGEST_REASON)
+    return re.sub(rf"\S{{{LONGEST_VALUE + 1},}}", lambda word: shorten(word[0]), line)
 
 
 def one_line(sentence: str, words: Iterable[str] = ()) -> str:
@@ -1572,9 +1570,10 @@ class PromptEncoder:
                 new = whole[len(ids) :][: 1 if literal else None]
                 if owner.setdefault(new, i) != i:
                     both = f"{quote(sample.words[owner[new]])} and {quote(word)}"
-                    told = f"{both} have the same form {quote(form)}"
-                    scores = "; --target_form literal scores the first token alone"
-                    raise UsageError(f"{name}: {told}{scores if literal else ''}")
+                    shared = f"have the same form {quote(form)}"
+                    if literal:
+                        shared = "begin with the same token, which --target_form literal scores"
+                    raise UsageError(f"{name}: {both} {shared}")
         places = range(len(sample.words))
         forms = tuple(tuple(form for form in owner if owner[form] == i) for i in places)
         return Prompt(sample, side, text, ids, forms)
@@ -2891,7 +2890,8 @@ def not_a_direction(tensor: Tensor, width: int) -> str:
 def open_directions(path: Path) -> tuple[dict[Component, Tensor], Record]:
     """The tensors in a file of directions, and what it tells of itself; `ValueError` says what is
     wrong with it."""
-    if path.stat() and not path.is_file():
+    path.stat()  # an OSError says in the system's own words why nothing can be read
+    if not path.is_file():
         raise ValueError("it is a folder or a device")
     try:
         with safe_open(path, "pt") as file:
@@ -2941,7 +2941,7 @@ def set_apart(prompts: Prompts, config: Config, told: Record) -> tuple[Prompts, 
     least = 2 if config.confirms and not config.everywhere else 1
     if len(measured) < least:
         there = f"of {numbered(len(units), 'sentence')} {len(measured)} are left to measure"
-        along = f"--along {shorten(Path(str(config.along)))}"
+        along = f"--along {shorten(Path(config.along))}"
         raise UsageError(f"{along}: {there}, at least {least} are needed")
     gives = {of[0].sample for of in left if of[0].sample.unit in fitting and of[0].sample.counts}
     apart = [of for of in left if of[0].sample in gives]
@@ -2959,7 +2959,7 @@ def graph_prompt(config: Config, prompts: Prompts, shape: ModelShape) -> Prompt:
     # an id may have a colon
     stem, _, side = (text, "", "a") if text in by_id else text.rpartition(":")
     if stem not in by_id or side not in ("a", "b"):
-        there = listed(by_id, 20)
+        there = listed(by_id)
         raise UsageError(f"--graph {shorten(text)}: no such sample; there are {there}")
     prompt = by_id[stem]["ab".index(side)]
     n_tokens, of_token = len(prompt.ids), shape.n_layers * (shape.n_heads + shape.d_mlp)
@@ -3016,7 +3016,7 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
         pairs = {a.pair_id(b) for a, b, *_ in prompts}
         mine = {(pair, c.layer, c.kind, c.index) for pair in pairs for c in components}
         if mine.isdisjoint(other[["prompts", *KEY]].itertuples(index=False, name=None)):
-            compare = f"--compare {shorten(Path(str(config.compare)))}"
+            compare = f"--compare {shorten(Path(config.compare or ''))}"
             raise UsageError(f"{compare} shares no prompt and component with this")
     trees = plant_trees(prompts, encoder.bos, config)
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
@@ -3853,7 +3853,7 @@ def compare_runs(
     n_sentences = mine["unit"].nunique()
     shared = mine.loc[mine["prompts"] != "", keys].merge(theirs[keys]).drop_duplicates()
     if shared.empty:
-        compare = f"--compare {shorten(Path(str(config.compare)))}"
+        compare = f"--compare {shorten(Path(config.compare or ''))}"
         raise UsageError(f"{compare} shares no prompt and component with this run")
     mine, theirs = (run.merge(shared, on=keys) for run in (mine, theirs))
     told = f"{mine['unit'].nunique()} of {numbered(n_sentences, 'sentence')}"
@@ -3889,7 +3889,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG. A control character in a text is drawn as its escape: no font has it, and the
     warning of that would send it to the terminal."""
     for text in figure.findobj(Text):
-        text.set_text(visible(text.get_text(), keep="\n"))
+        if not text.get_text().isprintable():
+            text.set_text(visible(text.get_text(), keep="\n"))
     metadata = {"Software": None}  # the same data give the same bytes
     write_atomically(path, lambda p: figure.savefig(p, dpi=300, format="png", metadata=metadata))
 
@@ -6028,7 +6029,7 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     models = {what: getattr(getattr(exp.config, what), "model", "") for what in NAMING}
     for what, of in {**models, "along": exp.along_model}.items():
         if of not in ("", fingerprint["model"]):
-            mine = shorten(fingerprint["model"], LONGEST_REASON)
+            mine = fingerprint["model"]
             raise UsageError(f"--{what}: that file is of model {shorten(of)}, not {mine}")
     folder.enter(fingerprint, exp.config.overwrite)
     folder.note(files=files)
