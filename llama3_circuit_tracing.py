@@ -30,6 +30,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 """
 
 # Contents, in the order of the data:
+#   Sentences          how errors and the log show values: short, in one line, harmless
 #   Components         what can be edited, and what becomes of it
 #   Option values      what the texts of a command line stand for
 #   Configuration      every option, its default and its help
@@ -93,6 +94,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter, defaultdict
@@ -101,7 +103,72 @@ from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from logging.handlers import BufferingHandler
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
+
+# ----- Sentences ----------------------------------------------------------------------------------
+
+LONGEST_VALUE = 80  # characters that a sentence shows of one value
+LONGEST_ERROR = 1000  # of an error as a whole, whoever wrote it
+
+
+def shorten(value: object, longest: int = LONGEST_VALUE) -> str:
+    """The text of a value, for a sentence: the middle of a long one is left out.
+
+    The path of a file or folder that exists is no typing error: it is shown in full.
+    """
+    text = str(value)
+    if len(text) <= longest or (isinstance(value, Path) and os.path.exists(value)):
+        return text
+    n_start = 2 * longest // 3
+    n_end = longest - n_start - len("...")
+    return f"{text[:n_start]}...{text[-n_end:]}"
+
+
+def quote(value: object) -> str:
+    """A value as Python writes it, for a sentence: shortened, and a text in quotation marks."""
+    return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))
+
+
+def listed(values: Iterable[object], most: int = 10) -> str:
+    """The first of some values, for a sentence, and dots where there are more."""
+    texts = [shorten(value) for value in itertools.islice(values, most + 1)]
+    if len(texts) > most:
+        texts[most] = "..."
+    return ", ".join(texts)
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""The text with escapes such as \x1b for whatever a terminal would not print but obey.
+
+    These are control characters, line ends, marks that turn the direction of writing and half
+    surrogate pairs; those in `keep` stay as they are.
+    """
+    if text.isprintable():
+        return text
+    shown = []
+    for char in text:
+        harmless = char.isprintable() or char in keep
+        shown.append(char if harmless else char.encode("unicode_escape").decode())
+    return "".join(shown)
+
+
+def first_line(error: BaseException) -> str:
+    """Of an exception's message, its long words shortened; its type where it has none."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return re.sub(rf"\S{{{LONGEST_VALUE + 1},}}", lambda word: shorten(word[0]), line)
+
+
+def one_line(sentence: str, words: Iterable[str] = ()) -> str:
+    """An error as it is printed: in one visible line, whoever wrote it.
+
+    `words` are those of the command line: the sentence repeats no long one in full.
+    """
+    for word in sorted(words, key=len, reverse=True):
+        if len(word) > LONGEST_VALUE and not os.path.exists(word):
+            for spelling in (word, repr(word)[1:-1]):
+                sentence = sentence.replace(spelling, shorten(word))
+    return visible(shorten(sentence, LONGEST_ERROR))
+
 
 # ----- Components ---------------------------------------------------------------------------------
 
@@ -183,10 +250,11 @@ class Component:
     def parse(cls, label: str) -> Component:
         """The inverse of `label`; `ValueError` where it names nothing."""
         for name, kind in KINDS.items():
-            found = re.fullmatch(rf"L(\d{{1,9}}){kind.tag}(\d{{1,9}})?", label)
+            found = re.fullmatch(rf"L([0-9]{{1,9}}){kind.tag}([0-9]{{1,9}})?", label)
             if found and bool(found[2]) == bool(kind.slices):
                 return cls(int(found[1]), name, int(found[2] or -1))
-        raise ValueError(f"{label!r} is no component: write L2H5, L3N120, L4attn, L4mlp, L4resid")
+        known = "L2H5, L3N120, L4attn, L4mlp, L4resid"
+        raise ValueError(f"{quote(label)} is no component: write {known}")
 
 
 # ----- Option values ------------------------------------------------------------------------------
@@ -212,7 +280,7 @@ def ranges(text: str) -> Ranges:
     """`all`, or the indices that 7, 0,5,9, 8-15 or a mixture names; else `ValueError`."""
     if text == "all":
         return text
-    ends = [re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part) for part in text.split(",")]
+    ends = [re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part) for part in text.split(",")]
     found = [range(int(end[1]), int(end[2] or end[1]) + 1) if end else None for end in ends]
     if not all(found):
         raise ValueError(text)
@@ -222,26 +290,85 @@ def ranges(text: str) -> Ranges:
 def components(text: str) -> Circuit:
     """What a text such as L2H5,L3mlp names, or a file with such names, a circuit.json, or a JSON of
     neurons by "layer,position,neuron" (then the neurons at all positions)."""
-    told: dict[str, Any] = {}
     try:
         if not os.path.isfile(text):
             return Circuit(dict.fromkeys(map(Component.parse, text.split(","))))
-        said = Path(text).read_text(encoding="utf-8")
-        names = said.replace(",", " ").split()
-        if said.lstrip().startswith("{"):
-            told = from_json(said)
-            names = [component["label"] for component in told.get("components", ())]
-            keys = [key.split(",") for key in told.get("neurons", ())]
-            names += [f"L{int(layer)}N{int(neuron)}" for layer, _, neuron in keys]
-        if not names or told.get("format", "circuit/1") != "circuit/1":
-            raise ValueError("it names no component in a format that is known")
-        found = Circuit(dict.fromkeys(map(Component.parse, names)))
-        found.model = str(told.get("model", ""))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise argparse.ArgumentTypeError(f"{text} is no file of components: {error}") from error
-    if "neurons" in told:
-        found.warning = f"{text}: positions are left out; its neurons are edited at all tokens"
-    return found
+        return read_components(Path(text))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        shown = shorten(Path(text) if os.path.isfile(text) else text)
+        told = f"{shown} is no file of components: {reason}"
+        raise argparse.ArgumentTypeError(told) from error
+
+
+MOST_BYTES = 2**26  # of a file of components: all neurons of the largest models fit in
+
+
+def read_components(path: Path) -> Circuit:
+    """What a file of components names; `ValueError` says what is wrong with it."""
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
+    content = decode(path.read_bytes())
+    record: dict[str, Any] = {}
+    if content.lstrip().startswith("{"):
+        record = from_json(content)
+        labels = [*circuit_labels(record), *neuron_labels(record)]
+    else:
+        labels = content.replace(",", " ").split()
+    if not labels:
+        raise ValueError("it names no component")
+    circuit = Circuit(dict.fromkeys(map(Component.parse, labels)))
+    circuit.model = record.get("model", "")
+    if "neurons" in record:
+        left_out = "positions are left out; its neurons are edited at all tokens"
+        circuit.warning = f"{shorten(path)}: {left_out}"
+    return circuit
+
+
+def circuit_labels(record: dict[str, Any]) -> list[str]:
+    """The labels in the content of a circuit.json; `ValueError` says what is none of it."""
+    if record.get("format", "circuit/1") != "circuit/1":
+        raise ValueError(f'its format is {in_json(record["format"])}, not "circuit/1"')
+    if not isinstance(record.get("model", ""), str):
+        raise ValueError(f"its model is no text but {in_json(record['model'])}")
+    entries = record.get("components", [])
+    if not isinstance(entries, list):
+        raise ValueError(f"its components are no list but {in_json(entries)}")
+    labels = []
+    for entry in entries:
+        label = entry.get("label") if isinstance(entry, dict) else None
+        if not isinstance(label, str):
+            raise ValueError(f"a component has no label that is a text: {in_json(entry)}")
+        labels.append(label)
+    return labels
+
+
+def neuron_labels(record: dict[str, Any]) -> list[str]:
+    """The labels of the neurons in a JSON of such; `ValueError` says which key names none."""
+    keys = record.get("neurons", {})
+    if not isinstance(keys, dict | list):
+        raise ValueError(f"its neurons are no object but {in_json(keys)}")
+    labels = []
+    for key in keys:
+        match = re.fullmatch("([0-9]{1,9}), *-?[0-9]{1,9}, *([0-9]{1,9})", str(key).strip(" "))
+        if not match:
+            raise ValueError(f"{quote(key)} is no neuron: write layer,position,neuron as in 3,17,5")
+        labels.append(f"L{match[1]}N{match[2]}")
+    return labels
+
+
+def integer(text: str) -> int:
+    """The whole number that a text is; `ValueError` for other digits than 0 to 9, and for 1_000."""
+    if not re.fullmatch("[+-]?[0-9]{1,300}", text.strip(" ")):
+        raise ValueError(f"{quote(text)} is no whole number")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """The same with a decimal point or an exponent; `ValueError` for nan and inf too."""
+    if not re.fullmatch(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?", text.strip(" ")):
+        raise ValueError(f"{quote(text)} is no number")
+    return float(text)
 
 
 def choice(text: str) -> Choice:
@@ -250,11 +377,12 @@ def choice(text: str) -> Choice:
     if text == "all":
         return text, 1
     with contextlib.suppress(ValueError):
-        if rule in ("mass", "share") and 0 < float(amount) <= 1:
-            return rule, float(amount)
-        if rule in ("", "top", "layer") and bool(rule) <= int(amount) <= 2**31:
-            return rule or "top", int(amount)
-    raise argparse.ArgumentTypeError(f"{text!r}: write 8, mass:0.05, share:0.005, layer:10 or all")
+        if rule in ("mass", "share") and 0 < number(amount) <= 1:
+            return rule, number(amount)
+        if rule in ("", "top", "layer") and bool(rule) <= integer(amount) <= 2**31:
+            return rule or "top", integer(amount)
+    known = "8, mass:0.05, share:0.005, layer:10 or all"
+    raise argparse.ArgumentTypeError(f"{quote(text)}: write {known}")
 
 
 def numbers(text: str) -> Numbers:
@@ -268,33 +396,43 @@ def whole_number(minimum: int, auto: bool = False) -> Callable[[str], int | None
     def parse(text: str) -> int | None:
         if auto and text == "auto":
             return None
-        if not minimum <= int(text) <= 2**31:
-            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {2**31}")
-        return int(text)
+        if not minimum <= integer(text) <= 2**31:
+            known = f"between {minimum} and {2**31}"
+            raise argparse.ArgumentTypeError(f"{shorten(text)} is not {known}")
+        return integer(text)
 
     parse.__name__ = "whole number"  # argparse: invalid whole number value: 'x'
     return parse
 
 
 def finite_number(text: str) -> float:
-    if not math.isfinite(value := float(text)):
+    if not math.isfinite(value := number(text)):
         raise ValueError(text)
     return value
 
 
 def proportion(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return float(text)
+    if not 0 < number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{shorten(text)} is not above 0 and at most 1")
+    return number(text)
 
 
 def once_each(names: Iterable[object], what: str) -> None:
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"{what} {twice[0]!r} stands there twice")
+        raise ValueError(f"{what} {quote(twice[0])} stands there twice")
 
 
 def numbered(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
+
+
+def decode(content: bytes) -> str:
+    """The text of a file, without a byte order mark; `ValueError` names a byte that is no UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start : error.start + 1]
+        raise ValueError(f"byte {byte!r} is not UTF-8") from None
 
 
 def from_json(text: str) -> Any:
@@ -304,10 +442,24 @@ def from_json(text: str) -> Any:
         once_each([name for name, _ in pairs], "field")
         return dict(pairs)
 
+    def whole(digits: str) -> int:
+        if len(digits) > 400:
+            raise ValueError(f"a number has {len(digits)} digits")
+        return int(digits)
+
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique, parse_int=whole)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :].strip()
+        place = quote(rest) if rest else "its end"
+        raise ValueError(f"not JSON at {place} ({error.msg})") from error
+
+
+def in_json(value: Any) -> str:
+    """A value as JSON writes it, for a sentence."""
+    return shorten(json.dumps(value, ensure_ascii=False))
 
 
 def device_map(text: str) -> str | dict[str, Any]:
@@ -317,6 +469,8 @@ def device_map(text: str) -> str | dict[str, Any]:
 
 def whole_text(text: str) -> str:
     text.encode()  # a `ValueError` for bytes that are no UTF-8
+    if "\0" in text:  # which no name of a file has
+        raise ValueError(text)
     return text
 
 
@@ -503,9 +657,28 @@ GROUPS = {"model_id": "model", "task": "task", "kind": "sweep"}  # of options, b
 GROUPS |= {"controls": "evidence", "output_dir": "output", "dry_run": "checks"}
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line each, and repeat no long word of the command line."""
+
+    words: Sequence[str] = ()  # of the command line, and the values behind an equals sign
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.words = words_of(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        super().error(one_line(message, self.words))
+
+
+def words_of(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, and what stands behind an equals sign in one."""
+    values = [word.partition("=")[2] for word in argv if word.startswith("--")]
+    return [*argv, *filter(None, values)]
+
+
 def build_parser() -> argparse.ArgumentParser:
     style = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=100)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=Path(__file__).name, description=__doc__, formatter_class=style, allow_abbrev=False
     )
     for f in fields(Config):
@@ -561,8 +734,11 @@ def contradictions(config: Config) -> dict[str, Any]:
     of_graph = [name for name in OF_GRAPH if told[name] != getattr(Config, name)]
     kinds = {name: {getattr(one, "kind", "") for one in told[name]} for name in NAMING}
     whole = value.factor == 0 and not (config.patches or config.along or config.everywhere)
-    emptied = whole and config.positions == "all" and "resid" in {kind, *kinds["ablate"]}
+    emptied = whole and config.positions == "all"
     nothing = "removes the input itself and means nothing"
+    means_nothing = f"with --op {op} at all positions {nothing}"
+    ablated = [component.label for component in config.ablate if component.kind == "resid"]
+    given = [component.label for component in config.given if component.kind == "resid"]
     flat = f"--method {estimates}: a norm makes the gradient along a residual stream flat"
     removes = not (value.source or factor or value.factor)
     return {
@@ -573,8 +749,9 @@ def contradictions(config: Config) -> dict[str, Any]:
         f"{flat}; no --kind resid --op {op}": estimates and kind == "resid" and removes,
         f"--heads does not apply to --kind {kind}": kind != "head" and config.heads != "all",
         "--patch_into applies to --op patch only": into_b and not config.patches,
-        f"--kind resid with --op {op} at all positions {nothing}": emptied,
-        f"--given of kind resid {nothing}": "resid" in kinds["given"],
+        f"--kind resid {means_nothing}": emptied and kind == "resid",
+        f"--ablate {listed(ablated)} {means_nothing}": emptied and ablated,
+        f"--given {listed(given)} {nothing}": given,
         "--controls belong to --task suppression": controls and config.task != "suppression",
         "--controls share one prompt b; --patch_into b patches from one": controls and into_b,
         "--via measures paths; --method and --screen estimate": via and estimates,
@@ -585,6 +762,11 @@ def contradictions(config: Config) -> dict[str, Any]:
         "--multipliers need a circuit (--confirm or --ablate) and --max_new_tokens": scaled
         and not (config.max_new_tokens and (config.confirms or config.ablate)),
         "--task contrast needs --samples, with targets and foils": config.task == "contrast"
+        and not (config.samples or config.from_csv),
+        "--task refusal needs --target_form word: several of its openings begin with one token, and"
+        " literal scores the first one alone; or give --samples with other targets and foils": (
+            config.task == "refusal" and config.target_form == "literal"
+        )
         and not (config.samples or config.from_csv),
         "--dry_run loads a model's config and --from_csv none": config.dry_run and config.from_csv,
         **along_contradictions(config),
@@ -614,6 +796,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from pandas.io.formats.style import Styler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
@@ -777,7 +960,7 @@ class Sample:
 
     @property
     def named(self) -> str:
-        return f"{self.origin or 'sample'} ({self.sample_id})"
+        return f"{self.origin or 'sample'} ({shorten(self.sample_id)})"
 
     @property
     def counts(self) -> bool:
@@ -970,6 +1153,9 @@ TASKS = {task.name: task for task in (SUPPRESSION, REFUSAL, ODD_ONE_OUT, CONTRAS
 # ----- Input files --------------------------------------------------------------------------------
 
 
+MOST_CHARACTERS = 1_000_000  # of a line in a .csv or .jsonl file
+
+
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, record) of each row of a .csv or .jsonl file; errors name file, line and value."""
     line, names = 0, []
@@ -977,7 +1163,10 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     def lines() -> Iterator[str]:
         nonlocal line
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for line, text in enumerate(file, 1):  # noqa: B007
+            while text := file.readline(MOST_CHARACTERS + 1):
+                line += 1
+                if len(text) > MOST_CHARACTERS:
+                    raise ValueError(f"it has more than {MOST_CHARACTERS:,} characters")
                 if wrong := re.search("[\udc80-\udcff]", text):
                     raise ValueError(f"byte {bytes([ord(wrong[0]) - 0xDC00])!r} is not UTF-8")
                 yield text
@@ -990,24 +1179,21 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             once_each(names, "column")
         for row in rows:
             if not isinstance(row, dict):
-                raise ValueError(f"not a JSON object: {json.dumps(row)[:80]!r}")
+                raise ValueError(f"not a JSON object: {in_json(row)}")
             if names and (None in row or None in row.values()):
                 found = [value for value in row.values() if value is not None]
-                raise ValueError(f"not {len(names)} fields: {found!r}")
+                raise ValueError(f"not {len(names)} fields: {quote(found)}")
             yield line, row
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{shorten(path)} cannot be read: {error.strerror}") from error
     except (ValueError, csv.Error) as error:
-        why: Any = error
-        if isinstance(error, json.JSONDecodeError):
-            why = f"not JSON ({error.msg}): {error.doc.strip()[:80]!r}"
-        raise UsageError(f"{path}, line {line}: {why}") from error
+        raise UsageError(f"{shorten(path)}, line {line}: {error}") from error
 
 
 def load_samples(path: Path, task: Task) -> list[Sample]:
     """Samples of a .jsonl or .csv file; in CSV, targets and foils are split at semicolons."""
     if path.suffix not in (".jsonl", ".csv"):
-        raise UsageError(f"--samples {path}: the name must end in .jsonl or .csv")
+        raise UsageError(f"--samples {shorten(path)}: the name must end in .jsonl or .csv")
     samples: dict[str, Sample] = {}
     unknown: set[str] = set()
     known = {f.name for f in fields(Sample)} - {"origin"} | {"sentence"}
@@ -1016,15 +1202,17 @@ def load_samples(path: Path, task: Task) -> list[Sample]:
             record = {name: value for name, value in record.items() if value.strip()}
             record |= {k: v.split(";") for k, v in record.items() if k in ("targets", "foils")}
         record = {"sample_id": f"line{line:05d}"} | record
-        sample = parse_sample(record, f"{path}, line {line}", task)
+        sample = parse_sample(record, f"{shorten(path)}, line {line}", task)
         if sample.sample_id in samples:
-            raise UsageError(f"{sample.origin}: sample_id {sample.sample_id!r} was used before")
+            before = f"sample_id {quote(sample.sample_id)} was used before"
+            raise UsageError(f"{sample.origin}: {before}")
         samples[sample.sample_id] = sample
         unknown |= set(record) - known
     if not samples:
-        raise UsageError(f"{path} holds no sample")
+        raise UsageError(f"{shorten(path)} holds no sample")
     if unknown:
-        log.warning(f"{path}: unknown columns are ignored: {', '.join(map(repr, sorted(unknown)))}")
+        ignored = listed(map(quote, sorted(unknown)))
+        log.warning(f"{shorten(path)}: unknown columns are ignored: {ignored}")
     return list(samples.values())
 
 
@@ -1040,14 +1228,15 @@ def parse_sample(record: dict[str, Any], origin: str, task: Task) -> Sample:
         value = record.get(name)
         value = str(value) if type(value) is int else value
         if not is_text(value):
-            why = "is missing" if value is None else f"must be a text, not empty, not {value!r}"
-            raise UsageError(f"{origin}: field {name!r} {why}")
+            wrong = f"must be a text, not empty, not {quote(value)}"
+            raise UsageError(f"{origin}: field {name!r} {'is missing' if value is None else wrong}")
         return str(value)
 
     def words(name: str, default: tuple[str, ...]) -> tuple[str, ...]:
         value = record.get(name, default)
         if not isinstance(value, list | tuple) or not all(map(is_text, value)):
-            raise UsageError(f"{origin}: {name} must be a list of words, none empty, not {value!r}")
+            wrong = f"must be a list of words, none empty, not {quote(value)}"
+            raise UsageError(f"{origin}: {name} {wrong}")
         return tuple(word.strip() for word in value)
 
     targets, foils = words("targets", task.targets), words("foils", task.foils)
@@ -1088,12 +1277,12 @@ def parse_results(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> pd.
     def refuse(wrong: pd.Series, name: str, why: str) -> None:
         if wrong.any():
             line = wrong.idxmax()
-            told = f"{found[name][line]!r:.80} {why}"
-            raise UsageError(f"{path}, line {line}: column {name!r}: {told}")
+            told = f"{quote(found[name][line])} {why}"
+            raise UsageError(f"{shorten(path)}, line {line}: column {quote(name)}: {told}")
 
     found = pd.DataFrame([row for _, row in rows], index=[line for line, _ in rows])
     if lacking := [name for name in SEVEN if name not in found]:
-        raise UsageError(f"{path}, line 1: column {lacking[0]!r} is missing")
+        raise UsageError(f"{shorten(path)}, line 1: column {lacking[0]!r} is missing")
     refuse(found["sample_id"] == "", "sample_id", "is empty")
     for name in ("unit", "group", "kind", "index"):
         found[name] = found.get(name, "")
@@ -1143,12 +1332,12 @@ def impossible(table: pd.DataFrame, index: pd.Series) -> dict[tuple[str, str], p
 def read_results(path: Path) -> pd.DataFrame:
     """A results CSV, of this script or another's with the seven columns."""
     if path.suffix == ".jsonl":
-        raise UsageError(f"{path}: a results table is a .csv")
+        raise UsageError(f"{shorten(path)}: a results table is a .csv")
     rows, frames = read_rows(path), []
     while chunk := list(itertools.islice(rows, 50_000)):
         frames.append(parse_results(path, chunk))
     if not frames:
-        raise UsageError(f"{path} has no rows")
+        raise UsageError(f"{shorten(path)} has no rows")
     table = pd.concat(frames)
     twice = table.duplicated(["sample_id", *KEY])
     wrong = {"column 'head': same sample and component as before": twice}
@@ -1165,9 +1354,9 @@ def read_results(path: Path) -> pd.DataFrame:
         wrong["column 'prompts': another base above for these prompts"] = away.abs() > DECIMALS
     for sentence, where in wrong.items():
         if where.any():
-            raise UsageError(f"{path}, line {where.idxmax()}: {sentence}")
+            raise UsageError(f"{shorten(path)}, line {where.idxmax()}: {sentence}")
     if (table["group"] == NO_ODD_ONE).all():
-        raise UsageError(f"{path}: all samples are negative controls ({NO_ODD_ONE!r})")
+        raise UsageError(f"{shorten(path)}: all samples are negative controls ({NO_ODD_ONE!r})")
     if n := table.loc[table["unit"] == table["sample_id"], "sample_id"].nunique():
         log.warning(f"{path}: samples without a unit are taken as independent of each other: {n}")
     return table.reset_index(drop=True)
@@ -1196,14 +1385,15 @@ def read_compared(config: Config) -> pd.DataFrame | None:
     """The results that --compare names; `UsageError` where effects mean something else there."""
     if not config.compare:
         return None
-    other, named = read_results(Path(config.compare)), f"--compare {config.compare}"
+    path = Path(config.compare)
+    other, named = read_results(path), f"--compare {shorten(path)}"
     if lacking := [name for name in (*ONCE, "prompts") if name not in other]:
         raise UsageError(f"{named}: column {lacking[0]!r} is missing, and tells what compares")
     of_op = {"op", "factor", "patch_into"}  # these may differ where the op does
     ignored = of_op if other["op"].iloc[0] != config.op else set()
     for name, (there, here) in differences(other, config).items():
         if name not in ignored:
-            raise UsageError(f"{named} has {name} {there}, this run {here}")
+            raise UsageError(f"{named} has {name} {shorten(there)}, this run {shorten(here)}")
     return other
 
 
@@ -1262,6 +1452,42 @@ CODES = {f"%{code}": DATE.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVw
 CODES |= {"%-d": str(DATE.day), "%-m": str(DATE.month)}
 
 
+RENDER_SECONDS = 5.0  # that a chat template may take for one prompt; it needs milliseconds
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """A block that `TimeoutError` ends when it takes longer than this.
+
+    Only the main thread can be stopped so, and not on Windows: elsewhere there is no limit. A
+    handler and a timer that were set before are set again, with the time that was left.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not (in_main_thread and hasattr(signal, "setitimer")):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} seconds")
+
+    started = time.monotonic()
+    handler_before = signal.signal(signal.SIGALRM, stop)
+    delay_before, interval_before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        # None stands for one that was not set by Python, and cannot be set again
+        signal.signal(signal.SIGALRM, handler_before or signal.SIG_DFL)
+        if delay_before:
+            left = delay_before - (time.monotonic() - started)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), interval_before)
+
+
+def too_long(name: str, n_tokens: int, context: float) -> str:
+    return f"{name}: a prompt of {n_tokens} tokens exceeds the model's {context}"
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """Turns user texts into token ids with a chat template."""
@@ -1271,6 +1497,7 @@ class PromptEncoder:
     target_form: str
     system: str = SYSTEM_PROMPT
     is_chat: bool = True
+    context: float = math.inf  # the tokens that the model takes
 
     @functools.cached_property
     def bos(self) -> int | None:
@@ -1282,9 +1509,12 @@ class PromptEncoder:
     def opening(self) -> dict[str, str]:
         """The turns before the user's: the system's, where there is one that the template knows."""
         turn = {"system": self.system} if self.system and self.is_chat else {}
-        with contextlib.suppress(UsageError):
+        try:
             if turn and self.system.strip() in self.chat(turn | {"user": "x"}):
                 return turn
+        except UsageError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise  # without the turn it would only take as long again
         return {}
 
     def chat(self, turns: Mapping[str, str]) -> str:
@@ -1294,9 +1524,11 @@ class PromptEncoder:
         options |= {"enable_thinking": False, "add_generation_prompt": True, "tokenize": False}
         try:
             options["chat_template"] = PINNED + self.tokenizer.get_chat_template()
-            return str(self.tokenizer.apply_chat_template(messages, **options))
-        except Exception as why:  # jinja2 errors are no type that transformers exports
-            raise UsageError(f"the chat template failed ({why}); use an Instruct model") from why
+            with time_limit(RENDER_SECONDS):
+                return str(self.tokenizer.apply_chat_template(messages, **options))
+        except Exception as error:  # jinja2 errors are no type that transformers exports
+            why = first_line(error)
+            raise UsageError(f"the chat template failed ({why}); use an Instruct model") from error
 
     def render(self, user_text: str) -> str:
         """The chat, or the text alone, up to where the reply is scored, the stem included."""
@@ -1304,7 +1536,7 @@ class PromptEncoder:
             return user_text + self.stem
         text = self.chat(self.opening | {"user": user_text})
         if user_text.strip() not in text:
-            raise UsageError(f"the chat template changes or drops {user_text!r}")
+            raise UsageError(f"the chat template changes or drops {quote(user_text)}")
         reply = text.rpartition(user_text.strip())[2] + self.stem
         if reply.rfind("<think>") > reply.rfind("</think>"):
             way_out = "close it with --answer_prefix '</think>'"
@@ -1312,7 +1544,8 @@ class PromptEncoder:
         return text + self.stem
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        # verbose warns of what is longer than the model takes; that is told in another sentence
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         """With the tokenizer's own BOS, unless a chat template writes it."""
@@ -1331,6 +1564,8 @@ class PromptEncoder:
         """
         text, name, literal = self.render(user_text), sample.named, self.target_form == "literal"
         ids, bos = self.encode_prompt(text), self.tokenizer.bos_token_id
+        if len(ids) > self.context:  # told before the forms, each of which encodes it again
+            raise UsageError(too_long(name, len(ids), self.context))
         n = common_start(ids, [bos] * len(ids))
         if n > 1 or (n == 0 and self.bos is not None):
             way_out = "" if n else ": let the template in a local copy begin with {{ bos_token }}"
@@ -1342,11 +1577,15 @@ class PromptEncoder:
             for form in dict.fromkeys((space + word, space + capital)):
                 whole = self.encode_prompt(text + form)
                 if whole[: len(ids)] != ids or len(whole) == len(ids):
-                    raise UsageError(f"{name}: {form!r} merges with the tokens of {text[-40:]!r}")
+                    merges = f"{quote(form)} merges with the tokens of {text[-40:]!r}"
+                    raise UsageError(f"{name}: {merges}")
                 new = whole[len(ids) :][: 1 if literal else None]
                 if owner.setdefault(new, i) != i:
-                    both = f"{sample.words[owner[new]]!r} and {word!r}"
-                    raise UsageError(f"{name}: {both} have the same form {form!r}")
+                    both = f"{quote(sample.words[owner[new]])} and {quote(word)}"
+                    shared = f"have the same form {quote(form)}"
+                    if literal:
+                        shared = "begin with the same token, which --target_form literal scores"
+                    raise UsageError(f"{name}: {both} {shared}")
         places = range(len(sample.words))
         forms = tuple(tuple(form for form in owner if owner[form] == i) for i in places)
         return Prompt(sample, side, text, ids, forms)
@@ -1360,7 +1599,8 @@ def check_forms(prompt: Prompt, sums: bool) -> None:
         forms = sorted((form, word) for word, forms in group for form in forms)
         for (one, word), (other, longer) in itertools.pairwise(forms):
             if other[: len(one)] == one:
-                both = f"{longer!r} begins with {word!r}: {list(other)}, {list(one)}"
+                tokens = f"{quote(list(other))}, {quote(list(one))}"
+                both = f"{quote(longer)} begins with {quote(word)}: {tokens}"
                 raise UsageError(f"{prompt.sample.named}: {both}; their chances cannot add up")
 
 
@@ -1660,11 +1900,6 @@ LOAD_ERRORS = {  # what the libraries raise below, and what it means
     f"be reached; {TINY}",
     "": f"cannot be loaded: {{error}}; {TINY}",
 }
-
-
-def first_line(error: BaseException) -> str:
-    """Of an exception's message; its type where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
@@ -2244,7 +2479,8 @@ def make_folder(path: Path) -> None:
         write_text(path / "probe", "")
         (path / "probe").unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"--output_dir {path} cannot be used: {error.strerror}") from error
+        told = f"--output_dir {shorten(path)} cannot be used: {error.strerror}"
+        raise UsageError(told) from error
 
 
 RECORD: dict[str, Any] = {"fingerprint": dict, "config": dict, "files": dict, "samples": list}
@@ -2309,7 +2545,9 @@ class RunFolder:
         before = self.record.get("fingerprint", fingerprint)
         if before != fingerprint and not overwrite:
             keys = [k for k in {**before, **fingerprint} if before.get(k) != fingerprint.get(k)]
-            said = [f"{k}: {before.get(k)!r} there, {fingerprint.get(k)!r} now" for k in keys]
+            said = [
+                f"{k}: {quote(before.get(k))} there, {quote(fingerprint.get(k))} now" for k in keys
+            ]
             what = f"{self.path} holds a run that differs in {'; '.join(said)}"
             raise UsageError(f"{what}; give another --output_dir or --overwrite")
         self.key = digest(fingerprint)
@@ -2524,15 +2762,26 @@ def count_free(config: Config, shape: ModelShape) -> int:
     return shape.n_layers * len(shape.indices(config.kind)) - len(taken)
 
 
+def edited_kinds(config: Config) -> dict[str, str]:
+    """Each kind of component that is edited or held, and the option that first asks for it."""
+    kinds = {config.kind: f"--kind {config.kind}"}
+    if config.freeze == "all":
+        kinds.setdefault("mlp", "--freeze all")
+    for name in ("given", "ablate", "via"):
+        named = getattr(config, name)
+        for component in () if isinstance(named, str) else named:
+            kinds.setdefault(component.kind, f"--{name} {component.label}")
+    return kinds
+
+
 def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     """The components to sweep; `UsageError` where the model does not have what is named."""
     kind, (rule, k), given = config.kind, config.confirm, config.given
     receivers = () if isinstance(config.via, str) else config.via
-    frozen = {"mlp"} if config.freeze == "all" else set()
-    for named in {kind, *frozen, *(c.kind for c in (*given, *config.ablate, *receivers))}:
-        if not shape.width(KINDS[named].module):
+    for edited, option_text in edited_kinds(config).items():
+        if not shape.width(KINDS[edited].module):
             lacks = "has blocks without mlp.down_proj, such as a mixture of experts"
-            raise UsageError(f"--kind {named}: {shape.name} {lacks}")
+            raise UsageError(f"{option_text}: {shape.name} {lacks}")
     for what in NAMING:
         named_there = receivers if what == "via" else getattr(config, what)
         if warning := getattr(named_there, "warning", ""):
@@ -2550,7 +2799,7 @@ def choose_components(config: Config, shape: ModelShape) -> list[Component]:
     layers = select(config.layers, shape.n_layers, "layers")
     swept = [c for n in layers for i in indices if (c := Component(n, kind, i)) not in given]
     if not swept:
-        raise UsageError(f"nothing is left to sweep beside --given {as_text(given)}")
+        raise UsageError(f"nothing is left to sweep beside --given {shorten(as_text(given))}")
     if config.via == "each" and all(c.depth >= (shape.n_layers - 1, 1) for c in swept):
         raise UsageError(f"--via each: no head is above {swept[0].label}; give lower --layers")
     for receiver in receivers:
@@ -2578,7 +2827,8 @@ def choose_samples(config: Config, encoder: PromptEncoder, own: list[Sample]) ->
         texts = (sample.prompt_a, sample.prompt_b, *sample.words, encoder.stem)
         for text, token in itertools.product(texts, special):
             if token in text:
-                raise UsageError(f"{sample.named}: control token {token!r} in {text!r}")
+                where = f"control token {quote(token)} in {quote(text)}"
+                raise UsageError(f"{sample.named}: {where}")
     units = {sample.unit for sample in own[:n] if sample.counts}
     if not units:
         raise UsageError(f"all {len(own[:n])} samples are negative controls ({NO_ODD_ONE!r})")
@@ -2602,7 +2852,7 @@ def check_prompts(prompts: Prompts, shape: ModelShape, config: Config) -> None:
             raise UsageError(f"{named}: {edit} touches no token of its prompts")
         whole = [p.ids + form for p in of_sample for form in itertools.chain(*p.forms)]
         if (n := max(map(len, whole)) - 1) > limit:  # a 4D mask is used as it is, sliding or not
-            raise UsageError(f"{named}: a prompt of {n} tokens exceeds the model's {limit}")
+            raise UsageError(too_long(named, n, limit))
         for prompt in of_sample:
             check_forms(prompt, TASKS[config.task].margin)
         if (token := max(map(max, whole))) >= shape.vocab:
@@ -2618,29 +2868,72 @@ def read_directions(
     if config.along in (None, *FITS):
         return {}, {}
     path = Path(config.along)
+    name = f"--along {shorten(path)}"
+    try:
+        tensors, metadata = open_directions(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{name} is no file of directions: {reason}") from error
+    all_too = config.confirms and not config.everywhere  # all others are edited, too
+    directions = {}
+    for component in shape.every(config.kind) if all_too else swept:
+        if component not in tensors:
+            raise UsageError(f"{name} has no direction of {component.label}")
+        width = len(range(shape.width(component.site[1]))[shape.columns(component)])
+        tensor = tensors[component]
+        if wrong := not_a_direction(tensor, width):
+            raise UsageError(f"{name}: {component.label} is no {width} finite numbers: {wrong}")
+        directions[component] = tensor.double()
+    return directions, metadata
+
+
+def not_a_direction(tensor: Tensor, width: int) -> str:
+    """What keeps a tensor of a file from being a direction [width]; "" where nothing does."""
+    known = f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.shape != (width,) or not tensor.is_floating_point():
+        return known
+    try:
+        norm = float(tensor.double().norm())
+    except NotImplementedError:  # two numbers to a byte
+        return known
+    return "" if norm == 0 or 1e-30 < norm < 1e30 else f"{known}, norm {norm:g}"
+
+
+def open_directions(path: Path) -> tuple[dict[Component, Tensor], Record]:
+    """The tensors in a file of directions, and what it tells of itself; `ValueError` says what is
+    wrong with it."""
+    path.stat()  # an OSError says in the system's own words why nothing can be read
+    if not path.is_file():
+        raise ValueError("it is a folder or a device")
     try:
         with safe_open(path, "pt") as file:
-            known = {"format": "directions/1", "fitted_on": [], "model": ""}
-            told = from_json((file.metadata() or {}).get("told", "{}"))
-            told = known | told if isinstance(told, dict) else {}
-            types = [type(told.get(name)) for name in known]
-            if types != [str, list, str] or told["format"] != known["format"]:
-                raise ValueError("it tells of itself in a format that is not known")
-            found = {Component.parse(name): file.get_tensor(name) for name in list(file.keys())}
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UsageError(f"--along {path} is no file of directions: {error}") from error
-    all_too = config.confirms and not config.everywhere  # all others are edited, too
-    for component in shape.every(config.kind) if all_too else swept:
-        if component not in found:
-            raise UsageError(f"--along {path} has no direction of {component.label}")
-        width = len(range(shape.width(component.site[1]))[shape.columns(component)])
-        direction, found[component] = found[component], found[component].double()
-        norm = float(found[component].norm())
-        sound = direction.is_floating_point() and norm < 1e30 and (norm > 1e-30 or norm == 0)
-        if direction.shape != (width,) or not sound:
-            what = f"{component.label} is no {width} finite numbers"
-            raise UsageError(f"--along {path}: {what}: {list(direction.shape)}, norm {norm:g}")
-    return found, told
+            metadata = directions_metadata(file.metadata() or {})
+            labels = list(file.keys())
+            components = [Component.parse(label) for label in labels]
+            once_each([component.label for component in components], "component")
+            tensors = [file.get_tensor(label) for label in labels]
+    except (SafetensorError, TypeError, AttributeError) as error:  # the last two of a dtype
+        reason = first_line(error).removeprefix("Error while deserializing header: ")
+        raise ValueError(f"it is no whole safetensors file ({reason})") from error
+    return dict(zip(components, tensors, strict=True)), metadata
+
+
+def directions_metadata(entries: Mapping[str, str]) -> Record:
+    """What a file of directions tells of itself; `ValueError` says what is not as it is written."""
+    metadata = from_json(entries.get("told", "{}"))
+    if not isinstance(metadata, dict):
+        raise ValueError(f"what it tells of itself is no object but {in_json(metadata)}")
+    metadata = {"format": "directions/1", "fitted_on": [], "model": ""} | metadata
+    for name, kind in {"format": str, "fitted_on": list, "model": str}.items():
+        if not isinstance(metadata[name], kind):
+            wanted = "list" if kind is list else "text"
+            raise ValueError(f"its {name} is no {wanted} but {in_json(metadata[name])}")
+    if metadata["format"] != "directions/1":
+        raise ValueError(f'its format is {in_json(metadata["format"])}, not "directions/1"')
+    for text in metadata["fitted_on"]:
+        if not isinstance(text, str):
+            raise ValueError(f"its fitted_on holds {in_json(text)}, which is no text")
+    return metadata
 
 
 def set_apart(prompts: Prompts, config: Config, told: Record) -> tuple[Prompts, Prompts]:
@@ -2648,7 +2941,7 @@ def set_apart(prompts: Prompts, config: Config, told: Record) -> tuple[Prompts, 
     are measured: of no sentence that gave the file's. `UsageError` where too few are left."""
     if not config.along:
         return [], prompts
-    gave = set(map(str, told.get("fitted_on", ())))
+    gave = set(told.get("fitted_on", ()))
     known = {of[0].sample.unit for of in prompts if not gave.isdisjoint(of[0].text_ids)}
     left = [of for of in prompts if of[0].sample.unit not in known]
     if len(left) < len(prompts):
@@ -2660,7 +2953,8 @@ def set_apart(prompts: Prompts, config: Config, told: Record) -> tuple[Prompts, 
     least = 2 if config.confirms and not config.everywhere else 1
     if len(measured) < least:
         there = f"of {numbered(len(units), 'sentence')} {len(measured)} are left to measure"
-        raise UsageError(f"--along {config.along}: {there}, at least {least} are needed")
+        along = f"--along {shorten(Path(config.along))}"
+        raise UsageError(f"{along}: {there}, at least {least} are needed")
     gives = {of[0].sample for of in left if of[0].sample.unit in fitting and of[0].sample.counts}
     apart = [of for of in left if of[0].sample in gives]
     return apart, [of for of in left if of[0].sample not in gives]
@@ -2677,14 +2971,15 @@ def graph_prompt(config: Config, prompts: Prompts, shape: ModelShape) -> Prompt:
     # an id may have a colon
     stem, _, side = (text, "", "a") if text in by_id else text.rpartition(":")
     if stem not in by_id or side not in ("a", "b"):
-        there = ", ".join([*by_id][:20]) + ", ..." * (len(by_id) > 20)
-        raise UsageError(f"--graph {text}: no such sample; there are {there}")
+        there = listed(by_id)
+        raise UsageError(f"--graph {shorten(text)}: no such sample; there are {there}")
     prompt = by_id[stem]["ab".index(side)]
     n_tokens, of_token = len(prompt.ids), shape.n_layers * (shape.n_heads + shape.d_mlp)
     n = min(config.graph_nodes, n_tokens * of_token) + n_tokens * (2 * shape.n_layers + 1)
     if n > MOST_NODES:
         there = f"{n_tokens} tokens, {shape.n_layers} layers and --graph_nodes {config.graph_nodes}"
-        raise UsageError(f"--graph {text}: {n} nodes of {there} are more than {MOST_NODES}")
+        too_many = f"{n} nodes of {there} are more than {MOST_NODES}"
+        raise UsageError(f"--graph {shorten(text)}: {too_many}")
     return prompt
 
 
@@ -2712,10 +3007,17 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
     if config.chat and not getattr(tokenizer, "chat_template", None):
         lacks = "has no chat template; use an Instruct model, or --no-chat"
         raise UsageError(f"the tokenizer of {config.model_id} {lacks}")
-    asked = config.answer_prefix, config.target_form, config.system_prompt, bool(config.chat)
-    encoder = PromptEncoder(tokenizer, *asked)
+    encoder = PromptEncoder(
+        tokenizer,
+        stem=config.answer_prefix,
+        target_form=config.target_form,
+        system=config.system_prompt,
+        is_chat=bool(config.chat),
+        context=shape.context,
+    )
     if config.chat and config.system_prompt and not encoder.opening:
-        log.warning(f"the chat template knows no system turn: {config.system_prompt!r} is left out")
+        left_out = f"{quote(config.system_prompt)} is left out"
+        log.warning(f"the chat template knows no system turn: {left_out}")
     prompts = write_prompts(choose_samples(config, encoder, own), encoder, config)
     check_prompts(prompts, shape, config)
     directions, of_file = read_directions(config, shape, components)
@@ -2726,7 +3028,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
         pairs = {a.pair_id(b) for a, b, *_ in prompts}
         mine = {(pair, c.layer, c.kind, c.index) for pair in pairs for c in components}
         if mine.isdisjoint(other[["prompts", *KEY]].itertuples(index=False, name=None)):
-            raise UsageError(f"--compare {config.compare} shares no prompt and component with this")
+            compare = f"--compare {shorten(Path(config.compare or ''))}"
+            raise UsageError(f"{compare} shares no prompt and component with this")
     trees = plant_trees(prompts, encoder.bos, config)
     before = {} if config.overwrite else folder.record.get("fingerprint", {})
     fitting = ROW_TOKENS[device_type(config)] // max(tree.n_tokens for tree in trees)
@@ -2740,7 +3043,7 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
 
 def sha256_of(file: Path) -> str:
     sha = hashlib.sha256()
-    shown = Record(total=file.stat().st_size, desc=file.name, disable=None)
+    shown = Record(total=file.stat().st_size, desc=visible(file.name), disable=None)
     with open(file, "rb") as raw, tqdm.wrapattr(raw, "read", **shown) as source:
         while block := source.read(1 << 24):
             sha.update(block)
@@ -2852,8 +3155,8 @@ def memory_estimate(shape: ModelShape, tree: Tree, rows: int) -> dict[str, float
     }
 
 
-def describe_plan(exp: Experiment) -> str:
-    """What `--dry_run` prints."""
+def describe_plan(exp: Experiment) -> list[str]:
+    """The lines that `--dry_run` prints."""
     shape, rows, swept, lines = exp.shape, exp.rows_per_forward, exp.components, []
     for prompts in exp.prompts:
         sample = prompts[0].sample
@@ -2882,7 +3185,7 @@ def describe_plan(exp: Experiment) -> str:
         work,
         f"memory in GB: {sizes}, together {sum(memory.values()) / 1e9:.2f}",
     ]
-    return "\n".join(lines)
+    return lines
 
 
 # ----- Self-test ----------------------------------------------------------------------------------
@@ -3072,10 +3375,11 @@ def report_samples(records: Records) -> None:
         likeliest = []
         for side, prompt in record["prompts"].items():
             likeliest.append(f"{side}: {' '.join(repr(token) for token, _ in prompt['likeliest'])}")
-        told = record["sample_id"], record["p_target"], record["delta_logit_base"]
-        log.info("%s  P(target) %.3g  delta %+.3f  %s", *told, "  ".join(likeliest))
+        name, p_target, delta = record["sample_id"], record["p_target"], record["delta_logit_base"]
+        name = shorten(name)
+        log.info("%s  P(target) %.3g  delta %+.3f  %s", name, p_target, delta, "  ".join(likeliest))
         if record["flags"]:
-            log.warning("%s: %s", record["sample_id"], "; ".join(record["flags"]))
+            log.warning("%s: %s", name, "; ".join(record["flags"]))
 
 
 # ----- Sweep --------------------------------------------------------------------------------------
@@ -3620,7 +3924,8 @@ def compare_runs(
     n_sentences = mine["unit"].nunique()
     shared = mine.loc[mine["prompts"] != "", keys].merge(theirs[keys]).drop_duplicates()
     if shared.empty:
-        raise UsageError(f"--compare {config.compare} shares no prompt and component with this run")
+        compare = f"--compare {shorten(Path(config.compare or ''))}"
+        raise UsageError(f"{compare} shares no prompt and component with this run")
     mine, theirs = (run.merge(shared, on=keys) for run in (mine, theirs))
     told = f"{mine['unit'].nunique()} of {numbered(n_sentences, 'sentence')}"
     components = numbered(len(shared[KEY].drop_duplicates()), "component")
@@ -3652,6 +3957,11 @@ def compare_runs(
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG. A control character in a text is drawn as its escape: no font has it, and the
+    warning of that would send it to the terminal."""
+    for text in figure.findobj(Text):
+        if not text.get_text().isprintable():
+            text.set_text(visible(text.get_text(), keep="\n"))
     metadata = {"Software": None}  # the same data give the same bytes
     write_atomically(path, lambda p: figure.savefig(p, dpi=300, format="png", metadata=metadata))
 
@@ -3889,7 +4199,7 @@ def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     table = read_results(source)
     config = replace(config, kind=str(table["kind"].iloc[0]))
     for name, (there, here) in differences(table, config).items():
-        raise UsageError(f"--{name} {here}: {source} has {there}")
+        raise UsageError(f"--{name} {shorten(here)}: {shorten(source)} has {shorten(there)}")
     record = read_record(source.parent / "run.json")
     told = {*table, *record.get("config", {})}
     taken = {n: v for n, v in same_in_all(config).items() if n not in told and v not in (None, "")}
@@ -5766,12 +6076,21 @@ def write_report(
 # ----- Main ---------------------------------------------------------------------------------------
 
 
+class OneLine(logging.Formatter):
+    """A record is one line, and no terminal obeys what stands in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def start_log(path: Path | None, speaks: bool) -> None:
     """The log on stdout and in a file; processes that do not speak report errors only."""
     files = [logging.FileHandler(path, encoding="utf-8")] if path else []
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), *files]
     logging.raiseExceptions = False  # a full disk is told once, by what cannot do without it
-    logging.basicConfig(format="%(message)s", handlers=handlers, force=True)
+    for handler in handlers:
+        handler.setFormatter(OneLine("%(message)s"))
+    logging.basicConfig(handlers=handlers, force=True)
     log.setLevel(logging.INFO if speaks else logging.ERROR)
 
 
@@ -5783,7 +6102,8 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
     models = {what: getattr(getattr(exp.config, what), "model", "") for what in NAMING}
     for what, of in {**models, "along": exp.along_model}.items():
         if of not in ("", fingerprint["model"]):
-            raise UsageError(f"--{what}: that file is of model {of}, not {fingerprint['model']}")
+            mine = fingerprint["model"]
+            raise UsageError(f"--{what}: that file is of model {shorten(of)}, not {mine}")
     folder.enter(fingerprint, exp.config.overwrite)
     folder.note(files=files)
     if exp.config.along:
@@ -5884,7 +6204,9 @@ def run(config: Config) -> None:
         with logging_redirect_tqdm():
             exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
             if config.dry_run:
-                return log.info("%s", describe_plan(exp))
+                for line in describe_plan(exp):
+                    log.info("%s", line)
+                return
             if not config.self_test:
                 return trace(exp, folder, state, started)
             self_test(exp)
@@ -5952,7 +6274,7 @@ def sentence_of(error: Exception) -> str:
         lower = "--tree_tokens, --rows_per_forward or --graph_nodes"
         return f"out of memory: lower {lower}, use shorter prompts or fewer components"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{shorten(Path(str(error.filename)))}: {error.strerror}"
     return f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -5971,8 +6293,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except Exception as error:
         if config.debug:
-            traceback.print_exc()
-        print(f"error: {sentence_of(error)}", file=sys.stderr)
+            print(visible(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)
+        words = words_of(sys.argv[1:] if argv is None else argv)
+        print(one_line(f"error: {sentence_of(error)}", words), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         if torch.distributed.is_initialized():

@@ -44,7 +44,7 @@ LABELS = {
     "L3resid": Component(3, "resid"),
 }
 UNLABELLED = ["", "L", "L2", "2H5", "L2H", "L2N", "L2attn0", "L2mlp1", "LH5", "L2Q5", "l2h5"]
-UNLABELLED += ["L2H-1", "L2 mlp", " L2H5", "L2H5 ", "L2H5L3H1"]
+UNLABELLED += ["L2H-1", "L2 mlp", " L2H5", "L2H5 ", "L2H5L3H1", "L2H1_0", "L١H5", "L2H５", "L²mlp"]
 
 
 def test_a_label_spells_layer_kind_and_index_and_parses_back() -> None:
@@ -117,6 +117,21 @@ def test_a_flag_is_known_in_two_spellings_and_recorded_as_it_is_written(name: st
         assert recorded == (text if isinstance(value, str | tuple | dict) else value)
 
 
+NUMBERS: dict[str, list[tuple[str, Any]]] = {  # what is taken, and what it stands for
+    "num_samples": [("16", 16), (" 16", 16), ("+16", 16), ("0016", 16)],
+    "multipliers": [("0, .5,2.,-1e-1", (0.0, 0.5, 2.0, -0.1)), ("1E2", (100.0,))],
+    "node_threshold": [("1", 1.0), ("5e-1", 0.5)],
+    "confirm": [("top:3", ("top", 3)), ("mass:1e-2", ("mass", 0.01))],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"), [(n, *of) for n in NUMBERS for of in NUMBERS[n]]
+)
+def test_numbers_are_taken_in_every_plain_spelling(name: str, text: str, value: Any) -> None:
+    assert vars(tracing.build_parser().parse_args([f"--{name}={text}"]))[name] == value
+
+
 def test_options_have_other_spellings_and_values_of_their_own() -> None:
     others: dict[str, dict[str, Any]] = {
         "--model_name_or_path x/y": {"model_id": "x/y"},  # as transformers' scripts say
@@ -155,22 +170,24 @@ def said_of_bad_usage(answer: Answer, *argv: str) -> str:
     return err.splitlines()[-1]
 
 
-SELECTIONS = "all,3|x||1,|,1|1-|1--2|1.5|1 2|L1|2-1|-1|0-99999999999999"
+SELECTIONS = "all,3|x||1,|,1|1-|1--2|1.5|1 2|L1|2-1|-1|0-99999999999999|1_0|١|0-٣|２"
 MEANINGLESS = {  # by flag
     "layers": SELECTIONS,
     "heads": SELECTIONS,
     "neurons": SELECTIONS,
-    "num_samples": "0|many",
+    "num_samples": "0|many|1_0|١|１０",
     "top_k": "0",
     "tree_tokens": "0",
-    "rows_per_forward": "0|some",
+    "rows_per_forward": "0|some|٣",
     "max_new_tokens": "-1",
-    "confirm": "-1",
+    "confirm": "-1|1_0|٣|top:1_0|layer:٣|mass:0.0_5|share:٠.٥",
     "num_random": "0",
-    "seed": "1.5|99999999999999999999",
-    "factor": "nan|inf|much",
-    "given": "2:5|L2|L0",
-    "ablate": "L2H5,|L2-mlp",
+    "seed": "1.5|99999999999999999999|4_2",
+    "factor": "nan|inf|much|1_0|١|1_0.5|٠.٥|1e1_0|1e999",
+    "multipliers": "0,1_0|0,٢",
+    "node_threshold": "0.8_5|٠.٥|nan|0|1.1",
+    "given": "2:5|L2|L0|L0H1_0|L٠H1",
+    "ablate": "L2H5,|L2-mlp|L1N２",
     "device_map": "{'': 0",
     "task": "nonsense",
     "kind": "heads|block",
@@ -199,8 +216,9 @@ REFUSED = {
     "--patch_into b": "--patch_into applies to --op patch only",
     "--kind resid": "--kind resid with --op zero at all positions removes the input itself",
     "--kind resid --op mean": "--kind resid with --op mean at all positions removes the input",
-    "--ablate L1H0,L1resid": "--op zero at all positions removes the input itself",
-    "--given L1resid": "kind resid removes the input itself",
+    "--ablate L1H0,L1resid": "error: --ablate L1resid with --op zero at all positions removes the",
+    "--given L0H0,L1resid": "error: --given L1resid removes the input itself",
+    "--task refusal --target_form literal": "error: --task refusal needs --target_form word",
     "--task refusal --controls": "--controls belong to --task suppression",
     "--controls --op patch --patch_into b": "--controls share one prompt b",
     "--dry_run --from_csv results.csv": "--dry_run loads a model's config and --from_csv",

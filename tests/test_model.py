@@ -277,13 +277,16 @@ def test_a_window_that_is_switched_off_refuses_nothing(
 
 
 @pytest.mark.parametrize(
-    "line", ["--kind mlp", "--kind neuron --neurons 0", "--given L0mlp", "--ablate L0N1"]
+    "line",
+    ["--kind mlp", "--kind neuron --neurons 0", "--given L0mlp", "--ablate L0N1", "--via L2mlp"],
 )
 def test_a_mixture_of_experts_is_refused_by_name_where_mlps_are_edited(
     answer: Answer, random_model: Callable[..., str], line: str
 ) -> None:
     argv = ["--model_id", random_model("mixtral"), "--num_samples", "1", "--dry_run"]
-    refuses(answer, *argv, *line.split(), says=["MixtralForCausalLM", "mixture of experts"])
+    named = line.partition(" --neurons")[0]
+    says = [f"error: {named}: MixtralForCausalLM ", "mixture of experts"]
+    refuses(answer, *argv, *line.split(), says=says)
     assert answer(*argv)[0] == 0
 
 
