@@ -97,6 +97,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -287,11 +288,18 @@ def ranges(text: str) -> Ranges:
     return tuple(filter(None, found))
 
 
+def is_path(text: str) -> bool:
+    """Whether a text asks for a file: by a separator or a suffix, which no name of a component has.
+    What lies in the working directory changes the meaning of no name."""
+    return os.path.basename(text) != text or Path(text).suffix != ""
+
+
 def components(text: str) -> Circuit:
     """What a text such as L2H5,L3mlp names, or a file with such names, a circuit.json, or a JSON of
-    neurons by "layer,position,neuron" (then the neurons at all positions)."""
+    neurons by "layer,position,neuron" (then the neurons at all positions). A file is asked for by
+    a path such as names.txt or ./names."""
     try:
-        if not os.path.isfile(text):
+        if not is_path(text):
             return Circuit(dict.fromkeys(map(Component.parse, text.split(","))))
         return read_components(Path(text))
     except (OSError, ValueError) as error:
@@ -306,6 +314,8 @@ MOST_BYTES = 2**26  # of a file of components: all neurons of the largest models
 
 def read_components(path: Path) -> Circuit:
     """What a file of components names; `ValueError` says what is wrong with it."""
+    if not path.is_file():
+        raise ValueError("there is no such file")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ValueError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
     content = decode(path.read_bytes())
@@ -655,6 +665,10 @@ OF_GRAPH = ("graph_goal", "graph_nodes", "node_threshold", "edge_threshold")
 NAMING = ("given", "ablate", "skip", "via")  # options that name components
 GROUPS = {"model_id": "model", "task": "task", "kind": "sweep"}  # of options, by the first
 GROUPS |= {"controls": "evidence", "output_dir": "output", "dry_run": "checks"}
+# what --from_csv reads: where to draw and how, and how the table was made
+REDRAW_OPTIONS = {"from_csv", "output_dir", "compare", "top_k", "heatmap", "debug"}
+REDRAW_OPTIONS |= {"model_id", "revision", "task", "kind", "op", "factor", "positions"}
+REDRAW_OPTIONS |= {"patch_into", "along", "method"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -700,10 +714,60 @@ def parse_args(argv: Sequence[str] | None = None, before: Sequence[str] | None =
     given = [*(before or ()), *(sys.argv[1:] if argv is None else argv)]
     given = [re.sub("^--no_(bf16|chat)$", r"--no-\1", text) for text in given]
     config = Config(**vars(parser.parse_args(given)))
+    for sentence in unread_options(config):
+        parser.error(sentence)
     for sentence, holds in contradictions(config).items():
         if holds and (before is not None or not config.from_csv):
             parser.error(sentence)
     return config
+
+
+def is_local(model_id: str) -> bool:
+    """Whether a model id names a folder or a .gguf file here, and no repository on the hub."""
+    path = Path(model_id).expanduser()
+    folder = path.parent if path.suffix == ".gguf" else path
+    return model_id.startswith(("/", "./", "../", "~")) or folder.exists()
+
+
+def written_option(config: Config, name: str) -> str:
+    """An option with its value as a command line has it: --confirm 8, --controls, --no-chat."""
+    value = as_text(getattr(config, name))
+    if value is True:
+        return f"--{name}"
+    if value is False:
+        return f"--no-{name}"
+    return f"--{name} {value:.80}" if isinstance(value, str) else f"--{name} {value}"
+
+
+def given_options(config: Config) -> list[str]:
+    """The names of the options that have another value than their default."""
+    return [f.name for f in fields(config) if getattr(config, f.name) != f.default]
+
+
+def unread_options(config: Config) -> Iterator[str]:
+    """A sentence for each option that was given and that nothing reads beside the others."""
+    if config.from_csv:
+        unread = [name for name in given_options(config) if name not in REDRAW_OPTIONS]
+        if unread:
+            options = ", ".join(written_option(config, name) for name in unread)
+            yield f"--from_csv redraws a results table and measures nothing; leave out {options}"
+        if config.positions == "each":
+            yield "--from_csv redraws no effects of single tokens; leave out --positions each"
+    if config.revision is not None and is_local(config.model_id):
+        option = written_option(config, "revision")
+        yield f"{option} is for models on the hub; {config.model_id} is a file or folder here"
+    system_prompts = ("", Config.system_prompt)
+    if not config.chat and config.system_prompt not in system_prompts:
+        option = written_option(config, "system_prompt")
+        yield f"{option} is a turn of a chat; --no-chat writes none"
+    if config.skip and not (config.confirms or config.screen or config.multipliers):
+        option = written_option(config, "skip")
+        yield f"{option}: without --confirm, --screen or --multipliers no circuit is chosen"
+    if config.num_random != Config.num_random and not config.confirms:
+        option = written_option(config, "num_random")
+        yield f"{option}: random sets are drawn beside the circuit of --confirm only"
+    if config.dry_run and config.self_test:
+        yield "--dry_run loads no weights and --self_test checks loaded ones"
 
 
 def along_contradictions(config: Config) -> dict[str, Any]:
@@ -716,6 +780,7 @@ def along_contradictions(config: Config) -> dict[str, Any]:
         "--along edits directions; --ablate and --multipliers whole components": along and whole,
         "--op add adds a direction: give --along": config.op == "add" and not along,
         f"--along {along} lies in the folder that --overwrite empties": along
+        and along not in FITS
         and config.overwrite
         and Path(along).resolve().parent == Path(config.output_dir).resolve(),
         "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
@@ -768,7 +833,6 @@ def contradictions(config: Config) -> dict[str, Any]:
             config.task == "refusal" and config.target_form == "literal"
         )
         and not (config.samples or config.from_csv),
-        "--dry_run loads a model's config and --from_csv none": config.dry_run and config.from_csv,
         **along_contradictions(config),
         "--graph explains the unmodified model; --given modifies it": config.graph and config.given,
         f"--{' and --'.join(of_graph)}: of --graph only": of_graph and not config.graph,
@@ -793,6 +857,8 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.utils import get_session
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -1897,9 +1963,63 @@ LOAD_ERRORS = {  # what the libraries raise below, and what it means
     "RevisionNotFoundError": "has no revision {revision!r}",
     "RepositoryNotFoundError": f"is not on the hub, or private: check, or `hf auth login`; {TINY}",
     "LocalEntryNotFoundError|OfflineModeIsEnabled": "is not in the local cache and the hub cannot "
-    f"be reached; {TINY}",
+    f"be reached{{why}}; {TINY}",
     "": f"cannot be loaded: {{error}}; {TINY}",
 }
+
+
+LIBRARIES = ("transformers", "huggingface_hub", "accelerate")  # that speak while they load
+HUB_SECONDS = 3.0  # that the hub has to answer anything, unless HF_HUB_ETAG_TIMEOUT says otherwise
+
+
+@contextlib.contextmanager
+def libraries_held_back(config: Config) -> Iterator[None]:
+    """Hold back what the libraries say meanwhile. Of a model that is of use the log tells it at the
+    end, once; else the sentence of the error alone is told. With --debug nothing is held back."""
+    if config.debug:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    held_back = BufferingHandler(sys.maxsize)
+    for logger in loggers:
+        logger.handlers, logger.propagate = [held_back], False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+    messages = [
+        f"{record.name.split('.')[0]}: {record.getMessage()}" for record in held_back.buffer
+    ]
+    for warning in caught:
+        if not issubclass(warning.category, FutureWarning):  # those are for programmers
+            messages.append(str(warning.message))
+    for message in dict.fromkeys(messages):
+        log.warning("%s", message)
+
+
+def why_no_hub() -> str:
+    """Why the hub cannot be reached; "" where it answers anything. The library itself would try six
+    times, with pauses of 23 seconds between."""
+    seconds = HUB_SECONDS
+    if os.environ.get("HF_HUB_ETAG_TIMEOUT"):
+        seconds = float(hub_constants.HF_HUB_ETAG_TIMEOUT)
+    reasons: list[str] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(hub_constants.ENDPOINT, timeout=seconds)
+            reasons.append("")
+        except Exception as error:  # of whichever client the library uses
+            reasons.append(first_line(error))
+
+    # in a thread, since the system looks up names and tries addresses for as long as it likes
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return reasons[0] if reasons else f"no answer in {seconds:g} seconds"
 
 
 def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
@@ -1911,14 +2031,16 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
     if path.suffix == ".gguf":
         path, needed, lacks = path.parent, path.name, "is no file"
         options["gguf_file"] = needed
-    local = name.startswith(("/", "./", "../", "~")) or path.is_dir()
+    local = is_local(name)
     if local and not (path / needed).is_file():
         raise RunError(f"{name} {lacks}")
     if "gguf_file" in options and find_spec("gguf") is None:
         raise RunError(f"{name}: reading it needs one more package: pip install gguf")
     if config.attn_implementation and load != AutoTokenizer.from_pretrained:
         options["attn_implementation"] = config.attn_implementation
-    options |= {"revision": revision, "local_files_only": config.local_files_only}
+    unreachable = "" if local or config.local_files_only else why_no_hub()
+    from_cache = config.local_files_only or unreachable != ""
+    options |= {"revision": revision, "local_files_only": from_cache}
     try:
         return load(path.as_posix(), trust_remote_code=False, **options)
     except torch.OutOfMemoryError:
@@ -1928,7 +2050,8 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
         while cause is not None:
             causes, cause = causes + type(cause).__name__, cause.__cause__ or cause.__context__
         reason = next(reason for key, reason in LOAD_ERRORS.items() if re.search(key, causes))
-        said = reason.format(name=name, revision=revision, error=first_line(error))
+        why = f" ({unreachable})" if unreachable else ""
+        said = reason.format(name=name, revision=revision, error=first_line(error), why=why)
         kind = UsageError if re.search("model.type", str(error)) else RunError  # an unknown one
         raise kind(f"{name} {said}") from error
 
@@ -2657,7 +2780,10 @@ class Experiment:
         size = f"{self.shape.n_parameters:,} parameters"
         with self.stage("loading", f" {self.config.model_id}, {size}"):
             disk = self.scratch if self.scratch and self.scratch.is_dir() else None
-            model = load_model(self.config, self.shape, self.device, disk)
+            with libraries_held_back(self.config):
+                model = load_model(self.config, self.shape, self.device, disk)
+        if self.config.graph and any(weight.is_meta for weight in model.parameters()):
+            raise UsageError("--graph needs weights at hand; some are offloaded")
         traced = TracedModel(model, self.shape, self.rows_per_forward)
         if traced.own_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
@@ -3632,7 +3758,8 @@ def estimate(exp: Experiment, folder: RunFolder) -> Tensor:
 
     def compute(prompts: Prompts) -> list[Any]:
         if any(weight.is_meta for weight in exp.traced.model.parameters()):
-            raise UsageError(f"--method {method} needs weights at hand; some are offloaded")
+            option = written_option(exp.config, "screen" if exp.config.screen else "method")
+            raise UsageError(f"{option} needs weights at hand; some are offloaded")
         return run_batches(exp.traced, prompts, some, bar, "samples_per_backward")
 
     labels = labels_of(exp.components)
@@ -4197,7 +4324,10 @@ def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     That CSV, circuit_heads.csv and the floor are returned."""
     source, path = Path(config.from_csv or ""), Path(config.output_dir)
     table = read_results(source)
-    config = replace(config, kind=str(table["kind"].iloc[0]))
+    kind = str(table["kind"].iloc[0])
+    if config.kind not in (Config.kind, kind):
+        raise UsageError(f"--kind {config.kind}: {source} has {kind}")
+    config = replace(config, kind=kind)
     for name, (there, here) in differences(table, config).items():
         raise UsageError(f"--{name} {shorten(here)}: {shorten(source)} has {shorten(there)}")
     record = read_record(source.parent / "run.json")
@@ -4803,7 +4933,8 @@ def choose_direction(exp: Experiment, folder: RunFolder, against: str) -> list[J
     where all do, it is the one of the least KL. That adding it induces the behaviour is not asked.
     """
     early = (c for c in exp.components if c.layer < 0.8 * exp.shape.n_layers)
-    layers = [component for component in early if exp.directions[component].any()]
+    allowed = (component for component in early if component not in exp.config.skip)
+    layers = [component for component in allowed if exp.directions[component].any()]
     every = [JointSet("chosen", (component,), everywhere=True) for component in layers]
     scores = set_scores(exp, folder, [JointSet("none"), *every], exp.fitting)
     a, b, other, _, kl = scores.nanmean(1).unbind(-1)  # [set]
@@ -5532,8 +5663,6 @@ def graph_of(exp: Experiment, prompt: Prompt) -> Record:
     """The nodes and the kept links of a prompt's graph, with exact effects, and what run.json tells
     of it; `RunError` where contributions do not add up."""
     traced, matrix = exp.traced, exp.traced.head.weight
-    if any(weight.is_meta for weight in traced.model.parameters()):
-        raise UsageError("--graph needs weights at hand; some are offloaded")
     halves = run_halves(traced, prompt.ids)
     last = halves[exp.shape.n_layers, ""][1][0, -1:].detach()
     logits = torch.cat([*unembed(last.to(matrix.device), matrix)], -1)[0]
@@ -5635,21 +5764,40 @@ def measure_replies(exp: Experiment, folder: RunFolder, of: JointSet, prompts: P
 
 
 def check_behaviour(exp: Experiment, chosen: Sets, table: pd.DataFrame, folder: RunFolder) -> None:
-    """Write generations.jsonl: unedited replies, and the held-out ones with each chosen set."""
+    """Write generations.jsonl: replies to all samples, unedited and with the set of --ablate
+    edited, and to the held-out ones with each chosen set edited."""
     config, held_out = exp.config, held_out_units(table, exp.config)
-    prompts = [of_sample for of_sample in exp.prompts if of_sample[0].sample.unit in held_out]
-    texts = {(p.sample.sample_id, p.side): p.text for p in itertools.chain(*exp.prompts)}
-    records = measure_replies(exp, folder, JointSet("none"), exp.prompts)
-    if chosen and (config.patches or config.span != "all"):
+    named = [JointSet("ablate", config.ablate)] if config.ablate else []
+    if (chosen or named) and (config.patches or config.span != "all"):
         flags = f"--op {config.op} --positions {config.positions}"
         log.warning("edited replies need an op that applies at every token: none with %s", flags)
-        chosen = ()
-    for of in chosen:
-        records += measure_replies(exp, folder, of, prompts)
+        chosen, named = [], []
+    held_out_prompts = [p for p in exp.prompts if p[0].sample.unit in held_out]
+    unedited = measure_replies(exp, folder, JointSet("none"), exp.prompts)
+    of_chosen: Records = []
+    for joint_set in chosen:
+        of_chosen += measure_replies(exp, folder, joint_set, held_out_prompts)
+    of_named: Records = []
+    for joint_set in named:
+        of_named += measure_replies(exp, folder, joint_set, exp.prompts)
+    records = unedited + of_chosen + of_named
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_text(folder.path / "generations.jsonl", "".join(lines))
-    told = pd.DataFrame(records).join(pd.Series(texts, name="text"), on=["sample_id", "prompt"])
-    rates = behaviour_rates(told, {p[0].sample.sample_id for p in prompts})
+    groups = {"all": unedited + of_named}
+    if of_chosen:
+        held_out_ids = {record["sample_id"] for record in of_chosen}
+        same_samples = [record for record in unedited if record["sample_id"] in held_out_ids]
+        groups["held-out"] = same_samples + of_chosen
+    report_behaviour(exp, groups, folder)
+
+
+def report_behaviour(exp: Experiment, groups: Mapping[str, Records], folder: RunFolder) -> None:
+    """What the log and run.json say of replies, by group of samples: all, or held-out."""
+    frames = [pd.DataFrame(records).assign(samples=name) for name, records in groups.items()]
+    texts = {(p.sample.sample_id, p.side): p.text for p in itertools.chain(*exp.prompts)}
+    replies = pd.concat(frames, ignore_index=True)
+    replies = replies.join(pd.Series(texts, name="text"), on=["sample_id", "prompt"])
+    rates = behaviour_rates(replies)
     for rate in rates:
         shown = f"{rate['mentions_a']:.0f} % {exp.task.shown} after prompt a"
         beside = f"{rate['mentions_b']:.0f} % after b; {rate['answers_b']:.0f} % to b are answers"
@@ -5658,15 +5806,13 @@ def check_behaviour(exp: Experiment, chosen: Sets, table: pd.DataFrame, folder: 
     folder.note(behaviour=rates)
 
 
-def behaviour_rates(records: pd.DataFrame, held_out: set[str]) -> Records:
-    """Percentages over all samples, and over the held-out ones by number of components ablated;
-    `alike` over different prompts, whose `text` tells them apart."""
-    records = records.assign(mentions=records["mentions"].map(bool), samples="held-out")
-    held = records[records["sample_id"].isin(held_out)]
-    unedited = records[records["n_ablated"] == 0].assign(samples="all")
-    keys, told = ["samples", "n_ablated", "prompt"], pd.concat([unedited, held])
-    means = 100 * told.groupby(keys)[["mentions", "answers"]].mean()
-    once = told.drop_duplicates([*keys, "text"])
+def behaviour_rates(replies: pd.DataFrame) -> Records:
+    """Percentages by group of `samples` and by number of components ablated; `alike` over different
+    prompts, whose `text` tells them apart."""
+    replies = replies.assign(mentions=replies["mentions"].map(bool))
+    keys = ["samples", "n_ablated", "prompt"]
+    means = 100 * replies.groupby(keys)[["mentions", "answers"]].mean()
+    once = replies.drop_duplicates([*keys, "text"])
     means["alike"] = 100 * once.groupby(keys)["reply"].agg(share_alike)
     means = means.unstack()
     means.columns = [f"{what}_{side}" for what, side in means.columns]
@@ -5860,7 +6006,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 REPORT = "circuit_report.html"
 MOST_ROWS = 500  # components in the page's table
 # what these tell is no finding
-ASIDE = ("traced", "load_model", "run_batches", "read_part", "trace_graph")
+ASIDE = ("traced", "load_model", "run_batches", "read_part", "trace_graph", "libraries_held_back")
 FIGURES = {  # what they show
     "heads": "The strongest components with their 95 % intervals, coloured by verdict.",
     "summary": "The strongest mean effects on delta_logit.",
@@ -6187,7 +6333,6 @@ def describe_run(exp: Experiment, started: float) -> dict[str, Any]:
 def run(config: Config) -> None:
     """What the command line asks for: a whole job, or less."""
     started = time.time()
-    torch.manual_seed(config.seed)
     if not sys.stderr.isatty():
         disable_progress_bar()  # the library's own; ours know by themselves
     if config.from_csv:
@@ -6196,13 +6341,16 @@ def run(config: Config) -> None:
             table, heads, floor = redraw(config)
         write_report(table, heads, floor, config, Path(config.output_dir), said)
         return log.info("redrawn in %s", config.output_dir)
+    torch.manual_seed(config.seed)
     state = PartialState(cpu=not torch.cuda.is_available())
     folder = RunFolder(Path(config.output_dir), state.is_main_process)
     writes = folder.leads and not (config.dry_run or config.self_test)
     with folder.open() if writes else contextlib.nullcontext():
         start_log(folder.path / "run.log" if writes else None, folder.leads)
         with logging_redirect_tqdm():
-            exp = prepare(config, folder, state.device if state.num_processes > 1 else None)
+            device = state.device if state.num_processes > 1 else None
+            with libraries_held_back(config):
+                exp = prepare(config, folder, device)
             if config.dry_run:
                 for line in describe_plan(exp):
                     log.info("%s", line)
@@ -6257,8 +6405,10 @@ def trace(exp: Experiment, folder: RunFolder, state: PartialState, started: floa
     folder.delete([REPORT])  # until all of its run is there
     for name in ("behaviour", "screen", "graph"):
         folder.record.pop(name, None)
-    folder.note(config=config.recorded(), noise_floor=None if math.isnan(floor) else floor)
-    folder.note(system_turn=exp.encoder.opening.get("system", "none"), n_set_apart=len(exp.fitting))
+    system_turn = exp.encoder.opening.get("system", "")
+    recorded = config.recorded() | {"system_prompt": system_turn}  # what prompts have of it
+    folder.note(config=recorded, noise_floor=None if math.isnan(floor) else floor)
+    folder.note(system_turn=system_turn or "none", n_set_apart=len(exp.fitting))
     with listening() as said:
         heads = explain(exp, table, floor, folder)
     if "traced" in vars(exp):  # something was computed

@@ -713,8 +713,11 @@ def test_offloaded_weights_are_refused(
 ) -> None:
     load, cpu = tracing.load_model, torch.device("cpu")
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
+    for stage in ("self_test", "sample_records", "sweep"):  # it is known before any of them
+        monkeypatch.setattr(tracing, stage, lambda *_: pytest.fail("something was measured"))
     argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FAST, "--graph", "s0000"]
     refuses(answer, *argv, says=["--graph needs weights at hand; some are offloaded"])
+    assert not list((tmp_path / ".parts").glob("*.json"))
 
 
 def test_no_hook_is_left_behind(plain: Bench, monkeypatch: Patch) -> None:

@@ -204,6 +204,7 @@ def test_without_a_template_a_chat_is_refused_and_plain_texts_have_replies(
     says = ["has no chat template; use an Instruct model, or --no-chat"]
     refuses(answer, "--model_id", model, "--output_dir", str(run), *flags, says=says)
     finish(model, run, *flags, "--no-chat", "--answer_prefix", " the")
+    assert record_of(run)["config"]["system_prompt"] == "", "no prompt had one"
     model_of, tokenizer = naive.load(model)
     assert len(generations(run)) == 2
     for record in generations(run):
@@ -221,6 +222,7 @@ def test_the_systems_text_is_ones_own_or_none(llama: str, tmp_path: Path, answer
         record = record_of(finish(llama, tmp_path / name, *flags, "--system_prompt", system))
         prompt = record["samples"][0]["prompts"]["b"]["text"]
         said[name] = prompt.count("<|start_header_id|>"), record["system_turn"]
+        assert record["config"]["system_prompt"] == system
         assert ("system<|end_header_id|>\n\nBe brief.<|eot_id|>" in prompt) == bool(system)
         assert "You are" not in prompt and user_text(prompt) in tracing.QUESTIONS
     assert said == {"own": (3, "Be brief."), "none": (2, "none")}

@@ -563,6 +563,7 @@ def test_the_log_and_the_record_say_that_there_is_no_system_turn(
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": NO_SYSTEM}))
     run = finish(str(model), tmp_path / "run", "--num_samples", "2", "--layers", "0")
     assert record_of(run)["system_turn"] == "none"
+    assert record_of(run)["config"]["system_prompt"] == ""
     told = "knows no system turn: 'You are an assistant.' is left out"
     assert told in (run / "run.log").read_text()
 
