@@ -82,7 +82,7 @@ class Page(HTMLParser):
 
     def named(self, name: str) -> list[list[tuple[str, dict[str, Any]]]]:
         ids = [told.get("id") for told in self.all("table")]
-        return self.tables[ids.index(f"T_{name}")]
+        return self.tables[ids.index(name)]
 
 
 def source_of(folder: Path) -> str:
@@ -194,13 +194,18 @@ def test_columns_of_a_comparison_are_there(tiny_llama: str, tmp_path: Path) -> N
 
 
 def colours(source: str, table: str) -> dict[tuple[int, int], tuple[int, int, int]]:
-    """Red, green and blue by row and column."""
-    rules = re.findall(r"((?:#T_\w+,?\s*)+)\{\s*background-color: #(\w{6});", source)
-    return {
-        (int(row), int(column)): (int(code[:2], 16), int(code[2:4], 16), int(code[4:], 16))
-        for names, code in rules
-        for row, column in re.findall(rf"#T_{table}_row(\d+)_col(\d+)", names)
-    }
+    """Red, green and blue by row and column, headings not counted."""
+    cells = [[told for _, told in row] for row in Page(source).named(table)]
+    bodies = [row for row in cells if any(told["tag"] == "td" for told in row)]
+    found = {}
+    for i, row in enumerate(bodies):
+        for j, told in enumerate(told for told in row if told["tag"] == "td"):
+            if code := re.fullmatch(
+                r"background-color: #(\w{2})(\w{2})(\w{2})", told.get("style", "")
+            ):
+                red, green, blue = (int(digits, 16) for digits in code.groups())
+                found[i, j] = red, green, blue
+    return found
 
 
 def test_red_carries_the_task_at_any_sign(main_run: Path, tiny_llama: str, tmp_path: Path) -> None:
@@ -469,8 +474,8 @@ def test_tokens_and_replies_are_escaped_too() -> None:
     prompt = {"text": "a", "score": 0.0, "likeliest": [["</td>\n'<b>\x00", 0.5]]}
     record = {"sample_id": "s", "prompts": {"a": prompt}, "targets": ["<u>"], "foils": ["&lt;"]}
     record |= {"p_target": 0.1, "delta_logit_base": 1.0, "flags": ["<em>"]}
-    page = Page(tracing.tell_sample(record, {"reply": {("s", "a"): "<img src=x>\x1b\u2028"}}))
-    kinds = ["details", "summary", "span", "p", "div", "table", "tr", "th", "td"]
+    page = Page(tracing.render_sample(record, {"reply": {("s", "a"): "<img src=x>\x1b\u2028"}}))
+    kinds = ["details", "summary", "span", "p", "div", "table", "thead", "tbody", "tr", "th", "td"]
     assert {tag for tag, _ in page.tags} == {*kinds}
     assert page.tables[0][1][3][0] == '50.0% "</td>\\n\'<b>\\x00"'
     assert page.tables[0][1][4][0] == r"<img src=x>\x1b\u2028"
@@ -629,7 +634,7 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 TEST = """
-const said = {}, table = document.querySelector("#T_heads"), body = table.tBodies[0];
+const said = {}, table = document.querySelector("#heads"), body = table.tBodies[0];
 const heads = [...table.tHead.rows[1].cells];
 const column = i => [...body.rows].map(row => row.cells[i].textContent);
 said.first = column(0)[0];
