@@ -2555,7 +2555,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, Any]]:
         for number, text in enumerate(file, 1):
             if not text.strip():
                 continue
-            record: Any = text
+            record: Any = text.strip()
             with contextlib.suppress(ValueError):
                 record = from_json(text)
             yield f"line {number}", record
