@@ -45,6 +45,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Interventions      x' = x + m * P(v - x): the context managers that register hooks
 #   Runs               clean and edited forwards, and their log-probabilities
 #   Run folder         parts, resume, record
+#   Records            what is read of run.json and generations.jsonl, whoever wrote them
 #   Experiment         what is asked for, and the model when it is needed
 #   Preparation        samples, prompts, trees and components before any weight is loaded
 #   Identity           which model, and all else that results depend on
@@ -68,7 +69,7 @@ The same commands without --model_id run Llama-3-8B-Instruct.
 #   Graph files        for circuit-tracer's viewer, tables and a figure
 #   Replies            what the model says with and without them
 #   Steering           replies and scores with a circuit scaled
-#   Page               HTML that is whole in itself: its style, script and cells
+#   Page               HTML that is whole in itself: its style, script, elements and tables
 #   Report             one page to look at
 #   Main               stages, log, exit codes
 
@@ -90,6 +91,7 @@ import math
 import os
 import random
 import re
+import reprlib
 import shutil
 import signal
 import sys
@@ -863,7 +865,6 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from pandas.io.formats.style import Styler
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -2724,6 +2725,269 @@ class RunFolder:
         return payload
 
 
+# ----- Records ------------------------------------------------------------------------------------
+
+Replies = dict[str, dict[tuple[str, str], str]]  # by title, then by sample_id and side
+
+
+class FieldRule(NamedTuple):
+    """What a field of a record holds: a test of its value, and the words for it."""
+
+    fits: Callable[[Any], bool]
+    wanted: str
+    needed: bool = True
+
+
+def is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_string_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def is_count(value: Any) -> bool:
+    """A whole number from 0 on; JSON's true is none."""
+    return type(value) is int and 0 <= value <= 2**31
+
+
+def is_number(value: Any) -> bool:
+    """Finite, and not too large for a float; JSON's true is none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_number_or_null(value: Any) -> bool:
+    return value is None or is_number(value)
+
+
+def is_string_list(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_string, value))
+
+
+def is_token_list(value: Any) -> bool:
+    """Pairs of a token and its probability."""
+    if not isinstance(value, list):
+        return False
+    for pair in value:
+        if not isinstance(pair, list) or len(pair) != 2:
+            return False
+        if not is_string(pair[0]) or not is_number(pair[1]):
+            return False
+    return True
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def is_noise_floor(value: Any) -> bool:
+    return value is None or (is_number(value) and value >= 0)
+
+
+def one_of(names: Iterable[str]) -> FieldRule:
+    """The rule of a field that a record may lack, and that else holds one of some names."""
+    choices = tuple(names)
+    return FieldRule(lambda value: value in choices, f"one of {', '.join(choices)}", needed=False)
+
+
+TEXT = FieldRule(is_string, "a text")
+COUNT = FieldRule(is_count, "a whole number from 0 on")
+NUMBER = FieldRule(is_number, "a number")
+TEXT_LIST = FieldRule(is_string_list, "a list of texts")
+REPLY_RULES = {  # of a line of generations.jsonl
+    "sample_id": TEXT,
+    "prompt": TEXT,
+    "ablated": TEXT,
+    "n_ablated": COUNT,
+    "multiplier": FieldRule(is_number_or_null, "a number or null", needed=False),
+    "reply": TEXT,
+}
+SAMPLE_RULES = {  # of one of `samples` in run.json
+    "sample_id": TEXT,
+    "prompts_id": TEXT,
+    "group": TEXT._replace(needed=False),
+    "targets": TEXT_LIST,
+    "foils": TEXT_LIST,
+    "flags": TEXT_LIST,
+    "p_target": NUMBER,
+    "delta_logit_base": NUMBER,
+    "prompts": FieldRule(is_object, "an object"),
+}
+PROMPT_RULES = {  # of one of its prompts
+    "text": TEXT,
+    "score": NUMBER,
+    "likeliest": FieldRule(is_token_list, "a list of tokens with their probabilities"),
+}
+RUN_RULES = {"n_set_apart": COUNT._replace(needed=False)}  # of run.json itself
+FLOOR_RULE = FieldRule(is_noise_floor, "a number from 0 on or null", needed=False)
+CONFIG_RULES = {  # of the options in run.json that redrawing heeds
+    "model_id": TEXT._replace(needed=False),
+    "top_k": FieldRule(
+        lambda value: is_count(value) and value > 0, "a whole number from 1 on", needed=False
+    ),
+    "factor": FieldRule(is_number_or_null, "a number or null", needed=False),
+    "along": FieldRule(is_string_or_null, "a text or null", needed=False),
+    **{name: one_of(choices) for name, choices in KNOWN.items()},
+}
+FINGERPRINT_RULES = {
+    "model": TEXT._replace(needed=False),
+    "given": FieldRule(is_string_or_null, "a text or null", needed=False),
+    "seed": COUNT._replace(needed=False),
+    "dtype": TEXT._replace(needed=False),
+    "device_type": TEXT._replace(needed=False),
+    "attn_implementation": TEXT._replace(needed=False),
+    "torch": TEXT._replace(needed=False),
+    "transformers": TEXT._replace(needed=False),
+}
+
+
+def excerpt(value: object) -> str:
+    """A value as Python writes it, in at most 80 characters."""
+    writer = reprlib.Repr()
+    writer.maxstring = 80
+    return writer.repr(value)[:80]
+
+
+def fault_of_field(record: Mapping[str, Any], name: str, rule: FieldRule) -> str:
+    """What is wrong with one field of a record; "" where nothing is."""
+    if name not in record:
+        return f"field {name!r} is missing" if rule.needed else ""
+    if rule.fits(record[name]):
+        return ""
+    return f"field {name!r} is {excerpt(record[name])}, not {rule.wanted}"
+
+
+def fault_of(record: Any, rules: Mapping[str, FieldRule]) -> str:
+    """What makes a record another's than this script's; "" where nothing does."""
+    if not isinstance(record, dict):
+        return f"{excerpt(record)} is no JSON object"
+    for name, rule in rules.items():
+        fault = fault_of_field(record, name, rule)
+        if fault:
+            return fault
+    return ""
+
+
+def fault_of_reply(record: Any) -> str:
+    return fault_of(record, REPLY_RULES)
+
+
+def fault_of_sample(record: Any) -> str:
+    """The same of a sample and its prompts."""
+    fault = fault_of(record, SAMPLE_RULES)
+    if fault:
+        return fault
+    for side, prompt in record["prompts"].items():
+        fault = fault_of(prompt, PROMPT_RULES)
+        if fault:
+            return f"prompt {excerpt(side)}: {fault}"
+    return ""
+
+
+def sort_out(
+    path: Path, entries: Iterable[tuple[str, Any]], find_fault: Callable[[Any], str]
+) -> tuple[Records, list[str]]:
+    """The records of a file that are as this script writes them, and what is to be said of the
+    others, which the page leaves out: at most one sentence, of the first of them.
+
+    `entries` gives the place of each record in the file, and the record.
+    """
+    records: Records = []
+    faults: list[str] = []
+    for place, record in entries:
+        fault = find_fault(record)
+        if fault:
+            faults.append(f"{path}, {place}: {fault}")
+        else:
+            records.append(record)
+    if not faults:
+        return records, []
+    left_out = "this record is" if len(faults) == 1 else f"{len(faults)} such records are"
+    return records, [f"{faults[0]}; {left_out} left out of the page"]
+
+
+def sound_fields(
+    path: Path, place: str, record: Mapping[str, Any], rules: Mapping[str, FieldRule]
+) -> tuple[Record, list[str]]:
+    """The fields of a record that are as this script writes them, and a sentence of each other."""
+    fields: Record = {}
+    warnings: list[str] = []
+    for name, rule in rules.items():
+        fault = fault_of_field(record, name, rule)
+        if fault:
+            warnings.append(f"{path}{place}: {fault}; it is left out of the page")
+        elif name in record:
+            fields[name] = record[name]
+    return fields, warnings
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The place and the record of each line of a .jsonl file; the text of a line that is no JSON
+    stands in place of its record."""
+    with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
+        for number, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            record: Any = text.strip()
+            with contextlib.suppress(ValueError):
+                record = from_json(text)
+            yield f"line {number}", record
+
+
+def read_replies(path: Path) -> tuple[Replies, list[str]]:
+    """The replies that the page shows, and what is to be said of other records of that file."""
+    if not path.is_file():
+        return {}, []
+    records, warnings = sort_out(path, numbered_lines(path), fault_of_reply)
+    return replies_by_edit(records), warnings
+
+
+def replies_by_edit(records: Records) -> Replies:
+    """By what is edited: the unedited replies, and those with the whole circuit edited.
+
+    The circuit is the first of the largest sets: smaller ones are its best, and a random set of
+    its size comes after it.
+    """
+    if not records:
+        return {}
+    circuit = max(records, key=lambda record: record["n_ablated"])["ablated"]
+    replies: Replies = defaultdict(dict)
+    for record in records:
+        if record["ablated"] in ("", circuit):
+            replies[title_of_reply(record)][record["sample_id"], record["prompt"]] = record["reply"]
+    return replies
+
+
+def title_of_reply(record: Record) -> str:
+    """What a column of replies is called."""
+    if record["n_ablated"] == 0:
+        return "reply"
+    what = "direction" if record["ablated"].endswith(" everywhere") else "component"
+    factor = record.get("multiplier")
+    edit = "edited" if factor is None else f"x {factor:g}"
+    return f"reply, {numbered(record['n_ablated'], what)} {edit}"
+
+
+def read_samples(path: Path, record: Record, table: pd.DataFrame) -> tuple[Records, list[str]]:
+    """The samples of a run.json whose prompts the results are of, and what is to be said of others
+    that this script did not write."""
+    entries = ((f"sample {i}", sample) for i, sample in enumerate(record.get("samples", ()), 1))
+    samples, warnings = sort_out(path, entries, fault_of_sample)
+    measured = {*table["prompts"]} if "prompts" in table else set()
+    return [sample for sample in samples if sample["prompts_id"] in measured], warnings
+
+
+def read_facts(path: Path, record: Record) -> tuple[Record, list[str]]:
+    """What a run.json tells of its run in the page's first lines: its fingerprint and how many
+    samples were set apart, and whether it names the model (`names_model`); and what is to be said
+    of fields that this script did not write."""
+    fields, warnings = sound_fields(path, "", record, RUN_RULES)
+    fingerprint = record.get("fingerprint", {})
+    told, more = sound_fields(path, ", fingerprint", fingerprint, FINGERPRINT_RULES)
+    told["names_model"] = "model_id" in record.get("config", {})
+    return fields | told, warnings + more
+
+
 # ----- Experiment ---------------------------------------------------------------------------------
 
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
@@ -4310,10 +4574,14 @@ def write_findings(
 
 def recorded_flags(results: Path) -> list[str]:
     """What redrawing heeds of a run's options, from the results CSV and the run.json beside it."""
-    told = dict(read_record(results.parent / "run.json").get("config", {}))
+    record = results.parent / "run.json"
+    told = dict(read_record(record).get("config", {}))
     for first in itertools.islice(read_rows(results), 1):
         table = parse_results(results, [first])
         told |= {name: table[name].iloc[0] for name in ONCE if name in first[1]}
+        for name, rule in CONFIG_RULES.items():
+            if name not in first[1] and (fault := fault_of_field(told, name, rule)):
+                raise UsageError(f"{record}, config: {fault}")
     heeded = sorted({"model_id", "top_k", *ONCE} - {"kind"})
     known = {name: told[name] for name in heeded if not pd.isna(told.get(name))}
     return [f"--{name}={value}" for name, value in known.items() if value != ""]
@@ -4336,7 +4604,9 @@ def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     if taken:
         options = " ".join(f"--{name} {value}" for name, value in taken.items())
         log.warning(f"{source} does not tell how it was made: {options} is taken")
-    floor = math.nan if record.get("noise_floor") is None else record["noise_floor"]
+    if fault := fault_of_field(record, "noise_floor", FLOOR_RULE):
+        raise UsageError(f"{source.parent / 'run.json'}: {fault}")
+    floor = math.nan if record.get("noise_floor") is None else float(record["noise_floor"])
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         way_out = "give another folder for the redrawn files"
         raise UsageError(f"--output_dir {path} holds another run; {way_out}")
@@ -5922,7 +6192,7 @@ dt { font-weight: 600 } dd { margin: 0; white-space: pre-line }
 table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal }
 th, td { border-bottom: 1px solid #ddd; padding: .15rem .5rem; text-align: right }
 .sortable td { white-space: nowrap; font-variant-numeric: tabular-nums }
-.sortable .level0 { text-align: left; border-left: 1px solid #bbb }
+.sortable .group { text-align: left; border-left: 1px solid #bbb }
 .sortable :is(th, td):first-child { position: sticky; left: 0; background: #fff; border-left: 0 }
 th button { all: unset; cursor: pointer } th button:focus-visible { outline: 2px solid #05c }
 th[aria-sort=ascending] button::after { content: " \\25b2" }
@@ -5966,15 +6236,63 @@ addEventListener("beforeprint", () => {
 """
 
 
-def as_html(value: Any) -> str:
-    """A text that shows as it is, with what is invisible written out."""
+class Html(str):
+    """HTML. Whatever else enters a page is text: `element` and `page` escape it."""
+
+
+def as_html(value: object) -> Html:
+    """HTML as it is; any other value as a text that shows as it is, what is invisible written out.
+
+    The result may stand between tags and, in double quotes, as the value of an attribute.
+    """
+    if isinstance(value, Html):
+        return value
     shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(value))
-    return html.escape("".join(shown))
+    return Html(html.escape("".join(shown)))
 
 
-def rounded(value: Any, form: str) -> str:
-    """A cell: a number rounded for reading, and whole for sorting."""
-    return f'<data value="{float(value)!r}">{value:{form}}</data>' if form else as_html(value)
+def element(tag: str, *content: object, **attributes: object) -> Html:
+    """An HTML element. Content and attributes that are no `Html` are escaped.
+
+    An attribute that is None is left out; `class_` stands for the attribute class. An image has
+    no end tag.
+    """
+    opening = tag
+    for name, value in attributes.items():
+        if value is not None:
+            opening += f' {name.removesuffix("_")}="{as_html(value)}"'
+    if tag == "img":
+        return Html(f"<{opening}>")
+    inside = "".join(map(as_html, content))
+    return Html(f"<{opening}>{inside}</{tag}>")
+
+
+def cell(*content: object, **attributes: object) -> Html:
+    """A cell of a table, escaped as `element` does."""
+    return element("td", *content, **attributes)
+
+
+def heading(*content: object, **attributes: object) -> Html:
+    """A cell that names a row or a column, escaped as `element` does."""
+    return element("th", *content, **attributes)
+
+
+def html_table(
+    headings: Iterable[Sequence[Html]], rows: Iterable[Sequence[Html]], **attributes: object
+) -> Html:
+    """A table from rows of cells, in a box that scrolls where the table is wider than the page."""
+    head = element("thead", *(element("tr", *cells) for cells in headings))
+    body = element("tbody", *(element("tr", *cells) for cells in rows))
+    return element("div", element("table", head, body, **attributes), class_="wide")
+
+
+def rounded(value: Any, form: str) -> Html:
+    """What a cell shows: a number rounded for reading, and whole for sorting; "" if missing."""
+    if pd.isna(value):
+        return Html()
+    if not form:
+        return as_html(value)
+    return element("data", f"{value:{form}}", value=repr(float(value)))
 
 
 def shade(value: float, bound: float) -> str:
@@ -5983,10 +6301,10 @@ def shade(value: float, bound: float) -> str:
     return f"background-color: {to_hex(colormaps['RdBu_r'](0.5 + 0.3 * share))}"
 
 
-def page(title: str, parts: Iterable[str]) -> str:
+def page(title: str, parts: Iterable[Html]) -> str:
     """An HTML page in which no script runs but PAGE_SCRIPT."""
-    known = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
-    allowed = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{known}'"
+    script_hash = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
+    allowed = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
     return f"""<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
@@ -5995,7 +6313,7 @@ def page(title: str, parts: Iterable[str]) -> str:
 <title>{as_html(title)}</title>
 <style>{PAGE_STYLE}</style>
 <h1>{as_html(title)}</h1>
-{"".join(parts)}
+{"".join(map(as_html, parts))}
 <script>{PAGE_SCRIPT}</script>
 </html>
 """
@@ -6046,16 +6364,19 @@ def listening() -> Iterator[Said]:
 
 
 def list_facts(
-    table: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config, record: Record
+    table: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config, recorded: Record
 ) -> dict[str, str]:
-    """The run in ten lines. What neither the table nor a run.json tells is left out."""
-    told, bases, task = record.get("fingerprint", {}), bases_of(table), TASKS[config.task]
+    """The run in ten lines. What neither the table nor a run.json tells is left out.
+
+    `recorded` is what `read_facts` gives.
+    """
+    bases, task = bases_of(table), TASKS[config.task]
     n_tests, n = int(heads["n_tests"].iloc[0]), table["sample_id"].nunique()
     n_real, n_sentences = (int(bases["b"][name]) for name in ("n_samples", "n_sentences"))
-    known = config.model_id != Config.model_id or "model_id" in record.get("config", {})
-    given = f"; {told['given']} zeroed in every run" if told.get("given") else ""
+    names_model = config.model_id != Config.model_id or recorded["names_model"]
+    given = f"; {recorded['given']} zeroed in every run" if recorded.get("given") else ""
     controls = f", and {numbered(n - n_real, 'negative control')}" if n > n_real else ""
-    if n_apart := record.get("n_set_apart"):
+    if n_apart := recorded.get("n_set_apart"):
         controls += f"; {numbered(n_apart, 'other')} gave or chose directions"
     method = "measured, by the exact sweep"
     n_screened = table["n_screened"].max() if "n_screened" in table else math.nan
@@ -6074,146 +6395,207 @@ def list_facts(
         "noise floor": "none known" if math.isnan(floor) else f"{floor:.2g} nats",
         "tested": f"{numbered(n_tests, 'component')}, which q corrects for",
         "method": method,
-        "run": ", ".join(f"{name} {told[name]}" for name in run if name in told),
+        "run": ", ".join(f"{name} {recorded[name]}" for name in run if name in recorded),
     }
-    return {name: text for name, text in facts.items() if text and (known or name != "model")}
+    if not names_model:
+        del facts["model"]
+    return {name: text for name, text in facts.items() if text}
 
 
-def draw_table(heads: pd.DataFrame, quoted: str) -> str:
+def render_components(heads: pd.DataFrame, quoted: str) -> list[Html]:
     """The strongest components, by the measure that is quoted, which stands first."""
-    told = "Nats, with 95 % intervals. Red leans to carrying the task, blue against it; the verdict"
-    told += " says what can be told from chance. A click on a heading sorts."
+    about = (
+        "Nats, with 95 % intervals. Red leans to carrying the task, blue against it; the verdict"
+    )
+    about += " says what can be told from chance. A click on a heading sorts."
     if len(heads) > MOST_ROWS:
-        told += f" The {MOST_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
-    prefixes = [quoted, *(p for p in MEASURES if p != quoted and f"{p}mean" in heads)]
-    columns = {("", "component"): ("label", "")}
-    for prefix in prefixes:
-        columns |= {(MEASURES[prefix], n): (prefix + n, form) for n, form in COLUMNS.items()}
-    columns |= {("details of the effect", n): (n, form) for n, form in DETAILS.items()}
-    columns = {at: of for at, of in columns.items() if of[0] in heads}
+        about += f" The {MOST_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
+    prefixes = [quoted]
+    prefixes += [prefix for prefix in MEASURES if prefix != quoted and f"{prefix}mean" in heads]
+    groups = component_columns(heads, prefixes)
     top = largest(heads, f"{quoted}mean", MOST_ROWS)
-    shown = top[[name for name, _ in columns.values()]].reset_index(drop=True)
-    shown.columns = pd.MultiIndex.from_tuples(columns)
-    style = Styler(shown, uuid="heads", cell_ids=False).hide(axis="index")
     bound = float(top[[f"{prefix}mean" for prefix in prefixes]].abs().max(axis=None)) or 1.0
+    columns = []
+    for group in groups.values():
+        for name, form in group.items():
+            columns.append(component_cells(top, name, form, bound))
+    first = [heading(title, colspan=len(group), class_="group") for title, group in groups.items()]
+    second = [heading(column_title(name)) for group in groups.values() for name in group]
+    rows = zip(*columns, strict=True)
+    return [
+        element("p", about),
+        html_table([first, second], rows, id="heads", class_="sortable"),
+    ]
+
+
+def component_columns(heads: pd.DataFrame, prefixes: Sequence[str]) -> dict[str, dict[str, str]]:
+    """By group of columns, the columns of circuit_heads.csv and the formats of their numbers."""
+    groups = {"": {"label": ""}}
     for prefix in prefixes:
-        roles = top.get(f"{prefix}role", top[f"{prefix}mean"])
-        css = [shade(role, bound) for role in roles]
-        style.apply(lambda _, css=css: css, subset=[(MEASURES[prefix], "mean")])
-    for at, (_, form) in columns.items():
-        style.format(functools.partial(rounded, form=form), subset=[at], na_rep="")
-    drawn = style.to_html(table_attributes='class="sortable"')
-    return f'<p>{told}</p><div class="wide">{drawn}</div>'
+        groups[MEASURES[prefix]] = {f"{prefix}{name}": form for name, form in COLUMNS.items()}
+    groups["details of the effect"] = DETAILS
+    for title, group in groups.items():
+        groups[title] = {name: form for name, form in group.items() if name in heads}
+    return {title: group for title, group in groups.items() if group}
 
 
-def draw_cells(heads: pd.DataFrame, quoted: str) -> str:
+def column_title(name: str) -> str:
+    """What a column of circuit_heads.csv is called below the title of its group."""
+    if name == "label":
+        return "component"
+    prefix = max((prefix for prefix in MEASURES if name.startswith(prefix)), key=len)
+    return name.removeprefix(prefix)
+
+
+def component_cells(top: pd.DataFrame, name: str, form: str, bound: float) -> list[Html]:
+    """The cells of a column; means are coloured by the role in the same measure."""
+    values = top[name].tolist()
+    if not name.endswith("mean"):
+        return [cell(rounded(value, form)) for value in values]
+    roles = top.get(f"{name.removesuffix('mean')}role", top[name])
+    colours = [shade(role, bound) for role in roles]
+    pairs = zip(values, colours, strict=True)
+    return [cell(rounded(value, form), style=colour) for value, colour in pairs]
+
+
+def render_grid(heads: pd.DataFrame, quoted: str) -> list[Html]:
     """A cell per layer and index: colour by role, numbers on hover, a dot with a verdict."""
-    cells, roles = [], heads[f"{quoted}role"]
-    bound = float(roles.abs().max()) or 1.0
+    about = f"Role in the {MEASURES[quoted]}; a dot has a verdict. Numbers show under the pointer."
+    bound = float(heads[f"{quoted}role"].abs().max()) or 1.0
+    cells = {}
     for head in heads.itertuples():
-        mean, q, verdict = (getattr(head, f"{quoted}{name}") for name in ("mean", "q", "verdict"))
-        told = f"{head.label}: {mean:+.3f}{interval(head, f'{quoted}ci')}, q {q:.2g}, {verdict}"
-        dot = "&nbsp;" if verdict == "unclear" else "&bull;"
-        cells.append(f'<span title="{MEASURES[quoted]}, {told}">{dot}</span>')
-    heads = heads.assign(cell=cells, css=[shade(role, bound) for role in roles])
-    grid = heads.pivot(index="layer", columns="index", values=["cell", "css"])[::-1]
-    grid = grid.rename_axis(None).rename_axis([None, None], axis=1)
-    style = Styler(grid["cell"], uuid="grid", cell_ids=False).format(na_rep="")
-    style.format_index("layer {}").format_index(lambda i: "" if i < 0 else i, axis=1)
-    style.apply(lambda _: grid["css"].fillna(""), axis=None)
-    told = f"Role in the {MEASURES[quoted]}; a dot has a verdict. Numbers show under the pointer."
-    return f'<p>{told}</p><div class="wide">{style.to_html(table_attributes="class=grid")}</div>'
+        cells[head.layer, head.index] = grid_cell(head, quoted, bound)
+    layers = sorted(heads["layer"].unique(), reverse=True)
+    indices = sorted(heads["index"].unique())
+    titles = [heading(), *(heading("" if index < 0 else index) for index in indices)]
+    rows = []
+    for layer in layers:
+        row = [cells.get((layer, index), cell()) for index in indices]
+        rows.append([heading(f"layer {layer}"), *row])
+    return [element("p", about), html_table([titles], rows, id="grid", class_="grid")]
 
 
-def replies_in(path: Path) -> dict[str, dict[tuple[str, str], str]]:
-    """By what is edited, the replies by sample and side: unedited ones, and those with the whole
-    circuit edited; {} where a folder has none."""
-    if not path.exists():
-        return {}
-    records = [record for _, record in read_rows(path)]
-    circuit = max(records, key=lambda record: record["n_ablated"])["ablated"]  # before random sets
-    found: dict[str, dict[tuple[str, str], str]] = defaultdict(dict)
-    for record in records:
-        n, factor = record["n_ablated"], record.get("multiplier")
-        edit = "edited" if factor is None else f"x {factor:g}"
-        what = "direction" if record["ablated"].endswith(" everywhere") else "component"
-        title = f"reply, {numbered(n, what)} {edit}" if n else "reply"
-        if record["ablated"] in ("", circuit):
-            found[title][record["sample_id"], record["prompt"]] = record["reply"]
-    return found
+def grid_cell(head: Any, quoted: str, bound: float) -> Html:
+    """The cell of a component, a row of circuit_heads.csv, in the measure that is quoted."""
+    mean = getattr(head, f"{quoted}mean")
+    q = getattr(head, f"{quoted}q")
+    verdict = getattr(head, f"{quoted}verdict")
+    role = getattr(head, f"{quoted}role")
+    ends = interval(head, f"{quoted}ci")
+    numbers_shown = f"{head.label}: {mean:+.3f}{ends}, q {q:.2g}, {verdict}"
+    dot = Html("&nbsp;") if verdict == "unclear" else "•"
+    shown = element("span", dot, title=f"{MEASURES[quoted]}, {numbers_shown}")
+    return cell(shown, style=shade(role, bound))
 
 
-def tell_sample(record: Record, replies: Mapping[str, Mapping[tuple[str, str], str]]) -> str:
+def render_sample(record: Record, replies: Replies) -> Html:
     """What opens on a click: prompts, likeliest first tokens and replies of one sample."""
-    name, lines = record["sample_id"], []
+    name = record["sample_id"]
+    rows = []
     for side, prompt in record["prompts"].items():
         likeliest = "\n".join(f"{p:.1%} {token!r}" for token, p in prompt["likeliest"])
-        said = [of_edit.get((name, side), "") for of_edit in replies.values()]
-        cells = map(as_html, (prompt["text"], f"{prompt['score']:+.3f}", likeliest, *said))
-        lines.append(f"<tr><th>{as_html(side)}</th><td>{'</td><td>'.join(cells)}</td>")
-    heads = ("", "prompt", "score", "likeliest first tokens", *replies)
-    words = [f"{what}: {', '.join(record[what])}" for what in ("targets", "foils") if record[what]]
-    told = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
-    told += f", {record['group']}" if record.get("group") else ""
-    flags = "".join(f' <span class="warning">{as_html(flag)}</span>' for flag in record["flags"])
-    return f"""<details><summary>{as_html(told)}{flags}</summary>
-<p>{as_html("; ".join(words))}</p>
-<div class="wide"><table class="prompts">
-<tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>
-{"".join(lines)}
-</table></div></details>
-"""
+        cells = [heading(side), cell(prompt["text"]), cell(f"{prompt['score']:+.3f}")]
+        cells.append(cell(likeliest))
+        for by_prompt in replies.values():
+            cells.append(cell(by_prompt.get((name, side), "")))
+        rows.append(cells)
+    titles = ("", "prompt", "score", "likeliest first tokens", *replies)
+    words = [f"{kind}: {', '.join(record[kind])}" for kind in ("targets", "foils") if record[kind]]
+    line = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
+    line += f", {record['group']}" if record.get("group") else ""
+    summary: list[object] = [line]
+    for flag in record["flags"]:
+        summary += [" ", element("span", flag, class_="warning")]
+    return element(
+        "details",
+        element("summary", *summary),
+        element("p", "; ".join(words)),
+        html_table([[heading(title) for title in titles]], rows, class_="prompts"),
+    )
 
 
-def show_figure(path: Path, name: str) -> str:
-    """A figure of a folder, within the page; "" where it is not there."""
-    file, told = path / f"circuit_{name}.png", FIGURES[name]
-    if not file.exists():
-        return ""
-    data = base64.b64encode(png := file.read_bytes()).decode()
+def render_figures(path: Path, config: Config, in_run: bool) -> list[Html]:
+    """The figures in a folder: all of a run, or those that a results table alone gives."""
+    drawn = {"heads", "summary"}
+    if config.heatmap:
+        drawn.add("heatmap")
+    names = FIGURES if in_run else [name for name in FIGURES if name in drawn]
+    files = {name: path / f"circuit_{name}.png" for name in names}
+    return [render_figure(file, FIGURES[name]) for name, file in files.items() if file.is_file()]
+
+
+def render_figure(file: Path, caption: str) -> Html:
+    """A figure, within the page."""
+    png = file.read_bytes()
     width = int.from_bytes(png[16:20], "big") * 96 // 300  # CSS has 96 dots per inch, the file 300
-    image = f'<img alt="{told}" width="{width}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{told}</figcaption></figure>"
+    source = Html(f"data:image/png;base64,{base64.b64encode(png).decode()}")
+    image = element("img", alt=caption, width=width, src=source)
+    return element("figure", image, element("figcaption", caption))
 
 
-def tell_findings(said: Said) -> Iterator[str]:
+def render_findings(said: Said) -> Iterator[Html]:
     """Lines of the log, with the names of stages as headings."""
-    for told in said:
-        text = as_html(told.getMessage())
-        if told.funcName == "stage":
-            yield f"<h3>{text.strip('- ')}</h3>"
+    for record in said:
+        text = record.getMessage()
+        if record.funcName == "stage":
+            yield element("h3", text.strip("- "))
+        elif record.levelno >= logging.WARNING:
+            yield render_warning(text)
         else:
-            warns = told.levelno >= logging.WARNING
-            yield f'<p class="warning">Warning: {text}</p>' if warns else f"<p>{text}</p>"
+            yield element("p", text)
+
+
+def render_warning(text: str) -> Html:
+    return element("p", f"Warning: {text}", class_="warning")
+
+
+def render_facts(facts: Mapping[str, str], config: Config) -> Html:
+    """The run in ten lines; estimates are called so loudly."""
+    lines = []
+    for name, text in facts.items():
+        loud = "warning" if name == "method" and config.estimated else None
+        lines += [element("dt", name), element("dd", text, class_=loud)]
+    return element("dl", *lines)
+
+
+def render_samples(samples: Records, replies: Replies, warnings: Sequence[str]) -> list[Html]:
+    """The samples of a run, and what was left out of them; nothing where there is neither."""
+    if not samples and not warnings:
+        return []
+    parts = [element("h2", "Samples"), *map(render_warning, warnings)]
+    return parts + [render_sample(sample, replies) for sample in samples]
 
 
 def write_report(
     table: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config, path: Path, said: Said
 ) -> None:
     """circuit_report.html: one page that asks the network for nothing. In a folder of a run it has
-    all figures and replies there; elsewhere those that a results table alone gives."""
-    in_run, source = (path / "run.json").exists(), Path(config.from_csv or path / "run.json")
-    record = read_record(source.with_name("run.json"))
+    all figures and replies there; elsewhere those that a results table alone gives.
+
+    Records of run.json and generations.jsonl that this script did not write are left out with a
+    warning, so that nothing in them keeps a page from being drawn.
+    """
+    in_run = (path / "run.json").exists()
+    source = Path(config.from_csv or path / "run.json").with_name("run.json")
+    record = read_record(source)
+    recorded, of_run = read_facts(source, record)
+    samples, of_samples = read_samples(source, record, table)
+    replies, of_replies = read_replies(path / "generations.jsonl") if in_run else ({}, [])
+    for warning in (*of_run, *of_samples, *of_replies):
+        log.warning("%s", warning)
     quoted = quoted_role(heads, bases_of(table))[1].removesuffix("role")
     kind = str(heads["kind"].iloc[0])
-    parts = ["<h2>The run</h2><dl>"]
-    facts = list_facts(table, heads, floor, config, record)
-    for name, text in facts.items():
-        warns = ' class="warning"' * (name == "method" and config.estimated != "")
-        parts.append(f"<dt>{name}</dt><dd{warns}>{as_html(text)}</dd>")
-    parts += ["</dl><h2>Findings</h2>", *tell_findings(said)]
+    facts = list_facts(table, heads, floor, config, recorded)
+    parts = [element("h2", "The run"), render_facts(facts, config), *map(render_warning, of_run)]
+    parts += [element("h2", "Findings"), *render_findings(said)]
     if config.from_csv and in_run:
-        parts.append("<p>Redrawn from its table; what later stages found is in run.log.</p>")
-    by = as_html(config.by)
-    parts += [f"<h2>Components{by}</h2>", draw_table(heads, quoted)]
+        redrawn = "Redrawn from its table; what later stages found is in run.log."
+        parts.append(element("p", redrawn))
+    parts += [element("h2", f"Components{config.by}"), *render_components(heads, quoted)]
     if kind != "neuron":
-        parts += [f"<h2>Roles by layer{by}</h2>", draw_cells(heads, quoted)]
-    drawn = {"heads", "summary", *["heatmap"] * config.heatmap, *(FIGURES if in_run else ())}
-    parts += ["<h2>Figures</h2>", *(show_figure(path, name) for name in FIGURES if name in drawn)]
-    there = {*table["prompts"]} if "prompts" in table else set()
-    samples = [of for of in record.get("samples", ()) if of["prompts_id"] in there]
-    replies = replies_in(path / "generations.jsonl") if in_run else {}
-    parts += ["<h2>Samples</h2>" * bool(samples), *(tell_sample(of, replies) for of in samples)]
+        parts += [element("h2", f"Roles by layer{config.by}"), *render_grid(heads, quoted)]
+    parts += [element("h2", "Figures"), *render_figures(path, config, in_run)]
+    parts += render_samples(samples, replies, [*of_samples, *of_replies])
     model = f" in {Path(config.model_id).name}" if "model" in facts else ""
     title = f"{config.task}{model}: {OPS[config.op].doing} each {kind}{config.by}"
     write_text(path / REPORT, page(title, parts))
