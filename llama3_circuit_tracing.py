@@ -2496,6 +2496,8 @@ class RunFolder:
         self.remove_drafts()
         if before != fingerprint or not self.goes_on(overwrite, requested):
             self.start_afresh(keeps_graphs=before == fingerprint)
+        elif overwrite:
+            log.info("this command was interrupted here and goes on; delete %s if not", self.parts)
         self.note(fingerprint=fingerprint, requested=requested, finished=False)
 
     def remove_drafts(self) -> None:
@@ -2542,9 +2544,7 @@ class RunFolder:
             if os.path.lexists(path.parent) and not path.parent.is_dir():
                 path = path.parent  # a file called graphs
             if os.path.lexists(path) and name not in self.written:
-                why = (
-                    "would be overwritten, and the run.json there does not list it as this script's"
-                )
+                why = "would be overwritten, and run.json does not list it as this script's"
                 raise UsageError(f"{path} {why}: move it, or give another --output_dir")
 
     def claim(self, name: str) -> Path:
