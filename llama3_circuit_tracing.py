@@ -274,9 +274,9 @@ Via = str | Components
 
 class Circuit(Components):
     """Components in order and once each; of the model of this identity, where a file tells it, with
-    what has to be said of the file."""
+    what has to be said of the file, and the path of that file ("" for names)."""
 
-    model = warning = ""
+    model = warning = path = ""
 
 
 def ranges(text: str) -> Ranges:
@@ -330,7 +330,7 @@ def read_components(path: Path) -> Circuit:
     if not labels:
         raise ValueError("it names no component")
     circuit = Circuit(dict.fromkeys(map(Component.parse, labels)))
-    circuit.model = record.get("model", "")
+    circuit.model, circuit.path = record.get("model", ""), str(path)
     if "neurons" in record:
         left_out = "positions are left out; its neurons are edited at all tokens"
         circuit.warning = f"{shorten(path)}: {left_out}"
@@ -598,7 +598,11 @@ class Config:
     max_new_tokens: Natural = option(0, "greedy reply length of the behaviour check; 0 = none")
 
     output_dir: str = option("outputs/run", "created with its parents")
-    overwrite: bool = option(False, "start afresh, deleting this script's files in the folder")
+    overwrite: bool = option(
+        False,
+        "start afresh, deleting this script's files in the folder; an unfinished run of the same"
+        " options goes on",
+    )
     top_k: Count = option(20, "bars in the figure")
     heatmap: bool = option(False, "also draw circuit_heatmap.png, layer by head")
     from_csv: str | None = option(None, "only redraw tables and figures from a results CSV")
@@ -658,6 +662,13 @@ class Config:
     def recorded(self) -> dict[str, Any]:
         """What run.json keeps: the values as the command line takes them."""
         return {f.name: as_text(getattr(self, f.name)) for f in fields(self)}
+
+    def requested(self) -> dict[str, Any]:
+        """The same without what does not tell one run in a folder from another."""
+        options = self.recorded()
+        for name in ("output_dir", "overwrite", "debug"):
+            del options[name]
+        return options
 
 
 # ----- Command line -------------------------------------------------------------------------------
@@ -781,10 +792,6 @@ def along_contradictions(config: Config) -> dict[str, Any]:
         "--along measures; --method and --screen estimate": along and config.estimator,
         "--along edits directions; --ablate and --multipliers whole components": along and whole,
         "--op add adds a direction: give --along": config.op == "add" and not along,
-        f"--along {along} lies in the folder that --overwrite empties": along
-        and along not in FITS
-        and config.overwrite
-        and Path(along).resolve().parent == Path(config.output_dir).resolve(),
         "--confirm all is for --kind resid --op zero --along at all positions": config.everywhere
         and (kind, config.op, config.positions) != ("resid", "zero", "all"),
         "--confirm all ablates a direction: give --along": config.everywhere and not along,
@@ -841,11 +848,23 @@ def contradictions(config: Config) -> dict[str, Any]:
     }
 
 
-def when_stopped(end: Callable[[int], Any]) -> None:
-    """End with 130 when interrupted and 143 when terminated, but where that is ignored."""
+def when_stopped(end: Callable[[int], Any]) -> dict[int, Any]:
+    """End with 130 when interrupted and 143 when terminated, but where that is ignored. Returns the
+    handlers before, by signal."""
+    handlers = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+        handler = signal.getsignal(number)
+        if handler is not signal.SIG_IGN:
+            handlers[int(number)] = handler
             signal.signal(number, lambda number, _: end(128 + number))
+    return handlers
+
+
+def restore_handlers(handlers: Mapping[int, Any]) -> None:
+    """Undo `when_stopped`; what is not Python's own (None) cannot be put back."""
+    for number, handler in handlers.items():
+        if handler is not None:
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
@@ -2053,8 +2072,43 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
         reason = next(reason for key, reason in LOAD_ERRORS.items() if re.search(key, causes))
         why = f" ({unreachable})" if unreachable else ""
         said = reason.format(name=name, revision=revision, error=first_line(error), why=why)
-        kind = UsageError if re.search("model.type", str(error)) else RunError  # an unknown one
+        # an unknown model, or a map that it does not take
+        kind = UsageError if re.search("model.type|device.map", str(error)) else RunError
         raise kind(f"{name} {said}") from error
+
+
+def why_unusable(device: Any) -> str:
+    """Why no weights can be put on a device of --device_map; "" where they can."""
+    if isinstance(device, bool) or not isinstance(device, int | str):
+        return "is no device"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        return "is no device"
+    try:
+        is_meta = torch.empty(0, device=device).is_meta
+    except Exception as error:  # whatever a backend raises that is not there
+        return f"is no device here: {first_line(error):.120}"
+    return "holds no numbers" if is_meta else ""
+
+
+def check_device_map(config: Config, model: nn.Module) -> None:
+    """`UsageError` where --device_map names a device or a module that is not there. Where it leaves
+    out a part of the model, loading says so."""
+    places, named = config.device_map, f"--device_map {as_text(config.device_map)}"
+    if places in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    devices: list[Any] = [places]
+    if isinstance(places, dict):
+        devices = [device for device in places.values() if device != "disk"]
+        modules = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+        if not places:
+            raise UsageError(f"{named} names no device")
+        if unknown := [name for name in places if name not in modules]:
+            raise UsageError(f"{named:.80}: {type(model).__name__} has no {unknown[0]!r:.80}")
+    for device in devices:
+        if reason := why_unusable(device):
+            raise UsageError(f"{named:.80}: {device!r:.80} {reason}")
 
 
 def read_shape(config: Config) -> ModelShape:
@@ -2074,6 +2128,7 @@ def read_shape(config: Config) -> ModelShape:
     except Exception as error:  # whatever a config makes the library's model classes raise
         said = f"its config makes no model: {first_line(error)}"
         raise UsageError(f"{config.model_id}: {said}") from error
+    check_device_map(config, model)
     return shape_of(model, dtype)
 
 
@@ -2572,9 +2627,48 @@ def run_batches(
 BOTH = ("heads", "confirm", "screen", "steer", "paths", "positions", "directions", "graph")
 OUTPUTS = {f"circuit_{name}.{end}": name == "heads" for name in BOTH for end in ("csv", "png")}
 OUTPUTS |= {"circuit_results.csv": True, "circuit_summary.png": True, "circuit_report.html": True}
-OUTPUTS |= {"circuit_heatmap.png": False, "circuit_graph_edges.csv": False, "graphs": False}
+OUTPUTS |= {"circuit_heatmap.png": False, "circuit_graph_edges.csv": False}
 KEPT = ("circuit.json", "directions.safetensors")  # they tell where they are from, and may be read
 OUTPUTS |= dict.fromkeys(("generations.jsonl", *KEPT), False) | {"run.json": True, "run.log": True}
+GRAPH_LIST = "graphs/graph-metadata.json"
+GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
+PART_KINDS = "base|sweep|estimate|probe|beside|positions|joint|paths|replies|graph"
+PART_FILE = rf"({PART_KINDS})-.+\.json"
+
+
+def is_output(name: Any) -> bool:
+    """Whether this script gives files in an output folder such a name."""
+    return isinstance(name, str) and (name in OUTPUTS or bool(re.fullmatch(GRAPH_FILE, name)))
+
+
+def planned_files(config: Config) -> list[str]:
+    """What a command line writes into its folder beside run.json and graphs/."""
+    names = [name for name, always in OUTPUTS.items() if always and name != "run.json"]
+    if config.heatmap:
+        names.append("circuit_heatmap.png")
+    if config.screen:
+        names += ["circuit_screen.csv", "circuit_screen.png"]
+    if config.along:
+        names += ["circuit_directions.csv", "circuit_directions.png"]
+    if config.along in FITS:
+        names.append("directions.safetensors")
+    if config.graph:
+        names += ["circuit_graph.csv", "circuit_graph_edges.csv", "circuit_graph.png"]
+    if config.confirms or config.ablate:
+        names.append("circuit_confirm.csv")
+    if config.confirms:
+        names.append("circuit_confirm.png")
+    if config.confirms and not config.everywhere:
+        names.append("circuit.json")
+    if config.via:
+        names += ["circuit_paths.csv", "circuit_paths.png"]
+    if config.positions == "each":
+        names += ["circuit_positions.csv", "circuit_positions.png"]
+    if config.max_new_tokens:
+        names.append("generations.jsonl")
+    if config.multipliers:
+        names += ["circuit_steer.csv", "circuit_steer.png"]
+    return names
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -2592,6 +2686,13 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
+def remove_draft(path: Path, is_ours: Callable[[str], bool]) -> None:
+    """Remove a file that is named like a draft of one whose name is this script's."""
+    draft = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+    if draft and is_ours(draft[1]) and (path.is_symlink() or path.is_file()):
+        path.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
@@ -2600,15 +2701,39 @@ def make_folder(path: Path) -> None:
     """Make a folder with its parents; `UsageError` where nothing can be written into it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        write_text(path / "probe", "")
-        (path / "probe").unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         told = f"--output_dir {shorten(path)} cannot be used: {error.strerror}"
         raise UsageError(told) from error
 
 
+def input_files(config: Config) -> dict[str, Path]:
+    """The files that a command line names as inputs, by option."""
+    paths = {name: getattr(config, name) for name in ("samples", "compare", "from_csv")}
+    paths |= {name: getattr(getattr(config, name), "path", "") for name in NAMING}
+    if config.along not in FITS:
+        paths["along"] = config.along
+    paths["model_id"] = config.model_id  # a .gguf
+    return {name: Path(path) for name, path in paths.items() if path and os.path.isfile(path)}
+
+
+def refuse_lost_inputs(config: Config, written: Iterable[str], deleted: Iterable[str]) -> None:
+    """`UsageError` for an input that is one of the output folder's files which a command writes or
+    deletes: the same command would not find it again."""
+    fates = dict.fromkeys(deleted, "deleted") | dict.fromkeys(written, "replaced")
+    for option, path in input_files(config).items():
+        for name, fate in fates.items():
+            output = Path(config.output_dir) / name
+            if output.is_file() and output.samefile(path):
+                why = f"would be {fate} by this command"
+                if config.overwrite and not config.from_csv:
+                    why = "lies in the folder that --overwrite empties"
+                raise UsageError(f"--{option} {path} {why}; copy it to another folder")
+
+
 RECORD: dict[str, Any] = {"fingerprint": dict, "config": dict, "files": dict, "samples": list}
-RECORD |= {"noise_floor": (int, float, type(None))}
+RECORD |= {"noise_floor": (int, float, type(None)), "written": list}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -2619,9 +2744,42 @@ def read_record(path: Path) -> dict[str, Any]:
             isinstance(record[name], kind) for name, kind in RECORD.items() if name in record
         ):
             rows = record.get("fingerprint", {}).get("rows_per_forward", 1)
-            if all(type(n) is int and n > 0 for n in (rows, record.get("rows_after_halving", 1))):
+            rows_are_sound = all(
+                type(n) is int and n > 0 for n in (rows, record.get("rows_after_halving", 1))
+            )
+            # they are deleted by name, so that a name is never one of somebody else's files
+            if rows_are_sound and all(map(is_output, record.get("written", []))):
                 return record
     raise UsageError(f"{path} is not a record of this script; give another --output_dir")
+
+
+def read_graph_list(path: Path) -> Records:
+    """The entries of a folder's graphs/graph-metadata.json; [] where that is not there or spoilt."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        entries = from_json((path / GRAPH_LIST).read_text(encoding="utf-8"))["graphs"]
+        return [
+            entry
+            for entry in entries
+            if isinstance(entry, dict) and isinstance(entry.get("slug"), str)
+        ]
+    return []
+
+
+def listed_files(path: Path, record: Record) -> list[str]:
+    """The files of a folder that its record says this script wrote, as far as they are there. The
+    version before kept no list: there all files with names of this script's are its own."""
+    names = record.get("written", [])
+    if "written" not in record and "fingerprint" in record:
+        slugs = [entry["slug"] for entry in read_graph_list(path)]
+        graphs = [GRAPH_LIST, *(f"graphs/{slug}.json" for slug in slugs)]
+        names = [name for name in (*OUTPUTS, *graphs) if name != "run.json" and is_output(name)]
+    return [name for name in names if (path / name).is_file() or (path / name).is_symlink()]
+
+
+def refuse_link(path: Path) -> None:
+    """`UsageError` for a symbolic link, whose target is another file than is meant."""
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link, and nothing is written through it: remove the link")
 
 
 def discard(path: Path) -> None:
@@ -2635,7 +2793,8 @@ def discard(path: Path) -> None:
 @contextlib.contextmanager
 def alone_in(path: Path) -> Iterator[None]:
     """Keep other commands out of a run's folder; the system lets them in when this process dies."""
-    with open(path / ".parts" / "lock", "w") as file:
+    refuse_link(path / ".parts" / "lock")
+    with open(path / ".parts" / "lock", "a") as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -2647,25 +2806,57 @@ def alone_in(path: Path) -> Iterator[None]:
 
 
 class RunFolder:
-    """An output folder whose state is run.json and the finished parts under .parts/."""
+    """An output folder whose state is run.json and the finished parts under .parts/. Its files are
+    this script's where run.json lists them as `written`; no other is overwritten or deleted."""
 
     def __init__(self, path: Path, leads: bool = True) -> None:
         self.path, self.parts = path, path / ".parts"
         self.leads = leads  # process 0, which writes run.json and speaks
         self.record: dict[str, Any] = {}
         self.key = ""  # of the run that parts belong to
+        self.keeps_list = False  # whether run.json lists what is written
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the files here that are this script's."""
+        return list(self.record.get("written", []))
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Make the folder, read its record, keep others out; delete nothing before all is sound."""
         make_folder(self.parts)
         with alone_in(self.path):
-            self.record = read_record(self.path / "run.json")
+            self.read()
+            if "circuit_results.csv" not in self.written and not self.list_parts():
+                self.record = {"written": self.written}  # nothing was measured: any run may
+            refuse_link(self.path / "run.log")
+            self.claim("run.log")
             yield
 
-    def enter(self, fingerprint: dict[str, Any], overwrite: bool) -> None:
-        """Take up the run of this fingerprint; `UsageError` names what differs from that here.
-        What processes that died have left half written is removed."""
+    def read(self) -> None:
+        """Take up run.json, with a list of the files that this script wrote."""
+        path = self.path / "run.json"
+        self.record = read_record(path)
+        if os.path.lexists(path) and not {"fingerprint", "written"} & self.record.keys():
+            raise UsageError(f"{path} is not a record of this script; give another --output_dir")
+        self.record["written"] = listed_files(self.path, self.record)
+        self.keeps_list = True
+
+    def list_parts(self) -> list[Path]:
+        """The files of parts, of whichever run."""
+        return [path for path in self.parts.glob("*.json") if re.fullmatch(PART_FILE, path.name)]
+
+    def goes_on(self, overwrite: bool, requested: Record | None) -> bool:
+        """Whether a command takes up what is here. With --overwrite it does where it is the one
+        that was not finished."""
+        unfinished = self.record.get("finished") is False
+        return not overwrite or (unfinished and self.record.get("requested") == requested)
+
+    def enter(
+        self, fingerprint: dict[str, Any], overwrite: bool, requested: Record | None = None
+    ) -> None:
+        """Take up the run of this fingerprint, or start it afresh; `UsageError` names what differs
+        from the run that is here. `requested` are the command's options."""
         before = self.record.get("fingerprint", fingerprint)
         if before != fingerprint and not overwrite:
             keys = [k for k in {**before, **fingerprint} if before.get(k) != fingerprint.get(k)]
@@ -2675,17 +2866,72 @@ class RunFolder:
             what = f"{self.path} holds a run that differs in {'; '.join(said)}"
             raise UsageError(f"{what}; give another --output_dir or --overwrite")
         self.key = digest(fingerprint)
-        left = [".*.tmp", ".parts/.*.tmp", ".parts/offload-*", *[".parts/*.json"] * overwrite]
-        for path in itertools.chain(*map(self.path.glob, left)):
+        self.remove_drafts()
+        if before != fingerprint or not self.goes_on(overwrite, requested):
+            self.start_afresh(keeps_graphs=before == fingerprint)
+        elif overwrite:
+            log.info("this command was interrupted here and goes on; delete %s if not", self.parts)
+        self.note(fingerprint=fingerprint, requested=requested, finished=False)
+
+    def remove_drafts(self) -> None:
+        """Remove what processes that died have left half written."""
+        for path in self.path.glob(".*.tmp"):
+            remove_draft(path, is_output)
+        for path in self.path.glob("graphs/.*.tmp"):
+            remove_draft(path, lambda name: is_output(f"graphs/{name}"))
+        for path in self.parts.glob(".*.tmp"):
+            remove_draft(path, lambda name: bool(re.fullmatch(PART_FILE, name)))
+        for path in self.parts.glob("offload-*"):
+            if path.is_dir():
+                discard(path)
+
+    def start_afresh(self, keeps_graphs: bool) -> None:
+        """Delete the parts and this script's files, and forget what the record says of them. The
+        log stays, which is being written; so may graphs, in which a user has pinned nodes."""
+        for path in self.list_parts():
             discard(path)
-        if overwrite:
-            self.record = {}
-            self.delete(name for name in OUTPUTS if name != "run.log")  # which is being written
-        self.note(fingerprint=fingerprint)
+        graphs = [name for name in self.written if name.startswith("graphs/")]
+        kept = {"run.log", *(graphs if keeps_graphs else ())}
+        self.delete([name for name in self.written if name not in kept])
+        if graphs and not keeps_graphs:
+            with contextlib.suppress(OSError):  # others' files are in it
+                (self.path / "graphs").rmdir()
+        self.record = {"written": self.written}
 
     def delete(self, names: Iterable[str]) -> None:
+        """Delete files, as far as they are this script's."""
         for name in names:
-            discard(self.path / name)
+            if name in self.written:
+                (self.path / name).unlink(missing_ok=True)
+                self.record["written"].remove(name)
+
+    def optional_files(self) -> list[str]:
+        """This script's files that are gone after a command which does not write them."""
+        optional = [name for name, always in OUTPUTS.items() if not always and name not in KEPT]
+        return [name for name in self.written if name in optional]
+
+    def refuse_foreign(self, names: Iterable[str]) -> None:
+        """`UsageError` for the first of some files, about to be written, that is another's."""
+        for name in names:
+            path = self.path / name
+            if os.path.lexists(path.parent) and not path.parent.is_dir():
+                path = path.parent  # a file called graphs
+            if os.path.lexists(path) and name not in self.written:
+                why = "would be overwritten, and run.json does not list it as this script's"
+                raise UsageError(f"{path} {why}: move it, or give another --output_dir")
+
+    def claim(self, name: str) -> Path:
+        """The path of an output file, which run.json lists as this script's from now on;
+        `UsageError` where it is another's."""
+        if self.keeps_list and name not in self.written:
+            self.refuse_foreign([name])
+            self.note(written=[*self.written, name])
+        return self.path / name
+
+    def shows(self, name: str) -> bool:
+        """Whether an output file is here and, as far as is known, this script's."""
+        is_ours = name in self.written or not self.keeps_list
+        return is_ours and (self.path / name).exists()
 
     def note(self, **entries: Any) -> None:
         """Add entries to run.json."""
@@ -3421,7 +3667,8 @@ def prepare(config: Config, folder: RunFolder, device: torch.device | None = Non
             compare = f"--compare {shorten(Path(config.compare or ''))}"
             raise UsageError(f"{compare} shares no prompt and component with this")
     trees = plant_trees(prompts, encoder.bos, config)
-    before = {} if config.overwrite else folder.record.get("fingerprint", {})
+    goes_on = folder.goes_on(config.overwrite, config.requested())
+    before = folder.record.get("fingerprint", {}) if goes_on else {}
     fitting = ROW_TOKENS[device_type(config)] // max(tree.n_tokens for tree in trees)
     rows = config.rows_per_forward or before.get("rows_per_forward") or max(1, fitting)
     known = config, shape, encoder, prompts, trees, components, rows, other, device, folder.parts
@@ -4556,7 +4803,7 @@ def report_findings(heads: pd.DataFrame, bases: Bases, floor: float, config: Con
 
 
 def write_findings(
-    table: pd.DataFrame, other: pd.DataFrame | None, floor: float, config: Config, path: Path
+    table: pd.DataFrame, other: pd.DataFrame | None, floor: float, config: Config, folder: RunFolder
 ) -> pd.DataFrame:
     """circuit_heads.csv, which is returned, and the figures that a results table alone gives."""
     bases = bases_of(table)
@@ -4564,11 +4811,11 @@ def write_findings(
     report_findings(heads, bases, floor, config)
     if other is not None:
         heads = compare_runs(table, other, heads, floor, config)
-    write_components(path / "circuit_heads.csv", heads)
-    draw_summary(heads, config, path / "circuit_summary.png")
-    draw_heads(heads, bases["b"], config, path / "circuit_heads.png")
+    write_components(folder.claim("circuit_heads.csv"), heads)
+    draw_summary(heads, config, folder.claim("circuit_summary.png"))
+    draw_heads(heads, bases["b"], config, folder.claim("circuit_heads.png"))
     if config.heatmap:
-        draw_heatmap(heads, config, path / "circuit_heatmap.png")
+        draw_heatmap(heads, config, folder.claim("circuit_heatmap.png"))
     return heads
 
 
@@ -4587,9 +4834,18 @@ def recorded_flags(results: Path) -> list[str]:
     return [f"--{name}={value}" for name, value in known.items() if value != ""]
 
 
-def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float]:
+def redrawn_files(config: Config) -> list[str]:
+    """What redrawing writes."""
+    names = [name for name, always in OUTPUTS.items() if always]
+    not_drawn = ("circuit_results.csv", "run.json", "run.log")
+    names = [name for name in names if name not in not_drawn]
+    return [*names, "circuit_heatmap.png"] if config.heatmap else names
+
+
+def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float, RunFolder]:
     """Tables and figures from a results CSV alone; the noise floor from the run.json beside it.
-    That CSV, circuit_heads.csv and the floor are returned."""
+    That CSV, circuit_heads.csv, the floor and the folder are returned. In the folder of a run its
+    list of files is kept; another keeps none."""
     source, path = Path(config.from_csv or ""), Path(config.output_dir)
     table = read_results(source)
     kind = str(table["kind"].iloc[0])
@@ -4610,11 +4866,17 @@ def redraw(config: Config) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     if (path / "run.json").exists() and path.resolve() != source.parent.resolve():
         way_out = "give another folder for the redrawn files"
         raise UsageError(f"--output_dir {path} holds another run; {way_out}")
-    other = read_compared(config)
+    other, folder, names = read_compared(config), RunFolder(path), redrawn_files(config)
+    refuse_lost_inputs(config, names, deleted=())
     make_folder(path)
     with alone_in(path) if (path / ".parts").is_dir() else contextlib.nullcontext():
-        heads = write_findings(table, other, floor, config, path)
-    return table, heads, floor
+        if (path / "run.json").exists() and "fingerprint" in record:
+            folder.read()
+            folder.refuse_foreign(names)
+        for name in names:
+            folder.claim(name)
+        heads = write_findings(table, other, floor, config, folder)
+    return table, heads, floor, folder
 
 
 # ----- Screen -------------------------------------------------------------------------------------
@@ -4678,9 +4940,9 @@ def write_screen(exp: Experiment, heads: pd.DataFrame, folder: RunFolder) -> Non
     table["measured"] = [exp.screened.get(component, "no") for component in exp.components]
     exact = heads.set_index(KEY)[[f"{prefix}mean", f"{prefix}verdict"]]
     table = table.join(exact.set_axis(["mean", "verdict"], axis=1), on=KEY).sort_values("rank")
-    write_components(folder.path / "circuit_screen.csv", table.astype({"rank": int}))
+    write_components(folder.claim("circuit_screen.csv"), table.astype({"rank": int}))
     folder.note(screen=report_screen(table, exp.config))
-    draw_screen(table, exp.config, folder.path / "circuit_screen.png")
+    draw_screen(table, exp.config, folder.claim("circuit_screen.png"))
 
 
 def report_screen(table: pd.DataFrame, config: Config) -> Record:
@@ -4898,11 +5160,11 @@ def trace_directions(
         told[f"{way}_share_moved"] = told[f"{way}_mean"] * per_nat
     n_fit = len({of[0].sample.unit for of in exp.fitting})
     told = told.assign(method=config.along_name, op=op_of(config), n_fit=n_fit)
-    write_components(folder.path / "circuit_directions.csv", told)
+    write_components(folder.claim("circuit_directions.csv"), told)
     if config.along in FITS:
         write_directions(exp, folder)
     report_directions(told)
-    draw_directions(told, exp, folder.path / "circuit_directions.png")
+    draw_directions(told, exp, folder.claim("circuit_directions.png"))
 
 
 def write_directions(exp: Experiment, folder: RunFolder) -> None:
@@ -4912,7 +5174,7 @@ def write_directions(exp: Experiment, folder: RunFolder) -> None:
     told["fitted_on"] = sorted({text for of in exp.fitting for text in of[0].text_ids})
     found = {component.label: of.contiguous() for component, of in exp.directions.items()}
     content = save_tensors(found, metadata={"told": json.dumps(told)})
-    write_atomically(folder.path / "directions.safetensors", lambda p: p.write_bytes(content))
+    write_atomically(folder.claim("directions.safetensors"), lambda p: p.write_bytes(content))
 
 
 def report_directions(told: pd.DataFrame) -> None:
@@ -5104,7 +5366,8 @@ def write_circuit(
     told |= {"chosen_on": sorted(units), "components": []}
     for component, row in found[["role", "mean"]].to_dict("index").items():
         told["components"].append({"label": component.label} | vars(component) | row)
-    write_text(folder.path / "circuit.json", json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+    text = json.dumps(told, indent=1, ensure_ascii=False)
+    write_text(folder.claim("circuit.json"), text + "\n")
 
 
 # ----- Joint ablation -----------------------------------------------------------------------------
@@ -5267,10 +5530,10 @@ def confirm(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> list[Joi
     if config.everywhere:
         by_role = f"one of {n} directions, on the sentences that gave them"
     rows["selection"] = rows["samples"].map({"held-out": by_role, "all": "named"})
-    write_text(folder.path / "circuit_confirm.csv", rows.to_csv(index=False))
+    write_text(folder.claim("circuit_confirm.csv"), rows.to_csv(index=False))
     report_sets(rows, exp.task, "direction" if config.along else "set")
     if chosen:
-        draw_confirm(rows, config, folder.path / "circuit_confirm.png")
+        draw_confirm(rows, config, folder.claim("circuit_confirm.png"))
     return chosen
 
 
@@ -5413,8 +5676,8 @@ def trace_paths(
     share = (paths["mean"] / paths["total"]).where(paths["total"].abs() > floor)
     paths = paths.assign(share_of_total=share, above_noise=paths["mean"].abs() > floor)
     paths = paths.assign(freeze=exp.config.freeze, op=op_of(exp.config))
-    write_text(folder.path / "circuit_paths.csv", paths.to_csv(index=False))
-    report_paths(paths, exp, folder.path / "circuit_paths.png")
+    write_text(folder.claim("circuit_paths.csv"), paths.to_csv(index=False))
+    report_paths(paths, exp, folder.claim("circuit_paths.png"))
 
 
 def report_paths(paths: pd.DataFrame, exp: Experiment, path: Path) -> None:
@@ -5476,7 +5739,7 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     rows = measure_places(exp, folder, "positions", places, run_positions)
     tokens = describe_tokens(exp)
     told = effects_of(rows, table, ["label", "position"]).merge(tokens, on="position")
-    write_text(folder.path / "circuit_positions.csv", told.to_csv(index=False))
+    write_text(folder.claim("circuit_positions.csv"), told.to_csv(index=False))
     for row in largest(told, "mean", 5).itertuples():
         where = f"token {row.position} {row.token!r} ({row.token_b!r} in b)"
         log.info(f"{OPS[exp.config.op].doing} {row.label} at {where}: {row.mean:+.3f}")
@@ -5486,7 +5749,7 @@ def trace_positions(exp: Experiment, table: pd.DataFrame, folder: RunFolder) -> 
     grid = grid.rename_axis(index=exp.config.kind, columns="token of prompt a")
     title = f"{op_of(exp.config)} at one token of {Path(exp.config.model_id).name}"
     title += f"\n{exp.task.name}, {numbered(len(exp.prompts), 'sample')}; * differs between a and b"
-    path = folder.path / "circuit_positions.png"
+    path = folder.claim("circuit_positions.png")
     draw_grid(grid, grid.notna(), "mean effect on delta (nats)", title, path, ticks=80)
 
 
@@ -5823,22 +6086,70 @@ def viewer_node(node: Any, output: str, p: float) -> Record:
     return told | {"activation": node.attribution}
 
 
-def write_viewer(graph: Graph, goal: tuple[str, float], told: Record, path: Path) -> None:
-    """graphs/SLUG.json and graphs/graph-metadata.json of the kept nodes and links. The viewer shows
-    nodes up to a threshold: here the largest cumulative influence of those that are kept."""
+def slug_of(prompt: Prompt) -> str:
+    """What the graph of a prompt is called, no two alike: its file is graphs/SLUG.json."""
+    sample_id = prompt.sample.sample_id
+    slug = re.sub(r"[^A-Za-z0-9-]", "_", sample_id)[:90]
+    if slug != sample_id:
+        slug += f"-{digest(sample_id)[:8]}"
+    return f"{slug}-{prompt.side}"
+
+
+def ids_left(saved: Any, nodes: set[str]) -> Any:
+    """The ids that are among some nodes. The viewer has them in a list, or joined by commas."""
+    if isinstance(saved, str):
+        return ",".join(ids_left(saved.split(","), nodes))
+    return [node_id for node_id in saved if node_id in nodes]
+
+
+def groups_left(saved: Any, nodes: set[str]) -> Any:
+    """Groups [name, id, id, ...] with the ids that are among some nodes, without empty groups. The
+    viewer has them in a list, or as the JSON of one."""
+    if isinstance(saved, str):
+        return json.dumps(groups_left(from_json(saved), nodes)) if saved else ""
+    groups = [[name, *ids_left(node_ids, nodes)] for name, *node_ids in saved]
+    return [group for group in groups if len(group) > 1]
+
+
+def saved_view(path: Path, nodes: set[str]) -> Record:
+    """What a user saved into a graph's file in the viewer (pins, groups, positions, ...), as far as
+    it is of nodes that are still there; {} where there is no such file."""
+    try:
+        view = dict(from_json(path.read_text(encoding="utf-8"))["qParams"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("%s is no graph of the viewer and is written anew: %s", path, first_line(error))
+        return {}
+    for name in {"pinnedIds", "supernodes", "clickedId"} & view.keys():
+        what_is_left = groups_left if name == "supernodes" else ids_left
+        with contextlib.suppress(ValueError, TypeError):  # what has another form stays as it is
+            view[name] = what_is_left(view[name], nodes)
+    return view
+
+
+def write_viewer(graph: Graph, goal: tuple[str, float], told: Record, folder: RunFolder) -> None:
+    """graphs/SLUG.json of the kept nodes and links, with what was saved in it before, and its entry
+    in graphs/graph-metadata.json, which lists all graphs of the folder. The viewer shows nodes up
+    to a threshold: here the largest cumulative influence of those that are kept."""
     nodes, links = graph
     shown = nodes[nodes["kept"]]
     inner = shown[~shown["kind"].isin(["embedding", "goal"])]
     least = float(inner["cumulative"].max()) if len(inner) else 1.0
     metadata = told | {"transcoder_list": [], "node_threshold": least, "schema_version": 1}
-    asked = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    viewed: Record = {"metadata": metadata, "qParams": asked}
+    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    path = folder.claim(f"graphs/{told['slug']}.json")
+    path.parent.mkdir(exist_ok=True)
+    view |= saved_view(path, set(shown["node_id"]))
+    viewed: Record = {"metadata": metadata, "qParams": view}
     viewed["nodes"] = [viewer_node(node, *goal) for node in shown.itertuples()]
     viewed["links"] = links[["source", "target", "weight"]].to_dict("records")
-    (path / "graphs").mkdir(exist_ok=True)
-    for name, content in {told["slug"]: viewed, "graph-metadata": {"graphs": [metadata]}}.items():
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        write_text(path / "graphs" / f"{name}.json", text + "\n")
+    write_text(path, json.dumps(viewed, indent=1, ensure_ascii=False) + "\n")
+    entries = {entry["slug"]: entry for entry in read_graph_list(folder.path)}
+    entries[told["slug"]] = metadata
+    listed = [e for slug, e in entries.items() if (path.parent / f"{slug}.json").exists()]
+    text = json.dumps({"graphs": listed}, indent=1, ensure_ascii=False)
+    write_text(folder.claim(GRAPH_LIST), text + "\n")
 
 
 def place_nodes(nodes: pd.DataFrame) -> tuple[pd.DataFrame, list[str], dict[Any, float]]:
@@ -5967,22 +6278,25 @@ def trace_graph(exp: Experiment, folder: RunFolder) -> None:
     asked = digest([getattr(exp.config, name) for name in ("graph", *OF_GRAPH)])
     found = folder.part(f"graph-{asked[:16]}", graph_of, exp, prompt)
     nodes, links, told = pd.DataFrame(found["nodes"]), pd.DataFrame(found["links"]), found["told"]
-    path, model = folder.path, Path(exp.config.model_id).name
+    model = Path(exp.config.model_id).name
     columns = "node_id kind layer index position token attribution influence kept exact_effect"
-    write_text(path / "circuit_graph.csv", nodes[columns.split()].to_csv(index=False))
+    write_text(folder.claim("circuit_graph.csv"), nodes[columns.split()].to_csv(index=False))
     columns = "source target weight exact_effect"
-    write_text(path / "circuit_graph_edges.csv", links[columns.split()].to_csv(index=False))
-    slug = re.sub(r"[^A-Za-z0-9-]", "_", prompt.sample.sample_id)[:99] + f"-{prompt.side}"
-    about: Record = {"slug": slug, "prompt": prompt.text, "scan": f"{exp.shape.name} {model}"}
+    write_text(folder.claim("circuit_graph_edges.csv"), links[columns.split()].to_csv(index=False))
+    about: Record = {
+        "slug": slug_of(prompt),
+        "prompt": prompt.text,
+        "scan": f"{exp.shape.name} {model}",
+    }
     about["prompt_tokens"] = [exp.encoder.tokenizer.decode([token]) for token in prompt.ids]
-    write_viewer((nodes, links), (told["goal"], told["p"]), about, path)
+    write_viewer((nodes, links), (told["goal"], told["p"]), about, folder)
     what = told["goal"] if len(told["goal"]) < 60 else told["goal"][:57] + "..."
     title = f"{what}: {told['goal_value']:.2f}\n{exp.task.name}, {model}, {told['sample_id']}"
     title += f", prompt {prompt.side}\nblue adds, red takes away"
-    draw_graph(nodes, links, title, path / "circuit_graph.png")
+    draw_graph(nodes, links, title, folder.claim("circuit_graph.png"))
     folder.note(graph=told)
     report_graph((nodes, links), told)
-    there = f"--graph_file_dir {path / 'graphs'} --port 8032"
+    there = f"--graph_file_dir {folder.path / 'graphs'} --port 8032"
     log.info(f"to look at it: circuit-tracer start-server {there}")
 
 
@@ -6052,7 +6366,7 @@ def check_behaviour(exp: Experiment, chosen: Sets, table: pd.DataFrame, folder: 
         of_named += measure_replies(exp, folder, joint_set, exp.prompts)
     records = unedited + of_chosen + of_named
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    write_text(folder.path / "generations.jsonl", "".join(lines))
+    write_text(folder.claim("generations.jsonl"), "".join(lines))
     groups = {"all": unedited + of_named}
     if of_chosen:
         held_out_ids = {record["sample_id"] for record in of_chosen}
@@ -6134,7 +6448,7 @@ def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: 
     joint = [of._replace(multiplier=factor) for of in sets for factor in config.multipliers]
     prompts = exp.prompts_of(units)
     scores = set_scores(exp, folder, [JointSet("none"), *joint], prompts)[1:]
-    path = folder.path / "generations.jsonl"
+    path = folder.claim("generations.jsonl")
     said, rows = path.read_text(encoding="utf-8"), []
     for of, found in zip(joint, scores, strict=True):
         records = measure_replies(exp, folder, of, prompts)
@@ -6146,14 +6460,14 @@ def steer(exp: Experiment, chosen: list[JointSet], table: pd.DataFrame, folder: 
             rows.append(row | told | judged_replies(replies, len(units)))
     write_text(path, said)
     steered = pd.DataFrame(rows)
-    write_text(folder.path / "circuit_steer.csv", steered.to_csv(index=False))
+    write_text(folder.claim("circuit_steer.csv"), steered.to_csv(index=False))
     for told in steered.itertuples():
         shown = f"{told.shown:.0%} of {told.n} {exp.task.shown}{interval(told, 'shown', '.0%')}"
         shown += f", {told.answers:.0%} are answers"
         moved = f"mean a - b {told.mean_delta:+.3f}, KL {told.kl:.2g}"
         named = f"{told.set} x {told.factor:g}, prompt {told.side}"
         log.info(f"{named}: {shown}, {told.repeating:.0%} repeat themselves; {moved}")
-    draw_steer(steered, exp, folder.path / "circuit_steer.png")
+    draw_steer(steered, exp, folder.claim("circuit_steer.png"))
 
 
 def draw_steer(rows: pd.DataFrame, exp: Experiment, path: Path) -> None:
@@ -6514,14 +6828,18 @@ def render_sample(record: Record, replies: Replies) -> Html:
     )
 
 
-def render_figures(path: Path, config: Config, in_run: bool) -> list[Html]:
-    """The figures in a folder: all of a run, or those that a results table alone gives."""
+def render_figures(folder: RunFolder, config: Config, in_run: bool) -> list[Html]:
+    """The figures in a folder that are this script's: all of a run, or those that a results table
+    alone gives."""
     drawn = {"heads", "summary"}
     if config.heatmap:
         drawn.add("heatmap")
-    names = FIGURES if in_run else [name for name in FIGURES if name in drawn]
-    files = {name: path / f"circuit_{name}.png" for name in names}
-    return [render_figure(file, FIGURES[name]) for name, file in files.items() if file.is_file()]
+    figures = []
+    for name, caption in FIGURES.items():
+        file_name = f"circuit_{name}.png"
+        if (in_run or name in drawn) and folder.shows(file_name):
+            figures.append(render_figure(folder.path / file_name, caption))
+    return figures
 
 
 def render_figure(file: Path, caption: str) -> Html:
@@ -6567,20 +6885,30 @@ def render_samples(samples: Records, replies: Replies, warnings: Sequence[str]) 
 
 
 def write_report(
-    table: pd.DataFrame, heads: pd.DataFrame, floor: float, config: Config, path: Path, said: Said
+    table: pd.DataFrame,
+    heads: pd.DataFrame,
+    floor: float,
+    config: Config,
+    folder: RunFolder,
+    said: Said,
 ) -> None:
     """circuit_report.html: one page that asks the network for nothing. In a folder of a run it has
-    all figures and replies there; elsewhere those that a results table alone gives.
+    all figures and replies there that are this script's; elsewhere those that a results table alone
+    gives.
 
     Records of run.json and generations.jsonl that this script did not write are left out with a
     warning, so that nothing in them keeps a page from being drawn.
     """
+    path = folder.path
     in_run = (path / "run.json").exists()
     source = Path(config.from_csv or path / "run.json").with_name("run.json")
     record = read_record(source)
     recorded, of_run = read_facts(source, record)
     samples, of_samples = read_samples(source, record, table)
-    replies, of_replies = read_replies(path / "generations.jsonl") if in_run else ({}, [])
+    replies: Replies = {}
+    of_replies: list[str] = []
+    if in_run and folder.shows("generations.jsonl"):
+        replies, of_replies = read_replies(path / "generations.jsonl")
     for warning in (*of_run, *of_samples, *of_replies):
         log.warning("%s", warning)
     quoted = quoted_role(heads, bases_of(table))[1].removesuffix("role")
@@ -6594,11 +6922,11 @@ def write_report(
     parts += [element("h2", f"Components{config.by}"), *render_components(heads, quoted)]
     if kind != "neuron":
         parts += [element("h2", f"Roles by layer{config.by}"), *render_grid(heads, quoted)]
-    parts += [element("h2", "Figures"), *render_figures(path, config, in_run)]
+    parts += [element("h2", "Figures"), *render_figures(folder, config, in_run)]
     parts += render_samples(samples, replies, [*of_samples, *of_replies])
     model = f" in {Path(config.model_id).name}" if "model" in facts else ""
     title = f"{config.task}{model}: {OPS[config.op].doing} each {kind}{config.by}"
-    write_text(path / REPORT, page(title, parts))
+    write_text(folder.claim(REPORT), page(title, parts))
 
 
 # ----- Main ---------------------------------------------------------------------------------------
@@ -6622,9 +6950,21 @@ def start_log(path: Path | None, speaks: bool) -> None:
     log.setLevel(logging.INFO if speaks else logging.ERROR)
 
 
+def check_files(exp: Experiment, folder: RunFolder) -> None:
+    """`UsageError` where the command would overwrite what is not this script's, or its own input."""
+    config, names = exp.config, planned_files(exp.config)
+    if config.graph:
+        prompt = graph_prompt(config, exp.fitting + exp.prompts, exp.shape)
+        names += [f"graphs/{slug_of(prompt)}.json", GRAPH_LIST]
+    folder.refuse_foreign(names)
+    deleted = folder.written if config.overwrite else folder.optional_files()
+    refuse_lost_inputs(config, names, deleted)
+
+
 def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]]:
     """Enter the folder: what was swept before, and what every process needs to know: the jobs that
     are left, the run's key, the rows per forward, where a self-test was passed, the directions."""
+    check_files(exp, folder)
     files = file_digests(exp.config, folder.record.get("files", {}))
     fingerprint = fingerprint_of(exp, files)
     models = {what: getattr(getattr(exp.config, what), "model", "") for what in NAMING}
@@ -6632,7 +6972,7 @@ def take_up(exp: Experiment, folder: RunFolder) -> tuple[pd.DataFrame, list[Any]
         if of not in ("", fingerprint["model"]):
             mine = fingerprint["model"]
             raise UsageError(f"--{what}: that file is of model {shorten(of)}, not {mine}")
-    folder.enter(fingerprint, exp.config.overwrite)
+    folder.enter(fingerprint, exp.config.overwrite, exp.config.requested())
     folder.note(files=files)
     if exp.config.along:
         with exp.stage("directions", f" by {exp.config.along_name}"):
@@ -6683,7 +7023,11 @@ def measure(exp: Experiment, folder: RunFolder, state: PartialState) -> pd.DataF
     while there != names and all(folder.part_path(name).exists() for name in there):
         time.sleep(0.2)  # a launcher ends the run if a process dies
         there |= {name for name in names - there if folder.part_path(name).exists()}
-    swept = requested_rows(exp, read_sweep(exp, folder) if jobs else swept)
+    try:
+        swept = requested_rows(exp, read_sweep(exp, folder) if jobs else swept)
+    except RunError:
+        folder.note(requested=None)  # going on would end here again: --overwrite starts afresh
+        raise
     if exp.estimates is not None:
         if not exp.config.screen:
             swept = estimated_rows(exp, exp.estimates, records)
@@ -6720,8 +7064,8 @@ def run(config: Config) -> None:
     if config.from_csv:
         start_log(None, speaks=True)
         with listening() as said:
-            table, heads, floor = redraw(config)
-        write_report(table, heads, floor, config, Path(config.output_dir), said)
+            table, heads, floor, folder = redraw(config)
+        write_report(table, heads, floor, config, folder, said)
         return log.info("redrawn in %s", config.output_dir)
     torch.manual_seed(config.seed)
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -6746,7 +7090,7 @@ def explain(exp: Experiment, table: pd.DataFrame, floor: float, folder: RunFolde
     """What is made of the results table, stage by stage; circuit_heads.csv is returned."""
     config = exp.config
     with exp.stage("statistics"):
-        heads = write_findings(table, exp.other, floor, config, folder.path)
+        heads = write_findings(table, exp.other, floor, config, folder)
         if config.screen:
             write_screen(exp, heads, folder)
     chosen: list[JointSet] = []
@@ -6781,9 +7125,8 @@ def trace(exp: Experiment, folder: RunFolder, state: PartialState, started: floa
         return
     table = measured[measured["draw"] < 0].drop(columns="draw")
     floor = noise_floor(measured[measured["draw"] >= 0])
-    write_components(folder.path / "circuit_results.csv", table)
-    # those of another command in this folder
-    folder.delete(name for name, always in OUTPUTS.items() if not always and name not in KEPT)
+    write_components(folder.claim("circuit_results.csv"), table)
+    folder.delete(folder.optional_files())  # those of another command in this folder
     folder.delete([REPORT])  # until all of its run is there
     for name in ("behaviour", "screen", "graph"):
         folder.record.pop(name, None)
@@ -6795,7 +7138,8 @@ def trace(exp: Experiment, folder: RunFolder, state: PartialState, started: floa
         heads = explain(exp, table, floor, folder)
     if "traced" in vars(exp):  # something was computed
         folder.note(run=describe_run(exp, started))
-    write_report(table, heads, floor, config, folder.path, said)
+    write_report(table, heads, floor, config, folder, said)
+    folder.note(finished=True)
     log.info("results in %s", folder.path)
 
 
@@ -6812,7 +7156,7 @@ def sentence_of(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(argv)  # again: before the imports it was only seen to parse
-    when_stopped(sys.exit)
+    handlers = when_stopped(sys.exit)
     try:
         if config.from_csv:
             config = parse_args(argv, before=recorded_flags(Path(config.from_csv)))
@@ -6830,6 +7174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(one_line(f"error: {sentence_of(error)}", words), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
+        restore_handlers(handlers)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

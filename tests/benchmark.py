@@ -472,7 +472,7 @@ def scale(options: argparse.Namespace) -> None:
             tracing.write_components(folder.path / "circuit_results.csv", table)
         print(f"CSV: {writing.wall:.1f} s", flush=True)
         with timed() as testing:
-            heads = tracing.write_findings(table, None, floor, config, folder.path)
+            heads = tracing.write_findings(table, None, floor, config, folder)
         print(f"statistics: {testing.wall:.1f} s", flush=True)
         after = reading.wall + tabling.wall + writing.wall + testing.wall
         gb = peak_memory() / 1e9

@@ -128,7 +128,8 @@ def test_a_clear_base_of_either_sign_is_a_contrast_and_gives_verdicts(
     told = ["--model_id", "m", *CONTRAST, "mine.jsonl"]
     with caplog.at_level("INFO"):
         config = tracing.parse_args(told)
-        tracing.write_findings(table.assign(task="contrast"), None, 0.01, config, tmp_path)
+        folder = tracing.RunFolder(tmp_path)
+        tracing.write_findings(table.assign(task="contrast"), None, 0.01, config, folder)
     assert f"L0H1: {role} contrast" in caplog.text
     assert "rebound" not in caplog.text and "suppression" not in caplog.text
 

@@ -901,21 +901,28 @@ def test_the_dry_run_tells_how_many_samples_give_directions(llama: str, answer: 
 
 
 def test_a_file_in_the_runs_own_folder_outlives_it(
-    patched: Path, tiny_llama: str, tmp_path: Path, answer: Answer
+    patched: Path, tiny_llama: str, tmp_path: Path
 ) -> None:
-    """It may be this run's input; only --overwrite would empty the folder, and is refused."""
+    """It may be this run's input; --overwrite deletes this script's files only."""
     own = tmp_path / "x <b onmouseover=1>bold<!--.safetensors"
     shutil.copy(patched / FILE, own)
     flags = [*PATCH, "--along", str(own)]
     folder = finish(tiny_llama, tmp_path, *flags)
-    assert own.exists()
     page = (folder / "circuit_report.html").read_text()
     assert "<!--" not in page and "<b on" not in page
     assert "resid along x &lt;b onmouseover=1&gt;bold&lt;!--" in page
-    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path), *flags, "--overwrite"]
-    code, _, err = answer(*argv)
-    assert code == 2 and "lies in the folder that --overwrite empties" in err
-    assert own.exists()
+    finish(tiny_llama, tmp_path, *flags, "--overwrite")
+    assert own.read_bytes() == (patched / FILE).read_bytes()
+
+
+def test_directions_of_the_folder_itself_are_an_input_that_overwriting_would_delete(
+    patched: Path, tiny_llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    folder = Path(shutil.copytree(patched, tmp_path / "run"))
+    argv = ["--model_id", tiny_llama, "--output_dir", str(folder), *PATCH]
+    argv += ["--along", str(folder / FILE), "--overwrite"]
+    refuses(answer, *argv, says=[f"--along {folder / FILE} lies in the folder that --overwrite"])
+    assert (folder / FILE).read_bytes() == (patched / FILE).read_bytes()
 
 
 def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -> None:

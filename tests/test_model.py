@@ -396,6 +396,57 @@ def test_bfloat16_is_chosen_where_a_gpu_computes_it_without_emulation(
     assert found == [torch.bfloat16 if native else torch.float32, torch.bfloat16, torch.float32]
 
 
+# ----- where the weights go
+
+NO_MAPS = {  # of --device_map, and what is said of each
+    "nonsense": "'nonsense' is no device",
+    "cpux": "'cpux' is no device",
+    "0": "'0' is no device",
+    "disk": "'disk' is no device",  # of single modules only
+    "meta": "'meta' holds no numbers",
+    "cuda:99": "'cuda:99' is no device here",
+    "{}": "names no device",
+    '{"": "nonsense"}': "'nonsense' is no device",
+    '{"": null}': "None is no device",
+    '{"": true}': "True is no device",
+    '{"": ["cpu"]}': "['cpu'] is no device",
+    '{"": "cpu", "model.layers.9": "cpu"}': "LlamaForCausalLM has no 'model.layers.9'",
+}
+
+
+@pytest.mark.parametrize("places", NO_MAPS)
+@pytest.mark.parametrize("checks", [[], ["--dry_run"]], ids=["run", "dry run"])
+def test_a_device_map_of_what_is_not_there_is_bad_usage(
+    places: str, checks: list[str], llama: str, tmp_path: Path, answer: Answer, no_weights: None
+) -> None:
+    """Before the weights are loaded."""
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), "--num_samples", "1", *checks]
+    refuses(answer, *argv, "--device_map", places, says=["--device_map", NO_MAPS[places]])
+
+
+MAPS = ["cpu", "balanced", "sequential", '{"": "cpu"}', '{"model": "cpu", "lm_head": "disk"}']
+
+
+@pytest.mark.parametrize("places", MAPS)
+def test_a_device_map_that_the_library_takes_is_taken(
+    places: str, llama: str, tmp_path: Path
+) -> None:
+    finish(llama, tmp_path, "--num_samples", "1", "--layers", "0", "--device_map", places)
+
+
+def test_a_device_map_that_the_library_refuses_while_loading_is_bad_usage(
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "The device_map provided does not give any device for the following parameters: x"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError(said)
+
+    monkeypatch.setattr(tracing.AutoModelForCausalLM, "from_pretrained", refuse)
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), "--num_samples", "1"]
+    refuses(answer, *argv, "--device_map", '{"model": "cpu"}', says=[said])
+
+
 # ----- weights that are not this model's, and configs of no model
 
 
