@@ -179,7 +179,7 @@ def test_a_runs_circuit_is_read_back_by_every_option_that_takes_components(
     file, best = str(folder / "circuit.json"), best_of(folder)
     assert len(best) == 3
     for flag in ("--ablate", "--circuit", "--given", "--skip"):
-        config = tracing.parse_args(["--model_id", model, flag, file])
+        config = tracing.parse_args(["--model_id", model, "--confirm", "1", flag, file])
         (found,) = [v for v in (config.ablate, config.given, config.skip) if v]
         assert labels(found).split() == best
         assert found.model == record_of(folder)["fingerprint"]["model"]
@@ -324,7 +324,8 @@ def test_components_that_the_model_lacks_are_refused(
 ) -> None:
     (tmp_path / "names").write_text(f"L0H0 {label}")
     for flag in ("--ablate", "--given", "--skip"):
-        argv = ["--output_dir", str(tmp_path / "run"), flag, str(tmp_path / "names")]
+        argv = ["--output_dir", str(tmp_path / "run"), "--confirm", "1"]
+        argv += [flag, str(tmp_path / "names")]
         says = [f"{flag} {label}: this model has layers 0-2"]
         refuses(answer, "--model_id", llama, *argv, says=says)
 

@@ -452,6 +452,10 @@ def test_the_layer_is_chosen_on_the_samples_that_are_set_apart(
     for name, draw in (("chosen", 0), ("random", 1), ("random", 2)) if label else ():
         sets.append(JointSet(name, (Component.parse(label),), draw, everywhere=True))
     assert [*tracing.choose_direction(exp, told, "b")] == (sets if label else [])
+    if label:  # what is skipped is not chosen, and the next best is
+        exp.config = replace(config, skip=(Component.parse(label),))
+        next_best = tracing.choose_direction(exp, told, "b")[1]
+        assert next_best.name == "chosen" and next_best.text.split()[0] not in ("", label)
 
 
 # ----- the whole command
@@ -821,7 +825,9 @@ BESIDE = [
 @pytest.mark.parametrize("flags", BESIDE)
 def test_with_other_options_nothing_is_missing(flags: str, llama: str, tmp_path: Path) -> None:
     """Of L0resid, where all prompts end alike, there is no direction."""
-    common = ["--num_samples", "6", "--num_random", "1", *["--no-bf16"] * ("bf16" not in flags)]
+    common = ["--num_samples", "6"]
+    common += ["--num_random", "1"] if "--confirm" in flags else []
+    common += [] if "bf16" in flags else ["--no-bf16"]
     folder = finish(llama, tmp_path, *flags.split(), *common)
     results, told, log = read(folder), read(folder, TABLE), (folder / "run.log").read_text()
     assert not results[["head_effect", "delta_logit_head"]].isna().any(axis=None)

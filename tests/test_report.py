@@ -833,10 +833,11 @@ def test_what_redrawing_heeds_of_a_record_is_refused_where_it_is_of_no_use(
 def test_odd_line_ends_stay_in_a_reply(llama: str, tmp_path: Path, monkeypatch: Patch) -> None:
     reply = "one\u2028two\x85three\nfour\r"
     monkeypatch.setattr(tracing, "greedy_replies", lambda _, __, prompts: [reply] * len(prompts))
-    flags = ["--ablate", "L0H1", "--num_random", "2", "--multipliers", "0,1"]
+    flags = ["--ablate", "L0H1", "--multipliers", "0,1"]
     page = page_of(finish(llama, tmp_path, *FEW, *flags, "--max_new_tokens", "2"))
     titles = [text for text, _ in page.tables[2][0][4:]]
-    assert titles == ["reply", "reply, 1 component x 0", "reply, 1 component x 1"]
+    edits = ["edited", "x 0", "x 1"]
+    assert titles == ["reply", *(f"reply, 1 component {edit}" for edit in edits)]
     shown = {text for table in page.tables[2:] for row in table[1:] for text, _ in row[4:]}
     assert shown == {"one\\u2028two\\x85three\nfour\\r"}
     assert {row["reply"] for _, row in tracing.read_rows(tmp_path / "generations.jsonl")} == {reply}

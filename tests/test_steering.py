@@ -23,8 +23,8 @@ from conftest import Answer, finish, generations, read, write_samples
 
 COLUMNS = "factor set components lent side mean_delta kl n n_sentences shown shown_low shown_high "
 COLUMNS += "answers repeating"
-REPLYING = "--num_samples 4 --num_random 2 --max_new_tokens 4"
-CONFIRMED = f"{REPLYING} --confirm 2 --multipliers 0,1,-6".split()
+REPLYING = "--num_samples 4 --max_new_tokens 4"
+CONFIRMED = f"{REPLYING} --confirm 2 --num_random 2 --multipliers 0,1,-6".split()
 NAMED = f"{REPLYING} --layers 0 --multipliers 1,-9 --ablate L1N5,L2H3,L1N40".split()
 PATCHED = f"{REPLYING} --layers 2 --op patch --positions last".split()
 PATCHED += ["--ablate", "L1H2,L2H0", "--multipliers", "-6"]
