@@ -2754,7 +2754,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_graph_list(path: Path) -> Records:
-    """The entries of a folder's graphs/graph-metadata.json; [] where that is not there or spoilt."""
+    """The entries of a folder's graphs/graph-metadata.json; [] where it is missing or spoilt."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         entries = from_json((path / GRAPH_LIST).read_text(encoding="utf-8"))["graphs"]
         return [
@@ -6951,7 +6951,7 @@ def start_log(path: Path | None, speaks: bool) -> None:
 
 
 def check_files(exp: Experiment, folder: RunFolder) -> None:
-    """`UsageError` where the command would overwrite what is not this script's, or its own input."""
+    """`UsageError` where a command would overwrite what is not this script's, or its own input."""
     config, names = exp.config, planned_files(exp.config)
     if config.graph:
         prompt = graph_prompt(config, exp.fitting + exp.prompts, exp.shape)

@@ -701,7 +701,7 @@ def test_files_of_the_user_that_a_command_does_not_write_stay(
         assert {name: (tmp_path / name).read_text() for name in MINE} == MINE
         page = (tmp_path / "circuit_report.html").read_text()
         assert tracing.FIGURES["heads"] in page
-        assert tracing.FIGURES["confirm"] not in page and "reply" not in page
+        assert tracing.FIGURES["confirm"] not in page and "<th>reply</th>" not in page
     assert (tmp_path / "circuit_heatmap.png").exists() == (not flags)
 
 
@@ -716,7 +716,7 @@ TAKEN = {  # a user's file, and flags of a command that would write it
     "circuit_confirm.png": "--confirm 1",
     "circuit.json": "--confirm 1",
     "circuit_paths.png": "--via logits",
-    "circuit_positions.csv": "--positions each --num_samples 1",
+    "circuit_positions.csv": "--task odd_one_out --positions each --num_samples 1",
     "circuit_directions.png": "--along difference",
     "directions.safetensors": "--along logistic",
     "generations.jsonl": "--max_new_tokens 1",
@@ -767,7 +767,7 @@ EVERYTHING = {
         *["--confirm", "all", "--max_new_tokens", "1"],
     ],
     "paths": ["--via", "logits", "--ablate", "L0H0"],
-    "positions": ["--positions", "each", "--num_samples", "1"],
+    "positions": ["--task", "odd_one_out", "--positions", "each", "--num_samples", "1"],
 }
 
 
@@ -788,16 +788,17 @@ def test_the_record_lists_each_file_that_is_written_and_each_is_planned(
 
 
 def test_a_file_is_listed_before_it_is_there_and_not_where_it_never_came(tmp_path: Path) -> None:
-    """A death between the two makes no file foreign, and none of the user's its own."""
+    """So that no death between the two makes a file foreign; what comes in a run is the user's."""
     for _ in range(2):
         folder = tracing.RunFolder(tmp_path)
         with folder.open():
             assert "circuit_steer.csv" not in folder.written
             path = folder.claim("circuit_steer.csv")
             assert "circuit_steer.csv" in record_of(tmp_path)["written"] and not path.exists()
-    path.write_text("the user's")
-    with folder.open(), pytest.raises(tracing.UsageError, match=r"circuit_steer\.csv would be"):
-        folder.claim("circuit_steer.csv")
+    with folder.open():
+        path.write_text("the user's")
+        with pytest.raises(tracing.UsageError, match=r"circuit_steer\.csv would be overwritten"):
+            folder.claim("circuit_steer.csv")
     path.unlink()
     with folder.open():
         folder.claim("circuit_steer.csv").write_text("the script's")
