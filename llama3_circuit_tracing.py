@@ -3511,7 +3511,7 @@ def read_directions(
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"{name} is no file of directions: {reason}") from error
     all_too = config.confirms and not config.everywhere  # all others are edited, too
-    directions = {}
+    directions = dict(tensors)  # those that nothing needs stay as they are
     for component in shape.every(config.kind) if all_too else swept:
         if component not in tensors:
             raise UsageError(f"{name} has no direction of {component.label}")
