@@ -90,6 +90,25 @@ def with_control(
     return table.assign(**scores, **contrast, score_b_base=0.0, score_b_head=0.0)
 
 
+def assert_same_statistics(found: pd.DataFrame, expected: pd.DataFrame, rounding: float) -> None:
+    """Statistics of the same effects, computed in two ways that may round differently.
+
+    `rounding` is by how much an effect may differ. A mean and a standard deviation differ by no
+    more, an end of an interval by as many times more as Student's quantile of few sentences is
+    large, p by what that makes of t = mean / standard error. Where effects spread as little as
+    they are rounded, rounding decides p. q is of all p together: compare it with `q_values`.
+    """
+    for name in ("n_samples", "n_sentences"):
+        assert found[name].tolist() == expected[name].tolist(), name
+    for name in ("mean", "sd"):
+        assert (found[name] - expected[name]).abs().max() < rounding, name
+    for name in ("ci_low", "ci_high"):
+        assert (found[name] - expected[name]).abs().max() < 20 * rounding, name
+    spread = expected["sd"] > 100 * rounding
+    assert spread.sum() > len(expected) / 4
+    assert (found["p"] - expected["p"])[spread].abs().max() < 0.02
+
+
 # ----- a run
 
 

@@ -843,7 +843,8 @@ def test_with_other_options_nothing_is_missing(flags: str, llama: str, tmp_path:
     lexical = told.set_index("label").loc["L0resid", ["accuracy", "auc", "norm"]]
     assert lexical.tolist() == [0.5, 0.5, 0]
     still = swept.loc[swept["norm"] == 0, ["along_mean", "random_mean"]]
-    assert (still.abs() < CLOSE).all(axis=None)
+    rounding = 0.05 if "--bf16" in flags else CLOSE  # rows of a batch may be rounded differently
+    assert (still.abs() < rounding).all(axis=None)
     found = load_file(folder / FILE)
     assert all(d.isfinite().all() for d in found.values())
     assert len(found) == 3 * (4 if "--kind head" in flags else 1)
