@@ -110,7 +110,7 @@ from typing import Any, NamedTuple, NoReturn
 
 # ----- Sentences ----------------------------------------------------------------------------------
 
-LONGEST_VALUE = 80  # characters that a sentence shows of one value
+LONGEST_VALUE = 200  # characters that a sentence shows of one value
 LONGEST_ERROR = 1000  # of an error as a whole, whoever wrote it
 
 
@@ -2633,7 +2633,7 @@ OUTPUTS |= dict.fromkeys(("generations.jsonl", *KEPT), False) | {"run.json": Tru
 GRAPH_LIST = "graphs/graph-metadata.json"
 GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
 PART_KINDS = "base|sweep|estimate|probe|beside|positions|joint|paths|replies|graph"
-PART_FILE = rf"({PART_KINDS})-.+\.json"
+PART_FILE = rf"(tested|({PART_KINDS})-.+)\.json"
 
 
 def is_output(name: Any) -> bool:
@@ -4102,8 +4102,10 @@ def count_tested(exp: Experiment, folder: RunFolder) -> int:
     this command's included; a screen tests all that it estimates. A part keeps the number, since
     a narrower command may well have been chosen by what a wider one found."""
     n_here = len(exp.components)
-    n_tests = max(n_here, folder.read_part("tested") or 0)
-    folder.write_part("tested", n_tests)
+    n_before = folder.read_part("tested") or 0
+    n_tests = max(n_here, n_before)
+    if n_tests > n_before:
+        folder.write_part("tested", n_tests)
     if n_tests > n_here:
         log.info(f"q corrects for {n_tests} components: this folder has tested them before")
     return n_tests

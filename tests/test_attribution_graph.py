@@ -812,7 +812,7 @@ REFUSED = {
     "--graph s0000 --graph_nodes 0": ["--graph_nodes", "0 is not between 1"],
     "--graph s0000 --node_threshold 0": ["--node_threshold", "0 is not above 0 and at most 1"],
     "--graph s0000 --edge_threshold 1.01": ["1.01 is not above 0 and at most 1"],
-    "--graph s0000 --edge_threshold nan": ["nan is not above 0"],
+    "--graph s0000 --edge_threshold nan": ["invalid proportion value: 'nan'"],
     "--graph s0000 --graph_goal words2": ["words2"],
     "--graph=": ["--graph is empty"],
 }
