@@ -110,17 +110,21 @@ from typing import Any, NamedTuple, NoReturn
 
 # ----- Sentences ----------------------------------------------------------------------------------
 
-LONGEST_VALUE = 200  # characters that a sentence shows of one value
+LONGEST_VALUE = 80  # characters that a sentence shows of one value
+LONGEST_PATH = 200  # up to here a path is shown whole: it is of little use without its middle
 LONGEST_ERROR = 1000  # of an error as a whole, whoever wrote it
 
 
 def shorten(value: object, longest: int = LONGEST_VALUE) -> str:
     """The text of a value, for a sentence: the middle of a long one is left out.
 
-    The path of a file or folder that exists is no typing error: it is shown in full.
+    A path is no typing error where its file or folder exists, or where it is no longer than
+    `LONGEST_PATH`: it is shown in full.
     """
     text = str(value)
-    if len(text) <= longest or (isinstance(value, Path) and os.path.exists(value)):
+    if len(text) <= longest:
+        return text
+    if isinstance(value, Path) and (len(text) <= LONGEST_PATH or os.path.exists(value)):
         return text
     n_start = 2 * longest // 3
     n_end = longest - n_start - len("...")
@@ -167,9 +171,10 @@ def one_line(sentence: str, words: Iterable[str] = ()) -> str:
     `words` are those of the command line: the sentence repeats no long one in full.
     """
     for word in sorted(words, key=len, reverse=True):
-        if len(word) > LONGEST_VALUE and not os.path.exists(word):
+        shown = shorten(Path(word) if os.sep in word else word)
+        if shown != word and not os.path.exists(word):
             for spelling in (word, repr(word)[1:-1]):
-                sentence = sentence.replace(spelling, shorten(word))
+                sentence = sentence.replace(spelling, shown)
     return visible(shorten(sentence, LONGEST_ERROR))
 
 
@@ -306,7 +311,7 @@ def components(text: str) -> Circuit:
         return read_components(Path(text))
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        shown = shorten(Path(text) if os.path.isfile(text) else text)
+        shown = shorten(Path(text) if is_path(text) else text)
         told = f"{shown} is no file of components: {reason}"
         raise argparse.ArgumentTypeError(told) from error
 
