@@ -8022,7 +8022,7 @@ def goal_weights(experiment: Experiment, prompt: Prompt, logits: Tensor) -> dict
     """What each token's logit [vocab] counts in the goal: the gradient at these logits of the
     log-sum-experiment of targets less that of foils, of their first tokens, or of its mean over words.
     With `top` it is the likeliest token. `UsageError` where no token tells targets from foils."""
-    if experiment.options.graph_goal == "top":
+    if experiment.options.goal == "top":
         return {int(logits.argmax()): 1.0}
     words = [{form[0] for form in forms} for forms in prompt.forms]
     n = len(prompt.sample.targets)
@@ -8545,7 +8545,7 @@ def make_graph(experiment: Experiment, prompt: Prompt, bar: tqdm[Any]) -> dict[s
     traced, options = experiment.traced, experiment.options
     matrix = traced.head.weight
     halves = run_halves(traced, prompt.ids)
-    end = Site(experiment.shape.n_layers, "resid")
+    end = Site(experiment.shape.n_layers, "final")
     last_state = halves[end][1][0, -1:].detach()
     logits = torch.cat([*unembed(last_state.to(matrix.device), matrix)], -1)[0]
     goal = goal_weights(experiment, prompt, logits)
@@ -9347,25 +9347,25 @@ def run_compare(options: CompareOptions) -> None:
     folder.command = "compare"
     with folder.open():
         folder.check_foreign_files()
+        begin_comparison(folder, options)
         if tables:
             table = pd.concat(tables, ignore_index=True)
             write_components(folder.path_of("circuit_compare.csv"), table)
             draw_growth(table, options.top_k, folder.path_of("circuit_compare.png"))
-        finish_comparison(folder, options, findings)
+        folder.finish(findings=findings.entries)
+        write_page(folder.path)
     log.info("compared in %s", folder.path)
 
 
-def finish_comparison(folder: RunFolder, options: CompareOptions, findings: Findings) -> None:
-    """Record the command, in a folder of its own or in that of an experiment, and make the page."""
+def begin_comparison(folder: RunFolder, options: CompareOptions) -> None:
+    """Record the command, in a folder of its own or in that of an experiment."""
     if not folder.record:
         folder.record = {
             "format": RECORD_FORMAT,
             "experiment": {"options": {}, "fingerprint": {}},
             "commands": {},
         }
-    folder.note_command(options=command_settings(options))
-    folder.finish(findings=findings.entries)
-    write_page(folder.path)
+    folder.note_command(options=command_settings(options), finished=False)
 
 
 def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> pd.DataFrame | None:
