@@ -2300,281 +2300,463 @@ def place_edits(
 
 # ----- Model --------------------------------------------------------------------------------------
 
-MOST = {"num_hidden_layers": 2000, "num_attention_heads": 10**5}  # of a options that is not absurd
-MOST |= {"hidden_size": 10**6, "head_dim": 10**5, "intermediate_size": 10**7, "vocab_size": 10**8}
-PRE_NORMS = {PLACES["attn_norm"].module, PLACES["mlp_norm"].module}
-# other parts of a block
-ATTENTION = PLACES["attn"].module.rpartition(".")[0]
-QUERY_PROJECTION, KEY_PROJECTION, VALUE_PROJECTION = (f"{ATTENTION}.{x}_proj" for x in "qkv")
-MLP = PLACES["mlp"].module.rpartition(".")[0]
-GATE_PROJECTION, UP_PROJECTION = f"{MLP}.gate_proj", f"{MLP}.up_proj"
-ACTIVATION_FUNCTION = f"{MLP}.act_fn"
+# the largest sizes of a config that is taken at its word
+CONFIG_LIMITS = {
+    "num_hidden_layers": 2000,
+    "num_attention_heads": 10**5,
+    "head_dim": 10**5,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**7,
+    "vocab_size": 10**8,
+}
+# fields of a config that scale the logits, where they are neither absent nor 1
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+# paths of modules within a block
+ATTENTION = PLACES["attn"].module.rpartition(".")[0]
+QUERY_PROJECTION = f"{ATTENTION}.q_proj"
+KEY_PROJECTION = f"{ATTENTION}.k_proj"
+VALUE_PROJECTION = f"{ATTENTION}.v_proj"
+OUTPUT_PROJECTION = PLACES["attn"].module
+MLP = PLACES["mlp"].module.rpartition(".")[0]
+GATE_PROJECTION = f"{MLP}.gate_proj"
+UP_PROJECTION = f"{MLP}.up_proj"
+DOWN_PROJECTION = PLACES["mlp"].module
+ACTIVATION_FUNCTION = f"{MLP}.act_fn"
+PRE_NORMS = {PLACES["attn_norm"].module, PLACES["mlp_norm"].module}
+# projections between the residual stream and what is added to it
+WRITING_PROJECTIONS = (
+    VALUE_PROJECTION,
+    OUTPUT_PROJECTION,
+    GATE_PROJECTION,
+    UP_PROJECTION,
+    DOWN_PROJECTION,
+)
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Read off a model's config and an empty copy before any weight is loaded."""
+    """Sizes and traits of a model, read from its config and a copy without weights."""
 
-    name: str
+    name: str  # the class of the model
     layers_path: str
     n_layers: int
-    n_heads: int
+    n_heads: int  # query heads
     d_head: int
     d_model: int
-    d_mlp: int  # 0 where a block has no down_proj of an MLP
+    d_mlp: int  # 0 where a block has no MLP with a down projection
     vocab: int
     n_parameters: int
-    context: int
+    context: int  # tokens that the model can attend to
     attn_implementation: str
     dtype: torch.dtype
-    no_rules: str  # what `linearised` has no rule for; "" where it has all
-    pre_norms: bool  # whether norms are those of Llama: before attention, MLP and unembedding alone
-    no_graph: str  # why contributions to the logits do not add up; "" where they do
+    relp_obstacles: str  # the modules that `linearised` has no rule for, "" where it has all
+    pre_norms: bool  # whether the only norms are before attention, MLP and unembedding
+    graph_obstacles: str  # why contributions to the logits do not add up, "" where they do
 
     @property
     def d_attn(self) -> int:
-        """The width of o_proj's input."""
+        """The size of what all heads of a layer give, side by side."""
         return self.n_heads * self.d_head
 
     def width(self, place: str) -> int:
         """The size of the last axis of a place's activation."""
         return int(getattr(self, PLACES[place].width))
 
+    def indices(self, kind: str) -> Sequence[int]:
+        """The indices of a kind's components in one layer; -1 alone where they have none."""
+        slices = KINDS[kind].slices
+        if not slices:
+            return (-1,)
+        return range(getattr(self, slices))
+
     def components(self, kind: str, layer: int | None = None) -> list[Component]:
         """All components of a kind, of one layer or of all."""
         layers = range(self.n_layers) if layer is None else [layer]
         components = []
         for number in layers:
-            for index in self.indices(kind):
-                components.append(Component(number, kind, index))
+            components += [Component(number, kind, index) for index in self.indices(kind)]
         return components
 
     def n_columns(self, component: Component) -> int:
-        """The width of a component's slice."""
+        """The size of a component's slice."""
         return self.width(component.site.place) // len(self.indices(component.kind))
 
-    def indices(self, kind: str) -> Sequence[int]:
-        """Of the components of a kind in one layer."""
-        return range(getattr(self, KINDS[kind].slices)) if KINDS[kind].slices else (-1,)
-
     def columns(self, component: Component) -> slice:
-        """The component's slice of its activation."""
+        """The component's slice of the last axis of its activation."""
         if component.index < 0:
             return slice(None)
-        step = self.width(component.site.place) // len(self.indices(component.kind))
-        return slice(component.index * step, (component.index + 1) * step)
+        n_slices = len(self.indices(component.kind))
+        size = self.width(component.site.place) // n_slices
+        return slice(component.index * size, (component.index + 1) * size)
 
 
-def device_type(options: MeasuringOptions) -> str:
-    return "cuda" if torch.cuda.is_available() and options.device_map.text != "cpu" else "cpu"
+def device_type(options: ModelOptions) -> str:
+    """cuda or cpu"""
+    if torch.cuda.is_available() and options.device_map.text != "cpu":
+        return "cuda"
+    return "cpu"
 
 
-TINY = "python llama3_circuit_tracing.py --model_id tests/tiny_llama runs the bundled model instead"
-LOAD_ERRORS = {  # what the libraries raise below, and what it means
-    "GatedRepoError": "is gated: ask for access at https://huggingface.co/{name}, then log in with "
-    f"`hf auth login`; {TINY}",
+BUNDLED_MODEL = (
+    "python llama3_circuit_tracing.py --model_id tests/tiny_llama runs the bundled model instead"
+)
+NOT_CACHED = f"is not in the local cache and the hub cannot be reached; {BUNDLED_MODEL}"
+# by the type of an exception of the libraries what is wrong with the model {name}
+LOAD_ERRORS = {
+    "GatedRepoError": (
+        "is gated: ask for access at https://huggingface.co/{name}, then log in with "
+        f"`hf auth login`; {BUNDLED_MODEL}"
+    ),
     "RevisionNotFoundError": "has no revision {revision!r}",
-    "RepositoryNotFoundError": f"is not on the hub, or private: check, or `hf auth login`; {TINY}",
-    "LocalEntryNotFoundError|OfflineModeIsEnabled": "is not in the local cache and the hub cannot "
-    f"be reached; {TINY}",
-    "": f"cannot be loaded: {{error}}; {TINY}",
+    "RepositoryNotFoundError": (
+        f"is not on the hub, or private: check, or `hf auth login`; {BUNDLED_MODEL}"
+    ),
+    "LocalEntryNotFoundError": NOT_CACHED,
+    "OfflineModeIsEnabled": NOT_CACHED,
 }
+OTHER_LOAD_ERROR = f"cannot be loaded: {{error}}; {BUNDLED_MODEL}"
 
 
 def first_line(error: BaseException) -> str:
-    """Of an exception's message; its type where it has none."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of an exception's message; its type where it has no message."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
-def from_hub(load: Callable[..., Any], options: MeasuringOptions, **arguments: Any) -> Any:
-    """What `load` makes of the model id; `RunError` says in one sentence why it cannot.
-    transformers raises OSError for everything that the hub says; the chain of causes tells."""
-    name, revision = options.model_id, options.revision or "main"
-    path, needed = Path(name).expanduser(), "config.json"
-    lacks = f"is not a model folder: it has no {needed}"
+def load_error(error: Exception, options: ModelOptions) -> UsageError | RunError:
+    """One sentence on why a model cannot be loaded.
+
+    transformers raises `OSError` for whatever the hub answers; the exceptions that it came from
+    tell more. A type of model that transformers does not know is a `UsageError`.
+    """
+    causes = set()
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        causes.add(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    sentence = OTHER_LOAD_ERROR
+    for name, explanation in LOAD_ERRORS.items():
+        if name in causes:
+            sentence = explanation
+            break
+    revision = options.revision or "main"
+    sentence = sentence.format(name=options.model_id, revision=revision, error=first_line(error))
+    error_type = UsageError if re.search("model.type", str(error)) else RunError
+    return error_type(f"{options.model_id} {sentence}")
+
+
+def locate_model(model_id: str) -> tuple[Path, str]:
+    """The folder (or the id on the hub) of a model, and the name of its .gguf file, "" if none.
+
+    `RunError` where a local folder or file is missing, or the package that reads .gguf files.
+    """
+    path = Path(model_id).expanduser()
+    folder, file_name, gguf_file = path, "config.json", ""
+    missing = f"{model_id} is not a model folder: it has no {file_name}"
     if path.suffix == ".gguf":
-        path, needed, lacks = path.parent, path.name, "is no file"
-        arguments["gguf_file"] = needed
-    local = name.startswith(("/", "./", "../", "~")) or path.is_dir()
-    if local and not (path / needed).is_file():
-        raise RunError(f"{name} {lacks}")
-    if "gguf_file" in arguments and find_spec("gguf") is None:
-        raise RunError(f"{name}: reading it needs one more package: pip install gguf")
+        folder, file_name, gguf_file = path.parent, path.name, path.name
+        missing = f"{model_id} is no file"
+    is_local = model_id.startswith(("/", "./", "../", "~")) or folder.is_dir()
+    if is_local and not (folder / file_name).is_file():
+        raise RunError(missing)
+    if gguf_file and find_spec("gguf") is None:
+        raise RunError(f"{model_id}: reading it needs one more package: pip install gguf")
+    return folder, gguf_file
+
+
+def from_hub(load: Callable[..., Any], options: ModelOptions, **arguments: Any) -> Any:
+    """The result of a `from_pretrained` for the model, from a folder or from the hub.
+
+    `RunError` (or `UsageError`, see `load_error`) says in one sentence why it cannot be loaded.
+    """
+    folder, gguf_file = locate_model(options.model_id)
+    if gguf_file:
+        arguments["gguf_file"] = gguf_file
     if options.attn_implementation and load != AutoTokenizer.from_pretrained:
         arguments["attn_implementation"] = options.attn_implementation
-    arguments |= {"revision": revision, "local_files_only": options.local_files_only}
+    arguments["revision"] = options.revision or "main"
+    arguments["local_files_only"] = options.local_files_only
     try:
-        return load(path.as_posix(), trust_remote_code=False, **arguments)
+        return load(folder.as_posix(), trust_remote_code=False, **arguments)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of the libraries below as well, such as a broken safetensors file
-        causes, cause = "", error.__cause__ or error.__context__
-        while cause is not None:
-            causes, cause = causes + type(cause).__name__, cause.__cause__ or cause.__context__
-        reason = next(reason for key, reason in LOAD_ERRORS.items() if re.search(key, causes))
-        said = reason.format(name=name, revision=revision, error=first_line(error))
-        kind = UsageError if re.search("model.type", str(error)) else RunError  # an unknown one
-        raise kind(f"{name} {said}") from error
+    except Exception as error:  # any library may fail, such as on a broken safetensors file
+        raise load_error(error, options) from error
 
 
-def read_shape(options: MeasuringOptions) -> ModelShape:
-    """Shape of the model from its config alone; `UsageError` for a model that cannot be traced.
-    bfloat16 where asked for or where a GPU computes it natively; emulation does not count."""
-    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if (native if options.bf16 is None else options.bf16) else torch.float32
+def choose_dtype(options: ModelOptions) -> torch.dtype:
+    """bfloat16 where asked for, or by default where a GPU computes it without emulation."""
+    use_bfloat16 = options.bf16
+    if use_bfloat16 is None:
+        use_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+    return torch.bfloat16 if use_bfloat16 else torch.float32
+
+
+def read_shape(options: ModelOptions) -> ModelShape:
+    """The shape of the model from its config alone.
+
+    `UsageError` for a config that makes no model, and for a model that cannot be traced.
+    """
     model_config = from_hub(AutoConfig.from_pretrained, options)
-    text = model_config.get_text_config()
-    for name, most in MOST.items():
-        size = getattr(text, name, None)
-        if isinstance(size, int) and not 1 <= size <= most:
+    text_config = model_config.get_text_config()
+    for name, limit in CONFIG_LIMITS.items():
+        size = getattr(text_config, name, None)
+        if isinstance(size, int) and not 1 <= size <= limit:
             raise UsageError(f"{options.model_id}: {name} {size} in its config is absurd")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=False)
-    except Exception as error:  # whatever a options makes the library's model classes raise
-        said = f"its config makes no model: {first_line(error)}"
-        raise UsageError(f"{options.model_id}: {said}") from error
-    return shape_of(model, dtype)
+    except Exception as error:  # a config can make the model's class raise anything
+        reason = f"its config makes no model: {first_line(error)}"
+        raise UsageError(f"{options.model_id}: {reason}") from error
+    return shape_of(model, choose_dtype(options))
+
+
+def find_blocks(model: Any) -> tuple[str, int]:
+    """The path of a model's blocks, and the width of what their heads give.
+
+    `UsageError` unless each block has an output projection, all of one width that divides into the
+    heads.
+    """
+    text_config = model.config.get_text_config()
+    pattern = re.compile(r"((?:.*\.)?layers)\.\d+\." + re.escape(OUTPUT_PROJECTION))
+    layers_path = ""
+    widths = []
+    for path, module in model.named_modules():
+        match = pattern.fullmatch(path)
+        if match is not None:
+            layers_path = layers_path or match[1]
+            widths.append(module.in_features)
+    n_layers = text_config.num_hidden_layers
+    n_heads = text_config.num_attention_heads
+    if len(widths) != n_layers or len(set(widths)) != 1 or widths[0] % n_heads:
+        blocks = f"{len(widths)} of its {n_layers} blocks have a {OUTPUT_PROJECTION}"
+        raise UsageError(
+            f"{type(model).__name__} is not supported: {blocks} "
+            f"whose input divides into {n_heads} heads"
+        )
+    return layers_path, widths[0]
+
+
+def context_length(text_config: Any) -> int:
+    """The number of tokens that the model can attend to: a window that slides counts."""
+    length = int(text_config.max_position_embeddings)
+    window = getattr(text_config, "sliding_window", None)
+    if window and getattr(text_config, "use_sliding_window", True):
+        length = min(length, window)
+    return length
+
+
+def mlp_width(blocks: Iterable[nn.Module]) -> int:
+    """The number of neurons of a block; 0 where one has no MLP with a down projection."""
+    widths = []
+    for block in blocks:
+        down_proj = dict(block.named_modules()).get(DOWN_PROJECTION)
+        widths.append(down_proj.in_features if isinstance(down_proj, nn.Linear) else 0)
+    return min(widths)
+
+
+def has_pre_norms_alone(body: nn.Module, blocks: Iterable[nn.Module]) -> bool:
+    """Whether the norms are those of Llama: before attention, before MLP, before unembedding."""
+    norms = set()
+    for block in blocks:
+        norms |= {name for name, _ in block.named_children() if "norm" in name}
+    return norms == PRE_NORMS and hasattr(body, PLACES["final"].module)
 
 
 def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
-    name, text = type(model).__name__, model.config.get_text_config()
-    modules, attention = dict(model.named_modules()), str(model.config._attn_implementation)
-    o_proj, down_proj = PLACES["attn"].module, PLACES["mlp"].module
-    in_block = re.compile(r"((?:^|.*\.)layers)\.\d+\." + re.escape(o_proj))
-    o_projs = [match for match in map(in_block.fullmatch, modules) if match is not None]
-    n_layers, n_heads = text.num_hidden_layers, text.num_attention_heads
-    widths = {modules[match[0]].in_features for match in o_projs}
-    if len(o_projs) != n_layers or len(widths) != 1 or min(widths) % n_heads:
-        few = f"{len(o_projs)} of its {n_layers} blocks have a {o_proj}"
-        raise UsageError(f"{name} is not supported: {few} whose input divides into {n_heads} heads")
+    """The shape of a model, with or without weights; `UsageError` where it cannot be traced."""
+    attention = str(model.config._attn_implementation)
+    layers_path, d_attn = find_blocks(model)
     if re.search("flash|flex", attention):
         raise UsageError(f"--attn_implementation {attention} takes no tree mask")
-    layers_path = o_projs[0][1]
-    body, blocks = (model.get_submodule(p) for p in (layers_path.rpartition(".")[0], layers_path))
-    norms = {name for block in blocks for name, _ in block.named_children() if "norm" in name}
-    mlps = [modules.get(f"{layers_path}.{layer}.{down_proj}") for layer in range(n_layers)]
-    window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
+    text_config = model.config.get_text_config()
+    blocks = model.get_submodule(layers_path)
+    body = model.get_submodule(layers_path.rpartition(".")[0])
+    n_heads = text_config.num_attention_heads
     return ModelShape(
-        name=name,
+        name=type(model).__name__,
         layers_path=layers_path,
-        n_layers=n_layers,
+        n_layers=text_config.num_hidden_layers,
         n_heads=n_heads,
-        d_head=widths.pop() // n_heads,
-        d_model=text.hidden_size,
-        d_mlp=min(mlp.in_features if isinstance(mlp, nn.Linear) else 0 for mlp in mlps),
-        vocab=text.vocab_size,
+        d_head=d_attn // n_heads,
+        d_model=text_config.hidden_size,
+        d_mlp=mlp_width(blocks),
+        vocab=text_config.vocab_size,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        context=min(text.max_position_embeddings, window or math.inf),
+        context=context_length(text_config),
         attn_implementation=attention,
         dtype=dtype,
-        no_rules=", ".join(without_rules(modules)),
-        pre_norms=norms == PRE_NORMS and hasattr(body, PLACES["final"].module),
-        no_graph="; ".join(not_additive(model, blocks)),
+        relp_obstacles=", ".join(find_relp_obstacles(model)),
+        pre_norms=has_pre_norms_alone(body, blocks),
+        graph_obstacles="; ".join(find_graph_obstacles(model, blocks)),
     )
 
 
 def last_part(path: str) -> str:
-    """Of a module's path its own name."""
+    """The name of a module within the module that holds it."""
     return path.rpartition(".")[2]
 
 
-def without_rules(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Types of norms that are no RMSNorm, and of MLPs other than act(gate) * up by SiLU or GELU."""
-    found = set()
-    for path, module in modules.items():
-        act_fn = getattr(module, last_part(ACTIVATION_FUNCTION), None)
-        name, act = type(module).__name__, type(act_fn).__name__
-        gated = hasattr(module, last_part(GATE_PROJECTION)) and re.search("SiLU|GELU", act)
-        if (path.endswith(f".{MLP}") and not gated) or ("Norm" in name and name[-7:] != "RMSNorm"):
-            found.add(name)
-    return sorted(found)
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether a module computes act(gate) * up with SiLU or GELU."""
+    act_fn = getattr(module, last_part(ACTIVATION_FUNCTION), None)
+    is_smooth = re.search("SiLU|GELU", type(act_fn).__name__) is not None
+    return is_smooth and hasattr(module, last_part(GATE_PROJECTION))
 
 
-BLOCK_PARTS = {ATTENTION, MLP, *PRE_NORMS}
-WRITERS = {VALUE_PROJECTION, PLACES["attn"].module, GATE_PROJECTION, UP_PROJECTION}
-WRITERS |= {PLACES["mlp"].module}
+def find_relp_obstacles(model: nn.Module) -> list[str]:
+    """Types of norms that are no RMSNorm, and of MLPs that are not gated by SiLU or GELU."""
+    obstacles = set()
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if "Norm" in name and not name.endswith("RMSNorm"):
+            obstacles.add(name)
+        if path.endswith(f".{MLP}") and not is_gated_mlp(module):
+            obstacles.add(name)
+    return sorted(obstacles)
 
 
-def not_additive(model: Any, blocks: Any) -> Iterator[str]:
-    """What keeps a logit from being a sum over embeddings, heads and neurons, by name."""
+def find_graph_obstacles(model: Any, blocks: nn.Module) -> Iterator[str]:
+    """What keeps a logit from being a sum over embeddings, heads and neurons."""
+    text_config = model.config.get_text_config()
     for name in (*SCALED_LOGITS, "residual_multiplier"):
-        if (scale := getattr(model.config.get_text_config(), name, None)) not in (None, 1):
+        scale = getattr(text_config, name, None)
+        if scale not in (None, 1):
             yield f"{name} {scale}"
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         yield "an unembedding with a bias"
     if getattr(model.config, "quantization_config", None):
         yield "quantized weights"
-    if odd := set().union(
-        *(BLOCK_PARTS ^ {name for name, _ in b.named_children()} for b in blocks)
-    ):
-        yield f"blocks of other parts ({', '.join(sorted(odd))})"
-    projections = {QUERY_PROJECTION, KEY_PROJECTION, VALUE_PROJECTION}
-    if not all(projections <= {path for path, _ in block.named_modules()} for block in blocks):
+    odd_parts: set[str] = set()
+    has_projections = True
+    for block in blocks.children():
+        parts = {name for name, _ in block.named_children()}
+        odd_parts |= parts ^ {ATTENTION, MLP, *PRE_NORMS}
+        paths = {path for path, _ in block.named_modules()}
+        has_projections &= {QUERY_PROJECTION, KEY_PROJECTION, VALUE_PROJECTION} <= paths
+    if odd_parts:
+        yield f"blocks of other parts ({', '.join(sorted(odd_parts))})"
+    if not has_projections:
         yield "no q_proj, k_proj and v_proj"
-    named = (path for path, of in blocks.named_modules() if getattr(of, "bias", None) is not None)
-    if biased := {*map(last_part, WRITERS)} & {last_part(path) for path in named}:
+    biased = find_biased_projections(blocks)
+    if biased:
         yield f"biases in {', '.join(sorted(biased))}"
 
 
+def find_biased_projections(blocks: nn.Module) -> set[str]:
+    """The names of projections that add a bias to what is written into the residual stream."""
+    writing = {last_part(path) for path in WRITING_PROJECTIONS}
+    biased = set()
+    for path, module in blocks.named_modules():
+        if last_part(path) in writing and getattr(module, "bias", None) is not None:
+            biased.add(last_part(path))
+    return biased
+
+
 def load_model(
-    options: MeasuringOptions,
+    options: ModelOptions,
     shape: ModelShape,
     device: torch.device | None = None,
-    disk: Path | None = None,
+    scratch: Path | None = None,
 ) -> nn.Module:
-    """The model itself; `RunError` where its files hold other weights than it has. `device` is this
-    process's own where several run one replica each; `disk` takes what is offloaded."""
-    places: Any = options.device_map.value
-    if device is not None and places == "auto":
+    """The model with its weights, without gradients.
+
+    `device` is that of this process where several hold a replica each. Weights that do not fit
+    into memory go to a folder in `scratch`. `RunError` where its files hold other weights than
+    the model has.
+    """
+    device_map: Any = options.device_map.value
+    if device is not None and device_map == "auto":
         # accelerate names a process's CPU cpu:0, which safetensors does not know
-        places = {"": "cpu" if device.type == "cpu" else device}
-    # for weights on disk that are no safetensors
-    folder = tempfile.TemporaryDirectory(prefix="offload-", dir=disk)
-    arguments = {"dtype": shape.dtype, "device_map": places, "offload_folder": folder.name}
-    arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # seen below
-    model, found = from_hub(AutoModelForCausalLM.from_pretrained, options, **arguments)
-    model.offload_folder = folder  # lives as long as the model
-    for what in ("missing", "unexpected", "mismatched"):
-        keys = [key if isinstance(key, str) else key[0] for key in found.get(f"{what}_keys", ())]
-        if keys:
-            named = ", ".join(sorted(keys)[:3]) + (", ..." if len(keys) > 3 else "")
-            there = f"{len(keys)} weights are {what} in its files"
-            raise RunError(f"{options.model_id}: {there} for {shape.name}: {named}")
-    used = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
-    if used & {"cpu", "disk"} and used - {"cpu"}:
-        where = ", ".join(sorted(used))
-        log.warning(f"some layers are offloaded ({where}): this is exact but slow")
+        device_map = {"": "cpu" if device.type == "cpu" else device}
+    offload_folder = tempfile.TemporaryDirectory(prefix="offload-", dir=scratch)
+    model, loading_info = from_hub(
+        AutoModelForCausalLM.from_pretrained,
+        options,
+        dtype=shape.dtype,
+        device_map=device_map,
+        offload_folder=offload_folder.name,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+    )
+    model.offload_folder = offload_folder  # the folder lives as long as the model
+    check_weights(options, shape, loading_info)
+    warn_of_offloading(model)
     return model.eval().requires_grad_(False)
 
 
+def check_weights(
+    options: ModelOptions, shape: ModelShape, loading_info: Mapping[str, Any]
+) -> None:
+    """`RunError` names weights that are not in the files, or in the files alone."""
+    for problem in ("missing", "unexpected", "mismatched"):
+        names = []
+        for key in loading_info.get(f"{problem}_keys", ()):
+            names.append(key if isinstance(key, str) else key[0])  # mismatched: with both shapes
+        if not names:
+            continue
+        examples = ", ".join(sorted(names)[:3])
+        if len(names) > 3:
+            examples += ", ..."
+        sentence = f"{len(names)} weights are {problem} in its files for {shape.name}: {examples}"
+        raise RunError(f"{options.model_id}: {sentence}")
+
+
+def warn_of_offloading(model: nn.Module) -> None:
+    """A warning where some weights are in memory or on disk, and others on an accelerator."""
+    device_map = getattr(model, "hf_device_map", None) or {}
+    devices = {str(device) for device in device_map.values()}
+    is_offloaded = not devices.isdisjoint({"cpu", "disk"})
+    if is_offloaded and devices != {"cpu"}:
+        names = ", ".join(sorted(devices))
+        log.warning(f"some layers are offloaded ({names}): this is exact but slow")
+
+
+def needs_model_logits(model: Any) -> bool:
+    """Whether logits are more than a product with an unembedding matrix that is at hand."""
+    text_config = model.config.get_text_config()
+    for name in SCALED_LOGITS:
+        if getattr(text_config, name, None) not in (None, 1):
+            return True
+    unembedding = model.get_output_embeddings()
+    if not isinstance(unembedding, nn.Linear) or unembedding.bias is not None:
+        return True
+    return unembedding.weight.device.type == "meta"
+
+
 class TracedModel:
-    """The model under study: its blocks, its unembedding, what it was asked, what fits at once."""
+    """The loaded model: its parts, counts of what it computed, and how much it takes at once.
+
+    `body` is the model without its unembedding, `layers` are its blocks.
+    """
 
     def __init__(self, model: Any, shape: ModelShape, rows: int) -> None:
-        self.model, self.shape = model, shape
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            sentence = "a tensor-parallel plan splits heads; load it without"
+            raise UsageError(f"{shape.name}: {sentence}")
+        self.model = model
+        self.shape = shape
         self.layers = model.get_submodule(shape.layers_path)
         self.body = model.get_submodule(shape.layers_path.rpartition(".")[0])
-        self.head = model.get_output_embeddings()
-        self.rows_per_forward = rows  # these two are halved for good when memory runs out
+        self.unembedding = model.get_output_embeddings()
+        self.uses_model_logits = needs_model_logits(model)
+        self.rows_per_forward = rows  # halved for good when memory runs out, as is the next
         self.samples_per_backward = 2**31
-        self.n_forwards = self.n_tokens = 0  # tokens: through a block
-        text = model.config.get_text_config()
-        scaled = any(getattr(text, name, None) not in (None, 1) for name in SCALED_LOGITS)
-        plain_head = isinstance(self.head, nn.Linear) and self.head.bias is None
-        # whether the logits are more than a product with weights that are at hand
-        self.own_logits = scaled or not plain_head or self.head.weight.device.type == "meta"
-        if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise UsageError(f"{shape.name}: a tensor-parallel plan splits heads; load it without")
+        self.n_forwards = 0
+        self.n_tokens = 0  # that passed through a block, counted block by block
 
     @property
     def device(self) -> torch.device:
+        """Where the input of the model goes."""
         weight: Tensor = self.model.get_input_embeddings().weight
         return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
     def module(self, site: Site) -> nn.Module:
-        """The module whose input or output a site is: in a block, or after the last in the body."""
+        """The module whose input or output the site is; behind the last block one of the body."""
         is_block = site.layer < self.shape.n_layers
         owner: nn.Module = self.layers[site.layer] if is_block else self.body
         return owner.get_submodule(PLACES[site.place].module)
@@ -2585,72 +2767,111 @@ class TracedModel:
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """x' = x + m * P(v - x): what becomes of the activation x [tok, width] at one site.
-    P takes some `columns`, one component's slice or the columns of many, and there only what lies
-    `along` a direction; m is `where`, the tokens [tok] (None: all); v = factor * x + source, each a
-    number, [columns] or [tok, columns]."""
+    """What becomes of the activation x [tok, width] at one site: x' = x + m * P(v - x).
+
+    v = factor * x + source is the new value. P keeps the edited `columns` and, where `along` is
+    given, no more of them than what lies along a direction. m is 1 at the edited tokens, else 0.
+    """
 
     site: Site
-    columns: slice | Tensor
-    factor: float | Tensor = 0.0
-    source: float | Tensor = 0.0
-    where: Tensor | None = None
-    along: Tensor | None = None  # [2, columns]: unit vectors, read by and written to; None: all
+    columns: slice | Tensor  # of the last axis: a slice, or indices [column]
+    factor: float | Tensor = 0.0  # a number, [column] or [tok, column]
+    source: float | Tensor = 0.0  # a number, [column] or [tok, column]
+    where: Tensor | None = None  # [tok] bool, the edited tokens; None: all
+    along: Tensor | None = None  # [2, column]: the unit vectors that are read and written
 
 
-Edits = tuple[Edit, ...]  # what is edited in one row of a batch
-unit = functools.partial(nn.functional.normalize, dim=0, eps=1e-300)  # of a direction; 0 stays 0
+Edits = tuple[Edit, ...]  # of one row of a batch
+
+
+def unit_vector(direction: Tensor) -> Tensor:
+    """A direction at length 1; zeros stay zeros."""
+    return nn.functional.normalize(direction, dim=0, eps=1e-300)
 
 
 def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Site, slice | Tensor]:
-    """Per site the columns of its components: a slice of one, the indices of several."""
-    found: dict[Site, Any] = defaultdict(list)
+    """By site the columns of its components: the slice of one, or the indices of several."""
+    slices: dict[Site, list[slice]] = defaultdict(list)
     for component in components:
-        found[component.site].append(shape.columns(component))
-    for site, (first, *more) in found.items():
-        found[site] = first
-        if more:
-            every = torch.arange(shape.width(site.place))
-            found[site] = torch.cat([every[of] for of in (first, *more)]).unique()
-    return found
+        slices[component.site].append(shape.columns(component))
+    columns: dict[Site, slice | Tensor] = {}
+    for site, site_slices in slices.items():
+        if len(site_slices) == 1:
+            columns[site] = site_slices[0]
+        else:
+            every_index = torch.arange(shape.width(site.place))
+            indices = [every_index[one_slice] for one_slice in site_slices]
+            columns[site] = torch.cat(indices).unique()
+    return columns
 
 
 def other_columns(
     components: Iterable[Component], kinds: Iterable[str], shape: ModelShape
 ) -> dict[Site, Tensor]:
-    """Per site of some kinds, in every layer, which columns [width] are of no component."""
-    taken, found = join_columns(components, shape), {}
-    places = sorted({KINDS[kind].place for kind in kinds})
-    for site in itertools.starmap(Site, itertools.product(range(shape.n_layers), places)):
-        found[site] = torch.ones(shape.width(site.place), dtype=torch.bool)
-        found[site][taken.get(site, slice(0))] = False
-    return found
+    """By site of some kinds, in every layer, which columns [width] belong to no component."""
+    taken = join_columns(components, shape)
+    free: dict[Site, Tensor] = {}
+    for layer in range(shape.n_layers):
+        for place in sorted({KINDS[kind].place for kind in kinds}):
+            site = Site(layer, place)
+            free[site] = torch.ones(shape.width(place), dtype=torch.bool)
+            if site in taken:
+                free[site][taken[site]] = False
+    return free
 
 
 def scaled_edits(components: Iterable[Component], shape: ModelShape, factor: float = 0.0) -> Edits:
-    """Some components zeroed at every token, or times a factor."""
-    return tuple(Edit(site, of, factor) for site, of in join_columns(components, shape).items())
+    """Some components zeroed at every token, or multiplied by a factor."""
+    columns = join_columns(components, shape)
+    return tuple(Edit(site, columns[site], factor) for site in columns)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in the dtype that edits are computed in: float64, but float32 on an accelerator."""
+    return x.to(torch.float64 if x.device.type == "cpu" else torch.float32)
+
+
+def new_value(edit: Edit, x: Tensor) -> Tensor:
+    """v = factor * x + source of an edit, from the edited columns x [row, tok, column]."""
+    x = widen(x)
+    factor = edit.factor.to(x) if isinstance(edit.factor, Tensor) else edit.factor
+    source = edit.source.to(x) if isinstance(edit.source, Tensor) else edit.source
+    return factor * x + source
 
 
 def displacement(edit: Edit, x: Tensor) -> Tensor:
-    """D = m * P(v - x) [row, tok, column] of an activation x [row, tok, width],
-    in float64, so that x + D is v to the last bit of a narrower x."""
-    own = x[..., edit.columns].double()
-    factor, source = (
-        of if isinstance(of, float) else of.to(x.device) for of in (edit.factor, edit.source)
-    )
-    moved = factor * own + source - own
+    """m * P(v - x) [row, tok, column] of an edit, from the activation x [row, tok, width]."""
+    x = x[..., edit.columns]
+    moved = new_value(edit, x) - widen(x)
     if edit.along is not None:
-        reads, writes = edit.along.to(x.device)
+        reads, writes = edit.along.to(moved)
         moved = (moved @ reads)[..., None] * writes
-    return moved if edit.where is None else moved * edit.where.to(x.device)[:, None]
+    if edit.where is not None:
+        moved = moved * edit.where.to(x.device)[:, None]
+    return moved
+
+
+def edited_columns(edit: Edit, x: Tensor) -> Tensor:
+    """The edited columns [row, tok, column] of x + m * P(v - x), in the dtype of x.
+
+    Where P keeps whole columns they are v itself.
+    """
+    columns = x[..., edit.columns]
+    if edit.along is not None:
+        return (columns + displacement(edit, x)).to(x.dtype)
+    value = new_value(edit, columns).to(x.dtype)
+    if edit.where is None:
+        return value
+    return torch.where(edit.where.to(x.device)[:, None], value, columns)
 
 
 def hook_activation(
     module: nn.Module, side: str, change: Callable[[Tensor], Tensor]
 ) -> RemovableHandle:
-    """Replace the first input, or the output, of each of a module's calls by what `change` makes of
-    it. The handle is a context manager that takes the hook away."""
+    """Put `change` of a module's first input, or of its output, in its place at each call.
+
+    The handle is a context manager that removes the hook.
+    """
 
     def change_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (change(args[0]), *args[1:])
@@ -2665,95 +2886,139 @@ def hook_activation(
     return module.register_forward_pre_hook(change_input)
 
 
+class BatchEdit(NamedTuple):
+    """One edit and the rows of the batch that it belongs to."""
+
+    rows: slice
+    edit: Edit
+
+
+def edits_by_site(rows: Sequence[Edits]) -> dict[Site, list[BatchEdit]]:
+    """The edits of a batch by site. Neighbouring rows that are one object are edited at once."""
+    by_site: dict[Site, list[BatchEdit]] = defaultdict(list)
+    start = 0
+    while start < len(rows):
+        edits = rows[start]
+        stop = start + 1
+        while stop < len(rows) and rows[stop] is edits:
+            stop += 1
+        for edit in edits:
+            by_site[edit.site].append(BatchEdit(slice(start, stop), edit))
+        start = stop
+    return by_site
+
+
+def check_width(site: Site, x: Tensor, shape: ModelShape) -> None:
+    """`RunError` where an activation is not as wide as the model's shape says."""
+    place = PLACES[site.place]
+    width = shape.width(site.place)
+    if x.shape[-1] != width:
+        name = f"the {place.side} of {place.module or 'the block'} in layer {site.layer}"
+        raise RunError(f"{name} is {x.shape[-1]} wide, not {width}: the module is sharded")
+
+
 @contextlib.contextmanager
 def editing(traced: TracedModel, rows: Sequence[Edits]) -> Iterator[None]:
-    """Run row r of the batch with the edits of rows[r]. The input is a batch of one: it grows to
-    len(rows) at the first edited site, so that what comes before, the edited block's own attention
-    included, is computed once for all rows; at the input of the block where it may not grow at the
-    site. Rows that follow each other and are one object are edited at once."""
-    by_site: dict[Site, list[tuple[slice, Edit]]] = defaultdict(list)
-    for _, group in itertools.groupby(enumerate(rows), key=lambda numbered: id(numbered[1])):
-        (first, row), *others = group
-        for edit in row:
-            by_site[edit.site].append((slice(first, first + 1 + len(others)), edit))
+    """Run row r of the batch with the edits of rows[r].
+
+    The input is a batch of one, which grows to len(rows) at the first edited site. What comes
+    before, the edited block's own attention included, is computed once for all rows. Where the
+    batch may not grow at the site it grows at the input of the block.
+    """
+    by_site = edits_by_site(rows)
 
     def grow_batch(x: Tensor) -> Tensor:
         return x.expand(len(rows), -1, -1)
 
-    def edit_site(site: Site, x: Tensor) -> Tensor:
-        place, width = PLACES[site.place], traced.shape.width(site.place)
-        if x.shape[-1] != width:
-            where = f"the {place.side} of {place.module or 'the block'} in layer {site.layer}"
-            raise RunError(f"{where} is {x.shape[-1]} wide, not {width}: the module is sharded")
-        x = grow_batch(x).clone()  # [row, tok, width]
-        for some, edit in by_site[site]:
-            x[some, :, edit.columns] += displacement(edit, x[some])
-        return x
+    def edit_activation(site: Site, x: Tensor) -> Tensor:
+        check_width(site, x, traced.shape)
+        edited = grow_batch(x).clone()  # [row, tok, width]
+        for batch_rows, edit in by_site[site]:
+            edited[batch_rows, :, edit.columns] = edited_columns(edit, edited[batch_rows])
+        return edited
 
     with contextlib.ExitStack() as stack:
         for site in by_site:
             place = PLACES[site.place]
-            if False:
+            if not place.batch_may_grow:
                 block = traced.layers[site.layer]
                 stack.enter_context(hook_activation(block, "input", grow_batch))
-            change = functools.partial(edit_site, site)
+            change = functools.partial(edit_activation, site)
             stack.enter_context(hook_activation(traced.module(site), place.side, change))
         yield
 
 
+def with_secant_slope(
+    slope_at_zero: float, module: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    """A forward hook: the output f(x) stays, its derivative becomes the constant f(x) / x."""
+    x = args[0]
+    slope = torch.where(x == 0, slope_at_zero, output / x).detach()
+    return output.detach() + (x - x.detach()) * slope
+
+
+def halve_gradient(x: Tensor) -> Tensor:
+    return (x + x.detach()) / 2
+
+
 @contextlib.contextmanager
 def linearised(traced: TracedModel, frozen_attention: bool = False) -> Iterator[None]:
-    """Take gradients by the rules of RelP (arXiv:2508.21258); the forward stays what it is. A norm
-    multiplies by constants, an activation has the slope act(z) / z, and of the gradient of
-    act(gate) * up either factor gets half. With `frozen_attention` patterns are constants too.
-    Whatever takes gradients at the input of down_proj, which are not halved, is entered later."""
+    """Take gradients by the rules of RelP (arXiv:2508.21258); the forward stays what it is.
 
-    def secant(at_zero: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        x = args[0]
-        slope = torch.where(x == 0, at_zero, output / x).detach()
-        return output.detach() + (x - x.detach()) * slope  # the output, of another derivative
-
-    def halve(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return ((args[0] + args[0].detach()) / 2, *args[1:])
-
-    def cut(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.detach()
-
+    A norm multiplies by constants, an activation function has the slope act(z) / z, and either
+    factor of act(gate) * up gets half of the gradient. With `frozen_attention` the attention
+    patterns are constants too. Enter what takes gradients at the input of the down projection
+    after this: those are not halved.
+    """
+    norm_hook = functools.partial(with_secant_slope, 0.0)
+    activation_hook = functools.partial(with_secant_slope, 0.5)
     with contextlib.ExitStack() as stack:
         for module in traced.body.modules():
             if type(module).__name__.endswith("RMSNorm"):
-                stack.enter_context(module.register_forward_hook(functools.partial(secant, 0.0)))
+                stack.enter_context(module.register_forward_hook(norm_hook))
         for block in traced.layers:
             act_fn = block.get_submodule(ACTIVATION_FUNCTION)
-            down_proj = block.get_submodule(PLACES["mlp"].module)
-            stack.enter_context(act_fn.register_forward_hook(functools.partial(secant, 0.5)))
-            stack.enter_context(down_proj.register_forward_pre_hook(halve))
-            for name in (QUERY_PROJECTION, KEY_PROJECTION) if frozen_attention else ():
-                stack.enter_context(block.get_submodule(name).register_forward_hook(cut))
+            stack.enter_context(act_fn.register_forward_hook(activation_hook))
+            down_proj = block.get_submodule(DOWN_PROJECTION)
+            stack.enter_context(hook_activation(down_proj, "input", halve_gradient))
+            if not frozen_attention:
+                continue
+            for path in (QUERY_PROJECTION, KEY_PROJECTION):
+                projection = block.get_submodule(path)
+                stack.enter_context(hook_activation(projection, "output", torch.Tensor.detach))
         yield
 
 
 @contextlib.contextmanager
 def recording(modules: Mapping[Any, nn.Module], outputs: bool = False) -> Iterator[dict[Any, Any]]:
-    """Collect the first input (or the output) of each module's last call."""
-    seen: dict[Any, Any] = {}
+    """Collect by key the first input of a module's last call, or with `outputs` its output."""
+    recorded: dict[Any, Any] = {}
 
-    def keep(key: Any, module: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
-        seen[key] = (*output, *args)[0]
+    def keep_input(key: Any, module: nn.Module, args: tuple[Any, ...]) -> None:
+        recorded[key] = args[0]
+
+    def keep_output(key: Any, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        recorded[key] = output
 
     with contextlib.ExitStack() as stack:
         for key, module in modules.items():
-            register = module.register_forward_hook if outputs else module.register_forward_pre_hook
-            stack.enter_context(register(functools.partial(keep, key)))
-        yield seen
+            if outputs:
+                hook = functools.partial(keep_output, key)
+                stack.enter_context(module.register_forward_hook(hook))
+            else:
+                pre_hook = functools.partial(keep_input, key)
+                stack.enter_context(module.register_forward_pre_hook(pre_hook))
+        yield recorded
 
 
 @contextlib.contextmanager
 def recording_activations(
     traced: TracedModel, sites: Iterable[Site], cut: bool = False
 ) -> Iterator[dict[Site, Tensor]]:
-    """Collect the activation [row, tok, width] at each site, as of the last call. With `cut` it is
-    cut off from what made it: a leaf, of which gradients are taken."""
+    """Collect by site the activation [row, tok, width] of the last call.
+
+    With `cut` it is cut off from what it was computed from: a leaf, to take gradients of.
+    """
     activations: dict[Site, Tensor] = {}
 
     def keep(site: Site, x: Tensor) -> Tensor:
@@ -2762,24 +3027,32 @@ def recording_activations(
 
     with contextlib.ExitStack() as stack:
         for site in sites:
-            module, side = traced.module(site), PLACES[site.place].side
-            stack.enter_context(hook_activation(module, side, functools.partial(keep, site)))
+            side = PLACES[site.place].side
+            keep_site = functools.partial(keep, site)
+            stack.enter_context(hook_activation(traced.module(site), side, keep_site))
         yield activations
 
 
 @contextlib.contextmanager
 def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[None]:
-    """Skip the blocks below a layer: it receives the residual stream [1, tok, d_model] of the clean
-    run, in the form of a block's output. The library's own forward stays in charge (masks, rotary
-    embeddings, norms); the weights of skipped blocks are not even read where they are offloaded."""
-    below = list(traced.layers)[:layer]
-    saved = [block.__dict__.get("forward") for block in below]  # accelerate's, where it offloads
+    """Skip the blocks below a layer, which gets the residual stream [1, tok, d_model] of the clean
+    run instead, in the form that a block returns.
+
+    The model's own forward stays in charge of masks, rotary embeddings and norms. The weights of
+    skipped blocks are not even read where they are offloaded.
+    """
+
+    def skip(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return residual
+
+    skipped = list(traced.layers)[:layer]
+    replaced = [block.__dict__.get("forward") for block in skipped]  # by accelerate, to offload
     try:
-        for block in below:
-            block.forward = lambda hidden_states, *args, **kwargs: residual
+        for block in skipped:
+            block.forward = skip
         yield
     finally:
-        for block, forward in zip(below, saved, strict=True):
+        for block, forward in zip(skipped, replaced, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not None:
                 block.forward = forward
@@ -2787,47 +3060,58 @@ def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[No
 
 def gathering(module: nn.Module, nodes: Tensor) -> RemovableHandle:
     """Give a module that works token by token the states of some nodes only; a context manager."""
-    return module.register_forward_pre_hook(lambda _, args: (args[0][:, nodes], *args[1:]))
+    return hook_activation(module, "input", lambda states: states[:, nodes])
 
 
-def sees_gathered(site: Site, path: str) -> bool:
-    """Whether an edit at a site would see the `gathering` of a module with this path."""
-    place = PLACES[site.place]
-    return place.module.startswith(f"{path}.") or (place.module, place.side) == (path, "output")
+def needs_all_nodes(path: str, sites: Iterable[Site]) -> bool:
+    """Whether some edited sites are within a module of a block, or at its output."""
+    for site in sites:
+        place = PLACES[site.place]
+        is_output = place.module == path and place.side == "output"
+        if is_output or place.module.startswith(f"{path}."):
+            return True
+    return False
 
 
 @contextlib.contextmanager
-def last_block_at(traced: TracedModel, tree: Tree, rows: Sequence[Edits]) -> Iterator[None]:
-    """In the last block, compute what works token by token at the scoring nodes only: after its
-    attention a token feeds its own logits and nothing else. So o_proj and the MLP get these nodes'
-    states (`gathering`), and their outputs are put back in their places, zero at all others. A
-    module that is edited within or at its output runs whole, since an edit speaks of all nodes; an
-    edit of its input came before this."""
-    last = traced.shape.n_layers - 1
-    edited = {edit.site for row in rows for edit in row if edit.site.layer == last}
-    paths = [PLACES["attn"].module, *([MLP] if traced.shape.d_mlp else [])]
-    paths = [path for path in paths if not any(sees_gathered(site, path) for site in edited)]
+def last_block_at_scored(traced: TracedModel, tree: Tree, rows: Sequence[Edits]) -> Iterator[None]:
+    """In the last block, compute what works token by token at the scoring nodes only.
 
-    def scatter(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    After its attention a token feeds its own logits and nothing else. So the output projection
+    and the MLP get the states of these nodes, and their outputs are put back in their places,
+    with zeros at all others. A module that is edited within or at its output gets all nodes,
+    since an edit speaks of all; an edit of its input (see `editing`) comes before this.
+    """
+    last_layer = traced.shape.n_layers - 1
+    edited = {edit.site for edits in rows for edit in edits}
+    edited_here = [site for site in edited if site.layer == last_layer]
+    paths = [OUTPUT_PROJECTION]
+    if traced.shape.d_mlp:
+        paths.append(MLP)
+
+    def scatter(output: Tensor) -> Tensor:
         spread = output.new_zeros(output.shape[0], tree.n_tokens, output.shape[2])
         return spread.index_copy(1, tree.scored.to(output.device), output)
 
     with contextlib.ExitStack() as stack:
-        for module in [traced.layers[last].get_submodule(path) for path in paths]:
-            stack.enter_context(gathering(module, tree.scored))
-            stack.enter_context(module.register_forward_hook(scatter))
+        for path in paths:
+            if not needs_all_nodes(path, edited_here):
+                module = traced.layers[last_layer].get_submodule(path)
+                stack.enter_context(gathering(module, tree.scored))
+                stack.enter_context(hook_activation(module, "output", scatter))
         yield
 
 
 # ----- Runs ---------------------------------------------------------------------------------------
 
-VOCAB_BLOCK = 16384
-Read = Callable[[TracedModel, "CleanRun", Tensor], Tensor]
+VOCAB_BLOCK = 16384  # rows of the unembedding matrix that are multiplied at once
 
 
 def unembed(states: Tensor, weight: Tensor) -> Iterator[Tensor]:
-    """Logits [state, token] of states [state, d_model], by blocks of the vocabulary, so that no
-    float32 copy of the matrix exists; products are accumulated and kept in float32."""
+    """Logits [state, token] in float32 of states [state, d_model], by blocks of the vocabulary.
+
+    No float32 copy of the whole matrix is made; products are added up in float32.
+    """
     for block in weight.split(VOCAB_BLOCK):
         if weight.is_cuda and weight.dtype != torch.float32:
             yield torch.mm(states, block.t(), out_dtype=torch.float32)
@@ -2836,21 +3120,24 @@ def unembed(states: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 
 def entry_log_probs(hidden: Tensor, weight: Tensor, tree: Tree) -> Tensor:
-    """Log-probabilities [row, entry] from final states [row, node, d_model] at the scoring nodes,
-    with a running log-sum-experiment, so that not all logits exist at once."""
+    """Log-probabilities [row, entry] from the final states [row, node, d_model] at the scoring
+    nodes, by a running log-sum-exp: the logits of the whole vocabulary never exist at once."""
     hidden = hidden.to(weight.device)
-    flat = hidden.flatten(0, 1)
-    total = flat.new_full((len(flat),), -math.inf, dtype=torch.float32)
-    for logits in unembed(flat, weight):
-        total = torch.logaddexp(total, logits.logsumexp(-1))
-    node, token = tree.entry_node.to(weight.device), tree.entry_token.to(weight.device)
+    states = hidden.flatten(0, 1)
+    log_sum = states.new_full((len(states),), -math.inf, dtype=torch.float32)
+    for block_logits in unembed(states, weight):
+        log_sum = torch.logaddexp(log_sum, block_logits.logsumexp(-1))
+    node = tree.entry_node.to(weight.device)
+    token = tree.entry_token.to(weight.device)
     logits = (hidden[:, node].float() * weight[token].float()).sum(-1)  # [row, entry]
-    return (logits - total.view(hidden.shape[:2])[:, node]).cpu().double()
+    log_probs = logits - log_sum.view(hidden.shape[:2])[:, node]
+    return log_probs.cpu().double()
 
 
 def entry_log_probs_of_logits(logits: Tensor, tree: Tree) -> Tensor:
-    """The same from the model's own logits [row, node, vocab]."""
-    return logits.float().log_softmax(-1)[:, tree.entry_node, tree.entry_token].cpu().double()
+    """Log-probabilities [row, entry] from the model's own logits [row, node, vocab]."""
+    log_probs = logits.float().log_softmax(-1)
+    return log_probs[:, tree.entry_node, tree.entry_token].cpu().double()
 
 
 @dataclass
@@ -2859,22 +3146,28 @@ class CleanRun:
 
     tree: Tree
     model_inputs: dict[str, Any]
-    background: Edits  # zeroed here and in every edited run
+    background: Edits  # made in this run and in every edited run
     log_probs: Tensor  # [1, entry]
     logits: Tensor  # [node, vocab], the model's own
     states: Tensor  # [1, node, ...], see `final_states`
-    residuals: dict[int, Any]  # [1, tok, d_model] entering each block, as a block returns it
+    residuals: dict[int, Any]  # by layer [1, tok, d_model] entering it, as a block returns it
     activations: dict[Site, Tensor]  # [tok, width]
 
 
-@torch.no_grad()  # gradients may start from what it keeps
+@torch.no_grad()  # not inference mode: gradients may start from what it keeps
 def run_clean(
-    traced: TracedModel, tree: Tree, background: Edits, layers: Iterable[int], sites: Iterable[Site]
+    traced: TracedModel,
+    tree: Tree,
+    background: Edits,
+    layers: Iterable[int],
+    sites: Iterable[Site],
 ) -> CleanRun:
-    """One forward of a tree that keeps the residual stream entering `layers` and the inputs of
-    `sites`; nothing is edited but the background. `RunError` where the float32 unembedding differs
-    from the model's own logits by more than the rounding of their dtype."""
-    inputs = {
+    """One forward of a tree, unedited but for the background.
+
+    Keeps the residual stream entering some layers and the activations at some sites.
+    `RunError` where the unembedding in float32 does not give the model's own logits.
+    """
+    model_inputs = {
         "input_ids": tree.ids.to(traced.device),
         "position_ids": tree.depth.to(traced.device),
         "attention_mask": tree.mask(traced.shape.dtype, traced.device),
@@ -2883,110 +3176,184 @@ def run_clean(
     with (
         editing(traced, [background]),
         recording({layer: traced.layers[layer] for layer in layers}) as residuals,
-        recording_activations(traced, sites) as seen,
-        gathering(traced.head, tree.scored),
-        recording({"hidden": traced.head}) as final,
-        recording({"out": traced.layers[0]}, outputs=True) as block,
+        recording_activations(traced, sites) as activations,
+        gathering(traced.unembedding, tree.scored),
+        recording({"states": traced.unembedding}) as final,
+        recording({"output": traced.layers[0]}, outputs=True) as first_block,
     ):
-        logits = traced.model(**inputs).logits  # [1, node, vocab]
+        logits = traced.model(**model_inputs).logits  # [1, node, vocab]
     traced.n_forwards += 1
     traced.n_tokens += tree.n_tokens * traced.shape.n_layers
-    log_probs = own = entry_log_probs_of_logits(logits, tree)
-    states = logits if traced.own_logits else final["hidden"]
-    if not traced.own_logits:
-        log_probs = entry_log_probs(final["hidden"], traced.head.weight, tree)
-        largest = float((log_probs - own).abs().max())
-        bound = 1e-4 + 4 * torch.finfo(traced.shape.dtype).eps * float(logits.abs().max())
-        if not largest <= bound:
-            what = "log-probabilities from the unembedding differ from the model's own by"
-            how = f"{traced.shape.name} computes its logits in some other way"
-            raise RunError(f"{what} {largest:.3g} (bound {bound:.3g}): {how}")
-    activations = {site: x[0] for site, x in seen.items()}
-    if isinstance(block["out"], tuple):
-        residuals = {layer: (x,) for layer, x in residuals.items()}
-    return CleanRun(tree, inputs, background, log_probs, logits[0], states, residuals, activations)
+    states, log_probs = logits, entry_log_probs_of_logits(logits, tree)
+    if not traced.uses_model_logits:
+        states = final["states"]
+        model_log_probs = log_probs
+        log_probs = entry_log_probs(states, traced.unembedding.weight, tree)
+        check_unembedding(traced.shape, log_probs, model_log_probs, logits)
+    if isinstance(first_block["output"], tuple):
+        residuals = {layer: (residual,) for layer, residual in residuals.items()}
+    return CleanRun(
+        tree=tree,
+        model_inputs=model_inputs,
+        background=background,
+        log_probs=log_probs,
+        logits=logits[0],
+        states=states,
+        residuals=residuals,
+        activations={site: x[0] for site, x in activations.items()},
+    )
 
 
-def final_states(traced: TracedModel, clean: CleanRun, rows: Sequence[Edits]) -> Tensor:
-    """What a tree ends in with the edits of rows[r] in row r of one batch: the states that are
-    unembedded [row, node, d_model], or the model's own logits [row, node, vocab] where those are
-    used. Starts at the lowest edited layer; the background is edited in every row too."""
-    tree, n_layers = clean.tree, traced.shape.n_layers
-    start = min((edit.site.layer for row in rows for edit in row), default=n_layers - 1)
-    rows = [
-        (*row, *(edit for edit in clean.background if edit.site.layer >= start)) for row in rows
-    ]
+def check_unembedding(
+    shape: ModelShape, log_probs: Tensor, model_log_probs: Tensor, logits: Tensor
+) -> None:
+    """`RunError` where log-probabilities from the final states and from the model's own logits
+    differ by more than rounding of the logits."""
+    error = float((log_probs - model_log_probs).abs().max())
+    bound = 1e-4 + 4 * torch.finfo(shape.dtype).eps * float(logits.abs().max())
+    if not error <= bound:  # a NaN fails
+        raise RunError(
+            "log-probabilities from the unembedding differ from the model's own by "
+            f"{error:.3g} (bound {bound:.3g}): {shape.name} computes its logits in some other way"
+        )
+
+
+def with_background(edits: Edits, background: Edits, first_layer: int) -> Edits:
+    """The edits of a row, and those of the background in the layers that are run."""
+    return (*edits, *(edit for edit in background if edit.site.layer >= first_layer))
+
+
+def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) -> Tensor:
+    """The final states at the scoring nodes with the edits of rows[r] in row r of one batch.
+
+    States [row, node, d_model] that are unembedded, or the model's own logits [row, node, vocab]
+    where those are used. The run starts at the lowest edited layer.
+    """
+    tree = clean_run.tree
+    n_layers = traced.shape.n_layers
+    first_layer = n_layers - 1
+    for edits in rows:
+        for edit in edits:
+            first_layer = min(first_layer, edit.site.layer)
+    rows = [with_background(edits, clean_run.background, first_layer) for edits in rows]
     traced.n_forwards += 1
-    traced.n_tokens += len(rows) * tree.n_tokens * (n_layers - start)
-    skipping = resuming_from(traced, start, clean.residuals.get(start))
-    with skipping, editing(traced, rows), last_block_at(traced, tree, rows):
-        if traced.own_logits:
-            with gathering(traced.head, tree.scored):
-                states = traced.model(**clean.model_inputs).logits
+    traced.n_tokens += len(rows) * tree.n_tokens * (n_layers - first_layer)
+    with (
+        resuming_from(traced, first_layer, clean_run.residuals.get(first_layer)),
+        editing(traced, rows),
+        last_block_at_scored(traced, tree, rows),
+    ):
+        if traced.uses_model_logits:
+            with gathering(traced.unembedding, tree.scored):
+                states = traced.model(**clean_run.model_inputs).logits
         else:
-            states = traced.body(**clean.model_inputs).last_hidden_state[:, tree.scored]
+            states = traced.body(**clean_run.model_inputs).last_hidden_state[:, tree.scored]
     return states.expand(len(rows), -1, -1)
 
 
-def read_log_probs(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
+# reads numbers [row, ...] off final states of edited runs
+StateReader = Callable[[TracedModel, CleanRun, Tensor], Tensor]
+
+
+def read_log_probs(traced: TracedModel, clean_run: CleanRun, states: Tensor) -> Tensor:
     """Log-probabilities [row, entry] of `final_states`."""
-    if traced.own_logits:
-        return entry_log_probs_of_logits(states, clean.tree)
-    return entry_log_probs(states, traced.head.weight, clean.tree)
+    if traced.uses_model_logits:
+        return entry_log_probs_of_logits(states, clean_run.tree)
+    return entry_log_probs(states, traced.unembedding.weight, clean_run.tree)
 
 
-def read_divergence(traced: TracedModel, clean: CleanRun, states: Tensor) -> Tensor:
+def first_token_log_probs(traced: TracedModel, tree: Tree, states: Tensor) -> Tensor:
+    """Log-probabilities [prompt, vocab] of the first reply token, from states [node, ...]."""
+    logits = states[tree.ends]
+    if not traced.uses_model_logits:
+        weight = traced.unembedding.weight
+        logits = torch.cat(list(unembed(logits.to(weight.device), weight)), -1)
+    return logits.float().log_softmax(-1)
+
+
+def read_divergence(traced: TracedModel, clean_run: CleanRun, states: Tensor) -> Tensor:
     """KL(unedited || edited) [row, prompt] of the first reply token, in nats."""
-
-    def log_p(states: Tensor) -> Tensor:  # [node, ...] -> [prompt, vocab]
-        logits = states[clean.tree.ends]
-        if not traced.own_logits:
-            weight = traced.head.weight
-            logits = torch.cat([*unembed(logits.to(weight.device), weight)], -1)
-        return logits.float().log_softmax(-1)
-
-    unedited = log_p(clean.states[0])
-    kl = functools.partial(nn.functional.kl_div, target=unedited, reduction="none", log_target=True)
-    return torch.stack([kl(log_p(row)).sum(-1) for row in states]).clamp_min(0).cpu().double()
+    unedited = first_token_log_probs(traced, clean_run.tree, clean_run.states[0])
+    divergences = []
+    for row_states in states:
+        edited = first_token_log_probs(traced, clean_run.tree, row_states)
+        terms = nn.functional.kl_div(edited, unedited, reduction="none", log_target=True)
+        divergences.append(terms.sum(-1))
+    return torch.stack(divergences).clamp_min(0).cpu().double()
 
 
 @torch.inference_mode()
 def run_rows(
-    traced: TracedModel, clean: CleanRun, rows: Sequence[Edits], reads: Sequence[Read] = ()
+    traced: TracedModel,
+    clean_run: CleanRun,
+    rows: Sequence[Edits],
+    reads: Sequence[StateReader] = (),
 ) -> Tensor:
-    """What is read of `final_states` [row, ...], side by side: by default log P [row, entry]."""
-    states = final_states(traced, clean, rows)
-    return torch.cat([read(traced, clean, states) for read in reads or (read_log_probs,)], -1)
+    """The numbers [row, ...] of all readers of one edited batch, side by side.
+
+    Without readers: log-probabilities [row, entry].
+    """
+    states = final_states(traced, clean_run, rows)
+    numbers = [read(traced, clean_run, states) for read in reads or [read_log_probs]]
+    return torch.cat(numbers, -1)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """CUDA, the CPU allocator, cuBLAS and Python itself."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    """Whether memory ran out: of CUDA, of the CPU's allocator, of cuBLAS or of Python."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return should_reduce_batch_size(error) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+
+
+def run_batch(run: Callable[..., Any], batch: Sequence[Any], item: str) -> list[Any] | None:
+    """The results of one batch; None where memory ran out, `RunError` where it did for one item.
+
+    Returning from the handler frees the traceback, and with it the tensors that it holds.
+    """
+    try:
+        return list(run(batch))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            remedy = "lower --tree_tokens, or use shorter prompts"
+            raise RunError(f"out of memory with one {item} alone: {remedy}") from error
+        return None
+
+
+# the attributes of a traced model that say how much it takes at once, and of what
+BATCH_ITEMS = {"rows_per_forward": "row", "samples_per_backward": "sample"}
 
 
 def run_batches(
-    traced: TracedModel, items: Sequence[Any], run: Callable[..., Any], bar: tqdm[Any], at_once: str
+    traced: TracedModel,
+    items: Sequence[Any],
+    run: Callable[..., Any],
+    bar: tqdm[Any],
+    limit_name: str,
 ) -> list[Any]:
-    """What `run` gives for each of some items, rows of a batch, as many at a time as the model's
-    attribute `at_once` says; `RunError` where one does not fit alone."""
-    found: list[Any] = []
-    while left := len(items) - len(found):
-        size = -(-left // -(-left // getattr(traced, at_once)))  # even batches
-        try:
-            found += run(items[len(found) : len(found) + size])
+    """The result of `run` for each item, which takes a batch of them and returns as many.
+
+    `limit_name` is a key of `BATCH_ITEMS`. Batches are as even as the limit allows. When memory
+    runs out the limit is lowered for good to half of the batch. `RunError` where one item does not
+    fit alone.
+    """
+    results: list[Any] = []
+    while len(results) < len(items):
+        n_remaining = len(items) - len(results)
+        n_batches = math.ceil(n_remaining / getattr(traced, limit_name))
+        size = math.ceil(n_remaining / n_batches)
+        batch = items[len(results) : len(results) + size]
+        batch_results = run_batch(run, batch, BATCH_ITEMS[limit_name])
+        if batch_results is not None:
+            results += batch_results
             bar.update(size)
             continue
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if size == 1:
-                one, way_out = at_once.split("s_")[0], "lower --tree_tokens, or use shorter prompts"
-                raise RunError(f"out of memory with one {one} alone: {way_out}") from error
-        setattr(traced, at_once, size // 2)  # outside except: the traceback is freed
+        setattr(traced, limit_name, size // 2)
         clear_device_cache(garbage_collection=True)
-        log.warning("out of memory: continuing with %d %s", size // 2, at_once.replace("_", " "))
-    return found
+        limit_text = limit_name.replace("_", " ")
+        log.warning("out of memory: continuing with %d %s", size // 2, limit_text)
+    return results
 
 
 # ----- Run folder ---------------------------------------------------------------------------------
@@ -3493,7 +3860,7 @@ class Experiment(Generic[OptionsT]):
         model = load_model(self.options, self.shape, self.processes.device, offload_folder)
         recorded = self.folder.record.get("rows_after_halving")
         traced = TracedModel(model, self.shape, recorded or self.rows_per_forward)
-        if traced.own_logits:
+        if traced.uses_model_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
         self.seconds["loading"] = round(time.perf_counter() - started, 3)
         return traced
@@ -3536,7 +3903,11 @@ class Experiment(Generic[OptionsT]):
         return self.recent_clean_run[1]
 
     def run_rows(
-        self, clean_run: CleanRun, rows: Sequence[Edits], bar: tqdm[Any], readers: Sequence[Read]
+        self,
+        clean_run: CleanRun,
+        rows: Sequence[Edits],
+        bar: tqdm[Any],
+        readers: Sequence[StateReader],
     ) -> Tensor:
         """What the readers make of each edited run [row, ...], side by side, in batches that fit."""
         run = functools.partial(run_rows, self.traced, clean_run, reads=readers)
@@ -3612,161 +3983,287 @@ class Experiment(Generic[OptionsT]):
 
 # ----- Self-test ----------------------------------------------------------------------------------
 
-Check = tuple[str, float, float]  # what, its error, the bound
-NATS = {torch.float32: 1e-4, torch.bfloat16: 0.5}  # by which rounding may move log-probabilities
+# by how many nats rounding may move a log-probability
+LOG_PROB_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+
+
+class Check(NamedTuple):
+    """One result of the self-test, as run.json keeps it."""
+
+    name: str
+    error: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.bound  # a NaN does not pass
 
 
 @torch.inference_mode()
 def self_test(experiment: Experiment) -> list[Check]:
     """Check the loaded model through the context managers of the sweep, on a tree of the two
-    shortest samples; `RunError` if one fails."""
-    # the library leaves hooks of its own behind when it returns attentions, hence first
-    checks = [*check_attentions(experiment)] if getattr(experiment.options, "attentions", False) else []
-    before, site = count_hooks(experiment.traced), Site(0, "attn")
-    shortest = sorted(experiment.prompts, key=lambda prompts: len(prompts[0].ids))[:2]
-    (tree,) = plant_trees(
-        shortest, experiment.encoder.bos, replace(experiment.options, tree_tokens=2**31)
-    )
-    clean = run_clean(experiment.traced, tree, (), range(experiment.shape.n_layers), [site])
-    n_layers, n_heads = experiment.shape.n_layers, experiment.shape.n_heads
-    heads = [Component(i, "head", (7 * i + 1) % n_heads) for i in range(n_layers)]  # one per block
-    checks += [
-        check_ablation(experiment.traced, clean, heads),
-        *check_rows(experiment.traced, clean, heads),
-    ]
-    checks += [check_mask(clean), *check_tree(experiment.traced, clean)]
+    shortest samples; `RunError` if a check fails."""
+    traced = experiment.traced
+    checks: list[Check] = []
+    if getattr(experiment.options, "attentions", False):
+        # first: the library leaves hooks of its own behind when it returns attentions
+        checks += check_attentions(experiment)
+    n_hooks = count_hooks(traced)
+    clean_run = run_shortest_samples(experiment)
+    n_heads = traced.shape.n_heads
+    heads = []
+    for layer in range(traced.shape.n_layers):
+        heads.append(Component(layer, "head", (7 * layer + 1) % n_heads))
+    checks.append(check_ablation(traced, clean_run, heads))
+    checks += check_empty_edits(traced, clean_run)
+    checks.append(check_rows(traced, clean_run, heads))
+    checks.append(check_mask(clean_run))
+    checks += check_tree(traced, clean_run)
     checks.append(
-        ("hooks and replaced forwards left behind", count_hooks(experiment.traced) - before, 0)
+        Check("hooks and replaced forwards left behind", count_hooks(traced) - n_hooks, 0)
     )
-    for check in checks:
-        log.info("self-test: %-72s %.2e (bound %.0e)", *check)
-    # written so that a NaN fails
-    failed = [f"{name}: {error:.3g}, bound {b:.3g}" for name, error, b in checks if not error <= b]
-    if failed:
-        raise RunError(f"the self-test failed; {'; '.join(failed)}")
+    report_checks(checks)
     return checks
 
 
+def run_shortest_samples(experiment: Experiment) -> CleanRun:
+    """The clean run of one tree of the two samples with the shortest prompts."""
+    by_length = sorted(experiment.prompts, key=lambda prompts: len(prompts[0].ids))
+    options = replace(experiment.options, tree_tokens=2**31)
+    (tree,) = plant_trees(by_length[:2], experiment.encoder.bos, options)
+    layers = range(experiment.shape.n_layers)
+    return run_clean(experiment.traced, tree, (), layers, [Site(0, "attn")])
+
+
+def report_checks(checks: Sequence[Check]) -> None:
+    """Log the checks; `RunError` names those that failed."""
+    for check in checks:
+        log.info("self-test: %-72s %.2e (bound %.0e)", check.name, check.error, check.bound)
+    failures = []
+    for check in checks:
+        if not check.passed:
+            failures.append(f"{check.name}: {check.error:.3g}, bound {check.bound:.3g}")
+    if failures:
+        raise RunError(f"the self-test failed; {'; '.join(failures)}")
+
+
 def count_hooks(traced: TracedModel) -> int:
-    hooks = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in traced.model.modules())
-    return hooks + sum("forward" in block.__dict__ for block in traced.layers)
+    """Forward hooks of all modules, and blocks whose forward is replaced."""
+    count = 0
+    for module in traced.model.modules():
+        count += len(module._forward_pre_hooks) + len(module._forward_hooks)
+    for block in traced.layers:
+        if "forward" in block.__dict__:
+            count += 1
+    return count
 
 
-def worst(found: Iterable[Tensor], expected: Iterable[Tensor], relative: bool = False) -> float:
-    """The largest difference, relative: to the largest expected value; NaN where there is one."""
+def largest_difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest difference of two lists of tensors; NaN where there is one."""
     errors = [torch.zeros((), dtype=torch.float64)]
-    for one, other in zip(found, expected, strict=True):
-        one, other = one.double().cpu(), other.double().cpu()
-        scale = other.abs().max().clamp_min(torch.finfo(torch.float32).tiny) if relative else 1.0
-        errors.append((one - other).abs().max() / scale)
+    for one, other in zip(actual, expected, strict=True):
+        errors.append((one.double().cpu() - other.double().cpu()).abs().max())
     return float(torch.stack(errors).max())
 
 
-def check_ablation(traced: TracedModel, clean: CleanRun, heads: Sequence[Component]) -> Check:
-    """In every block at once: scaled_edits head h leaves o_proj's output without x_h W_h^T."""
-    shape, expected = traced.shape, []
+def largest_relative_difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest difference as a share of the largest value that was expected; NaN likewise."""
+    errors = [torch.zeros((), dtype=torch.float64)]
+    for one, other in zip(actual, expected, strict=True):
+        scale = other.double().cpu().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        errors.append((one.double().cpu() - other.double().cpu()).abs().max() / scale)
+    return float(torch.stack(errors).max())
+
+
+def product_bound(shape: ModelShape) -> float:
+    """The relative error that rounding may give a product of matrices."""
+    return 4 * torch.finfo(shape.dtype).eps + 1e-5
+
+
+def check_ablation(traced: TracedModel, clean_run: CleanRun, heads: Sequence[Component]) -> Check:
+    """Zeroing one head h in every block at once leaves o_proj's output without x_h W_h^T."""
+    shape = traced.shape
     o_projs = {head.layer: traced.module(head.site) for head in heads}
     with (
-        recording(o_projs) as x,  # entered first, so that it sees the input before the edit
-        recording(o_projs, outputs=True) as y,
+        recording(o_projs) as inputs,  # entered first, so that it sees the input before the edit
+        recording(o_projs, outputs=True) as outputs,
         editing(traced, [scaled_edits(heads, shape)]),
     ):
-        traced.body(**clean.model_inputs)
+        traced.body(**clean_run.model_inputs)
+    expected = []
     for head in heads:
-        by_head = x[head.layer].unflatten(-1, (shape.n_heads, shape.d_head)).clone()
+        by_head = inputs[head.layer].unflatten(-1, (shape.n_heads, shape.d_head)).clone()
         by_head[..., head.index, :] = 0  # [1, tok, head, d_head]
         expected.append(o_projs[head.layer](by_head.flatten(-2)))
-    error = worst([y[head.layer] for head in heads], expected, relative=True)
-    bound = 4 * torch.finfo(shape.dtype).eps + 1e-5
-    return "ablating a head takes x_h W_h^T from o_proj's output (relative)", error, bound
+    error = largest_relative_difference([outputs[head.layer] for head in heads], expected)
+    name = "ablating a head takes x_h W_h^T from o_proj's output (relative)"
+    return Check(name, error, product_bound(shape))
 
 
-def check_rows(traced: TracedModel, clean: CleanRun, heads: Sequence[Component]) -> Iterator[Check]:
-    """Empty edits give the clean run, from whichever block; a row is not touched by another's."""
-    n_layers, bound = traced.shape.n_layers, NATS[traced.shape.dtype]
-
-    def unedited_from(layer: int) -> Tensor:
-        sites = [Component(layer, kind).site for kind in ("attn", "resid")]
-        return run_rows(traced, clean, [(Edit(site, slice(None), factor=1.0),) for site in sites])
-
-    later = {min(1, n_layers - 1), n_layers // 2, n_layers - 1}
-    for layer in later:  # a row alone must not edit what the clean run keeps
-        run_rows(traced, clean, [(Edit(Component(layer, "resid").site, slice(None)),)])
-    rows = [scaled_edits(heads, traced.shape, factor) for factor in (0.0, 1.0)]  # ablated, kept
-    beside, alone = (run_rows(traced, clean, [row, ()])[1:] for row in rows)
-    resumed = worst(map(unedited_from, later), itertools.repeat(clean.log_probs, len(later)))
-    first = worst([unedited_from(0)], [clean.log_probs])
-    yield "an empty edit reproduces the log-probabilities (nats)", first, bound
-    yield "starting at a later block reproduces them (nats)", resumed, bound
-    yield "a row is not touched by another's edits (nats)", worst(beside, alone), bound / 10
+def run_unedited_from(traced: TracedModel, clean_run: CleanRun, layer: int) -> Tensor:
+    """Log-probabilities [row, entry] with edits that change nothing in one layer."""
+    rows = []
+    for place in ("attn", "resid"):
+        rows.append((Edit(Site(layer, place), slice(None), factor=1.0),))
+    return run_rows(traced, clean_run, rows)
 
 
-def check_mask(clean: CleanRun) -> Check:
+def check_empty_edits(traced: TracedModel, clean_run: CleanRun) -> list[Check]:
+    """Edits that change nothing give the clean run, from whichever block it starts."""
+    n_layers = traced.shape.n_layers
+    bound = LOG_PROB_BOUND[traced.shape.dtype]
+    layers = {min(1, n_layers - 1), n_layers // 2, n_layers - 1}
+    for layer in layers:  # a row alone must not edit what the clean run keeps
+        run_rows(traced, clean_run, [(Edit(Site(layer, "resid"), slice(None)),)])
+    resumed = [run_unedited_from(traced, clean_run, layer) for layer in layers]
+    resumed_error = largest_difference(resumed, [clean_run.log_probs] * len(resumed))
+    first = run_unedited_from(traced, clean_run, 0)
+    first_error = largest_difference([first], [clean_run.log_probs])
+    return [
+        Check("an empty edit reproduces the log-probabilities (nats)", first_error, bound),
+        Check("starting at a later block reproduces them (nats)", resumed_error, bound),
+    ]
+
+
+def check_rows(traced: TracedModel, clean_run: CleanRun, heads: Sequence[Component]) -> Check:
+    """An unedited row is the same beside a row that is ablated and beside one that is kept."""
+    ablated = scaled_edits(heads, traced.shape)
+    kept = scaled_edits(heads, traced.shape, factor=1.0)
+    beside_ablated = run_rows(traced, clean_run, [ablated, ()])[1:]
+    beside_kept = run_rows(traced, clean_run, [kept, ()])[1:]
+    error = largest_difference(beside_ablated, beside_kept)
+    bound = LOG_PROB_BOUND[traced.shape.dtype] / 10
+    return Check("a row is not touched by another's edits (nats)", error, bound)
+
+
+def check_mask(clean_run: CleanRun) -> Check:
     """In the mask, a token of a prompt or a form sees exactly those before it there, and itself."""
-    tree, wrong = clean.tree, 0
-    seen = clean.model_inputs["attention_mask"][0, 0].cpu() == 0
+    tree = clean_run.tree
+    visible = clean_run.model_inputs["attention_mask"][0, 0].cpu() == 0  # [tok, tok]
+    n_wrong = 0
     for path, words in zip(tree.paths, tree.entries, strict=True):
         for form in itertools.chain(*words):
-            line = [*path, *tree.scored[tree.entry_node[form[1:]]].tolist()]
-            expected = torch.zeros(len(line), len(seen), dtype=torch.bool)
-            expected[:, line] = torch.ones(len(line), len(line), dtype=torch.bool).tril()
-            wrong += int((seen[line] != expected).sum())
-            wrong += int((tree.depth[0, line] != torch.arange(len(line))).sum())
-    return "tokens of the tree that see others than those before them", wrong, 0
+            form_nodes = tree.scored[tree.entry_node[form[1:]]].tolist()
+            n_wrong += count_wrong_nodes(tree, visible, [*path, *form_nodes])
+    return Check("tokens of the tree that see others than those before them", n_wrong, 0)
 
 
-def check_tree(traced: TracedModel, clean: CleanRun) -> Iterator[Check]:
-    """The first and the last sample's prompts score as in plain forwards of their own. In bfloat16
-    only the first block's attention, token by token, is exact enough to show a dropped ancestor."""
-    tree, site = clean.tree, Site(0, "attn")
-    attention, packed, alone = [], [], []
-    for i in sorted({*tree.samples[0][1].values(), *tree.samples[-1][1].values()}):
-        prompt, path = tree.prompts[i], tree.paths[i]
-        ids = torch.tensor([prompt.ids], device=traced.device)
-        with recording({"x": traced.module(site)}) as seen:
-            logits = traced.model(ids, use_cache=False).logits[0, -1].float().log_softmax(-1)
-        own, ours = seen["x"][0].float(), clean.activations[site][path].float()  # [tok, d_attn]
-        size = own.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-        attention.append((ours - own).norm(dim=-1) / size)
-        likely = logits.topk(50).indices
-        packed.append(clean.logits[tree.ends[i]].float().log_softmax(-1)[likely])
-        alone.append(logits[likely])
-    name, nats = "tree against plain forwards: ", worst(packed, alone)
-    error, bound = float(torch.cat(attention).max()), NATS[traced.shape.dtype]
-    yield name + "attention in block 0 (relative)", error, min(bound, 0.01)
-    yield name + "log-probabilities (nats)", nats, bound
+def count_wrong_nodes(tree: Tree, visible: Tensor, nodes: list[int]) -> int:
+    """How many nodes of a text see others than those before them, or have another position."""
+    n_nodes = len(nodes)
+    expected = torch.zeros(n_nodes, tree.n_tokens, dtype=torch.bool)
+    expected[:, nodes] = torch.ones(n_nodes, n_nodes, dtype=torch.bool).tril()
+    n_wrong_views = int((visible[nodes] != expected).sum())
+    n_wrong_positions = int((tree.depth[0, nodes] != torch.arange(n_nodes)).sum())
+    return n_wrong_views + n_wrong_positions
 
 
-def check_attentions(experiment: Experiment) -> Iterator[Check]:
-    """Attention has one map per query head, and times the values it gives the heads' slices."""
-    traced, shape, found = experiment.traced, experiment.shape, []
+class PromptComparison(NamedTuple):
+    """A prompt in the tree against a plain forward of the prompt alone."""
+
+    attention_errors: Tensor  # [tok], relative, of what the heads of block 0 give
+    tree_log_probs: Tensor  # [token], of the likeliest next tokens
+    plain_log_probs: Tensor  # [token]
+
+
+def compare_prompt(traced: TracedModel, clean_run: CleanRun, number: int) -> PromptComparison:
+    """Run one prompt of the tree alone."""
+    tree = clean_run.tree
+    site = Site(0, "attn")
+    ids = torch.tensor([tree.prompts[number].ids], device=traced.device)
+    with recording_activations(traced, [site]) as recorded:
+        logits = traced.model(ids, use_cache=False).logits[0, -1]
+    plain = recorded[site][0].float()  # [tok, d_attn]
+    packed = clean_run.activations[site][tree.paths[number]].float()
+    size = plain.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    plain_log_probs = logits.float().log_softmax(-1)
+    tree_log_probs = clean_run.logits[tree.ends[number]].float().log_softmax(-1)
+    likeliest = plain_log_probs.topk(50).indices
+    return PromptComparison(
+        attention_errors=(packed - plain).norm(dim=-1) / size,
+        tree_log_probs=tree_log_probs[likeliest],
+        plain_log_probs=plain_log_probs[likeliest],
+    )
+
+
+def check_tree(traced: TracedModel, clean_run: CleanRun) -> list[Check]:
+    """The prompts of the first and the last sample score as in plain forwards of their own.
+
+    In bfloat16 only the attention of the first block, token by token, is exact enough to show an
+    ancestor that a token does not see.
+    """
+    samples = clean_run.tree.samples
+    numbers = {*samples[0][1].values(), *samples[-1][1].values()}
+    comparisons = [compare_prompt(traced, clean_run, number) for number in sorted(numbers)]
+    attention_error = torch.cat([one.attention_errors for one in comparisons]).max()
+    log_prob_error = largest_difference(
+        [one.tree_log_probs for one in comparisons], [one.plain_log_probs for one in comparisons]
+    )
+    bound = LOG_PROB_BOUND[traced.shape.dtype]
+    name = "tree against plain forwards"
+    attention_name = f"{name}: attention in block 0 (relative)"
+    return [
+        Check(attention_name, float(attention_error), min(bound, 0.01)),
+        Check(f"{name}: log-probabilities (nats)", log_prob_error, bound),
+    ]
+
+
+def check_attentions(experiment: Experiment) -> list[Check]:
+    """Attention has one map per query head, and maps times values give what the heads give."""
+    traced = experiment.traced
+    shape = experiment.shape
     ids = torch.tensor([experiment.prompts[0][0].ids], device=traced.device)
-    layers, n = range(shape.n_layers), ids.shape[1]
     if VALUE_PROJECTION not in dict(traced.layers[0].named_modules()):
         raise UsageError(f"--check_attentions needs {VALUE_PROJECTION}, which {shape.name} lacks")
-    values = {layer: traced.layers[layer].get_submodule(VALUE_PROJECTION) for layer in layers}
-    o_projs = {layer: traced.module(Site(layer, "attn")) for layer in layers}
+    layers = range(shape.n_layers)
+    v_projs = {layer: traced.layers[layer].get_submodule(VALUE_PROJECTION) for layer in layers}
+    sites = [Site(layer, "attn") for layer in layers]
     traced.model.set_attn_implementation("eager")
     try:
-        with recording(o_projs) as x, recording(values, outputs=True) as v:
-            maps = traced.model(ids, use_cache=False, output_attentions=True).attentions or ()
+        with (
+            recording_activations(traced, sites) as activations,
+            recording(v_projs, outputs=True) as values,
+        ):
+            output = traced.model(ids, use_cache=False, output_attentions=True)
     finally:
         traced.model.set_attn_implementation(shape.attn_implementation)
-    wanted = (1, shape.n_heads, n, n)
-    wrong = sum(tuple(m.shape) != wanted for m in maps) + abs(len(maps) - shape.n_layers)
-    for layer, weights in enumerate(maps if not wrong else ()):
-        value = v[layer].view(n, -1, shape.d_head).transpose(0, 1)  # [kv head, tok, d_head]
-        value = value.repeat_interleave(shape.n_heads // len(value), 0)
-        found.append((weights[0].float() @ value.float()).transpose(0, 1).reshape(n, -1))
-    error = worst(found, [x[layer][0] for layer in range(len(found))], relative=True)
-    bound = 4 * torch.finfo(shape.dtype).eps + 1e-5
-    yield f"attention maps that are not {wanted}", wrong, 0
-    yield "attention times values gives o_proj's input (relative)", error, bound
+    maps = output.attentions or ()
+    expected_shape = (1, shape.n_heads, ids.shape[1], ids.shape[1])
+    n_wrong = abs(len(maps) - shape.n_layers)
+    n_wrong += sum(tuple(one.shape) != expected_shape for one in maps)
+    mixed = []
+    if n_wrong == 0:
+        mixed = [mix_values(maps[layer][0], values[layer][0], shape) for layer in layers]
+    head_outputs = [activations[site][0] for site in sites[: len(mixed)]]
+    error = largest_relative_difference(mixed, head_outputs)
+    name = "attention times values gives o_proj's input (relative)"
+    return [
+        Check(f"attention maps that are not {expected_shape}", n_wrong, 0),
+        Check(name, error, product_bound(shape)),
+    ]
+
+
+def mix_values(attention_map: Tensor, values: Tensor, shape: ModelShape) -> Tensor:
+    """What the heads give [tok, d_attn], from their attention [head, tok, tok] and the values
+    [tok, n_kv_heads * d_head], which several heads share."""
+    by_kv_head = values.unflatten(-1, (-1, shape.d_head)).transpose(0, 1)  # [kv head, tok, d_head]
+    by_head = by_kv_head.repeat_interleave(shape.n_heads // len(by_kv_head), 0)
+    mixed = attention_map.float() @ by_head.float()  # [head, tok, d_head]
+    return mixed.transpose(0, 1).flatten(1)
 
 
 # ----- Measurement --------------------------------------------------------------------------------
 
 NOISE_ROWS = 12  # jittered rows over all swept layers, at least one per layer
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed blocks above 32 MB: the kernel would zero and map them anew for every
+    activation of the next layer, about a tenth of a CPU sweep's time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
 class PartJob(NamedTuple):
@@ -3788,6 +4285,7 @@ def compute_parts(experiment: Experiment, jobs: Sequence[PartJob], description: 
     if not missing:
         return
     experiment.check_model()
+    keep_freed_memory()
     names = set(missing)
     costliest_first = sorted((job for job in jobs if job.name in names), key=lambda job: -job.cost)
     dealt = costliest_first[processes.rank :: processes.count]
@@ -6326,8 +6824,8 @@ def run_trace(experiment: Experiment) -> None:
 def check_trace(experiment: Experiment, components: Sequence[Component]) -> None:
     """`UsageError` where --confirm or --method cannot be had with this model and these samples."""
     options, shape = experiment.options, experiment.shape
-    if options.estimator == "relp" and shape.no_rules:
-        raise UsageError(f"--method relp has no rule for {shape.no_rules} of {shape.name}")
+    if options.estimator == "relp" and shape.relp_obstacles:
+        raise UsageError(f"--method relp has no rule for {shape.relp_obstacles} of {shape.name}")
     if not options.confirm:
         return
     if len(experiment.units) < 2:
@@ -7163,7 +7661,6 @@ def draw_tokens(
 N_SHUFFLES = 20  # of labels, to see which accuracy chance gives
 MAX_KL = 0.1  # by how much a direction's ablation may move what follows prompt b, as in the paper
 MIN_SHARE = 0.1  # of the base, which the ablation of a direction has to move
-UNIT_EPS = 1e-300  # so that a direction of zeros stays zeros
 
 
 class Fit(NamedTuple):
@@ -7538,11 +8035,6 @@ class AlongEdit(NamedTuple):
     component: Component
     way: str
     draw: int = 0
-
-
-def unit_vector(direction: Tensor) -> Tensor:
-    """[width], of length 1; a direction of zeros stays zeros."""
-    return nn.functional.normalize(direction, dim=0, eps=UNIT_EPS)
 
 
 def random_direction(experiment: Experiment, component: Component, draw: int) -> Tensor:
@@ -8051,7 +8543,7 @@ def goal_weights(experiment: Experiment, prompt: Prompt, logits: Tensor) -> dict
 def goal_direction(traced: TracedModel, weights: Mapping[int, float]) -> Tensor:
     """[d_model], whose product with a final state is the goal: the weighted logits, less the mean
     of all logits unless targets and foils cancel it."""
-    matrix, amounts = traced.head.weight.detach(), torch.tensor([*weights.values()])
+    matrix, amounts = traced.unembedding.weight.detach(), torch.tensor([*weights.values()])
     chosen = amounts.to(matrix.device) @ matrix[[*weights]].float()
     mean = matrix.mean(0, dtype=torch.float32)
     return (chosen - float(amounts.sum().round()) * mean).to(traced.device)
@@ -8382,7 +8874,13 @@ def read_viewer_file(path: Path) -> dict[str, Any]:
 
 def saved_view(path: Path, node_ids: set[str]) -> dict[str, Any]:
     """What a user saved in the viewer, without nodes that are gone; else what the viewer expects."""
-    view: dict[str, Any] = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    view: dict[str, Any] = {
+        "pinnedIds": [],
+        "supernodes": [],
+        "linkType": "both",
+        "clickedId": "",
+        "sg_pos": "",
+    }
     saved = read_viewer_file(path).get("qParams")
     if not isinstance(saved, dict):
         return view
@@ -8410,7 +8908,10 @@ def place_nodes(nodes: pd.DataFrame) -> tuple[pd.DataFrame, list[str], dict[Any,
     width = count.groupby(nodes["position"]).max().sort_index()
     columns = (width.cumsum() - width / 2).to_dict()
     nodes["x"] = nodes["position"].map(columns) + number - (count - 1) / 2
-    names = [(kind, f"L{n} heads", f"L{n} MLP")[at] for (n, at), kind in rows.first().items()]
+    names = []
+    for (layer, _), kind in rows.first().items():
+        half_blocks = {"attn": f"L{layer} heads", "mlp": f"L{layer} MLP"}
+        names.append(half_blocks.get(NODE_PLACES[kind], kind))
     return nodes, names, columns
 
 
@@ -8497,7 +8998,7 @@ def run_graph(experiment: Experiment) -> None:
     """The attribution graph of one prompt: circuit_graph.csv, circuit_graph_edges.csv, .png, and
     graphs/ for circuit-tracer's viewer."""
     options, shape = experiment.options, experiment.shape
-    reason = shape.no_graph or shape.no_rules
+    reason = shape.graph_obstacles or shape.relp_obstacles
     if reason:
         raise UsageError(f"graph: contributions do not add up in {shape.name}: it has {reason}")
     prompt = choose_graph_prompt(experiment)
@@ -8543,7 +9044,7 @@ def make_graph(experiment: Experiment, prompt: Prompt, bar: tqdm[Any]) -> dict[s
     run.json; `RunError` where contributions do not add up."""
     experiment.check_weights("graph")
     traced, options = experiment.traced, experiment.options
-    matrix = traced.head.weight
+    matrix = traced.unembedding.weight
     halves = run_halves(traced, prompt.ids)
     end = Site(experiment.shape.n_layers, "final")
     last_state = halves[end][1][0, -1:].detach()
@@ -9602,7 +10103,7 @@ def describe_machine(experiment: Experiment) -> dict[str, Any]:
         "devices": device_names(),
         "device_map": {name: str(device) for name, device in placement.items()},
         "quantized": getattr(quantization, "quant_method", "no"),
-        "logits": "the model's own" if traced.own_logits else "float32 unembedding",
+        "logits": "the model's own" if traced.uses_model_logits else "float32 unembedding",
         "forwards": traced.n_forwards,
         "tokens_through_a_block": traced.n_tokens,
         "python": sys.version.split()[0],
