@@ -8978,7 +8978,7 @@ def report_graph(findings: Findings, graph: Graph, told: dict[str, Any]) -> None
     for node in largest_rows(nodes.dropna(subset="exact_effect"), "attribution", 5).itertuples():
         name = f"{node.label} at token {node.position} {node.token!r}"
         findings.say(f"{name}: attribution {node.attribution:+.3f}")
-        measured.append(f"scaled_edits {name} takes {node.exact_effect:+.3f} from the goal")
+        measured.append(f"zeroing {name} takes {node.exact_effect:+.3f} from the goal")
     beside = {"heads, zeroed": (nodes, "attribution")}
     beside |= {"edges between heads, patched": (links, "weight")}
     for what, (table, column) in beside.items():
