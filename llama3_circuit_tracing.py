@@ -8741,7 +8741,7 @@ def lost_goals(
 
 
 def patch_edges(traced: TracedModel, halves: Halves, pairs: list[Edits], lost: Lost) -> list[float]:
-    """What scaled_edits a head at its token takes from the goal through another head at its token alone,
+    """What zeroing a head at its token takes from the goal through another head at its token alone,
     exactly, by pairs of edits that zero either: path patching as of `run_paths`, with all heads and
     MLPs between at their clean inputs."""
     _, *sites, _ = halves
