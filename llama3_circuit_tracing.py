@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
 SCRIPT_NAME = Path(__file__).name
 
@@ -66,12 +66,67 @@ class RunError(Exception):
     """A failure at run time: exit code 1."""
 
 
-def shorten(value: object, length: int = 80) -> str:
-    """A value as a sentence quotes it: at most `length` characters, control characters written out."""
+MAX_VALUE_LENGTH = 80  # characters that a sentence shows of one value
+MAX_ERROR_LENGTH = 1000  # of an error as a whole, whoever wrote it
+
+
+def shorten(value: object, limit: int = MAX_VALUE_LENGTH) -> str:
+    """The text of a value, for a sentence: the middle of a long one is left out.
+
+    The path of a file or folder that exists is no typing error: it is shown in full.
+    """
     text = str(value)
-    if len(text) > length:
-        text = text[: length - 3] + "..."
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    if len(text) <= limit or (isinstance(value, Path) and os.path.exists(value)):
+        return text
+    n_start = 2 * limit // 3
+    n_end = limit - n_start - len("...")
+    return f"{text[:n_start]}...{text[-n_end:]}"
+
+
+def quote(value: object) -> str:
+    """A value as Python writes it, for a sentence: shortened, and a text in quotation marks."""
+    return repr(shorten(value)) if isinstance(value, str) else quote(value)
+
+
+def join_values(values: Iterable[object], limit: int = 10) -> str:
+    """The first of some values, for a sentence, and dots where there are more."""
+    texts = [shorten(value) for value in itertools.islice(values, limit + 1)]
+    if len(texts) > limit:
+        texts[limit] = "..."
+    return ", ".join(texts)
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""The text with escapes such as \x1b for whatever a terminal would not print but obey.
+
+    These are control characters, line ends, marks that turn the direction of writing and half
+    surrogate pairs; those in `keep` stay as they are.
+    """
+    if text.isprintable():
+        return text
+    characters = []
+    for char in text:
+        harmless = char.isprintable() or char in keep
+        characters.append(char if harmless else char.encode("unicode_escape").decode())
+    return "".join(characters)
+
+
+def first_line(error: BaseException) -> str:
+    """Of an exception's message, its long words shortened; its type where it has none."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return re.sub(rf"\S{{{MAX_VALUE_LENGTH + 1},}}", lambda word: shorten(word[0]), line)
+
+
+def one_line(sentence: str, words: Iterable[str] = ()) -> str:
+    """An error as it is printed: in one visible line, whoever wrote it.
+
+    `words` are those of the command line: the sentence repeats no long one in full.
+    """
+    for word in sorted(words, key=len, reverse=True):
+        if len(word) > MAX_VALUE_LENGTH and not os.path.exists(word):
+            for spelling in (word, repr(word)[1:-1]):
+                sentence = sentence.replace(spelling, shorten(word))
+    return visible(shorten(sentence, MAX_ERROR_LENGTH))
 
 
 def count_noun(number: int, noun: str) -> str:
@@ -180,7 +235,7 @@ class Component:
             if match is not None:
                 return cls(int(match[1]), name, int(match[2] or -1))
         forms = "write L2H5, L3N120, L4attn, L4mlp, L4resid"
-        raise ValueError(f"{shorten(label)!r} is no component: {forms}")
+        raise ValueError(f"{quote(label)} is no component: {forms}")
 
 
 def join_labels(components: Iterable[Component]) -> str:
@@ -191,19 +246,20 @@ def join_labels(components: Iterable[Component]) -> str:
 
 
 def parse_whole_number(text: str) -> int:
-    """The value of ASCII digits, with a minus perhaps; `ValueError` for anything else."""
-    if not re.fullmatch(r"-?[0-9]{1,18}", text):
-        raise ValueError(f"{shorten(text)!r} is no whole number")
+    """The whole number that a text is; `ValueError` for other digits than 0 to 9, and for 1_000."""
+    if not re.fullmatch("[+-]?[0-9]{1,300}", text.strip(" ")):
+        raise ValueError(f"{quote(text)} is no whole number")
     return int(text)
 
 
 def parse_number(text: str) -> float:
-    """A finite number; `ValueError` for anything else, digits of other scripts included."""
-    if not text.isascii() or "_" in text:
-        raise ValueError(f"{shorten(text)!r} is no number")
+    """The same with a decimal point or an exponent; `ValueError` for nan and inf too."""
+    pattern = r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
+    if not re.fullmatch(pattern, text.strip(" ")):
+        raise ValueError(f"{quote(text)} is no number")
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{shorten(text)!r} is not finite")
+        raise ValueError(f"{quote(text)} is not finite")
     return number
 
 
@@ -213,7 +269,7 @@ def between(minimum: int, maximum: int = 2**31) -> Callable[[str], int]:
     def parse(text: str) -> int:
         number = parse_whole_number(text)
         if not minimum <= number <= maximum:
-            raise ValueError(f"{number} is not between {minimum} and {maximum}")
+            raise ValueError(f"{shorten(text)} is not between {minimum} and {maximum}")
         return number
 
     return parse
@@ -227,7 +283,7 @@ def parse_row_limit(text: str) -> int | None:
 def parse_proportion(text: str) -> float:
     number = parse_number(text)
     if not 0 < number <= 1:
-        raise ValueError(f"{text} is not above 0 and at most 1")
+        raise ValueError(f"{shorten(text)} is not above 0 and at most 1")
     return number
 
 
@@ -239,8 +295,10 @@ def parse_text(text: str) -> str:
 
 
 def parse_any_text(text: str) -> str:
-    """A text that may be empty; `ValueError` for bytes that are no UTF-8."""
+    """A text that may be empty; `ValueError` for bytes that are no UTF-8, and for a zero byte."""
     text.encode()
+    if "\0" in text:
+        raise ValueError(f"{quote(text)} holds a zero byte")
     return text
 
 
@@ -256,21 +314,44 @@ def check_once_each(values: Iterable[object], noun: str) -> None:
     seen = set()
     for value in values:
         if value in seen:
-            raise ValueError(f"{noun} {shorten(value)!r} occurs twice")
+            raise ValueError(f"{noun} {quote(value)} occurs twice")
         seen.add(value)
 
 
+def decode(content: bytes) -> str:
+    """The text of a file, without a byte order mark; `ValueError` names a byte that is no UTF-8."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start : error.start + 1]
+        raise ValueError(f"byte {byte!r} is not UTF-8") from None
+
+
 def parse_json(text: str) -> Any:
-    """`json.loads`, where deep nesting or a field that occurs twice is a `ValueError` as well."""
+    """`json.loads`, where deep nesting or a doubled name is a `ValueError` like all else."""
 
     def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         check_once_each([name for name, _ in pairs], "field")
         return dict(pairs)
 
+    def parse_int(digits: str) -> int:
+        if len(digits) > 400:
+            raise ValueError(f"a number has {len(digits)} digits")
+        return int(digits)
+
     try:
-        return json.loads(text, object_pairs_hook=unique_fields)
+        return json.loads(text, object_pairs_hook=unique_fields, parse_int=parse_int)
     except RecursionError:
         raise ValueError("brackets are nested too deeply") from None
+    except json.JSONDecodeError as error:
+        rest = text[error.pos :].strip()
+        place = quote(rest) if rest else "its end"
+        raise ValueError(f"not JSON at {place} ({error.msg})") from error
+
+
+def in_json(value: Any) -> str:
+    """A value as JSON writes it, for a sentence."""
+    return shorten(json.dumps(value, ensure_ascii=False))
 
 
 @dataclass(frozen=True)
@@ -284,7 +365,7 @@ class IndexRanges:
         """`ValueError` for a text that names no indices."""
         ranges = cls(text)
         if text != "all" and not all(ranges.parts()):
-            raise ValueError(f"{shorten(text)!r}: write all, 7, 0,5,9 or 8-15")
+            raise ValueError(f"{quote(text)}: write all, 7, 0,5,9 or 8-15")
         return ranges
 
     def parts(self) -> list[range]:
@@ -355,7 +436,7 @@ class SelectionRule:
             return cls("top", between(0)(amount))
         if rule == "layer":
             return cls("layer", between(1)(amount))
-        raise ValueError(f"{shorten(text)!r}: write 8, mass:0.05, share:0.005, layer:10 or all")
+        raise ValueError(f"{quote(text)}: write 8, mass:0.05, share:0.005, layer:10 or all")
 
     def __bool__(self) -> bool:
         return self.amount > 0
@@ -368,43 +449,38 @@ class SelectionRule:
         return f"{self.rule}:{self.amount}"
 
 
-MAX_COMPONENT_FILE = 10_000_000  # bytes; the names of a million neurons take as many
+MAX_COMPONENT_BYTES = 2**26  # of a file of components: all neurons of the largest models fit in
 
 
-def read_small_file(path: Path, limit: int) -> str:
-    """The text of a file; `ValueError` where it has more than `limit` bytes."""
-    size = path.stat().st_size
-    if size > limit:
-        raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
-    return path.read_text(encoding="utf-8")
-
-
-def circuit_labels(record: Mapping[str, Any]) -> list[str]:
-    """The labels in a circuit.json, {"format": "circuit/1", "components": [{"label": ...}]}."""
-    if record.get("format") != "circuit/1":
-        raise ValueError(f"its format is {shorten(record.get('format'))!r}, not 'circuit/1'")
-    components = record.get("components")
-    if not isinstance(components, list):
-        raise ValueError("its field `components` must be a list")
+def circuit_labels(record: dict[str, Any]) -> list[str]:
+    """The labels in the content of a circuit.json; `ValueError` says what is none of it."""
+    if record.get("format", "circuit/1") != "circuit/1":
+        raise ValueError(f'its format is {in_json(record["format"])}, not "circuit/1"')
+    if not isinstance(record.get("model", ""), str):
+        raise ValueError(f"its model is no text but {in_json(record['model'])}")
+    entries = record.get("components", [])
+    if not isinstance(entries, list):
+        raise ValueError(f"its components are no list but {in_json(entries)}")
     labels = []
-    for component in components:
-        label = component.get("label") if isinstance(component, dict) else None
+    for entry in entries:
+        label = entry.get("label") if isinstance(entry, dict) else None
         if not isinstance(label, str):
-            raise ValueError(f"{shorten(component)!r} is no component with a label")
+            raise ValueError(f"a component has no label that is a text: {in_json(entry)}")
         labels.append(label)
     return labels
 
 
-def neuron_labels(neurons: Any) -> list[str]:
-    """The labels of neurons that are keyed "layer,position,neuron"."""
-    if not isinstance(neurons, dict):
-        raise ValueError("its field `neurons` must be an object")
+def neuron_labels(record: dict[str, Any]) -> list[str]:
+    """The labels of the neurons in a JSON of such; `ValueError` says which key names none."""
+    keys = record.get("neurons", {})
+    if not isinstance(keys, dict | list):
+        raise ValueError(f"its neurons are no object but {in_json(keys)}")
     labels = []
-    for key in neurons:
-        match = re.fullmatch(r"([0-9]{1,9}),[0-9]{1,9},([0-9]{1,9})", key)
-        if match is None:
-            raise ValueError(f"{shorten(key)!r} is no 'layer,position,neuron'")
-        labels.append(f"L{int(match[1])}N{int(match[2])}")
+    for key in keys:
+        match = re.fullmatch("([0-9]{1,9}), *-?[0-9]{1,9}, *([0-9]{1,9})", str(key).strip(" "))
+        if not match:
+            raise ValueError(f"{quote(key)} is no neuron: write layer,position,neuron as in 3,17,5")
+        labels.append(f"L{match[1]}N{match[2]}")
     return labels
 
 
@@ -424,48 +500,51 @@ class ComponentList:
         """Names such as L2H5,L3mlp, or a path (with a separator or a suffix) of a file with such
         names, of a circuit.json, or of a JSON of neurons by "layer,position,neuron"; `ValueError`
         says what is wrong."""
-        if "/" in text or os.sep in text or Path(text).suffix:
-            return cls.read(text)
-        names = text.split(",")
-        return cls(tuple(dict.fromkeys(Component.parse(name) for name in names)))
+        if os.path.basename(text) == text and Path(text).suffix == "":
+            names = text.split(",")
+            return cls(tuple(dict.fromkeys(Component.parse(name) for name in names)))
+        return cls.read(Path(text))
 
     @classmethod
-    def read(cls, path: str) -> ComponentList:
+    def read(cls, path: Path) -> ComponentList:
         """The components of a file; `ValueError` says what is wrong with it."""
         try:
-            text = read_small_file(Path(path), MAX_COMPONENT_FILE)
-            if text.lstrip().startswith("{"):
-                return cls.from_record(parse_json(text), path)
-            names = text.replace(",", " ").split()
-            components = tuple(dict.fromkeys(Component.parse(name) for name in names))
+            if not path.is_file():
+                raise ValueError("there is no such file")
+            size = path.stat().st_size
+            if size > MAX_COMPONENT_BYTES:
+                raise ValueError(f"it has {size:,} bytes, more than {MAX_COMPONENT_BYTES:,}")
+            return cls.from_text(decode(path.read_bytes()), path)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = getattr(error, "strerror", None) or error
             raise ValueError(f"{shorten(path)} is no file of components: {reason}") from error
-        if not components:
-            raise ValueError(f"{shorten(path)} is no file of components: it names none")
-        return cls(components, file=path)
 
     @classmethod
-    def from_record(cls, record: dict[str, Any], path: str) -> ComponentList:
-        """The components of a circuit.json, or of neurons by "layer,position,neuron"."""
-        if "neurons" in record:
-            labels = neuron_labels(record["neurons"])
-            warning = f"{path}: positions are left out; its neurons are edited at all tokens"
+    def from_text(cls, content: str, path: Path) -> ComponentList:
+        """The components of a file with this content; `ValueError` says what is wrong with it."""
+        record: dict[str, Any] = {}
+        if content.lstrip().startswith("{"):
+            record = parse_json(content)
+            labels = [*circuit_labels(record), *neuron_labels(record)]
         else:
-            labels = circuit_labels(record)
-            warning = ""
-        components = tuple(dict.fromkeys(Component.parse(label) for label in labels))
-        if not components:
-            raise ValueError("it names none")
-        model, edit = record.get("model", ""), record.get("edit", {})
-        chosen_on = record.get("chosen_on", [])
-        has_types = (
-            isinstance(model, str) and isinstance(edit, dict) and isinstance(chosen_on, list)
+            labels = content.replace(",", " ").split()
+        if not labels:
+            raise ValueError("it names no component")
+        edit, chosen_on = record.get("edit", {}), record.get("chosen_on", [])
+        if not isinstance(edit, dict) or not isinstance(chosen_on, list):
+            raise ValueError("its fields edit and chosen_on must be an object and a list")
+        warning = ""
+        if "neurons" in record:
+            note = "positions are left out; its neurons are edited at all tokens"
+            warning = f"{shorten(path)}: {note}"
+        return cls(
+            components=tuple(dict.fromkeys(Component.parse(label) for label in labels)),
+            file=str(path),
+            model=record.get("model", ""),
+            edit=edit,
+            chosen_on=tuple(str(unit) for unit in chosen_on),
+            warning=warning,
         )
-        if not has_types:
-            raise ValueError("its fields model, edit, chosen_on must be a text, an object, a list")
-        units = tuple(str(unit) for unit in chosen_on)
-        return cls(components, path, model, edit, units, warning)
 
     def __iter__(self) -> Iterator[Component]:
         return iter(self.components)
@@ -555,6 +634,13 @@ def switch(help: str, default: bool | None = False, default_text: str = "") -> A
     return field(default=default, metadata={"help": help, "default_text": default_text})
 
 
+def is_local(model_id: str) -> bool:
+    """Whether a model id names a folder or a .gguf file here, and no repository on the hub."""
+    path = Path(model_id).expanduser()
+    folder = path.parent if path.suffix == ".gguf" else path
+    return model_id.startswith(("/", "./", "../", "~")) or folder.exists()
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is run."""
@@ -570,9 +656,12 @@ class ModelOptions:
     rows_per_forward: int | None = option(None, "edited runs side by side", parse_row_limit)
 
     def usage_errors(self) -> Iterator[str]:
-        path = Path(self.model_id).expanduser()
-        if self.revision and (path.is_dir() or path.suffix == ".gguf"):
-            yield f"--revision {shorten(self.revision)} is of a model on the hub; {path} is local"
+        path = Path(self.model_id)
+        if self.revision and is_local(self.model_id):
+            yield (
+                f"--revision {shorten(self.revision)} is for models on the hub;"
+                f" {shorten(path)} is a file or folder here"
+            )
 
 
 @dataclass(frozen=True)
@@ -595,6 +684,12 @@ class TaskOptions:
     def usage_errors(self) -> Iterator[str]:
         if self.controls and self.task != "suppression":
             yield f"--controls belong to --task suppression, not to {self.task}"
+        if self.task == "refusal" and self.target_form == "literal" and not self.samples:
+            yield (
+                "--task refusal needs --target_form word: several of its openings begin with one"
+                " token, and literal scores the first one alone; or give --samples with other"
+                " targets and foils"
+            )
         if self.task == "contrast" and not self.samples:
             yield "--task contrast needs --samples, with targets and foils"
         if not self.chat and self.system_prompt not in ("", SYSTEM_PROMPT):
@@ -1032,9 +1127,17 @@ class Request(NamedTuple):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, not the usage of fifty options."""
 
-    def error(self, message: str) -> Any:
-        sentence = message.removeprefix("argument ")
+    words: Sequence[str] = ()  # of the command line, and the values behind an equals sign
+
+    def error(self, message: str) -> NoReturn:
+        sentence = one_line(message.removeprefix("argument "), self.words)
         self.exit(2, f"error: {sentence}; `{self.prog} --help` lists the options\n")
+
+
+def words_of(arguments: Sequence[str]) -> list[str]:
+    """The words of a command line, and what stands behind an equals sign in one."""
+    values = [word.partition("=")[2] for word in arguments if word.startswith("--")]
+    return [*arguments, *filter(None, values)]
 
 
 def option_fields(options_type: type) -> list[Field[Any]]:
@@ -1064,7 +1167,7 @@ def parser_of_value(entry: Field[Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
         if choices and value not in choices:
             listing = ", ".join(choices)
-            raise argparse.ArgumentTypeError(f"{shorten(text)!r} is none of {listing}")
+            raise argparse.ArgumentTypeError(f"{quote(text)} is none of {listing}")
         return value
 
     return parse
@@ -1105,7 +1208,7 @@ def normal_spelling(text: str) -> str:
 def explain_unknown(parser: Parser, command: str, unknown: str) -> str:
     """One sentence for a word or an option that the command does not know."""
     if not unknown.startswith("-"):
-        return f"{shorten(unknown)!r} is no option; options begin with --"
+        return f"{quote(unknown)} is no option; options begin with --"
     name = unknown.lstrip("-").partition("=")[0]
     if name in OLD_SPELLINGS:
         return f"--{name} is a command now: python {SCRIPT_NAME} {OLD_SPELLINGS[name]} ..."
@@ -1166,7 +1269,7 @@ def inheritance_sources(
     edit_names = {entry.name for entry in fields(EditOptions)}
     circuit = given.get("names")
     if circuit is None and command == "joint" and (folder / "circuit.json").exists():
-        circuit = ComponentList.read(str(folder / "circuit.json"))
+        circuit = ComponentList.read(folder / "circuit.json")
     if circuit is not None and circuit.edit:
         edit, source = circuit.edit, circuit.file
     else:
@@ -1198,8 +1301,9 @@ def parse_command_line(arguments: Sequence[str]) -> Request:
         if command not in COMMANDS:
             nearest = difflib.get_close_matches(command, COMMANDS, n=1)
             suggestion = f"did you mean {nearest[0]}?" if nearest else ", ".join(COMMANDS)
-            build_parser("trace").error(f"unknown command {shorten(command)!r}: {suggestion}")
+            build_parser("trace").error(f"unknown command {quote(command)}: {suggestion}")
     parser = build_parser(command)
+    parser.words = words_of(arguments)
     if {"-h", "--help"} & set(words):
         parser.exit(0, help_text(command))
     namespace, unknown = parser.parse_known_args(words)
@@ -2416,12 +2520,6 @@ LOAD_ERRORS = {
     "OfflineModeIsEnabled": NOT_CACHED,
 }
 OTHER_LOAD_ERROR = f"cannot be loaded: {{error}}; {BUNDLED_MODEL}"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; its type where it has no message."""
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def load_error(error: Exception, options: ModelOptions) -> UsageError | RunError:
@@ -7078,7 +7176,7 @@ def choose_named_components(experiment: Experiment) -> ComponentList:
         if not path.exists():
             folder = experiment.folder.path
             raise UsageError(f"joint needs NAMES, or a circuit.json in {folder}")
-        named = ComponentList.read(str(path))
+        named = ComponentList.read(path)
     edits_stream = any(component.kind == "resid" for component in named)
     if edits_stream and experiment.options.removes_input:
         raise UsageError(
@@ -9265,13 +9363,13 @@ def fault_of_field(record: Mapping[str, Any], name: str, rule: FieldRule) -> str
         return f"field {name!r} is missing" if rule.needed else ""
     if rule.fits(record[name]):
         return ""
-    return f"field {name!r} is {shorten(repr(record[name]))}, not {rule.wanted}"
+    return f"field {name!r} is {quote(record[name])}, not {rule.wanted}"
 
 
 def fault_of(record: Any, rules: Mapping[str, FieldRule]) -> str:
     """What makes a record another's than this script's; "" where nothing does."""
     if not isinstance(record, dict):
-        return f"{shorten(repr(record))} is no JSON object"
+        return f"{quote(record)} is no JSON object"
     for name, rule in rules.items():
         fault = fault_of_field(record, name, rule)
         if fault:
@@ -9291,7 +9389,7 @@ def fault_of_sample(record: Any) -> str:
     for side, prompt in record["prompts"].items():
         fault = fault_of(prompt, PROMPT_RULES)
         if fault:
-            return f"prompt {shorten(repr(side))}: {fault}"
+            return f"prompt {quote(side)}: {fault}"
     return ""
 
 
