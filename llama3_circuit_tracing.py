@@ -43,12 +43,15 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from importlib.util import find_spec
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, NoReturn, TypeVar
 
@@ -1397,9 +1400,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from filelock import FileLock, Timeout
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.utils import get_session
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -2064,6 +2070,42 @@ CODES = {f"%{code}": DATE.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVw
 CODES |= {"%-d": str(DATE.day), "%-m": str(DATE.month)}
 
 
+RENDER_SECONDS = 5.0  # that a chat template may take for one prompt; it needs milliseconds
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """A block that `TimeoutError` ends when it takes longer than this.
+
+    Only the main thread can be stopped so, and not on Windows: elsewhere there is no limit. A
+    handler and a timer that were set before are set again, with the time that was left.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not (in_main_thread and hasattr(signal, "setitimer")):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} seconds")
+
+    started = time.monotonic()
+    handler_before = signal.signal(signal.SIGALRM, stop)
+    delay_before, interval_before = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        # None stands for one that was not set by Python, and cannot be set again
+        signal.signal(signal.SIGALRM, handler_before or signal.SIG_DFL)
+        if delay_before:
+            left = delay_before - (time.monotonic() - started)
+            signal.setitimer(signal.ITIMER_REAL, max(left, 0.001), interval_before)
+
+
+def too_long(name: str, n_tokens: int, context: float) -> str:
+    return f"{name}: a prompt of {n_tokens} tokens exceeds the model's {context}"
+
+
 @dataclass(frozen=True)
 class PromptEncoder:
     """Turns user texts into token ids with a chat template."""
@@ -2505,7 +2547,7 @@ def device_type(options: ModelOptions) -> str:
 BUNDLED_MODEL = (
     "python llama3_circuit_tracing.py --model_id tests/tiny_llama runs the bundled model instead"
 )
-NOT_CACHED = f"is not in the local cache and the hub cannot be reached; {BUNDLED_MODEL}"
+NOT_CACHED = f"is not in the local cache and the hub cannot be reached{{why}}; {BUNDLED_MODEL}"
 # by the type of an exception of the libraries what is wrong with the model {name}
 LOAD_ERRORS = {
     "GatedRepoError": (
@@ -2522,7 +2564,7 @@ LOAD_ERRORS = {
 OTHER_LOAD_ERROR = f"cannot be loaded: {{error}}; {BUNDLED_MODEL}"
 
 
-def load_error(error: Exception, options: ModelOptions) -> UsageError | RunError:
+def load_error(error: Exception, options: ModelOptions, hub_problem: str) -> UsageError | RunError:
     """One sentence on why a model cannot be loaded.
 
     transformers raises `OSError` for whatever the hub answers; the exceptions that it came from
@@ -2539,9 +2581,69 @@ def load_error(error: Exception, options: ModelOptions) -> UsageError | RunError
             sentence = explanation
             break
     revision = options.revision or "main"
-    sentence = sentence.format(name=options.model_id, revision=revision, error=first_line(error))
-    error_type = UsageError if re.search("model.type", str(error)) else RunError
+    sentence = sentence.format(
+        name=options.model_id,
+        revision=revision,
+        error=first_line(error),
+        why=f" ({hub_problem})" if hub_problem else "",
+    )
+    is_bad_usage = re.search("model.type|device.map", str(error))
+    error_type = UsageError if is_bad_usage else RunError
     return error_type(f"{options.model_id} {sentence}")
+
+
+LIBRARIES = ("transformers", "huggingface_hub", "accelerate")  # that speak while they load
+HUB_SECONDS = 3.0  # that the hub has to answer anything, unless HF_HUB_ETAG_TIMEOUT says otherwise
+
+
+@contextlib.contextmanager
+def libraries_held_back(options: ModelOptions) -> Iterator[None]:
+    """Hold back what the libraries say meanwhile. Of a model that is of use the log tells it at the
+    end, once; else the sentence of the error alone is told. With --debug nothing is held back."""
+    if options.debug:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in LIBRARIES]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    held_back = BufferingHandler(sys.maxsize)
+    for logger in loggers:
+        logger.handlers, logger.propagate = [held_back], False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+    messages = [
+        f"{record.name.split('.')[0]}: {record.getMessage()}" for record in held_back.buffer
+    ]
+    for warning in caught:
+        if not issubclass(warning.category, FutureWarning):  # those are for programmers
+            messages.append(str(warning.message))
+    for message in dict.fromkeys(messages):
+        log.warning("%s", message)
+
+
+def why_hub_is_unreachable() -> str:
+    """Why the hub cannot be reached; "" where it answers anything. The library itself would try six
+    times, with pauses of 23 seconds between."""
+    seconds = HUB_SECONDS
+    if os.environ.get("HF_HUB_ETAG_TIMEOUT"):
+        seconds = float(hub_constants.HF_HUB_ETAG_TIMEOUT)
+    reasons: list[str] = []
+
+    def ask() -> None:
+        try:
+            get_session().head(hub_constants.ENDPOINT, timeout=seconds)
+            reasons.append("")
+        except Exception as error:  # of whichever client the library uses
+            reasons.append(first_line(error))
+
+    # in a thread, since the system looks up names and tries addresses for as long as it likes
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return reasons[0] if reasons else f"no answer in {seconds:g} seconds"
 
 
 def locate_model(model_id: str) -> tuple[Path, str]:
@@ -2555,8 +2657,7 @@ def locate_model(model_id: str) -> tuple[Path, str]:
     if path.suffix == ".gguf":
         folder, file_name, gguf_file = path.parent, path.name, path.name
         missing = f"{model_id} is no file"
-    is_local = model_id.startswith(("/", "./", "../", "~")) or folder.is_dir()
-    if is_local and not (folder / file_name).is_file():
+    if is_local(model_id) and not (folder / file_name).is_file():
         raise RunError(missing)
     if gguf_file and find_spec("gguf") is None:
         raise RunError(f"{model_id}: reading it needs one more package: pip install gguf")
@@ -2573,14 +2674,17 @@ def from_hub(load: Callable[..., Any], options: ModelOptions, **arguments: Any) 
         arguments["gguf_file"] = gguf_file
     if options.attn_implementation and load != AutoTokenizer.from_pretrained:
         arguments["attn_implementation"] = options.attn_implementation
+    hub_problem = ""
+    if not options.local_files_only and not is_local(options.model_id):
+        hub_problem = why_hub_is_unreachable()
     arguments["revision"] = options.revision or "main"
-    arguments["local_files_only"] = options.local_files_only
+    arguments["local_files_only"] = options.local_files_only or hub_problem != ""
     try:
         return load(folder.as_posix(), trust_remote_code=False, **arguments)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # any library may fail, such as on a broken safetensors file
-        raise load_error(error, options) from error
+        raise load_error(error, options, hub_problem) from error
 
 
 def choose_dtype(options: ModelOptions) -> torch.dtype:
@@ -2591,6 +2695,43 @@ def choose_dtype(options: ModelOptions) -> torch.dtype:
             including_emulation=False
         )
     return torch.bfloat16 if use_bfloat16 else torch.float32
+
+
+def why_unusable(device: Any) -> str:
+    """Why no weights can be put on a device of --device_map; "" where they can."""
+    if isinstance(device, bool) or not isinstance(device, int | str):
+        return "is no device"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        return "is no device"
+    try:
+        is_meta = torch.empty(0, device=device).is_meta
+    except Exception as error:  # whatever a backend raises that is not there
+        return f"is no device here: {first_line(error):.120}"
+    return "holds no numbers" if is_meta else ""
+
+
+def check_device_map(options: ModelOptions, model: nn.Module) -> None:
+    """`UsageError` where --device_map names a device or a module that is not there. Where it leaves
+    out a part of the model, loading says so."""
+    device_map = options.device_map.value
+    name = f"--device_map {shorten(device_map)}"
+    if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return
+    devices: list[Any] = [device_map]
+    if isinstance(device_map, dict):
+        devices = [device for device in device_map.values() if device != "disk"]
+        modules = {path for path, _ in (*model.named_modules(), *model.named_parameters())}
+        unknown = [path for path in device_map if path not in modules]
+        if not device_map:
+            raise UsageError(f"{name} names no device")
+        if unknown:
+            raise UsageError(f"{name}: {type(model).__name__} has no {quote(unknown[0])}")
+    for device in devices:
+        reason = why_unusable(device)
+        if reason:
+            raise UsageError(f"{name}: {quote(device)} {reason}")
 
 
 def read_shape(options: ModelOptions) -> ModelShape:
@@ -2610,6 +2751,7 @@ def read_shape(options: ModelOptions) -> ModelShape:
     except Exception as error:  # a config can make the model's class raise anything
         reason = f"its config makes no model: {first_line(error)}"
         raise UsageError(f"{options.model_id}: {reason}") from error
+    check_device_map(options, model)
     return shape_of(model, choose_dtype(options))
 
 
@@ -3554,9 +3696,17 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def refuse_link(path: Path) -> None:
+    """`UsageError` for a symbolic link, whose target is another file than is meant."""
+    if path.is_symlink():
+        raise UsageError(f"{path} is a link, and nothing is written through it: remove the link")
+
+
 @contextlib.contextmanager
 def sole_writer(path: Path) -> Iterator[None]:
     """Keep other commands out of a run folder; the system lets them in when this process dies."""
+    refuse_link(path / ".parts" / "lock")
+    refuse_link(path / "run.log")
     lock = FileLock(path / ".parts" / "lock", blocking=False)
     try:
         lock.acquire()
@@ -3955,7 +4105,8 @@ class Experiment(Generic[OptionsT]):
         started = time.perf_counter()
         parts = self.folder.parts
         offload_folder = parts if parts.is_dir() else None
-        model = load_model(self.options, self.shape, self.processes.device, offload_folder)
+        with libraries_held_back(self.options):
+            model = load_model(self.options, self.shape, self.processes.device, offload_folder)
         recorded = self.folder.record.get("rows_after_halving")
         traced = TracedModel(model, self.shape, recorded or self.rows_per_forward)
         if traced.uses_model_logits:
@@ -4983,7 +5134,7 @@ def planned_components(experiment: Experiment) -> list[Component]:
     return []
 
 
-def describe_plan(experiment: Experiment, components: Sequence[Component]) -> str:
+def describe_plan(experiment: Experiment, components: Sequence[Component]) -> list[str]:
     """What --dry_run prints: prompts, forms, forwards and memory."""
     shape, trees = experiment.shape, experiment.trees
     lines = []
@@ -5004,7 +5155,7 @@ def describe_plan(experiment: Experiment, components: Sequence[Component]) -> st
     for name, size in memory._asdict().items():
         sizes.append(f"{name} {size / 1e9:.2f}")
     lines.append(f"memory in GB: {', '.join(sizes)}, together {sum(memory) / 1e9:.2f}")
-    return "\n".join(lines)
+    return lines
 
 
 def describe_prompts(prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[str]:
@@ -5588,6 +5739,11 @@ VERDICT_COLORS = {
 
 
 def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG. A control character in a text is drawn as its escape: no font has it, and the
+    warning of that would send it to the terminal."""
+    for text in figure.findobj(Text):
+        if not text.get_text().isprintable():
+            text.set_text(visible(text.get_text(), keep="\n"))
     metadata = {"Software": None}  # the same data give the same bytes
     write_atomically(path, lambda p: figure.savefig(p, dpi=300, format="png", metadata=metadata))
 
@@ -10092,13 +10248,22 @@ MEASURING: dict[str, Callable[[Experiment], None]] = {  # the commands that run 
 }
 
 
+class OneLine(logging.Formatter):
+    """A record is one line, and no terminal obeys what stands in it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def start_log(path: Path | None, speaks: bool) -> None:
     """The log on stdout and in a file; processes that do not speak report errors only."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if path is not None:
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
     logging.raiseExceptions = False  # a full disk is told once, by what cannot do without it
-    logging.basicConfig(format="%(message)s", handlers=handlers, force=True)
+    for handler in handlers:
+        handler.setFormatter(OneLine("%(message)s"))
+    logging.basicConfig(handlers=handlers, force=True)
     log.setLevel(logging.INFO if speaks else logging.ERROR)
 
 
@@ -10128,9 +10293,11 @@ def run_measuring(request: Request) -> None:
         start_log(folder.path / "run.log" if writes else None, folder.leads)
         with logging_redirect_tqdm():
             report_inheritance(request)
-            experiment = prepare(options, folder, processes)
+            with libraries_held_back(options):
+                experiment = prepare(options, folder, processes)
             if options.dry_run:
-                log.info("%s", describe_plan(experiment, planned_components(experiment)))
+                for line in describe_plan(experiment, planned_components(experiment)):
+                    log.info("%s", line)
                 return
             if request.command != "check":
                 take_up(experiment, request.command)
@@ -10220,7 +10387,7 @@ def sentence_of(error: Exception) -> str:
             " or fewer components"
         )
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{shorten(Path(str(error.filename)))}: {error.strerror}"
     return f"{type(error).__name__}: {first_line(error)}"
 
 
@@ -10250,8 +10417,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except Exception as error:
         if request.options.debug:
-            traceback.print_exc()
-        print(f"error: {sentence_of(error)}", file=sys.stderr)
+            print(visible(traceback.format_exc(), keep="\n"), end="", file=sys.stderr)
+        words = words_of(sys.argv[1:] if arguments is None else arguments)
+        print(one_line(f"error: {sentence_of(error)}", words), file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     finally:
         if torch.distributed.is_initialized():
