@@ -7,11 +7,13 @@
   python tests/benchmark.py scale                  (5,000 samples: planning, table, statistics)
   python tests/benchmark.py job                    (the README's job: seconds by stage)
   python tests/benchmark.py screen --pairs 8       (estimates against the exact sweep of mid)
+  python tests/benchmark.py mid --smoke            (any of them in its smallest shape, on the CPU)
 
 The naive loop runs as the protocol reads (one pre-hook, two full forwards per head and sample,
 `model(ids).logits`) on a stated subset of heads spread over the layers, and is scaled to all of
 them. The sweep runs whole, with its jittered rows, its parts on disk, and no self-test. Ratios of
-CPU seconds are what holds on a busy machine.
+CPU seconds are what holds on a busy machine. Where both ways are run, their effects are held
+against each other, and a difference beyond the bound ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -65,15 +68,34 @@ PRESETS = {
     "mid": of_sizes(12, 16, 4, 1024, 2816, 32000, torch.float32),
     "8b": of_sizes(32, 32, 8, 4096, 14336, 128256, torch.bfloat16),
 }
-GROWTH = {  # shape and pairs
-    "base": (of_sizes(6, 8, 2, 512, 1408, 32000, torch.float32), 8),
-    "layers x2": (of_sizes(12, 8, 2, 512, 1408, 32000, torch.float32), 8),
-    "heads x2 (same d_model)": (of_sizes(6, 16, 4, 512, 1408, 32000, torch.float32), 8),
-    "samples x2": (of_sizes(6, 8, 2, 512, 1408, 32000, torch.float32), 16),
-}
-
-
+# nats by which an effect may differ between the two ways, which round differently; the strongest
+# effects of random weights are about 1
+BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 0.2}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def preset(name: str, options: argparse.Namespace) -> Shape:
+    """A preset's shape; with --smoke the smallest one of its dtype."""
+    if options.smoke:
+        return of_sizes(2, 4, 2, 32, 64, 96, PRESETS[name]["dtype"])
+    return PRESETS[name]
+
+
+def growing(options: argparse.Namespace) -> dict[str, tuple[Shape, int]]:
+    """Shapes and pairs by what is doubled in them."""
+    layers, heads, d_model, d_mlp, vocab, pairs = 6, 8, 512, 1408, 32000, 8
+    if options.smoke:
+        layers, heads, d_model, d_mlp, vocab, pairs = 2, 4, 32, 64, 96, 1
+
+    def of(layers: int, heads: int) -> Shape:
+        return of_sizes(layers, heads, heads // 4, d_model, d_mlp, vocab, torch.float32)
+
+    return {
+        "base": (of(layers, heads), pairs),
+        "layers x2": (of(2 * layers, heads), pairs),
+        "heads x2 (same d_model)": (of(layers, 2 * heads), pairs),
+        "samples x2": (of(layers, heads), 2 * pairs),
+    }
 
 
 def wait_for_device() -> None:
@@ -134,10 +156,10 @@ def random_prompts(options: argparse.Namespace, pairs: int, vocab: int) -> list[
 
 
 class NoTokenizer:
-    """Stands where the baseline report names the likeliest tokens."""
+    """Stands where the records of the unedited model name the likeliest tokens."""
 
-    def decode(self, ids: list[int]) -> str:
-        return str(ids)
+    def batch_decode(self, ids: torch.Tensor) -> list[str]:
+        return [str(of_text) for of_text in ids.tolist()]
 
 
 def build_experiment(shape: Shape, pairs: int, options: argparse.Namespace) -> Any:
@@ -191,6 +213,19 @@ def our_sweep(experiment: Any) -> Effects:
     return table.set_index(["sample_id", "layer", "head"])["head_effect"].to_dict()
 
 
+def largest_difference(expected: Effects, found: Effects) -> float:
+    """Of the effects that the naive loop gives, in nats; NaN where one is NaN or all are nothing."""
+    differences = torch.tensor([found[key] - effect for key, effect in expected.items()])
+    moves = any(abs(effect) > 1e-3 for effect in expected.values())
+    return float(differences.abs().max()) if moves else math.nan
+
+
+def require(difference: float, bound: float) -> None:
+    """End with exit code 1 where two ways to the same numbers differ, or one gives none."""
+    if not difference <= bound:  # so that NaN fails
+        sys.exit(f"largest difference {difference:.2e}: beyond the bound of {bound:.0e}")
+
+
 # ----- what it is held against
 
 
@@ -229,8 +264,9 @@ def spread_heads(shape: Shape, per_layer: int, n_layers: int) -> list[tuple[int,
     return [(layer, (3 * layer + 5 * i) % heads) for layer in layers for i in range(per_layer)]
 
 
-def compare(shape: Shape, options: argparse.Namespace) -> None:
+def compare(name: str, options: argparse.Namespace) -> None:
     """Print everything, and last the line `ratio R, cpu ratio C, largest difference D`."""
+    shape = preset(name, options)
     experiment = build_experiment(shape, options.pairs, options)
     prompts, tree, traced = experiment.prompts, experiment.trees[0], experiment.traced
     n_heads = shape["num_hidden_layers"] * shape["num_attention_heads"]
@@ -271,24 +307,39 @@ def compare(shape: Shape, options: argparse.Namespace) -> None:
         f"rate: {rate / 1e9:.1f} GFLOP/s against {matrix_rate(shape, n_rows) / 1e9:.1f} of a",
         f"matrix product of {n_rows} rows; peak memory {peak_memory() / 1e9:.2f} GB",
     )
-    largest = max(abs(found[key] - effect) for key, effect in expected.items())
+    largest = largest_difference(expected, found)
     print(
         f"ratio {slow.wall * scale / fast.wall:.2f}, cpu ratio {slow.cpu * scale / fast.cpu:.2f},",
         f"largest difference {largest:.2e}",
     )
+    require(largest, BOUNDS[shape["dtype"]])
+
+
+def naive_difference(
+    experiment: Any, shape: Shape, found: Effects, options: argparse.Namespace
+) -> float:
+    """The largest difference of a sweep from the naive loop, on one pair and the subset of heads."""
+    subset = spread_heads(shape, options.naive_per_layer, options.naive_layers)
+    expected = naive_loop(experiment.traced.model, experiment.prompts[:1], subset)
+    return largest_difference(expected, found)
 
 
 def growth(options: argparse.Namespace) -> None:
     """The sweep's seconds as layers, heads and samples double, beside the work that is done."""
     first: tuple[float, float] | None = None
+    differences = []
     print("what, CPU seconds, against base, tokens through a block against base")
-    for name, (shape, pairs) in GROWTH.items():
+    for name, (shape, pairs) in growing(options).items():
         experiment = build_experiment(shape, pairs, options)
         with timed() as clock:
-            our_sweep(experiment)
+            found = our_sweep(experiment)
         work = experiment.traced.n_tokens
         first = first or (clock.cpu, work)
         print(f"{name}, {clock.cpu:.1f}, {clock.cpu / first[0]:.2f}, {work / first[1]:.2f}")
+        differences.append(naive_difference(experiment, shape, found, options))
+    print(f"largest difference {max(differences):.2e}")
+    for difference in differences:
+        require(difference, BOUNDS[torch.float32])
 
 
 # ----- estimates
@@ -297,9 +348,11 @@ def growth(options: argparse.Namespace) -> None:
 def screen(options: argparse.Namespace) -> None:
     """Per method the CPU seconds against those of the exact sweep, how many of the exact top 20
     are in the estimated top 20 and 60, and a gradient's cost in plain forwards of its tokens."""
-    experiment = build_experiment(PRESETS["mid"], options.pairs, options)
+    shape = preset("mid", options)
+    experiment = build_experiment(shape, options.pairs, options)
     with timed() as exact:
         found = our_sweep(experiment)
+    largest = naive_difference(experiment, shape, found, options)
     heads = [(c.layer, c.index) for c in experiment.components]
     ids = [of_sample[0].sample.sample_id for of_sample in experiment.prompts]
     effects = torch.tensor([[found[(i, *head)] for head in heads] for i in ids]).mean(0)
@@ -322,18 +375,20 @@ def screen(options: argparse.Namespace) -> None:
             f"{clock.cpu / plain.cpu / 2:.1f} forwards a side; {recall[0]} of the exact top 20",
             f"in its top 20, {recall[1]} in its top 60, r {r:.3f}",
         )
+    print(f"largest difference {largest:.2e}")
+    require(largest, BOUNDS[torch.float32])
 
 
 # ----- thousands of samples
 
 
-def fabricate_command(folder: Path, n_samples: int) -> list[str]:
-    """A model folder of Llama-3-8B's shape without weights and samples for it; a command line."""
+def fabricate_command(folder: Path, shape: Shape, n_samples: int) -> list[str]:
+    """A model folder of Llama-3-8B's shape, or another, without weights and samples for it; a command line."""
     tiny = Path(__file__).parent / "tiny_llama"
     for path in tiny.glob("*token*.json"):
         shutil.copy(path, folder)
     vocab = json.loads((tiny / "config.json").read_text())["vocab_size"]
-    sizes = {**PRESETS["8b"], "vocab_size": vocab}
+    sizes = {**shape, "vocab_size": vocab}
     del sizes["dtype"]
     LlamaConfig(**sizes, max_position_embeddings=8192).save_pretrained(folder)
     words = [word for answers in tracing.QUESTIONS.values() for word in answers.split()]
@@ -378,10 +433,20 @@ def fabricate_records(experiment: Any) -> list[dict[str, Any]]:
     ]
 
 
+def difference_of_means(table: Any, heads: Any) -> float:
+    """The largest difference of the means in a table of heads from plain means of the results."""
+    effects = table.groupby(["layer", "index"])["head_effect"]
+    plain = {key: math.fsum(of_head) / len(of_head) for key, of_head in effects}
+    rows = heads.set_index(["layer", "index"])["mean"].to_dict()
+    return max(abs(rows[key] - mean) for key, mean in plain.items())
+
+
 def scale(options: argparse.Namespace) -> None:
     """Planning, and what follows the sweep, of thousands of samples; the sweep is fabricated."""
     with tempfile.TemporaryDirectory() as path:
-        config = tracing.parse_args(fabricate_command(Path(path), options.samples))
+        n_samples = 6 if options.smoke else options.samples
+        command = fabricate_command(Path(path), preset("8b", options), n_samples)
+        config = tracing.parse_args(command)
         folder = tracing.RunFolder(Path(config.output_dir))
         folder.parts.mkdir(parents=True)
         with timed() as planning:
@@ -407,11 +472,14 @@ def scale(options: argparse.Namespace) -> None:
             tracing.write_components(folder.path / "circuit_results.csv", table)
         print(f"CSV: {writing.wall:.1f} s", flush=True)
         with timed() as testing:
-            tracing.write_findings(table, None, floor, config, folder.path)
+            heads = tracing.write_findings(table, None, floor, config, folder)
         print(f"statistics: {testing.wall:.1f} s", flush=True)
         after = reading.wall + tabling.wall + writing.wall + testing.wall
         gb = peak_memory() / 1e9
         print(f"planning {planning.wall:.1f} s, the rest {after:.1f} s, {gb:.2f} GB")
+        largest = difference_of_means(table, heads)
+        print(f"largest difference {largest:.2e}")
+        require(largest, 1e-9)
 
 
 # ----- a whole job
@@ -421,12 +489,15 @@ JOBS = {  # model folder beside this file -> flags; the second is what tests/rea
     "tiny_llama": [*FLAGS, "8"],
     "real/cache/smollm2": [*FLAGS, "12", "--num_samples", "16", "--layers", "0-29"],
 }
+SMALLEST_JOB = "--controls --num_samples 2 --layers 0 --confirm 1 --num_random 2 --max_new_tokens 1"
 
 
-def job(_: argparse.Namespace) -> None:
-    """Seconds by stage of the README's command, a process each, with this machine's threads."""
+def job(options: argparse.Namespace) -> None:
+    """Seconds by stage of the README's command, a process each, with this machine's threads. That
+    the edits are right is what its own self-test says."""
     here = Path(__file__).parent
-    for model, flags in JOBS.items():
+    jobs = {"tiny_llama": SMALLEST_JOB.split()} if options.smoke else JOBS
+    for model, flags in jobs.items():
         if not (here / model).is_dir():
             print(f"{model}: not there; python tests/real/fetch.py makes it")
             continue
@@ -434,15 +505,22 @@ def job(_: argparse.Namespace) -> None:
             argv = ["--model_id", str(here / model), *flags, "--output_dir", output]
             command = [sys.executable, str(here.parent / "llama3_circuit_tracing.py"), *argv]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            seconds = json.loads((Path(output) / "run.json").read_text())["run"]["seconds"]
+            record = json.loads((Path(output) / "run.json").read_text())
+        seconds = record["run"]["seconds"]
         print(f"{model}: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()))
+        errors = [(error, bound) for _, error, bound in record["self_test"]]
+        print(f"largest difference {max(errors)[0]:.2e}")
+        for error, bound in errors:
+            require(error, bound)
 
 
 MODES = {"growth": growth, "scale": scale, "job": job, "screen": screen}
-MODES |= {name: functools.partial(compare, shape) for name, shape in PRESETS.items()}
+MODES |= {name: functools.partial(compare, name) for name in PRESETS}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one benchmark; `SystemExit` with a sentence where its two ways differ."""
+    global DEVICE
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -455,7 +533,10 @@ def main() -> None:
     parser.add_argument("--rows_per_forward", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=5000, help="of scale")
-    options = parser.parse_args()
+    parser.add_argument("--smoke", action="store_true", help="the smallest shape, on the CPU")
+    options = parser.parse_args(argv)
+    if options.smoke:
+        DEVICE = torch.device("cpu")
     MODES[options.preset](options)
 
 

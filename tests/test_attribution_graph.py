@@ -6,8 +6,9 @@ import importlib.util
 import itertools
 import json
 import math
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -591,7 +592,9 @@ def test_the_tables_the_record_and_the_log_tell_of_one_graph(run: Path) -> None:
     assert (run / "circuit_graph.png").stat().st_size > 1000
 
 
-def test_a_later_command_leaves_no_graph_behind(llama: str, tmp_path: Path) -> None:
+def test_a_later_command_leaves_the_viewers_files_alone_and_no_table_behind(
+    llama: str, tmp_path: Path
+) -> None:
     finish(llama, tmp_path, *FAST, "--graph", "s0000:b", "--graph_goal", "top")
     told = record_of(tmp_path)["graph"]
     assert (told["sample_id"], told["side"]) == ("s0000", "b")
@@ -599,9 +602,164 @@ def test_a_later_command_leaves_no_graph_behind(llama: str, tmp_path: Path) -> N
     assert told["goal"] == f"{sample['likeliest'][0][0]!r} less the mean of all logits"
     assert graph_json(tmp_path)["metadata"]["prompt"] == sample["text"]
     assert graph_json(tmp_path)["metadata"]["slug"] == "s0000-b"
+    before = viewer_files(tmp_path)
     finish(llama, tmp_path, *FAST)
-    assert not list(tmp_path.glob("*graph*"))
+    assert viewer_files(tmp_path) == before
+    assert not list(tmp_path.glob("*circuit_graph*"))
     assert "graph" not in record_of(tmp_path)
+
+
+def viewer_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "graphs").iterdir()}
+
+
+def slugs_in(folder: Path) -> list[str]:
+    """The graphs that the viewer lists."""
+    metadata = json.loads((folder / "graphs" / "graph-metadata.json").read_text())
+    return [graph["slug"] for graph in metadata["graphs"]]
+
+
+def save_view(path: Path, view: dict[str, Any]) -> None:
+    """As circuit-tracer's viewer does: see do_POST of its frontend/local_server.py."""
+    graph = json.loads(path.read_text()) | {"qParams": view}
+    path.write_text(json.dumps(graph, indent=2))
+
+
+def view_of(ids: Sequence[str], as_texts: bool) -> dict[str, Any]:
+    """What a user saves who pins some nodes and groups others; the viewer saves texts."""
+    groups = [["a group", *ids[1:3]], ["another", ids[3]]]
+    view = {"linkType": "either", "sg_pos": "1 2 3", "clerps": '[["1", "mine"]]', "hue": None}
+    pins = ",".join(ids[:2]) if as_texts else list(ids[:2])
+    view |= {"pinnedIds": pins, "clickedId": ids[0]}
+    return view | {"supernodes": json.dumps(groups) if as_texts else groups}
+
+
+GRAPHED = [*FAST, "--graph", "s0000"]
+
+
+@pytest.fixture(scope="module")
+def with_graph(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("with_graph"), *GRAPHED)
+
+
+@pytest.mark.parametrize("as_texts", [False, True], ids=["lists", "texts"])
+@pytest.mark.parametrize(
+    "later",
+    [FAST, [*FAST, "--graph", "s0001"], GRAPHED, [*GRAPHED, "--overwrite"]],
+    ids=["no graph", "another graph", "the same graph", "the same graph, overwriting"],
+)
+def test_pins_and_groups_that_a_user_saved_stay(
+    later: list[str], as_texts: bool, llama: str, with_graph: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(with_graph, tmp_path / "run"))
+    path = folder / "graphs" / "s0000-a.json"
+    ids = [node["node_id"] for node in json.loads(path.read_text())["nodes"]][:4]
+    save_view(path, view_of(ids, as_texts))
+    before = json.loads(path.read_text())
+    finish(llama, folder, *later)
+    assert json.loads(path.read_text()) == before
+    assert slugs_in(folder) == ["s0000-a", *(["s0001-a"] if "s0001" in later else [])]
+
+
+@pytest.mark.parametrize("as_texts", [False, True], ids=["lists", "texts"])
+def test_what_was_saved_of_nodes_that_a_graph_no_longer_has_goes(
+    as_texts: bool, llama: str, with_graph: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(with_graph, tmp_path / "run"))
+    path = folder / "graphs" / "s0000-a.json"
+    there = {node["node_id"] for node in json.loads(path.read_text())["nodes"]}
+    narrow = [*GRAPHED, "--node_threshold", "0.3"]
+    left = graph_json(finish(llama, tmp_path / "narrow", *narrow))
+    stay = {node["node_id"] for node in left["nodes"]}
+    gone, kept = min(there - stay), min(there & stay)
+    save_view(path, view_of([gone, kept, gone, gone], as_texts))
+    finish(llama, folder, *narrow)
+    view = json.loads(path.read_text())["qParams"]
+    groups = [["a group", kept]]
+    assert view["pinnedIds"] == (kept if as_texts else [kept])
+    assert view["supernodes"] == (json.dumps(groups) if as_texts else groups)
+    assert view["clickedId"] == ""
+    assert (view["sg_pos"], view["linkType"]) == ("1 2 3", "either")
+    del left["qParams"]
+    assert {**json.loads(path.read_text()), "qParams": view} == {**left, "qParams": view}
+
+
+SPOILT = {"no JSON": "{", "a list": "[1]", "no view": "{}", "no object": '{"qParams": 7}'}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_graphs_file_that_is_spoilt_is_written_anew(
+    name: str, llama: str, with_graph: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(with_graph, tmp_path / "run"))
+    (folder / "graphs" / "s0000-a.json").write_text(SPOILT[name])
+    (folder / "graphs" / "graph-metadata.json").write_text(SPOILT[name])
+    finish(llama, folder, *GRAPHED)
+    assert viewer_files(folder) == viewer_files(with_graph)
+    assert "s0000-a.json is no graph of the viewer" in (folder / "run.log").read_text()
+
+
+@pytest.mark.parametrize("value", [7, None, "[", [[]], [7]])
+def test_what_has_a_form_of_its_own_in_a_saved_view_stays_as_it_is(
+    value: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "graph.json"
+    view = {"pinnedIds": ["here", "gone"], "supernodes": value}
+    path.write_text(json.dumps({"qParams": view}))
+    assert tracing.saved_view(path, {"here"}) == {"pinnedIds": ["here"], "supernodes": value}
+    assert tracing.saved_view(tmp_path / "none.json", {"here"}) == {}
+
+
+def test_a_folder_keeps_one_graph_of_each_prompt_and_lists_all(
+    llama: str, with_graph: Path, tmp_path: Path
+) -> None:
+    """The tables and the figure are of the last; what a user removed or added is heeded."""
+    folder = Path(shutil.copytree(with_graph, tmp_path / "run"))
+    first = viewer_files(folder)["s0000-a.json"]
+    finish(llama, folder, *FAST, "--graph", "s0001")
+    finish(llama, folder, *FAST, "--graph", "s0001:b")
+    assert slugs_in(folder) == ["s0000-a", "s0001-a", "s0001-b"]
+    assert viewer_files(folder)["s0000-a.json"] == first
+    alone = finish(llama, tmp_path / "alone", *FAST, "--graph", "s0001:b")
+    for name in (GRAPH, EDGES, "circuit_graph.png"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes()
+    (folder / "graphs" / "s0001-a.json").unlink()
+    (folder / "graphs" / "theirs.json").write_text("{}")
+    path = folder / "graphs" / "graph-metadata.json"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps({"graphs": [*metadata["graphs"], {"slug": "theirs"}]}))
+    finish(llama, folder, *GRAPHED)
+    assert slugs_in(folder) == ["s0000-a", "s0001-b", "theirs"]
+    assert viewer_files(folder)["s0000-a.json"] == first
+
+
+@pytest.mark.parametrize("theirs", [True, False])
+def test_overwriting_by_another_run_removes_this_scripts_graphs_alone(
+    theirs: bool, llama: str, with_graph: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(with_graph, tmp_path / "run"))
+    mine = folder / "graphs" / "mine.json"
+    if theirs:
+        mine.write_text("mine")
+    finish(llama, folder, *FAST, "--seed", "7", "--overwrite")
+    if theirs:
+        assert viewer_files(folder) == {"mine.json": b"mine"}
+    else:
+        assert not (folder / "graphs").exists()
+
+
+def test_no_two_samples_have_graphs_of_one_name() -> None:
+    ids = ["a b", "a_b", "a:b", "a-b", "a", "x" * 200, "x" * 201, "graph-metadata", "ß", ""]
+    prompts: Any = [
+        SimpleNamespace(sample=SimpleNamespace(sample_id=name), side=side)
+        for name in ids
+        for side in "ab"
+    ]
+    slugs = [tracing.slug_of(prompt) for prompt in prompts]
+    assert len({*slugs}) == 2 * len(ids)
+    assert all(tracing.is_output(f"graphs/{slug}.json") for slug in slugs)
+    assert slugs[ids.index("a-b") * 2] == "a-b-a" and max(map(len, slugs)) < 120
+    assert "graph-metadata" not in slugs
 
 
 @pytest.mark.parametrize("task", ["refusal", "odd_one_out"])
@@ -713,8 +871,11 @@ def test_offloaded_weights_are_refused(
 ) -> None:
     load, cpu = tracing.load_model, torch.device("cpu")
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
+    for stage in ("self_test", "sample_records", "sweep"):  # it is known before any of them
+        monkeypatch.setattr(tracing, stage, lambda *_: pytest.fail("something was measured"))
     argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FAST, "--graph", "s0000"]
     refuses(answer, *argv, says=["--graph needs weights at hand; some are offloaded"])
+    assert not list((tmp_path / ".parts").glob("*.json"))
 
 
 def test_no_hook_is_left_behind(plain: Bench, monkeypatch: Patch) -> None:

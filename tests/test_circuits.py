@@ -179,7 +179,7 @@ def test_a_runs_circuit_is_read_back_by_every_option_that_takes_components(
     file, best = str(folder / "circuit.json"), best_of(folder)
     assert len(best) == 3
     for flag in ("--ablate", "--circuit", "--given", "--skip"):
-        config = tracing.parse_args(["--model_id", model, flag, file])
+        config = tracing.parse_args(["--model_id", model, "--confirm", "1", flag, file])
         (found,) = [v for v in (config.ablate, config.given, config.skip) if v]
         assert labels(found).split() == best
         assert found.model == record_of(folder)["fingerprint"]["model"]
@@ -200,34 +200,100 @@ def test_a_file_of_neurons_by_position_is_read_as_neurons_at_all_tokens(
     assert f"{file}: positions are left out" in (tmp_path / "run" / "run.log").read_text()
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"{not json",
-        b"",
-        b"{}",
-        b'{"components": []}',
-        b"L0H0 L1X3",
-        b'["L0H0"]',
-        b'{"components": ["L0H0"]}',
-        b'{"components": [{"layer": 0}]}',
-        b'{"components": [{"label": "L0"}]}',
-        b'{"components": [{"label": 7}]}',
-        b'{"components": 7}',
-        b'{"components": null}',
-        b'{"neurons": {"3,17": 1}}',
-        b'{"neurons": {"3,17,x": 1}}',
-        b"\xff\xfe\x00\x01",
-    ],
-)
-def test_a_broken_file_is_refused_by_name(content: bytes, answer: Answer, tmp_path: Path) -> None:
+NO_NEURON = "is no neuron: write layer,position,neuron"
+NO_LABEL = "a component has no label that is a text"
+# what is said of a file, by its content
+BROKEN: dict[str | bytes, str] = {
+    "": "it names no component",
+    " \n": "it names no component",
+    "{}": "it names no component",
+    "L0H0 L1X3": "'L1X3' is no component",
+    "L٠H0": "'L٠H0' is no component",
+    '["L0H0"]': "'[\"L0H0\"]' is no component",
+    "{not json": "not JSON at 'not json' (Expecting property name",
+    '{"components": [': "not JSON at its end (Expecting value)",
+    '{"components": [], "components": []}': "field 'components' stands there twice",
+    '{"a":' * 5000: "brackets are nested too deeply",
+    '{"a": ' + "1" * 5000 + "}": "a number has 5000 digits",
+    '{"format": "circuit/2"}': 'its format is "circuit/2", not "circuit/1"',
+    '{"format": null, "components": []}': 'its format is null, not "circuit/1"',
+    '{"model": 7, "components": []}': "its model is no text but 7",
+    '{"components": []}': "it names no component",
+    '{"components": 7}': "its components are no list but 7",
+    '{"components": null}': "its components are no list but null",
+    '{"components": "L0H0"}': 'its components are no list but "L0H0"',
+    '{"components": {"label": "L0H0"}}': 'its components are no list but {"label": "L0H0"}',
+    '{"components": ["L0H0"]}': f'{NO_LABEL}: "L0H0"',
+    '{"components": [null]}': f"{NO_LABEL}: null",
+    '{"components": [{"layer": 0}]}': f'{NO_LABEL}: {{"layer": 0}}',
+    '{"components": [{"label": 7}]}': f'{NO_LABEL}: {{"label": 7}}',
+    '{"components": [{"label": "L0"}]}': "'L0' is no component",
+    '{"components": [{"label": "L0H1_0"}]}': "'L0H1_0' is no component",
+    '{"neurons": 5}': "its neurons are no object but 5",
+    '{"neurons": null}': "its neurons are no object but null",
+    '{"neurons": "0,0,1"}': 'its neurons are no object but "0,0,1"',
+    '{"neurons": [5]}': f"5 {NO_NEURON}",
+    '{"neurons": {"3,17": 1}}': f"'3,17' {NO_NEURON}",
+    '{"neurons": {"3,17,5,1": 1}}': f"'3,17,5,1' {NO_NEURON}",
+    '{"neurons": {"3,17,x": 1}}': f"'3,17,x' {NO_NEURON}",
+    '{"neurons": {"3,x,17": 1}}': f"'3,x,17' {NO_NEURON}",
+    '{"neurons": {"0,0,1_0": 1}}': f"'0,0,1_0' {NO_NEURON}",
+    '{"neurons": {"0,0,١": 1}}': f"'0,0,١' {NO_NEURON}",
+    '{"neurons": {"-1,0,5": 1}}': f"'-1,0,5' {NO_NEURON}",
+    b"\xff\xfe\x00\x01": "byte b'\\xff' is not UTF-8",
+    "L0H" * 50_000: "'L0HL0HL0H",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: repr(content)[:40])
+def test_a_broken_file_is_refused_by_name_with_what_is_wrong_and_the_value(
+    content: str | bytes, answer: Answer, tmp_path: Path
+) -> None:
     file = tmp_path / "circuit.json"
-    file.write_bytes(content)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
     for flag in ("--ablate", "--given", "--skip"):
         code, _, err = answer("--model_id", "nowhere", flag, str(file))
         assert code == 2
-        assert f"argument {flag}" in err.splitlines()[-1]
-        assert f": {file} is no file of components: " in err.splitlines()[-1]
+        sentence = err.splitlines()[-1]
+        assert f"argument {flag}" in sentence
+        assert f": {file} is no file of components: {BROKEN[content]}" in sentence
+        assert len(sentence) < 400
+
+
+def test_a_file_that_is_too_large_is_refused_unread(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "names"
+    with open(file, "wb") as hollow:
+        hollow.truncate(200_000_000)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("it was read"))
+    code, _, err = answer("--ablate", str(file))
+    said = f"{file} is no file of components: it has 200,000,000 bytes, more than 67,108,864"
+    assert code == 2 and err.splitlines()[-1].endswith(said)
+
+
+def test_a_file_of_windows_and_neurons_with_blanks_or_in_a_list_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "names"
+    contents = ["\ufeffL3N5\r\nL0N7", '\ufeff{"neurons": {"3, 17, 5": 1, "0,-1,7": 2}}']
+    for content in (*contents, '{"neurons": ["3,17,5", "0,2,7"]}'):
+        file.write_text(content, encoding="utf-8")
+        assert labels(tracing.components(str(file))) == "L3N5 L0N7"
+
+
+RESID = {"components": [{"label": "L0H1"}, {"label": "L2resid"}]}
+
+
+@pytest.mark.parametrize("flag", ["--ablate", "--given"])
+def test_a_circuit_with_a_residual_stream_is_refused_by_its_option_and_component(
+    flag: str, answer: Answer, tmp_path: Path
+) -> None:
+    (tmp_path / "circuit.json").write_text(json.dumps(RESID))
+    code, _, err = answer("--model_id", "nowhere", flag, str(tmp_path / "circuit.json"))
+    sentence = err.splitlines()[-1]
+    assert code == 2 and f"error: {flag} L2resid" in sentence
+    assert sentence.endswith("removes the input itself and means nothing")
+    assert "--kind" not in sentence and "L0H1" not in sentence
 
 
 @pytest.mark.parametrize("flag", ["ablate", "given", "skip"])
@@ -258,7 +324,8 @@ def test_components_that_the_model_lacks_are_refused(
 ) -> None:
     (tmp_path / "names").write_text(f"L0H0 {label}")
     for flag in ("--ablate", "--given", "--skip"):
-        argv = ["--output_dir", str(tmp_path / "run"), flag, str(tmp_path / "names")]
+        argv = ["--output_dir", str(tmp_path / "run"), "--confirm", "1"]
+        argv += [flag, str(tmp_path / "names")]
         says = [f"{flag} {label}: this model has layers 0-2"]
         refuses(answer, "--model_id", llama, *argv, says=says)
 

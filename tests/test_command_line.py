@@ -44,7 +44,7 @@ LABELS = {
     "L3resid": Component(3, "resid"),
 }
 UNLABELLED = ["", "L", "L2", "2H5", "L2H", "L2N", "L2attn0", "L2mlp1", "LH5", "L2Q5", "l2h5"]
-UNLABELLED += ["L2H-1", "L2 mlp", " L2H5", "L2H5 ", "L2H5L3H1"]
+UNLABELLED += ["L2H-1", "L2 mlp", " L2H5", "L2H5 ", "L2H5L3H1", "L2H1_0", "L١H5", "L2H５", "L²mlp"]
 
 
 def test_a_label_spells_layer_kind_and_index_and_parses_back() -> None:
@@ -117,6 +117,21 @@ def test_a_flag_is_known_in_two_spellings_and_recorded_as_it_is_written(name: st
         assert recorded == (text if isinstance(value, str | tuple | dict) else value)
 
 
+NUMBERS: dict[str, list[tuple[str, Any]]] = {  # what is taken, and what it stands for
+    "num_samples": [("16", 16), (" 16", 16), ("+16", 16), ("0016", 16)],
+    "multipliers": [("0, .5,2.,-1e-1", (0.0, 0.5, 2.0, -0.1)), ("1E2", (100.0,))],
+    "node_threshold": [("1", 1.0), ("5e-1", 0.5)],
+    "confirm": [("top:3", ("top", 3)), ("mass:1e-2", ("mass", 0.01))],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"), [(n, *of) for n in NUMBERS for of in NUMBERS[n]]
+)
+def test_numbers_are_taken_in_every_plain_spelling(name: str, text: str, value: Any) -> None:
+    assert vars(tracing.build_parser().parse_args([f"--{name}={text}"]))[name] == value
+
+
 def test_options_have_other_spellings_and_values_of_their_own() -> None:
     others: dict[str, dict[str, Any]] = {
         "--model_name_or_path x/y": {"model_id": "x/y"},  # as transformers' scripts say
@@ -155,22 +170,24 @@ def said_of_bad_usage(answer: Answer, *argv: str) -> str:
     return err.splitlines()[-1]
 
 
-SELECTIONS = "all,3|x||1,|,1|1-|1--2|1.5|1 2|L1|2-1|-1|0-99999999999999"
+SELECTIONS = "all,3|x||1,|,1|1-|1--2|1.5|1 2|L1|2-1|-1|0-99999999999999|1_0|١|0-٣|２"
 MEANINGLESS = {  # by flag
     "layers": SELECTIONS,
     "heads": SELECTIONS,
     "neurons": SELECTIONS,
-    "num_samples": "0|many",
+    "num_samples": "0|many|1_0|١|１０",
     "top_k": "0",
     "tree_tokens": "0",
-    "rows_per_forward": "0|some",
+    "rows_per_forward": "0|some|٣",
     "max_new_tokens": "-1",
-    "confirm": "-1",
+    "confirm": "-1|1_0|٣|top:1_0|layer:٣|mass:0.0_5|share:٠.٥",
     "num_random": "0",
-    "seed": "1.5|99999999999999999999",
-    "factor": "nan|inf|much",
-    "given": "2:5|L2|L0",
-    "ablate": "L2H5,|L2-mlp",
+    "seed": "1.5|99999999999999999999|4_2",
+    "factor": "nan|inf|much|1_0|١|1_0.5|٠.٥|1e1_0|1e999",
+    "multipliers": "0,1_0|0,٢",
+    "node_threshold": "0.8_5|٠.٥|nan|0|1.1",
+    "given": "2:5|L2|L0|L0H1_0|L٠H1",
+    "ablate": "L2H5,|L2-mlp|L1N２",
     "device_map": "{'': 0",
     "task": "nonsense",
     "kind": "heads|block",
@@ -199,11 +216,12 @@ REFUSED = {
     "--patch_into b": "--patch_into applies to --op patch only",
     "--kind resid": "--kind resid with --op zero at all positions removes the input itself",
     "--kind resid --op mean": "--kind resid with --op mean at all positions removes the input",
-    "--ablate L1H0,L1resid": "--op zero at all positions removes the input itself",
-    "--given L1resid": "kind resid removes the input itself",
+    "--ablate L1H0,L1resid": "error: --ablate L1resid with --op zero at all positions removes the",
+    "--given L0H0,L1resid": "error: --given L1resid removes the input itself",
+    "--task refusal --target_form literal": "error: --task refusal needs --target_form word",
     "--task refusal --controls": "--controls belong to --task suppression",
     "--controls --op patch --patch_into b": "--controls share one prompt b",
-    "--dry_run --from_csv results.csv": "--dry_run loads a model's config and --from_csv",
+    "--dry_run --from_csv results.csv": "--from_csv redraws a results table and measures nothing",
     "--layer 3": "--layer",  # abbreviations
     "--max_new 3": "--max_new",
     "--dry": "--dry",
@@ -218,6 +236,79 @@ def test_contradictions_and_abbreviations_are_refused_with_a_sentence(
     monkeypatch.chdir(tmp_path)
     write_results(tmp_path / "results.csv")
     assert REFUSED[line] in said_of_bad_usage(answer, *line.split())
+
+
+UNREAD = {  # options that nothing reads beside the others, and those with which something does
+    "--system_prompt Brief --no-chat": "--system_prompt= --no-chat;--no-chat;--system_prompt Brief",
+    "--revision v7 --model_id tests/tiny_llama": "--revision v7;--revision v7 --model_id a/b",
+    "--revision v7 --model_id ./nowhere": "",
+    "--revision v7 --model_id ~/nowhere": "",
+    "--revision v7 --model_id model.gguf": "--revision v7 --model_id a/b/model.gguf",
+    "--skip L0H0": "--skip L0H0 --confirm 2;--skip L0H0 --screen 4",
+    "--skip L0H0 --ablate L0H1": "--skip L0H0 --ablate L0H1 --multipliers 0 --max_new_tokens 2",
+    "--num_random 3": "--num_random 3 --confirm 2;--num_random 20",
+    "--num_random 3 --ablate L0H1 --multipliers 0 --max_new_tokens 2": "",
+    "--self_test --dry_run": "--self_test --check_attentions;--dry_run",
+}
+
+
+@pytest.mark.parametrize("line", UNREAD)
+def test_an_option_that_nothing_would_read_is_refused_with_its_value(
+    answer: Answer, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    sentence = said_of_bad_usage(answer, *line.split())
+    option, value, *_ = line.split()
+    assert option in sentence
+    assert value in sentence or value.startswith("--")
+    for taken in filter(None, UNREAD[line].split(";")):
+        assert isinstance(parse_args(taken.split()), Config)
+
+
+def test_a_directory_named_as_a_model_is_no_repository_on_the_hub(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["--model_id", "some-model", "--revision", "v7"]
+    assert parse_args(argv).revision == "v7"
+    (tmp_path / "some-model").mkdir()
+    assert "--revision v7 is for models on the hub; some-model" in said_of_bad_usage(answer, *argv)
+
+
+# ----- names and files
+
+
+@pytest.mark.parametrize("flag", ["ablate", "circuit", "given", "skip", "via"])
+def test_a_component_is_named_whatever_the_working_directory_holds(
+    flag: str, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is asked for by a separator or a suffix."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("L0H0", "names.txt", "names", "L0H0,L0mlp"):
+        (tmp_path / name).write_text("L1H1")
+    of_file, dest = (Component(1, "head", 1),), {"circuit": "ablate"}.get(flag, flag)
+    beside = ["--confirm", "2"] if flag == "skip" else []
+    for text in ("./L0H0", "names.txt", "./names", str(tmp_path / "L0H0"), "./L0H0,L0mlp"):
+        assert getattr(parse_args([f"--{flag}", text, *beside]), dest) == of_file
+    heads = getattr(parse_args([f"--{flag}", "L0H0", *beside]), dest)
+    assert heads == (Component(0, "head", 0),)
+    both = getattr(parse_args([f"--{flag}", "L0H0,L0mlp", *beside]), dest)
+    assert both == (Component(0, "head", 0), Component(0, "mlp"))
+    sentence = said_of_bad_usage(answer, f"--{flag}", "missing.txt")
+    assert sentence.endswith("missing.txt is no file of components: there is no such file")
+    assert "'names' is no component" in said_of_bad_usage(answer, f"--{flag}", "names")
+
+
+def test_a_direction_is_fitted_whatever_the_output_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--overwrite would empty a folder that has a file of directions; `difference` is none."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "difference").write_text("no directions")
+    argv = ["--along", "difference", "--overwrite", "--output_dir", "."]
+    assert parse_args(argv).along == "difference"
+    with pytest.raises(SystemExit):
+        parse_args(["--along", "./difference", *argv[2:]])
 
 
 TOGETHER = (
@@ -294,6 +385,46 @@ def test_what_the_table_tells_wins_over_the_record(tmp_path: Path) -> None:
 def test_flags_that_are_given_again_win_over_the_recorded_ones(tmp_path: Path, again: str) -> None:
     write_record(tmp_path, SCALED)
     assert redrawn(tmp_path, *again.split(), op="scale") == asking(tmp_path, SCALED, again)
+
+
+UNREAD_BY_REDRAWING = [name for name in OPTIONS if name not in tracing.REDRAW_OPTIONS]
+
+
+@pytest.mark.parametrize("name", UNREAD_BY_REDRAWING)
+def test_redrawing_refuses_every_option_that_it_does_not_read(
+    name: str, answer: Answer, tmp_path: Path
+) -> None:
+    text, value = other_than_default(name)
+    option = f"--no-{name}" if value is False else f"--{name}"
+    write_results(tmp_path / RESULTS)
+    argv = ["--from_csv", str(tmp_path / RESULTS), f"{option}={text}" if text else option]
+    sentence = said_of_bad_usage(answer, *argv)
+    assert sentence.endswith(f"leave out {option} {text}".rstrip())
+    beside = said_of_bad_usage(answer, *argv, "--seed", "7", "--overwrite")
+    assert option in beside and "--seed 7" in beside and "--overwrite" in beside
+
+
+def test_redrawing_reads_what_it_takes_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each access to an option of the configuration is seen; `main` reads --debug."""
+    seen: set[str] = set()
+
+    class Watched(Config):
+        def __getattribute__(self, name: str) -> Any:
+            seen.add(name)
+            return super().__getattribute__(name)
+
+    def replace_unseen(config: Config, **changes: Any) -> Config:
+        return Watched(**{**vars(config), **changes})
+
+    monkeypatch.setattr(tracing, "replace", replace_unseen)
+    results = str(ROOT / "outputs" / "tiny_llama" / RESULTS)
+    argv = ["--from_csv", results, "--output_dir", str(tmp_path), "--heatmap"]
+    config = parse_args(argv, before=["--model_id", "tests/tiny_llama", "--op", "zero"])
+    tracing.run(Watched(**{**vars(config), "compare": results}))
+    # of a screen only whether there is one, which makes the method of a table exact
+    assert seen & {*OPTIONS} == tracing.REDRAW_OPTIONS - {"debug"} | {"screen"}
 
 
 @pytest.mark.parametrize("content", ["not a record", "[1, 2]", ""])

@@ -128,7 +128,8 @@ def test_a_clear_base_of_either_sign_is_a_contrast_and_gives_verdicts(
     told = ["--model_id", "m", *CONTRAST, "mine.jsonl"]
     with caplog.at_level("INFO"):
         config = tracing.parse_args(told)
-        tracing.write_findings(table.assign(task="contrast"), None, 0.01, config, tmp_path)
+        folder = tracing.RunFolder(tmp_path)
+        tracing.write_findings(table.assign(task="contrast"), None, 0.01, config, folder)
     assert f"L0H1: {role} contrast" in caplog.text
     assert "rebound" not in caplog.text and "suppression" not in caplog.text
 
@@ -204,6 +205,7 @@ def test_without_a_template_a_chat_is_refused_and_plain_texts_have_replies(
     says = ["has no chat template; use an Instruct model, or --no-chat"]
     refuses(answer, "--model_id", model, "--output_dir", str(run), *flags, says=says)
     finish(model, run, *flags, "--no-chat", "--answer_prefix", " the")
+    assert record_of(run)["config"]["system_prompt"] == "", "no prompt had one"
     model_of, tokenizer = naive.load(model)
     assert len(generations(run)) == 2
     for record in generations(run):
@@ -221,6 +223,7 @@ def test_the_systems_text_is_ones_own_or_none(llama: str, tmp_path: Path, answer
         record = record_of(finish(llama, tmp_path / name, *flags, "--system_prompt", system))
         prompt = record["samples"][0]["prompts"]["b"]["text"]
         said[name] = prompt.count("<|start_header_id|>"), record["system_turn"]
+        assert record["config"]["system_prompt"] == system
         assert ("system<|end_header_id|>\n\nBe brief.<|eot_id|>" in prompt) == bool(system)
         assert "You are" not in prompt and user_text(prompt) in tracing.QUESTIONS
     assert said == {"own": (3, "Be brief."), "none": (2, "none")}

@@ -452,6 +452,10 @@ def test_the_layer_is_chosen_on_the_samples_that_are_set_apart(
     for name, draw in (("chosen", 0), ("random", 1), ("random", 2)) if label else ():
         sets.append(JointSet(name, (Component.parse(label),), draw, everywhere=True))
     assert [*tracing.choose_direction(exp, told, "b")] == (sets if label else [])
+    if label:  # what is skipped is not chosen, and the next best is
+        exp.config = replace(config, skip=(Component.parse(label),))
+        next_best = tracing.choose_direction(exp, told, "b")[1]
+        assert next_best.name == "chosen" and next_best.text.split()[0] not in ("", label)
 
 
 # ----- the whole command
@@ -606,29 +610,90 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def header(text: str, size: int) -> Callable[[Path], Any]:
+    """A file of a header as it stands, and of so many bytes of tensors."""
+    length = len(text).to_bytes(8, "little")
+    return lambda path: path.write_bytes(length + text.encode() + bytes(size))
+
+
+def typed(dtype: str) -> Callable[[Path], None]:
+    return no_file(**{label: d.to(getattr(torch, dtype)) for label, d in GOOD.items()})
+
+
 GOOD = {f"L{i}resid": torch.ones(48) for i in range(3)}
-NONE, LACKS = "is no file of directions", "has no direction of L0resid"
+NONE, LACKS = "d.safetensors is no file of directions: ", "has no direction of L0resid"
+CUT = f"{NONE}it is no whole safetensors file ("
+NO_NUMBERS = "is no 48 finite numbers: "
+UNKNOWN = '{"L0resid":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}'
+HALF_BYTES = '{"L0resid":{"dtype":"F4","shape":[96],"data_offsets":[0,48]}}'
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "missing": (lambda path: None, NONE),
-    "folder": (Path.mkdir, NONE),
-    "text": (lambda path: path.write_text("L0resid"), NONE),
-    "cut": (cut, NONE),
+    "missing": (lambda path: None, f"{NONE}No such file or directory"),
+    "folder": (Path.mkdir, f"{NONE}it is a folder or a device"),
+    "text": (lambda path: path.write_text("L0resid"), CUT),
+    "empty": (lambda path: path.write_text(""), CUT),
+    "cut": (cut, CUT),
+    "no header": (header("{nope", 0), CUT),
+    "a dtype of nobody": (header(UNKNOWN, 4), CUT),
+    "half bytes": (header(HALF_BYTES, 48), f"L0resid {NO_NUMBERS}[48] of float4_e2m1fn_x2"),
     "weights": (no_file(**{"model.norm.weight": torch.ones(3)}), "'model.norm.weight' is no comp"),
+    "other digits": (no_file(**GOOD, **{"L١resid": torch.ones(48)}), "'L١resid' is no component"),
+    "a control character": (no_file(**{"L\x1bX": torch.ones(48)}), "'L\\x1bX' is no component"),
+    "a long name": (no_file(**{"q" * 5000: torch.ones(48)}), "qqq' is no component"),
+    "one twice": (
+        no_file(**GOOD, **{"L00resid": torch.zeros(48)}),
+        f"{NONE}component 'L0resid' stands there twice",
+    ),
     "nothing": (no_file(), LACKS),
     "no layer 1": (no_file(L0resid=torch.ones(48), L2resid=torch.ones(48)), "of L1resid"),
     "of heads": (no_file(L0H0=torch.ones(16)), LACKS),
     "wide": (
         no_file(**GOOD | {"L1resid": torch.ones(49)}),
-        "L1resid is no 48 finite numbers: [49]",
+        f"L1resid {NO_NUMBERS}[49] of float32",
     ),
-    "two": (no_file(**GOOD | {"L1resid": torch.ones(48, 1)}), "L1resid is no 48 finite numbers"),
-    "NaN": (no_file(**GOOD | {"L2resid": torch.full((48,), math.nan)}), "L2resid is no 48 finite"),
-    "infinite": (no_file(**GOOD | {"L0resid": torch.full((48,), math.inf)}), "L0resid is no 48"),
+    "two": (
+        no_file(**GOOD | {"L1resid": torch.ones(48, 1)}),
+        f"L1resid {NO_NUMBERS}[48, 1] of float32",
+    ),
+    "a number": (
+        no_file(**GOOD | {"L1resid": torch.tensor(1.0)}),
+        f"L1resid {NO_NUMBERS}[] of float32",
+    ),
+    "whole numbers": (typed("int64"), f"L0resid {NO_NUMBERS}[48] of int64"),
+    "true and false": (typed("bool"), f"L0resid {NO_NUMBERS}[48] of bool"),
+    "complex": (typed("complex64"), f"L0resid {NO_NUMBERS}[48] of complex64"),
+    "NaN": (
+        no_file(**GOOD | {"L2resid": torch.full((48,), math.nan)}),
+        f"L2resid {NO_NUMBERS}[48] of float32, norm nan",
+    ),
+    "infinite": (
+        no_file(**GOOD | {"L0resid": torch.full((48,), math.inf)}),
+        f"L0resid {NO_NUMBERS}[48] of float32, norm inf",
+    ),
     "another model's": (no_file({"model": "other"}, **GOOD), "that file is of model other, not "),
-    "broken": (no_file("{", **GOOD), NONE),
-    "a list": (no_file("[]", **GOOD), NONE),
-    "a number": (no_file({"fitted_on": 5}, **GOOD), NONE),
-    "another format": (no_file({"format": "directions/2"}, **GOOD), NONE),
+    "broken": (no_file("{", **GOOD), f"{NONE}not JSON at its end (Expecting property name"),
+    "no text": (no_file(" ", **GOOD), f"{NONE}not JSON at its end (Expecting value)"),
+    "a list": (no_file("[]", **GOOD), f"{NONE}what it tells of itself is no object but []"),
+    "deep": (no_file('{"a":' * 5000, **GOOD), f"{NONE}brackets are nested too deeply"),
+    "a field twice": (
+        no_file('{"model": "a", "model": "b"}', **GOOD),
+        f"{NONE}field 'model' stands there twice",
+    ),
+    "fitted on a number": (
+        no_file({"fitted_on": 5}, **GOOD),
+        f"{NONE}its fitted_on is no list but 5",
+    ),
+    "fitted on numbers": (
+        no_file({"fitted_on": ["a", 5]}, **GOOD),
+        f"{NONE}its fitted_on holds 5, which is no text",
+    ),
+    "of a model of numbers": (
+        no_file({"model": [5]}, **GOOD),
+        f"{NONE}its model is no text but [5]",
+    ),
+    "another format": (
+        no_file({"format": "directions/2"}, **GOOD),
+        f'{NONE}its format is "directions/2", not "directions/1"',
+    ),
 }
 
 
@@ -760,7 +825,9 @@ BESIDE = [
 @pytest.mark.parametrize("flags", BESIDE)
 def test_with_other_options_nothing_is_missing(flags: str, llama: str, tmp_path: Path) -> None:
     """Of L0resid, where all prompts end alike, there is no direction."""
-    common = ["--num_samples", "6", "--num_random", "1", *["--no-bf16"] * ("bf16" not in flags)]
+    common = ["--num_samples", "6"]
+    common += ["--num_random", "1"] if "--confirm" in flags else []
+    common += [] if "bf16" in flags else ["--no-bf16"]
     folder = finish(llama, tmp_path, *flags.split(), *common)
     results, told, log = read(folder), read(folder, TABLE), (folder / "run.log").read_text()
     assert not results[["head_effect", "delta_logit_head"]].isna().any(axis=None)
@@ -840,21 +907,28 @@ def test_the_dry_run_tells_how_many_samples_give_directions(llama: str, answer: 
 
 
 def test_a_file_in_the_runs_own_folder_outlives_it(
-    patched: Path, tiny_llama: str, tmp_path: Path, answer: Answer
+    patched: Path, tiny_llama: str, tmp_path: Path
 ) -> None:
-    """It may be this run's input; only --overwrite would empty the folder, and is refused."""
+    """It may be this run's input; --overwrite deletes this script's files only."""
     own = tmp_path / "x <b onmouseover=1>bold<!--.safetensors"
     shutil.copy(patched / FILE, own)
     flags = [*PATCH, "--along", str(own)]
     folder = finish(tiny_llama, tmp_path, *flags)
-    assert own.exists()
     page = (folder / "circuit_report.html").read_text()
     assert "<!--" not in page and "<b on" not in page
     assert "resid along x &lt;b onmouseover=1&gt;bold&lt;!--" in page
-    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path), *flags, "--overwrite"]
-    code, _, err = answer(*argv)
-    assert code == 2 and "lies in the folder that --overwrite empties" in err
-    assert own.exists()
+    finish(tiny_llama, tmp_path, *flags, "--overwrite")
+    assert own.read_bytes() == (patched / FILE).read_bytes()
+
+
+def test_directions_of_the_folder_itself_are_an_input_that_overwriting_would_delete(
+    patched: Path, tiny_llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    folder = Path(shutil.copytree(patched, tmp_path / "run"))
+    argv = ["--model_id", tiny_llama, "--output_dir", str(folder), *PATCH]
+    argv += ["--along", str(folder / FILE), "--overwrite"]
+    refuses(answer, *argv, says=[f"--along {folder / FILE} lies in the folder that --overwrite"])
+    assert (folder / FILE).read_bytes() == (patched / FILE).read_bytes()
 
 
 def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -> None:

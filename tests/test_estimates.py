@@ -530,13 +530,16 @@ def test_a_model_without_rules_is_refused_by_relp_alone(
     refuses(answer, *argv, "--method", "relp", says=["--method relp has no rule for", named])
 
 
-def test_offloaded_weights_are_refused(
-    llama: str, tmp_path: Path, answer: Answer, monkeypatch: Patch
+@pytest.mark.parametrize("option", ["--method atp", "--screen 4"])
+def test_offloaded_weights_are_refused_before_anything_is_measured(
+    option: str, llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load, cpu = tracing.load_model, torch.device("cpu")
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO, "--method", "atp"]
-    refuses(answer, *argv, says=["--method atp needs weights at hand; some are offloaded"])
+    for stage in ("self_test", "sample_records", "sweep"):
+        monkeypatch.setattr(tracing, stage, lambda *_: pytest.fail("something was measured"))
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO, *option.split()]
+    refuses(answer, *argv, says=[f"{option} needs weights at hand; some are offloaded"])
 
 
 def test_an_estimate_is_not_resumed_past_a_self_test_that_was_not_passed(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import llama3_circuit_tracing as tracing
-from conftest import Answer, refuses
+from conftest import Answer, finish, record_of, refuses, write_samples
 from llama3_circuit_tracing import Config, Experiment, ModelShape, RunFolder
 
 
@@ -112,15 +114,16 @@ def test_llama_3_8b_in_bfloat16_fits_a_24_gb_gpu_by_the_estimate(
 # ----- fingerprint
 
 TEXTS = {"prompts", "targets"}
+WORDS = {*TEXTS, "foils"}  # of other samples, or of more prompts
 DIFFERS: dict[str, set[str]] = {
     "--layers 0 --heads 1-2 --ablate L0H1 --confirm 2 --num_random 3": set(),
     "--top_k 3 --max_new_tokens 2 --heatmap --output_dir x": set(),
     "--seed 7": {"seed", *TEXTS},
-    "--num_samples 3": TEXTS,
-    "--task refusal": {"task", *TEXTS},
+    "--num_samples 3": WORDS,
+    "--task refusal": {"task", *WORDS},
     "--answer_prefix My": TEXTS,
     "--target_form literal": {"target_form", "targets"},
-    "--controls": {"controls", *TEXTS},
+    "--controls": {"controls", *WORDS},
     "--kind mlp": {"kind"},
     "--op mean": {"op"},
     "--op scale --factor 2": {"op", "factor"},
@@ -156,6 +159,44 @@ def test_the_fingerprint_tells_the_token_ids_of_the_same_text(llama: str) -> Non
     files = tracing.file_digests(exp.config, {})
     one, two = (tracing.fingerprint_of(e, files) for e in (exp, other))
     assert {name for name in one if one[name] != two[name]} == {"prompts"}
+
+
+def contrasted(tmp_path: Path, *splits: tuple[str, str]) -> str:
+    """A file of samples with some targets and foils."""
+    records = []
+    for i, (targets, foils) in enumerate(splits):
+        texts = {"prompt_a": f"Pick one of {i}.", "prompt_b": f"Pick any of {i}."}
+        records.append({**texts, "targets": targets.split(), "foils": foils.split()})
+    return write_samples(tmp_path / "samples.jsonl", *records)
+
+
+MOVED = {  # where words go that stay the same words in the same order
+    "to the foils": [("apple", "pear plum")],
+    "among targets and foils of two samples": [("apple pear", "plum"), ("apple", "pear plum")],
+}
+
+
+@pytest.mark.parametrize("way", MOVED)
+def test_the_fingerprint_tells_targets_from_foils(way: str, llama: str, tmp_path: Path) -> None:
+    after = MOVED[way]
+    before = [("apple pear", "plum"), ("apple pear", "plum")][: len(after)]
+    files = tracing.file_digests(Config(model_id=llama), {})
+    found = []
+    for splits in (before, after):
+        line = f"--task contrast --samples {contrasted(tmp_path, *splits)}"
+        found.append(tracing.fingerprint_of(planned(llama, line), files))
+    one, two = found
+    assert {name for name in one if one[name] != two[name]} == {"targets", "foils"}
+
+
+def test_a_run_does_not_go_on_where_a_word_became_a_foil(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path / "run"), "--layers", "0"]
+    argv += ["--task", "contrast", "--samples", contrasted(tmp_path, ("apple pear", "plum"))]
+    assert answer(*argv)[0] == 0
+    contrasted(tmp_path, ("apple", "pear plum"))
+    refuses(answer, *argv, says=["holds a run that differs in targets: ", "; foils: "])
 
 
 def identity(folder: Path | str) -> str:
@@ -202,15 +243,202 @@ def test_every_kind_of_file_that_a_model_is_loaded_from_tells_it_apart(
     assert len(found) == 3
 
 
-def test_files_whose_size_and_time_are_known_are_not_read_again(llama: str, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(llama, tmp_path / "copy"))
-    config = Config(model_id=str(folder))
-    known = tracing.file_digests(config, {})
-    (folder / "config.json").touch()
-    known["config.json"][2] = known["model.safetensors"][2] = "of before"
-    found = tracing.file_digests(config, known)
-    assert found["model.safetensors"] == known["model.safetensors"]
-    assert found["config.json"] == tracing.file_digests(config, {})["config.json"]
+def digests(folder: Path | str, known: dict[str, Any] | None = None) -> dict[str, list[Any]]:
+    return tracing.file_digests(Config(model_id=str(folder)), known or {})
+
+
+@pytest.fixture()
+def copied(llama: str, tmp_path: Path) -> Path:
+    """A model's folder that may be written to."""
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+FIELDS = ["size", "mtime", "ctime", "inode"]  # of a record's entry, before the digest
+
+
+def test_a_file_that_is_known_by_size_times_and_inode_is_not_read_again(copied: Path) -> None:
+    known = digests(copied)
+    status = (copied / "config.json").stat()
+    times = [status.st_mtime_ns, status.st_ctime_ns]
+    assert known["config.json"][:-1] == [status.st_size, *times, status.st_ino]
+    known["config.json"][-1] = "of before"
+    assert digests(copied, known) == known
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_file_is_read_again_where_one_of_them_differs(field: str, copied: Path) -> None:
+    expected = digests(copied)
+    known = {name: [*entry[:-1], "of before"] for name, entry in expected.items()}
+    known["model.safetensors"][FIELDS.index(field)] += 1
+    found = digests(copied, known)
+    assert found.pop("model.safetensors") == expected["model.safetensors"]
+    assert {entry[-1] for entry in found.values()} == {"of before"}
+
+
+ENTRIES: dict[str, Callable[[list[Any]], Any]] = {
+    "an older one of size and mtime": lambda entry: [*entry[:2], "of before"],
+    "no digest": lambda entry: entry[:-1],
+    "a number for a digest": lambda entry: [*entry[:-1], 7],
+    "nothing": lambda entry: [],
+    "no list": lambda entry: "of before",
+}
+
+
+@pytest.mark.parametrize("kind", ENTRIES)
+def test_a_record_that_tells_less_of_a_file_has_it_read_again(kind: str, copied: Path) -> None:
+    expected = digests(copied)
+    known = {name: ENTRIES[kind](entry) for name, entry in expected.items()}
+    assert digests(copied, known) == expected
+
+
+def turn_a_byte(path: Path) -> bytes:
+    """The content with another last byte, which is a weight's."""
+    content = path.read_bytes()
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def write_in_place(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def put_another(path: Path, content: bytes) -> None:
+    """As `cp` to another name and `mv` do."""
+    path.with_name("new").write_bytes(content)
+    path.with_name("new").replace(path)
+
+
+def change_and_keep_times(path: Path, write: Callable[[Path, bytes], None]) -> None:
+    """Other content of equal size and mtime; the clock of ctime, which is coarse, moves on."""
+    before = path.stat()
+    write(path, turn_a_byte(path))
+    while True:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        after = path.stat()
+        if after.st_ctime_ns != before.st_ctime_ns:
+            break
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("write", [write_in_place, put_another])
+def test_a_run_does_not_go_on_with_weights_changed_at_equal_size_and_time(
+    write: Callable[[Path, bytes], None], copied: Path, tmp_path: Path, answer: Answer
+) -> None:
+    flags = ["--num_samples", "2", "--layers", "0"]
+    finish(str(copied), tmp_path / "run", *flags)
+    change_and_keep_times(copied / "model.safetensors", write)
+    argv = ["--model_id", str(copied), "--output_dir", str(tmp_path / "run"), *flags]
+    refuses(answer, *argv, says=["holds a run that differs in model: "])
+
+
+def test_a_run_goes_on_with_a_copy_of_the_model(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other inodes and times, the same content: nothing is computed again."""
+    flags = ["--num_samples", "2", "--layers", "0"]
+    before = record_of(finish(str(copied), tmp_path / "run", *flags))
+    second = shutil.copytree(copied, tmp_path / "second")
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    after = record_of(finish(str(second), tmp_path / "run", *flags))
+    assert after["fingerprint"] == before["fingerprint"]
+    assert after["files"] != before["files"]
+    assert after["files"] == digests(second)
+
+
+# ----- files that lie elsewhere, and files that are no model's
+
+WEIGHT_NAMES = ["shards/1.safetensors", "a/b/2.safetensors", "./3.safetensors", "4.weights"]
+INDICES = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+
+
+def write_index(path: Path, *names: str) -> None:
+    weight_map = {f"w{i}": name for i, name in enumerate(names)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("index", INDICES)
+def test_all_weights_that_an_index_names_tell_a_model_apart(index: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_index(folder / index, *WEIGHT_NAMES, "../beside.safetensors")
+    paths = [folder / name for name in (*WEIGHT_NAMES, "../beside.safetensors")]
+    found = {identity(folder)}
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for content in ("one", "two"):
+            path.write_text(content)
+            found.add(identity(folder))
+    assert len(found) == 1 + 2 * len(paths)
+    expected = {Path(name).as_posix() for name in WEIGHT_NAMES} | {"../beside.safetensors", index}
+    assert set(digests(folder)) == expected
+
+
+@pytest.mark.parametrize("named", ["weights/all.safetensors", "weights/all.safetensors.index.json"])
+def test_weights_that_the_config_names_tell_a_model_apart(named: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    write_index(tmp_path / "weights" / "all.safetensors.index.json", "weights/all.safetensors")
+    found = set()
+    for content in ("one", "two"):
+        (tmp_path / "weights" / "all.safetensors").write_text(content)
+        found.add(identity(tmp_path))
+    assert len(found) == 2
+
+
+BROKEN = ["", "[" * 100_000, "[1]", "{}", '{"weight_map": ["x"]}', '{"weight_map": {"w": 1}}']
+BROKEN += ['{"weight_map": {"w": "no/such.safetensors", "v": "folder", "u": "a\\u0000b"}}', "\xff"]
+
+
+@pytest.mark.parametrize("text", BROKEN, ids=lambda text: text[:20])
+def test_an_index_that_names_no_files_is_a_file_like_others(text: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / INDICES[0]).write_bytes(text.encode("latin-1"))
+    assert set(digests(tmp_path)) == {INDICES[0]}
+
+
+def test_an_index_with_a_name_twice_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+    """The last one counts."""
+    text = '{"weight_map": {"w": "one.x", "w": "two.x"}}'
+    (tmp_path / INDICES[0]).write_text(text)
+    for name in ("one.x", "two.x"):
+        (tmp_path / name).write_text(name)
+    assert set(digests(tmp_path)) == {INDICES[0], "two.x"}
+
+
+def test_a_run_does_not_go_on_where_a_shard_in_a_subfolder_changed(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    """It has another size, too; the library loads it from there."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    (model / "shards").mkdir()
+    shard = model / "shards" / "all.safetensors"
+    save_file(weights, shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "shards/all.safetensors")}
+    (model / INDICES[0]).write_text(json.dumps(index))
+    flags = ["--num_samples", "2", "--layers", "0"]
+    finish(str(model), tmp_path / "run", *flags)
+    changed = {name: 1.5 * tensor for name, tensor in weights.items()}
+    save_file(changed, shard, metadata={"format": "pt", "note": "longer"})
+    argv = ["--model_id", str(model), "--output_dir", str(tmp_path / "run"), *flags]
+    refuses(answer, *argv, says=["holds a run that differs in model: "])
+
+
+def test_what_this_script_writes_is_no_file_of_a_model(tiny_llama: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    written = [name for name in tracing.OUTPUTS if "." in name]
+    assert {"run.json", "circuit.json", "directions.safetensors"} <= set(written)
+    for name in written:
+        (folder / name).write_text(name)
+    assert identity(folder) == identity(tiny_llama)
+
+
+def test_a_run_in_the_models_own_folder_goes_on(copied: Path) -> None:
+    flags = ["--num_samples", "2", "--layers", "0", "--confirm", "1"]
+    before = record_of(finish(str(copied), copied, *flags))
+    assert (copied / "circuit.json").exists()
+    after = record_of(finish(str(copied), copied, *flags))
+    assert after["fingerprint"] == before["fingerprint"]
+    assert set(after["files"]).isdisjoint(tracing.OUTPUTS)
 
 
 def test_a_token_beyond_the_models_vocabulary_names_the_sample(

@@ -331,6 +331,7 @@ PATCHED = {"op": "patch", "patch_into": "a"}
 CONTRARY: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     # the table's columns, an option, what is said
     "task": ({"task": "refusal"}, "--task suppression", ["--task suppression", "refusal"]),
+    "kind": ({}, "--kind mlp", ["--kind mlp", "head"]),
     "op": ({}, "--op mean", ["--op mean", "zero"]),
     "op and factor": ({}, "--op scale --factor 2", ["scale", "zero"]),
     "factor": (SCALED, "--factor 3", ["--factor 3.0", "2.0"]),

@@ -187,6 +187,10 @@ MALFORMED: dict[str, tuple[Any, ...]] = {
     "csv stray quote": (HEAD + '"Name" a pet.,cat\n', "line 3"),
     "csv column twice": ("sentence,targets,targets\nA.,a,b\n", "line 1", "'targets'"),
     "jsonl lone surrogate": (GOOD + PET + '["\\ud800"]}\n', "line 2", "ud800"),
+    "jsonl five thousand digits": (
+        '{"sentence": "A.", "targets": ["a"], "n": ' + 5000 * "1" + "}",
+        *("line 1", "a number has 5000 digits"),
+    ),
     "jsonl field twice": (GOOD + PET + '["cat"], "targets": ["dog"]}\n', "line 2", "targets"),
 }
 
@@ -199,6 +203,39 @@ def test_a_malformed_sample_file_is_refused_with_file_line_and_value(
     path = write(tmp_path / f"s.{case.split()[0]}", content)
     argv = ["--model_id", tiny_llama, "--samples", str(path), "--dry_run"]
     refuses(answer, *argv, says=[str(path), *says])
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+@pytest.mark.parametrize("field", ["sentence", "sample_id", "note", "targets"])
+def test_a_line_of_ten_megabytes_is_refused_before_anything_is_made_of_it(
+    answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, field: str
+) -> None:
+    """As JSON it is not even parsed, and no model or tokenizer is asked for."""
+    long = "word " * 2_000_000
+    record = {**SHORT, "sample_id": "s1", "note": "", field: [long] if field == "targets" else long}
+    good = {**SHORT, "sample_id": "s0", "note": ""}
+    parse = tracing.from_json
+
+    def parse_short(text: str) -> Any:
+        return parse(text) if len(text) < 1_000_000 else pytest.fail("it was parsed")
+
+    monkeypatch.setattr(tracing, "from_hub", lambda *_: pytest.fail("the hub was asked"))
+    monkeypatch.setattr(tracing, "from_json", parse_short)
+    content = "".join(json.dumps(row) + "\n" for row in (good, record))
+    if ending == "csv":
+        cells = [";".join(v) if isinstance(v, list) else v for v in record.values()]
+        content = f"{','.join(record)}\n{','.join(cells)}\n"
+    path = write(tmp_path / f"s.{ending}", content)
+    says = [f"{path}, line 2: it has more than 1,000,000 characters"]
+    refuses(answer, "--samples", str(path), "--dry_run", says=says)
+
+
+def test_a_line_of_a_million_characters_is_read(tmp_path: Path) -> None:
+    record = {**SHORT, "note": ""}
+    record["note"] = "x" * (1_000_000 - len(json.dumps(record)) - 1)
+    path = write(tmp_path / "s.jsonl", [record])
+    assert path.stat().st_size == 1_000_000
+    assert len(load(path)) == 1
 
 
 TOM = {**PAIR, "targets": ["Tom"]}
@@ -350,6 +387,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "not finite": ("s1,1,0,0,nan,-1,0", "'delta_logit_base'", "'nan'"),
     "infinite": ("s1,1,0,0,-inf,-0.9,0.1", "'delta_logit_base'", "'-inf'"),
     "no whole number": ("s1,1,0.5,0,-1,-0.9,0.1", "'layer'", "'0.5'"),
+    "underscore": ("s1,1_0,0,0,-1,-0.9,0.1", "'n_constraints'", "'1_0'"),
+    "other digits": ("s1,1,١,0,-1,-0.9,0.1", "'layer'", "'١'"),
+    "other digits of an effect": ("s1,1,0,0,-1,-0.9,０.1", "'head_effect'", "'０.1'"),
     "below 0": ("s1,1,-1,0,-1,-0.9,0.1", "'layer'", "'-1'"),
     "no base": ("s1,1,0,0,0,0.1,0.1", "'delta_logit_base'", "'0'"),
     "two bases": ("s0,1,0,1,-1.5,-1.4,0.1", "delta_logit_base"),

@@ -149,7 +149,8 @@ def test_samples_of_one_unit_are_on_the_same_side_of_the_split(llama: str, tmp_p
 def test_random_sets_are_distinct_sorted_of_the_same_layers_and_of_what_is_left(
     chosen: str, llama: str
 ) -> None:
-    exp = prepared(llama, "--num_random", "4", "--given", "L1H1,L2mlp", "--skip", "L0H0")
+    flags = ["--confirm", "1", "--num_random", "4", "--given", "L1H1,L2mlp", "--skip", "L0H0"]
+    exp = prepared(llama, *flags)
     sets, everyone = tracing.confirm_sets(parsed(chosen), exp), parsed(chosen)
     for n in tracing.joint_sizes(len(everyone)):
         assert JointSet("chosen", everyone[:n]) in sets
@@ -168,7 +169,8 @@ def test_random_sets_are_distinct_sorted_of_the_same_layers_and_of_what_is_left(
 def test_there_are_no_more_random_sets_than_distinct_ones_and_all_are_found(
     asked: str, found: int, llama: str
 ) -> None:
-    sets = tracing.confirm_sets((Component(1, "head", 2),), prepared(llama, "--num_random", asked))
+    exp = prepared(llama, "--confirm", "1", "--num_random", asked)
+    sets = tracing.confirm_sets((Component(1, "head", 2),), exp)
     drawn = [of.components for of in sets if of.name == "random"]
     assert len(set(drawn)) == len(drawn) == found
     assert {c.label for (c,) in drawn} <= {"L1H0", "L1H1", "L1H3"}
@@ -177,7 +179,7 @@ def test_there_are_no_more_random_sets_than_distinct_ones_and_all_are_found(
 
 def test_random_sets_are_drawn_by_seed_for_each_size_anew(llama: str) -> None:
     chosen = Component(1, "neuron", 0), Component(2, "neuron", 0)
-    flags = ["--kind", "neuron", "--neurons", "0", "--num_random", "3"]
+    flags = ["--kind", "neuron", "--neurons", "0", "--confirm", "1", "--num_random", "3"]
 
     def drawn(seed: str) -> list[Components]:
         sets = tracing.confirm_sets(chosen, prepared(llama, *flags, "--seed", seed))
@@ -205,7 +207,7 @@ def test_where_a_layer_has_no_component_left_the_nearest_lends_one(llama: str) -
 
 
 def test_sizes_are_powers_of_two_and_beyond_half_of_all_nothing_is_left_to_draw(llama: str) -> None:
-    exp = prepared(llama, "--num_random", "2")
+    exp = prepared(llama, "--confirm", "1", "--num_random", "2")
     for k, drawn in ((6, [1, 2, 4, 6]), (7, [1, 2, 4])):
         sets = tracing.confirm_sets(tuple(exp.components[:k]), exp)
         sizes = {

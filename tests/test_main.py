@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,42 @@ def test_an_interruption_says_how_to_go_on(
         signal.signal(signal.SIGINT, before)
     assert (found, len(err.splitlines())) == (code, 1)
     assert "the same command goes on" in err
+
+
+@pytest.mark.parametrize("end", ["good", "refused", "broken", "stopped"])
+def test_the_handlers_of_signals_are_those_before_when_main_returns(
+    end: str, answer: Answer, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise {"broken": KeyError, "stopped": KeyboardInterrupt}[end]
+
+    if end in ("broken", "stopped"):
+        monkeypatch.setattr(tracing, "prepare", stop)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    mine: list[Any] = [lambda *_: None, lambda *_: None]
+    before = [signal.signal(*pair) for pair in zip(numbers, mine, strict=True)]
+    try:
+        more = ["--layers", "99"] if end == "refused" else []
+        code = answer("--model_id", tiny_llama, "--num_samples", "1", "--dry_run", *more)[0]
+        after = [signal.getsignal(number) for number in numbers]
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert code == {"good": 0, "refused": 2, "broken": 1, "stopped": 130}[end]
+    assert after == mine
+
+
+def test_a_signal_that_is_ignored_stays_ignored(answer: Answer, tiny_llama: str) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        handlers = tracing.when_stopped(sys.exit)
+        tracing.restore_handlers(handlers)
+        assert handlers.keys() == {signal.SIGTERM}
+        assert answer("--model_id", tiny_llama, "--num_samples", "1", "--dry_run")[0] == 0
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert after is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("below", [".", "deeper"])

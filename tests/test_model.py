@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama3_circuit_tracing as tracing
 import random_models
-from conftest import ROOT, Answer, finish, read, record_of, refuses
+from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses
 from llama3_circuit_tracing import Config
 
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -124,6 +128,75 @@ def test_what_the_hub_refuses_is_named_with_the_way_to_access(
     for text in (f"error: {model} ", *texts):
         assert text in said
     assert ("is gated" in said) == ("gated/" in model)
+
+
+class Broken(BaseHTTPRequestHandler):
+    """A hub that ends every connection without an answer."""
+
+    asked: list[str]  # the paths
+
+    def do_HEAD(self) -> None:
+        self.asked.append(self.path)
+        self.close_connection = True
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def without_hub(tmp_path: Path, port: int, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The script without arguments and with an empty cache, beside a hub on this machine."""
+    settings = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    settings |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_OFFLINE": "0"}
+    others = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    others.pop("HF_HUB_ETAG_TIMEOUT", None)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), "--dry_run"],
+        cwd=ROOT,
+        env={**others, **settings, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_hub_that_fails_is_asked_once_and_told_of_in_one_line(tmp_path: Path) -> None:
+    """Where the library would ask for a file seven times in half a minute, and print so."""
+    asked: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (Broken,), {"asked": asked})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = without_hub(tmp_path, server.server_address[1])
+        server.shutdown()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert asked.count("/") == 1 and not any("config.json" in path for path in asked)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {LLAMA_3} is not in the local cache and the hub cannot be")
+    assert "disconnected" in line and line.endswith(f"{WAY_OUT} runs the bundled model instead")
+
+
+def test_a_hub_that_does_not_answer_is_given_up_after_some_seconds(tmp_path: Path) -> None:
+    """As behind a firewall: here connections are taken up by nobody."""
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen()
+        done = without_hub(tmp_path, deaf.getsockname()[1], HF_HUB_ETAG_TIMEOUT="1")
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert re.search(r"hub cannot be reached \((no answer in 1 seconds|timed out)\); ", line)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("", 3.0), ("7", 7.0)])
+def test_the_hub_has_three_seconds_unless_the_environment_says_otherwise(
+    given: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeouts: list[float] = []
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", given)
+    monkeypatch.setattr(tracing.hub_constants, "HF_HUB_ETAG_TIMEOUT", int(given or 10))
+    session = SimpleNamespace(head=lambda _, timeout: timeouts.append(timeout))
+    monkeypatch.setattr(tracing, "get_session", lambda: session)
+    assert tracing.why_no_hub() == ""
+    assert timeouts == [seconds]
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--dry_run", "--local_files_only"])
@@ -277,13 +350,16 @@ def test_a_window_that_is_switched_off_refuses_nothing(
 
 
 @pytest.mark.parametrize(
-    "line", ["--kind mlp", "--kind neuron --neurons 0", "--given L0mlp", "--ablate L0N1"]
+    "line",
+    ["--kind mlp", "--kind neuron --neurons 0", "--given L0mlp", "--ablate L0N1", "--via L2mlp"],
 )
 def test_a_mixture_of_experts_is_refused_by_name_where_mlps_are_edited(
     answer: Answer, random_model: Callable[..., str], line: str
 ) -> None:
     argv = ["--model_id", random_model("mixtral"), "--num_samples", "1", "--dry_run"]
-    refuses(answer, *argv, *line.split(), says=["MixtralForCausalLM", "mixture of experts"])
+    named = line.partition(" --neurons")[0]
+    says = [f"error: {named}: MixtralForCausalLM ", "mixture of experts"]
+    refuses(answer, *argv, *line.split(), says=says)
     assert answer(*argv)[0] == 0
 
 
@@ -318,6 +394,57 @@ def test_bfloat16_is_chosen_where_a_gpu_computes_it_without_emulation(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     found = [tracing.read_shape(Config(model_id=llama, bf16=b)).dtype for b in (None, True, False)]
     assert found == [torch.bfloat16 if native else torch.float32, torch.bfloat16, torch.float32]
+
+
+# ----- where the weights go
+
+NO_MAPS = {  # of --device_map, and what is said of each
+    "nonsense": "'nonsense' is no device",
+    "cpux": "'cpux' is no device",
+    "0": "'0' is no device",
+    "disk": "'disk' is no device",  # of single modules only
+    "meta": "'meta' holds no numbers",
+    "cuda:99": "'cuda:99' is no device here",
+    "{}": "names no device",
+    '{"": "nonsense"}': "'nonsense' is no device",
+    '{"": null}': "None is no device",
+    '{"": true}': "True is no device",
+    '{"": ["cpu"]}': "['cpu'] is no device",
+    '{"": "cpu", "model.layers.9": "cpu"}': "LlamaForCausalLM has no 'model.layers.9'",
+}
+
+
+@pytest.mark.parametrize("places", NO_MAPS)
+@pytest.mark.parametrize("checks", [[], ["--dry_run"]], ids=["run", "dry run"])
+def test_a_device_map_of_what_is_not_there_is_bad_usage(
+    places: str, checks: list[str], llama: str, tmp_path: Path, answer: Answer, no_weights: None
+) -> None:
+    """Before the weights are loaded."""
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), "--num_samples", "1", *checks]
+    refuses(answer, *argv, "--device_map", places, says=["--device_map", NO_MAPS[places]])
+
+
+MAPS = ["cpu", "balanced", "sequential", '{"": "cpu"}', '{"model": "cpu", "lm_head": "disk"}']
+
+
+@pytest.mark.parametrize("places", MAPS)
+def test_a_device_map_that_the_library_takes_is_taken(
+    places: str, llama: str, tmp_path: Path
+) -> None:
+    finish(llama, tmp_path, "--num_samples", "1", "--layers", "0", "--device_map", places)
+
+
+def test_a_device_map_that_the_library_refuses_while_loading_is_bad_usage(
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "The device_map provided does not give any device for the following parameters: x"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError(said)
+
+    monkeypatch.setattr(tracing.AutoModelForCausalLM, "from_pretrained", refuse)
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), "--num_samples", "1"]
+    refuses(answer, *argv, "--device_map", '{"model": "cpu"}', says=[said])
 
 
 # ----- weights that are not this model's, and configs of no model
@@ -355,6 +482,89 @@ def test_weights_that_are_not_those_of_the_model_are_named(
     folder = with_weights(llama, tmp_path / "model", change)
     argv = ["--model_id", folder, "--output_dir", str(tmp_path / "run")]
     refuses(answer, *argv, says=[folder, *says], code=1)
+
+
+# ----- what the libraries say
+
+
+@pytest.fixture()
+def heard() -> Iterator[list[str]]:
+    """What the libraries' loggers print, and would print on stderr."""
+    lines: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    listener, loggers = Listener(), [logging.getLogger(name) for name in tracing.LIBRARIES]
+    for logger in loggers:
+        logger.addHandler(listener)
+    yield lines
+    for logger in loggers:
+        assert listener in logger.handlers
+        logger.removeHandler(listener)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_of_a_model_of_no_use_the_libraries_say_nothing_but_with_debug(
+    name: str, llama: str, tmp_path: Path, answer: Answer, heard: list[str]
+) -> None:
+    folder = with_weights(llama, tmp_path / "model", FOREIGN[name][0])
+    argv = ["--model_id", folder, "--output_dir", str(tmp_path / "run")]
+    _, out, err = answer(*argv)
+    assert (heard, len(err.splitlines())) == ([], 1)
+    assert "LOAD REPORT" not in out + (tmp_path / "run" / "run.log").read_text()
+    assert answer(*argv, "--debug")[0] == 1
+    assert "LOAD REPORT" in "".join(heard)
+
+
+def test_what_the_log_of_a_library_says_of_a_config_of_no_use_is_held_back(
+    tiny_llama: str, tmp_path: Path, answer: Answer, heard: list[str]
+) -> None:
+    for size in (100, 101):  # it says the same once only
+        folder = copy_of(tiny_llama, tmp_path / str(size), vocab_size=size)
+        argv = ["--model_id", str(folder), "--dry_run"]
+        if size == 100:
+            refuses(answer, *argv, says=["vocabulary of 100"])
+            assert heard == []
+        else:
+            assert answer(*argv, "--debug")[0] == 2
+            assert any("within the vocabulary" in line for line in heard)
+
+
+def test_what_a_library_warns_of_a_config_of_no_use_is_held_back(
+    tiny_llama: str, tmp_path: Path, answer: Answer, recwarn: pytest.WarningsRecorder
+) -> None:
+    argv = ["--model_id", str(copy_of(tiny_llama, tmp_path / "model", model_type="bert"))]
+    refuses(answer, *argv, "--dry_run", says=["BertLMHeadModel is not supported"])
+    assert len(recwarn) == 0
+    assert answer(*argv, "--dry_run", "--debug")[0] == 2
+    assert any("rope_scaling" in str(warning.message) for warning in recwarn)
+
+
+def test_a_folder_with_other_weights_gives_one_line_on_stderr(
+    script: Callable[..., subprocess.CompletedProcess[str]], llama: str, tmp_path: Path
+) -> None:
+    """As a process, in which the library's own handler prints."""
+    folder = with_weights(llama, tmp_path / "model", renamed)
+    done = script("--model_id", folder, "--num_samples", "1", "--output_dir", str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and "30 weights are missing" in done.stderr
+
+
+def test_what_the_libraries_say_of_a_model_that_loads_is_in_the_log_once(
+    llama: str, tmp_path: Path, heard: list[str]
+) -> None:
+    """Such as of a quantization that they do not know and therefore leave out."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    path = model / "config.json"
+    unknown = {"quantization_config": {"quant_method": "nonesuch"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **unknown}))
+    folder = finish(str(model), tmp_path / "run", "--num_samples", "2", "--layers", "0")
+    told = (folder / "run.log").read_text()
+    assert heard == [] and told.count("transformers: Unknown quantization type, got nonesuch") == 1
+    page = (folder / tracing.REPORT).read_text()
+    assert "Unknown quantization" not in page, "it is no finding"
 
 
 def test_rotary_frequencies_among_the_weights_do_no_harm(llama: str, tmp_path: Path) -> None:

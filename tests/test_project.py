@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 import llama3_circuit_tracing as tracing
-from conftest import ROOT, SCRIPT, finish, read
+from conftest import ROOT, SCRIPT, finish, read, record_of
 
 README = (ROOT / "README.md").read_text()
 EXAMPLE = ROOT / "outputs" / "tiny_llama"
@@ -79,6 +79,20 @@ def test_the_example_output_is_what_a_fresh_run_gives(tmp_path: Path) -> None:
     assert list(fresh) == list(kept)
     assert fresh.drop(columns=numbers(fresh)).equals(kept.drop(columns=numbers(kept)))
     assert (fresh[numbers(fresh)] - kept[numbers(kept)]).abs().max().max() < 1e-4
+
+
+def test_the_examples_can_be_made_again_in_their_folders() -> None:
+    """Their records list all of their files as this script's."""
+    listed = subprocess.run(
+        ["git", "ls-files", "outputs"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    folders = {(ROOT / name).parent for name in listed if name.endswith("/run.json")}
+    assert len(folders) == 3
+    known = {folder / "run.json" for folder in folders}
+    for folder in folders:
+        written = tracing.listed_files(folder, record_of(folder))
+        known |= {folder / name for name in written}
+    assert {ROOT / name for name in listed} <= known
 
 
 def numbers(table: pd.DataFrame) -> list[str]:

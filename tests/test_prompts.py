@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
 import re
 import shutil
+import signal
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +135,150 @@ def test_a_template_that_fails_is_told_with_its_reason(tokenizer: Any) -> None:
         with_template(tokenizer, template).render("Name a fruit.")
 
 
+# ----- a template that does not come to its end
+
+# 40 million turns, which take seconds; a test that would wait for ever could only hang
+LOOPS = "{% for i in range(6500) %}{% for j in range(6500) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("place", ["user", "system"])
+def test_a_template_that_loops_is_stopped_and_told_of_in_one_sentence(
+    place: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, where it loops over the system turn: without one it would be no other template."""
+    monkeypatch.setattr(tracing, "RENDER_SECONDS", 0.05)
+    loops = "{% if messages[0].role == '" + place + "' %}" + LOOPS + "{% endif %}"
+    encoder = with_template(tokenizer, loops + tokenizer.chat_template)
+    if place == "user":
+        encoder = replace(encoder, system="")
+    rendered = []
+    render = tokenizer.__class__.apply_chat_template
+    monkeypatch.setattr(
+        tokenizer.__class__,
+        "apply_chat_template",
+        lambda *messages, **options: rendered.append(messages) or render(*messages, **options),
+    )
+    says = r"^the chat template failed \(it took more than 0\.05 seconds\); use an Instruct model$"
+    with pytest.raises(UsageError, match=says):
+        encoder.render("Name a fruit.")
+    assert len(rendered) == 1
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_model_whose_template_loops_is_refused(
+    llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "RENDER_SECONDS", 0.05)
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": LOOPS}))
+    says = ["the chat template failed (it took more than 0.05 seconds)"]
+    refuses(answer, "--model_id", str(model), "--dry_run", says=says)
+
+
+def test_a_template_has_seconds_where_it_needs_milliseconds() -> None:
+    assert 1 <= tracing.RENDER_SECONDS <= 10
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_handler_and_a_timer_that_were_set_before_are_set_after_rendering(
+    fails: bool, tokenizer: Any
+) -> None:
+    """With the time that was left, and what it was to be repeated with."""
+    template = "{{ raise_exception('no') }}" if fails else tokenizer.chat_template
+    handler_before = signal.signal(signal.SIGALRM, lambda *_: None)
+    try:
+        handler = signal.getsignal(signal.SIGALRM)
+        signal.setitimer(signal.ITIMER_REAL, 1000, 500)
+        with contextlib.suppress(UsageError):
+            with_template(tokenizer, template).render("Name a fruit.")
+        left, interval = signal.setitimer(signal.ITIMER_REAL, 0)
+        assert signal.getsignal(signal.SIGALRM) is handler
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler_before)
+    assert 500 < left <= 1000 and interval == 500
+
+
+def test_no_timer_is_left_behind(tokenizer: Any) -> None:
+    handler = signal.getsignal(signal.SIGALRM)
+    with_template(tokenizer, tokenizer.chat_template).render("Name a fruit.")
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) is handler
+
+
+def test_an_alarm_of_someone_else_that_comes_due_while_rendering_rings_afterwards() -> None:
+    rung: list[int] = []
+    handler_before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        with tracing.time_limit(100):
+            due = time.monotonic() + 0.02
+            while time.monotonic() < due:
+                pass
+            assert not rung
+        last = time.monotonic() + 60
+        while not rung and time.monotonic() < last:  # it is due in a millisecond
+            pass
+        assert rung == [1]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler_before)
+
+
+def test_outside_the_main_thread_a_template_is_rendered_without_a_limit(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the main thread may handle signals."""
+    monkeypatch.setattr(tracing, "RENDER_SECONDS", 1e-9)
+    with ThreadPoolExecutor() as pool:
+        text = pool.submit(encoder.render, "Name a fruit.").result()
+    monkeypatch.undo()
+    assert text == encoder.render("Name a fruit.")
+
+
+def test_without_timers_a_template_is_rendered_without_a_limit(
+    encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(signal, "setitimer")
+    assert "Name a fruit." in encoder.render("Name a fruit.")
+
+
+def test_a_template_that_needs_more_memory_than_there_is_is_told_with_its_reason(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an error without a message, its name."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    encoder = with_template(tokenizer, tokenizer.chat_template)
+    monkeypatch.setattr(encoder.tokenizer.__class__, "apply_chat_template", fail)
+    with pytest.raises(UsageError, match=r"failed \(MemoryError\)"):
+        encoder.render("Name a fruit.")
+
+
+# ----- texts that are too long
+
+
+def test_a_prompt_that_the_model_does_not_take_is_encoded_once(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its forms would encode it again, twice per word."""
+    encoder = PromptEncoder(tokenizer, "", "word", context=20)
+    n, texts, encode = len(encoder.encode(encoder.render(FRUIT.prompt_a))), [], PromptEncoder.encode
+
+    def listen(encoder: PromptEncoder, text: str) -> tuple[int, ...]:
+        texts.append(text)
+        return encode(encoder, text)
+
+    monkeypatch.setattr(PromptEncoder, "encode", listen)
+    with pytest.raises(UsageError, match=rf"\(s0\): a prompt of {n} tokens exceeds.* 20$"):
+        write(encoder, FRUIT)
+    assert len(texts) == 1
+    write(PromptEncoder(tokenizer, "", "word", context=n), FRUIT)
+
+
 # ----- surface forms
 
 STEM = "My favorite fruit is the"
@@ -181,12 +329,23 @@ def test_two_words_with_the_same_form_are_refused(
         write(encoder, sample)
 
 
+def test_words_that_the_literal_form_cannot_tell_apart_are_told_with_the_option(
+    tokenizer: Any, encoder: PromptEncoder
+) -> None:
+    sample = replace(FRUIT, targets=("I cannot", "I can't"), origin="mine.jsonl, line 3")
+    write(encoder, sample)
+    encoder = PromptEncoder(tokenizer, "", "literal")
+    both = r"""'I cannot' and "I can't" begin with the same token, which --target_form literal scores"""
+    with pytest.raises(UsageError, match=rf"^mine\.jsonl, line 3 \(s0\): {both}$"):
+        write(encoder, sample)
+
+
 class Characters:
     """A tokenizer of one token per character; "x" merges with what is before, "~" is dropped."""
 
     bos_token_id = None
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
         pieces = re.findall(".x?", text.replace("~", ""))
         return {"input_ids": [ord(piece[0]) + 1000 * len(piece) for piece in pieces]}
 
@@ -404,6 +563,7 @@ def test_the_log_and_the_record_say_that_there_is_no_system_turn(
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": NO_SYSTEM}))
     run = finish(str(model), tmp_path / "run", "--num_samples", "2", "--layers", "0")
     assert record_of(run)["system_turn"] == "none"
+    assert record_of(run)["config"]["system_prompt"] == ""
     told = "knows no system turn: 'You are an assistant.' is left out"
     assert told in (run / "run.log").read_text()
 

@@ -187,6 +187,84 @@ def test_without_a_confirmed_set_that_applies_at_every_token_replies_are_unedite
     assert ("edited replies need" in (tmp_path / "run.log").read_text()) == ("--confirm" in flags)
 
 
+# ----- with a set that is named
+
+NAMED = ["--num_samples", "4", "--layers", "0", "--max_new_tokens", "5", "--ablate", "L2mlp,L0H1"]
+
+
+def rows_of(records: list[dict[str, Any]], ablated: str) -> list[tuple[str, str]]:
+    return [(r["sample_id"], r["prompt"]) for r in records if r["ablated"] == ablated]
+
+
+def test_all_samples_are_answered_unedited_and_with_the_named_set_edited(
+    llama: str, tmp_path: Path, plain: Plain
+) -> None:
+    folder = finish(llama, tmp_path, *NAMED)
+    records, texts = generations(folder), by_hand.texts(folder)
+    asked = [(sample, side) for sample in texts for side in "ab"]
+    assert rows_of(records, "") == rows_of(records, "L2mlp L0H1") == asked
+    assert len(records) == 2 * len(asked)
+    n_changed = 0
+    for record in records:
+        user, labels = texts[record["sample_id"]][record["prompt"]], record["ablated"].split()
+        assert record["reply"] == naive_reply(plain, user, 5, labels)
+        assert record["n_ablated"] == len(labels)
+        n_changed += record["reply"] != naive_reply(plain, user, 5)
+    assert n_changed > 0
+
+
+def test_the_rates_of_a_named_set_are_those_of_its_replies_to_all_samples(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    """On the trained model, whose replies show the behaviour; no line of held-out samples."""
+    flags = "--num_samples 6 --layers 0 --max_new_tokens 3 --ablate L0attn,L1attn"
+    folder = finish(tiny_llama, tmp_path, *flags.split())
+    rates, told = record_of(folder)["behaviour"], (folder / "run.log").read_text()
+    assert [(rate["samples"], rate["n_ablated"]) for rate in rates] == [("all", 0), ("all", 2)]
+    assert "held-out" not in told[told.index("----- replies") :]
+    replies = pd.DataFrame(generations(folder))
+    for rate in rates:
+        for side in "ab":
+            same = (replies["n_ablated"] == rate["n_ablated"]) & (replies["prompt"] == side)
+            for name in ("mentions", "answers"):
+                expected = 100 * replies[same][name].map(bool).mean()
+                assert rate[f"{name}_{side}"] == pytest.approx(expected)
+        assert f"(all, {rate['n_ablated']} ablated): {rate['mentions_a']:.0f} % " in told
+    assert rates[0]["answers_b"] != rates[1]["answers_b"]
+
+
+def test_a_named_set_stands_beside_a_chosen_one_of_its_size(llama: str, tmp_path: Path) -> None:
+    folder = finish(llama, tmp_path, *NAMED, "--confirm", "2", "--num_random", "1")
+    records, rates = generations(folder), record_of(folder)["behaviour"]
+    kinds = [(rate["samples"], rate["n_ablated"]) for rate in rates]
+    assert kinds == [("all", 0), ("all", 2), *(("held-out", n) for n in range(3))]
+    assert len(rows_of(records, "L2mlp L0H1")) == 8
+    held_out = [(sample, side) for sample in by_hand.texts(folder) for side in "ab"]
+    held_out = [row for row in held_out if row[0] in halves(folder)[1]]
+    for labels in chosen_in(folder):
+        assert rows_of(records, labels) == held_out
+    for rate in rates:
+        of_named = rate["samples"] == "all"
+        same = [r for r in records if r["n_ablated"] == rate["n_ablated"] and r["prompt"] == "b"]
+        if of_named and rate["n_ablated"]:
+            same = [r for r in same if r["ablated"] == "L2mlp L0H1"]
+        elif not of_named:
+            same = [r for r in same if (r["sample_id"], "b") in held_out]
+            same = [r for r in same if r["ablated"] != "L2mlp L0H1"]
+        alike = 100 * tracing.share_alike([record["reply"] for record in same])
+        assert rate["alike_b"] == pytest.approx(alike)
+
+
+@pytest.mark.parametrize("flags", ["--op patch", "--positions last"])
+def test_a_named_set_that_applies_at_some_tokens_is_warned_of(
+    flags: str, llama: str, tmp_path: Path
+) -> None:
+    folder = finish(llama, tmp_path, *NAMED, *flags.split())
+    assert {record["ablated"] for record in generations(folder)} == {""}
+    assert "edited replies need" in (folder / "run.log").read_text()
+    assert (folder / "circuit_confirm.csv").exists()
+
+
 # ----- what it shows
 
 
@@ -242,7 +320,10 @@ def test_the_rates_by_hand() -> None:
     ]
     columns = ["sample_id", "prompt", "n_ablated", "mentions", "answers", "reply"]
     table = pd.DataFrame(replies, columns=columns)
-    found = tracing.behaviour_rates(table.assign(text=table["sample_id"]), {"t"})
+    table["text"] = table["sample_id"]
+    unedited, of_t = table[table["n_ablated"] == 0], table[table["sample_id"] == "t"]
+    groups = [unedited.assign(samples="all"), of_t.assign(samples="held-out")]
+    found = tracing.behaviour_rates(pd.concat(groups))
     names = [f"{what}_{side}" for side in "ab" for what in ("mentions", "answers", "alike")]
     assert [[rate[name] for name in ("samples", "n_ablated", *names)] for rate in found] == [
         ["all", 0, 50, 50, 100, 100, 100, 50],
@@ -257,7 +338,7 @@ def test_equal_replies_to_the_same_prompt_are_not_alike() -> None:
     said = [("s", "a", "x", "one"), ("t", "a", "y", "one"), ("s", "b", "z", "two")]
     said += [("t", "b", "z", "two"), ("u", "b", "w", "three")]
     rows = [row | dict(zip(("sample_id", "prompt", "text", "reply"), r, strict=True)) for r in said]
-    (_, rate) = tracing.behaviour_rates(pd.DataFrame(rows), {"s", "t", "u"})
+    (rate,) = tracing.behaviour_rates(pd.DataFrame(rows).assign(samples="all"))
     assert (rate["alike_a"], rate["alike_b"]) == (100, 0)
 
 

@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import html
 import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib import colormaps
 
 import llama3_circuit_tracing as tracing
 from by_hand import results, steps
-from conftest import TINY, finish, generations, read, record_of, write_samples
+from conftest import (
+    SCRIPT,
+    TINY,
+    Answer,
+    finish,
+    generations,
+    read,
+    record_of,
+    refuses,
+    write_samples,
+)
 
 REPORT = "circuit_report.html"
 MAIN = ["--controls", "--confirm", "8", "--max_new_tokens", "8"]  # the readme's
@@ -82,7 +97,7 @@ class Page(HTMLParser):
 
     def named(self, name: str) -> list[list[tuple[str, dict[str, Any]]]]:
         ids = [told.get("id") for told in self.all("table")]
-        return self.tables[ids.index(f"T_{name}")]
+        return self.tables[ids.index(name)]
 
 
 def source_of(folder: Path) -> str:
@@ -194,13 +209,25 @@ def test_columns_of_a_comparison_are_there(tiny_llama: str, tmp_path: Path) -> N
 
 
 def colours(source: str, table: str) -> dict[tuple[int, int], tuple[int, int, int]]:
-    """Red, green and blue by row and column."""
-    rules = re.findall(r"((?:#T_\w+,?\s*)+)\{\s*background-color: #(\w{6});", source)
-    return {
-        (int(row), int(column)): (int(code[:2], 16), int(code[2:4], 16), int(code[4:], 16))
-        for names, code in rules
-        for row, column in re.findall(rf"#T_{table}_row(\d+)_col(\d+)", names)
-    }
+    """Red, green and blue by row and column, headings not counted."""
+    cells = [[told for _, told in row] for row in Page(source).named(table)]
+    bodies = [row for row in cells if any(told["tag"] == "td" for told in row)]
+    found = {}
+    for i, row in enumerate(bodies):
+        for j, told in enumerate(told for told in row if told["tag"] == "td"):
+            if code := re.fullmatch(
+                r"background-color: #(\w{2})(\w{2})(\w{2})", told.get("style", "")
+            ):
+                red, green, blue = (int(digits, 16) for digits in code.groups())
+                found[i, j] = red, green, blue
+    return found
+
+
+def colour_of(role: float, of_all: pd.DataFrame | pd.Series) -> tuple[int, int, int]:
+    """Red, green and blue of a role, of which the strongest value has the darkest colour."""
+    share = role / np.abs(of_all.to_numpy()).max()
+    red, green, blue = (round(255 * part) for part in colormaps["RdBu_r"](0.5 + 0.3 * share)[:3])
+    return red, green, blue
 
 
 def test_red_carries_the_task_at_any_sign(main_run: Path, tiny_llama: str, tmp_path: Path) -> None:
@@ -280,13 +307,40 @@ def test_whole_modules_are_one_column(llama: str, tmp_path: Path) -> None:
     assert [re.findall("L.mlp", told) for (told,) in shown] == [["L2mlp"], ["L1mlp"], ["L0mlp"]]
 
 
-def test_the_grid_is_coloured_by_role(main_run: Path) -> None:
-    found = colours(source_of(main_run), "grid")
-    assert len(found) == 32
+def test_the_grid_is_coloured_by_the_role_that_is_quoted(main_run: Path) -> None:
+    heads, found = read(main_run, "circuit_heads.csv"), colours(source_of(main_run), "grid")
+    assert len(found) == len(heads) == 32
+    quoted, others, differing = heads["minus_other_role"], heads["role"], 0
+    for head in heads.itertuples():
+        expected = colour_of(head.minus_other_role, quoted)
+        assert found[3 - head.layer, head.index] == expected, head.label
+        differing += expected != colour_of(head.role, others)
+    assert differing > 16
     red, _, blue = found[3, 6]  # L0H6 carries most
     assert red > blue + 100
     red, _, blue = found[3, 5]  # L0H5 works against it
     assert blue > red + 100
+
+
+def test_without_a_contrast_the_grid_is_coloured_by_role(few: Path) -> None:
+    heads, found = read(few, "circuit_heads.csv"), colours(source_of(few), "grid")
+    assert len(found) == len(heads) == 8
+    for head in heads.itertuples():
+        assert found[1 - head.layer, head.index] == colour_of(head.role, heads["role"])
+
+
+def test_each_mean_is_coloured_by_the_role_in_its_own_measure(main_run: Path) -> None:
+    heads = read(main_run, "circuit_heads.csv").set_index("label")
+    source = source_of(main_run)
+    found, columns = colours(source, "heads"), columns_of(Page(source))
+    prefixes = ("minus_other_", "", "minus_affirm_")
+    means = heads[[f"{prefix}mean" for prefix in prefixes]]
+    for i, label in enumerate(cells_of(Page(source))):
+        for title, prefix in GROUPS.items():
+            if prefix in prefixes and (title, "mean") in columns:
+                expected = colour_of(heads.loc[label, f"{prefix}role"], means)
+                assert found[i, columns.index((title, "mean"))] == expected, (label, title)
+    assert len(found) == 3 * 32
 
 
 # ----- the run, what was found, figures, samples
@@ -357,6 +411,16 @@ def test_of_a_screen_it_says_how_many_are_measured(llama: str, tmp_path: Path) -
     assert "estimates</h2>" not in source
 
 
+def test_a_narrower_table_is_called_measured_and_corrected_for_the_wider_one(
+    llama: str, tmp_path: Path
+) -> None:
+    for layers in ("0-1", "1"):
+        finish(llama, tmp_path, "--num_samples", "4", "--layers", layers)
+    facts = facts_of(page_of(tmp_path))
+    assert facts["tested"] == "8 components, which q corrects for"
+    assert facts["method"] == "measured, by the exact sweep"
+
+
 def images(page: Page) -> list[bytes]:
     sources = [told["src"] for told in page.all("img")]
     assert all(source.startswith("data:image/png;base64,") for source in sources)
@@ -411,6 +475,35 @@ def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run:
             at = record["sample_id"], side
             assert edited == [replies.get((*at, of), "") for of in ("", most)]
     assert any(told for told in replies if told[2] == most)
+
+
+@pytest.mark.parametrize("circuit", ["--confirm 2", "--ablate L0H6,L1H3"])
+def test_replies_of_the_circuit_are_not_those_of_a_random_set_of_its_size(
+    circuit: str, tiny_llama: str, tmp_path: Path
+) -> None:
+    flags = f"--num_samples 8 {circuit} --num_random 2 --max_new_tokens 3 --multipliers=-2,-8"
+    folder = finish(tiny_llama, tmp_path, *flags.split())
+    steered = read(folder, "circuit_steer.csv").drop_duplicates("set").set_index("set")
+    names, random_names = (steered.loc[name, "components"] for name in ("circuit", "random"))
+    assert len(names.split()) == len(random_names.split()) == 2
+    keys = ("sample_id", "prompt", "ablated", "multiplier")
+    replies = {tuple(r[key] for key in keys): r["reply"] for r in generations(folder)}
+    page, differing = page_of(folder), 0
+    titles: dict[str, float | None]
+    titles = {"reply, 2 components x -2": -2.0, "reply, 2 components x -8": -8.0}
+    if "--confirm" in circuit:
+        titles["reply, 2 components edited"] = None
+    for record, table in zip(record_of(folder)["samples"], page.tables[2:], strict=True):
+        columns = [text for text, _ in table[0]]
+        assert columns[4] == "reply" and {*titles} <= {*columns[5:]}
+        for row in table[1:]:
+            side, sample = row[0][0], record["sample_id"]
+            assert row[4][0] == replies[sample, side, "", None]
+            for title, factor in titles.items():
+                shown = row[columns.index(title)][0]
+                assert shown == replies.get((sample, side, names, factor), "")
+                differing += shown != replies.get((sample, side, random_names, factor), shown)
+    assert differing > 2
 
 
 def test_flags_of_a_sample_show(few: Path) -> None:
@@ -469,21 +562,282 @@ def test_tokens_and_replies_are_escaped_too() -> None:
     prompt = {"text": "a", "score": 0.0, "likeliest": [["</td>\n'<b>\x00", 0.5]]}
     record = {"sample_id": "s", "prompts": {"a": prompt}, "targets": ["<u>"], "foils": ["&lt;"]}
     record |= {"p_target": 0.1, "delta_logit_base": 1.0, "flags": ["<em>"]}
-    page = Page(tracing.tell_sample(record, {"reply": {("s", "a"): "<img src=x>\x1b\u2028"}}))
-    kinds = ["details", "summary", "span", "p", "div", "table", "tr", "th", "td"]
+    page = Page(tracing.render_sample(record, {"reply": {("s", "a"): "<img src=x>\x1b\u2028"}}))
+    kinds = ["details", "summary", "span", "p", "div", "table", "thead", "tbody", "tr", "th", "td"]
     assert {tag for tag, _ in page.tags} == {*kinds}
     assert page.tables[0][1][3][0] == '50.0% "</td>\\n\'<b>\\x00"'
     assert page.tables[0][1][4][0] == r"<img src=x>\x1b\u2028"
     assert page.of("p") == ["targets: <u>; foils: &lt;"]
 
 
+def harmless(source: str) -> Page:
+    """A page that holds no element but those that the script makes, and nothing that acts."""
+    page = Page(source)
+    made = "html meta title style h1 h2 h3 p dl dt dd div table thead tbody tr th td data span "
+    made += "figure img figcaption details summary script"
+    assert {tag for tag, _ in page.tags} <= {*made.split()}
+    assert len(page.all("meta")) == 3 and len(page.all("script")) == len(page.all("style")) == 1
+    names = {name for _, told in page.tags for name in told}
+    known = "lang charset name content http-equiv class id colspan style title value alt width src"
+    assert names <= {*known.split()}
+    return page
+
+
+EVIL_TEXT = "<meta http-equiv=refresh content='0'><b onclick=\"x\">\x1b[2J\u202e"
+ESCAPED = (
+    "&lt;meta http-equiv=refresh content=&#x27;0&#x27;&gt;&lt;b onclick=&quot;x&quot;&gt;"
+    "\\x1b[2J\\u202e"
+)
+
+
+@pytest.mark.parametrize("tag", ["p", "td", "th", "span", "summary"])
+def test_an_element_escapes_its_content_and_its_attributes(tag: str) -> None:
+    made = tracing.element(tag, EVIL_TEXT, title=EVIL_TEXT, class_="a", width=None)
+    assert made == f'<{tag} title="{ESCAPED}" class="a">{ESCAPED}</{tag}>'
+    assert tracing.element("div", made, EVIL_TEXT) == f"<div>{made}{ESCAPED}</div>"
+    assert tracing.element("p", f"{made}").count("<") == 2, "HTML within a text is a text"
+
+
+def test_cells_rows_headings_and_pages_escape_what_they_are_given() -> None:
+    assert tracing.cell(EVIL_TEXT) == f"<td>{ESCAPED}</td>"
+    assert tracing.heading(EVIL_TEXT, title=EVIL_TEXT).count(ESCAPED) == 2
+    assert tracing.rounded(EVIL_TEXT, "") == ESCAPED
+    titles: Any = [[EVIL_TEXT, tracing.heading(EVIL_TEXT)]]
+    table = tracing.html_table(titles, [[EVIL_TEXT], [tracing.cell(EVIL_TEXT)]], id=EVIL_TEXT)
+    page = tracing.page(EVIL_TEXT, [EVIL_TEXT, table])
+    assert table.count(ESCAPED) == 5 and page.count(ESCAPED) == 8
+    assert "<meta http-equiv=r" not in page and "<b" not in page.split("<body")[0].split("<h1>")[1]
+
+
+def test_only_the_page_section_writes_tags() -> None:
+    """So that no cell is put together from texts anywhere else."""
+    source = SCRIPT.read_text()
+    report = source.partition("\n# ----- Report -")[2].partition("\n")[2]
+    texts = [node.value for node in ast.walk(ast.parse(report)) if isinstance(node, ast.Constant)]
+    assert len(texts) > 100
+    assert not [text for text in texts if re.search("</?[a-z]", str(text))]
+    outside = source.partition("\n# ----- Page -")[0] + report
+    assert re.findall(r"\bHtml\((.{10})", outside) == ['"&nbsp;") ', 'f"data:ima']
+
+
+# ----- records that another wrote
+
+ODD_VALUES: list[Any] = [
+    EVIL_TEXT,
+    {},
+    {"<b>": 1},
+    [],
+    ["<b>"],
+    [["<b>", 1]],
+    [["<b>"]],
+    None,
+    True,
+]
+ODD_VALUES += [-1, 0.5, 10**400, math.nan, -math.inf, "\ud800"]
+
+
+def odd_records(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A record without one of its fields, and with any other value in place of one."""
+    for name in record:
+        yield {key: value for key, value in record.items() if key != name}
+        for value in ODD_VALUES:
+            yield record | {name: value}
+
+
+def redrawn_with(folder: Path, answer: Answer) -> tuple[Page, list[str]]:
+    """The page of a run, redrawn in place, in which nothing acts; the lines that the log told."""
+    table = str(folder / "circuit_results.csv")
+    code, out, err = answer("--from_csv", table, "--output_dir", str(folder))
+    assert (code, err) == (0, "")
+    return harmless(source_of(folder)), out.splitlines()
+
+
+def replies_shown(page: Page) -> list[list[str]]:
+    tables = page.tables[2:]
+    return [[text for text, _ in row[4:]] for table in tables for row in table]
+
+
+LEFT_OUT: dict[str, tuple[Any, str]] = {
+    "markup": ({"n_ablated": EVIL_TEXT}, "field 'n_ablated' is '<meta http-equiv=refresh"),
+    "a list": ({"n_ablated": [1]}, "field 'n_ablated' is [1], not a whole number from 0 on"),
+    "negative": ({"n_ablated": -1}, "field 'n_ablated' is -1, not a whole number from 0 on"),
+    "a truth": ({"n_ablated": True}, "field 'n_ablated' is True, not a whole number from 0 on"),
+    "missing": ({"n_ablated": ...}, "field 'n_ablated' is missing"),
+    "unhashable": ({"sample_id": ["s"]}, "field 'sample_id' is ['s'], not a text"),
+    "a number": ({"reply": 7}, "field 'reply' is 7, not a text"),
+    "null": ({"prompt": None}, "field 'prompt' is None, not a text"),
+    "infinite": ({"multiplier": math.inf}, "field 'multiplier' is inf, not a number or null"),
+    "too large": ({"multiplier": 10**400}, "not a number or null"),
+    "long": ({"ablated": ["x" * 10_000]}, "xx, not a text"),
+    "no object": ("[1, 2]", "[1, 2] is no JSON object"),
+    "no JSON": ("{'n_ablated': 3", "is no JSON object"),
+    "doubled": ('{"reply": "a", "reply": "b"}', "is no JSON object"),
+    "no UTF-8": (b'{"reply": "\xff"}', "is no JSON object"),
+    "too deep": ("[" * 100_000, "[[' is no JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_reply_of_another_is_left_out_in_one_sentence_and_the_others_stay(
+    name: str, confirmed: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder = shutil.copytree(confirmed, tmp_path / "run")
+    content, says = LEFT_OUT[name]
+    file = folder / "generations.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    if isinstance(content, dict):
+        changed = json.loads(lines[-1]) | content
+        content = json.dumps({key: value for key, value in changed.items() if value is not ...})
+    if isinstance(content, str):
+        content = content.encode()
+    file.write_bytes(b"".join([*lines[:3], content + b"\n", *lines[3:]]))
+    page, out = redrawn_with(folder, answer)
+    (sentence,) = [line for line in out if "left out" in line]
+    assert sentence.startswith(f"{file}, line 4: ") and says in sentence
+    assert sentence.endswith("; this record is left out of the page") and len(sentence) < 400
+    assert f"Warning: {sentence}" in page.of("p")
+    assert replies_shown(page) == replies_shown(page_of(confirmed))
+
+
+def test_whatever_a_field_of_a_reply_holds_the_page_is_drawn_and_does_nothing(
+    confirmed: Path, tmp_path: Path, answer: Answer
+) -> None:
+    """Each field lacking, and with every odd value, all in one file."""
+    folder = shutil.copytree(confirmed, tmp_path / "run")
+    replies = generations(folder)
+    odd = [*odd_records(replies[0]), *odd_records(replies[-1])]
+    write_samples(folder / "generations.jsonl", *replies, *odd)
+    page, out = redrawn_with(folder, answer)
+    (sentence,) = [line for line in out if "left out" in line]
+    n_left_out = int(re.findall(r"; (\d+) such records are left out", sentence)[0])
+    assert 0 < n_left_out < len(odd)
+    assert sentence.startswith(f"{folder / 'generations.jsonl'}, line {len(replies) + 1}: ")
+    titles = {text for table in page.tables[2:] for text, _ in table[0][4:]}
+    assert {"reply", "reply, 2 components edited"} <= titles
+
+
+def test_without_a_single_reply_there_is_no_column_of_them(
+    confirmed: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder = shutil.copytree(confirmed, tmp_path / "run")
+    for content in ("", "\n\n", "null\n"):
+        (folder / "generations.jsonl").write_text(content)
+        page, out = redrawn_with(folder, answer)
+        assert [len(row) for table in page.tables[2:] for row in table] == [4] * 12
+        assert any("left out" in line for line in out) == (content == "null\n")
+    (folder / "generations.jsonl").unlink()
+    (folder / "generations.jsonl").mkdir()
+    redrawn_with(folder, answer)
+
+
+OF_SAMPLES = {
+    "prompts_id": "field 'prompts_id' is missing",
+    "score": "prompt 'a': field 'score' is '<b>', not a number",
+    "likeliest": "prompt 'a': field 'likeliest' is [['x']], not a list of tokens with their",
+    "targets": "field 'targets' is None, not a list of texts",
+    "group": "field 'group' is {'a': 1}, not a text",
+    "prompts": "field 'prompts' is [], not an object",
+    "itself": "'<b>' is no JSON object",
+}
+
+
+@pytest.mark.parametrize("name", OF_SAMPLES)
+def test_a_sample_of_another_is_left_out_in_one_sentence_and_the_others_stay(
+    name: str, few: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder = shutil.copytree(few, tmp_path / "run")
+    record = record_of(folder)
+    sample = record["samples"][1]
+    if name == "prompts_id":
+        del sample[name]
+    elif name in ("score", "likeliest"):
+        sample["prompts"]["a"][name] = {"score": "<b>", "likeliest": [["x"]]}[name]
+    elif name == "itself":
+        record["samples"][1] = "<b>"
+    else:
+        sample[name] = {"targets": None, "group": {"a": 1}, "prompts": []}[name]
+    (folder / "run.json").write_text(json.dumps(record))
+    page, out = redrawn_with(folder, answer)
+    (sentence,) = [line for line in out if "left out" in line]
+    assert sentence.startswith(f"{folder / 'run.json'}, sample 2: {OF_SAMPLES[name]}")
+    assert f"Warning: {sentence}" in page.of("p")
+    assert [text[:5] for text in page.of("summary")] == ["s0000", "s0002", "s0003"]
+
+
+def test_whatever_a_field_of_a_sample_holds_the_page_is_drawn_and_does_nothing(
+    few: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder = shutil.copytree(few, tmp_path / "run")
+    record = record_of(folder)
+    sample = record["samples"][0]
+    odd: list[Any] = [*ODD_VALUES, *odd_records(sample)]
+    for prompt in odd_records(sample["prompts"]["a"]):
+        odd.append(sample | {"prompts": {EVIL_TEXT: prompt, "b": sample["prompts"]["b"]}})
+    record["samples"] += odd
+    (folder / "run.json").write_text(json.dumps(record))
+    page, out = redrawn_with(folder, answer)
+    (sentence,) = [line for line in out if "left out" in line]
+    assert sentence.startswith(f"{folder / 'run.json'}, sample 5: ")
+    assert 4 < len(page.all("details")) < 4 + len(odd)
+    assert any(text.startswith("<meta http-equiv=refresh") for text in page.of("summary"))
+
+
+def test_facts_of_another_are_left_out_in_a_sentence_each(
+    few: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder = shutil.copytree(few, tmp_path / "run")
+    before, record = facts_of(page_of(few)), record_of(folder)
+    record["n_set_apart"] = [EVIL_TEXT]
+    record["fingerprint"] |= {"given": {"<b>": 1}, "dtype": EVIL_TEXT, "seed": "<b>", "torch": 3}
+    (folder / "run.json").write_text(json.dumps(record))
+    page, out = redrawn_with(folder, answer)
+    sentences = [line for line in out if "left out" in line]
+    named = [re.findall("field '(.*?)' is", sentence)[0] for sentence in sentences]
+    assert named == ["n_set_apart", "given", "seed", "torch"]
+    assert all(sentence.startswith(f"{folder / 'run.json'}") for sentence in sentences)
+    assert {f"Warning: {sentence}" for sentence in sentences} <= {*page.of("p")}
+    facts = facts_of(page)
+    assert facts.pop("run").startswith(f"model {record['fingerprint']['model']}, dtype <meta")
+    del before["run"]
+    assert facts == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("top_k", "<b>", "not a whole number from 1 on"),
+        ("top_k", 0, "not a whole number from 1 on"),
+        ("model_id", {"<b>": 1}, "not a text"),
+        ("task", ["<b>", "x"], "not one of suppression, refusal"),
+        ("factor", [], "not a number or null"),
+        ("noise_floor", 10**400, "not a number from 0 on or null"),
+        ("noise_floor", True, "not a number from 0 on or null"),
+        ("noise_floor", -1.5, "not a number from 0 on or null"),
+    ],
+)
+def test_what_redrawing_heeds_of_a_record_is_refused_where_it_is_of_no_use(
+    name: str, value: Any, says: str, few: Path, tmp_path: Path, answer: Answer
+) -> None:
+    """With a table of the seven columns, which tells nothing of the run itself."""
+    table, record = read(few), record_of(few)
+    table[tracing.SEVEN].to_csv(tmp_path / "t.csv", index=False)
+    if name == "noise_floor":
+        record[name] = value
+    else:
+        record["config"][name] = value
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    argv = ["--from_csv", str(tmp_path / "t.csv"), "--output_dir", str(tmp_path / "new")]
+    refuses(answer, *argv, says=[str(tmp_path / "run.json"), f"field {name!r} is ", says])
+
+
 def test_odd_line_ends_stay_in_a_reply(llama: str, tmp_path: Path, monkeypatch: Patch) -> None:
     reply = "one\u2028two\x85three\nfour\r"
     monkeypatch.setattr(tracing, "greedy_replies", lambda _, __, prompts: [reply] * len(prompts))
-    flags = ["--ablate", "L0H1", "--num_random", "2", "--multipliers", "0,1"]
+    flags = ["--ablate", "L0H1", "--multipliers", "0,1"]
     page = page_of(finish(llama, tmp_path, *FEW, *flags, "--max_new_tokens", "2"))
     titles = [text for text, _ in page.tables[2][0][4:]]
-    assert titles == ["reply", "reply, 1 component x 0", "reply, 1 component x 1"]
+    edits = ["edited", "x 0", "x 1"]
+    assert titles == ["reply", *(f"reply, 1 component {edit}" for edit in edits)]
     shown = {text for table in page.tables[2:] for row in table[1:] for text, _ in row[4:]}
     assert shown == {"one\\u2028two\\x85three\nfour\\r"}
     assert {row["reply"] for _, row in tracing.read_rows(tmp_path / "generations.jsonl")} == {reply}
@@ -629,7 +983,7 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 TEST = """
-const said = {}, table = document.querySelector("#T_heads"), body = table.tBodies[0];
+const said = {}, table = document.querySelector("#heads"), body = table.tBodies[0];
 const heads = [...table.tHead.rows[1].cells];
 const column = i => [...body.rows].map(row => row.cells[i].textContent);
 said.first = column(0)[0];

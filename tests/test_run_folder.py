@@ -22,13 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llama3_circuit_tracing as tracing
-from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses
+from by_hand import prepared, q_values
+from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses, write_samples
 from test_sweep import EQUAL, TWO, largest_difference, naive_results, parts_of
 
 EXTRAS = "--confirm 2 --num_random 3 --max_new_tokens 2 --heatmap --screen 4 --multipliers 0"
 WITH_ALL_PARTS = [*TWO, "--layers", "0-1", "--controls", *EXTRAS.split(), "--graph", "s0000"]
 FIRST_LAYER = [*TWO, "--layers", "0"]
-RESULTS = "circuit_results.csv"
+RESULTS, HEADS = "circuit_results.csv", "circuit_heads.csv"
 
 
 def rows_run(patch: pytest.MonkeyPatch, limit: int = 1000) -> list[int]:
@@ -98,19 +99,132 @@ def at_once(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # so that a row's last bits do not depend on how many others are computed beside it
 ONE_BY_ONE = ["--rows_per_forward", "1", "--tree_tokens", "1"]
-GROWN = ["--layers 2|--layers 0,1", "--heads 3|--heads 0-1|--heads 2", "--heads 1|--layers 0-1|"]
+GROWN = ["--layers 2|--layers 0,1|", "--heads 3|--heads 0-1|--heads 2|", "--heads 1|--layers 0-1|"]
 
 
 @pytest.mark.parametrize("lines", GROWN)
 def test_a_folder_that_grew_bit_by_bit_holds_what_one_run_of_all_does(
     lines: str, llama: str, at_once: Path, tmp_path: Path
 ) -> None:
+    widest = 0
     for line in lines.split("|"):
-        finish(llama, tmp_path, *TWO, *ONE_BY_ONE, *line.split())
+        flags = [*TWO, *ONE_BY_ONE, *line.split()]
+        heads = read(finish(llama, tmp_path, *flags), HEADS)
+        assert heads["label"].tolist() == [c.label for c in prepared(llama, *flags).components]
+        widest = max(widest, len(heads))
+        assert set(heads["n_tests"]) == {widest}
     assert (tmp_path / RESULTS).read_bytes() == (at_once / RESULTS).read_bytes()
     assert record_of(tmp_path)["noise_floor"] == record_of(at_once)["noise_floor"]
     jittered = pd.concat(parts_of(tmp_path)).query("draw >= 0")
     assert not jittered.duplicated(["sample_id", "layer", "draw"]).any()
+
+
+# ----- a table holds what its command names, whatever else was measured before
+
+SIX = ["--num_samples", "6", *ONE_BY_ONE]
+NARROW = [*SIX, "--layers", "0-1", "--heads", "1,3", "--confirm", "1", "--num_random", "2"]
+OF_TABLE = ("circuit.json", "circuit_confirm.csv")
+
+
+@pytest.fixture(scope="module")
+def wide(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("wide"), *SIX)
+
+
+@pytest.fixture(scope="module")
+def narrow(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow command in a folder of its own."""
+    return finish(llama, tmp_path_factory.mktemp("narrow"), *NARROW)
+
+
+@pytest.fixture(scope="module")
+def narrowed(llama: str, wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The narrow command in a folder that has seen the wide one."""
+    folder = shutil.copytree(wide, tmp_path_factory.mktemp("narrowed") / "run")
+    return finish(llama, Path(folder), *NARROW)
+
+
+def test_a_narrower_command_gives_the_table_of_a_folder_of_its_own(
+    narrow: Path, narrowed: Path
+) -> None:
+    """Rows, circuit, joint ablation and noise floor; q alone heeds what was tested before."""
+    assert read(narrow, HEADS)["label"].tolist() == ["L0H1", "L0H3", "L1H1", "L1H3"]
+    columns = list(read(narrow))
+    pd.testing.assert_frame_equal(read(narrowed)[columns], read(narrow), check_exact=True)
+    for name in OF_TABLE:
+        assert (narrowed / name).read_bytes() == (narrow / name).read_bytes()
+    assert record_of(narrowed)["noise_floor"] == record_of(narrow)["noise_floor"]
+    corrected = ["q", "n_tests", "verdict"]
+    heads = [read(folder, HEADS).drop(columns=corrected) for folder in (narrow, narrowed)]
+    pd.testing.assert_frame_equal(*heads, check_exact=True)
+
+
+def test_a_narrower_table_is_corrected_for_the_widest_before_and_the_log_says_so(
+    narrow: Path, narrowed: Path
+) -> None:
+    own, heads = read(narrow, HEADS), read(narrowed, HEADS)
+    assert (set(own["n_tests"]), set(heads["n_tests"])) == ({4}, {12})
+    p = heads["p"].tolist()
+    assert own["q"].tolist() == pytest.approx(q_values(p))
+    assert heads["q"].tolist() == pytest.approx(q_values([*p, *[1.0] * 8])[:4])
+    assert own["q"].tolist() != heads["q"].tolist()
+    said = "q corrects for 12 components: this folder has tested them before"
+    assert said in (narrowed / "run.log").read_text()
+    assert "has tested them before" not in (narrow / "run.log").read_text()
+
+
+def test_redrawing_a_narrower_table_keeps_its_correction(narrowed: Path, tmp_path: Path) -> None:
+    """Also where the table lies alone."""
+    shutil.copy(narrowed / RESULTS, tmp_path)
+    argv = ["--from_csv", str(tmp_path / RESULTS), "--output_dir", str(tmp_path / "redrawn")]
+    assert tracing.main(argv) == 0
+    redrawn = read(tmp_path / "redrawn", HEADS)
+    assert redrawn[["q", "n_tests"]].equals(read(narrowed, HEADS)[["q", "n_tests"]])
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_the_wider_command_comes_back_without_computing(
+    llama: str, wide: Path, narrowed: Path, tmp_path: Path
+) -> None:
+    """Nor do the narrower one before and after it, whose correction stays: parts are kept."""
+    folder = Path(shutil.copytree(narrowed, tmp_path / "run"))
+    names = [RESULTS, HEADS, *OF_TABLE]
+    of_narrow = [(folder / name).read_bytes() for name in names]
+    for flags in (NARROW, SIX, NARROW):
+        finish(llama, folder, *flags)
+        if flags == NARROW:
+            assert [(folder / name).read_bytes() for name in names] == of_narrow
+        else:
+            for name in (RESULTS, HEADS):
+                assert (folder / name).read_bytes() == (wide / name).read_bytes()
+
+
+@pytest.mark.parametrize("way", ["--overwrite", "no parts", "the parts of another run"])
+def test_what_was_tested_is_forgotten_with_its_parts(
+    way: str, llama: str, wide: Path, two_runs: list[Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(wide, tmp_path / "run"))
+    flags = [*SIX, "--layers", "0"]
+    if way == "--overwrite":
+        flags.append(way)
+    if way == "no parts":
+        shutil.rmtree(folder / ".parts")
+    if way == "the parts of another run":
+        shutil.copy(two_runs[1] / ".parts" / "tested.json", folder / ".parts")
+    assert set(read(finish(llama, folder, *flags), HEADS)["n_tests"]) == {4}
+
+
+@pytest.mark.parametrize(("line", "n"), [("--layers 0 --heads 0", 4), ("--layers 1-2", 8)])
+def test_the_widest_table_counts_and_not_the_sum_of_all(
+    line: str, n: int, llama: str, begun: Path
+) -> None:
+    """After a table of the four heads of layer 0."""
+    heads = read(finish(llama, begun, *TWO, *line.split()), HEADS)
+    assert len(heads) == len(prepared(llama, *line.split()).components)
+    assert set(heads["n_tests"]) == {n}
+
+
+# ----- what a folder keeps, and what it refuses
 
 
 def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, whole: Path) -> None:
@@ -171,7 +285,7 @@ def test_overwrite_starts_afresh_and_deletes_only_files_of_this_script(
     finish(llama, whole, *TWO, "--layers", "1", "--seed", "7", "--overwrite")
     assert set(read(whole)["layer"]) == {1}
     assert all(path.exists() for path in mine)
-    assert [path.name.split("-")[0] for path in parts(whole)] == ["base", "sweep"]
+    assert [path.stem.split("-")[0] for path in parts(whole)] == ["base", "sweep", "tested"]
     assert not (whole / "generations.jsonl").exists()
 
 
@@ -310,6 +424,82 @@ def test_two_processes_give_the_same_and_survive_a_death(
     assert largest_difference(read(tmp_path), read(uninterrupted)) < EQUAL
 
 
+ALL_STAGES = [*TWO, "--layers", "0-1", *EXTRAS.split(), "--graph", "s0000"]
+
+
+def stop_after(kind: str, patch: pytest.MonkeyPatch) -> None:
+    """Have a run end as by SIGTERM once it has written a part of a kind."""
+    write_part = tracing.RunFolder.write_part
+
+    def write(self: Any, name: str, payload: Any) -> None:
+        write_part(self, name, payload)
+        if name.startswith(kind):
+            raise SystemExit(143)
+
+    patch.setattr(tracing.RunFolder, "write_part", write)
+
+
+def tables(folder: Path) -> dict[str, bytes]:
+    kinds = (".csv", ".jsonl", ".safetensors")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in kinds}
+
+
+@pytest.fixture(scope="module")
+def all_stages(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(llama, tmp_path_factory.mktemp("all_stages"), *ALL_STAGES)
+
+
+@pytest.mark.parametrize("again", [["--overwrite"], []], ids=["with it", "without it"])
+@pytest.mark.parametrize("kind", ["base", "estimate", "sweep", "graph", "joint", "replies"])
+def test_an_overwriting_run_that_is_stopped_goes_on_where_it_was(
+    kind: str, again: list[str], llama: str, begun: Path, all_stages: Path
+) -> None:
+    """At whatever stage, and ends as if it had never stopped."""
+    argv = ["--model_id", llama, "--output_dir", str(begun), *ALL_STAGES]
+    before = {path: path.stat().st_mtime_ns for path in parts(begun)}
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(kind, patch)
+        assert tracing.main([*argv, "--overwrite"]) == 143
+    done = {path: path.stat().st_mtime_ns for path in parts(begun)}
+    assert parts(begun, kind)
+    assert not before.items() & done.items(), "it started afresh"
+    assert tracing.main([*argv, *again]) == 0
+    assert {path: path.stat().st_mtime_ns for path in done} == done, "and went on"
+    assert tables(begun) == tables(all_stages)
+
+
+@pytest.mark.parametrize("then", [["--overwrite"], ["--overwrite", "--top_k", "3"]])
+def test_overwriting_a_finished_run_or_one_of_other_options_starts_afresh(
+    then: list[str], llama: str, begun: Path
+) -> None:
+    argv = ["--model_id", llama, "--output_dir", str(begun), *FIRST_LAYER]
+    if len(then) > 1:  # unfinished, of the options without them
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tracing, "write_report", lambda *_: sys.exit(143))
+            assert tracing.main(argv) == 143
+    before = {path.name: path.stat().st_mtime_ns for path in parts(begun)}
+    finish(llama, begun, *FIRST_LAYER, *then)
+    after = {path.name: path.stat().st_mtime_ns for path in parts(begun)}
+    assert before.keys() == after.keys()
+    assert not before.items() & after.items()
+
+
+def test_going_on_with_overwrite_keeps_the_rows_per_forward(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that the folder's first command gave."""
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO]
+    finish(llama, tmp_path, *FIRST_LAYER, "--rows_per_forward", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after("sweep", patch)
+        assert tracing.main(argv) == 143
+    done = parts(tmp_path, "sweep")
+    asked = rows_run(monkeypatch)
+    assert tracing.main([*argv, "--overwrite"]) == 0
+    assert max(asked) == 2
+    assert set(done) <= set(parts(tmp_path, "sweep"))
+
+
 # ----- memory and disk
 
 
@@ -380,6 +570,12 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(
         '{"rows_after_halving": "many"}',
         '{"config": 7}',
         '{"noise_floor": "loud"}',
+        "{}",
+        '{"learning_rate": 0.1, "config": {}}',
+        '{"written": "run.log"}',
+        '{"written": ["../notes.txt"]}',
+        '{"written": ["graphs/../../notes.json"]}',
+        '{"written": ["notes.txt"]}',
     ],
     ids=lambda text: text[:20],
 )
@@ -422,21 +618,26 @@ def test_a_file_of_the_model_whose_digest_the_record_lacks_is_read_again(
     assert record_of(finish(llama, begun, *FIRST_LAYER))["files"] == record["files"]
 
 
-def test_making_a_folder_does_not_mind_that_another_process_removed_the_probe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_looking_whether_a_folder_can_be_used_leaves_no_file_and_takes_none(tmp_path: Path) -> None:
+    (tmp_path / "probe").write_text("mine")
+    tracing.make_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["probe"]
+    assert (tmp_path / "probe").read_text() == "mine"
+
+
+def test_what_a_dead_process_left_half_written_is_removed_and_nothing_else(
+    llama: str, begun: Path
 ) -> None:
-    monkeypatch.setattr(tracing, "write_text", lambda path, text: None)
-    tracing.make_folder(tmp_path / "new")
-    assert (tmp_path / "new").is_dir()
-
-
-def test_what_a_dead_process_left_half_written_is_removed(llama: str, begun: Path) -> None:
-    left = [begun / ".run.json.7.tmp", begun / ".parts" / ".base-0000.json.7.tmp"]
+    (begun / "graphs").mkdir()
+    drafts = [".run.json.7.tmp", ".parts/.base-0000.json.7.tmp", "graphs/.s0000-a.json.7.tmp"]
+    others = [".mine.tmp", ".run.json.tmp", ".notes.txt.7.tmp", ".parts/.mine.json.7.tmp"]
+    others += [".parts/offload-mine", "graphs/.mine.tmp", "graphs/.s0000.txt.7.tmp"]
+    for name in (*drafts, *others):
+        (begun / name).write_text("half")
     (begun / ".parts" / "offload-7").mkdir()
-    for path in left:
-        path.write_text("half")
     finish(llama, begun, *FIRST_LAYER)
-    assert not any(path.exists() for path in (*left, begun / ".parts" / "offload-7"))
+    assert not any((begun / name).exists() for name in (*drafts, ".parts/offload-7"))
+    assert all((begun / name).read_text() == "half" for name in others)
 
 
 def test_weights_offloaded_to_disk_lie_in_the_run_folder_while_it_works(
@@ -463,3 +664,325 @@ def test_a_full_disk_names_the_file(
     monkeypatch.setattr(pd.DataFrame, "to_csv", full)
     argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
     refuses(answer, *argv, says=[f"{tmp_path}/{RESULTS}: No space left on device"], code=1)
+
+
+# ----- whose a file is
+
+MINE = {  # a user's files, with names that this script's may have
+    "generations.jsonl": "mine",
+    "circuit_graph.csv": "mine",
+    "circuit_confirm.png": "mine",
+    "circuit.json": "mine",
+    "notes.txt": "mine",
+    ".mine.tmp": "mine",
+    ".parts/mine.json": "mine",
+    "graphs/graph-metadata.json": "mine",
+    "graphs/deeper/notes.txt": "mine",
+}
+
+
+def put_mine(folder: Path) -> None:
+    for name, text in MINE.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]], ids=["plain", "overwrite"])
+def test_files_of_the_user_that_a_command_does_not_write_stay(
+    flags: list[str], llama: str, tmp_path: Path
+) -> None:
+    """In a new folder, in one of this run, in one of another; and the page shows none of them."""
+    put_mine(tmp_path)
+    commands = [FIRST_LAYER, FIRST_LAYER, [*FIRST_LAYER, "--heatmap"]]
+    if flags:
+        commands.append([*FIRST_LAYER, "--seed", "7"])
+    for command in commands:
+        finish(llama, tmp_path, *command, *flags)
+        assert {name: (tmp_path / name).read_text() for name in MINE} == MINE
+        page = (tmp_path / "circuit_report.html").read_text()
+        assert tracing.FIGURES["heads"] in page
+        assert tracing.FIGURES["confirm"] not in page and "reply" not in page
+    assert (tmp_path / "circuit_heatmap.png").exists() == (not flags)
+
+
+TAKEN = {  # a user's file, and flags of a command that would write it
+    "circuit_results.csv": "",
+    "circuit_heads.csv": "",
+    "circuit_report.html": "",
+    "run.log": "",
+    "circuit_heatmap.png": "--heatmap",
+    "circuit_screen.csv": "--screen 2",
+    "circuit_confirm.csv": "--ablate L0H0",
+    "circuit_confirm.png": "--confirm 1",
+    "circuit.json": "--confirm 1",
+    "circuit_paths.png": "--via logits",
+    "circuit_positions.csv": "--positions each --num_samples 1",
+    "circuit_directions.png": "--along difference",
+    "directions.safetensors": "--along logistic",
+    "generations.jsonl": "--max_new_tokens 1",
+    "circuit_steer.csv": "--max_new_tokens 1 --ablate L0H0 --multipliers 0",
+    "circuit_graph_edges.csv": "--graph s0000",
+    "graphs/s0000-a.json": "--graph s0000",
+    "graphs/graph-metadata.json": "--graph s0001:b",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_file_of_the_user_is_not_overwritten_but_named_before_anything_is_measured(
+    name: str, llama: str, tmp_path: Path, answer: Answer, no_weights: None
+) -> None:
+    """With --overwrite neither: it is not this script's."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO, *TAKEN[name].split()]
+    for more in ([], ["--overwrite"]):
+        refuses(answer, *argv, *more, says=[f"{tmp_path / name} would be overwritten"])
+        assert (tmp_path / name).read_text() == "mine"
+    assert not parts(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["circuit_heads.csv", "graphs"])
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_a_folder_or_a_link_of_the_user_is_not_overwritten_either(
+    name: str, kind: str, llama: str, tmp_path: Path, answer: Answer, no_weights: None
+) -> None:
+    target, path = tmp_path / "target", tmp_path / "run" / name
+    path.parent.mkdir()
+    target.write_text("mine")
+    {"folder": path.mkdir, "link": lambda: path.symlink_to(target), "file": path.touch}[kind]()
+    if (name, kind) == ("graphs", "folder"):
+        (path / "s0000-a.json").mkdir()
+        path /= "s0000-a.json"
+    argv = ["--model_id", llama, "--output_dir", str(tmp_path / "run"), *TWO, "--graph", "s0000"]
+    refuses(answer, *argv, says=[f"{path} would be overwritten"])
+    assert path.is_symlink() == (kind == "link") and path.is_dir() == (kind == "folder")
+    assert target.read_text() == "mine"
+
+
+EVERYTHING = {
+    "screen, circuit, replies, graph": WITH_ALL_PARTS[len(TWO) :],
+    "directions": ["--along", "difference", "--num_samples", "4"],
+    "one direction": [
+        *["--along", "logistic", "--kind", "resid", "--num_samples", "4"],
+        *["--confirm", "all", "--max_new_tokens", "1"],
+    ],
+    "paths": ["--via", "logits", "--ablate", "L0H0"],
+    "positions": ["--positions", "each", "--num_samples", "1"],
+}
+
+
+@pytest.mark.parametrize("flags", EVERYTHING)
+def test_the_record_lists_each_file_that_is_written_and_each_is_planned(
+    flags: str, llama: str, tmp_path: Path
+) -> None:
+    argv = [*TWO, "--layers", "0-1", *EVERYTHING[flags]]
+    finish(llama, tmp_path, *argv)
+    there = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    names = {path.as_posix() for path in there if path.parts[0] != ".parts"} - {"run.json"}
+    assert set(record_of(tmp_path)["written"]) == names
+    planned = set(tracing.planned_files(tracing.parse_args(argv)))
+    # where --confirm all chooses nothing, it draws nothing
+    assert {name for name in names if not name.startswith("graphs/")} <= planned
+    if flags != "one direction":
+        assert planned <= names
+
+
+def test_a_file_is_listed_before_it_is_there_and_not_where_it_never_came(tmp_path: Path) -> None:
+    """A death between the two makes no file foreign, and none of the user's its own."""
+    for _ in range(2):
+        folder = tracing.RunFolder(tmp_path)
+        with folder.open():
+            assert "circuit_steer.csv" not in folder.written
+            path = folder.claim("circuit_steer.csv")
+            assert "circuit_steer.csv" in record_of(tmp_path)["written"] and not path.exists()
+    path.write_text("the user's")
+    with folder.open(), pytest.raises(tracing.UsageError, match=r"circuit_steer\.csv would be"):
+        folder.claim("circuit_steer.csv")
+    path.unlink()
+    with folder.open():
+        folder.claim("circuit_steer.csv").write_text("the script's")
+    with folder.open():
+        assert folder.claim("circuit_steer.csv") == path
+
+
+def as_of_the_version_before(folder: Path) -> None:
+    record = record_of(folder)
+    for name in ("written", "requested", "finished"):
+        del record[name]
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite", "--seed", "7"]], ids=["plain", "overwrite"])
+def test_in_a_folder_of_the_version_before_files_with_this_scripts_names_are_its_own(
+    flags: list[str], llama: str, whole: Path
+) -> None:
+    mine = [whole / name for name in ("notes.txt", "graphs/mine.json", ".mine.tmp")]
+    for path in mine:
+        path.write_text("mine")
+    as_of_the_version_before(whole)
+    finish(llama, whole, *TWO, "--layers", "0-1", "--controls", "--seed", "0", *flags)
+    assert all(path.read_text() == "mine" for path in mine)
+    kept = {name for name, always in tracing.OUTPUTS.items() if always}
+    kept |= set() if flags else {"circuit.json"}
+    assert {name for name in tracing.OUTPUTS if (whole / name).exists()} == kept
+    assert (whole / "graphs" / "s0000-a.json").exists() == (not flags)
+
+
+def test_a_folder_of_the_version_before_goes_on(
+    llama: str, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = tables(whole)
+    as_of_the_version_before(whole)
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    finish(llama, whole, *WITH_ALL_PARTS, "--seed", "0")
+    assert tables(whole) == before
+
+
+@pytest.mark.parametrize("name", [".parts/lock", "run.log"])
+@pytest.mark.parametrize("there", [True, False], ids=["in a run", "in a new folder"])
+def test_nothing_is_written_through_a_link(
+    name: str, there: bool, llama: str, begun: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder, target = begun if there else tmp_path / "new", tmp_path / "target"
+    target.write_text("mine")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(target)
+    argv = ["--model_id", llama, "--output_dir", str(folder), *FIRST_LAYER]
+    refuses(answer, *argv, says=[f"{folder / name} is a link"])
+    assert target.read_text() == "mine"
+    (folder / name).unlink()
+    finish(llama, folder, *FIRST_LAYER)
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite", "--seed", "7"]], ids=["once", "overwrite"])
+def test_a_models_folder_may_be_the_output_folder_and_stays_whole(
+    more: list[str], llama: str, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    finish(str(model), model, *FIRST_LAYER)
+    if more:
+        finish(str(model), model, *FIRST_LAYER, *more)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+# ----- a folder in which nothing was measured
+
+
+def test_a_run_that_measured_nothing_leaves_its_folder_to_any_other(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    """As if it had never been: the rows per forward are not taken up either."""
+    argv = ["--model_id", llama, *FIRST_LAYER, "--output_dir", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        sentence = tracing.RunError("the weights do not load")
+        patch.setattr(tracing, "load_model", lambda *_: (_ for _ in ()).throw(sentence))
+        refuses(answer, *argv, "--rows_per_forward", "1", says=[str(sentence)], code=1)
+    for folder in ("run", "new"):
+        finish(llama, tmp_path / folder, *FIRST_LAYER, "--seed", "7")
+    run, new = (record_of(tmp_path / folder)["fingerprint"] for folder in ("run", "new"))
+    assert run == new and run["seed"] == 7
+    assert tables(tmp_path / "run") == tables(tmp_path / "new")
+    refuses(answer, *argv, says=["seed: 7 there, 42 now"])  # now there is something
+
+
+@pytest.mark.parametrize("left", ["parts", "results"])
+def test_what_was_measured_is_not_taken_for_nothing(
+    left: str, llama: str, begun: Path, answer: Answer
+) -> None:
+    if left == "parts":
+        (begun / RESULTS).unlink()
+    else:
+        shutil.rmtree(begun / ".parts")
+    argv = ["--model_id", llama, *FIRST_LAYER, "--output_dir", str(begun), "--seed", "7"]
+    refuses(answer, *argv, says=["seed: 42 there, 7 now"])
+
+
+# ----- inputs that lie in the output folder
+
+
+@pytest.fixture(scope="module")
+def with_circuit(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = [*FIRST_LAYER, "--confirm", "1", "--num_random", "1"]
+    return finish(llama, tmp_path_factory.mktemp("with_circuit"), *flags)
+
+
+INPUTS = {  # flags that name an output of the same folder, with what becomes of it
+    "--ablate {}/circuit.json --overwrite": "lies in the folder that --overwrite empties",
+    "--circuit {}/circuit.json --overwrite": "lies in the folder that --overwrite empties",
+    "--given {}/circuit.json --overwrite": "lies in the folder that --overwrite empties",
+    "--skip {}/circuit.json --confirm 1 --overwrite": "lies in the folder that --overwrite empties",
+    "--via {}/circuit.json --overwrite": "lies in the folder that --overwrite empties",
+    "--compare {}/circuit_results.csv --overwrite": "lies in the folder that --overwrite empties",
+    "--skip {}/link.json --confirm 1 --overwrite": "lies in the folder that --overwrite empties",
+    "--compare {}/circuit_results.csv": "would be replaced by this command",
+    "--skip {}/circuit.json --confirm 1": "would be replaced by this command",
+    "--ablate {}/circuit.json --confirm 1": "would be replaced by this command",
+}
+
+
+@pytest.mark.parametrize("line", INPUTS)
+def test_an_input_that_would_be_lost_is_refused_and_stays(
+    line: str, llama: str, with_circuit: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder = Path(shutil.copytree(with_circuit, tmp_path / "run"))
+    if "--via" in line:
+        circuit = json.loads((folder / "circuit.json").read_text())
+        circuit["components"] = [{"label": "L2H0"}]
+        (folder / "circuit.json").write_text(json.dumps(circuit))
+    (folder / "link.json").symlink_to(folder / "circuit.json")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    argv = ["--model_id", llama, "--output_dir", str(folder), *FIRST_LAYER]
+    option, path, *_ = line.format(folder).split()
+    option = option.replace("--circuit", "--ablate")
+    refuses(answer, *argv, *line.format(folder).split(), says=[f"{option} {path} {INPUTS[line]}"])
+    del before[folder / "run.log"]
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_inputs_in_the_folder_that_no_command_touches_are_taken(
+    llama: str, with_circuit: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(with_circuit, tmp_path / "run"))
+    finish(llama, folder, *FIRST_LAYER, "--ablate", str(folder / "circuit.json"))
+    shutil.copy(folder / "circuit.json", folder / "mine.json")
+    samples = [{"sentence": f"Name a {x}.", "targets": ["apple"]} for x in ("fruit", "tree")]
+    own = write_samples(folder / "mine.jsonl", *samples)
+    flags = ["--layers", "0", "--samples", own, "--ablate", str(folder / "mine.json")]
+    finish(llama, folder, *flags, "--overwrite")
+    assert (folder / "mine.json").exists() and Path(own).exists()
+
+
+# ----- redrawing
+
+
+def test_redrawing_in_a_runs_folder_keeps_its_list_and_the_users_files(
+    llama: str, begun: Path, answer: Answer
+) -> None:
+    argv = ["--from_csv", str(begun / RESULTS), "--output_dir", str(begun)]
+    before = (begun / "run.json").read_bytes()
+    assert answer(*argv)[0] == 0
+    assert (begun / "run.json").read_bytes() == before
+    (begun / "circuit_heatmap.png").write_text("mine")
+    says = [f"{begun}/circuit_heatmap.png would be overwritten"]
+    refuses(answer, *argv, "--heatmap", says=says)
+    assert (begun / "circuit_heatmap.png").read_text() == "mine"
+    (begun / "circuit_heatmap.png").unlink()
+    assert answer(*argv, "--heatmap")[0] == 0
+    assert "circuit_heatmap.png" in record_of(begun)["written"]
+    assert record_of(begun)["samples"] == json.loads(before)["samples"]
+    finish(llama, begun, *FIRST_LAYER)
+    assert not (begun / "circuit_heatmap.png").exists()
+
+
+def test_redrawing_does_not_replace_the_table_that_it_draws(
+    begun: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    source = Path(shutil.copy(begun / RESULTS, folder / "circuit_heads.csv"))
+    before = source.read_bytes()
+    argv = ["--from_csv", str(source), "--output_dir", str(folder)]
+    refuses(answer, *argv, says=[f"--from_csv {source} would be replaced by this command"])
+    assert source.read_bytes() == before and len(list(folder.iterdir())) == 1

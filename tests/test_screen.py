@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_a_redrawn_screen_has_the_same_findings(screened: Path, tmp_path: Path) 
     ("column", "value", "says"),
     [
         ("n_screened", 13, "another than above"),
+        ("n_tests", 13, "another than above"),
+        ("n_tests", 2.5, "whole number"),
         ("method", "ig", "another than above"),
         ("method", "guess", "'guess'"),
     ],
@@ -153,6 +156,47 @@ def test_all_are_measured_where_there_are_no_more(llama: str, tmp_path: Path) ->
     assert told["random"]["n"] == 0 and told["all"]["n"] == 4
     assert set(read(tmp_path)["method"]) == {"exact"}
     assert (tmp_path / "circuit_screen.png").stat().st_size > 5000
+
+
+NEURONS = ["--num_samples", "6", "--kind", "neuron"]
+
+
+@pytest.mark.parametrize(
+    ("line", "measured"),
+    [
+        ("--neurons 0-1 --layers 0", "L0N0 L0N1"),
+        ("--screen 1 --layers 0", ""),
+    ],
+)
+def test_after_a_screen_a_narrower_command_is_corrected_for_all_that_it_estimated(
+    few: None, line: str, measured: str, llama: str, tmp_path: Path
+) -> None:
+    """And holds none that the older screen measured."""
+    older = read(finish(llama, tmp_path, *NEURONS, "--screen", "4"), HEADS)
+    heads = read(finish(llama, tmp_path, *NEURONS, *line.split()), HEADS)
+    of_screen = prepared(llama, *NEURONS, "--screen", "1").components
+    assert (set(heads["n_tests"]), set(older["n_tests"])) == ({len(of_screen)}, {240})
+    if measured:
+        assert " ".join(heads["label"]) == measured
+    else:
+        screen = read(tmp_path, SCREEN)
+        assert set(screen["layer"]) == {0} and len(screen) == 80
+        assert set(heads["label"]) == set(screen["label"][screen["measured"] != "no"])
+        assert set(read(tmp_path)["n_screened"]) == {80}
+    p = heads["p"].tolist()
+    expected = q_values([*p, *[1.0] * (240 - len(p))])[: len(p)]
+    assert heads["q"].tolist() == pytest.approx(expected)
+    said = "q corrects for 240 components: this folder has tested them before"
+    assert (tmp_path / "run.log").read_text().count(said) == 1
+
+
+def test_a_narrower_table_of_estimates_is_corrected_for_the_wider_one(
+    estimated: Path, llama: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(estimated, tmp_path / "run"))
+    heads = read(finish(llama, folder, *EIGHT, "--method", "atp", "--layers", "0"), HEADS)
+    assert heads["label"].tolist() == ["L0H0", "L0H1", "L0H2", "L0H3"]
+    assert set(heads["n_tests"]) == {12}
 
 
 # ----- the choice

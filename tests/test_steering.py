@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -18,12 +19,12 @@ import by_hand
 import llama3_circuit_tracing as tracing
 import naive
 from by_hand import halves, prepared
-from conftest import Answer, finish, generations, read
+from conftest import Answer, finish, generations, read, write_samples
 
 COLUMNS = "factor set components lent side mean_delta kl n n_sentences shown shown_low shown_high "
 COLUMNS += "answers repeating"
-REPLYING = "--num_samples 4 --num_random 2 --max_new_tokens 4"
-CONFIRMED = f"{REPLYING} --confirm 2 --multipliers 0,1,-6".split()
+REPLYING = "--num_samples 4 --max_new_tokens 4"
+CONFIRMED = f"{REPLYING} --confirm 2 --num_random 2 --multipliers 0,1,-6".split()
 NAMED = f"{REPLYING} --layers 0 --multipliers 1,-9 --ablate L1N5,L2H3,L1N40".split()
 PATCHED = f"{REPLYING} --layers 2 --op patch --positions last".split()
 PATCHED += ["--ablate", "L1H2,L2H0", "--multipliers", "-6"]
@@ -162,6 +163,53 @@ SHARES[2, 20] = (0.028, 0.301)
 @pytest.mark.parametrize(("seen", "n"), SHARES)
 def test_the_interval_of_a_share_by_hand(seen: int, n: int) -> None:
     assert tracing.share_interval(seen / n, n) == pytest.approx(SHARES[seen, n], abs=6e-4)
+
+
+def wilson_interval(share: float, n: int) -> list[float]:
+    """The shares p whose distance from the seen one is 1.96 standard errors of p, by bisection."""
+
+    def exceeds(p: float) -> bool:
+        return abs(share - p) > 1.959964 * math.sqrt(p * (1 - p) / n)
+
+    ends = []
+    for far in (0.0, 1.0):
+        outside, inside = far, share
+        while exceeds(outside) and abs(outside - inside) > 1e-9:
+            middle = (outside + inside) / 2
+            if exceeds(middle):
+                outside = middle
+            else:
+                inside = middle
+        ends.append(outside)
+    return ends
+
+
+@pytest.mark.parametrize(("n_shown", "n", "n_sentences"), [(0, 6, 3), (2, 6, 3), (6, 6, 2)])
+def test_the_interval_of_replies_is_over_sentences(n_shown: int, n: int, n_sentences: int) -> None:
+    mentions = [["apple"]] * n_shown + [[]] * (n - n_shown)
+    replies = pd.DataFrame({"mentions": mentions, "answers": True, "reply": "Well."})
+    judged = tracing.judged_replies(replies, n_sentences)
+    assert (judged["n"], judged["n_sentences"]) == (n, n_sentences)
+    assert judged["shown"] == pytest.approx(n_shown / n)
+    ends = [judged["shown_low"], judged["shown_high"]]
+    assert ends == pytest.approx(wilson_interval(n_shown / n, n_sentences), abs=1e-6)
+    assert ends != pytest.approx(wilson_interval(n_shown / n, n), abs=0.02)
+
+
+def test_samples_of_one_sentence_count_once_in_the_interval(llama: str, tmp_path: Path) -> None:
+    """Six samples of three sentences: as many replies, half as many independent ones."""
+    records = []
+    for sentence in ("Name a fruit.", "Name a pet.", "Name a metal."):
+        records += [{"sentence": sentence, "targets": [word]} for word in ("apple", "iron")]
+    samples = write_samples(tmp_path / "samples.jsonl", *records)
+    flags = f"--samples {samples} --layers 0 --heads 0 --ablate L0H1 --multipliers 0"
+    folder = finish(llama, tmp_path / "run", *flags.split(), "--max_new_tokens", "2")
+    rows = steered(folder)
+    assert read(folder)["unit"].nunique() == 3
+    assert {*rows["n"]} == {6} and {*rows["n_sentences"]} == {3}
+    for row in rows.itertuples():
+        expected = wilson_interval(row.shown, 3)
+        assert [row.shown_low, row.shown_high] == pytest.approx(expected, abs=1e-6)
 
 
 # ----- the rest of a run

@@ -18,7 +18,7 @@ import torch
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
-from by_hand import Effects, results, steps
+from by_hand import Effects, q_values, results, steps
 from conftest import Answer, finish, read, record_of, refuses, write_samples
 
 CONFIG = tracing.Config()
@@ -232,8 +232,8 @@ def test_a_control_that_no_sample_has_is_in_no_finding(llama: str, tmp_path: Pat
 
 
 def test_the_noise_floor_by_hand() -> None:
-    """Mean effects of 1 to 5; a row that some sample lacks tells of other samples."""
-    moved = [*((f"s{i}", draw, draw + 1.0) for i in range(2) for draw in range(5)), ("s0", 5, 99.0)]
+    """Mean effects of 1 to 5."""
+    moved = [(f"s{i}", draw, draw + 1.0) for i in range(2) for draw in range(5)]
     table = pd.DataFrame(moved, columns=["sample_id", "draw", "head_effect"])
     table = table.assign(layer=0, kind="head", index=3, group="")
     effect, negative = table["head_effect"], {"sample_id": "n", "group": tracing.NO_ODD_ONE}
@@ -246,16 +246,31 @@ def test_the_noise_floor_by_hand() -> None:
     assert math.isnan(floor(table.head(0)))
 
 
-def test_the_noise_floor_takes_as_many_draws_of_a_layer_as_the_whole_sweep_has() -> None:
-    """A sweep of one layer, from which the folder grew, drew more from that one."""
-    n_draws = tracing.draws_per_layer(2)
-    assert n_draws < tracing.draws_per_layer(1)
-    rows = [(layer, draw, 1.0) for layer in (0, 1) for draw in range(n_draws)]
-    rows += [(0, draw, 50.0) for draw in range(n_draws, tracing.draws_per_layer(1))]
-    table = pd.DataFrame(rows, columns=["layer", "draw", "head_effect"])
-    table = table.assign(sample_id="s", kind="head", index=table["draw"] % 4, group="")
-    assert tracing.noise_floor(table) == 1.0
-    assert tracing.noise_floor(table[table["layer"] == 0]) == 50.0
+# ----- how many tests q corrects for
+
+
+@pytest.mark.parametrize(
+    ("columns", "n_tests"),
+    [
+        ({}, 3),
+        ({"n_screened": 40.0}, 40),
+        ({"n_screened": math.nan}, 3),
+        ({"n_screened": math.nan, "n_tests": 12}, 12),
+        ({"n_screened": 40.0, "n_tests": 768}, 768),
+        ({"n_screened": 40.0, "n_tests": 12}, 40),
+        ({"n_tests": 2}, 3),
+    ],
+)
+def test_q_corrects_for_the_most_that_a_table_tells_of(
+    columns: dict[str, float], n_tests: int
+) -> None:
+    """Its own components, those of its screen, those of a wider table before it."""
+    table = results({f"L0H{head}": steps(head - 1.0) for head in range(3)}).assign(**columns)
+    assert tracing.count_tests(table) == n_tests
+    heads = find(table)[1]
+    assert set(heads["n_tests"]) == {n_tests}
+    p = heads["p"].tolist()
+    assert heads["q"].tolist() == pytest.approx(q_values([*p, *[1.0] * (n_tests - 3)])[:3])
 
 
 # ----- statistics per component: sentences are the units
