@@ -31,6 +31,7 @@ transformers.utils.logging.disable_progress_bar()
 
 SCRIPT = ROOT / "llama3_circuit_tracing.py"
 TINY = ROOT / "tests" / "tiny_llama"
+HANGS = 1800  # seconds after which a process hangs, however slow and busy the machine is
 Answer = Callable[..., tuple[int, str, str]]
 
 
@@ -74,7 +75,7 @@ def script() -> Callable[..., subprocess.CompletedProcess[str]]:
             env={**os.environ, **environment},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANGS,
         )
 
     return call

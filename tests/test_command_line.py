@@ -19,7 +19,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import llama3_circuit_tracing as tracing
-from conftest import ROOT, SCRIPT, Answer, refuses
+from conftest import HANGS, ROOT, SCRIPT, Answer, refuses
 from llama3_circuit_tracing import Component, Config, parse_args
 
 OPTIONS = [option.name for option in fields(Config)]
@@ -442,7 +442,7 @@ def test_results_beside_a_foreign_record_are_refused_with_its_path(
 @pytest.mark.parametrize(("line", "code"), [("--help", 0), ("--layers x", 2), ("--op scale", 2)])
 def test_help_and_usage_errors_are_answered_before_the_heavy_imports(line: str, code: int) -> None:
     argv = [sys.executable, "-X", "importtime", str(SCRIPT), *line.split()]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=HANGS)
     names = re.findall(r"^import time:.*\|\s*(\S+)$", done.stderr, flags=re.MULTILINE)
     modules = {name.partition(".")[0] for name in names}
     assert done.returncode == code
@@ -518,7 +518,7 @@ with open(sys.argv[-1], "w") as file:
         env={**os.environ, **settings},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(empty.iterdir()) == []

@@ -32,6 +32,7 @@ import naive
 import random_models
 from by_hand import prepared
 from conftest import (
+    HANGS,
     ROOT,
     SCRIPT,
     Answer,
@@ -776,7 +777,7 @@ def test_two_processes_give_the_same_bytes(small: Path, llama: str, tmp_path: Pa
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = ["--model_id", llama, "--output_dir", str(tmp_path), *SMALL.split()]
     command = [sys.executable, *launcher, str(SCRIPT), *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     for name in EXACT:
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import llama3_circuit_tracing as tracing
-from conftest import SCRIPT, Answer, finish, refuses
+from conftest import HANGS, SCRIPT, Answer, finish, refuses
 
 
 def test_an_error_is_one_sentence_and_no_traceback(
@@ -144,17 +144,43 @@ def test_an_output_folder_with_a_foreign_record_is_refused(
     assert record.read_text() == "not a record"
 
 
+# Run by Python before the script. The import of the module that is named says that it has come
+# there and waits for a line on stdin; like some imports it swallows whatever is raised meanwhile.
+WAIT_IN_AN_IMPORT = """
+import os, sys
+
+class Waiting:
+    def find_spec(self, name, *_):
+        if name == os.environ["WAITS_AT"]:
+            sys.meta_path.remove(self)
+            try:
+                print("waiting", flush=True)
+                sys.stdin.readline()
+            except BaseException:
+                pass
+
+sys.meta_path.insert(0, Waiting())
+"""
+
+
+@pytest.mark.parametrize("module", ["accelerate", "torch.nn", "transformers"])
 @pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interruption_of_the_imports_says_nothing(stop: signal.Signals, code: int) -> None:
-    """At whatever import it comes: here half a second into them."""
-    argv = [sys.executable, str(SCRIPT), "--model_id", "nowhere/to/be/found"]
+def test_an_interruption_of_the_imports_says_nothing(
+    stop: signal.Signals, code: int, module: str, tmp_path: Path
+) -> None:
+    """At the first heavy import, within one, and at the last."""
+    (tmp_path / "sitecustomize.py").write_text(WAIT_IN_AN_IMPORT)
     process = subprocess.Popen(
-        argv,
+        [sys.executable, str(SCRIPT), "--model_id", "nowhere/to/be/found"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "WAITS_AT": module},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    time.sleep(0.5)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
     process.send_signal(stop)
-    assert process.communicate(timeout=60) == (None, "")
+    assert process.communicate(timeout=HANGS) == ("", "")
     assert process.returncode == code

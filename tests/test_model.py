@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama3_circuit_tracing as tracing
 import random_models
-from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses
+from conftest import HANGS, ROOT, SCRIPT, Answer, finish, read, record_of, refuses
 from llama3_circuit_tracing import Config
 
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -102,7 +102,7 @@ def said_by_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int
             },
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=HANGS,
         )
         server.shutdown()
     assert (done.returncode, done.stderr) == (0, "")  # no noise of the libraries either

@@ -26,6 +26,7 @@ from matplotlib import colormaps
 import llama3_circuit_tracing as tracing
 from by_hand import results, steps
 from conftest import (
+    HANGS,
     SCRIPT,
     TINY,
     Answer,
@@ -1017,7 +1018,7 @@ def browse(source: str, folder: Path, width: int, allow: str = "") -> tuple[str,
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += ["--enable-logging=stderr", f"--window-size={width},900"]
     command += [f"--user-data-dir={folder / 'profile'}", (folder / "page.html").as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 

@@ -10,20 +10,28 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import llama3_circuit_tracing as tracing
 from by_hand import prepared, q_values
-from conftest import ROOT, SCRIPT, Answer, finish, read, record_of, refuses, write_samples
+from conftest import (
+    HANGS,
+    ROOT,
+    SCRIPT,
+    Answer,
+    finish,
+    read,
+    record_of,
+    refuses,
+    write_samples,
+)
 from test_sweep import EQUAL, TWO, largest_difference, naive_results, parts_of
 
 EXTRAS = "--confirm 2 --num_random 3 --max_new_tokens 2 --heatmap --screen 4 --multipliers 0"
@@ -352,13 +360,34 @@ def test_a_spoilt_part_is_computed_again(
 # ----- interruption, as real processes
 
 
-def start(model: str, folder: Path, *launcher: str) -> subprocess.Popen[str]:
-    """A run with so many jobs that it can be stopped in their midst."""
+# Run by Python before the script: a process that has written some parts of the sweep says so and
+# waits for a line on stdin.
+WAIT_AFTER_PARTS = """
+import os, sys
+
+replace, written = os.replace, []
+
+def replace_and_wait(source, target):
+    replace(source, target)
+    if os.path.basename(target).startswith("sweep-"):
+        written.append(target)
+        if len(written) == int(os.environ["WAITS_AFTER"]):
+            print("waiting", os.getpid(), flush=True)
+            sys.stdin.readline()
+
+os.replace = replace_and_wait
+"""
+
+
+def start(model: str, folder: Path, *launcher: str, **environment: str) -> subprocess.Popen[str]:
+    """A run of many jobs."""
     command = [sys.executable, *launcher, str(SCRIPT), *many_jobs(model, folder)]
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        stdout=subprocess.DEVNULL,
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # a script's background jobs ignore Ctrl-C, and so would what they start
@@ -366,17 +395,27 @@ def start(model: str, folder: Path, *launcher: str) -> subprocess.Popen[str]:
     )
 
 
+def start_and_wait(
+    model: str, folder: Path, n_parts: int, n_processes: int, *launcher: str
+) -> tuple[subprocess.Popen[str], list[int]]:
+    """A run whose processes wait, once each has written so many parts; and their ids."""
+    site = folder.with_name(f"{folder.name}-site")
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(WAIT_AFTER_PARTS)
+    settings = {"PYTHONPATH": str(site), "WAITS_AFTER": str(n_parts)}
+    process = start(model, folder, *launcher, **settings)
+    assert process.stdout is not None
+    waiting: list[int] = []
+    while len(waiting) < n_processes:
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]  # empty where the process has ended
+        waiting += [int(number) for number in re.findall(r"waiting (\d+)", line)]
+    return process, waiting
+
+
 def many_jobs(model: str, folder: Path) -> list[str]:
     flags = ["--num_samples", "12", "--tree_tokens", "100", "--rows_per_forward", "1"]
     return ["--model_id", model, "--output_dir", str(folder), *flags]
-
-
-def wait_for_parts(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.time() + 120
-    while len(parts(folder, "sweep")) < count:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.time() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -390,14 +429,13 @@ def uninterrupted(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stopped_run_goes_on_where_it_was_and_ends_the_same(
     stop: str, code: int, llama: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    process = start(llama, tmp_path)
-    wait_for_parts(tmp_path, 3, process)
+    process, _ = start_and_wait(llama, tmp_path, 3, 1)
     process.send_signal(getattr(signal, stop))
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=HANGS)[1]
     assert process.returncode == code, said
     assert "Traceback" not in said
     done = len(parts(tmp_path, "sweep"))
-    assert 3 <= done < len(parts(uninterrupted, "sweep"))
+    assert done == 3 < len(parts(uninterrupted, "sweep"))
     assert not (tmp_path / RESULTS).exists()
     assert tracing.main(many_jobs(llama, tmp_path)) == 0
     assert (tmp_path / RESULTS).read_bytes() == (uninterrupted / RESULTS).read_bytes()
@@ -412,14 +450,14 @@ TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_nod
 def test_two_processes_give_the_same_and_survive_a_death(
     llama: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    process = start(llama, tmp_path, *TWO_PROCESSES)
-    wait_for_parts(tmp_path, 2, process)
-    psutil.Process(process.pid).children()[-1].kill()
-    process.communicate(timeout=120)
+    process, waiting = start_and_wait(llama, tmp_path, 1, 2, *TWO_PROCESSES)
+    os.kill(waiting[-1], signal.SIGKILL)
+    process.communicate(timeout=HANGS)
     assert process.returncode != 0
+    assert len(parts(tmp_path, "sweep")) == 2
     assert not (tmp_path / RESULTS).exists()
     again = start(llama, tmp_path, *TWO_PROCESSES)
-    said = again.communicate(timeout=200)[1]
+    said = again.communicate(timeout=HANGS)[1]
     assert again.returncode == 0, said
     assert largest_difference(read(tmp_path), read(uninterrupted)) < EQUAL
 
@@ -701,7 +739,7 @@ def test_files_of_the_user_that_a_command_does_not_write_stay(
         assert {name: (tmp_path / name).read_text() for name in MINE} == MINE
         page = (tmp_path / "circuit_report.html").read_text()
         assert tracing.FIGURES["heads"] in page
-        assert tracing.FIGURES["confirm"] not in page and "reply" not in page
+        assert tracing.FIGURES["confirm"] not in page and "<th>reply</th>" not in page
     assert (tmp_path / "circuit_heatmap.png").exists() == (not flags)
 
 
@@ -716,7 +754,7 @@ TAKEN = {  # a user's file, and flags of a command that would write it
     "circuit_confirm.png": "--confirm 1",
     "circuit.json": "--confirm 1",
     "circuit_paths.png": "--via logits",
-    "circuit_positions.csv": "--positions each --num_samples 1",
+    "circuit_positions.csv": "--task odd_one_out --positions each --num_samples 1",
     "circuit_directions.png": "--along difference",
     "directions.safetensors": "--along logistic",
     "generations.jsonl": "--max_new_tokens 1",
@@ -767,7 +805,7 @@ EVERYTHING = {
         *["--confirm", "all", "--max_new_tokens", "1"],
     ],
     "paths": ["--via", "logits", "--ablate", "L0H0"],
-    "positions": ["--positions", "each", "--num_samples", "1"],
+    "positions": ["--task", "odd_one_out", "--positions", "each", "--num_samples", "1"],
 }
 
 
@@ -788,16 +826,17 @@ def test_the_record_lists_each_file_that_is_written_and_each_is_planned(
 
 
 def test_a_file_is_listed_before_it_is_there_and_not_where_it_never_came(tmp_path: Path) -> None:
-    """A death between the two makes no file foreign, and none of the user's its own."""
+    """So that no death between the two makes a file foreign; what comes in a run is the user's."""
     for _ in range(2):
         folder = tracing.RunFolder(tmp_path)
         with folder.open():
             assert "circuit_steer.csv" not in folder.written
             path = folder.claim("circuit_steer.csv")
             assert "circuit_steer.csv" in record_of(tmp_path)["written"] and not path.exists()
-    path.write_text("the user's")
-    with folder.open(), pytest.raises(tracing.UsageError, match=r"circuit_steer\.csv would be"):
-        folder.claim("circuit_steer.csv")
+    with folder.open():
+        path.write_text("the user's")
+        with pytest.raises(tracing.UsageError, match=r"circuit_steer\.csv would be overwritten"):
+            folder.claim("circuit_steer.csv")
     path.unlink()
     with folder.open():
         folder.claim("circuit_steer.csv").write_text("the script's")
