@@ -1336,7 +1336,8 @@ def build_parser(command: str) -> Parser:
         flag, metadata = f"--{entry.name}", entry.metadata
         if "words" in metadata:
             count = "*" if metadata["words"] > 1 else "?"
-            parser.add_argument(entry.name, nargs=count, type=parser_of_value(entry))
+            parse = parser_of_value(entry)
+            parser.add_argument(entry.name, nargs=count, default=None, type=parse)
         elif "parse" in metadata:
             parser.add_argument(flag, type=parser_of_value(entry))
         elif entry.default is False:
@@ -1466,7 +1467,8 @@ def parse_command_line(arguments: Sequence[str]) -> Request:
     if unknown:
         parser.error(explain_unknown(parser, command, unknown[0]))
     try:
-        return complete_request(command, vars(namespace))
+        given = {name: value for name, value in vars(namespace).items() if value is not None}
+        return complete_request(command, given)
     except (UsageError, ValueError) as error:
         return parser.error(str(error))
 
