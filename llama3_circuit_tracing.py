@@ -3905,6 +3905,7 @@ class RunFolder:
             "format": RECORD_FORMAT,
             "experiment": {"options": {}, "fingerprint": {}},
             "commands": files,
+            "model_files": self.record.get("model_files", {}),
         }
 
     # -- the experiment and the command at work
@@ -4039,6 +4040,7 @@ class RunFolder:
         self.check_inputs(options, names, LIES_IN_FOLDER)
         self.remove(names)
         parts = sorted(path.stem for path in self.list_parts(edit_digest))
+        self.record.pop("tested_on", None)
         self.note_command(files=graphs, parts_to_replace=parts)
 
     def parts_to_replace(self) -> set[str]:
