@@ -1166,11 +1166,8 @@ def is_command_record(entry: Any) -> bool:
 
 def is_output(name: Any) -> bool:
     """Whether this script gives files in an output folder such a name."""
-    if name in ("run.json", "run.log", REPORT_FILE):
-        return True
-    if any(name in files for files in COMMAND_FILES.values()):
-        return True
-    return isinstance(name, str) and re.fullmatch(GRAPH_FILE, name) is not None
+    names = {"run.json", "run.log", REPORT_FILE, *itertools.chain(*COMMAND_FILES.values())}
+    return isinstance(name, str) and (name in names or bool(re.fullmatch(GRAPH_FILE, name)))
 
 
 def is_part_file(name: str) -> bool:
@@ -3624,14 +3621,14 @@ def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]
     """The final states at the scoring nodes with the edits of rows[r] in row r of one batch.
 
     States [row, node, d_model] that are unembedded, or the model's own logits [row, node, vocab]
-    where those are used. The run starts at the lowest edited layer.
+    where those are used. The run starts at the lowest edited layer, or at the nearest one below
+    it whose residual stream the clean run has.
     """
     tree = clean_run.tree
     n_layers = traced.shape.n_layers
-    first_layer = n_layers - 1
-    for edits in rows:
-        for edit in edits:
-            first_layer = min(first_layer, edit.site.layer)
+    edited_layers = [edit.site.layer for edit in itertools.chain(*rows)]
+    lowest = min(edited_layers, default=n_layers - 1)
+    first_layer = max((layer for layer in clean_run.residuals if layer <= lowest), default=0)
     rows = [with_background(edits, clean_run.background, first_layer) for edits in rows]
     traced.n_forwards += 1
     traced.n_tokens += len(rows) * tree.n_tokens * (n_layers - first_layer)
@@ -3839,6 +3836,8 @@ class RunFolder:
         self.record: dict[str, Any] = {}
         self.experiment_key = ""  # digest of the fingerprint; parts are sealed with it
         self.files: list[str] = []  # that the command at work has written
+        # what `begin` throws away, and notes in the record and of the command
+        self.waiting: tuple[Callable[[], None], dict[str, Any], dict[str, Any]] | None = None
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -3910,11 +3909,13 @@ class RunFolder:
 
     # -- the experiment and the command at work
 
-    def take_up(self, options: Any, fingerprint: dict[str, Any], edit_digest: str) -> None:
+    def take_up(
+        self, options: Any, fingerprint: dict[str, Any], edit_digest: str, **entries: Any
+    ) -> None:
         """Begin or continue the command at work, whose parts are named by the digest; `UsageError`
         where the folder holds another experiment, a trace with another edit, a file of the user's
-        that the command would replace, or an input that would be lost. Nothing is deleted before
-        all of that is known."""
+        that the command would replace, or an input that would be lost. Nothing is deleted or
+        recorded before `begin`; then the record also has the entries."""
         settings = command_settings(options)
         before = self.command_record(self.command)
         recorded = self.record["experiment"]["fingerprint"] or fingerprint
@@ -3923,21 +3924,36 @@ class RunFolder:
         planned = planned_files(self.command, options)
         self.check_foreign_files(planned)
         self.check_inputs(options, planned, "would be replaced by this command")
+        discard_earlier: Callable[[], None] = self.discard_drafts
         if recorded != fingerprint:
             if not (is_trace and options.overwrite):
                 raise UsageError(self.describe_other_experiment(options, fingerprint))
-            self.discard_experiment(options)
+            self.check_inputs(options, self.written_files(), LIES_IN_FOLDER)
+            self.record.pop("rows_after_halving", None)
+            discard_earlier = self.discard_experiment
         elif restarts:
-            self.discard_command(options, edit_digest)
+            self.check_inputs(options, before.get("files", ()), LIES_IN_FOLDER)
+            discard_earlier = functools.partial(self.discard_command, edit_digest)
         elif is_trace and self.has_traced(before):
             check_same_edit(self.path, before["options"], settings)
         elif before.get("finished") and before["options"] != settings:
             self.report_replacement(before["options"], settings)
-        self.discard_drafts()
         self.experiment_key = digest(fingerprint)
         experiment = {name: settings[name] for name in settings if name in EXPERIMENT_OPTIONS}
-        self.record["experiment"] = {"options": experiment, "fingerprint": fingerprint}
-        self.note_command(options=settings, edit_digest=edit_digest, finished=False)
+        entries["experiment"] = {"options": experiment, "fingerprint": fingerprint}
+        command_entries = {"options": settings, "edit_digest": edit_digest, "finished": False}
+        self.waiting = (discard_earlier, entries, command_entries)
+
+    def begin(self) -> None:
+        """Throw away what --overwrite is to throw away, and record the command: once, when its
+        first part is asked for, since it has checked its options by then."""
+        if self.waiting is not None:
+            discard_earlier, entries, command_entries = self.waiting
+            self.waiting = None
+            discard_earlier()
+            self.discard_drafts()
+            self.record |= entries
+            self.note_command(**command_entries)
 
     def is_continued(self, options: Any) -> bool:
         """Whether the command at work is one that was interrupted in this folder."""
@@ -4016,10 +4032,9 @@ class RunFolder:
 
     # -- what is thrown away
 
-    def discard_experiment(self, options: Any) -> None:
+    def discard_experiment(self) -> None:
         """Remove all parts and files of the experiment that the folder held, and name the files."""
         names = sorted(self.written_files() - {"run.json", "run.log"})
-        self.check_inputs(options, names, LIES_IN_FOLDER)
         for path in self.list_parts():
             discard(path)
         self.remove(names)
@@ -4031,14 +4046,12 @@ class RunFolder:
             log.info("--overwrite removed files of another experiment: %s", ", ".join(names))
         self.forget_experiment()
 
-    def discard_command(self, options: Any, edit_digest: str) -> None:
+    def discard_command(self, edit_digest: str) -> None:
         """Remove the files of the command at work, but for graphs, in which a user may have pinned
         nodes. Its parts go as soon as it would use them: see `replace_parts`."""
         files = self.command_record(self.command).get("files", ())
         graphs = [name for name in files if name.startswith("graphs/")]
-        names = [name for name in files if name not in graphs]
-        self.check_inputs(options, names, LIES_IN_FOLDER)
-        self.remove(names)
+        self.remove(set(files).difference(graphs))
         parts = sorted(path.stem for path in self.list_parts(edit_digest))
         self.record.pop("tested_on", None)
         self.note_command(files=graphs, parts_to_replace=parts)
@@ -4747,6 +4760,7 @@ def compute_parts(experiment: Experiment, jobs: Sequence[PartJob], description: 
     """Compute and write the parts that are not there yet, each process its share; returns when all
     have been written. No process waits in a collective while another computes."""
     folder, processes = experiment.folder, experiment.processes
+    folder.begin()
     folder.replace_parts(job.name for job in jobs)
     missing = [job.name for job in jobs if folder.read_part(job.name) is None]
     missing = processes.share(missing)
@@ -4809,6 +4823,7 @@ class Reading:
     trees: Sequence[Tree]
     sites: frozenset[Site] = frozenset()
     with_kl: bool = False
+    layers: frozenset[int] = frozenset()  # that runs start at, those of parts that are there too
 
 
 def measure(
@@ -4825,6 +4840,8 @@ def measure(
     `score_a`, `score_b`, ... (nats; NaN where a sample lacks the side), with KL also `kl_a`, ...
     What was measured before, by whichever command, is read from the folder's parts.
     """
+    reading = replace(reading, layers=frozenset(variant.layer for variant in variants))
+    experiment.folder.begin()
     values = read_scores(experiment, variants, reading)
     missing = []
     for number in range(len(reading.trees)):
@@ -4860,8 +4877,8 @@ Scores = dict[tuple[int, str], list[float]]  # of each prompt, then its KL; by t
 
 
 def read_scores(experiment: Experiment, variants: Sequence[Variant], reading: Reading) -> Scores:
-    """What the folder's parts hold of these variants; those that --overwrite is to measure anew are
-    removed."""
+    """What the folder's parts hold of these variants; what --overwrite is to measure anew is removed
+    from them."""
     folder = experiment.folder
     to_replace = folder.parts_to_replace()
     keys = {variant.key for variant in variants}
@@ -4869,18 +4886,24 @@ def read_scores(experiment: Experiment, variants: Sequence[Variant], reading: Re
     for path in sorted(folder.list_parts(experiment.setting)):
         names_of_tree[path.stem.rsplit("-", 2)[0]].append(path.stem)
     values: Scores = {}
-    replaced = []
     for number, tree in enumerate(reading.trees):
         for name in names_of_tree[scores_prefix(experiment, tree, reading.with_kl)]:
             part = folder.read_part(name)
             if part is None:
                 continue
             if name in to_replace and not keys.isdisjoint(part["keys"]):
-                replaced.append(name)
-            else:
-                values |= values_of_part(part, number)
-    folder.replace_parts(replaced)
+                folder.replace_parts([name])
+                part = without_keys(part, keys)
+                if part["keys"]:
+                    folder.write_part(name, part)
+            values |= values_of_part(part, number)
     return values
+
+
+def without_keys(part: Mapping[str, Any], keys: set[str]) -> dict[str, list[Any]]:
+    """What is left of a part of scores: it may be of other commands, too."""
+    places = [place for place, key in enumerate(part["keys"]) if key not in keys]
+    return {name: [part[name][place] for place in places] for name in ("keys", "values")}
 
 
 def values_of_part(part: Mapping[str, Any], number: int) -> Scores:
@@ -4898,16 +4921,13 @@ def score_jobs(
 ) -> Iterator[PartJob]:
     """One job per layer that edits start at, and group: its variants are the rows of batches."""
     tree = reading.trees[number]
-    layers = frozenset(variant.layer for variant in variants)
     by_job: dict[tuple[int, int], list[Variant]] = defaultdict(list)
     for variant in variants:
         by_job[variant.layer, variant.group].append(variant)
     for (layer, _), subset in sorted(by_job.items()):
         keys = [variant.key for variant in subset]
         prefix = scores_prefix(experiment, tree, reading.with_kl)
-        compute = functools.partial(
-            run_variants, experiment, tree, layers, subset, edits_of, reading
-        )
+        compute = functools.partial(run_variants, experiment, tree, subset, edits_of, reading)
         n_blocks = experiment.shape.n_layers - layer
         yield PartJob(
             name=f"{prefix}-{layer:03d}-{digest(keys)[:10]}",
@@ -4921,14 +4941,13 @@ def score_jobs(
 def run_variants(
     experiment: Experiment,
     tree: Tree,
-    layers: frozenset[int],
     variants: Sequence[Variant],
     edits_of: EditsOf,
     reading: Reading,
     bar: tqdm[Any],
 ) -> dict[str, Any]:
     """The content of a part of scores: the keys of variants and the values of each."""
-    clean_run = experiment.clean_run(tree, layers, reading.sites)
+    clean_run = experiment.clean_run(tree, reading.layers, reading.sites)
     rows = edits_of(clean_run, [variant.subject for variant in variants])
     readers = [read_log_probs, read_divergence] if reading.with_kl else [read_log_probs]
     outputs = experiment.run_rows(clean_run, rows, bar, readers)
@@ -10570,8 +10589,13 @@ def take_up(experiment: Experiment) -> None:
         digests = file_digests(experiment.options, folder.record.get("model_files", {}))
         fingerprint = fingerprint_of(experiment, digests)
         check_models_of_files(experiment.options, fingerprint["model"])
-        folder.take_up(experiment.options, fingerprint, experiment.edit_digest)
-        folder.note(model_files=digests, rows_per_forward=experiment.rows_per_forward)
+        folder.take_up(
+            experiment.options,
+            fingerprint,
+            experiment.edit_digest,
+            model_files=digests,
+            rows_per_forward=experiment.rows_per_forward,
+        )
     shared = (folder.experiment_key, folder.record.get("rows_after_halving"))
     folder.experiment_key, rows_after_halving = processes.share(shared)
     if rows_after_halving is not None:
@@ -10632,7 +10656,9 @@ def sentence_of(error: Exception) -> str:
             " or fewer components"
         )
     if isinstance(error, OSError) and error.strerror:
-        return f"{shorten(Path(str(error.filename)))}: {error.strerror}"
+        path = Path(str(error.filename))
+        name = str(path) if path.parent.exists() else shorten(path)
+        return f"{name}: {error.strerror}"
     return f"{type(error).__name__}: {first_line(error)}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import random
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
