@@ -628,7 +628,8 @@ def argument(
     help: str, value_name: str, default: Any, parse: Callable[[str], Any], many: bool = False
 ) -> Any:
     """A field of options that is a word of its own behind the command; `many`: one or more."""
-    metadata = {"help": help, "parse": parse, "value_name": value_name, "words": 2 if many else 1}
+    words = 1000 if many else 1
+    metadata = {"help": help, "parse": parse, "value_name": value_name, "words": words}
     return field(default=default, metadata=metadata)
 
 
@@ -696,7 +697,8 @@ class TaskOptions:
         if self.task == "contrast" and not self.samples:
             yield "--task contrast needs --samples, with targets and foils"
         if not self.chat and self.system_prompt not in ("", SYSTEM_PROMPT):
-            yield "--no_chat takes texts as they are; --system_prompt belongs to a chat"
+            prompt = shorten(self.system_prompt)
+            yield f"--system_prompt {prompt} is a turn of a chat; --no_chat writes none"
 
 
 @dataclass(frozen=True)
@@ -757,6 +759,11 @@ class ComponentOptions:
     title: ClassVar = "components"
     layers: IndexRanges = option(IndexRanges(), "such as 7, 0,5,9, 8-15", IndexRanges.parse)
     heads: IndexRanges = option(IndexRanges(), "heads of each layer", IndexRanges.parse)
+
+    def usage_errors(self) -> Iterator[str]:
+        kind = self.kind  # type: ignore[attr-defined]
+        if kind != "head" and self.heads.text != "all":
+            yield f"--heads does not apply to --kind {kind}"
 
 
 @dataclass(frozen=True)
@@ -869,6 +876,7 @@ class PathsOptions(ComponentOptions, MeasuringOptions):
     """Which part of an effect goes straight to the logits, or through these receivers?"""
 
     title: ClassVar = "paths"
+    refused: ClassVar = {"kind": ("neuron",)}  # values that are not inherited
     through: Receivers = option(
         Receivers(), "logits, each (head above), or names such as L9H9,L20mlp", Receivers.parse
     )
@@ -892,6 +900,7 @@ class TokensOptions(ComponentOptions, MeasuringOptions):
     """At which token does a component matter?"""
 
     title: ClassVar = "tokens"
+    refused: ClassVar = {"kind": ("neuron",)}  # values that are not inherited
     fixed: ClassVar = frozenset({"positions"})
 
     def usage_errors(self) -> Iterator[str]:
@@ -904,6 +913,7 @@ class DirectionsOptions(ComponentOptions, MeasuringOptions):
     """Which direction tells the prompts apart, and what moves along it?"""
 
     title: ClassVar = "directions"
+    refused: ClassVar = {"kind": ("neuron",)}  # values that are not inherited
     op: str = option("zero", "what becomes of the activation along it", choices=OPS)
     fit: str = option("difference", "difference, logistic, or a file of directions")
     confirm: SelectionRule = option(
@@ -1187,8 +1197,7 @@ def build_parser(command: str) -> Parser:
     for entry in option_fields(COMMANDS[command].options):
         flag, metadata = f"--{entry.name}", entry.metadata
         if "words" in metadata:
-            count = "*" if metadata["words"] > 1 else "?"
-            parser.add_argument(entry.name, nargs=count, type=parser_of_value(entry))
+            parser.add_argument(entry.name, nargs="*", type=parser_of_value(entry))
         elif "parse" in metadata:
             parser.add_argument(flag, type=parser_of_value(entry))
         elif entry.default is False:
@@ -1308,14 +1317,32 @@ def parse_command_line(arguments: Sequence[str]) -> Request:
     parser = build_parser(command)
     parser.words = words_of(arguments)
     if {"-h", "--help"} & set(words):
-        parser.exit(0, help_text(command))
+        print(help_text(command), end="")
+        parser.exit(0)
     namespace, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(explain_unknown(parser, command, unknown[0]))
     try:
-        return complete_request(command, vars(namespace))
+        return complete_request(command, given_values(command, namespace))
     except (UsageError, ValueError) as error:
         return parser.error(str(error))
+
+
+def given_values(command: str, namespace: argparse.Namespace) -> dict[str, Any]:
+    """The options that a command line gives; `UsageError` where a word is too many."""
+    given = dict(vars(namespace))
+    for entry in option_fields(COMMANDS[command].options):
+        limit = entry.metadata.get("words")
+        if limit is None:
+            continue
+        words = given.pop(entry.name, [])
+        if len(words) > limit:
+            raise UsageError(
+                f"{command} takes one {entry.name}; {shorten(words[limit])} is too many"
+            )
+        if words:
+            given[entry.name] = words[0] if limit == 1 else tuple(words)
+    return given
 
 
 def complete_request(command: str, given: dict[str, Any]) -> Request:
@@ -1335,6 +1362,9 @@ def complete_request(command: str, given: dict[str, Any]) -> Request:
     options = options_type(**inherited | given)
     for sentence in usage_errors(options):
         raise UsageError(sentence)
+    needs_output = command == "compare" or Path(given.get("source", "")).suffix == ".csv"
+    if needs_output and "output_dir" not in given:
+        raise UsageError(f"{command} needs --output_dir, where its files go")
     return Request(command, options, origins)
 
 
@@ -3794,7 +3824,7 @@ class RunFolder:
             self.discard_experiment(options)
         elif restarts:
             self.discard_command(options, setting)
-        elif command == "trace" and before:
+        elif command == "trace" and before and self.has_measured():
             check_same_edit(self.path, before["options"], settings)
         self.discard_drafts()
         self.experiment_key = digest(fingerprint)
@@ -4888,13 +4918,16 @@ def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
     """`UsageError` where the model does not have the kind or a component that an option names."""
     check_kind(options.kind, shape)
     for entry in fields(options):
-        value = getattr(options, entry.name)
-        components = getattr(value, "components", value)  # of receivers and senders
-        if isinstance(components, ComponentList):
-            if components.warning:
-                log.warning(components.warning)
-            for component in components:
+        named = getattr(options, entry.name)
+        if isinstance(named, Receivers | Senders):
+            named = named.components
+        if isinstance(named, ComponentList):
+            if named.warning:
+                log.warning(named.warning)
+            for component in named:
                 check_component(component, entry.name, shape)
+    if isinstance(options, ComponentOptions):
+        choose_components(options, shape)
 
 
 def check_kind(kind: str, shape: ModelShape) -> None:
@@ -7050,7 +7083,6 @@ def run_trace(experiment: Experiment) -> None:
     circuit_confirm.*, circuit.json and generations.jsonl where they are asked for."""
     options = experiment.options
     components = choose_components(options, experiment.shape)
-    check_trace(experiment, components)
     records = unedited_samples(experiment)
     estimates: Estimates | None = None
     screened: dict[Component, str] = {}
@@ -7075,9 +7107,10 @@ def run_trace(experiment: Experiment) -> None:
             run_trace_replies(experiment, table, chosen)
 
 
-def check_trace(experiment: Experiment, components: Sequence[Component]) -> None:
+def check_trace(experiment: Experiment) -> None:
     """`UsageError` where --confirm or --method cannot be had with this model and these samples."""
     options, shape = experiment.options, experiment.shape
+    components = choose_components(options, shape)
     if options.estimator == "relp" and shape.relp_obstacles:
         raise UsageError(f"--method relp has no rule for {shape.relp_obstacles} of {shape.name}")
     if not options.confirm:
@@ -7769,7 +7802,6 @@ class TokenEdit(NamedTuple):
 def run_tokens(experiment: Experiment) -> None:
     """Each component edited at each token on its own (causal tracing: Meng et al. 2202.05262):
     circuit_tokens.csv and .png."""
-    check_equal_lengths(experiment)
     options = experiment.options
     components = choose_components(options, experiment.shape)
     records = unedited_samples(experiment)
@@ -10255,6 +10287,16 @@ class OneLine(logging.Formatter):
         return visible(super().format(record))
 
 
+# what is known of a command's options before the weights; each raises UsageError
+CHECKS: dict[str, Callable[[Experiment], Any]] = {
+    "trace": check_trace,
+    "joint": choose_named_components,
+    "paths": choose_senders,
+    "tokens": check_equal_lengths,
+    "graph": choose_graph_prompt,
+}
+
+
 def start_log(path: Path | None, speaks: bool) -> None:
     """The log on stdout and in a file; processes that do not speak report errors only."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
@@ -10295,6 +10337,8 @@ def run_measuring(request: Request) -> None:
             report_inheritance(request)
             with libraries_held_back(options):
                 experiment = prepare(options, folder, processes)
+                if request.command in CHECKS:
+                    CHECKS[request.command](experiment)
             if options.dry_run:
                 for line in describe_plan(experiment, planned_components(experiment)):
                     log.info("%s", line)
