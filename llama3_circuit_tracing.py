@@ -20,6 +20,56 @@ P(apple | second prompt), in nats. The sweep is exact, batched and resumable.
   python llama3_circuit_tracing.py --layers 8-23 --controls --confirm 16 --output_dir outputs/8b
 """
 
+# Contents. Each section uses only those above it.
+#   Sentences                    how errors and the log show values: short, in one line, harmless
+#   Components                   places of a model, kinds of components, what an edit makes of them
+#   Option values                what the texts of a command line stand for
+#   Options of all commands      model, task, edit, output
+#   Options of each command      and what contradicts itself
+#   Record of a run folder       run.json, as far as a command line needs it
+#   Command line                 commands, parsing, what a follow-up inherits
+#   Help                         one line per option
+#   Built-in texts               questions, requests, people
+#   Samples                      pairs of user texts and the words that are scored
+#   Tasks                        what a behaviour is: samples, metric, how a reply shows it
+#   Input files                  samples and results of one's own
+#   Prompts                      chat template, token ids, surface forms, control prompts
+#   Prompt tree                  all prompts of some samples as one sequence
+#   Model                        its shape before the weights, and the weights
+#   Interventions                x' = x + m * P(v - x): the context managers that register hooks
+#   Runs                         clean and edited forwards, and what is read of them
+#   Run folder                   record, files and parts of one experiment
+#   Findings                     what a command found, as data
+#   Experiment                   options, prompts, folder, and the model when it is needed
+#   Self-test                    the loaded model through the same context managers
+#   Measurement                  edited runs of every prompt: parts, batches, processes
+#   Preparation                  samples, prompts and checks before any weight is loaded
+#   Identity                     which model, and all else that fixes an experiment
+#   Dry run                      what would be done, and how much memory it takes
+#   Unedited model               base scores of every sample
+#   Statistics                   intervals, tests, corrections
+#   Tables                       effects per sample and per component
+#   Figures                      bars, forest plot, grid, scatter
+#   What is said of effects      sentences of bases and components
+#   Sets of components           circuits, joint edits, random sets beside them
+#   Replies                      what the model says with and without edits
+#   Estimates                    effects to first order, from gradients
+#   Screen                       which components to measure, and what estimates are worth
+#   Command: trace               which components carry the behaviour?
+#   Command: joint               what do they do together?
+#   Command: paths               which part of an effect takes which path?
+#   Command: tokens              at which token?
+#   Command: directions          what tells the prompts apart, and what moves along it?
+#   Attribution graph            one prompt's logit, shared out: nodes and edges
+#   Graph effects                which of them count, and what exact runs say
+#   Graph files                  tables, figure, circuit-tracer's viewer; the command graph
+#   Command: check               is it sound, what would it cost?
+#   Records that the page shows  replies and samples, as far as they are this script's
+#   Page                         HTML that is whole in itself
+#   Report                       one page of all that a folder holds
+#   Commands: redraw and compare  finished results again, and beside others
+#   Main                         commands, log, exit codes
+
 from __future__ import annotations
 
 import argparse
