@@ -27,8 +27,9 @@ P(apple | second prompt), in nats. The sweep is exact, batched and resumable.
 #   Options of all commands      model, task, edit, output
 #   Options of each command      and what contradicts itself
 #   Record of a run folder       run.json, as far as a command line needs it
-#   Command line                 commands, parsing, what a follow-up inherits
+#   Commands                     the first word of a command line
 #   Help                         one line per option
+#   Command line                 parsing, and what a follow-up inherits
 #   Built-in texts               questions, requests, people
 #   Samples                      pairs of user texts and the words that are scored
 #   Tasks                        what a behaviour is: samples, metric, how a reply shows it
@@ -1090,7 +1091,7 @@ def is_record(record: Any) -> bool:
     return all(isinstance(part, dict) for part in parts)
 
 
-# ----- Command line -------------------------------------------------------------------------------
+# ----- Commands -----------------------------------------------------------------------------------
 
 
 class Command(NamedTuple):
@@ -1179,6 +1180,68 @@ OLD_SPELLINGS = {  # by option of earlier versions, how it is asked for
 }
 
 
+def option_fields(options_type: type) -> list[Field[Any]]:
+    """The fields that are options of the command line."""
+    fixed = getattr(options_type, "fixed", ())
+    return [entry for entry in fields(options_type) if entry.metadata and entry.name not in fixed]
+
+
+def option_groups(options_type: type) -> Iterator[tuple[str, list[Field[Any]]]]:
+    """(title, options) of the command itself, then of the groups that it shares."""
+    remaining = {entry.name: entry for entry in option_fields(options_type)}
+    for group in options_type.__mro__:
+        names = vars(group).get("__annotations__", {})
+        entries = [remaining.pop(name) for name in names if name in remaining]
+        if entries:
+            yield getattr(group, "title", ""), entries
+
+
+# ----- Help ---------------------------------------------------------------------------------------
+
+
+def help_text(command: str) -> str:
+    """Two command lines that run as they stand, the command's options, then the shared ones."""
+    entry = COMMANDS[command]
+    lines = [] if command == "trace" else [str(entry.options.__doc__), ""]
+    if command == "trace":
+        lines += [str(__doc__).strip(), "", "commands (`COMMAND --help`; without one: trace):"]
+        for name, other in COMMANDS.items():
+            lines.append(f"  {name:<11} {other.options.__doc__}")
+        lines.append("")
+    lines += [f"  python {SCRIPT_NAME} {example}" for example in entry.examples]
+    for title, entries in option_groups(entry.options):
+        lines += ["", f"{title}:"]
+        lines += [option_help(option_field) for option_field in entries]
+    return "\n".join(lines) + "\n"
+
+
+def option_help(entry: Field[Any]) -> str:
+    """One line: the flag, the value's name, what it is for and its default."""
+    metadata = entry.metadata
+    value_name = metadata.get("value_name") or entry.name.split("_")[-1].upper()
+    if "words" in metadata:
+        return f"  {value_name:<26} {metadata['help']}"
+    flag = f"--{entry.name}"
+    if "parse" in metadata:
+        flag += f" {value_name}"
+    default = metadata["default_text"] or default_text(entry.default)
+    choices = " ".join(metadata.get("choices", ()))
+    choices = f": {choices}" if choices else ""
+    return f"  {flag:<26} {metadata['help']}{choices} (default: {default})"
+
+
+def default_text(value: Any) -> str:
+    """A default as the help writes it."""
+    if value is None or value == () or str(value) == "":
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return str(value)
+
+
+# ----- Command line -------------------------------------------------------------------------------
+
+
 class Request(NamedTuple):
     """What a command line asks for."""
 
@@ -1201,22 +1264,6 @@ def words_of(arguments: Sequence[str]) -> list[str]:
     """The words of a command line, and what stands behind an equals sign in one."""
     values = [word.partition("=")[2] for word in arguments if word.startswith("--")]
     return [*arguments, *filter(None, values)]
-
-
-def option_fields(options_type: type) -> list[Field[Any]]:
-    """The fields that are options of the command line."""
-    fixed = getattr(options_type, "fixed", ())
-    return [entry for entry in fields(options_type) if entry.metadata and entry.name not in fixed]
-
-
-def option_groups(options_type: type) -> Iterator[tuple[str, list[Field[Any]]]]:
-    """(title, options) of the command itself, then of the groups that it shares."""
-    remaining = {entry.name: entry for entry in option_fields(options_type)}
-    for group in options_type.__mro__:
-        names = vars(group).get("__annotations__", {})
-        entries = [remaining.pop(name) for name in names if name in remaining]
-        if entries:
-            yield getattr(group, "title", ""), entries
 
 
 def parser_of_value(entry: Field[Any]) -> Callable[[str], Any]:
@@ -1416,49 +1463,6 @@ def complete_request(command: str, given: dict[str, Any]) -> Request:
     if needs_output and "output_dir" not in given:
         raise UsageError(f"{command} needs --output_dir, where its files go")
     return Request(command, options, origins)
-
-
-# ----- Help ---------------------------------------------------------------------------------------
-
-
-def help_text(command: str) -> str:
-    """Two command lines that run as they stand, the command's options, then the shared ones."""
-    entry = COMMANDS[command]
-    lines = [] if command == "trace" else [str(entry.options.__doc__), ""]
-    if command == "trace":
-        lines += [str(__doc__).strip(), "", "commands (`COMMAND --help`; without one: trace):"]
-        for name, other in COMMANDS.items():
-            lines.append(f"  {name:<11} {other.options.__doc__}")
-        lines.append("")
-    lines += [f"  python {SCRIPT_NAME} {example}" for example in entry.examples]
-    for title, entries in option_groups(entry.options):
-        lines += ["", f"{title}:"]
-        lines += [option_help(option_field) for option_field in entries]
-    return "\n".join(lines) + "\n"
-
-
-def option_help(entry: Field[Any]) -> str:
-    """One line: the flag, the value's name, what it is for and its default."""
-    metadata = entry.metadata
-    value_name = metadata.get("value_name") or entry.name.split("_")[-1].upper()
-    if "words" in metadata:
-        return f"  {value_name:<26} {metadata['help']}"
-    flag = f"--{entry.name}"
-    if "parse" in metadata:
-        flag += f" {value_name}"
-    default = metadata["default_text"] or default_text(entry.default)
-    choices = " ".join(metadata.get("choices", ()))
-    choices = f": {choices}" if choices else ""
-    return f"  {flag:<26} {metadata['help']}{choices} (default: {default})"
-
-
-def default_text(value: Any) -> str:
-    """A default as the help writes it."""
-    if value is None or value == () or str(value) == "":
-        return "none"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
 
 
 def end_when_stopped(end: Callable[[int], Any]) -> None:
