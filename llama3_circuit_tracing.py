@@ -88,7 +88,7 @@ def shorten(value: object, limit: int = MAX_VALUE_LENGTH) -> str:
 
 def quote(value: object) -> str:
     """A value as Python writes it, for a sentence: shortened, and a text in quotation marks."""
-    return repr(shorten(value)) if isinstance(value, str) else quote(value)
+    return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))
 
 
 def join_values(values: Iterable[object], limit: int = 10) -> str:
@@ -1531,16 +1531,17 @@ leader | general | Julius Caesar, Napoleon Bonaparte, George Patton, Ulysses Gra
 
 NO_ODD_ONE = "no odd one"
 CountTokens = Callable[[str], int]
-Duo = tuple[str, ...]  # a label, and two people: who stays in a triple, and who is exchanged
-Quartet = tuple[Duo, Duo]
-Texts = Iterator[tuple[Any, ...]]  # of a `Sample` each, its id left out
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Two user texts and the words that are scored after each; one form for every task. `unit` is
-    what is statistically independent; unless given, samples with the same `prompt_b` share it.
-    `group` is a free label; samples of the group `NO_ODD_ONE` are negative controls."""
+    """A prompt pair, as user texts, and the words that are scored after each; the same for all
+    tasks.
+
+    `unit` names what is statistically independent: samples of one unit count as one sentence.
+    Unless it is given, samples with the same `prompt_b` share it. `group` is a free label; samples
+    of the group `NO_ODD_ONE` are negative controls. `origin` is the line of a file, for errors.
+    """
 
     sample_id: str
     prompt_a: str
@@ -1552,8 +1553,9 @@ class Sample:
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        of_b = "u" + hashlib.sha256(self.prompt_b.encode()).hexdigest()[:7]
-        object.__setattr__(self, "unit", self.unit or of_b)
+        if not self.unit:
+            prompt_digest = hashlib.sha256(self.prompt_b.encode()).hexdigest()
+            object.__setattr__(self, "unit", f"u{prompt_digest[:7]}")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -1561,7 +1563,7 @@ class Sample:
 
     @property
     def name(self) -> str:
-        return f"{self.origin or 'sample'} ({self.sample_id})"
+        return f"{self.origin or 'sample'} ({shorten(self.sample_id)})"
 
     @property
     def counts(self) -> bool:
@@ -1573,8 +1575,8 @@ def halves(units: Iterable[str], seed: int) -> tuple[set[str], set[str]]:
     """(choosing, held-out) halves of the sentences; the choosing half has the odd one."""
     order = sorted(set(units))
     random.Random(seed).shuffle(order)
-    half = -(-len(order) // 2)
-    return set(order[:half]), set(order[half:])
+    n_choosing = math.ceil(len(order) / 2)
+    return set(order[:n_choosing]), set(order[n_choosing:])
 
 
 def instruct(opening: str, words: Sequence[str], sentence: str) -> str:
@@ -1582,28 +1584,84 @@ def instruct(opening: str, words: Sequence[str], sentence: str) -> str:
     return f"{opening} {' or '.join(words)}. {sentence}"
 
 
-def suppression_texts(count: int, rng: random.Random, tokens_in: CountTokens) -> Texts:
-    """Questions in random order, each forbidding 1, 2, 3, 1, ... answers, never twice alike."""
-    order = rng.sample(sorted(QUESTIONS), len(QUESTIONS))
-    used: set[tuple[str, ...]] = set()  # no word answers two questions
-    for i in range(count):
-        sentence = order[i % len(order)]
-        choices = itertools.combinations(QUESTIONS[sentence].split(), 1 + i % 3)
-        if not (fresh := [words for words in choices if words not in used]):
-            raise UsageError(f"--num_samples {count}: only {i} different samples are built in")
-        used.add(words := rng.choice(fresh))
-        yield instruct(FORBID, words, sentence), sentence, words
+def suppression_samples(
+    count: int, rng: random.Random, count_tokens: CountTokens
+) -> Iterator[Sample]:
+    """Questions in random order that forbid 1, 2, 3, 1, ... of their answers, never the same ones.
+
+    `UsageError` where a question has no further answers to forbid.
+    """
+    questions = rng.sample(sorted(QUESTIONS), len(QUESTIONS))
+    used: set[tuple[str, ...]] = set()  # by any question: no word answers two
+    for number in range(count):
+        question = questions[number % len(questions)]
+        choices = itertools.combinations(QUESTIONS[question].split(), 1 + number % 3)
+        unused = [words for words in choices if words not in used]
+        if not unused:
+            raise UsageError(f"--num_samples {count}: only {number} different samples are built in")
+        targets = rng.choice(unused)
+        used.add(targets)
+        yield Sample("", instruct(FORBID, targets, question), question, targets)
 
 
-def refusal_texts(count: int, rng: random.Random, tokens_in: CountTokens) -> Texts:
-    known = len(REFUSAL_PAIRS)
-    if count > known:
-        log.warning("%d samples asked for; %d refusal pairs are built in", count, known)
-    harms = rng.sample(range(known // 2), known // 2)
-    twins = [rng.sample((2 * harm, 2 * harm + 1), 2) for harm in harms]
-    order = itertools.chain(*zip(*twins, strict=True))  # no twin before all units
-    for n in itertools.islice(order, count):
-        yield *REFUSAL_PAIRS[n], REFUSAL_OPENINGS, COMPLIANT_OPENINGS, "", f"harm{n // 2}"
+def refusal_samples(count: int, rng: random.Random, count_tokens: CountTokens) -> Iterator[Sample]:
+    """Pairs of requests in random order; the second pair on a harm comes after all harms."""
+    n_pairs = len(REFUSAL_PAIRS)
+    if count > n_pairs:
+        log.warning(f"{count} samples asked for; {n_pairs} refusal pairs are built in")
+    n_harms = n_pairs // 2
+    first_pairs, second_pairs = [], []
+    for harm in rng.sample(range(n_harms), n_harms):
+        first, second = rng.sample((2 * harm, 2 * harm + 1), 2)
+        first_pairs.append(first)
+        second_pairs.append(second)
+    for number in (first_pairs + second_pairs)[:count]:
+        harmful, harmless = REFUSAL_PAIRS[number]
+        openings = REFUSAL_OPENINGS, COMPLIANT_OPENINGS
+        yield Sample("", harmful, harmless, *openings, unit=f"harm{number // 2}")
+
+
+class NamePair(NamedTuple):
+    """Two people of one class or profession."""
+
+    label: str  # the class or profession
+    kept: str  # the name that prompts a and b share
+    swapped: str  # the name that is in prompt a or in prompt b alone
+
+    @property
+    def turned(self) -> NamePair:
+        return NamePair(self.label, self.swapped, self.kept)
+
+
+NameMatch = tuple[NamePair, NamePair]
+
+
+def turn_names(pair: NamePair, other: NamePair, count_tokens: CountTokens) -> NameMatch | None:
+    """Two pairs, turned so that their swapped names have as many tokens; None where none have."""
+    for first in (pair, pair.turned):
+        for second in (other, other.turned):
+            if count_tokens(f" {first.swapped}") == count_tokens(f" {second.swapped}"):
+                return first, second
+    return None
+
+
+def match_names(
+    pairs: Sequence[NamePair], same_label: bool, count_tokens: CountTokens
+) -> list[NameMatch]:
+    """Pairs two by two, of the same label or of two, none twice; those that have no match go."""
+    remaining = list(pairs)
+    matches = []
+    while remaining:
+        pair = remaining.pop()
+        for candidate in remaining:
+            if (candidate.label == pair.label) != same_label:
+                continue
+            match = turn_names(pair, candidate, count_tokens)
+            if match is not None:
+                matches.append(match)
+                remaining.remove(candidate)
+                break
+    return matches
 
 
 def odd_one_out_text(names: Sequence[str]) -> str:
@@ -1611,50 +1669,62 @@ def odd_one_out_text(names: Sequence[str]) -> str:
     return f"Who is the odd one out: {', '.join(names)}? Answer with the name only."
 
 
-def match_duos(duos: Sequence[Duo], alike: bool, tokens_in: CountTokens) -> list[Quartet]:
-    """Duos two by two, of labels that are alike or are not; none twice, and those who are exchanged
-    for each other have as many tokens."""
-    left, quartets = list(duos), []
-    while left:
-        label, *names = left.pop()
-        ways = (
-            (other, (label, *mine), (other[0], *theirs))
-            for other in left
-            if (other[0] == label) == alike
-            for mine in itertools.permutations(names)
-            for theirs in itertools.permutations(other[1:])
-            if tokens_in(f" {mine[1]}") == tokens_in(f" {theirs[1]}")
-        )
-        if found := next(ways, None):
-            left.remove(found[0])
-            quartets.append(found[1:])
-    return quartets
+def triples(matches: Sequence[NameMatch], rng: random.Random) -> Iterator[Sample]:
+    """Six samples of each match and of its reverse, each with the three names in another order.
+
+    Prompt a names two people of the first pair and one of the second, who is the odd one. In
+    prompt b the swapped name is that of the second pair, so that the first pair has the odd one.
+    """
+    directed = [(number, *match) for number, match in enumerate(matches)]
+    directed += [(number, second, first) for number, first, second in directed]
+    permutations = list(itertools.permutations(range(3)))
+    orders = [rng.sample(permutations, len(permutations)) for _ in directed]
+    for turn in range(len(permutations)):
+        for (number, majority, odd), order in zip(directed, orders, strict=True):
+            names = odd.kept, majority.swapped, majority.kept
+            prompt_a = odd_one_out_text([names[place] for place in order[turn]])
+            is_negative = odd.label == majority.label
+            yield Sample(
+                "",
+                prompt_a,
+                prompt_a.replace(majority.swapped, odd.swapped),
+                targets=(odd.kept,),
+                foils=(majority.swapped, majority.kept),
+                group=NO_ODD_ONE if is_negative else odd.label,
+                unit="" if is_negative else f"names{number}",
+            )
 
 
-def odd_one_out_texts(count: int, rng: random.Random, tokens_in: CountTokens) -> Texts:
-    """Clean and corrupt triples: one name changes, of equal token length, and so does the odd one.
-    A unit's two people of one profession and two of another class are in no other unit. Every fifth
-    sample is a negative control: three names of one profession, and one changes for the fourth."""
-    jobs = [(group, job, rng.sample(names.split(", "), 4)) for group, job, names in PEOPLE]
-    of_class = [(group, *names[i : i + 2]) for group, _, names in jobs for i in (0, 2)]
-    of_job = [(job, *names[i : i + 2]) for _, job, names in jobs for i in (0, 2)]
+def odd_one_out_samples(
+    count: int, rng: random.Random, count_tokens: CountTokens
+) -> Iterator[Sample]:
+    """Triples of names: one name is swapped for another of as many tokens, and so changes the odd
+    one.
 
-    def triples(quartets: Sequence[Quartet]) -> Texts:
-        ways = list(itertools.product((1, -1), range(len(quartets))))
-        orders = {way: rng.sample(list(itertools.permutations(range(3))), 6) for way in ways}
-        for turn, way in itertools.product(range(6), ways):
-            (other, rest, same), (label, odd, twin) = quartets[way[1]][:: way[0]]
-            asked = odd_one_out_text([(odd, same, rest)[i] for i in orders[way][turn]])
-            unit = (NO_ODD_ONE,) if label == other else (label, f"names{way[1]}")
-            yield asked, asked.replace(same, twin), (odd,), (same, rest), *unit
-
-    real = triples(match_duos(rng.sample(of_class, len(of_class)), False, tokens_in))
-    negative = triples(match_duos(rng.sample(of_job, len(of_job)), True, tokens_in))
-    for i in range(count):
-        if not (triple := next(negative if i % 5 == 4 else real, None)):
-            there = f"only {i} different samples of names with as many tokens are built in"
-            raise UsageError(f"--num_samples {count}: {there}")
-        yield triple
+    The four people of a unit are in no other unit. Every fifth sample is a negative control: three
+    names of one profession, of which one is swapped for a fourth. `UsageError` where there are not
+    enough.
+    """
+    by_class, by_profession = [], []
+    for label, profession, listing in PEOPLE:
+        names = rng.sample(listing.split(", "), 4)
+        for first, second in (names[:2], names[2:]):
+            by_class.append(NamePair(label, first, second))
+            by_profession.append(NamePair(profession, first, second))
+    real_matches = match_names(rng.sample(by_class, len(by_class)), False, count_tokens)
+    negative_matches = match_names(
+        rng.sample(by_profession, len(by_profession)), True, count_tokens
+    )
+    real = triples(real_matches, rng)
+    negative = triples(negative_matches, rng)
+    for number in range(count):
+        sample = next(negative if number % 5 == 4 else real, None)
+        if sample is None:
+            raise UsageError(
+                f"--num_samples {count}: only {number} different samples of names with as many"
+                " tokens are built in"
+            )
+        yield sample
 
 
 # ----- Tasks --------------------------------------------------------------------------------------
@@ -1665,189 +1735,283 @@ def plain(text: str) -> str:
     return text.strip().replace("\u2019", "'").casefold()
 
 
-def mentioned(words: Iterable[str], reply: str, where: Any = re.search) -> list[str]:
+def word_pattern(word: str) -> str:
+    """A regular expression for a word or phrase that stands whole in a normalized text."""
+    return rf"(?<!\w){re.escape(plain(word))}(?!\w)"
+
+
+def mentioned_words(words: Iterable[str], reply: str) -> list[str]:
     """Which words a reply mentions, as whole words in any case."""
-    return [w for w in words if where(rf"(?<!\w){re.escape(plain(w))}(?!\w)", plain(reply))]
+    text = plain(reply)
+    return [word for word in words if re.search(word_pattern(word), text)]
 
 
-opening = functools.partial(mentioned, where=re.match)  # which phrases a reply begins with
+def opening_phrases(phrases: Iterable[str], reply: str) -> list[str]:
+    """Which phrases a reply begins with."""
+    text = plain(reply)
+    return [phrase for phrase in phrases if re.match(word_pattern(phrase), text)]
 
 
 def complies(sample: Sample, reply: str) -> bool:
     """Whether a reply begins with a compliant opening and goes on, but not with a refusal."""
-    found = opening(sample.foils, reply)
-    rest = (re.sub(r"^\W+", "", plain(reply)[len(plain(text)) :]) for text in found)
-    return any(said and not opening(sample.targets, said) for said in rest)
+    for phrase in opening_phrases(sample.foils, reply):
+        after_phrase = plain(reply)[len(plain(phrase)) :]
+        continuation = re.sub(r"^\W+", "", after_phrase)
+        if continuation and not opening_phrases(sample.targets, continuation):
+            return True
+    return False
 
 
 def plausible_answers(sample: Sample) -> Sequence[str]:
+    """The answers of a built-in question, or the scored words of another."""
     return QUESTIONS.get(sample.prompt_b, "").split() or sample.words
 
 
-@dataclass(frozen=True)
+def mentioned_targets(sample: Sample, reply: str) -> list[str]:
+    return mentioned_words(sample.targets, reply)
+
+
+def log_odds(targets: Tensor, foils: Tensor) -> Tensor:
+    """log P(any target) - log P(any foil), of log P [row, word] -> [row]."""
+    return targets.logsumexp(-1) - foils.logsumexp(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """What a behaviour is: its samples, its metric, and what counts as showing it in a reply."""
 
     name: str
-    texts: Callable[[int, random.Random, CountTokens], Texts]  # of the built-in samples
-    answers: Callable[[Sample, str], bool]
-    scored: str
-    shown: str  # what `shows` finds in a reply
-    opposite: str  # what a base of the other sign is called
+    built_in: Callable[[int, random.Random, CountTokens], Iterator[Sample]]
+    # log P of targets [row, target] and foils [row, foil] -> score [row]
+    reduce: Callable[[Tensor, Tensor], Tensor] = log_odds
+    scored: str  # what the score is, in words
     sign: int = 1  # of delta_logit where the model shows the behaviour; 0: either will do
     natural: str = "a"  # the prompt after which the targets are likely
     margin: bool = True  # the score adds up the targets' probabilities, and needs foils
-    # log P of targets [row, target] and foils [row, foil] -> score [row]
-    reduce: Callable[[Tensor, Tensor], Tensor] = lambda t, f: t.logsumexp(-1) - f.logsumexp(-1)
-    shows: Callable[[Sample, str], list[str]] = lambda sample, said: mentioned(sample.targets, said)
-    targets: tuple[str, ...] = ()
+    shows: Callable[[Sample, str], list[str]] = mentioned_targets  # words of a reply that show it
+    shown: str  # what `shows` finds in a reply
+    answers: Callable[[Sample, str], bool]  # whether a reply answers prompt b
+    opposite: str  # the name of a behaviour of the other sign
+    targets: tuple[str, ...] = ()  # of samples that bring none
     foils: tuple[str, ...] = ()
 
-    def build(self, *args: Any) -> list[Sample]:
-        """The built-in samples, numbered; `UsageError` where more are asked for than there are."""
-        return [Sample(f"s{i:04d}", *texts) for i, texts in enumerate(self.texts(*args))]
+    def build(self, count: int, rng: random.Random, count_tokens: CountTokens) -> list[Sample]:
+        """Built-in samples, numbered; `UsageError` where more are asked for than there are."""
+        samples = []
+        for number, sample in enumerate(self.built_in(count, rng, count_tokens)):
+            samples.append(replace(sample, sample_id=f"s{number:04d}"))
+        return samples
 
 
 SUPPRESSION = Task(
-    "suppression",
-    suppression_texts,
-    lambda sample, reply: bool(mentioned(plausible_answers(sample), reply)),
+    name="suppression",
+    built_in=suppression_samples,
+    reduce=lambda targets, foils: targets.mean(-1),
     scored="log P of the forbidden words",
-    shown="mention a forbidden word",
-    opposite="rebound",
     sign=-1,
     natural="b",
     margin=False,
-    reduce=lambda targets, foils: targets.mean(-1),
+    shown="mention a forbidden word",
+    answers=lambda sample, reply: bool(mentioned_words(plausible_answers(sample), reply)),
+    opposite="rebound",
 )
 REFUSAL = Task(
-    "refusal",
-    refusal_texts,
-    complies,
+    name="refusal",
+    built_in=refusal_samples,
     scored="the margin of refusals",
+    shows=lambda sample, reply: opening_phrases(sample.targets, reply),
     shown="refuse",
+    answers=complies,
     opposite="reversed refusal",
-    shows=lambda sample, reply: opening(sample.targets, reply),
     targets=REFUSAL_OPENINGS,
     foils=COMPLIANT_OPENINGS,
 )
 ODD_ONE_OUT = Task(
-    "odd_one_out",
-    odd_one_out_texts,
-    lambda sample, reply: bool(mentioned(sample.foils, reply)),
+    name="odd_one_out",
+    built_in=odd_one_out_samples,
+    reduce=lambda targets, foils: targets.logsumexp(-1) - foils.max(-1).values,
     scored="the margin of prompt a's odd name",
     shown="name the odd one of prompt a",
+    answers=lambda sample, reply: bool(mentioned_words(sample.foils, reply)),
     opposite="reversed odd_one_out",
-    reduce=lambda targets, foils: targets.logsumexp(-1) - foils.max(-1).values,
 )
 CONTRAST = Task(
-    "contrast",
-    lambda *_: iter(()),  # samples are one's own
-    lambda sample, reply: bool(mentioned(sample.words, reply)),
+    name="contrast",
+    built_in=lambda count, rng, count_tokens: iter(()),  # samples come from a file
     scored="the margin of the targets",
-    shown="mention a target",
-    opposite="contrast",
     sign=0,
+    shown="mention a target",
+    answers=lambda sample, reply: bool(mentioned_words(sample.words, reply)),
+    opposite="contrast",
 )
 TASKS = {task.name: task for task in (SUPPRESSION, REFUSAL, ODD_ONE_OUT, CONTRAST)}
 
 
 # ----- Input files --------------------------------------------------------------------------------
 
+MAX_LINE_LENGTH = 1_000_000  # characters of a line in a .csv or .jsonl file
+
+
+class NumberedLines:
+    """The lines of a text file, with their ends; `number` is that of the last one read.
+
+    `ValueError` where a line is too long or no UTF-8.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        with open(self.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            while line := file.readline(MAX_LINE_LENGTH + 1):
+                self.number += 1
+                if len(line) > MAX_LINE_LENGTH:
+                    raise ValueError(f"it has more than {MAX_LINE_LENGTH:,} characters")
+                undecoded = re.search("[\udc80-\udcff]", line)
+                if undecoded:
+                    byte = bytes([ord(undecoded[0]) - 0xDC00])
+                    raise ValueError(f"byte {byte!r} is not UTF-8")
+                yield line
+
+
+def parse_json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The object of each line that is not blank; `ValueError` where it is none."""
+    for line in lines:
+        if not line.strip():
+            continue
+        value = parse_json(line)
+        if not isinstance(value, dict):
+            raise ValueError(f"not a JSON object: {in_json(value)}")
+        yield value
+
+
+def parse_csv_lines(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The cells of each row by column; `ValueError` where a column or a cell is doubled or lacks."""
+    rows = csv.DictReader(lines, strict=True)
+    columns = list(rows.fieldnames or [])
+    check_once_each(columns, "column")
+    for row in rows:
+        if None in row or None in row.values():
+            cells = [cell for cell in row.values() if cell is not None]
+            raise ValueError(f"not {len(columns)} fields: {quote(cells)}")
+        yield row
+
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, record) of each row of a .csv or .jsonl file; errors name file, line and value."""
-    line, names = 0, []
+    """(line, record) of each row of a .csv or .jsonl file.
 
-    def lines() -> Iterator[str]:
-        nonlocal line
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for line, text in enumerate(file, 1):  # noqa: B007
-                if wrong := re.search("[\udc80-\udcff]", text):
-                    raise ValueError(f"byte {bytes([ord(wrong[0]) - 0xDC00])!r} is not UTF-8")
-                yield text
-
+    `UsageError` names the file, and the line and value that are wrong.
+    """
+    lines = NumberedLines(path)
+    parse_lines = parse_json_lines if path.suffix == ".jsonl" else parse_csv_lines
     try:
-        rows: Iterable[Any] = map(parse_json, filter(str.strip, lines()))
-        if path.suffix != ".jsonl":
-            rows = csv.DictReader(lines(), strict=True)
-            names = list(rows.fieldnames or [])
-            check_once_each(names, "column")
-        for row in rows:
-            if not isinstance(row, dict):
-                raise ValueError(f"not a JSON object: {json.dumps(row)[:80]!r}")
-            if names and (None in row or None in row.values()):
-                found = [value for value in row.values() if value is not None]
-                raise ValueError(f"not {len(names)} fields: {found!r}")
-            yield line, row
+        for record in parse_lines(lines):
+            yield lines.number, record
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        raise UsageError(f"{shorten(path)} cannot be read: {error.strerror}") from error
     except (ValueError, csv.Error) as error:
-        why: Any = error
-        if isinstance(error, json.JSONDecodeError):
-            why = f"not JSON ({error.msg}): {error.doc.strip()[:80]!r}"
-        raise UsageError(f"{path}, line {line}: {why}") from error
+        raise UsageError(f"{shorten(path)}, line {lines.number}: {error}") from error
+
+
+SAMPLE_COLUMNS = {entry.name for entry in fields(Sample)} - {"origin"} | {"sentence"}
 
 
 def load_samples(path: Path, task: Task) -> list[Sample]:
     """Samples of a .jsonl or .csv file; in CSV, targets and foils are split at semicolons."""
+    name = shorten(path)
     if path.suffix not in (".jsonl", ".csv"):
-        raise UsageError(f"--samples {path}: the name must end in .jsonl or .csv")
+        raise UsageError(f"--samples {name}: the name must end in .jsonl or .csv")
     samples: dict[str, Sample] = {}
-    unknown: set[str] = set()
-    known = {f.name for f in fields(Sample)} - {"origin"} | {"sentence"}
-    for line, record in read_rows(path):
-        if path.suffix == ".csv":
-            record = {name: value for name, value in record.items() if value.strip()}
-            record |= {k: v.split(";") for k, v in record.items() if k in ("targets", "foils")}
-        record = {"sample_id": f"line{line:05d}"} | record
-        sample = parse_sample(record, f"{path}, line {line}", task)
+    ignored: set[str] = set()
+    for line, row in read_rows(path):
+        record = parse_cells(row) if path.suffix == ".csv" else row
+        record.setdefault("sample_id", f"line{line:05d}")
+        sample = parse_sample(record, f"{name}, line {line}", task)
         if sample.sample_id in samples:
-            raise UsageError(f"{sample.origin}: sample_id {sample.sample_id!r} was used before")
+            raise UsageError(
+                f"{sample.origin}: sample_id {quote(sample.sample_id)} was used before"
+            )
         samples[sample.sample_id] = sample
-        unknown |= set(record) - known
+        ignored |= set(record) - SAMPLE_COLUMNS
     if not samples:
-        raise UsageError(f"{path} holds no sample")
-    if unknown:
-        log.warning(f"{path}: unknown columns are ignored: {', '.join(map(repr, sorted(unknown)))}")
+        raise UsageError(f"{name} holds no sample")
+    if ignored:
+        columns = join_values(map(quote, sorted(ignored)))
+        log.warning(f"{name}: unknown columns are ignored: {columns}")
     return list(samples.values())
 
 
-def parse_sample(record: dict[str, Any], origin: str, task: Task) -> Sample:
-    """The sample of one record, in the long form or the shorthand {sentence, targets}."""
+def parse_cells(row: dict[str, str]) -> dict[str, Any]:
+    """The record of a CSV row: without empty cells, and with words as a list."""
+    record: dict[str, Any] = {}
+    for column, cell in row.items():
+        if cell.strip():
+            is_list = column in ("targets", "foils")
+            record[column] = cell.split(";") if is_list else cell
+    return record
 
-    def is_text(value: Any) -> bool:
-        """Not empty, and whole: JSON can hold half of a surrogate pair."""
-        whole = isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
-        return whole and bool(value.strip())
 
-    def text(name: str) -> str:
-        value = record.get(name)
-        value = str(value) if type(value) is int else value
-        if not is_text(value):
-            why = "is missing" if value is None else f"must be a text, not empty, not {value!r}"
-            raise UsageError(f"{origin}: field {name!r} {why}")
-        return str(value)
+def is_text(value: Any) -> bool:
+    """Whether it is a text that is not empty, and whole: JSON can hold half a surrogate pair."""
+    if not isinstance(value, str):
+        return False
+    return bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
-    def words(name: str, default: tuple[str, ...]) -> tuple[str, ...]:
-        value = record.get(name, default)
-        if not isinstance(value, list | tuple) or not all(map(is_text, value)):
-            raise UsageError(f"{origin}: {name} must be a list of words, none empty, not {value!r}")
-        return tuple(word.strip() for word in value)
 
-    targets, foils = words("targets", task.targets), words("foils", task.foils)
+def parse_field(record: Mapping[str, Any], name: str, origin: str) -> str:
+    """A text of a record, or a whole number as one."""
+    value = record.get(name)
+    if value is None:
+        raise UsageError(f"{origin}: field {name!r} is missing")
+    if type(value) is int:
+        value = str(value)
+    if not is_text(value):
+        raise UsageError(f"{origin}: field {name!r} must be a text, not empty, not {quote(value)}")
+    return str(value)
+
+
+def parse_words(
+    record: Mapping[str, Any], name: str, origin: str, default: tuple[str, ...]
+) -> tuple[str, ...]:
+    """A list of words in a record."""
+    words = record.get(name, default)
+    if not isinstance(words, list | tuple) or not all(map(is_text, words)):
+        raise UsageError(
+            f"{origin}: {name} must be a list of words, none empty, not {quote(words)}"
+        )
+    return tuple(word.strip() for word in words)
+
+
+def parse_sample(record: Mapping[str, Any], origin: str, task: Task) -> Sample:
+    """The sample of one record, in the long form or the shorthand {sentence, targets}.
+
+    `UsageError` names the origin and the field that is missing or wrong.
+    """
+    targets = parse_words(record, "targets", origin, task.targets)
+    foils = parse_words(record, "foils", origin, task.foils)
     if not targets or (task.margin and not foils):
         name = "foils" if targets else "targets"
         raise UsageError(f"{origin}: {name!r} is missing or empty; --task {task.name} needs it")
     if foils and not task.margin:
         raise UsageError(f"{origin}: --task {task.name} takes no foils: omit, or --task contrast")
-    name = text("sample_id")
-    labels = {label: text(label) for label in ("group", "unit") if label in record}
+    sample_id = parse_field(record, "sample_id", origin)
     if "sentence" in record and task.name == "suppression":
-        texts = instruct(FORBID, targets, text("sentence")), text("sentence")
+        prompt_b = parse_field(record, "sentence", origin)
+        prompt_a = instruct(FORBID, targets, prompt_b)
     else:
-        texts = text("prompt_a"), text("prompt_b")
-    return Sample(name, *texts, targets, foils, origin=origin, **labels)
+        prompt_a = parse_field(record, "prompt_a", origin)
+        prompt_b = parse_field(record, "prompt_b", origin)
+    return Sample(
+        sample_id=sample_id,
+        prompt_a=prompt_a,
+        prompt_b=prompt_b,
+        targets=targets,
+        foils=foils,
+        group=parse_field(record, "group", origin) if "group" in record else "",
+        unit=parse_field(record, "unit", origin) if "unit" in record else "",
+        origin=origin,
+    )
 
 
 CONTROL_SIDES = ("other", "affirm")
@@ -3026,7 +3190,7 @@ Edits = tuple[Edit, ...]  # of one row of a batch
 
 def unit_vector(direction: Tensor) -> Tensor:
     """A direction at length 1; zeros stay zeros."""
-    return nn.functional.normalize(direction, dim=0, eps=1e-300)
+    return nn.functional.plain(direction, dim=0, eps=1e-300)
 
 
 def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Site, slice | Tensor]:
