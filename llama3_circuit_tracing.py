@@ -2182,17 +2182,22 @@ def run_values(options: TraceOptions) -> dict[str, Any]:
 # ----- Prompts ------------------------------------------------------------------------------------
 
 
-def common_start(one: Sequence[int], other: Sequence[int]) -> int:
+def common_start(tokens: Sequence[int], other: Sequence[int]) -> int:
     """The length of the longest common beginning."""
-    n = min(len(one), len(other))
-    return next((i for i in range(n) if one[i] != other[i]), n)
+    length = 0
+    for token, other_token in zip(tokens, other, strict=False):
+        if token != other_token:
+            break
+        length += 1
+    return length
 
 
 def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-Forms = tuple[tuple[tuple[int, ...], ...], ...]  # token ids, by word and surface form
+TokenIds = tuple[int, ...]
+Forms = tuple[tuple[TokenIds, ...], ...]  # by word and surface form
 
 
 @dataclass(frozen=True)
@@ -2202,7 +2207,7 @@ class Prompt:
     sample: Sample
     side: str  # a, b, other or affirm
     text: str
-    ids: tuple[int, ...]
+    ids: TokenIds
     forms: Forms
 
     @property
@@ -2226,12 +2231,12 @@ class Prompt:
 Prompts = list[list[Prompt]]  # of each sample: a, b, and those of its controls
 
 # before a template: today is DATE, in whatever format it is asked for
-PINNED = """{% macro strftime_now(format) %}{% set date = namespace(text=format) %}
+FIXED_DATE_MACRO = """{% macro strftime_now(format) %}{% set date = namespace(text=format) %}
 {% for code, value in codes.items() %}{% set date.text = date.text.replace(code, value) %}
 {% endfor %}{{ date.text }}{% endmacro %}
 """
-CODES = {f"%{code}": DATE.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVwWxXyYZ"}
-CODES |= {"%-d": str(DATE.day), "%-m": str(DATE.month)}
+DATE_CODES = {f"%{code}": DATE.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVwWxXyYZ"}
+DATE_CODES |= {"%-d": str(DATE.day), "%-m": str(DATE.month)}
 
 
 RENDER_SECONDS = 5.0  # that a chat template may take for one prompt; it needs milliseconds
@@ -2279,97 +2284,179 @@ class PromptEncoder:
     target_form: str
     system_prompt: str = SYSTEM_PROMPT
     is_chat: bool = True
+    context: float = math.inf  # the number of tokens that the model takes
 
     @functools.cached_property
     def bos(self) -> int | None:
         """The BOS token, where the tokenizer itself puts it before a text."""
         bos: int | None = self.tokenizer.bos_token_id
-        return bos if self.tokenizer("x")["input_ids"][:1] == [bos] else None
+        first_ids = self.tokenizer("x")["input_ids"][:1]
+        return bos if first_ids == [bos] else None
 
     @functools.cached_property
     def opening_turns(self) -> dict[str, str]:
         """The turns before the user's: the system's, where there is one that the template knows."""
-        turn = {"system": self.system_prompt} if self.system_prompt and self.is_chat else {}
-        with contextlib.suppress(UsageError):
-            if turn and self.system_prompt.strip() in self.chat(turn | {"user": "x"}):
-                return turn
-        return {}
+        if not self.is_chat or not self.system_prompt:
+            return {}
+        turns = {"system": self.system_prompt}
+        try:
+            text = self.chat(turns | {"user": "x"})
+        except UsageError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise  # without the turn it would only take as long again
+            return {}
+        return turns if self.system_prompt.strip() in text else {}
 
     def chat(self, turns: Mapping[str, str]) -> str:
-        """Some turns, by role, and the beginning of the reply as the template writes them."""
-        messages = [{"role": role, "content": said} for role, said in turns.items()]
-        options: dict[str, Any] = {"date_string": DATE.strftime("%d %b %Y"), "codes": CODES}
-        options |= {"enable_thinking": False, "add_generation_prompt": True, "tokenize": False}
+        """Some turns, by role, and the beginning of the reply as the template writes them.
+
+        `UsageError` where the template fails or takes too long.
+        """
+        messages = [{"role": role, "content": text} for role, text in turns.items()]
         try:
-            options["chat_template"] = PINNED + self.tokenizer.get_chat_template()
-            return str(self.tokenizer.apply_chat_template(messages, **options))
-        except Exception as why:  # jinja2 errors are no type that transformers exports
-            raise UsageError(f"the chat template failed ({why}); use an Instruct model") from why
+            template = FIXED_DATE_MACRO + self.tokenizer.get_chat_template()
+            with time_limit(RENDER_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=template,
+                    date_string=DATE.strftime("%d %b %Y"),
+                    codes=DATE_CODES,
+                    enable_thinking=False,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+        except Exception as error:  # jinja2 errors are no type that transformers exports
+            reason = first_line(error)
+            raise UsageError(
+                f"the chat template failed ({reason}); use an Instruct model"
+            ) from error
+        return str(text)
 
     def render(self, user_text: str) -> str:
-        """The chat, or the text alone, up to where the reply is scored, the stem included."""
+        """The chat, or the text alone, up to where the reply is scored, --answer_prefix included.
+
+        `UsageError` where the template drops the text, or lets the reply open with a thought.
+        """
         if not self.is_chat:
             return user_text + self.answer_prefix
         text = self.chat(self.opening_turns | {"user": user_text})
         if user_text.strip() not in text:
-            raise UsageError(f"the chat template changes or drops {user_text!r}")
-        reply = text.rpartition(user_text.strip())[2] + self.answer_prefix
-        if reply.rfind("<think>") > reply.rfind("</think>"):
-            way_out = "close it with --answer_prefix '</think>'"
-            raise UsageError(f"the chat template lets the reply open with a thought: {way_out}")
+            raise UsageError(f"the chat template changes or drops {quote(user_text)}")
+        reply_start = text.rpartition(user_text.strip())[2] + self.answer_prefix
+        if reply_start.rfind("<think>") > reply_start.rfind("</think>"):
+            raise UsageError(
+                "the chat template lets the reply open with a thought: close it with"
+                " --answer_prefix '</think>'"
+            )
         return text + self.answer_prefix
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def encode(self, text: str) -> TokenIds:
+        # verbose warns of texts longer than the model takes, which are refused in `write`
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def encode_prompt(self, text: str) -> tuple[int, ...]:
+    def encode_prompt(self, text: str) -> TokenIds:
         """With the tokenizer's own BOS, unless a chat template writes it."""
-        opened = () if self.bos is None or self.is_chat else (self.bos,)
-        return opened + self.encode(text)
+        ids = self.encode(text)
+        if self.bos is None or self.is_chat:
+            return ids
+        return (self.bos, *ids)
 
     def count(self, text: str) -> int:
         return len(self.encode(text))
 
     def write(self, sample: Sample, side: str, user_text: str) -> Prompt:
-        """The prompt of a side; `UsageError` where it begins with two BOS or lacks the tokenizer's
-        own, where a form merges with the tokens before it, or where two words have the same form.
+        """The prompt of a side; `UsageError` where the model does not take it or a form."""
+        text = self.render(user_text)
+        ids = self.encode_prompt(text)
+        if len(ids) > self.context:  # before the forms, each of which encodes the text again
+            raise UsageError(too_long(sample.name, len(ids), self.context))
+        self.check_bos(sample, ids)
+        return Prompt(sample, side, text, ids, self.encode_forms(sample, text, ids))
 
-        The forms of a word: as written and with a capital, with a space where the text ends in no
-        white space and for the literal metric; its ids are tokens(text + form) minus tokens(text).
+    def check_bos(self, sample: Sample, ids: TokenIds) -> None:
+        """`UsageError` where a prompt begins with two BOS, or lacks the one of the tokenizer."""
+        bos = self.tokenizer.bos_token_id
+        n_bos = common_start(ids, [bos] * len(ids))
+        if n_bos > 1:
+            raise UsageError(f"{sample.name}: the prompt begins with {n_bos} BOS, one is needed")
+        if n_bos == 0 and self.bos is not None:
+            raise UsageError(
+                f"{sample.name}: the prompt begins with 0 BOS, one is needed: let the template in a"
+                " local copy begin with {{ bos_token }}"
+            )
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether a word has one form, the first token of it behind a space."""
+        return self.target_form == "literal"
+
+    def spellings(self, word: str, text: str) -> list[str]:
+        """How a word may follow a text: as written and with a capital.
+
+        A space goes before it where the text ends in no white space, and for the literal metric.
         """
-        text, name, literal = self.render(user_text), sample.name, self.target_form == "literal"
-        ids, bos = self.encode_prompt(text), self.tokenizer.bos_token_id
-        n = common_start(ids, [bos] * len(ids))
-        if n > 1 or (n == 0 and self.bos is not None):
-            way_out = "" if n else ": let the template in a local copy begin with {{ bos_token }}"
-            raise UsageError(f"{name}: the prompt begins with {n} BOS, one is needed{way_out}")
-        space = "" if text[-1:].isspace() and not literal else " "
-        owner: dict[tuple[int, ...], int] = {}  # the place of the word that has a form
-        for i, word in enumerate(sample.words):
-            capital = word if literal else word[:1].upper() + word[1:]
-            for form in dict.fromkeys((space + word, space + capital)):
-                whole = self.encode_prompt(text + form)
-                if whole[: len(ids)] != ids or len(whole) == len(ids):
-                    raise UsageError(f"{name}: {form!r} merges with the tokens of {text[-40:]!r}")
-                new = whole[len(ids) :][: 1 if literal else None]
-                if owner.setdefault(new, i) != i:
-                    both = f"{sample.words[owner[new]]!r} and {word!r}"
-                    raise UsageError(f"{name}: {both} have the same form {form!r}")
-        places = range(len(sample.words))
-        forms = tuple(tuple(form for form in owner if owner[form] == i) for i in places)
-        return Prompt(sample, side, text, ids, forms)
+        if self.is_literal:
+            return [f" {word}"]
+        space = "" if text[-1:].isspace() else " "
+        capitalized = word[:1].upper() + word[1:]
+        return list(dict.fromkeys((space + word, space + capitalized)))
+
+    def encode_form(self, spelling: str, text: str, ids: TokenIds) -> TokenIds | None:
+        """tokens(text + spelling) less `ids`, those of the text; None where these change."""
+        joint_ids = self.encode_prompt(text + spelling)
+        form = joint_ids[len(ids) :]
+        if joint_ids[: len(ids)] != ids or not form:
+            return None
+        return form[:1] if self.is_literal else form
+
+    def encode_forms(self, sample: Sample, text: str, ids: TokenIds) -> Forms:
+        """The forms of each word of a sample behind a prompt's text.
+
+        `UsageError` where a form merges with the tokens before it, or two words have the same form.
+        """
+        word_of_form: dict[TokenIds, int] = {}  # the place of the word
+        for place, word in enumerate(sample.words):
+            for spelling in self.spellings(word, text):
+                form = self.encode_form(spelling, text, ids)
+                if form is None:
+                    raise UsageError(
+                        f"{sample.name}: {quote(spelling)} merges with the tokens of {text[-40:]!r}"
+                    )
+                owner = word_of_form.setdefault(form, place)
+                if owner != place:
+                    reason = f"have the same form {quote(spelling)}"
+                    if self.is_literal:
+                        reason = "begin with the same token, which --target_form literal scores"
+                    first_word = quote(sample.words[owner])
+                    raise UsageError(f"{sample.name}: {first_word} and {quote(word)} {reason}")
+        forms: list[list[TokenIds]] = [[] for _ in sample.words]
+        for form, place in word_of_form.items():
+            forms[place].append(form)
+        return tuple(map(tuple, forms))
 
 
 def check_forms(prompt: Prompt, sums: bool) -> None:
-    """`UsageError` where a form begins with another that it adds up with: it would count twice."""
-    named = list(zip(prompt.sample.words, prompt.forms, strict=True))
-    n = len(prompt.sample.targets)
-    for group in (named[:n], named[n:]) if sums else ([word] for word in named):
-        forms = sorted((form, word) for word, forms in group for form in forms)
-        for (one, word), (other, longer) in itertools.pairwise(forms):
-            if other[: len(one)] == one:
-                both = f"{longer!r} begins with {word!r}: {list(other)}, {list(one)}"
-                raise UsageError(f"{prompt.sample.name}: {both}; their chances cannot add up")
+    """`UsageError` where a form begins with another that it adds up with: it would count twice.
+
+    The forms of one word add up in any case; with `sums` those of all targets, and of all foils.
+    """
+    n_targets = len(prompt.sample.targets)
+    word_forms = list(zip(prompt.sample.words, prompt.forms, strict=True))
+    groups = [[pair] for pair in word_forms]
+    if sums:
+        groups = [word_forms[:n_targets], word_forms[n_targets:]]
+    for group in groups:
+        forms = sorted((form, word) for word, forms_of_word in group for form in forms_of_word)
+        for (form, word), (next_form, next_word) in itertools.pairwise(forms):
+            if next_form[: len(form)] == form:
+                tokens = f"{quote(list(next_form))}, {quote(list(form))}"
+                raise UsageError(
+                    f"{prompt.sample.name}: {quote(next_word)} begins with {quote(word)}: {tokens};"
+                    " their chances cannot add up"
+                )
+
+
+MAX_CONTROL_GAP = 2  # tokens by which a control may differ from prompt a without a warning
 
 
 def write_prompts(
@@ -2379,46 +2466,85 @@ def write_prompts(
     controls = control_texts(samples, encoder, options.seed) if options.controls else {}
     prompts = []
     for sample in samples:
-        texts = {"a": sample.prompt_a, "b": sample.prompt_b} | controls.get(sample.sample_id, {})
-        prompts.append([encoder.write(sample, side, text) for side, text in texts.items()])
-        n = len(prompts[-1][0].ids)
-        for control in prompts[-1][2:]:
-            if abs(len(control.ids) - n) > 2:
-                size = f"{len(control.ids)} tokens, prompt a {n}"
-                log.warning(f"{sample.name}: control {control.side} has {size}")
+        prompt_a = encoder.write(sample, "a", sample.prompt_a)
+        prompt_b = encoder.write(sample, "b", sample.prompt_b)
+        sample_prompts = [prompt_a, prompt_b]
+        for side, text in controls.get(sample.sample_id, {}).items():
+            control = encoder.write(sample, side, text)
+            sample_prompts.append(control)
+            if abs(len(control.ids) - len(prompt_a.ids)) > MAX_CONTROL_GAP:
+                log.warning(
+                    f"{sample.name}: control {side} has {len(control.ids)} tokens, prompt a"
+                    f" {len(prompt_a.ids)}"
+                )
+        prompts.append(sample_prompts)
     return prompts
 
 
-def control_texts(samples: Sequence[Sample], encoder: PromptEncoder, seed: int) -> dict[str, Any]:
-    """Per sample_id and side prompt a with as many other words forbidden (they do not answer the
-    sentence, and have the targets' token counts where possible), and with its words mentioned
-    instead, by the template nearest in length."""
-    controls: dict[str, Any] = {}
-    length = functools.cache(encoder.count)
-    units: dict[str, set[str]] = defaultdict(set)  # of each word
-    for word, unit in sorted({(word, s.unit) for s in samples for word in s.targets}):
-        units[word].add(unit)
+def control_texts(
+    samples: Sequence[Sample], encoder: PromptEncoder, seed: int
+) -> dict[str, dict[str, str]]:
+    """The user texts of control prompts, by sample_id and side.
+
+    `other` is prompt a with as many other words forbidden, that do not answer the sentence and have
+    the targets' token counts where possible. `affirm` mentions the targets instead, by the opening
+    nearest in length. A sample of another form than the built-in ones has neither.
+    """
+    count_tokens = functools.cache(encoder.count)
+    word_units = units_of_targets(samples)
+    controls: dict[str, dict[str, str]] = {}
     for sample in samples:
-        targets, sentence = sample.targets, sample.prompt_b
-        if sample.prompt_a != instruct(FORBID, targets, sentence):
+        if sample.prompt_a != instruct(FORBID, sample.targets, sample.prompt_b):
             form = f"{FORBID!r} + words + sentence"
             log.warning(f"{sample.name}: not of the form {form}; no controls")
             continue
-        texts = controls[sample.sample_id] = {}
-        own = {word.casefold() for word in (*plausible_answers(sample), *targets)}
-        left = [w for w in units if units[w] != {sample.unit} and w.casefold() not in own]
-        random.Random(f"{seed} {sample.sample_id}").shuffle(left)
-        if len(left) < len(targets):
-            log.warning("%s: too few words of other samples for a control", sample.name)
+        texts = {}
+        foreign_words = choose_foreign_words(sample, word_units, seed, count_tokens)
+        if foreign_words:
+            texts["other"] = instruct(FORBID, foreign_words, sample.prompt_b)
         else:
-            others: list[str] = []
-            for n in (length(f" {target}") for target in targets):
-                others.append(min(left, key=lambda word: abs(length(f" {word}") - n)))
-                left.remove(others[-1])
-            texts["other"] = instruct(FORBID, others, sentence)
-        mentions, n = [instruct(m, targets, sentence) for m in MENTIONS], length(sample.prompt_a)
-        texts["affirm"] = min(mentions, key=lambda text: abs(length(text) - n))
+            log.warning(f"{sample.name}: too few words of other samples for a control")
+        mentions = [instruct(opening, sample.targets, sample.prompt_b) for opening in MENTIONS]
+        texts["affirm"] = nearest_in_length(mentions, count_tokens(sample.prompt_a), count_tokens)
+        controls[sample.sample_id] = texts
     return controls
+
+
+def units_of_targets(samples: Sequence[Sample]) -> dict[str, set[str]]:
+    """The units that have each target, by word in alphabetical order."""
+    units: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        for word in sample.targets:
+            units[word].add(sample.unit)
+    return dict(sorted(units.items()))
+
+
+def nearest_in_length(texts: Iterable[str], n_tokens: int, count_tokens: CountTokens) -> str:
+    """The first of the texts whose token count is nearest to a number."""
+    return min(texts, key=lambda text: abs(count_tokens(text) - n_tokens))
+
+
+def choose_foreign_words(
+    sample: Sample, word_units: Mapping[str, set[str]], seed: int, count_tokens: CountTokens
+) -> list[str]:
+    """A word of another unit for each target, with as many tokens where possible.
+
+    None answers the sentence. The list is empty where there are too few.
+    """
+    answers = {word.casefold() for word in (*plausible_answers(sample), *sample.targets)}
+    candidates = []
+    for word, units in word_units.items():
+        if units != {sample.unit} and word.casefold() not in answers:
+            candidates.append(f" {word}")
+    random.Random(f"{seed} {sample.sample_id}").shuffle(candidates)
+    if len(candidates) < len(sample.targets):
+        return []
+    chosen = []
+    for target in sample.targets:
+        candidate = nearest_in_length(candidates, count_tokens(f" {target}"), count_tokens)
+        candidates.remove(candidate)
+        chosen.append(candidate.removeprefix(" "))
+    return chosen
 
 
 # ----- Prompt tree --------------------------------------------------------------------------------
