@@ -2549,10 +2549,19 @@ def choose_foreign_words(
 
 # ----- Prompt tree --------------------------------------------------------------------------------
 
-Plan = dict[int, int] | None  # edited positions of a prompt, each with the partner's; None: all
+# positions of a prompt that edits touch, each with its aligned position in the partner; None: all
+AlignedPositions = dict[int, int] | None
 Nodes = dict[tuple[int, int, object], int]  # (parent, token, owner) -> node: an ordered trie
-# in a growing tree a prompt, its path, and per form the nodes whose next tokens are the form's
-Placed = tuple[Prompt, Plan, list[int], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class PlacedPrompt:
+    """A prompt in a growing tree."""
+
+    prompt: Prompt
+    positions: AlignedPositions
+    path: list[int]  # the node of each of its tokens
+    form_nodes: list[list[list[int]]]  # per word and form the nodes whose next tokens are the form
 
 
 @dataclass(frozen=True)
@@ -2576,8 +2585,14 @@ class Tree:
     @property
     def sample_of(self) -> Tensor:
         """[tok], the index into `samples` of a node's sample, where samples share no node."""
-        roots = {self.paths[i][0]: n for n, (_, of) in enumerate(self.samples) for i in of.values()}
-        return torch.tensor([*roots.values()])[self.visible[:, [*roots]].int().argmax(1)]
+        roots = []
+        numbers = []
+        for number, (_, places) in enumerate(self.samples):
+            for root in {self.paths[place][0] for place in places.values()}:
+                roots.append(root)
+                numbers.append(number)
+        root_of_node = self.visible[:, roots].int().argmax(1)
+        return torch.tensor(numbers)[root_of_node]
 
     @property
     def n_tokens(self) -> int:
@@ -2586,152 +2601,252 @@ class Tree:
     @functools.cached_property
     def ends(self) -> list[int]:
         """Per prompt the index into `scored` of its last token."""
-        return torch.searchsorted(self.scored, torch.tensor([p[-1] for p in self.paths])).tolist()
+        last_nodes = torch.tensor([path[-1] for path in self.paths])
+        return torch.searchsorted(self.scored, last_nodes).tolist()
 
     @functools.cached_property
     def samples(self) -> list[tuple[Sample, dict[str, int]]]:
         """Each sample with the places of its prompts, by side."""
         places: dict[Sample, dict[str, int]] = defaultdict(dict)
-        for i, prompt in enumerate(self.prompts):
-            places[prompt.sample][prompt.side] = i
+        for place, prompt in enumerate(self.prompts):
+            places[prompt.sample][prompt.side] = place
         return list(places.items())
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The additive mask [1, 1, tok, tok]: `eager` adds it, and `sdpa` takes it as well."""
         hidden = torch.zeros(self.visible.shape, dtype=dtype)
-        return hidden.masked_fill(~self.visible, torch.finfo(dtype).min)[None, None].to(device)
+        hidden = hidden.masked_fill(~self.visible, torch.finfo(dtype).min)
+        return hidden[None, None].to(device)
 
     def deltas(self, scores: Tensor) -> Tensor:
-        """[row, prompt] -> [row, sample]: of prompt a less that of b."""
-        return torch.stack([scores[:, of["a"]] - scores[:, of["b"]] for _, of in self.samples], -1)
+        """Score of prompt a less that of b: [row, prompt] -> [row, sample]."""
+        deltas = [scores[:, places["a"]] - scores[:, places["b"]] for _, places in self.samples]
+        return torch.stack(deltas, -1)
 
     def word_log_probs(self, log_probs: Tensor) -> list[Tensor]:
-        """[row, entry] -> per prompt [row, word]: a form's tokens follow each other (their log P
-        add up); a word's forms are alternatives."""
+        """Log P of each scored word: [row, entry] -> per prompt [row, word].
 
-        def log_p(forms: Sequence[list[int]]) -> Tensor:
-            return torch.stack([log_probs[:, form].sum(-1) for form in forms], -1).logsumexp(-1)
-
-        return [torch.stack([log_p(forms) for forms in words], -1) for words in self.entries]
+        The log P of a form's tokens add up; the forms of a word are alternatives.
+        """
+        by_prompt = []
+        for words in self.entries:
+            by_word = []
+            for forms in words:
+                by_form = [log_probs[:, form].sum(-1) for form in forms]
+                by_word.append(torch.stack(by_form, -1).logsumexp(-1))
+            by_prompt.append(torch.stack(by_word, -1))
+        return by_prompt
 
     def scores(self, log_probs: Tensor, task: Task) -> Tensor:
-        """[row, entry] -> [row, prompt], what the task makes of the words' log-probabilities;
-        `RunError` where one is infinite or NaN."""
-        pairs = zip(self.prompts, self.word_log_probs(log_probs), strict=True)
-        parts = (words.tensor_split([len(p.sample.targets)], -1) for p, words in pairs)
-        scores = torch.stack([task.reduce(*part) for part in parts], 1)
+        """The task's score of each prompt: [row, entry] -> [row, prompt].
+
+        `RunError` where one is infinite or NaN.
+        """
+        by_prompt = []
+        for prompt, words in zip(self.prompts, self.word_log_probs(log_probs), strict=True):
+            targets, foils = words.tensor_split([len(prompt.sample.targets)], -1)
+            by_prompt.append(task.reduce(targets, foils))
+        scores = torch.stack(by_prompt, 1)
         if not scores.isfinite().all():
             raise RunError("a score is not finite: activations overflow; try a smaller --factor")
         return scores
 
 
-def edited_positions(own: Sequence[int], partner: Sequence[int], options: MeasuringOptions) -> Plan:
-    """The positions of a prompt that edits touch, each with its aligned position in the partner.
-    None stands for all tokens, forms included. A patch touches aligned positions only: from the
-    first difference on in pairs of equal length, else the longest common suffix."""
-    n, shift, patches = len(own), len(partner) - len(own), options.patches
-    if not patches and options.positions == "all":
+def align_positions(
+    ids: Sequence[int], partner_ids: Sequence[int], options: MeasuringOptions
+) -> AlignedPositions:
+    """The positions of a prompt that edits touch, by --op and --positions, and the partner's.
+
+    A patch touches aligned positions only: from the first difference on in pairs of equal length,
+    else the longest common suffix. None stands for all tokens, those of forms included.
+    """
+    if not options.patches and options.positions == "all":
         return None
-    prefix = common_start(own, partner)
-    suffix = common_start(own[prefix:][::-1], partner[prefix:][::-1])  # after the prefix
-    aligned = prefix if shift == 0 else n - common_start(own[::-1], partner[::-1])
-    spans = {"all": range(n), "last": range(n - 1, n), "differing": range(prefix, n - suffix)}
-    return {i: i + shift for i in spans[options.positions] if i >= aligned or not patches}
+    n_tokens = len(ids)
+    shift = len(partner_ids) - n_tokens
+    prefix = common_start(ids, partner_ids)
+    # of what is behind the prefix, so that no token is in both
+    suffix = common_start(ids[prefix:][::-1], partner_ids[prefix:][::-1])
+    if options.positions == "last":
+        positions = range(n_tokens - 1, n_tokens)
+    elif options.positions == "differing":
+        positions = range(prefix, n_tokens - suffix)
+    else:
+        positions = range(n_tokens)
+    first_aligned = 0
+    if options.patches and shift == 0:
+        first_aligned = prefix
+    elif options.patches:
+        first_aligned = n_tokens - common_start(ids[::-1], partner_ids[::-1])
+    return {place: place + shift for place in positions if place >= first_aligned}
 
 
-def plan_edits(prompts: Sequence[Prompt], options: MeasuringOptions) -> Iterator[Plan]:
-    """`edited_positions` of each prompt of one sample; the partner of b is a, that of others b."""
+def partner_side(side: str) -> str:
+    """The prompt that a prompt is aligned with and patched from."""
+    return "a" if side == "b" else "b"
+
+
+def align_prompts(
+    prompts: Sequence[Prompt], options: MeasuringOptions
+) -> Iterator[AlignedPositions]:
+    """`align_positions` of each prompt of one sample; none of those that a patch leaves alone."""
     ids = {prompt.side: prompt.ids for prompt in prompts}
     for prompt in prompts:
-        receives = not options.patches or (prompt.side == "b") == (options.patch_into == "b")
-        partner = ids["a" if prompt.side == "b" else "b"]
-        yield edited_positions(prompt.ids, partner, options) if receives else {}
+        if options.patches and (prompt.side == "b") != (options.patch_into == "b"):
+            yield {}
+        else:
+            yield align_positions(prompt.ids, ids[partner_side(prompt.side)], options)
 
 
 def grow(nodes: Nodes, parent: int, tokens: Sequence[int], owner: object = None) -> list[int]:
     """The nodes of some tokens below a parent; shared as far as tokens and owner agree."""
-    return [parent := nodes.setdefault((parent, token, owner), len(nodes)) for token in tokens]
+    path = []
+    for token in tokens:
+        parent = nodes.setdefault((parent, token, owner), len(nodes))
+        path.append(parent)
+    return path
 
 
-def plant(
+def plant_prompt(
+    nodes: Nodes, prompt: Prompt, positions: AlignedPositions, apart: bool
+) -> PlacedPrompt:
+    """Let a tree grow by a prompt and its forms; from the first edited token on it shares none."""
+    sample_id = prompt.sample.sample_id
+    n_shared = min(positions) if positions else len(prompt.ids)
+    path = grow(nodes, -1, prompt.ids[:n_shared], sample_id if apart else None)
+    parent = path[-1] if path else -1
+    path += grow(nodes, parent, prompt.ids[n_shared:], (sample_id, prompt.side))
+    form_nodes = []
+    for forms in prompt.forms:
+        nodes_by_form = []
+        for form in forms:
+            nodes_by_form.append([path[-1], *grow(nodes, path[-1], form[:-1])])
+        form_nodes.append(nodes_by_form)
+    return PlacedPrompt(prompt, positions, path, form_nodes)
+
+
+def plant_sample(
     nodes: Nodes, prompts: Sequence[Prompt], options: MeasuringOptions, apart: bool
-) -> Iterator[Placed]:
-    """Let a tree grow by the prompts of a sample; edited nodes belong to one prompt only, all nodes
-    to one sample where samples stand `apart`."""
-    for prompt, plan in zip(prompts, plan_edits(prompts, options), strict=True):
-        n_shared = min(plan or [len(prompt.ids)])
-        path = grow(nodes, -1, prompt.ids[:n_shared], prompt.sample.sample_id if apart else None)
-        owner = (prompt.sample.sample_id, prompt.side)
-        path += grow(nodes, path[-1] if path else -1, prompt.ids[n_shared:], owner)
-        forms = itertools.chain(*prompt.forms)
-        before = [[path[-1], *grow(nodes, path[-1], form[:-1])] for form in forms]
-        yield prompt, plan, path, before
+) -> list[PlacedPrompt]:
+    """Let a tree grow by the prompts of a sample."""
+    placed = []
+    for prompt, positions in zip(prompts, align_prompts(prompts, options), strict=True):
+        placed.append(plant_prompt(nodes, prompt, positions, apart))
+    return placed
 
 
 def plant_trees(
     samples: Prompts, bos: int | None, options: MeasuringOptions, apart: bool = False
 ) -> list[Tree]:
-    """Samples in order, as many per tree as --tree_tokens nodes hold, at least one; `apart`: none
-    shares a node with another."""
+    """Samples in order, as many per tree as --tree_tokens nodes hold, at least one.
+
+    Edited nodes belong to one prompt only; with `apart` all nodes belong to one sample.
+    """
     trees: list[Tree] = []
     nodes: Nodes = {}
-    placed: list[Placed] = []
+    placed: list[PlacedPrompt] = []
     for prompts in samples:
-        before = len(nodes)
-        new = [*plant(nodes, prompts, options, apart)]
+        n_before = len(nodes)
+        placed_sample = plant_sample(nodes, prompts, options, apart)
         if placed and len(nodes) > options.tree_tokens:
-            kept = dict(itertools.islice(nodes.items(), before))
-            trees.append(build_tree(kept, placed, bos, options))
+            nodes_before = dict(itertools.islice(nodes.items(), n_before))
+            trees.append(build_tree(nodes_before, placed, bos, options))
             nodes, placed = {}, []
-            new = [*plant(nodes, prompts, options, apart)]
-        placed += new
+            placed_sample = plant_sample(nodes, prompts, options, apart)
+        placed += placed_sample
     return [*trees, build_tree(nodes, placed, bos, options)]
 
 
 def build_tree(
-    nodes: Nodes, placed: Sequence[Placed], bos: int | None, options: MeasuringOptions
+    nodes: Nodes, placed: Sequence[PlacedPrompt], bos: int | None, options: MeasuringOptions
 ) -> Tree:
     """The tensors of a grown tree."""
     visible = torch.eye(len(nodes), dtype=torch.bool)
     for node, (parent, _, _) in enumerate(nodes):
         if parent >= 0:
             visible[node] |= visible[parent]
-    prompts, _, paths, before = zip(*placed, strict=True)
-    weight = torch.zeros(len(nodes), dtype=torch.float64)
-    for prompt, path in zip(prompts, paths, strict=True):
+    entries, entry_nodes, entry_tokens = list_entries(placed)
+    scored, entry_node = torch.tensor(entry_nodes).unique(return_inverse=True)
+    where, partner = place_edits(placed, len(nodes), options)
+    return Tree(
+        prompts=tuple(placed_prompt.prompt for placed_prompt in placed),
+        paths=tuple(placed_prompt.path for placed_prompt in placed),
+        entries=entries,
+        ids=torch.tensor([[token for _, token, _ in nodes]]),
+        depth=visible.sum(1)[None] - 1,
+        visible=visible,
+        scored=scored,
+        entry_node=entry_node,
+        entry_token=torch.tensor(entry_tokens),
+        where=where,
+        partner=partner,
+        b_weight=count_b_tokens(placed, len(nodes), bos),
+    )
+
+
+def list_entries(
+    placed: Sequence[PlacedPrompt],
+) -> tuple[list[list[list[list[int]]]], list[int], list[int]]:
+    """`entries` of a tree, and of each entry the node and its scored next token."""
+    entries = []
+    entry_nodes: list[int] = []
+    entry_tokens: list[int] = []
+    for placed_prompt in placed:
+        prompt_entries = []
+        words = zip(placed_prompt.prompt.forms, placed_prompt.form_nodes, strict=True)
+        for forms, nodes_by_form in words:
+            word_entries = []
+            for form, nodes in zip(forms, nodes_by_form, strict=True):
+                n_before = len(entry_tokens)
+                entry_nodes += nodes
+                entry_tokens += form
+                word_entries.append(list(range(n_before, len(entry_tokens))))
+            prompt_entries.append(word_entries)
+        entries.append(prompt_entries)
+    return entries, entry_nodes, entry_tokens
+
+
+def count_b_tokens(placed: Sequence[PlacedPrompt], n_nodes: int, bos: int | None) -> Tensor:
+    """In how many prompts b each node stands [tok], a first BOS left out."""
+    counts = torch.zeros(n_nodes, dtype=torch.float64)
+    for placed_prompt in placed:
+        prompt, path = placed_prompt.prompt, placed_prompt.path
         if prompt.side == "b":
-            weight[path[1:] if prompt.ids[0] == bos else path] += 1
-    number = itertools.count()  # of an entry
-    entries = [
-        [[[next(number) for _ in form] for form in forms] for forms in prompt.forms]
-        for prompt in prompts
-    ]
-    parents = [node for of_prompt in before for of_form in of_prompt for node in of_form]
-    tokens = [t for prompt in prompts for forms in prompt.forms for form in forms for t in form]
-    scored, node = torch.tensor(parents).unique(return_inverse=True)
-    ids, token = torch.tensor([[token for _, token, _ in nodes]]), torch.tensor(tokens)
-    depth = visible.sum(1)[None] - 1
-    edits = place_edits(placed, len(nodes), options)
-    return Tree(prompts, paths, entries, ids, depth, visible, scored, node, token, *edits, weight)
+            counts[path[1:] if prompt.ids[0] == bos else path] += 1
+    return counts
 
 
 def place_edits(
-    placed: Sequence[Placed], n: int, options: MeasuringOptions
+    placed: Sequence[PlacedPrompt], n_nodes: int, options: MeasuringOptions
 ) -> tuple[Tensor | None, Tensor]:
-    """(where, partner) of a tree: planned positions as nodes, forms aligned form to form."""
-    where, source = torch.zeros(n, dtype=torch.bool), torch.arange(n)
-    if all(plan is None for _, plan, _, _ in placed):
-        return None, source
-    by_side = {(p.sample, p.side): (path, before) for p, _, path, before in placed}
-    for prompt, plan, path, before in placed:
-        their_path, their_before = by_side[prompt.sample, "a" if prompt.side == "b" else "b"]
-        pairs = [(path[mine], their_path[theirs]) for mine, theirs in (plan or {}).items()]
-        if plan and options.patches and options.positions == "all":
-            for my_form, their_form in zip(before, their_before, strict=True):
-                pairs += zip(my_form, their_form, strict=True)
-        for mine, theirs in pairs:
-            where[mine], source[mine] = True, theirs
-    return where, source
+    """`where` and `partner` of a tree: aligned positions as nodes, and forms aligned by token."""
+    partner = torch.arange(n_nodes)
+    if all(placed_prompt.positions is None for placed_prompt in placed):
+        return None, partner
+    where = torch.zeros(n_nodes, dtype=torch.bool)
+    by_side = {}
+    for placed_prompt in placed:
+        by_side[placed_prompt.prompt.sample, placed_prompt.prompt.side] = placed_prompt
+    for receiver in placed:
+        giver = by_side[receiver.prompt.sample, partner_side(receiver.prompt.side)]
+        for node, giver_node in pair_nodes(receiver, giver, options):
+            where[node] = True
+            partner[node] = giver_node
+    return where, partner
+
+
+def pair_nodes(
+    receiver: PlacedPrompt, giver: PlacedPrompt, options: MeasuringOptions
+) -> Iterator[tuple[int, int]]:
+    """Each node of a prompt that edits touch, and the node of its partner that it is aligned with."""
+    if not receiver.positions:
+        return
+    for place, giver_place in receiver.positions.items():
+        yield receiver.path[place], giver.path[giver_place]
+    if options.patches and options.positions == "all":
+        for forms, giver_forms in zip(receiver.form_nodes, giver.form_nodes, strict=True):
+            for nodes, giver_nodes in zip(forms, giver_forms, strict=True):
+                yield from zip(nodes, giver_nodes, strict=True)
 
 
 # ----- Model --------------------------------------------------------------------------------------
@@ -5251,7 +5366,7 @@ def check_prompts(prompts: Prompts, shape: ModelShape, options: MeasuringOptions
             raise UsageError(
                 f"{name}: prompts a and b are the same: {shorten(prompt_a.text[-80:])!r}"
             )
-        positions = list(plan_edits(sample_prompts, options))
+        positions = list(align_prompts(sample_prompts, options))
         if all(aligned is not None and not aligned for aligned in positions):
             raise UsageError(
                 f"{name}: --op {options.op} at --positions {options.positions} touches no token"
