@@ -5216,7 +5216,7 @@ def prepare(options: MeasuringOptions, folder: RunFolder, processes: Processes) 
             " an 8B model needs 32 GB"
         )
     check_components(options, shape)
-    encoder = load_encoder(options)
+    encoder = load_encoder(options, shape)
     samples = choose_samples(options, encoder, samples)
     prompts = write_prompts(samples, encoder, options)
     check_prompts(prompts, shape, options)
@@ -5231,7 +5231,7 @@ def prepare(options: MeasuringOptions, folder: RunFolder, processes: Processes) 
     )
 
 
-def load_encoder(options: MeasuringOptions) -> PromptEncoder:
+def load_encoder(options: MeasuringOptions, shape: ModelShape) -> PromptEncoder:
     """The tokenizer with what rendering depends on; `UsageError` where a chat template lacks."""
     tokenizer = from_hub(AutoTokenizer.from_pretrained, options)
     if options.chat and not getattr(tokenizer, "chat_template", None):
@@ -5245,11 +5245,11 @@ def load_encoder(options: MeasuringOptions) -> PromptEncoder:
         target_form=options.target_form,
         system_prompt=options.system_prompt,
         is_chat=options.chat,
+        context=shape.context,
     )
     if options.chat and options.system_prompt and not encoder.opening_turns:
-        log.warning(
-            f"the chat template knows no system turn: {options.system_prompt!r} is left out"
-        )
+        system_prompt = quote(options.system_prompt)
+        log.warning(f"the chat template knows no system turn: {system_prompt} is left out")
     return encoder
 
 
@@ -5285,13 +5285,16 @@ def choose_components(options: Any, shape: ModelShape) -> list[Component]:
             if component not in options.given:
                 components.append(component)
     if not components:
-        raise UsageError(f"nothing is left to sweep beside --given {options.given}")
+        given = shorten(str(options.given))
+        raise UsageError(f"nothing is left to sweep beside --given {given}")
     return components
 
 
 def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
     """`UsageError` where the model does not have the kind or a component that an option names."""
-    check_kind(options.kind, shape)
+    check_kind(options.kind, f"--kind {options.kind}", shape)
+    if getattr(options, "freeze", "heads") == "all":
+        check_kind("mlp", "--freeze all", shape)
     for entry in fields(options):
         value = getattr(options, entry.name)
         components = getattr(value, "components", value)  # of receivers and senders
@@ -5302,24 +5305,26 @@ def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
                 check_component(component, entry.name, shape)
 
 
-def check_kind(kind: str, shape: ModelShape) -> None:
+def check_kind(kind: str, option_text: str, shape: ModelShape) -> None:
+    """`UsageError` where the model has no components of the kind that an option asks for."""
     if not shape.width(KINDS[kind].place):
         raise UsageError(
-            f"--kind {kind}: {shape.name} has blocks without mlp.down_proj, such as a mixture of"
+            f"{option_text}: {shape.name} has blocks without mlp.down_proj, such as a mixture of"
             " experts"
         )
 
 
 def check_component(component: Component, option_name: str, shape: ModelShape) -> None:
     """`UsageError` says what the model has in place of a component that it lacks."""
-    check_kind(component.kind, shape)
+    option_text = f"--{option_name} {component.label}"
+    check_kind(component.kind, option_text, shape)
     n_indices = len(shape.indices(component.kind))
     if component.layer < shape.n_layers and component.index < n_indices:
         return
     available = f"layers 0-{shape.n_layers - 1}"
     if n_indices > 1:
         available += f" and {component.kind}s 0-{n_indices - 1}"
-    raise UsageError(f"--{option_name} {component.label}: this model has {available}")
+    raise UsageError(f"{option_text}: this model has {available}")
 
 
 def choose_samples(
@@ -5332,7 +5337,7 @@ def choose_samples(
         samples = file_samples[:count]
         if len(file_samples) > count:
             log.warning(
-                f"{options.samples} holds {len(file_samples)} samples;"
+                f"{shorten(Path(options.samples))} holds {len(file_samples)} samples;"
                 f" --num_samples takes the first {count}"
             )
     else:
@@ -5353,7 +5358,7 @@ def check_control_tokens(sample: Sample, encoder: PromptEncoder) -> None:
     for text in texts:
         for token in control_tokens:
             if token in text:
-                raise UsageError(f"{sample.name}: control token {token!r} in {shorten(text)!r}")
+                raise UsageError(f"{sample.name}: control token {quote(token)} in {quote(text)}")
 
 
 def check_prompts(prompts: Prompts, shape: ModelShape, options: MeasuringOptions) -> None:
@@ -5363,9 +5368,7 @@ def check_prompts(prompts: Prompts, shape: ModelShape, options: MeasuringOptions
         name = sample_prompts[0].sample.name
         prompt_a, prompt_b = sample_prompts[:2]
         if prompt_a.ids == prompt_b.ids:
-            raise UsageError(
-                f"{name}: prompts a and b are the same: {shorten(prompt_a.text[-80:])!r}"
-            )
+            raise UsageError(f"{name}: prompts a and b are the same: {prompt_a.text[-80:]!r}")
         positions = list(align_prompts(sample_prompts, options))
         if all(aligned is not None and not aligned for aligned in positions):
             raise UsageError(
@@ -5385,9 +5388,7 @@ def check_lengths(prompt: Prompt, name: str, shape: ModelShape) -> None:
             longest = max(longest, len(prompt.ids) + len(form) - 1)
             largest_token = max(largest_token, *form)
     if longest > shape.context:
-        raise UsageError(
-            f"{name}: a prompt of {longest} tokens exceeds the model's {shape.context:g}"
-        )
+        raise UsageError(too_long(name, longest, shape.context))
     if largest_token >= shape.vocab:
         raise UsageError(
             f"{name}: the model's vocabulary of {shape.vocab} lacks the tokenizer's token"
@@ -5598,18 +5599,23 @@ N_LIKELIEST = 5  # first tokens of the reply that are kept
 
 
 def unedited_samples(experiment: Experiment) -> list[dict[str, Any]]:
-    """What the unedited model makes of each sample, as run.json keeps it: scores by side, log P of
-    each scored word, the likeliest first tokens, flags. Told in the log the first time."""
+    """The records of `sample_record`, as run.json keeps them.
+
+    They are reported the first time, and where a sample's record has changed since.
+    """
     jobs = []
     for number, tree in enumerate(experiment.trees):
         compute = functools.partial(sample_records, experiment, tree)
         name = f"base-{experiment.setting}-{tree_digest(tree)}"
         jobs.append(PartJob(name, number, tree.n_tokens, 1, compute))
-    records = list(itertools.chain(*read_parts(experiment, jobs, "unedited model")))
+    records = []
+    for tree_records in read_parts(experiment, jobs, "unedited model"):
+        records += tree_records
     samples = {prompts[0].sample.sample_id: prompts[0].sample for prompts in experiment.prompts}
     for record in records:  # a samples file may name other units than when the part was made
         sample = samples[record["sample_id"]]
-        record |= {"unit": sample.unit, "group": sample.group}
+        record["unit"] = sample.unit
+        record["group"] = sample.group
     if experiment.folder.record.get("samples") != json.loads(json.dumps(records)):
         with experiment.stage("unedited model"):
             report_samples(experiment.findings, records)
@@ -5618,38 +5624,49 @@ def unedited_samples(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def sample_records(experiment: Experiment, tree: Tree, bar: tqdm[Any]) -> list[dict[str, Any]]:
-    """The records of a tree's samples."""
+    """The records of a tree's samples, from one clean run."""
     clean_run = experiment.clean_run(tree)
+    prompts = prompt_records(experiment, clean_run)
+    records = []
+    for sample, places in tree.samples:
+        pair_id = tree.prompts[places["a"]].pair_id(tree.prompts[places["b"]])
+        by_side = {side: prompts[place] for side, place in places.items()}
+        records.append(sample_record(experiment.task, sample, by_side, pair_id))
+    bar.update()
+    return records
+
+
+def prompt_records(experiment: Experiment, clean_run: CleanRun) -> list[dict[str, Any]]:
+    """What the unedited model makes of each prompt of a tree: log P of each scored word, the score,
+    the likeliest first tokens of a reply with their P."""
+    tree = clean_run.tree
     scores = tree.scores(clean_run.log_probs, experiment.task)[0].tolist()
     word_log_probs = tree.word_log_probs(clean_run.log_probs)
     likeliest = clean_run.logits[tree.ends].float().softmax(-1).topk(N_LIKELIEST)
     records = []
-    for sample, places in tree.samples:
-        prompts = {}
-        for side, place in places.items():
-            prompt = tree.prompts[place]
-            tokens = likeliest.indices[place, :, None]
-            texts = experiment.encoder.tokenizer.batch_decode(tokens)
-            prompts[side] = {
+    for place, prompt in enumerate(tree.prompts):
+        words = prompt.sample.words
+        log_probs = word_log_probs[place][0].tolist()
+        tokens = experiment.encoder.tokenizer.batch_decode(likeliest.indices[place, :, None])
+        chances = likeliest.values[place].tolist()
+        records.append(
+            {
                 "text": prompt.text,
                 "n_tokens": len(prompt.ids),
-                "form_ids": dict(zip(sample.words, prompt.forms, strict=True)),
-                "log_probs": dict(
-                    zip(sample.words, word_log_probs[place][0].tolist(), strict=True)
-                ),
+                "form_ids": dict(zip(words, prompt.forms, strict=True)),
+                "log_probs": dict(zip(words, log_probs, strict=True)),
                 "score": scores[place],
-                "likeliest": list(zip(texts, likeliest.values[place].tolist(), strict=True)),
+                "likeliest": list(zip(tokens, chances, strict=True)),
             }
-        prompt_a, prompt_b = tree.prompts[places["a"]], tree.prompts[places["b"]]
-        records.append(sample_record(experiment.task, sample, prompts, prompt_a.pair_id(prompt_b)))
-    bar.update()
+        )
     return records
 
 
 def sample_record(
     task: Task, sample: Sample, prompts: Mapping[str, Mapping[str, Any]], pair_id: str
 ) -> dict[str, Any]:
-    """One entry of `samples` in run.json."""
+    """One entry of `samples` in run.json: scored words, the records of `prompts` by side, the logit
+    difference, the mean P of a target where targets are natural, and flags of what is doubtful."""
     log_probs = prompts[task.natural]["log_probs"]
     total = sum(math.exp(log_probs[word]) for word in sample.targets)
     p_target = total / len(sample.targets)
@@ -5682,12 +5699,13 @@ def report_samples(findings: Findings, records: Sequence[Mapping[str, Any]]) -> 
             tokens = " ".join(repr(token) for token, _ in prompt["likeliest"])
             likeliest.append(f"{side}: {tokens}")
         listing = "  ".join(likeliest)
+        name = shorten(record["sample_id"])
         log.info(
-            f"{record['sample_id']}  P(target) {record['p_target']:.3g}"
+            f"{name}  P(target) {record['p_target']:.3g}"
             f"  delta {record['delta_logit_base']:+.3f}  {listing}"
         )
         if record["flags"]:
-            findings.warn(f"{record['sample_id']}: {'; '.join(record['flags'])}")
+            findings.warn(f"{name}: {'; '.join(record['flags'])}")
 
 
 # ----- Statistics ---------------------------------------------------------------------------------
