@@ -14,7 +14,7 @@ import pytest
 import llama3_circuit_tracing as tracing
 from by_hand import prepared
 from conftest import Answer, refuses, user_text, write_samples
-from llama3_circuit_tracing import NO_ODD_ONE, SEVEN, TASKS, Sample
+from llama3_circuit_tracing import NO_ODD_ONE, REQUESTED_COLUMNS, TASKS, Sample
 
 SHORT = {"sentence": "Name a fruit.", "targets": ["apple", "pear"]}
 TEXTS = {"prompt_a": "Never say apple. Name a fruit.", "prompt_b": "Name a fruit."}
@@ -214,13 +214,13 @@ def test_a_line_of_ten_megabytes_is_refused_before_anything_is_made_of_it(
     long = "word " * 2_000_000
     record = {**SHORT, "sample_id": "s1", "note": "", field: [long] if field == "targets" else long}
     good = {**SHORT, "sample_id": "s0", "note": ""}
-    parse = tracing.from_json
+    parse = tracing.parse_json
 
     def parse_short(text: str) -> Any:
         return parse(text) if len(text) < 1_000_000 else pytest.fail("it was parsed")
 
     monkeypatch.setattr(tracing, "from_hub", lambda *_: pytest.fail("the hub was asked"))
-    monkeypatch.setattr(tracing, "from_json", parse_short)
+    monkeypatch.setattr(tracing, "parse_json", parse_short)
     content = "".join(json.dumps(row) + "\n" for row in (good, record))
     if ending == "csv":
         cells = [";".join(v) if isinstance(v, list) else v for v in record.values()]
@@ -289,7 +289,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(
 
 # ----- results
 
-HEADER = ",".join(SEVEN)
+HEADER = ",".join(REQUESTED_COLUMNS)
 ROW = "s0,1,0,0,-1.0,-0.9,0.1"
 EFFECTS = {
     (i, layer, head): round(0.1 * head - 0.05 * layer + 0.01 * i, 3)
@@ -351,7 +351,12 @@ def test_where_kind_op_or_positions_are_empty_they_are_the_defaults(
 
 def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_path: Path) -> None:
     plain = pd.read_csv(results(tmp_path / "theirs.csv", THEIRS))
-    other = plain[SEVEN[::-1]].assign(note="x, y", seed=3).sample(frac=1, random_state=1).iloc[1:]
+    other = (
+        plain[REQUESTED_COLUMNS[::-1]]
+        .assign(note="x, y", seed=3)
+        .sample(frac=1, random_state=1)
+        .iloc[1:]
+    )
     form = {"index": False, "encoding": "utf-8-sig", "lineterminator": "\r\n"}
     other.to_csv(tmp_path / "other.csv", **form)
     found, known = (tracing.read_results(tmp_path / f"{n}.csv") for n in ("other", "theirs"))
@@ -499,7 +504,9 @@ def test_bases_that_differ_by_rounding_alone_are_taken(tmp_path: Path) -> None:
 
 
 def test_results_that_are_no_csv_are_refused(answer: Answer, tmp_path: Path) -> None:
-    path = str(write(tmp_path / "t.jsonl", [dict(zip(SEVEN, ROW.split(","), strict=True))]))
+    path = str(
+        write(tmp_path / "t.jsonl", [dict(zip(REQUESTED_COLUMNS, ROW.split(","), strict=True))])
+    )
     refuses(answer, "--from_csv", path, says=[path, ".csv"])
 
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 import llama3_circuit_tracing as tracing
 import naive
 from conftest import Answer, finish, record_of, refuses, user_text, write_samples
-from llama3_circuit_tracing import Config, PromptEncoder, Sample, UsageError
+from llama3_circuit_tracing import PromptEncoder, Sample, TraceOptions, UsageError
 
 
 def forbidding(sample_id: str, sentence: str, *words: str) -> Sample:
@@ -150,7 +150,7 @@ def test_a_template_that_loops_is_stopped_and_told_of_in_one_sentence(
     loops = "{% if messages[0].role == '" + place + "' %}" + LOOPS + "{% endif %}"
     encoder = with_template(tokenizer, loops + tokenizer.chat_template)
     if place == "user":
-        encoder = replace(encoder, system="")
+        encoder = replace(encoder, system_prompt="")
     rendered = []
     render = tokenizer.__class__.apply_chat_template
     monkeypatch.setattr(
@@ -442,7 +442,7 @@ def test_a_command_names_the_sample_and_both_words(
 
 def controlled(samples: Sequence[Sample], encoder: PromptEncoder) -> dict[str, dict[str, Any]]:
     """Per sample the prompt of each side."""
-    prompts = tracing.write_prompts(samples, encoder, Config(controls=True))
+    prompts = tracing.write_prompts(samples, encoder, TraceOptions(controls=True))
     return {of[0].sample.sample_id: {prompt.side: prompt for prompt in of} for of in prompts}
 
 
@@ -450,7 +450,7 @@ def test_controls_forbid_as_many_words_that_nobody_answers_or_mention_those_that
     encoder: PromptEncoder,
 ) -> None:
     """The words are those that other samples forbid; prompts a and b stay as they are."""
-    plain = tracing.write_prompts(BUILT_IN, encoder, Config())
+    plain = tracing.write_prompts(BUILT_IN, encoder, TraceOptions())
     of_sample = controlled(BUILT_IN, encoder).values()
     for sample, sides, of in zip(BUILT_IN, plain, of_sample, strict=True):
         assert list(of) == ["a", "b", "other", "affirm"]
@@ -548,7 +548,7 @@ def test_a_template_that_knows_no_system_turn_gets_none(
     template: str, turn: str, tokenizer: Any
 ) -> None:
     encoder = with_template(tokenizer, template)
-    assert encoder.opening == {}
+    assert encoder.opening_turns == {}
     prompt = write(encoder, FRUIT)
     assert prompt.text == "<|begin_of_text|>" + turn.format("Don't mention apple. Name a fruit.")
     # behind no white space a form begins with a blank
