@@ -555,17 +555,17 @@ def test_a_template_that_knows_no_system_turn_gets_none(
     assert prompt.forms == ((encoder.encode(" apple"), encoder.encode(" Apple")),)
 
 
-def test_the_log_and_the_record_say_that_there_is_no_system_turn(
+def test_the_log_says_that_there_is_no_system_turn_and_no_prompt_has_one(
     llama: str, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": NO_SYSTEM}))
     run = finish(str(model), tmp_path / "run", "--num_samples", "2", "--layers", "0")
-    assert record_of(run)["system_turn"] == "none"
-    assert record_of(run)["config"]["system_prompt"] == ""
-    told = "knows no system turn: 'You are an assistant.' is left out"
-    assert told in (run / "run.log").read_text()
+    for sample in record_of(run)["samples"]:
+        assert "You are an assistant" not in json.dumps(sample["prompts"])
+    sentence = "knows no system turn: 'You are an assistant.' is left out"
+    assert sentence in (run / "run.log").read_text()
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}Hello", "{{ messages[0].content | upper }}"])
