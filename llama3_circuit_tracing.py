@@ -5297,12 +5297,14 @@ def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
         check_kind("mlp", "--freeze all", shape)
     for entry in fields(options):
         value = getattr(options, entry.name)
-        components = getattr(value, "components", value)  # of receivers and senders
-        if isinstance(components, ComponentList):
-            if components.warning:
-                log.warning(components.warning)
-            for component in components:
-                check_component(component, entry.name, shape)
+        if isinstance(value, Receivers | Senders):
+            value = value.components
+        if isinstance(value, ComponentList):
+            if value.warning:
+                log.warning(value.warning)
+            flag = "" if "words" in entry.metadata else f"--{entry.name} "
+            for component in value:
+                check_component(component, f"{flag}{component.label}", shape)
 
 
 def check_kind(kind: str, option_text: str, shape: ModelShape) -> None:
@@ -5314,9 +5316,8 @@ def check_kind(kind: str, option_text: str, shape: ModelShape) -> None:
         )
 
 
-def check_component(component: Component, option_name: str, shape: ModelShape) -> None:
+def check_component(component: Component, option_text: str, shape: ModelShape) -> None:
     """`UsageError` says what the model has in place of a component that it lacks."""
-    option_text = f"--{option_name} {component.label}"
     check_kind(component.kind, option_text, shape)
     n_indices = len(shape.indices(component.kind))
     if component.layer < shape.n_layers and component.index < n_indices:

@@ -63,6 +63,39 @@ def test_confirming_needs_as_many_others_beside_those_that_are_given(llama: str)
         swept(planned(llama, "--given L0H1 --confirm 6"))
 
 
+# command line -> the option that the sentence names
+NAMING = {
+    "--given L0H1,{}": "--given {}",
+    "--confirm 1 --skip {}": "--skip {}",
+    "joint {}": "{}",
+    "paths --through {}": "--through {}",
+    "paths --senders {}": "--senders {}",
+}
+
+
+@pytest.mark.parametrize("line", NAMING)
+@pytest.mark.parametrize("label", ["L3H0", "L0H4", "L0mlp"])
+def test_a_component_that_the_model_lacks_is_refused_with_the_option_that_names_it(
+    line: str, label: str, random_model: Callable[..., str]
+) -> None:
+    """A mixture of experts has no MLPs that could be edited."""
+    if label == "L0mlp":
+        model, reason = random_model("mixtral"), "MixtralForCausalLM has blocks without"
+    else:
+        model, reason = random_model("llama"), "this model has layers 0-2 and heads 0-3"
+    with pytest.raises(tracing.UsageError, match=f"^{NAMING[line].format(label)}: {reason}"):
+        planned(model, line.format(label))
+
+
+@pytest.mark.parametrize("line", ["--kind mlp", "paths --freeze all"])
+def test_a_kind_that_the_model_lacks_is_refused_with_the_option_that_asks_for_it(
+    line: str, random_model: Callable[..., str]
+) -> None:
+    option = line.removeprefix("paths ")
+    with pytest.raises(tracing.UsageError, match=f"^{option}: MixtralForCausalLM has blocks"):
+        planned(random_model("mixtral"), line)
+
+
 # ----- rows and memory
 
 
