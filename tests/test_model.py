@@ -378,9 +378,9 @@ def test_the_shape_is_read_before_the_weights(
     assert (shape.n_layers, shape.n_heads) == (3, 4)
     assert shape.n_parameters == sum(p.numel() for p in model.parameters())
     block = model.get_submodule(f"{shape.layers_path}.0")
-    assert shape.width("self_attn.o_proj") == shape.d_attn == block.self_attn.o_proj.in_features
-    assert shape.width("mlp.down_proj") == shape.d_mlp == block.mlp.down_proj.in_features
-    assert shape.width("") == shape.d_model == model.get_input_embeddings().embedding_dim
+    assert shape.width("attn") == shape.d_attn == block.self_attn.o_proj.in_features
+    assert shape.width("mlp") == shape.d_mlp == block.mlp.down_proj.in_features
+    assert shape.width("resid") == shape.d_model == model.get_input_embeddings().embedding_dim
 
 
 @pytest.mark.parametrize("native", [True, False])

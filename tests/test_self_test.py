@@ -17,7 +17,7 @@ import torch
 import llama3_circuit_tracing as tracing
 from by_hand import prepared
 from conftest import Answer, finish, record_of
-from llama3_circuit_tracing import Component, Edit, ModelShape, Row, TracedModel, Tree
+from llama3_circuit_tracing import Component, Edit, Edits, ModelShape, TracedModel, Tree
 from random_models import ARCHITECTURES
 
 Models = Callable[[str], str]
@@ -121,10 +121,13 @@ columns, run_clean, run_rows = ModelShape.columns, tracing.run_clean, tracing.ru
 
 
 @contextlib.contextmanager
-def editing_outputs(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
+def editing_outputs(traced: TracedModel, rows: Sequence[Edits]) -> Iterator[None]:
     """The wrong hook: the slice of o_proj's output is replaced."""
     with contextlib.ExitStack() as stack:
-        for i, edit in ((i, edit) for i, row in enumerate(rows) for edit in row if edit.site[1]):
+        edits = [(i, edit) for i, row in enumerate(rows) for edit in row]
+        for i, edit in edits:
+            if edit.site.place == "resid":
+                continue
 
             def hook(_: Any, __: Any, y: Any, i: int = i, edit: Edit = edit) -> Any:
                 y = y.expand(len(rows), -1, -1).clone()
@@ -136,7 +139,7 @@ def editing_outputs(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leaving_a_hook(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
+def leaving_a_hook(traced: TracedModel, rows: Sequence[Edits]) -> Iterator[None]:
     with editing(traced, rows):
         traced.layers[-1].register_forward_pre_hook(lambda module, args: None)
         yield
@@ -181,8 +184,8 @@ def residual_of_the_block_before(*arguments: Any) -> tracing.CleanRun:
     return clean
 
 
-def nan_from_a_later_block(traced: TracedModel, clean: Any, rows: Sequence[Row]) -> Any:
-    starts = min(edit.site[0] for row in rows for edit in row)
+def nan_from_a_later_block(traced: TracedModel, clean: Any, rows: Sequence[Edits]) -> Any:
+    starts = min(edit.site.layer for row in rows for edit in row)
     return run_rows(traced, clean, rows) * (math.nan if starts == 1 else 1.0)
 
 
@@ -219,11 +222,11 @@ def test_a_planted_mistake_is_caught_with_a_number(
 ) -> None:
     monkeypatch.setattr(*MISTAKES[mistake])
     code, _, err = answer(*self_test(folder_of(model), dtype))
-    said = err.strip().splitlines()[-1]
+    message = err.strip().splitlines()[-1]
     assert code == 1, "the planted mistake was not caught"
     if mistake != "a block left replaced":  # with which the next forward may fail by itself
-        assert re.search(r"error: .*(\d|nan)\b.*\bbound \d", said), said
-    assert "tree" in said or mistake in IN_THE_HOOKS, said
+        assert re.search(r"error: .*(\d|nan)\b.*\bbound \d", message), message
+    assert "tree" in message or mistake in IN_THE_HOOKS, message
 
 
 def test_every_sweep_begins_with_the_self_test_and_a_failed_one_is_not_remembered(
@@ -263,8 +266,8 @@ def test_attentions_are_checked_where_nothing_else_is_left_to_do(
     flags = ["--num_samples", "2", "--layers", "0"]
     for more in ([], ["--check_attentions"]):
         finish(llama, tmp_path, *flags, *more)
-        told = (tmp_path / "run.log").read_text()
-        assert ("self-test: attention maps" in told) == bool(more)
+        log = (tmp_path / "run.log").read_text()
+        assert ("self-test: attention maps" in log) == bool(more)
 
 
 @pytest.mark.parametrize(("device_map", "n_gpus"), [("auto", 0), ("cpu", 2)])
