@@ -4217,8 +4217,8 @@ class Experiment(Generic[OptionsT]):
         for tree in self.trees:
             clean_run = run_clean(self.traced, tree, self.background, (), sites)
             for site, activation in clean_run.activations.items():
-                weights = tree.b_weight.to(activation.device)
-                sums[site] += weights @ activation.double()
+                activation = widen(activation)  # [tok, width]
+                sums[site] += tree.b_weight.to(activation) @ activation
         count = sum(float(tree.b_weight.sum()) for tree in self.trees)
         return {site: total / count for site, total in sums.items()}
 

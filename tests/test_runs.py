@@ -38,9 +38,10 @@ def traced(plain: Plain) -> TracedModel:
 def tree(plain: Plain) -> Tree:
     """Two samples with controls: eight prompts."""
     samples = tracing.SUPPRESSION.build(2, random.Random(0), len)
-    encoder, config = tracing.PromptEncoder(plain[1], "", "word"), tracing.Config(controls=True)
-    prompts = tracing.write_prompts(samples, encoder, config)
-    return tracing.plant_trees(prompts, encoder.bos, config)[0]
+    encoder = tracing.PromptEncoder(plain[1], "", "word")
+    options = tracing.TraceOptions(controls=True)
+    prompts = tracing.write_prompts(samples, encoder, options)
+    return tracing.plant_trees(prompts, encoder.bos, options)[0]
 
 
 # ----- log-probabilities
@@ -70,7 +71,7 @@ def test_every_word_of_every_prompt_has_its_plain_log_probability(
     model = traced.model
     assert traced.uses_model_logits == bool(change)
     clean = tracing.run_clean(traced, tree, (), [1, 2], [])
-    edited = tracing.run_rows(traced, clean, [tracing.zeroing([HEAD], traced.shape), ()])
+    edited = tracing.run_rows(traced, clean, [tracing.scaled_edits([HEAD], traced.shape), ()])
     assert (edited[1] - clean.log_probs).abs().max() < 5e-6
     assert (tracing.run_rows(traced, clean, [()]) - clean.log_probs).abs().max() < 5e-6
     for log_probs, off in ((clean.log_probs, []), (edited, [(1, "head", 2)])):
