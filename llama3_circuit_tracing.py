@@ -88,7 +88,7 @@ def shorten(value: object, limit: int = MAX_VALUE_LENGTH) -> str:
 
 def quote(value: object) -> str:
     """A value as Python writes it, for a sentence: shortened, and a text in quotation marks."""
-    return repr(shorten(value)) if isinstance(value, str) else quote(value)
+    return repr(shorten(value)) if isinstance(value, str) else shorten(repr(value))
 
 
 def join_values(values: Iterable[object], limit: int = 10) -> str:
@@ -4966,13 +4966,16 @@ def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
     """`UsageError` where the model does not have the kind or a component that an option names."""
     check_kind(options.kind, shape)
     for entry in fields(options):
-        value = getattr(options, entry.name)
-        components = getattr(value, "components", value)  # of receivers and senders
-        if isinstance(components, ComponentList):
-            if components.warning:
-                log.warning(components.warning)
-            for component in components:
+        named = getattr(options, entry.name)
+        if isinstance(named, Receivers | Senders):
+            named = named.components
+        if isinstance(named, ComponentList):
+            if named.warning:
+                log.warning(named.warning)
+            for component in named:
                 check_component(component, entry.name, shape)
+    if isinstance(options, ComponentOptions):
+        choose_components(options, shape)
 
 
 def check_kind(kind: str, shape: ModelShape) -> None:
