@@ -272,13 +272,15 @@ class Component:
 
     @property
     def site(self) -> Site:
-        return Site(self.layer, KINDS[self.kind].place)
+        place = KINDS[self.kind].place
+        return Site(self.layer, place)
 
     @property
     def label(self) -> str:
         """L2H5, L3N120, L4attn, L4mlp, L4resid"""
+        tag = KINDS[self.kind].tag
         index = str(self.index) if self.index >= 0 else ""
-        return f"L{self.layer}{KINDS[self.kind].tag}{index}"
+        return f"L{self.layer}{tag}{index}"
 
     @classmethod
     def parse(cls, label: str) -> Component:
@@ -287,12 +289,14 @@ class Component:
             index = "([0-9]{1,9})" if kind.slices else "()"
             match = re.fullmatch(rf"L([0-9]{{1,9}}){kind.tag}{index}", label)
             if match is not None:
-                return cls(int(match[1]), name, int(match[2] or -1))
+                layer, digits = match.groups()
+                return cls(int(layer), name, int(digits or -1))
         forms = "write L2H5, L3N120, L4attn, L4mlp, L4resid"
         raise ValueError(f"{quote(label)} is no component: {forms}")
 
 
 def join_labels(components: Iterable[Component]) -> str:
+    """L2H5 L3N120"""
     return " ".join(component.label for component in components)
 
 
@@ -2947,16 +2951,27 @@ CONFIG_LIMITS = {
 # fields of a config that scale the logits, where they are neither absent nor 1
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
+
+def parent_path(path: str) -> str:
+    """The path of the module that holds the one at a path."""
+    return path.rpartition(".")[0]
+
+
+def last_name(path: str) -> str:
+    """The name of a module within the module that holds it."""
+    return path.rpartition(".")[2]
+
+
 # paths of modules within a block
-ATTENTION = PLACES["attn"].module.rpartition(".")[0]
+OUTPUT_PROJECTION = PLACES["attn"].module
+ATTENTION = parent_path(OUTPUT_PROJECTION)
 QUERY_PROJECTION = f"{ATTENTION}.q_proj"
 KEY_PROJECTION = f"{ATTENTION}.k_proj"
 VALUE_PROJECTION = f"{ATTENTION}.v_proj"
-OUTPUT_PROJECTION = PLACES["attn"].module
-MLP = PLACES["mlp"].module.rpartition(".")[0]
+DOWN_PROJECTION = PLACES["mlp"].module
+MLP = parent_path(DOWN_PROJECTION)
 GATE_PROJECTION = f"{MLP}.gate_proj"
 UP_PROJECTION = f"{MLP}.up_proj"
-DOWN_PROJECTION = PLACES["mlp"].module
 ACTIVATION_FUNCTION = f"{MLP}.act_fn"
 PRE_NORMS = {PLACES["attn_norm"].module, PLACES["mlp_norm"].module}
 # projections between the residual stream and what is added to it
@@ -3069,10 +3084,9 @@ def load_error(error: Exception, options: ModelOptions, hub_problem: str) -> Usa
         if name in causes:
             sentence = explanation
             break
-    revision = options.revision or "main"
     sentence = sentence.format(
         name=options.model_id,
-        revision=revision,
+        revision=options.revision or "main",
         error=first_line(error),
         why=f" ({hub_problem})" if hub_problem else "",
     )
@@ -3261,7 +3275,8 @@ def find_blocks(model: Any) -> tuple[str, int]:
             widths.append(module.in_features)
     n_layers = text_config.num_hidden_layers
     n_heads = text_config.num_attention_heads
-    if len(widths) != n_layers or len(set(widths)) != 1 or widths[0] % n_heads:
+    is_uniform = len(widths) == n_layers and len(set(widths)) == 1
+    if not is_uniform or widths[0] % n_heads != 0:
         blocks = f"{len(widths)} of its {n_layers} blocks have a {OUTPUT_PROJECTION}"
         raise UsageError(
             f"{type(model).__name__} is not supported: {blocks} "
@@ -3283,7 +3298,8 @@ def mlp_width(blocks: Iterable[nn.Module]) -> int:
     """The number of neurons of a block; 0 where one has no MLP with a down projection."""
     widths = []
     for block in blocks:
-        down_proj = dict(block.named_modules()).get(DOWN_PROJECTION)
+        modules = dict(block.named_modules())
+        down_proj = modules.get(DOWN_PROJECTION)
         widths.append(down_proj.in_features if isinstance(down_proj, nn.Linear) else 0)
     return min(widths)
 
@@ -3304,7 +3320,7 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
         raise UsageError(f"--attn_implementation {attention} takes no tree mask")
     text_config = model.config.get_text_config()
     blocks = model.get_submodule(layers_path)
-    body = model.get_submodule(layers_path.rpartition(".")[0])
+    body = model.get_submodule(parent_path(layers_path))
     n_heads = text_config.num_attention_heads
     return ModelShape(
         name=type(model).__name__,
@@ -3325,16 +3341,11 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
     )
 
 
-def last_part(path: str) -> str:
-    """The name of a module within the module that holds it."""
-    return path.rpartition(".")[2]
-
-
 def is_gated_mlp(module: nn.Module) -> bool:
     """Whether a module computes act(gate) * up with SiLU or GELU."""
-    act_fn = getattr(module, last_part(ACTIVATION_FUNCTION), None)
+    act_fn = getattr(module, last_name(ACTIVATION_FUNCTION), None)
     is_smooth = re.search("SiLU|GELU", type(act_fn).__name__) is not None
-    return is_smooth and hasattr(module, last_part(GATE_PROJECTION))
+    return is_smooth and hasattr(module, last_name(GATE_PROJECTION))
 
 
 def find_relp_obstacles(model: nn.Module) -> list[str]:
@@ -3361,29 +3372,33 @@ def find_graph_obstacles(model: Any, blocks: nn.Module) -> Iterator[str]:
     if getattr(model.config, "quantization_config", None):
         yield "quantized weights"
     odd_parts: set[str] = set()
+    projections = {QUERY_PROJECTION, KEY_PROJECTION, VALUE_PROJECTION}
     has_projections = True
     for block in blocks.children():
         parts = {name for name, _ in block.named_children()}
         odd_parts |= parts ^ {ATTENTION, MLP, *PRE_NORMS}
-        paths = {path for path, _ in block.named_modules()}
-        has_projections &= {QUERY_PROJECTION, KEY_PROJECTION, VALUE_PROJECTION} <= paths
+        modules = dict(block.named_modules())
+        has_projections = has_projections and projections <= set(modules)
     if odd_parts:
-        yield f"blocks of other parts ({', '.join(sorted(odd_parts))})"
+        names = ", ".join(sorted(odd_parts))
+        yield f"blocks of other parts ({names})"
     if not has_projections:
         yield "no q_proj, k_proj and v_proj"
     biased = find_biased_projections(blocks)
     if biased:
-        yield f"biases in {', '.join(sorted(biased))}"
+        names = ", ".join(biased)
+        yield f"biases in {names}"
 
 
-def find_biased_projections(blocks: nn.Module) -> set[str]:
+def find_biased_projections(blocks: nn.Module) -> list[str]:
     """The names of projections that add a bias to what is written into the residual stream."""
-    writing = {last_part(path) for path in WRITING_PROJECTIONS}
+    writing = {last_name(path) for path in WRITING_PROJECTIONS}
     biased = set()
     for path, module in blocks.named_modules():
-        if last_part(path) in writing and getattr(module, "bias", None) is not None:
-            biased.add(last_part(path))
-    return biased
+        name = last_name(path)
+        if name in writing and getattr(module, "bias", None) is not None:
+            biased.add(name)
+    return sorted(biased)
 
 
 def load_model(
@@ -3470,7 +3485,7 @@ class TracedModel:
         self.model = model
         self.shape = shape
         self.layers = model.get_submodule(shape.layers_path)
-        self.body = model.get_submodule(shape.layers_path.rpartition(".")[0])
+        self.body = model.get_submodule(parent_path(shape.layers_path))
         self.unembedding = model.get_output_embeddings()
         self.uses_model_logits = needs_model_logits(model)
         self.rows_per_forward = rows  # halved for good when memory runs out, as is the next
@@ -3519,7 +3534,7 @@ def unit_vector(direction: Tensor) -> Tensor:
 
 
 def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Site, slice | Tensor]:
-    """By site the columns of its components: the slice of one, or the indices of several."""
+    """By site the columns of its components: the slice of one, or the sorted indices of several."""
     slices: dict[Site, list[slice]] = defaultdict(list)
     for component in components:
         slices[component.site].append(shape.columns(component))
@@ -3557,14 +3572,18 @@ def scaled_edits(components: Iterable[Component], shape: ModelShape, factor: flo
 
 def widen(x: Tensor) -> Tensor:
     """x in the dtype that edits are computed in: float64, but float32 on an accelerator."""
-    return x.to(torch.float64 if x.device.type == "cpu" else torch.float32)
+    is_accelerator = x.device.type != "cpu"
+    return x.to(torch.float32 if is_accelerator else torch.float64)
 
 
 def new_value(edit: Edit, x: Tensor) -> Tensor:
     """v = factor * x + source of an edit, from the edited columns x [row, tok, column]."""
     x = widen(x)
-    factor = edit.factor.to(x) if isinstance(edit.factor, Tensor) else edit.factor
-    source = edit.source.to(x) if isinstance(edit.source, Tensor) else edit.source
+    factor, source = edit.factor, edit.source
+    if isinstance(factor, Tensor):
+        factor = factor.to(x)  # its device and dtype
+    if isinstance(source, Tensor):
+        source = source.to(x)
     return factor * x + source
 
 
@@ -3576,7 +3595,8 @@ def displacement(edit: Edit, x: Tensor) -> Tensor:
         reads, writes = edit.along.to(moved)
         moved = (moved @ reads)[..., None] * writes
     if edit.where is not None:
-        moved = moved * edit.where.to(x.device)[:, None]
+        is_edited = edit.where.to(x.device)[:, None]  # [tok, 1]
+        moved = moved * is_edited
     return moved
 
 
@@ -3591,21 +3611,22 @@ def edited_columns(edit: Edit, x: Tensor) -> Tensor:
     value = new_value(edit, columns).to(x.dtype)
     if edit.where is None:
         return value
-    return torch.where(edit.where.to(x.device)[:, None], value, columns)
+    is_edited = edit.where.to(x.device)[:, None]  # [tok, 1]
+    return torch.where(is_edited, value, columns)
 
 
 def hook_activation(
     module: nn.Module, side: str, change: Callable[[Tensor], Tensor]
 ) -> RemovableHandle:
-    """Put `change` of a module's first input, or of its output, in its place at each call.
+    """Replace a module's first input, or its output, by what `change` makes of it at each call.
 
     The handle is a context manager that removes the hook.
     """
 
-    def change_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def change_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (change(args[0]), *args[1:])
 
-    def change_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def change_output(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
             return (change(output[0]), *output[1:])
         return change(output)
@@ -3683,10 +3704,12 @@ def with_secant_slope(
     """A forward hook: the output f(x) stays, its derivative becomes the constant f(x) / x."""
     x = args[0]
     slope = torch.where(x == 0, slope_at_zero, output / x).detach()
-    return output.detach() + (x - x.detach()) * slope
+    zero_with_gradient = x - x.detach()
+    return output.detach() + zero_with_gradient * slope
 
 
 def halve_gradient(x: Tensor) -> Tensor:
+    """x itself, of which half of the gradient is passed on."""
     return (x + x.detach()) / 2
 
 
@@ -3751,8 +3774,10 @@ def recording_activations(
     activations: dict[Site, Tensor] = {}
 
     def keep(site: Site, x: Tensor) -> Tensor:
-        activations[site] = x.detach().requires_grad_() if cut else x
-        return activations[site]
+        if cut:
+            x = x.detach().requires_grad_()
+        activations[site] = x
+        return x
 
     with contextlib.ExitStack() as stack:
         for site in sites:
@@ -3793,7 +3818,7 @@ def gathering(module: nn.Module, nodes: Tensor) -> RemovableHandle:
 
 
 def needs_all_nodes(path: str, sites: Iterable[Site]) -> bool:
-    """Whether some edited sites are within a module of a block, or at its output."""
+    """Whether some edited sites of a block are within one of its modules, or at its output."""
     for site in sites:
         place = PLACES[site.place]
         is_output = place.module == path and place.side == "output"
@@ -3819,7 +3844,8 @@ def last_block_at_scored(traced: TracedModel, tree: Tree, rows: Sequence[Edits])
         paths.append(MLP)
 
     def scatter(output: Tensor) -> Tensor:
-        spread = output.new_zeros(output.shape[0], tree.n_tokens, output.shape[2])
+        n_rows, _, width = output.shape
+        spread = output.new_zeros(n_rows, tree.n_tokens, width)
         return spread.index_copy(1, tree.scored.to(output.device), output)
 
     with contextlib.ExitStack() as stack:
@@ -3853,20 +3879,23 @@ def entry_log_probs(hidden: Tensor, weight: Tensor, tree: Tree) -> Tensor:
     nodes, by a running log-sum-exp: the logits of the whole vocabulary never exist at once."""
     hidden = hidden.to(weight.device)
     states = hidden.flatten(0, 1)
-    log_sum = states.new_full((len(states),), -math.inf, dtype=torch.float32)
+    log_sum = states.new_full([len(states)], -math.inf, dtype=torch.float32)
     for block_logits in unembed(states, weight):
         log_sum = torch.logaddexp(log_sum, block_logits.logsumexp(-1))
     node = tree.entry_node.to(weight.device)
     token = tree.entry_token.to(weight.device)
-    logits = (hidden[:, node].float() * weight[token].float()).sum(-1)  # [row, entry]
-    log_probs = logits - log_sum.view(hidden.shape[:2])[:, node]
+    entry_states = hidden[:, node].float()  # [row, entry, d_model]
+    entry_logits = (entry_states * weight[token].float()).sum(-1)
+    entry_log_sums = log_sum.view(hidden.shape[:2])[:, node]
+    log_probs = entry_logits - entry_log_sums
     return log_probs.cpu().double()
 
 
 def entry_log_probs_of_logits(logits: Tensor, tree: Tree) -> Tensor:
     """Log-probabilities [row, entry] from the model's own logits [row, node, vocab]."""
     log_probs = logits.float().log_softmax(-1)
-    return log_probs[:, tree.entry_node, tree.entry_token].cpu().double()
+    entry_log_probs = log_probs[:, tree.entry_node, tree.entry_token]
+    return entry_log_probs.cpu().double()
 
 
 @dataclass
@@ -3883,6 +3912,16 @@ class CleanRun:
     activations: dict[Site, Tensor]  # [tok, width]
 
 
+def tree_inputs(traced: TracedModel, tree: Tree) -> dict[str, Any]:
+    """The arguments of the model's forward for a tree."""
+    return {
+        "input_ids": tree.ids.to(traced.device),
+        "position_ids": tree.depth.to(traced.device),
+        "attention_mask": tree.mask(traced.shape.dtype, traced.device),
+        "use_cache": False,
+    }
+
+
 @torch.no_grad()  # not inference mode: gradients may start from what it keeps
 def run_clean(
     traced: TracedModel,
@@ -3896,12 +3935,7 @@ def run_clean(
     Keeps the residual stream entering some layers and the activations at some sites.
     `RunError` where the unembedding in float32 does not give the model's own logits.
     """
-    model_inputs = {
-        "input_ids": tree.ids.to(traced.device),
-        "position_ids": tree.depth.to(traced.device),
-        "attention_mask": tree.mask(traced.shape.dtype, traced.device),
-        "use_cache": False,
-    }
+    model_inputs = tree_inputs(traced, tree)
     with (
         editing(traced, [background]),
         recording({layer: traced.layers[layer] for layer in layers}) as residuals,
@@ -3913,10 +3947,11 @@ def run_clean(
         logits = traced.model(**model_inputs).logits  # [1, node, vocab]
     traced.n_forwards += 1
     traced.n_tokens += tree.n_tokens * traced.shape.n_layers
-    states, log_probs = logits, entry_log_probs_of_logits(logits, tree)
+    states = logits
+    log_probs = entry_log_probs_of_logits(logits, tree)
     if not traced.uses_model_logits:
-        states = final["states"]
         model_log_probs = log_probs
+        states = final["states"]
         log_probs = entry_log_probs(states, traced.unembedding.weight, tree)
         check_unembedding(traced.shape, log_probs, model_log_probs, logits)
     if isinstance(first_block["output"], tuple):
@@ -3939,7 +3974,8 @@ def check_unembedding(
     """`RunError` where log-probabilities from the final states and from the model's own logits
     differ by more than rounding of the logits."""
     error = float((log_probs - model_log_probs).abs().max())
-    bound = 1e-4 + 4 * torch.finfo(shape.dtype).eps * float(logits.abs().max())
+    rounding = torch.finfo(shape.dtype).eps * float(logits.abs().max())
+    bound = 1e-4 + 4 * rounding
     if not error <= bound:  # a NaN fails
         raise RunError(
             "log-probabilities from the unembedding differ from the model's own by "
@@ -3949,7 +3985,8 @@ def check_unembedding(
 
 def with_background(edits: Edits, background: Edits, first_layer: int) -> Edits:
     """The edits of a row, and those of the background in the layers that are run."""
-    return (*edits, *(edit for edit in background if edit.site.layer >= first_layer))
+    edits_behind = [edit for edit in background if edit.site.layer >= first_layer]
+    return (*edits, *edits_behind)
 
 
 def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) -> Tensor:
@@ -3996,7 +4033,8 @@ def first_token_log_probs(traced: TracedModel, tree: Tree, states: Tensor) -> Te
     logits = states[tree.ends]
     if not traced.uses_model_logits:
         weight = traced.unembedding.weight
-        logits = torch.cat(list(unembed(logits.to(weight.device), weight)), -1)
+        blocks = list(unembed(logits.to(weight.device), weight))
+        logits = torch.cat(blocks, -1)
     return logits.float().log_softmax(-1)
 
 
@@ -4008,7 +4046,8 @@ def read_divergence(traced: TracedModel, clean_run: CleanRun, states: Tensor) ->
         edited = first_token_log_probs(traced, clean_run.tree, row_states)
         terms = nn.functional.kl_div(edited, unedited, reduction="none", log_target=True)
         divergences.append(terms.sum(-1))
-    return torch.stack(divergences).clamp_min(0).cpu().double()
+    divergence = torch.stack(divergences).clamp_min(0)  # rounding may leave it below 0
+    return divergence.cpu().double()
 
 
 @torch.inference_mode()
@@ -4667,8 +4706,8 @@ class Experiment(Generic[OptionsT]):
         for tree in self.trees:
             clean_run = run_clean(self.traced, tree, self.background, (), sites)
             for site, activation in clean_run.activations.items():
-                weights = tree.b_weight.to(activation.device)
-                sums[site] += weights @ activation.double()
+                activation = widen(activation)  # [tok, width]
+                sums[site] += tree.b_weight.to(activation) @ activation
         count = sum(float(tree.b_weight.sum()) for tree in self.trees)
         return {site: total / count for site, total in sums.items()}
 
@@ -4723,6 +4762,7 @@ class Experiment(Generic[OptionsT]):
 
 # by how many nats rounding may move a log-probability
 LOG_PROB_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.5}
+SMALLEST = torch.finfo(torch.float32).tiny  # what is smaller is 0 to a share
 
 
 class Check(NamedTuple):
@@ -4748,20 +4788,25 @@ def self_test(experiment: Experiment) -> list[Check]:
         checks += check_attentions(experiment)
     n_hooks = count_hooks(traced)
     clean_run = run_shortest_samples(experiment)
-    n_heads = traced.shape.n_heads
-    heads = []
-    for layer in range(traced.shape.n_layers):
-        heads.append(Component(layer, "head", (7 * layer + 1) % n_heads))
+    heads = one_head_per_layer(traced.shape)
     checks.append(check_ablation(traced, clean_run, heads))
     checks += check_empty_edits(traced, clean_run)
     checks.append(check_rows(traced, clean_run, heads))
     checks.append(check_mask(clean_run))
     checks += check_tree(traced, clean_run)
-    checks.append(
-        Check("hooks and replaced forwards left behind", count_hooks(traced) - n_hooks, 0)
-    )
+    n_left_behind = count_hooks(traced) - n_hooks
+    checks.append(Check("hooks and replaced forwards left behind", n_left_behind, 0))
     report_checks(checks)
     return checks
+
+
+def one_head_per_layer(shape: ModelShape) -> list[Component]:
+    """A head of each layer, of different indices."""
+    heads = []
+    for layer in range(shape.n_layers):
+        index = (7 * layer + 1) % shape.n_heads
+        heads.append(Component(layer, "head", index))
+    return heads
 
 
 def run_shortest_samples(experiment: Experiment) -> CleanRun:
@@ -4782,7 +4827,8 @@ def report_checks(checks: Sequence[Check]) -> None:
         if not check.passed:
             failures.append(f"{check.name}: {check.error:.3g}, bound {check.bound:.3g}")
     if failures:
-        raise RunError(f"the self-test failed; {'; '.join(failures)}")
+        sentence = "; ".join(failures)
+        raise RunError(f"the self-test failed; {sentence}")
 
 
 def count_hooks(traced: TracedModel) -> int:
@@ -4796,26 +4842,27 @@ def count_hooks(traced: TracedModel) -> int:
     return count
 
 
-def largest_difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The largest difference of two lists of tensors; NaN where there is one."""
-    errors = [torch.zeros((), dtype=torch.float64)]
-    for one, other in zip(actual, expected, strict=True):
-        errors.append((one.double().cpu() - other.double().cpu()).abs().max())
-    return float(torch.stack(errors).max())
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference between elements of two tensors."""
+    differences = actual.double().cpu() - expected.double().cpu()
+    return float(differences.abs().max())
 
 
-def largest_relative_difference(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The largest difference as a share of the largest value that was expected; NaN likewise."""
-    errors = [torch.zeros((), dtype=torch.float64)]
-    for one, other in zip(actual, expected, strict=True):
-        scale = other.double().cpu().abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        errors.append((one.double().cpu() - other.double().cpu()).abs().max() / scale)
-    return float(torch.stack(errors).max())
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest expected element."""
+    scale = float(expected.abs().max())
+    return difference(actual, expected) / max(scale, SMALLEST)
+
+
+def largest_error(errors: Sequence[float]) -> float:
+    """0 without errors; NaN where one is."""
+    return float(torch.tensor([0.0, *errors], dtype=torch.float64).max())
 
 
 def product_bound(shape: ModelShape) -> float:
     """The relative error that rounding may give a product of matrices."""
-    return 4 * torch.finfo(shape.dtype).eps + 1e-5
+    rounding = torch.finfo(shape.dtype).eps
+    return 4 * rounding + 1e-5
 
 
 def check_ablation(traced: TracedModel, clean_run: CleanRun, heads: Sequence[Component]) -> Check:
@@ -4828,21 +4875,23 @@ def check_ablation(traced: TracedModel, clean_run: CleanRun, heads: Sequence[Com
         editing(traced, [scaled_edits(heads, shape)]),
     ):
         traced.body(**clean_run.model_inputs)
-    expected = []
+    errors = []
     for head in heads:
-        by_head = inputs[head.layer].unflatten(-1, (shape.n_heads, shape.d_head)).clone()
-        by_head[..., head.index, :] = 0  # [1, tok, head, d_head]
-        expected.append(o_projs[head.layer](by_head.flatten(-2)))
-    error = largest_relative_difference([outputs[head.layer] for head in heads], expected)
+        by_head = inputs[head.layer].unflatten(-1, (shape.n_heads, shape.d_head))
+        others = by_head.clone()  # [1, tok, head, d_head]
+        others[..., head.index, :] = 0
+        expected = o_projs[head.layer](others.flatten(-2))
+        errors.append(relative_difference(outputs[head.layer], expected))
     name = "ablating a head takes x_h W_h^T from o_proj's output (relative)"
-    return Check(name, error, product_bound(shape))
+    return Check(name, largest_error(errors), product_bound(shape))
 
 
 def run_unedited_from(traced: TracedModel, clean_run: CleanRun, layer: int) -> Tensor:
     """Log-probabilities [row, entry] with edits that change nothing in one layer."""
     rows = []
     for place in ("attn", "resid"):
-        rows.append((Edit(Site(layer, place), slice(None), factor=1.0),))
+        edit = Edit(Site(layer, place), slice(None), factor=1.0)
+        rows.append((edit,))
     return run_rows(traced, clean_run, rows)
 
 
@@ -4852,14 +4901,17 @@ def check_empty_edits(traced: TracedModel, clean_run: CleanRun) -> list[Check]:
     bound = LOG_PROB_BOUND[traced.shape.dtype]
     layers = {min(1, n_layers - 1), n_layers // 2, n_layers - 1}
     for layer in layers:  # a row alone must not edit what the clean run keeps
-        run_rows(traced, clean_run, [(Edit(Site(layer, "resid"), slice(None)),)])
-    resumed = [run_unedited_from(traced, clean_run, layer) for layer in layers]
-    resumed_error = largest_difference(resumed, [clean_run.log_probs] * len(resumed))
-    first = run_unedited_from(traced, clean_run, 0)
-    first_error = largest_difference([first], [clean_run.log_probs])
+        removed = Edit(Site(layer, "resid"), slice(None))
+        run_rows(traced, clean_run, [(removed,)])
+    errors = []
+    for layer in layers:
+        log_probs = run_unedited_from(traced, clean_run, layer)
+        errors.append(difference(log_probs, clean_run.log_probs))
+    log_probs = run_unedited_from(traced, clean_run, 0)
+    first_error = difference(log_probs, clean_run.log_probs)
     return [
         Check("an empty edit reproduces the log-probabilities (nats)", first_error, bound),
-        Check("starting at a later block reproduces them (nats)", resumed_error, bound),
+        Check("starting at a later block reproduces them (nats)", largest_error(errors), bound),
     ]
 
 
@@ -4867,9 +4919,9 @@ def check_rows(traced: TracedModel, clean_run: CleanRun, heads: Sequence[Compone
     """An unedited row is the same beside a row that is ablated and beside one that is kept."""
     ablated = scaled_edits(heads, traced.shape)
     kept = scaled_edits(heads, traced.shape, factor=1.0)
-    beside_ablated = run_rows(traced, clean_run, [ablated, ()])[1:]
-    beside_kept = run_rows(traced, clean_run, [kept, ()])[1:]
-    error = largest_difference(beside_ablated, beside_kept)
+    beside_ablated = run_rows(traced, clean_run, [ablated, ()])[1]
+    beside_kept = run_rows(traced, clean_run, [kept, ()])[1]
+    error = difference(beside_ablated, beside_kept)
     bound = LOG_PROB_BOUND[traced.shape.dtype] / 10
     return Check("a row is not touched by another's edits (nats)", error, bound)
 
@@ -4877,51 +4929,52 @@ def check_rows(traced: TracedModel, clean_run: CleanRun, heads: Sequence[Compone
 def check_mask(clean_run: CleanRun) -> Check:
     """In the mask, a token of a prompt or a form sees exactly those before it there, and itself."""
     tree = clean_run.tree
-    visible = clean_run.model_inputs["attention_mask"][0, 0].cpu() == 0  # [tok, tok]
+    mask = clean_run.model_inputs["attention_mask"][0, 0].cpu()  # [tok, tok], added to scores
+    visible = mask == 0
     n_wrong = 0
     for path, words in zip(tree.paths, tree.entries, strict=True):
         for form in itertools.chain(*words):
-            form_nodes = tree.scored[tree.entry_node[form[1:]]].tolist()
-            n_wrong += count_wrong_nodes(tree, visible, [*path, *form_nodes])
+            form_nodes = tree.entry_node[form[1:]]  # its first token follows the prompt's last
+            nodes = path + tree.scored[form_nodes].tolist()
+            n_wrong += count_wrong_nodes(tree, visible, nodes)
     return Check("tokens of the tree that see others than those before them", n_wrong, 0)
 
 
 def count_wrong_nodes(tree: Tree, visible: Tensor, nodes: list[int]) -> int:
-    """How many nodes of a text see others than those before them, or have another position."""
+    """How often a node of a text sees another than those before it, or has another position."""
     n_nodes = len(nodes)
     expected = torch.zeros(n_nodes, tree.n_tokens, dtype=torch.bool)
-    expected[:, nodes] = torch.ones(n_nodes, n_nodes, dtype=torch.bool).tril()
-    n_wrong_views = int((visible[nodes] != expected).sum())
-    n_wrong_positions = int((tree.depth[0, nodes] != torch.arange(n_nodes)).sum())
-    return n_wrong_views + n_wrong_positions
+    causal = torch.ones(n_nodes, n_nodes, dtype=torch.bool).tril()
+    expected[:, nodes] = causal
+    is_wrong_view = visible[nodes] != expected  # [node, tok]
+    is_wrong_position = tree.depth[0, nodes] != torch.arange(n_nodes)
+    return int(is_wrong_view.sum() + is_wrong_position.sum())
 
 
-class PromptComparison(NamedTuple):
-    """A prompt in the tree against a plain forward of the prompt alone."""
+class PromptErrors(NamedTuple):
+    """How a prompt in the tree differs from a plain forward of the prompt alone."""
 
-    attention_errors: Tensor  # [tok], relative, of what the heads of block 0 give
-    tree_log_probs: Tensor  # [token], of the likeliest next tokens
-    plain_log_probs: Tensor  # [token]
+    attention: float  # relative, of the heads' outputs in block 0, at the worst token
+    log_probs: float  # in nats, of the likeliest next tokens
 
 
-def compare_prompt(traced: TracedModel, clean_run: CleanRun, number: int) -> PromptComparison:
-    """Run one prompt of the tree alone."""
+def compare_prompt(traced: TracedModel, clean_run: CleanRun, number: int) -> PromptErrors:
+    """Run one prompt of the tree alone, and compare."""
     tree = clean_run.tree
     site = Site(0, "attn")
     ids = torch.tensor([tree.prompts[number].ids], device=traced.device)
-    with recording_activations(traced, [site]) as recorded:
-        logits = traced.model(ids, use_cache=False).logits[0, -1]
-    plain = recorded[site][0].float()  # [tok, d_attn]
-    packed = clean_run.activations[site][tree.paths[number]].float()
-    size = plain.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    plain_log_probs = logits.float().log_softmax(-1)
-    tree_log_probs = clean_run.logits[tree.ends[number]].float().log_softmax(-1)
+    with recording_activations(traced, [site]) as activations:
+        plain_logits = traced.model(ids, use_cache=False).logits[0, -1]
+    plain_heads = activations[site][0].float()  # [tok, d_attn]
+    tree_heads = clean_run.activations[site][tree.paths[number]].float()
+    size = plain_heads.norm(dim=-1).clamp_min(SMALLEST)
+    attention_errors = (tree_heads - plain_heads).norm(dim=-1) / size
+    tree_logits = clean_run.logits[tree.ends[number]]
+    plain_log_probs = plain_logits.float().log_softmax(-1)
+    tree_log_probs = tree_logits.float().log_softmax(-1)
     likeliest = plain_log_probs.topk(50).indices
-    return PromptComparison(
-        attention_errors=(packed - plain).norm(dim=-1) / size,
-        tree_log_probs=tree_log_probs[likeliest],
-        plain_log_probs=plain_log_probs[likeliest],
-    )
+    log_prob_error = difference(tree_log_probs[likeliest], plain_log_probs[likeliest])
+    return PromptErrors(float(attention_errors.max()), log_prob_error)
 
 
 def check_tree(traced: TracedModel, clean_run: CleanRun) -> list[Check]:
@@ -4931,31 +4984,37 @@ def check_tree(traced: TracedModel, clean_run: CleanRun) -> list[Check]:
     ancestor that a token does not see.
     """
     samples = clean_run.tree.samples
-    numbers = {*samples[0][1].values(), *samples[-1][1].values()}
-    comparisons = [compare_prompt(traced, clean_run, number) for number in sorted(numbers)]
-    attention_error = torch.cat([one.attention_errors for one in comparisons]).max()
-    log_prob_error = largest_difference(
-        [one.tree_log_probs for one in comparisons], [one.plain_log_probs for one in comparisons]
-    )
+    numbers: set[int] = set()
+    for _, numbers_by_side in (samples[0], samples[-1]):
+        numbers.update(numbers_by_side.values())
+    errors = [compare_prompt(traced, clean_run, number) for number in sorted(numbers)]
+    attention_error = largest_error([error.attention for error in errors])
+    log_prob_error = largest_error([error.log_probs for error in errors])
     bound = LOG_PROB_BOUND[traced.shape.dtype]
     name = "tree against plain forwards"
     attention_name = f"{name}: attention in block 0 (relative)"
     return [
-        Check(attention_name, float(attention_error), min(bound, 0.01)),
+        Check(attention_name, attention_error, min(bound, 0.01)),
         Check(f"{name}: log-probabilities (nats)", log_prob_error, bound),
     ]
 
 
-def check_attentions(experiment: Experiment) -> list[Check]:
-    """Attention has one map per query head, and maps times values give what the heads give."""
-    traced = experiment.traced
-    shape = experiment.shape
-    ids = torch.tensor([experiment.prompts[0][0].ids], device=traced.device)
-    if VALUE_PROJECTION not in dict(traced.layers[0].named_modules()):
-        raise UsageError(f"--check_attentions needs {VALUE_PROJECTION}, which {shape.name} lacks")
+class AttentionRecord(NamedTuple):
+    """What one plain forward shows of attention, layer by layer."""
+
+    maps: Sequence[Tensor]  # [1, head, tok, tok]
+    values: list[Tensor]  # [1, tok, n_kv_heads * d_head]
+    head_outputs: list[Tensor]  # [1, tok, d_attn]
+
+
+def record_attention(traced: TracedModel, ids: Tensor) -> AttentionRecord:
+    """Run token ids [1, tok] with the attention implementation that gives its maps."""
+    shape = traced.shape
     layers = range(shape.n_layers)
-    v_projs = {layer: traced.layers[layer].get_submodule(VALUE_PROJECTION) for layer in layers}
     sites = [Site(layer, "attn") for layer in layers]
+    v_projs = {}
+    for layer in layers:
+        v_projs[layer] = traced.layers[layer].get_submodule(VALUE_PROJECTION)
     traced.model.set_attn_implementation("eager")
     try:
         with (
@@ -4965,29 +5024,48 @@ def check_attentions(experiment: Experiment) -> list[Check]:
             output = traced.model(ids, use_cache=False, output_attentions=True)
     finally:
         traced.model.set_attn_implementation(shape.attn_implementation)
-    maps = output.attentions or ()
-    expected_shape = (1, shape.n_heads, ids.shape[1], ids.shape[1])
-    n_wrong = abs(len(maps) - shape.n_layers)
-    n_wrong += sum(tuple(one.shape) != expected_shape for one in maps)
-    mixed = []
-    if n_wrong == 0:
-        mixed = [mix_values(maps[layer][0], values[layer][0], shape) for layer in layers]
-    head_outputs = [activations[site][0] for site in sites[: len(mixed)]]
-    error = largest_relative_difference(mixed, head_outputs)
-    name = "attention times values gives o_proj's input (relative)"
-    return [
-        Check(f"attention maps that are not {expected_shape}", n_wrong, 0),
-        Check(name, error, product_bound(shape)),
-    ]
+    return AttentionRecord(
+        maps=output.attentions or (),
+        values=[values[layer] for layer in layers],
+        head_outputs=[activations[site] for site in sites],
+    )
 
 
 def mix_values(attention_map: Tensor, values: Tensor, shape: ModelShape) -> Tensor:
-    """What the heads give [tok, d_attn], from their attention [head, tok, tok] and the values
+    """The heads' outputs [tok, d_attn], from attention [head, tok, tok] and the values
     [tok, n_kv_heads * d_head], which several heads share."""
-    by_kv_head = values.unflatten(-1, (-1, shape.d_head)).transpose(0, 1)  # [kv head, tok, d_head]
-    by_head = by_kv_head.repeat_interleave(shape.n_heads // len(by_kv_head), 0)
+    by_kv_head = values.unflatten(-1, (-1, shape.d_head))
+    by_kv_head = by_kv_head.transpose(0, 1)  # [kv head, tok, d_head]
+    heads_per_value = shape.n_heads // len(by_kv_head)
+    by_head = by_kv_head.repeat_interleave(heads_per_value, 0)
     mixed = attention_map.float() @ by_head.float()  # [head, tok, d_head]
     return mixed.transpose(0, 1).flatten(1)
+
+
+def check_attentions(experiment: Experiment) -> list[Check]:
+    """Attention has one map per query head, and maps times values give the heads' outputs."""
+    traced = experiment.traced
+    shape = experiment.shape
+    if VALUE_PROJECTION not in dict(traced.layers[0].named_modules()):
+        raise UsageError(f"--attentions needs {VALUE_PROJECTION}, which {shape.name} lacks")
+    prompt = experiment.prompts[0][0]
+    record = record_attention(traced, torch.tensor([prompt.ids], device=traced.device))
+    n_tokens = len(prompt.ids)
+    expected_shape = (1, shape.n_heads, n_tokens, n_tokens)
+    n_wrong = abs(len(record.maps) - shape.n_layers)
+    for attention_map in record.maps:
+        if tuple(attention_map.shape) != expected_shape:
+            n_wrong += 1
+    errors = []
+    if n_wrong == 0:
+        for layer in range(shape.n_layers):
+            mixed = mix_values(record.maps[layer][0], record.values[layer][0], shape)
+            errors.append(relative_difference(mixed, record.head_outputs[layer][0]))
+    name = "attention times values gives o_proj's input (relative)"
+    return [
+        Check(f"attention maps that are not {expected_shape}", n_wrong, 0),
+        Check(name, largest_error(errors), product_bound(shape)),
+    ]
 
 
 # ----- Measurement --------------------------------------------------------------------------------
