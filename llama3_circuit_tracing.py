@@ -9647,15 +9647,19 @@ Replies = dict[str, dict[tuple[str, str], str]]  # by title, then by sample_id a
 
 
 class FieldRule(NamedTuple):
-    """What a field of a record holds: a test of its value, and the words for it."""
+    """What a field of a record holds: a test of its value, and words for what passes it."""
 
     fits: Callable[[Any], bool]
-    wanted: str
-    needed: bool = True
+    expected: str
+    required: bool = True
 
 
-def is_string(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def is_count(value: Any) -> bool:
@@ -9672,112 +9676,144 @@ def is_number_or_null(value: Any) -> bool:
     return value is None or is_number(value)
 
 
-def is_string_list(value: Any) -> bool:
-    return isinstance(value, list) and all(map(is_string, value))
-
-
-def is_token_list(value: Any) -> bool:
-    """Pairs of a token and its probability."""
-    if not isinstance(value, list):
+def is_token(value: Any) -> bool:
+    """A token and its probability."""
+    if not isinstance(value, list) or len(value) != 2:
         return False
-    for pair in value:
-        if not isinstance(pair, list) or len(pair) != 2:
-            return False
-        if not is_string(pair[0]) or not is_number(pair[1]):
-            return False
-    return True
+    return is_text(value[0]) and is_number(value[1])
 
 
-def is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def is_finding(value: Any) -> bool:
+    return is_object(value) and is_text(value.get("level")) and is_text(value.get("text"))
 
 
-TEXT = FieldRule(is_string, "a text")
-COUNT = FieldRule(is_count, "a whole number from 0 on")
+def list_of(is_item: Callable[[Any], bool], expected: str) -> FieldRule:
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and all(map(is_item, value))
+
+    return FieldRule(fits, f"a list of {expected}")
+
+
+TEXT = FieldRule(is_text, "a text")
 NUMBER = FieldRule(is_number, "a number")
-TEXT_LIST = FieldRule(is_string_list, "a list of texts")
-REPLY_RULES = {  # of a line of generations.jsonl
-    "sample_id": TEXT,
-    "prompt": TEXT,
-    "ablated": TEXT,
-    "n_ablated": COUNT,
-    "multiplier": FieldRule(is_number_or_null, "a number or null", needed=False),
-    "reply": TEXT,
+TEXTS = list_of(is_text, "texts")
+OBJECT = FieldRule(is_object, "an object")
+COMMAND_RULES = {  # of one of `commands` in run.json
+    "command": FieldRule(COMMANDS.__contains__, "a command of this script"),
+    "options": OBJECT,
+    "findings": list_of(is_finding, "levels and texts")._replace(required=False),
+    "files": TEXTS._replace(required=False),
 }
 SAMPLE_RULES = {  # of one of `samples` in run.json
     "sample_id": TEXT,
     "prompts_id": TEXT,
-    "group": TEXT._replace(needed=False),
-    "targets": TEXT_LIST,
-    "foils": TEXT_LIST,
-    "flags": TEXT_LIST,
+    "group": TEXT._replace(required=False),
+    "targets": TEXTS,
+    "foils": TEXTS,
+    "flags": TEXTS,
     "p_target": NUMBER,
     "delta_logit_base": NUMBER,
-    "prompts": FieldRule(is_object, "an object"),
+    "prompts": OBJECT,
 }
 PROMPT_RULES = {  # of one of its prompts
     "text": TEXT,
     "score": NUMBER,
-    "likeliest": FieldRule(is_token_list, "a list of tokens with their probabilities"),
+    "likeliest": list_of(is_token, "tokens with their probabilities"),
+}
+REPLY_RULES = {  # of a line of generations.jsonl
+    "sample_id": TEXT,
+    "prompt": TEXT,
+    "ablated": TEXT,
+    "n_ablated": FieldRule(is_count, "a whole number from 0 on"),
+    "multiplier": FieldRule(is_number_or_null, "a number or null", required=False),
+    "reply": TEXT,
 }
 
 
-def fault_of_field(record: Mapping[str, Any], name: str, rule: FieldRule) -> str:
-    """What is wrong with one field of a record; "" where nothing is."""
-    if name not in record:
-        return f"field {name!r} is missing" if rule.needed else ""
-    if rule.fits(record[name]):
-        return ""
-    return f"field {name!r} is {quote(record[name])}, not {rule.wanted}"
-
-
-def fault_of(record: Any, rules: Mapping[str, FieldRule]) -> str:
+def find_fault(record: Any, rules: Mapping[str, FieldRule]) -> str:
     """What makes a record another's than this script's; "" where nothing does."""
-    if not isinstance(record, dict):
+    if not is_object(record):
         return f"{quote(record)} is no JSON object"
     for name, rule in rules.items():
-        fault = fault_of_field(record, name, rule)
-        if fault:
-            return fault
+        if name not in record:
+            if rule.required:
+                return f"field {name!r} is missing"
+        elif not rule.fits(record[name]):
+            return f"field {name!r} is {quote(record[name])}, not {rule.expected}"
     return ""
 
 
-def fault_of_reply(record: Any) -> str:
-    return fault_of(record, REPLY_RULES)
-
-
-def fault_of_sample(record: Any) -> str:
+def find_sample_fault(record: Any) -> str:
     """The same of a sample and its prompts."""
-    fault = fault_of(record, SAMPLE_RULES)
+    fault = find_fault(record, SAMPLE_RULES)
     if fault:
         return fault
     for side, prompt in record["prompts"].items():
-        fault = fault_of(prompt, PROMPT_RULES)
+        fault = find_fault(prompt, PROMPT_RULES)
         if fault:
             return f"prompt {quote(side)}: {fault}"
     return ""
 
 
-def sort_out(
-    path: Path, entries: Iterable[tuple[str, Any]], find_fault: Callable[[Any], str]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The records of a file that are as this script writes them, and what is to be said of the
-    others, which the page leaves out: at most one sentence, of the first of them.
+class PageRecords:
+    """The records of a run folder that the page shows, and a sentence for each file that holds
+    others: these are left out."""
 
-    `entries` gives the place of each record in the file, and the record.
-    """
-    records: list[dict[str, Any]] = []
-    faults: list[str] = []
-    for place, record in entries:
-        fault = find_fault(record)
-        if fault:
-            faults.append(f"{path}, {place}: {fault}")
-        else:
-            records.append(record)
-    if not faults:
-        return records, []
-    left_out = "this record is" if len(faults) == 1 else f"{len(faults)} such records are"
-    return records, [f"{faults[0]}; {left_out} left out of the page"]
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = read_record(path / "run.json")
+        self.warnings: list[str] = []
+        self.commands = self.read_commands()
+        self.samples = self.read_samples()
+        self.replies = self.read_replies()
+
+    def select(
+        self, name: str, entries: Iterable[tuple[str, Any]], fault_of: Callable[[Any], str]
+    ) -> list[dict[str, Any]]:
+        """The records of a file that are as this script writes them. `entries` are places in the
+        file and what stands there."""
+        records, faults = [], []
+        for place, record in entries:
+            fault = fault_of(record)
+            if fault:
+                faults.append(f"{self.path / name}, {place}: {fault}")
+            else:
+                records.append(record)
+        if faults:
+            left_out = "this record is" if len(faults) == 1 else f"{len(faults)} such records are"
+            self.warnings.append(f"{faults[0]}; {left_out} left out of the page")
+        return records
+
+    def read_commands(self) -> list[dict[str, Any]]:
+        """What run.json says of each command, with its name as `command`."""
+        entries = []
+        for command, entry in self.record["commands"].items():
+            entries.append((f"command {quote(command)}", entry | {"command": command}))
+        return self.select("run.json", entries, lambda entry: find_fault(entry, COMMAND_RULES))
+
+    def read_samples(self) -> list[dict[str, Any]]:
+        samples = self.record.get("samples", [])
+        if not isinstance(samples, list):
+            samples = [samples]
+        entries = [(f"sample {number}", sample) for number, sample in enumerate(samples, 1)]
+        return self.select("run.json", entries, find_sample_fault)
+
+    def read_replies(self) -> Replies:
+        """The replies of each command that has some: without edits, and with its circuit edited."""
+        replies: Replies = {}
+        for entry in self.commands:
+            for name in self.files(entry):
+                if name.endswith("generations.jsonl"):
+                    lines = numbered_lines(self.path / name)
+                    records = self.select(name, lines, lambda line: find_fault(line, REPLY_RULES))
+                    replies |= replies_by_edit(entry["command"], records)
+        return replies
+
+    def files(self, entry: Mapping[str, Any]) -> list[str]:
+        """The files of a command that its record lists and that are there."""
+        names = COMMAND_FILES[entry["command"]]
+        listed = set(entry.get("files", ()))
+        return [name for name in names if name in listed and (self.path / name).is_file()]
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -9785,65 +9821,47 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, Any]]:
     stands in place of its record."""
     with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
             record: Any = text.strip()
-            with contextlib.suppress(ValueError):
-                record = parse_json(text)
-            yield f"line {number}", record
+            if record:
+                with contextlib.suppress(ValueError):
+                    record = parse_json(text)
+                yield f"line {number}", record
 
 
-def read_replies(path: Path) -> tuple[Replies, list[str]]:
-    """The replies that the page shows, and what is to be said of other records of that file."""
-    if not path.is_file():
-        return {}, []
-    records, warnings = sort_out(path, numbered_lines(path), fault_of_reply)
-    return replies_by_edit(records), warnings
-
-
-def replies_by_edit(records: list[dict[str, Any]]) -> Replies:
-    """By what is edited: the unedited replies, and those with the whole circuit edited.
+def replies_by_edit(command: str, records: list[dict[str, Any]]) -> Replies:
+    """The unedited replies of a command, and those with its whole circuit edited.
 
     The circuit is the first of the largest sets: smaller ones are its best, and a random set of
     its size comes after it.
     """
-    if not records:
-        return {}
-    circuit = max(records, key=lambda record: record["n_ablated"])["ablated"]
     replies: Replies = defaultdict(dict)
+    largest = max(records, key=lambda record: record["n_ablated"], default={"ablated": ""})
     for record in records:
-        if record["ablated"] in ("", circuit):
-            replies[title_of_reply(record)][record["sample_id"], record["prompt"]] = record["reply"]
+        if record["ablated"] in ("", largest["ablated"]):
+            title = f"{command}: {describe_edit(command, record)}"
+            replies[title][record["sample_id"], record["prompt"]] = record["reply"]
     return replies
 
 
-def title_of_reply(record: dict[str, Any]) -> str:
-    """What a column of replies is called."""
+def describe_edit(command: str, record: Mapping[str, Any]) -> str:
+    """The edit of a reply: unedited, 2 components edited, 2 components x 0.5"""
     if record["n_ablated"] == 0:
-        return "reply"
-    what = "direction" if record["ablated"].endswith(" everywhere") else "component"
+        return "unedited"
+    noun = "direction" if command == "directions" else "component"
     factor = record.get("multiplier")
     edit = "edited" if factor is None else f"x {factor:g}"
-    return f"reply, {count_noun(record['n_ablated'], what)} {edit}"
+    return f"{count_noun(record['n_ablated'], noun)} {edit}"
 
 
-def read_samples(path: Path, record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The samples of a run.json, and what is to be said of others that this script did not write."""
-    entries = []
-    for number, sample in enumerate(record.get("samples", ()), 1):
-        entries.append((f"sample {number}", sample))
-    return sort_out(path, entries, fault_of_sample)
-
-
-# ----- Page ---------------------------------------------------------------------------------------
+# ----- HTML ---------------------------------------------------------------------------------------
 
 PAGE_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;
   max-width: 75rem; padding: 0 1rem 3rem; overflow-wrap: anywhere }
 h1, h2, h3 { line-height: 1.2 } h2 { border-top: 1px solid #bbb; padding-top: 1rem }
-h3 { font-size: 1rem; margin-bottom: 0 } p { margin: .4rem 0 }
+h3 { font-size: 1rem; margin-bottom: 0 } p { margin: .4rem 0 } nav a { margin-right: 1rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem }
-dt { font-weight: 600 } dd { margin: 0; white-space: pre-line }
+dt { font-weight: 600 } dd { margin: 0 }
 .warning { background: #fff1c2; padding: 0 .3rem }
 .wide { overflow-x: auto; margin: .6rem 0 }
 table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal }
@@ -9870,12 +9888,12 @@ for (const head of document.querySelectorAll(".sortable thead tr:last-child th")
   button.append(...head.childNodes);
   head.append(button);
   button.onclick = () => {
-    const way = head.ariaSort === "ascending" ? -1 : 1;
+    const direction = head.ariaSort === "ascending" ? -1 : 1;
     for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+    head.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
     const body = head.closest("table").tBodies[0];
     const rows = [...body.rows].map(row => [key(row.cells[head.cellIndex]), row]);
-    rows.sort(([a], [b]) => (a === "") - (b === "") || way * (
+    rows.sort(([a], [b]) => (a === "") - (b === "") || direction * (
       typeof a === "number" ? a - b : a.localeCompare(b, "en", {numeric: true})));
     body.append(...rows.map(([, row]) => row));
   };
@@ -9894,8 +9912,7 @@ def as_html(value: object) -> Html:
     """
     if isinstance(value, Html):
         return value
-    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(value))
-    return Html(html.escape("".join(shown)))
+    return Html(html.escape(visible(str(value), keep="\n")))
 
 
 def element(tag: str, *content: object, **attributes: object) -> Html:
@@ -9914,16 +9931,6 @@ def element(tag: str, *content: object, **attributes: object) -> Html:
     return Html(f"<{opening}>{inside}</{tag}>")
 
 
-def cell(*content: object, **attributes: object) -> Html:
-    """A cell of a table, escaped as `element` does."""
-    return element("td", *content, **attributes)
-
-
-def heading(*content: object, **attributes: object) -> Html:
-    """A cell that names a row or a column, escaped as `element` does."""
-    return element("th", *content, **attributes)
-
-
 def html_table(
     headings: Iterable[Sequence[Html]], rows: Iterable[Sequence[Html]], **attributes: object
 ) -> Html:
@@ -9933,13 +9940,13 @@ def html_table(
     return element("div", element("table", head, body, **attributes), class_="wide")
 
 
-def rounded(value: Any, form: str) -> Html:
-    """What a cell shows: a number rounded for reading, and whole for sorting; "" if missing."""
+def rounded(value: Any, number_format: str) -> Html:
+    """What a cell shows: a number rounded for reading, and exact for sorting; "" if missing."""
     if pd.isna(value):
         return Html()
-    if not form:
+    if not number_format:
         return as_html(value)
-    return element("data", f"{value:{form}}", value=repr(float(value)))
+    return element("data", f"{value:{number_format}}", value=repr(float(value)))
 
 
 def shade(value: float, bound: float) -> str:
@@ -9948,8 +9955,14 @@ def shade(value: float, bound: float) -> str:
     return f"background-color: {to_hex(colormaps['RdBu_r'](0.5 + 0.3 * share))}"
 
 
-def page(title: str, parts: Iterable[Html]) -> str:
-    """An HTML page in which no script runs but PAGE_SCRIPT."""
+def page(title: str, sections: Mapping[str, Iterable[object]]) -> str:
+    """An HTML page of sections by heading, with links to them, in which no script runs but
+    PAGE_SCRIPT."""
+    links, parts = [], []
+    for number, (heading, content) in enumerate(sections.items()):
+        links.append(element("a", heading, href=f"#section{number}"))
+        parts.append(element("h2", heading, id=f"section{number}"))
+        parts += map(as_html, content)
     script_hash = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     allowed = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
     return f"""<!DOCTYPE html>
@@ -9960,13 +9973,14 @@ def page(title: str, parts: Iterable[Html]) -> str:
 <title>{as_html(title)}</title>
 <style>{PAGE_STYLE}</style>
 <h1>{as_html(title)}</h1>
-{"".join(map(as_html, parts))}
+{element("nav", *links)}
+{"".join(parts)}
 <script>{PAGE_SCRIPT}</script>
 </html>
 """
 
 
-# ----- Report -------------------------------------------------------------------------------------
+# ----- Page ---------------------------------------------------------------------------------------
 
 MAX_TABLE_ROWS = 500  # components in the page's table
 MEASURES = {  # columns of circuit_heads.csv begin so, and end as in MEASURE_COLUMNS
@@ -9984,180 +9998,185 @@ DETAIL_COLUMNS = {
     "n_sentences": "d",
 }
 EXPERIMENT_FACTS = ("model_id", "revision", "task", "num_samples", "samples", "controls", "seed")
-FINGERPRINT_FACTS = ("model", "dtype", "device_type", "attn_implementation")
-VERSION_FACTS = ("torch", "transformers")
+FINGERPRINT_FACTS = (
+    "model",
+    "dtype",
+    "device_type",
+    "attn_implementation",
+    "torch",
+    "transformers",
+)
 EDIT_FACTS = ("kind", "op", "factor", "positions", "patch_into", "given", "layers", "heads")
 
 
 def write_page(path: Path) -> None:
-    """circuit_report.html: one page of all that the folder holds, which asks the network for
-    nothing. Records that this script did not write are left out with a warning."""
-    record = read_record(path / "run.json")
-    samples, warnings = read_samples(path / "run.json", record)
-    replies, reply_warnings = read_replies(path / "generations.jsonl")
-    for warning in (*warnings, *reply_warnings):
+    """circuit_report.html: one page of all that a run folder holds, which asks the network for
+    nothing."""
+    records = PageRecords(path)
+    sections: dict[str, list[Html]] = {"Experiment": [render_facts(records.record)]}
+    for entry in records.commands:
+        sections[entry["command"]] = render_command(records, entry)
+    if records.samples:
+        sections["Samples"] = [render_sample(sample, records.replies) for sample in records.samples]
+    for warning in records.warnings:
         log.warning("%s", warning)
-    options = record["experiment"]["options"]
-    parts = [element("h2", "The experiment"), render_facts(experiment_facts(record))]
-    for command, entry in record["commands"].items():
-        parts += render_command(path, command, entry)
-    if samples or warnings or reply_warnings:
-        parts.append(element("h2", "Samples"))
-        parts += [render_warning(warning) for warning in (*warnings, *reply_warnings)]
-        parts += [render_sample(sample, replies) for sample in samples]
-    model = Path(str(options.get("model_id", ""))).name
-    title = f"{options.get('task', 'results')} in {model}" if model else "Results"
-    write_text(path / REPORT_FILE, page(title, parts))
+        sections["Experiment"].append(render_warning(warning))
+    options = records.record["experiment"]["options"]
+    title = str(options.get("task") or "results")
+    if options.get("model_id"):
+        title += f" in {Path(str(options['model_id'])).name}"
+    write_text(path / REPORT_FILE, page(title, sections))
 
 
-def experiment_facts(record: Mapping[str, Any]) -> dict[str, str]:
+def render_facts(record: Mapping[str, Any]) -> Html:
     """What all commands of a folder share, by name."""
     experiment = record["experiment"]
-    facts = {}
-    for source, names in (
-        (experiment["options"], EXPERIMENT_FACTS),
-        (experiment["fingerprint"], FINGERPRINT_FACTS + VERSION_FACTS),
-    ):
-        for name in names:
-            if source.get(name) not in (None, "", False):
-                facts[name] = str(source[name])
+    facts = {name: experiment["options"].get(name) for name in EXPERIMENT_FACTS}
+    facts |= {name: experiment["fingerprint"].get(name) for name in FINGERPRINT_FACTS}
     floor = record.get("noise_floor")
-    facts["noise floor"] = "none known" if floor is None else f"{floor:.2g} nats"
-    return facts
-
-
-def render_facts(facts: Mapping[str, str]) -> Html:
+    facts["noise floor"] = f"{floor:.2g} nats" if is_number(floor) else "none known"
     lines = []
-    for name, text in facts.items():
-        lines += [element("dt", name), element("dd", text)]
+    for name, value in facts.items():
+        if value not in (None, "", False):
+            lines += [element("dt", name), element("dd", value)]
     return element("dl", *lines)
 
 
-def render_command(path: Path, command: str, entry: Mapping[str, Any]) -> list[Html]:
+def render_command(records: PageRecords, entry: Mapping[str, Any]) -> list[Html]:
     """What a command asked, found, tabulated and drew."""
-    options = entry.get("options", {})
+    command, options = entry["command"], entry["options"]
     edit = [f"{name} {options[name]}" for name in EDIT_FACTS if options.get(name) not in (None, "")]
-    question = COMMANDS[command].options.__doc__ if command in COMMANDS else ""
-    parts = [element("h2", command), element("p", question), element("p", ", ".join(edit))]
+    parts = [element("p", COMMANDS[command].options.__doc__), element("p", ", ".join(edit))]
     if not entry.get("finished"):
         parts.append(render_warning("this command has not ended; run it again"))
-    parts += render_findings(entry.get("findings", ()))
-    heads_path = path / "circuit_heads.csv"
-    if command in ("trace", "redraw") and heads_path.exists():
-        heads = pd.read_csv(heads_path, keep_default_na=False, na_values=[""])
-        parts += render_components(heads)
-    for name in entry.get("files", ()):
-        caption = COMMAND_FILES.get(command, {}).get(name)
-        if caption and (path / name).is_file():
-            parts.append(render_figure(path / name, caption))
+    parts += map(render_finding, entry.get("findings", ()))
+    for name in records.files(entry):
+        file = records.path / name
+        caption = COMMAND_FILES[command][name]
+        if name == "circuit_heads.csv":
+            parts += render_components(file)
+        elif caption:
+            parts.append(render_figure(file, caption))
     return parts
 
 
-def render_findings(findings: Iterable[Mapping[str, str]]) -> Iterator[Html]:
-    """The sentences of a command, with the names of stages as headings."""
-    for finding in findings:
-        if finding["level"] == "heading":
-            yield element("h3", finding["text"])
-        elif finding["level"] == "warning":
-            yield render_warning(finding["text"])
-        else:
-            yield element("p", finding["text"])
+def render_finding(finding: Mapping[str, str]) -> Html:
+    """A sentence of a command; the name of a stage is a heading."""
+    if finding["level"] == "warning":
+        return render_warning(finding["text"])
+    return element("h3" if finding["level"] == "heading" else "p", finding["text"])
 
 
 def render_warning(text: str) -> Html:
     return element("p", f"Warning: {text}", class_="warning")
 
 
-def render_components(heads: pd.DataFrame) -> list[Html]:
-    """The strongest components, by the contrast with other words where it is there."""
-    about = (
+class Column(NamedTuple):
+    """A column of the table of components."""
+
+    name: str  # in circuit_heads.csv
+    title: str
+    number_format: str = ""
+
+
+def render_components(path: Path) -> list[Html]:
+    """The strongest components of circuit_heads.csv, by the contrast with other words where it is
+    there; a warning where the file is not as this script writes it."""
+    try:
+        heads = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        return [element("p", describe_components(heads)), component_table(heads)]
+    except (ValueError, LookupError, TypeError) as error:
+        return [render_warning(f"{path.name} cannot be shown: {first_line(error)}")]
+
+
+def describe_components(heads: pd.DataFrame) -> str:
+    text = (
         "Nats, with 95 % intervals. Red leans to carrying the task, blue against it; the verdict"
         " says what can be told from chance. A click on a heading sorts."
     )
     if len(heads) > MAX_TABLE_ROWS:
-        about += f" The {MAX_TABLE_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
-    prefixes = [prefix for prefix in MEASURES if f"{prefix}mean" in heads]
-    groups = component_columns(heads, prefixes)
-    top = largest_rows(heads, f"{prefixes[0]}mean", MAX_TABLE_ROWS)
-    bound = float(top[[f"{prefix}mean" for prefix in prefixes]].abs().max(axis=None)) or 1.0
-    columns, titles, group_titles = [], [], []
-    for group_title, group in groups.items():
-        group_titles.append(heading(group_title, colspan=len(group), class_="group"))
-        for name, number_format in group.items():
-            titles.append(heading(column_title(name)))
-            columns.append(component_cells(top, name, number_format, bound))
-    rows = zip(*columns, strict=True)
-    table = html_table([group_titles, titles], rows, id="heads", class_="sortable")
-    return [element("p", about), table]
+        text += f" The {MAX_TABLE_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
+    return text
 
 
-def component_columns(heads: pd.DataFrame, prefixes: Sequence[str]) -> dict[str, dict[str, str]]:
-    """By group of columns, the columns of circuit_heads.csv and the formats of their numbers."""
-    groups = {"": {"label": ""}}
-    for prefix in prefixes:
-        columns = {}
-        for name, number_format in MEASURE_COLUMNS.items():
-            columns[f"{prefix}{name}"] = number_format
-        groups[MEASURES[prefix]] = columns
-    groups["details of the effect"] = DETAIL_COLUMNS
+def component_table(heads: pd.DataFrame) -> Html:
+    """A row per component, the strongest first; groups of columns have headings of their own."""
+    means = [f"{prefix}mean" for prefix in MEASURES if f"{prefix}mean" in heads]
+    top = largest_rows(heads, means[0], MAX_TABLE_ROWS)
+    bound = float(top[means].abs().max(axis=None)) or 1.0
+    cells, titles, group_titles = [], [], []
+    for group_title, columns in component_columns(heads).items():
+        group_titles.append(element("th", group_title, colspan=len(columns), class_="group"))
+        for column in columns:
+            titles.append(element("th", column.title))
+            cells.append(component_cells(top, column, bound))
+    rows = zip(*cells, strict=True)
+    return html_table([group_titles, titles], rows, id="heads", class_="sortable")
+
+
+def component_columns(heads: pd.DataFrame) -> dict[str, list[Column]]:
+    """By group the columns that circuit_heads.csv has."""
+    groups = {"": [Column("label", "component")]}
+    for prefix, title in MEASURES.items():
+        measure = [
+            Column(f"{prefix}{name}", name, MEASURE_COLUMNS[name]) for name in MEASURE_COLUMNS
+        ]
+        groups[title] = measure
+    groups["details of the effect"] = [
+        Column(name, name, DETAIL_COLUMNS[name]) for name in DETAIL_COLUMNS
+    ]
     present = {}
     for title, columns in groups.items():
-        present[title] = {name: text for name, text in columns.items() if name in heads}
-    return {title: columns for title, columns in present.items() if columns}
+        columns = [column for column in columns if column.name in heads]
+        if columns:
+            present[title] = columns
+    return present
 
 
-def column_title(name: str) -> str:
-    """What a column of circuit_heads.csv is called below the title of its group."""
-    if name == "label":
-        return "component"
-    prefixes = [prefix for prefix in MEASURES if name.startswith(prefix)]
-    return name.removeprefix(max(prefixes, key=len))
-
-
-def component_cells(top: pd.DataFrame, name: str, number_format: str, bound: float) -> list[Html]:
+def component_cells(top: pd.DataFrame, column: Column, bound: float) -> list[Html]:
     """The cells of a column; means are coloured by the role in the same measure."""
-    values = top[name].tolist()
-    if not name.endswith("mean"):
-        return [cell(rounded(value, number_format)) for value in values]
-    roles = top[f"{name.removesuffix('mean')}role"]
     cells = []
-    for value, role in zip(values, roles, strict=True):
-        cells.append(cell(rounded(value, number_format), style=shade(role, bound)))
+    for row in top.to_dict("records"):
+        style = None
+        if column.title == "mean":
+            role = row[f"{column.name.removesuffix('mean')}role"]
+            style = shade(role, bound)
+        cells.append(element("td", rounded(row[column.name], column.number_format), style=style))
     return cells
 
 
-def render_sample(record: Mapping[str, Any], replies: Replies) -> Html:
+def render_sample(sample: Mapping[str, Any], replies: Replies) -> Html:
     """What opens on a click: prompts, likeliest first tokens and replies of one sample."""
-    name = record["sample_id"]
+    name = sample["sample_id"]
     rows = []
-    for side, prompt in record["prompts"].items():
-        likeliest = "\n".join(f"{p:.1%} {token!r}" for token, p in prompt["likeliest"])
-        cells = [heading(side), cell(prompt["text"]), cell(f"{prompt['score']:+.3f}")]
-        cells.append(cell(likeliest))
-        for by_prompt in replies.values():
-            cells.append(cell(by_prompt.get((name, side), "")))
-        rows.append(cells)
+    for side, prompt in sample["prompts"].items():
+        likeliest = [f"{p:.1%} {token!r}" for token, p in prompt["likeliest"]]
+        texts = [prompt["text"], f"{prompt['score']:+.3f}", "\n".join(likeliest)]
+        texts += [by_prompt.get((name, side), "") for by_prompt in replies.values()]
+        rows.append([element("th", side), *(element("td", text) for text in texts)])
     titles = ("", "prompt", "score", "likeliest first tokens", *replies)
-    words = [f"{kind}: {', '.join(record[kind])}" for kind in ("targets", "foils") if record[kind]]
-    line = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
-    if record.get("group"):
-        line += f", {record['group']}"
+    words = [f"{kind}: {', '.join(sample[kind])}" for kind in ("targets", "foils") if sample[kind]]
+    line = f"{name}: P(target) {sample['p_target']:.3g}, delta {sample['delta_logit_base']:+.3f}"
+    if sample.get("group"):
+        line += f", {sample['group']}"
     summary: list[object] = [line]
-    for flag in record["flags"]:
+    for flag in sample["flags"]:
         summary += [" ", element("span", flag, class_="warning")]
     return element(
         "details",
         element("summary", *summary),
         element("p", "; ".join(words)),
-        html_table([[heading(title) for title in titles]], rows, class_="prompts"),
+        html_table([[element("th", title) for title in titles]], rows, class_="prompts"),
     )
 
 
 def render_figure(file: Path, caption: str) -> Html:
     """A figure, within the page."""
     png = file.read_bytes()
+    if not png.startswith(b"\x89PNG"):
+        return render_warning(f"{file.name} cannot be shown: it is no PNG file")
     width = int.from_bytes(png[16:20], "big") * 96 // 300  # CSS has 96 dots per inch, the file 300
-    source = Html(f"data:image/png;base64,{base64.b64encode(png).decode()}")
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     image = element("img", alt=caption, width=width, src=source)
     return element("figure", image, element("figcaption", caption))
 
