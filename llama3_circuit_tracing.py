@@ -10006,7 +10006,7 @@ FINGERPRINT_FACTS = (
     "torch",
     "transformers",
 )
-EDIT_FACTS = ("kind", "op", "factor", "positions", "patch_into", "given", "layers", "heads")
+EDIT_FACTS = ("kind", "op", "positions")  # shown where they are defaults, too
 
 
 def write_page(path: Path) -> None:
@@ -10044,12 +10044,13 @@ def render_facts(record: Mapping[str, Any]) -> Html:
 
 def render_command(records: PageRecords, entry: Mapping[str, Any]) -> list[Html]:
     """What a command asked, found, tabulated and drew."""
-    command, options = entry["command"], entry["options"]
-    edit = [f"{name} {options[name]}" for name in EDIT_FACTS if options.get(name) not in (None, "")]
-    parts = [element("p", COMMANDS[command].options.__doc__), element("p", ", ".join(edit))]
+    command = entry["command"]
+    question = COMMANDS[command].options.__doc__
+    options = describe_options(command, entry["options"])
+    parts = [element("p", question), element("p", options)]
     if not entry.get("finished"):
         parts.append(render_warning("this command has not ended; run it again"))
-    parts += map(render_finding, entry.get("findings", ()))
+    parts += render_findings(entry.get("findings", []))
     for name in records.files(entry):
         file = records.path / name
         caption = COMMAND_FILES[command][name]
@@ -10060,11 +10061,32 @@ def render_command(records: PageRecords, entry: Mapping[str, Any]) -> list[Html]
     return parts
 
 
-def render_finding(finding: Mapping[str, str]) -> Html:
-    """A sentence of a command; the name of a stage is a heading."""
-    if finding["level"] == "warning":
-        return render_warning(finding["text"])
-    return element("h3" if finding["level"] == "heading" else "p", finding["text"])
+def describe_options(command: str, recorded: Mapping[str, Any]) -> str:
+    """The edit of a command, and its other options that are no defaults."""
+    texts = []
+    for entry in option_fields(COMMANDS[command].options):
+        default = recorded_text(entry.default)
+        value = recorded.get(entry.name, default)
+        is_shown = entry.name in EDIT_FACTS or value != default
+        if is_shown and entry.name not in EXPERIMENT_OPTIONS:
+            texts.append(f"{entry.name} {value}")
+    return ", ".join(texts)
+
+
+def render_findings(findings: Sequence[Mapping[str, str]]) -> Iterator[Html]:
+    """The sentences of a command; the name of a stage is a heading, where it has any."""
+    heading = ""
+    for finding in findings:
+        if finding["level"] == "heading":
+            heading = finding["text"]
+            continue
+        if heading:
+            yield element("h3", heading)
+            heading = ""
+        if finding["level"] == "warning":
+            yield render_warning(finding["text"])
+        else:
+            yield element("p", finding["text"])
 
 
 def render_warning(text: str) -> Html:
