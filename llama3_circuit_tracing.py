@@ -4340,10 +4340,10 @@ class RunFolder:
         is_finished = any(command.get("finished") for command in commands)
         return is_finished or any(self.parts.glob("*.json"))
 
-    def check_foreign_files(self) -> None:
+    def check_foreign_files(self, names: Iterable[str] = ()) -> None:
         """`UsageError` names a file that the command would replace and that this script did not
-        write."""
-        for name in (*COMMAND_FILES[self.command], REPORT_FILE):
+        write: one of those that it always writes, or of `names`."""
+        for name in (*COMMAND_FILES[self.command], REPORT_FILE, *names):
             if os.path.lexists(self.path / name) and name not in self.written_files():
                 raise UsageError(
                     f"{self.path / name} was not written by a run in this folder: move it away,"
@@ -4356,15 +4356,19 @@ class RunFolder:
         self.discard_files(options, names)
         for part in self.parts.glob("*.json"):
             discard(part)
+        with contextlib.suppress(OSError):  # what is not this script's stays
+            (self.path / "graphs").rmdir()
         log.info("--overwrite removed an experiment with %s", ", ".join(sorted(names)))
         self.record = {}
 
     def discard_command(self, options: Any, setting: str) -> None:
         """Remove the files of the command at work, and the parts that it would use."""
-        self.discard_files(options, self.command_record(self.command).get("files", ()))
+        files = self.command_record(self.command).get("files", ())
+        graphs = [name for name in files if name.startswith("graphs/")]  # with a user's pins
+        self.discard_files(options, set(files).difference(graphs))
         for part in self.parts.glob(f"*-{setting}-*.json"):
             discard(part)
-        self.note_command(files=[])
+        self.note_command(files=graphs)
 
     def discard_files(self, options: Any, names: Iterable[str]) -> None:
         """Remove files by name; `UsageError`, before anything is removed, where one is an input."""
@@ -9313,561 +9317,84 @@ def confirmed_units(experiment: Experiment, data: DirectionData) -> set[str]:
     return halves(units, experiment.options.seed)[1]
 
 
-# ----- Attribution graph --------------------------------------------------------------------------
-
-# what nodes are, each with the depth of the place of its activation
-NODE_PLACES = {"embedding": "resid", "head": "attn", "attn-rest": "attn"}
-NODE_PLACES |= {"neuron": "mlp", "mlp-rest": "mlp", "goal": "final"}
-NODES = {kind: PLACES[place].depth for kind, place in NODE_PLACES.items()}
-READERS = {"attn": "attn_norm", "mlp": "mlp_norm"}  # where a half-block reads the residual stream
-Halves = dict[Site, tuple[Tensor, Tensor]]
-
-
-def run_halves(traced: TracedModel, ids: Sequence[int]) -> Halves:
-    """One linearised forward, cut where a half-block reads the residual stream. By the site of a
-    half-block's last matrix, in order: what is read [1, tok, d_model], a leaf, and the matrix's
-    input [1, tok, width] as made of it. The embeddings come first, the final norm last."""
-    every = itertools.product(range(traced.shape.n_layers), READERS)
-    sites = list(itertools.starmap(Site, every))
-    end = Site(traced.shape.n_layers, "final")
-    reads = {site: Site(site.layer, READERS[site.place]) for site in sites} | {end: end}
-    with (
-        torch.enable_grad(),
-        linearised(traced, frozen_attention=True),
-        recording_activations(traced, reads.values(), cut=True) as leaves,
-        recording_activations(traced, sites) as made,
-    ):
-        made[end] = run_body(traced, ids)
-    start = leaves[reads[sites[0]]]
-    halves = {site: (leaves[read], made[site]) for site, read in reads.items()}
-    return {Site(0, "resid"): (start, start)} | halves
-
-
-def run_body(traced: TracedModel, ids: Sequence[int], rows: int = 1) -> Tensor:
-    """The last hidden states [row, tok, d_model] of one prompt; edits may make rows of it."""
-    traced.n_forwards += 1
-    traced.n_tokens += rows * len(ids) * traced.shape.n_layers
-    found = traced.body(input_ids=torch.tensor([ids], device=traced.device), use_cache=False)
-    return torch.as_tensor(found.last_hidden_state)
-
-
-def goal_weights(experiment: Experiment, prompt: Prompt, logits: Tensor) -> dict[int, float]:
-    """What each token's logit [vocab] counts in the goal: the gradient at these logits of the
-    log-sum-experiment of targets less that of foils, of their first tokens, or of its mean over words.
-    With `top` it is the likeliest token. `UsageError` where no token tells targets from foils."""
-    if experiment.options.goal == "top":
-        return {int(logits.argmax()): 1.0}
-    words = [{form[0] for form in forms} for forms in prompt.forms]
-    n = len(prompt.sample.targets)
-    groups = [(1 / n, word) for word in words[:n]]
-    if experiment.task.margin:
-        targets, foils = set().union(*words[:n]), set().union(*words[n:])
-        groups = [(1.0, targets - foils), (-1.0, foils - targets)]
-        if both := targets & foils:
-            told = ", ".join(
-                repr(experiment.encoder.tokenizer.decode([token])) for token in sorted(both)
-            )
-            experiment.findings.warn(
-                f"{prompt.sample.name}: targets and foils may begin with {told}: left out"
-            )
-    if not all(tokens for _, tokens in groups):
-        what = "targets and foils begin with the same tokens"
-        raise UsageError(f"{prompt.sample.name}: {what}; give --goal top")
-    weights: dict[int, float] = defaultdict(float)
-    for share, tokens in groups:
-        likely = logits[sorted(tokens)].softmax(-1).tolist()
-        for token, p in zip(sorted(tokens), likely, strict=True):
-            weights[token] += share * p
-    return weights
-
-
-def goal_direction(traced: TracedModel, weights: Mapping[int, float]) -> Tensor:
-    """[d_model], whose product with a final state is the goal: the weighted logits, less the mean
-    of all logits unless targets and foils cancel it."""
-    matrix, amounts = traced.unembedding.weight.detach(), torch.tensor([*weights.values()])
-    chosen = amounts.to(matrix.device) @ matrix[[*weights]].float()
-    mean = matrix.mean(0, dtype=torch.float32)
-    return (chosen - float(amounts.sum().round()) * mean).to(traced.device)
-
-
-def pull_back(half: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
-    """A gradient [tok, width] by what a half-block makes as one [tok, d_model] by what it reads."""
-    read, made = half
-    (found,) = torch.autograd.grad(made, read, gradient.to(made)[None], retain_graph=True)
-    return found[0].to(gradient)
-
-
-def matrix_of(traced: TracedModel, site: Site) -> Tensor:
-    """[d_model, width] of o_proj or down_proj, in float32."""
-    module = traced.module(site)
-    assert isinstance(module, nn.Linear)
-    return module.weight.detach().to(traced.device, torch.float32)
-
-
-def total_gradients(traced: TracedModel, halves: Halves, direction: Tensor) -> dict[Site, Tensor]:
-    """[tok, width] of the goal, by all paths, with respect to what each half-block makes."""
-    *sites, end = halves
-    found = {end: torch.zeros_like(halves[end][1][0], dtype=torch.float32, device=traced.device)}
-    found[end][-1] = direction
-    gradient = pull_back(halves[end], found[end])
-    for site in reversed(sites[1:]):
-        found[site] = gradient @ matrix_of(traced, site)
-        gradient = gradient + pull_back(halves[site], found[site])
-    return found | {sites[0]: gradient}
-
-
-def choose_nodes(
-    shape: ModelShape, halves: Halves, gradients: Mapping[Site, Tensor], n_best: int
-) -> pd.DataFrame:
-    """kind, layer, index, position and depth, along the residual stream: of all tokens the
-    embedding and of every half-block the rest (index -1), the goal, and the `n_best` heads and
-    neurons of the largest attribution <value, gradient of the goal>."""
-    frames, layers, n_tokens = [], range(shape.n_layers), len(gradients[Site(0, "resid")])
-    for kind, layer in itertools.product(("head", "neuron"), layers):
-        site, n = Component(layer, kind).site, len(shape.indices(kind))
-        product = halves[site][1][0].detach().to(gradients[site]) * gradients[site]
-        sizes = product.unflatten(-1, (n, -1)).sum(-1).flatten().abs()  # [tok * n]
-        size, at = (of.cpu().numpy() for of in sizes.topk(min(n_best, len(sizes))))
-        columns = {"position": at // n, "index": at % n, "size": size}
-        frames.append(pd.DataFrame({"kind": kind, "layer": layer, **columns}))
-    best = largest_rows(pd.concat(frames), "size", n_best).drop(columns="size")
-    others = [*itertools.product(["embedding"], [0], range(n_tokens))]
-    others += itertools.product(["attn-rest", "mlp-rest"], layers, range(n_tokens))
-    others.append(("goal", shape.n_layers, n_tokens - 1))
-    other = pd.DataFrame(others, columns=["kind", "layer", "position"]).assign(index=-1)
-    nodes = pd.concat([best, other]).assign(depth=lambda every: every["kind"].map(NODES))
-    return nodes.sort_values(["layer", "depth", "position", "index"], ignore_index=True)
-
-
-def own_elements(of_site: pd.DataFrame, place: str, shape: ModelShape) -> Tensor:
-    """[node, width], which elements of its activation, at its token, are a node's: its slice, or
-    for a rest what is of no other node there."""
-    n = {"attn": shape.n_heads, "mlp": shape.d_mlp}.get(place, 1)
-    index, position = torch.tensor(of_site[["index", "position"]].to_numpy()).T
-    own = index[:, None] == torch.arange(n)
-    taken = torch.zeros(int(position.max()) + 1, n).index_add(0, position, own.float()) > 0
-    own = torch.where(index[:, None] < 0, ~taken[position], own)
-    return own.repeat_interleave(shape.width(place) // n, 1)
-
-
-def attribute(
-    traced: TracedModel, halves: Halves, direction: Tensor, n_best: int
-) -> tuple[pd.DataFrame, Tensor]:
-    """The nodes with their `attribution`, and how much each contributes directly to what another
-    has [target, source].
-
-    1. Gradients of the goal by all paths, half-block by half-block, choose the nodes.
-    2. A target's value, weighted by its total gradient, is pulled back through its own half-block.
-    3. An edge is the product with what the source writes into the residual stream at its token.
-    So an edge is a share of the target's attribution in a model whose norms, attention patterns
-    and slopes are constants (the graphs of https://transformer-circuits.pub/2025/attribution-graphs
-    with heads and neurons in place of transcoder features).
-    """
-    gradients = total_gradients(traced, halves, direction)
-    nodes = choose_nodes(traced.shape, halves, gradients, n_best)
-    positions = torch.tensor(nodes["position"].to_numpy(), device=traced.device)
-    weights = torch.zeros(len(nodes), len(nodes), device=traced.device)
-    written = torch.zeros(len(nodes), traced.shape.d_model, device=traced.device)
-    attributions, by_site = [], nodes.groupby(["layer", "depth"])
-    for (site, half), (_, of_site) in zip(halves.items(), by_site, strict=True):
-        first = int(of_site.index[0])
-        rows = slice(first, first + len(of_site))
-        gradient, there = gradients[site], positions[rows]
-        own = own_elements(of_site, site.place, traced.shape).to(traced.device)
-        value = own * half[1][0].detach().to(gradient)[there]
-        attributions.append((value * gradient[there]).sum(-1))
-        written[rows] = value @ matrix_of(traced, site).t() if site.place in READERS else value
-        for row, (mine, at) in enumerate(zip(own, there.tolist(), strict=True) if first else ()):
-            alone = torch.zeros_like(gradient)
-            alone[at] = mine * gradient[at]
-            read = pull_back(half, alone)[positions[:first]]  # [source, d_model]
-            weights[first + row, :first] = (read * written[:first]).sum(-1)
-    return nodes.assign(attribution=torch.cat(attributions).tolist()), weights.cpu()
-
-
-# of what flows into the goal, by rounding: small models lose up to 4e-7 and 2e-3
-MOST_LOST = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-
-
-def conservation_error(nodes: pd.DataFrame, weights: Tensor) -> float:
-    """By how much a node's attribution differs at most from what flows into it or out of it, as a
-    share of all that flows into the goal, of either sign."""
-    attribution, weights = torch.tensor(nodes["attribution"].to_numpy()), weights.double()
-    inner = torch.tensor((nodes["kind"] != "embedding").to_numpy())
-    into = (weights.sum(1) - attribution)[inner]
-    out = (weights.sum(0) - attribution)[:-1]
-    return float(torch.cat([into, out]).abs().max() / weights[-1].abs().sum())
-
-
-# ----- Graph effects ------------------------------------------------------------------------------
-
-MEASURED = 10  # head nodes, and edges between heads, that exact runs are made of
-Graph = tuple[pd.DataFrame, pd.DataFrame]  # nodes, and kept links
-Lost = Callable[[Sequence[Edits]], list[float]]  # what the edits of each row take from the goal
-
-
-def input_shares(weights: Tensor) -> Tensor:
-    """[target, source] |weights| as shares of a target's."""
-    sizes = weights.abs()
-    return sizes / sizes.sum(1, keepdim=True).clamp_min(1e-10)
-
-
-def influence_of(shares: Tensor) -> Tensor:
-    """[node], what of the goal comes from a node by paths of any length: g N + g N^2 + ..., with g
-    the goal alone. No path is longer than the model is deep, so the series ends."""
-    step, influence = shares[-1], shares[-1].clone()
-    while step.any():
-        step = step @ shares
-        influence = influence + step
-    return influence
-
-
-def leading(scores: Tensor, part: float) -> Tensor:
-    """Which scores are at least as large as that with which the largest make up a part of all."""
-    ordered = scores.flatten().sort(descending=True).values
-    enough = torch.searchsorted(ordered.cumsum(0) / ordered.sum(), part)
-    return scores >= ordered[min(int(enough), len(ordered) - 1)]
-
-
-def prune(
-    nodes: pd.DataFrame, weights: Tensor, options: GraphOptions
-) -> tuple[pd.DataFrame, Tensor]:
-    """The nodes with `influence`, its sum `cumulative` over all that have more, and `kept`; which
-    edges are kept [target, source]. As circuit-tracer 0.5 does it, whose error nodes are rests:
-    embeddings and goal stay, others need an edge out, and heads and neurons one in."""
-    kind = nodes["kind"]
-    stays = torch.tensor(kind.isin(["embedding", "goal"]).to_numpy())
-    starts = stays | torch.tensor(kind.str.endswith("-rest").to_numpy())
-    influence = influence_of(input_shares(weights))
-    kept = leading(influence, options.node_threshold) | stays
-    shares = input_shares(weights * kept * kept[:, None])
-    reached = influence_of(shares)
-    reached[-1] += 1
-    edges = leading(shares * reached[:, None], options.edge_threshold) & (shares > 0)
-    before = ~kept
-    while not kept.equal(before):
-        before = kept
-        edges = edges & kept & kept[:, None]
-        kept = kept & (edges.any(0) | stays) & (edges.any(1) | starts)
-    ordered = influence.sort(descending=True)
-    cumulative = torch.empty_like(influence)
-    cumulative[ordered.indices] = ordered.values.cumsum(0) / ordered.values.sum()
-    nodes = nodes.assign(influence=influence.tolist(), cumulative=cumulative.tolist())
-    return nodes.assign(kept=kept.tolist()), edges
-
-
-def graph_scores(nodes: pd.DataFrame, weights: Tensor) -> dict[str, float]:
-    """How much rests leave unsaid (circuit-tracer's scores), where nothing explains a rest:
-    replacement, the share of influence that comes from embeddings through heads and neurons alone,
-    and completeness, the share of what flows into nodes, by influence, that comes from no rest."""
-    rest = torch.tensor(nodes["kind"].str.endswith("-rest").to_numpy())
-    embedding = torch.tensor((nodes["kind"] == "embedding").to_numpy())
-    shares = input_shares(weights * ~rest[:, None])
-    influence = influence_of(shares)
-    replacement = influence[embedding].sum() / influence[embedding | rest].sum()
-    influence[-1] += 1
-    told = ((1 - shares[:, rest].sum(1)) * influence).sum() / influence.sum()
-    return {"replacement_score": float(replacement), "completeness_score": float(told)}
-
-
-@torch.inference_mode()
-def lost_goals(
-    traced: TracedModel, ids: Sequence[int], direction: Tensor, rows: Sequence[Edits]
-) -> list[float]:
-    """What the edits of each row take from the goal of a prompt."""
-    with editing(traced, [(), *rows]):
-        states = run_body(traced, ids, 1 + len(rows))[:, -1]
-    goals = (states.to(direction) @ direction).tolist()
-    return [goals[0] - goal for goal in goals[1:]]
-
-
-def patch_edges(traced: TracedModel, halves: Halves, pairs: list[Edits], lost: Lost) -> list[float]:
-    """What zeroing a head at its token takes from the goal through another head at its token alone,
-    exactly, by pairs of edits that zero either: path patching as of `run_paths`, with all heads and
-    MLPs between at their clean inputs."""
-    _, *sites, _ = halves
-    held = [Edit(site, slice(None), 0.0, halves[site][1][0].detach()) for site in sites]
-    with recording_activations(traced, {receiver.site for _, receiver in pairs}) as seen:
-        lost([(sender, *held[sites.index(sender.site) + 1 :]) for sender, _ in pairs])
-    written = []
-    for row, (_, receiver) in enumerate(pairs, start=1):
-        value = seen[receiver.site][row][:, receiver.columns]
-        written.append((replace(receiver, source=value),))
-    return lost(written)
-
-
-def measure_graph(traced: TracedModel, halves: Halves, graph: Graph, lost: Lost) -> None:
-    """Give the nodes and links of a graph `exact_effect`, where it was measured: of the heads of
-    the largest attribution and of the kept edges of the largest weight between heads."""
-    nodes, links = graph
-    heads, zeroed = nodes[nodes["kind"] == "head"], {}
-    places = torch.arange(halves[Site(0, "resid")][0].shape[1])
-    for node in heads.itertuples():
-        head, where = Component(node.layer, "head", node.index), places == node.position
-        zeroed[node.node_id] = Edit(head.site, traced.shape.columns(head), where=where)
-    between = links[links["source"].isin(zeroed) & links["target"].isin(zeroed)]
-    best, strong = (
-        largest_rows(heads, "attribution", MEASURED),
-        largest_rows(between, "weight", MEASURED),
-    )
-    pairs: list[Edits] = [
-        (zeroed[a], zeroed[b]) for a, b in strong[["source", "target"]].to_numpy()
-    ]
-    exact = lost([(zeroed[name],) for name in best["node_id"]])
-    nodes["exact_effect"] = pd.Series(exact, best.index, float)
-    exact = patch_edges(traced, halves, pairs, lost)
-    links["exact_effect"] = pd.Series(exact, strong.index, float)
-
-
-# ----- Graph files --------------------------------------------------------------------------------
-
-LABELLED, DRAWN = 60, 300  # nodes of the figure with names, and its edges
-# what circuit-tracer's viewer calls nodes; it takes all with "error" in them for unexplained
-TYPES = {"embedding": "embedding", "goal": "logit", "head": "attention head"}
-TYPES |= {"neuron": "mlp neuron", "attn-rest": "attention remainder error"}
-TYPES |= {"mlp-rest": "mlp reconstruction error"}
-COLORS = {"embedding": "dimgray", "goal": "black", "head": "tab:orange", "neuron": "tab:green"}
-COLORS |= {"attn-rest": "tan", "mlp-rest": "yellowgreen"}
-
-
-def name_nodes(
-    nodes: pd.DataFrame, experiment: Experiment, prompt: Prompt, goal: int
-) -> pd.DataFrame:
-    """The nodes with what the viewer calls them (`node_id`, `stratum` and `feature`, no two alike;
-    one token stands for the goal), a label, and the token at their place."""
-    rows: list[tuple[Any, ...]] = []
-    for kind, layer, index, at in nodes[["kind", "layer", "index", "position"]].to_numpy():
-        ends = {"embedding": ("E", prompt.ids[at], at), "goal": (layer + 1, goal, goal)}
-        stratum, number, feature = ends.get(kind, (layer, kind, -1 - (kind == "attn-rest")))
-        label = kind if kind in ends else f"L{layer}{kind}"
-        if index >= 0:
-            label = Component(layer, kind, index).label
-            number = index + experiment.shape.n_heads * (
-                kind == "neuron"
-            )  # neurons after the heads
-            feature = (layer + number) * (layer + number + 1) // 2 + number  # Cantor's pairing
-        token = experiment.encoder.tokenizer.decode([prompt.ids[at]])
-        rows.append((f"{stratum}_{number}_{at}", str(stratum), feature, label, token))
-    columns = ["node_id", "stratum", "feature", "label", "token"]
-    return nodes.join(pd.DataFrame(rows, columns=columns))
-
-
-def viewer_node(node: Any, output: str, p: float) -> dict[str, Any]:
-    """A node as circuit-tracer's viewer takes it; without "(p=" in the goal's it draws nothing."""
-    is_goal, name = node.kind == "goal", f"{node.label} {node.token}"
-    told: dict[str, Any] = {"node_id": node.node_id, "feature": node.feature, "layer": node.stratum}
-    told |= {"ctx_idx": node.position, "feature_type": TYPES[node.kind]}
-    told |= {"token_prob": p if is_goal else 0.0, "is_target_logit": is_goal, "run_idx": 0}
-    told |= {"reverse_ctx_idx": 0, "jsNodeId": "-".join(node.node_id.rsplit("_", 1))}
-    told["clerp"] = f'Output "{output}" (p={p:.3f})' if is_goal else name
-    told["influence"] = None if is_goal else node.cumulative
-    return told | {"activation": node.attribution}
-
-
-def write_viewer(
-    graph: Graph, goal: tuple[str, float], metadata: dict[str, Any], folder: RunFolder
-) -> None:
-    """graphs/SLUG.json of the kept nodes and links, and graphs/graph-metadata.json of all graphs in
-    the folder. What was saved in the viewer (pins, groups) stays, of nodes that are still there.
-
-    The viewer shows nodes up to a threshold: here the largest cumulative influence of those kept.
-    """
-    nodes, links = graph
-    kept = nodes[nodes["kept"]]
-    inner = kept[~kept["kind"].isin(["embedding", "goal"])]
-    threshold = float(inner["cumulative"].max()) if len(inner) else 1.0
-    metadata = {
-        **metadata,
-        "transcoder_list": [],
-        "node_threshold": threshold,
-        "schema_version": 1,
-    }
-    (folder.path / "graphs").mkdir(exist_ok=True)
-    name = f"graphs/{metadata['slug']}.json"
-    content = {
-        "metadata": metadata,
-        "qParams": saved_view(folder.path / name, set(kept["node_id"])),
-        "nodes": [viewer_node(node, *goal) for node in kept.itertuples()],
-        "links": links[["source", "target", "weight"]].to_dict("records"),
-    }
-    write_json(folder, name, content)
-    every = [metadata]
-    for path in sorted((folder.path / "graphs").glob("*.json")):
-        other = read_viewer_file(path).get("metadata")
-        if isinstance(other, dict) and other.get("slug") != metadata["slug"]:
-            every.append(other)
-    every.sort(key=lambda other: str(other.get("slug")))
-    write_json(folder, "graphs/graph-metadata.json", {"graphs": every})
-
-
-def write_json(folder: RunFolder, name: str, content: Any) -> None:
-    folder.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_viewer_file(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, {} where it is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def saved_view(path: Path, node_ids: set[str]) -> dict[str, Any]:
-    """What a user saved in the viewer, without nodes that are gone; else what the viewer expects."""
-    view: dict[str, Any] = {
-        "pinnedIds": [],
-        "supernodes": [],
-        "linkType": "both",
-        "clickedId": "",
-        "sg_pos": "",
-    }
-    saved = read_viewer_file(path).get("qParams")
-    if not isinstance(saved, dict):
-        return view
-    view |= saved
-    if isinstance(view["pinnedIds"], list):
-        view["pinnedIds"] = [node_id for node_id in view["pinnedIds"] if node_id in node_ids]
-    groups = []
-    for group in view["supernodes"] if isinstance(view["supernodes"], list) else []:
-        name, members = group[0], [node_id for node_id in group[1:] if node_id in node_ids]
-        if members:
-            groups.append([name, *members])
-    view["supernodes"] = groups
-    if view["clickedId"] not in node_ids:
-        view["clickedId"] = ""
-    return view
-
-
-def place_nodes(nodes: pd.DataFrame) -> tuple[pd.DataFrame, list[str], dict[Any, float]]:
-    """Nodes with x and y, the names of the rows upwards, and where the column of each token is:
-    rows are the half-blocks that have a node, columns as wide as their fullest cell."""
-    rows: Any = nodes.groupby(["layer", nodes["kind"].map(NODES)])["kind"]
-    nodes = nodes.assign(y=rows.ngroup())
-    cell = nodes.groupby(["position", "y"])["kind"]
-    number, count = cell.cumcount(), cell.transform("size")
-    width = count.groupby(nodes["position"]).max().sort_index()
-    columns = (width.cumsum() - width / 2).to_dict()
-    nodes["x"] = nodes["position"].map(columns) + number - (count - 1) / 2
-    names = []
-    for (layer, _), kind in rows.first().items():
-        half_blocks = {"attn": f"L{layer} heads", "mlp": f"L{layer} MLP"}
-        names.append(half_blocks.get(NODE_PLACES[kind], kind))
-    return nodes, names, columns
-
-
-def draw_graph(nodes: pd.DataFrame, links: pd.DataFrame, title: str, path: Path) -> None:
-    """Tokens across, layers up: kept nodes as dots, larger by influence, the strongest by name; the
-    strongest kept edges as lines, wider and darker by |weight|. What has none is left out."""
-    if len(links) > DRAWN:
-        title += f"; the strongest {DRAWN} of {len(links)} edges"
-    links = largest_rows(links, "weight", DRAWN)[::-1]
-    ends = {*links["source"], *links["target"], *nodes["node_id"][nodes["kind"] == "goal"]}
-    placed, rows, columns = place_nodes(nodes[nodes["kept"] & nodes["node_id"].isin(ends)])
-    size = (2.2 + 0.36 * placed["x"].max(), 1.9 + 0.55 * len(rows))
-    width, height = (min(18.0, max(5.5, side)) for side in size)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes, at = figure.add_subplot(), placed.set_index("node_id")[["x", "y"]]
-    most = links["weight"].abs().max()
-    for source, target, weight in links[["source", "target", "weight"]].to_numpy():
-        (x, y), look = at.loc[[source, target]].to_numpy().T, abs(weight) / most
-        color = "tab:blue" if weight > 0 else "tab:red"
-        axes.plot(x, y, color=color, linewidth=0.4 + 2.6 * look, alpha=0.15 + 0.7 * look, zorder=1)
-    influence = placed["influence"] / placed["influence"].max()
-    for kind, some in placed.groupby("kind"):
-        area = 12 + 200 * influence[some.index]
-        axes.scatter(some["x"], some["y"], area, color=COLORS[str(kind)], label=kind, zorder=2)
-    named = placed[~placed["kind"].isin(["embedding", "goal"])].nlargest(LABELLED, "influence")
-    for node in named.itertuples():
-        name = node.label.removeprefix(f"L{node.layer}").removeprefix(node.kind) or "rest"
-        axes.annotate(
-            name, (node.x, node.y), (0, 5), textcoords="offset points", ha="center", fontsize=6
-        )
-    tokens = placed.drop_duplicates("position").set_index("position")["token"]
-    labels = [f"{position} {tokens[position]!r}" for position in columns]
-    axes.set_xticks([*columns.values()], labels, rotation=90, parse_math=False, fontsize=7)
-    axes.set_yticks(range(len(rows)), rows, fontsize=7)
-    figure.suptitle(title, fontsize=9, parse_math=False)
-    legend = figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=7)
-    for handle in legend.legend_handles:
-        handle.set_sizes([25])  # type: ignore[union-attr]
-    save_figure(figure, path)
-
-
-def describe_goal(experiment: Experiment, weights: Mapping[int, float]) -> str:
-    """What the goal is: 'Sure' 'Here' less 'I', or less the mean of all logits."""
-    ordered = sorted(weights.items(), key=lambda item: -abs(item[1]))
-    shown = [
-        (repr(experiment.encoder.tokenizer.decode([token])), weight) for token, weight in ordered
-    ]
-    plus, minus = (" ".join(name for name, w in shown if sign * w > 0) for sign in (1, -1))
-    return f"{plus} less {minus or 'the mean of all logits'}"
-
-
-def report_graph(findings: Findings, graph: Graph, told: dict[str, Any]) -> None:
-    """What the log says of a graph: what it explains, what it is not, and what exact runs say."""
-    nodes, links = graph
-    findings.say(f"goal: {told['goal']}, at the last token: {told['goal_value']:+.4f}")
-    gap = f"by {told['conservation_error']:.1e} of what flows into the goal"
-    findings.say(f"a node's inflow, outflow and attribution differ at most {gap}")
-    constant = "norms, attention patterns and slopes are constants here"
-    findings.say(f"{constant}: an edge is a share of a linearisation, not the effect of cutting it")
-    kept = f"{told['nodes_kept']} of {told['nodes']} nodes, {told['edges_kept']} of {told['edges']}"
-    scores = f"{told['replacement_score']:.2f}, completeness {told['completeness_score']:.2f}"
-    findings.say(f"kept: {kept} edges; replacement score {scores}")
-    measured = []
-    for node in largest_rows(nodes.dropna(subset="exact_effect"), "attribution", 5).itertuples():
-        name = f"{node.label} at token {node.position} {node.token!r}"
-        findings.say(f"{name}: attribution {node.attribution:+.3f}")
-        measured.append(f"zeroing {name} takes {node.exact_effect:+.3f} from the goal")
-    beside = {"heads, zeroed": (nodes, "attribution")}
-    beside |= {"edges between heads, patched": (links, "weight")}
-    for what, (table, column) in beside.items():
-        known = table.dropna(subset="exact_effect")
-        same = int((known[column] * known["exact_effect"] > 0).sum())
-        r = f", r {known[column].corr(known['exact_effect']):.2f}" if len(known) > 2 else ""
-        if len(known):
-            measured.append(f"{same} of {len(known)} {what}, have the sign of their {column}{r}")
-    for line in measured:
-        findings.say(f"measured: {line}")
-
+# ----- Command: graph -----------------------------------------------------------------------------
 
 MAX_NODES = 10_000  # of a graph, whose edges are a matrix
+N_MEASURED = 10  # heads, and edges between heads, whose exact effect is measured
+MAX_NAMED_NODES = 60  # of the figure
+MAX_DRAWN_EDGES = 300
+GRAPH_LIST = "graphs/graph-metadata.json"  # lists the graphs of a folder for the viewer
+
+
+class NodeKind(NamedTuple):
+    """What a kind of node is, and how it is shown."""
+
+    place: str  # of its activation
+    viewer_type: str  # the viewer takes all with "error" in it for unexplained
+    color: str
+
+
+NODE_KINDS = {
+    "embedding": NodeKind("resid", "embedding", "dimgray"),
+    "head": NodeKind("attn", "attention head", "tab:orange"),
+    "attn-rest": NodeKind("attn", "attention remainder error", "tan"),
+    "neuron": NodeKind("mlp", "mlp neuron", "tab:green"),
+    "mlp-rest": NodeKind("mlp", "mlp reconstruction error", "yellowgreen"),
+    "goal": NodeKind("final", "logit", "black"),
+}
+ENDS = ("embedding", "goal")  # kinds of nodes that are always kept
+RESTS = ("attn-rest", "mlp-rest")  # of a token's half-block, what no other node holds
+READING_PLACES = {"attn": "attn_norm", "mlp": "mlp_norm"}  # where half-blocks read the stream
+
+
+class Graph(NamedTuple):
+    """The nodes and the kept edges of one prompt's graph, and what run.json says of it."""
+
+    nodes: pd.DataFrame
+    edges: pd.DataFrame
+    summary: dict[str, Any]
 
 
 def run_graph(experiment: Experiment) -> None:
     """The attribution graph of one prompt: circuit_graph.csv, circuit_graph_edges.csv, .png, and
     graphs/ for circuit-tracer's viewer."""
-    options, shape = experiment.options, experiment.shape
-    reason = shape.graph_obstacles or shape.relp_obstacles
-    if reason:
-        raise UsageError(f"graph: contributions do not add up in {shape.name}: it has {reason}")
+    folder = experiment.folder
+    shape = experiment.shape
+    obstacles = shape.graph_obstacles or shape.relp_obstacles
+    if obstacles:
+        raise UsageError(f"graph: contributions do not add up in {shape.name}: it has {obstacles}")
     prompt = choose_graph_prompt(experiment)
-    settings = [options.goal, options.nodes, options.node_threshold, options.edge_threshold]
-    key = digest([prompt.sample.sample_id, prompt.side, *settings])[:16]
-    compute = functools.partial(make_graph, experiment, prompt)
-    job = PartJob(f"graph-{experiment.setting}-{key}", 0, 1.0, 1, compute)
-    name = f"{prompt.sample.sample_id}, prompt {prompt.side}"
-    with experiment.stage("attribution graph", f" of {name}"):
+    folder.check_foreign_files([GRAPH_LIST, viewer_file(prompt)])
+    job = graph_job(experiment, prompt)
+    if folder.read_part(job.name) is None:
+        experiment.check_weights("graph")
+    with experiment.stage("attribution graph", f" of {describe_prompt(prompt)}"):
         (content,) = read_parts(experiment, [job], "graph")
-        nodes, links = pd.DataFrame(content["nodes"]), pd.DataFrame(content["links"])
-        experiment.folder.note_command(graph=content["summary"])
-        if experiment.folder.leads:
-            write_graph(experiment, prompt, (nodes, links), content["summary"])
-        report_graph(experiment.findings, (nodes, links), content["summary"])
+        graph = Graph(
+            nodes=pd.DataFrame(content["nodes"]),
+            edges=pd.DataFrame(content["edges"]),
+            summary=content["summary"],
+        )
+        folder.note_command(graph=graph.summary)
+        if folder.leads:
+            write_graph(experiment, prompt, graph)
+        report_graph(experiment.findings, graph)
 
 
 def choose_graph_prompt(experiment: Experiment) -> Prompt:
     """The prompt that --sample names by its sample, and :b for the other side; `UsageError` where
     there is no such sample or its graph would be too large."""
-    options, shape = experiment.options, experiment.shape
+    options = experiment.options
+    shape = experiment.shape
     by_id = {prompts[0].sample.sample_id: prompts for prompts in experiment.prompts}
-    sample_id, side = options.sample or next(iter(by_id)), "a"
+    sample_id = options.sample or next(iter(by_id))
+    side = "a"
     if sample_id not in by_id:  # an id may have a colon
         sample_id, _, side = sample_id.rpartition(":")
     if sample_id not in by_id or side not in ("a", "b"):
-        listing = ", ".join(list(by_id)[:20])
-        raise UsageError(f"--sample {options.sample}: no such sample; there are {listing}")
+        raise UsageError(
+            f"--sample {options.sample}: no such sample; there are {join_values(by_id, limit=20)}"
+        )
     prompt = by_id[sample_id]["ab".index(side)]
     n_tokens = len(prompt.ids)
     n_candidates = n_tokens * shape.n_layers * (shape.n_heads + shape.d_mlp)
@@ -9880,36 +9407,43 @@ def choose_graph_prompt(experiment: Experiment) -> Prompt:
     return prompt
 
 
+def describe_prompt(prompt: Prompt) -> str:
+    return f"{prompt.sample.sample_id}, prompt {prompt.side}"
+
+
+def graph_job(experiment: Experiment, prompt: Prompt) -> PartJob:
+    options = experiment.options
+    thresholds = [options.node_threshold, options.edge_threshold]
+    key = [prompt.sample.sample_id, prompt.side, options.goal, options.nodes, *thresholds]
+    compute = functools.partial(make_graph, experiment, prompt)
+    name = f"graph-{experiment.setting}-{digest(key)[:16]}"
+    return PartJob(name, tree=0, cost=1.0, n_rows=1, compute=compute)
+
+
 def make_graph(experiment: Experiment, prompt: Prompt, bar: tqdm[Any]) -> dict[str, Any]:
-    """The nodes and the kept links of a prompt's graph, with exact effects, and a summary for
-    run.json; `RunError` where contributions do not add up."""
-    experiment.check_weights("graph")
-    traced, options = experiment.traced, experiment.options
-    matrix = traced.unembedding.weight
+    """The content of a graph's part: nodes, kept edges and summary. `RunError` where contributions
+    do not add up."""
+    traced = experiment.traced
+    options = experiment.options
+    shape = experiment.shape
     halves = run_halves(traced, prompt.ids)
-    end = Site(experiment.shape.n_layers, "final")
-    last_state = halves[end][1][0, -1:].detach()
+    matrix = traced.unembedding.weight
+    last_state = halves[Site(shape.n_layers, "final")].made[0, -1:].detach()
     logits = torch.cat([*unembed(last_state.to(matrix.device), matrix)], -1)[0]
     goal = goal_weights(experiment, prompt, logits)
-    direction = goal_direction(traced, goal)
-    nodes, weights = attribute(traced, halves, direction, options.nodes)
+    run = LinearRun(traced, prompt.ids, halves, goal_direction(traced, goal))
+    nodes, weights = attribute(run, options.nodes)
     error = conservation_error(nodes, weights)
-    bound = MOST_LOST[experiment.shape.dtype]
-    if not error <= bound:
+    bound = CONSERVATION_BOUND[shape.dtype]
+    if not error <= bound:  # a NaN fails
         raise RunError(
             f"graph: inflow and outflow differ by {error:.2g} of the goal's (bound {bound:g}):"
-            f" {experiment.shape.name} is no sum of heads and MLPs"
+            f" {shape.name} is no sum of heads and MLPs"
         )
-    scores = graph_scores(nodes, weights)
-    nodes, edges = prune(nodes, weights, options)
-    likeliest = max(goal, key=lambda token: goal[token])
-    nodes = name_nodes(nodes, experiment, prompt, likeliest)
-    targets, sources = edges.nonzero(as_tuple=True)
-    names = nodes["node_id"].to_numpy()
-    links = pd.DataFrame({"source": names[sources.numpy()], "target": names[targets.numpy()]})
-    links["weight"] = weights[targets, sources].tolist()
-    lost = functools.partial(lost_goals, traced, prompt.ids, direction)
-    measure_graph(traced, halves, (nodes, links), lost)
+    nodes, is_kept = prune(nodes, weights, options)
+    nodes = name_nodes(nodes, experiment, prompt, max(goal, key=goal.__getitem__))
+    edges = edge_table(nodes, weights, is_kept)
+    measure_effects(run, nodes, edges)
     goal_tokens = [token for token, weight in goal.items() if weight > 0]
     summary = {
         "sample_id": prompt.sample.sample_id,
@@ -9918,45 +9452,720 @@ def make_graph(experiment: Experiment, prompt: Prompt, bar: tqdm[Any]) -> dict[s
         "goal_value": nodes["attribution"].iloc[-1],
         "p": float(logits.softmax(-1)[goal_tokens].sum()),
         "conservation_error": error,
-        **scores,
+        **graph_scores(nodes, weights),
         "nodes": len(nodes),
         "nodes_kept": int(nodes["kept"].sum()),
         "edges": int((weights != 0).sum()),
-        "edges_kept": len(links),
+        "edges_kept": len(edges),
     }
     bar.update()
-    return {"nodes": nodes.to_dict("list"), "links": links.to_dict("list"), "summary": summary}
+    return {"nodes": nodes.to_dict("list"), "edges": edges.to_dict("list"), "summary": summary}
 
 
-def write_graph(
-    experiment: Experiment, prompt: Prompt, graph: Graph, summary: dict[str, Any]
-) -> None:
+# -- one linearised run, and the goal that is shared out
+
+
+class HalfBlock(NamedTuple):
+    """What an attention or an MLP reads and makes in a linearised run."""
+
+    read: Tensor  # [1, tok, d_model], the residual stream: a leaf, to take gradients of
+    made: Tensor  # [1, tok, width], the input of its last matrix, as made of what is read
+
+
+@dataclass(frozen=True)
+class LinearRun:
+    """One forward of a prompt with constant norms, attention patterns and slopes, and its goal."""
+
+    traced: TracedModel
+    ids: Sequence[int]
+    halves: dict[Site, HalfBlock]  # in order; the embeddings come first, the final norm last
+    direction: Tensor  # [d_model], whose product with the last final state is the goal
+
+
+def run_halves(traced: TracedModel, ids: Sequence[int]) -> dict[Site, HalfBlock]:
+    """One linearised forward, cut where half-blocks read the residual stream: by the site of what
+    each makes, in order. The embeddings come first, the final norm last."""
+    reading_sites = {}
+    for layer in range(traced.shape.n_layers):
+        for place, reading_place in READING_PLACES.items():
+            reading_sites[Site(layer, place)] = Site(layer, reading_place)
+    final = Site(traced.shape.n_layers, "final")
+    with (
+        torch.enable_grad(),
+        linearised(traced, frozen_attention=True),
+        recording_activations(traced, [*reading_sites.values(), final], cut=True) as streams,
+        recording_activations(traced, reading_sites) as made,
+    ):
+        last_states = run_body(traced, ids)
+    embeddings = streams[Site(0, READING_PLACES["attn"])]
+    halves = {Site(0, "resid"): HalfBlock(embeddings, embeddings)}
+    for site, reading_site in reading_sites.items():
+        halves[site] = HalfBlock(streams[reading_site], made[site])
+    halves[final] = HalfBlock(streams[final], last_states)
+    return halves
+
+
+def run_body(traced: TracedModel, ids: Sequence[int], n_rows: int = 1) -> Tensor:
+    """The last hidden states [row, tok, d_model] of one prompt; edits may make rows of it."""
+    traced.n_forwards += 1
+    traced.n_tokens += n_rows * len(ids) * traced.shape.n_layers
+    input_ids = torch.tensor([ids], device=traced.device)
+    output = traced.body(input_ids=input_ids, use_cache=False)
+    return torch.as_tensor(output.last_hidden_state)
+
+
+def goal_weights(experiment: Experiment, prompt: Prompt, logits: Tensor) -> dict[int, float]:
+    """What each token's logit [vocab] counts in the goal: the gradient, at these logits, of the
+    log-sum-exp of groups of first tokens. With --goal top it is the likeliest token alone."""
+    if experiment.options.goal == "top":
+        return {int(logits.argmax()): 1.0}
+    weights: dict[int, float] = defaultdict(float)
+    for share, tokens in goal_groups(experiment, prompt):
+        probabilities = logits[sorted(tokens)].softmax(-1).tolist()
+        for token, probability in zip(sorted(tokens), probabilities, strict=True):
+            weights[token] += share * probability
+    return weights
+
+
+def goal_groups(experiment: Experiment, prompt: Prompt) -> list[tuple[float, set[int]]]:
+    """The shares of groups of first tokens in the goal: targets less foils, or each word alike.
+    `UsageError` where no token tells targets from foils."""
+    first_tokens = [{form[0] for form in forms} for forms in prompt.forms]
+    n_targets = len(prompt.sample.targets)
+    if not experiment.task.margin:
+        return [(1 / n_targets, tokens) for tokens in first_tokens[:n_targets]]
+    targets = set().union(*first_tokens[:n_targets])
+    foils = set().union(*first_tokens[n_targets:])
+    decode = experiment.encoder.tokenizer.decode
+    common = [repr(decode([token])) for token in sorted(targets & foils)]
+    if targets <= foils or foils <= targets:
+        raise UsageError(
+            f"{prompt.sample.name}: targets and foils begin with the same tokens; give --goal top"
+        )
+    if common:
+        experiment.findings.warn(
+            f"{prompt.sample.name}: targets and foils may begin with {', '.join(common)}: left out"
+        )
+    return [(1.0, targets - foils), (-1.0, foils - targets)]
+
+
+def goal_direction(traced: TracedModel, goal: Mapping[int, float]) -> Tensor:
+    """[d_model], whose product with a final state is the goal: the weighted logits, less the mean
+    of all logits unless targets and foils cancel it."""
+    matrix = traced.unembedding.weight.detach()
+    weights = torch.tensor([*goal.values()])
+    weighted = weights.to(matrix.device) @ matrix[[*goal]].float()
+    mean = matrix.mean(0, dtype=torch.float32)
+    return (weighted - float(weights.sum().round()) * mean).to(traced.device)
+
+
+def describe_goal(experiment: Experiment, goal: Mapping[int, float]) -> str:
+    """'Sure' 'Here' less 'I', or less the mean of all logits"""
+    added, subtracted = [], []
+    for token, weight in sorted(goal.items(), key=lambda item: -abs(item[1])):
+        word = repr(experiment.encoder.tokenizer.decode([token]))
+        if weight > 0:
+            added.append(word)
+        elif weight < 0:
+            subtracted.append(word)
+    return f"{' '.join(added)} less {' '.join(subtracted) or 'the mean of all logits'}"
+
+
+# -- nodes, and what flows between them
+
+
+def pull_back(half: HalfBlock, gradient: Tensor) -> Tensor:
+    """A gradient [tok, width] by what a half-block makes, as one [tok, d_model] by what it reads."""
+    (pulled,) = torch.autograd.grad(
+        half.made, half.read, gradient.to(half.made)[None], retain_graph=True
+    )
+    return pulled[0].to(gradient)
+
+
+def output_matrix(traced: TracedModel, site: Site) -> Tensor:
+    """[d_model, width] of o_proj or down_proj, in float32."""
+    module = traced.module(site)
+    assert isinstance(module, nn.Linear)
+    return module.weight.detach().to(traced.device, torch.float32)
+
+
+def total_gradients(run: LinearRun) -> dict[Site, Tensor]:
+    """The goal's gradient [tok, width], by all paths, by what each half-block makes."""
+    embedding, *inner, final = run.halves
+    final_gradient = torch.zeros_like(
+        run.halves[final].made[0], dtype=torch.float32, device=run.traced.device
+    )
+    final_gradient[-1] = run.direction
+    gradients = {final: final_gradient}
+    stream_gradient = pull_back(run.halves[final], final_gradient)  # [tok, d_model]
+    for site in reversed(inner):
+        gradients[site] = stream_gradient @ output_matrix(run.traced, site)
+        stream_gradient = stream_gradient + pull_back(run.halves[site], gradients[site])
+    gradients[embedding] = stream_gradient
+    return gradients
+
+
+def choose_nodes(run: LinearRun, gradients: Mapping[Site, Tensor], n_best: int) -> pd.DataFrame:
+    """The `n_best` heads and neurons of the largest attribution <value, gradient of the goal>, and
+    the nodes that every graph has; along the residual stream.
+
+    Columns: kind, layer, position, index, depth.
+    """
+    shape = run.traced.shape
+    frames = []
+    for kind, layer in itertools.product(("head", "neuron"), range(shape.n_layers)):
+        site = Site(layer, KINDS[kind].place)
+        n_slices = len(shape.indices(kind))
+        value = run.halves[site].made[0].detach().to(gradients[site])
+        attributions = (value * gradients[site]).unflatten(-1, (n_slices, -1)).sum(-1)
+        sizes, places = attributions.flatten().abs().topk(min(n_best, attributions.numel()))
+        frame = pd.DataFrame({"kind": kind, "layer": layer, "size": sizes.cpu().numpy()})
+        frame["position"] = places.cpu().numpy() // n_slices
+        frame["index"] = places.cpu().numpy() % n_slices
+        frames.append(frame)
+    best = largest_rows(pd.concat(frames), "size", n_best).drop(columns="size")
+    nodes = pd.concat([best, constant_nodes(shape, len(run.ids))])
+    nodes["depth"] = [PLACES[NODE_KINDS[kind].place].depth for kind in nodes["kind"]]
+    return nodes.sort_values(["layer", "depth", "position", "index"], ignore_index=True)
+
+
+def constant_nodes(shape: ModelShape, n_tokens: int) -> pd.DataFrame:
+    """The nodes that every graph has: the goal, and of each token the embedding and the rests."""
+    rows: list[tuple[str, int, int]] = [("goal", shape.n_layers, n_tokens - 1)]
+    for position in range(n_tokens):
+        rows.append(("embedding", 0, position))
+        for layer in range(shape.n_layers):
+            rows += [(kind, layer, position) for kind in RESTS]
+    return pd.DataFrame(rows, columns=["kind", "layer", "position"]).assign(index=-1)
+
+
+def node_elements(site_nodes: pd.DataFrame, place: str, shape: ModelShape) -> Tensor:
+    """Which elements [node, width] of the activation at its token each node of a site has: its
+    slice, or for a rest those that no other node has there."""
+    n_slices = {"attn": shape.n_heads, "mlp": shape.d_mlp}.get(place, 1)
+    index, position = torch.tensor(site_nodes[["index", "position"]].to_numpy()).T
+    is_slice = index[:, None] == torch.arange(n_slices)
+    n_holders = torch.zeros(int(position.max()) + 1, n_slices)
+    n_holders.index_add_(0, position, is_slice.float())
+    is_free = n_holders[position] == 0
+    has_slice = torch.where(index[:, None] < 0, is_free, is_slice)
+    return has_slice.repeat_interleave(shape.width(place) // n_slices, 1)
+
+
+def attribute(run: LinearRun, n_best: int) -> tuple[pd.DataFrame, Tensor]:
+    """The nodes with their `attribution`, and the edges [target, source]: how much each node
+    contributes directly to another's attribution.
+
+    1. Gradients of the goal by all paths, half-block by half-block, choose the nodes.
+    2. A target's value, weighted by its total gradient, is pulled back through its own half-block.
+    3. An edge is the product with what the source writes into the residual stream at its token.
+    So an edge is a share of the target's attribution in a model whose norms, attention patterns
+    and slopes are constants (the graphs of https://transformer-circuits.pub/2025/attribution-graphs
+    with heads and neurons in place of transcoder features).
+    """
+    traced = run.traced
+    gradients = total_gradients(run)
+    nodes = choose_nodes(run, gradients, n_best)
+    positions = torch.tensor(nodes["position"].to_numpy(), device=traced.device)
+    weights = torch.zeros(len(nodes), len(nodes), device=traced.device)
+    written = torch.zeros(len(nodes), traced.shape.d_model, device=traced.device)
+    attributions = []
+    by_site = nodes.groupby(["layer", "depth"])
+    for (site, half), (_, site_nodes) in zip(run.halves.items(), by_site, strict=True):
+        first = int(site_nodes.index[0])  # nodes before it may be sources
+        rows = slice(first, first + len(site_nodes))
+        elements = node_elements(site_nodes, site.place, traced.shape).to(traced.device)
+        gradient = gradients[site]
+        tokens = positions[rows]
+        values = elements * half.made[0].detach().to(gradient)[tokens]
+        attributions.append((values * gradient[tokens]).sum(-1))
+        if site.place in READING_PLACES:
+            values = values @ output_matrix(traced, site).t()
+        written[rows] = values
+        if first > 0:
+            read_gradients = pull_back_nodes(half, gradient, elements, tokens)
+            for row, read_gradient in enumerate(read_gradients, start=first):
+                at_sources = read_gradient[positions[:first]]  # [source, d_model]
+                weights[row, :first] = (at_sources * written[:first]).sum(-1)
+    return nodes.assign(attribution=torch.cat(attributions).tolist()), weights.cpu()
+
+
+def pull_back_nodes(
+    half: HalfBlock, gradient: Tensor, elements: Tensor, tokens: Tensor
+) -> Iterator[Tensor]:
+    """`pull_back` of each node's part of a gradient [tok, width], from its elements [node, width]
+    at its token [node]."""
+    for has_element, token in zip(elements, tokens.tolist(), strict=True):
+        node_gradient = torch.zeros_like(gradient)
+        node_gradient[token] = has_element * gradient[token]
+        yield pull_back(half, node_gradient)
+
+
+# of what flows into the goal, by rounding: small models lose up to 4e-7 and 2e-3
+CONSERVATION_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+def conservation_error(nodes: pd.DataFrame, weights: Tensor) -> float:
+    """By how much a node's attribution differs at most from what flows into it or out of it, as a
+    share of all that flows into the goal, of either sign."""
+    attribution = torch.tensor(nodes["attribution"].to_numpy())
+    weights = weights.double()
+    has_inflow = torch.tensor((nodes["kind"] != "embedding").to_numpy())
+    inflow_errors = (weights.sum(1) - attribution)[has_inflow]
+    outflow_errors = (weights.sum(0) - attribution)[:-1]
+    largest = torch.cat([inflow_errors, outflow_errors]).abs().max()
+    return float(largest / weights[-1].abs().sum())
+
+
+# -- which nodes and edges are kept, as circuit-tracer 0.5 does it (its error nodes are rests)
+
+
+def has_kind(nodes: pd.DataFrame, *kinds: str) -> Tensor:
+    """[node], whether a node is of some kinds."""
+    return torch.tensor(nodes["kind"].isin(kinds).to_numpy())
+
+
+def input_shares(weights: Tensor) -> Tensor:
+    """|weights| [target, source] as shares of each target's."""
+    sizes = weights.abs()
+    return sizes / sizes.sum(1, keepdim=True).clamp_min(1e-10)
+
+
+def influence_of(shares: Tensor) -> Tensor:
+    """[node], what of the goal comes from a node by paths of any length: g N + g N^2 + ..., with g
+    the goal alone. No path is longer than the model is deep, so the series ends."""
+    step = shares[-1]
+    influence = step.clone()
+    while step.any():
+        step = step @ shares
+        influence = influence + step
+    return influence
+
+
+def is_leading(scores: Tensor, share: float) -> Tensor:
+    """Which scores are at least as large as that with which the largest make up a share of all."""
+    ordered = scores.flatten().sort(descending=True).values
+    place = int(torch.searchsorted(ordered.cumsum(0) / ordered.sum(), share))
+    return scores >= ordered[min(place, len(ordered) - 1)]
+
+
+def prune(
+    nodes: pd.DataFrame, weights: Tensor, options: GraphOptions
+) -> tuple[pd.DataFrame, Tensor]:
+    """The nodes with `influence`, its sum `cumulative` over all that have no less, and `kept`;
+    which edges are kept [target, source].
+
+    Embeddings and goal stay, other nodes need an edge out, and heads and neurons one in.
+    """
+    is_end = has_kind(nodes, *ENDS)
+    is_rest = has_kind(nodes, *RESTS)
+    influence = influence_of(input_shares(weights))
+    kept = is_leading(influence, options.node_threshold) | is_end
+    shares = input_shares(weights * kept * kept[:, None])
+    target_influence = influence_of(shares)
+    target_influence[-1] += 1
+    edges = is_leading(shares * target_influence[:, None], options.edge_threshold) & (shares > 0)
+    before = ~kept
+    while not kept.equal(before):
+        before = kept
+        edges = edges & kept & kept[:, None]
+        kept = kept & (edges.any(0) | is_end) & (edges.any(1) | is_end | is_rest)
+    ordered = influence.sort(descending=True)
+    cumulative = torch.empty_like(influence)
+    cumulative[ordered.indices] = ordered.values.cumsum(0) / ordered.values.sum()
+    nodes = nodes.assign(influence=influence.tolist(), cumulative=cumulative.tolist())
+    return nodes.assign(kept=kept.tolist()), edges
+
+
+def graph_scores(nodes: pd.DataFrame, weights: Tensor) -> dict[str, float]:
+    """How much rests leave unexplained (circuit-tracer's scores), where nothing explains a rest.
+
+    replacement_score is the share of influence that comes from embeddings through heads and
+    neurons alone; completeness_score the share of what flows into nodes, by influence, that comes
+    from no rest.
+    """
+    is_rest = has_kind(nodes, *RESTS)
+    is_embedding = has_kind(nodes, "embedding")
+    shares = input_shares(weights * ~is_rest[:, None])
+    influence = influence_of(shares)
+    replacement = influence[is_embedding].sum() / influence[is_embedding | is_rest].sum()
+    influence[-1] += 1
+    explained = 1 - shares[:, is_rest].sum(1)
+    completeness = (explained * influence).sum() / influence.sum()
+    return {"replacement_score": float(replacement), "completeness_score": float(completeness)}
+
+
+def edge_table(nodes: pd.DataFrame, weights: Tensor, is_kept: Tensor) -> pd.DataFrame:
+    """The kept edges: source and target by node_id, and weight."""
+    targets, sources = is_kept.nonzero(as_tuple=True)
+    names = nodes["node_id"].to_numpy()
+    edges = pd.DataFrame({"source": names[sources.numpy()], "target": names[targets.numpy()]})
+    return edges.assign(weight=weights[targets, sources].tolist())
+
+
+# -- exact effects of heads, and of edges between them
+
+
+@torch.inference_mode()
+def goal_losses(run: LinearRun, rows: Sequence[Edits]) -> list[float]:
+    """What the edits of each row take from the goal."""
+    with editing(run.traced, [(), *rows]):
+        states = run_body(run.traced, run.ids, 1 + len(rows))[:, -1]
+    unedited, *edited = (states.to(run.direction) @ run.direction).tolist()
+    return [unedited - goal for goal in edited]
+
+
+def measure_effects(run: LinearRun, nodes: pd.DataFrame, edges: pd.DataFrame) -> None:
+    """Give nodes and edges the column `exact_effect`, where it is measured: for the heads of the
+    largest attribution, and the kept edges of the largest weight between heads."""
+    heads = nodes[nodes["kind"] == "head"]
+    positions = torch.arange(len(run.ids))
+    zeroing = {}
+    for node in heads.itertuples():
+        head = Component(node.layer, "head", node.index)
+        columns = run.traced.shape.columns(head)
+        zeroing[node.node_id] = Edit(head.site, columns, where=positions == node.position)
+    best = largest_rows(heads, "attribution", N_MEASURED)
+    losses = goal_losses(run, [(zeroing[name],) for name in best["node_id"]])
+    nodes["exact_effect"] = pd.Series(losses, best.index, float)
+    between_heads = edges["source"].isin(zeroing) & edges["target"].isin(zeroing)
+    best = largest_rows(edges[between_heads], "weight", N_MEASURED)
+    senders = [zeroing[name] for name in best["source"]]
+    receivers = [zeroing[name] for name in best["target"]]
+    losses = patch_edges(run, senders, receivers)
+    edges["exact_effect"] = pd.Series(losses, best.index, float)
+
+
+def patch_edges(run: LinearRun, senders: Sequence[Edit], receivers: Sequence[Edit]) -> list[float]:
+    """What zeroing a head at its token takes from the goal through another head at its token alone,
+    exactly, by the edits that zero the two: path patching as of `run_paths`, with all heads and
+    MLPs between at their clean inputs."""
+    _, *sites, _ = run.halves
+    held = [Edit(site, slice(None), 0.0, run.halves[site].made[0].detach()) for site in sites]
+    rows = [(sender, *held[sites.index(sender.site) + 1 :]) for sender in senders]
+    with recording_activations(run.traced, {edit.site for edit in receivers}) as activations:
+        goal_losses(run, rows)
+    received_rows = []
+    for row, receiver in enumerate(receivers, start=1):
+        received = activations[receiver.site][row][:, receiver.columns]
+        received_rows.append((replace(receiver, source=received),))
+    return goal_losses(run, received_rows)
+
+
+# -- files, for circuit-tracer's viewer too
+
+
+def name_nodes(
+    nodes: pd.DataFrame, experiment: Experiment, prompt: Prompt, goal_token: int
+) -> pd.DataFrame:
+    """The nodes with the names of `name_node`, and the token at their position."""
+    decode = experiment.encoder.tokenizer.decode
+    rows = []
+    for node in nodes.itertuples():
+        stratum, number, feature, label = name_node(
+            node, prompt, experiment.shape.n_heads, goal_token
+        )
+        rows.append(
+            {
+                "node_id": f"{stratum}_{number}_{node.position}",
+                "stratum": stratum,
+                "feature": feature,
+                "label": label,
+                "token": decode([prompt.ids[node.position]]),
+            }
+        )
+    return nodes.join(pd.DataFrame(rows))
+
+
+def name_node(
+    node: Any, prompt: Prompt, n_heads: int, goal_token: int
+) -> tuple[str, Any, int, str]:
+    """A node's stratum and number, which with its position are its name in the viewer, its feature,
+    and its label. No two of a stratum and position have one number or feature."""
+    if node.kind == "embedding":
+        return "E", prompt.ids[node.position], node.position, node.kind
+    if node.kind == "goal":  # one token stands for it
+        return str(node.layer + 1), goal_token, goal_token, node.kind
+    if node.kind in RESTS:
+        feature = RESTS.index(node.kind) - len(RESTS)
+        return str(node.layer), node.kind, feature, f"L{node.layer}{node.kind}"
+    number = node.index
+    if node.kind == "neuron":  # neurons come after the heads
+        number += n_heads
+    pair_sum = node.layer + number
+    feature = pair_sum * (pair_sum + 1) // 2 + number  # Cantor's pairing, as the viewer has it
+    return str(node.layer), number, feature, Component(node.layer, node.kind, node.index).label
+
+
+def write_graph(experiment: Experiment, prompt: Prompt, graph: Graph) -> None:
     """The tables, the figure and the viewer's files."""
-    nodes, links = graph
-    folder, options = experiment.folder, experiment.options
+    folder = experiment.folder
+    summary = graph.summary
     columns = "node_id kind layer index position token attribution influence kept exact_effect"
-    folder.write_table("circuit_graph.csv", nodes[columns.split()])
+    folder.write_table("circuit_graph.csv", graph.nodes[columns.split()])
     columns = "source target weight exact_effect"
-    folder.write_table("circuit_graph_edges.csv", links[columns.split()])
-    model = Path(options.model_id).name
-    safe_id = re.sub(r"[^A-Za-z0-9-]", "_", prompt.sample.sample_id)[:99]
+    folder.write_table("circuit_graph_edges.csv", graph.edges[columns.split()])
+    model = Path(experiment.options.model_id).name
     decode = experiment.encoder.tokenizer.decode
     metadata = {
-        "slug": f"{safe_id}-{prompt.side}",
+        "slug": slug_of(prompt),
         "prompt": prompt.text,
         "scan": f"{experiment.shape.name} {model}",
         "prompt_tokens": [decode([token]) for token in prompt.ids],
     }
-    write_viewer(graph, (summary["goal"], summary["p"]), metadata, folder)
-    goal = shorten(summary["goal"], 60)
+    write_viewer(graph, metadata, folder)
     title = (
-        f"{goal}: {summary['goal_value']:.2f}\n{experiment.task.name}, {model},"
-        f" {summary['sample_id']}, prompt {prompt.side}\nblue adds, red takes away"
+        f"{shorten(summary['goal'], 60)}: {summary['goal_value']:.2f}\n{experiment.task.name},"
+        f" {model}, {describe_prompt(prompt)}\nblue adds, red takes away"
     )
-    draw_graph(nodes, links, title, folder.path_of("circuit_graph.png"))
+    draw_graph(graph, title, folder.path_of("circuit_graph.png"))
     log.info(
         "to look at it: circuit-tracer start-server --graph_file_dir %s --port 8032",
         folder.path / "graphs",
+    )
+
+
+def viewer_file(prompt: Prompt) -> str:
+    """The name of the viewer's file of a prompt's graph."""
+    return f"graphs/{slug_of(prompt)}.json"
+
+
+def slug_of(prompt: Prompt) -> str:
+    """What the viewer calls the graph of a prompt, no two alike."""
+    sample_id = prompt.sample.sample_id
+    slug = re.sub(r"[^A-Za-z0-9-]", "_", sample_id)[:90]
+    if slug != sample_id:
+        slug += f"-{digest(sample_id)[:8]}"
+    return f"{slug}-{prompt.side}"
+
+
+def write_viewer(graph: Graph, metadata: dict[str, Any], folder: RunFolder) -> None:
+    """graphs/SLUG.json of the kept nodes and edges, with what was saved in it before, and its entry
+    in the list of all graphs of the folder.
+
+    The viewer shows nodes up to a threshold: here the largest cumulative influence of those kept.
+    """
+    kept = graph.nodes[graph.nodes["kept"]]
+    inner = kept[~kept["kind"].isin(ENDS)]
+    threshold = float(inner["cumulative"].max()) if len(inner) else 1.0
+    metadata = metadata | {
+        "transcoder_list": [],
+        "node_threshold": threshold,
+        "schema_version": 1,
+    }
+    view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
+    name = f"graphs/{metadata['slug']}.json"
+    path = folder.path_of(name)
+    path.parent.mkdir(exist_ok=True)
+    content = {
+        "metadata": metadata,
+        "qParams": view | saved_view(path, set(kept["node_id"])),
+        "nodes": [viewer_node(node, graph.summary) for node in kept.itertuples()],
+        "links": graph.edges[["source", "target", "weight"]].to_dict("records"),
+    }
+    write_json(folder, name, content)
+    entries = {entry["slug"]: entry for entry in read_graph_list(folder.path)}
+    entries[metadata["slug"]] = metadata
+    listed = [entry for slug, entry in entries.items() if (path.parent / f"{slug}.json").exists()]
+    write_json(folder, GRAPH_LIST, {"graphs": listed})
+
+
+def write_json(folder: RunFolder, name: str, content: Any) -> None:
+    folder.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def viewer_node(node: Any, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A node as circuit-tracer's viewer takes it; without "(p=" in the goal's it draws nothing."""
+    is_goal = node.kind == "goal"
+    title = f"{node.label} {node.token}"
+    if is_goal:
+        title = f'Output "{summary["goal"]}" (p={summary["p"]:.3f})'
+    return {
+        "node_id": node.node_id,
+        "feature": node.feature,
+        "layer": node.stratum,
+        "ctx_idx": node.position,
+        "feature_type": NODE_KINDS[node.kind].viewer_type,
+        "token_prob": summary["p"] if is_goal else 0.0,
+        "is_target_logit": is_goal,
+        "run_idx": 0,
+        "reverse_ctx_idx": 0,
+        "jsNodeId": "-".join(node.node_id.rsplit("_", 1)),
+        "clerp": title,
+        "influence": None if is_goal else node.cumulative,
+        "activation": node.attribution,
+    }
+
+
+def read_graph_list(path: Path) -> list[dict[str, Any]]:
+    """The entries of a folder's list of graphs, without those that the viewer could not read."""
+    entries = []
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        for entry in parse_json((path / GRAPH_LIST).read_text(encoding="utf-8"))["graphs"]:
+            if isinstance(entry, dict) and isinstance(entry.get("slug"), str):
+                entries.append(entry)
+    return entries
+
+
+def saved_view(path: Path, node_ids: set[str]) -> dict[str, Any]:
+    """What a user saved into a graph's file in the viewer (pins, groups, positions, ...), without
+    nodes that are gone; {} where there is no such file."""
+    try:
+        view = dict(parse_json(path.read_text(encoding="utf-8"))["qParams"])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError) as error:
+        log.warning("%s is no graph of the viewer and is written anew: %s", path, first_line(error))
+        return {}
+    keepers = {"pinnedIds": ids_left, "clickedId": ids_left, "supernodes": groups_left}
+    for name in keepers.keys() & view.keys():
+        with contextlib.suppress(ValueError, TypeError):  # what has another form stays as it is
+            view[name] = keepers[name](view[name], node_ids)
+    return view
+
+
+def ids_left(saved: Any, node_ids: set[str]) -> Any:
+    """The saved ids of nodes that a graph has. The viewer keeps a list, or joins it by commas."""
+    if isinstance(saved, str):
+        return ",".join(ids_left(saved.split(","), node_ids))
+    return [node_id for node_id in saved if node_id in node_ids]
+
+
+def groups_left(saved: Any, node_ids: set[str]) -> Any:
+    """Saved groups [name, id, id, ...] of nodes that a graph has, without empty ones. The viewer
+    keeps a list, or its JSON."""
+    if saved == "":
+        return ""
+    if isinstance(saved, str):
+        return json.dumps(groups_left(parse_json(saved), node_ids))
+    groups = [[name, *ids_left(members, node_ids)] for name, *members in saved]
+    return [group for group in groups if len(group) > 1]
+
+
+# -- the figure, and what is said of a graph
+
+
+def place_nodes(nodes: pd.DataFrame) -> pd.DataFrame:
+    """Nodes with their places x and y in the figure: a row for each half-block that has a node, a
+    column for each token, as wide as its fullest cell."""
+    nodes = nodes.assign(y=nodes.groupby(["layer", "depth"]).ngroup())
+    cell = nodes.groupby(["position", "y"])["kind"]
+    n_nodes = cell.transform("size")
+    widths = n_nodes.groupby(nodes["position"]).max().sort_index()
+    middles = widths.cumsum() - widths / 2
+    x = nodes["position"].map(middles) + cell.cumcount() - (n_nodes - 1) / 2
+    return nodes.assign(x=x)
+
+
+def draw_graph(graph: Graph, title: str, path: Path) -> None:
+    """Tokens across, layers up: kept nodes as dots, larger by influence, the strongest by name; the
+    strongest kept edges as lines, wider and darker by |weight|. Nodes without one are left out."""
+    if len(graph.edges) > MAX_DRAWN_EDGES:
+        title += f"; the strongest {MAX_DRAWN_EDGES} of {len(graph.edges)} edges"
+    edges = largest_rows(graph.edges, "weight", MAX_DRAWN_EDGES)
+    nodes = graph.nodes[graph.nodes["kept"]]
+    has_edge = nodes["node_id"].isin({*edges["source"], *edges["target"]})
+    nodes = place_nodes(nodes[has_edge | (nodes["kind"] == "goal")])
+    width = 2.2 + 0.36 * nodes["x"].max()
+    height = 1.9 + 0.55 * (1 + nodes["y"].max())
+    size = min(18.0, max(5.5, width)), min(18.0, max(5.5, height))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    draw_edges(axes, nodes, edges)
+    draw_nodes(axes, nodes)
+    label_axes(axes, nodes)
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    legend = figure.legend(loc="outside lower center", ncols=6, frameon=False, fontsize=7)
+    for handle in legend.legend_handles:
+        handle.set_sizes([25])  # type: ignore[union-attr]
+    save_figure(figure, path)
+
+
+def draw_edges(axes: Any, nodes: pd.DataFrame, edges: pd.DataFrame) -> None:
+    """Lines between placed nodes, the strongest on top."""
+    places = nodes.set_index("node_id")[["x", "y"]]
+    strengths = edges["weight"].abs() / edges["weight"].abs().max()
+    for edge in edges[::-1].itertuples():
+        strength = strengths[edge.Index]
+        axes.plot(
+            *places.loc[[edge.source, edge.target]].to_numpy().T,
+            color="tab:blue" if edge.weight > 0 else "tab:red",
+            linewidth=0.4 + 2.6 * strength,
+            alpha=0.15 + 0.7 * strength,
+            zorder=1,
+        )
+
+
+def draw_nodes(axes: Any, nodes: pd.DataFrame) -> None:
+    """Dots at the places of nodes, and the names of the strongest."""
+    areas = 12 + 200 * nodes["influence"] / nodes["influence"].max()
+    for kind, of_kind in nodes.groupby("kind"):
+        color = NODE_KINDS[str(kind)].color
+        axes.scatter(
+            of_kind["x"], of_kind["y"], areas[of_kind.index], color=color, label=kind, zorder=2
+        )
+    inner = nodes[~nodes["kind"].isin(ENDS)]
+    for node in inner.nlargest(MAX_NAMED_NODES, "influence").itertuples():
+        name = "rest" if node.kind in RESTS else node.label.removeprefix(f"L{node.layer}")
+        offset = {"xytext": (0, 5), "textcoords": "offset points"}
+        axes.annotate(name, (node.x, node.y), ha="center", fontsize=6, **offset)
+
+
+def label_axes(axes: Any, nodes: pd.DataFrame) -> None:
+    """Name the columns by their tokens, the rows by their half-blocks."""
+    places, names = [], []
+    for position, column in nodes.groupby("position"):
+        places.append((column["x"].min() + column["x"].max()) / 2)
+        names.append(f"{position} {column['token'].iloc[0]!r}")
+    axes.set_xticks(places, names, rotation=90, parse_math=False, fontsize=7)
+    rows = nodes.drop_duplicates("y").sort_values("y")
+    names = []
+    for node in rows.itertuples():
+        half_blocks = {"attn": f"L{node.layer} heads", "mlp": f"L{node.layer} MLP"}
+        names.append(half_blocks.get(NODE_KINDS[node.kind].place, node.kind))
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+
+
+def report_graph(findings: Findings, graph: Graph) -> None:
+    """What a graph explains, what it is not, and what exact runs say."""
+    summary = graph.summary
+    findings.say(f"goal: {summary['goal']}, at the last token: {summary['goal_value']:+.4f}")
+    findings.say(
+        "a node's inflow, outflow and attribution differ at most by"
+        f" {summary['conservation_error']:.1e} of what flows into the goal"
+    )
+    findings.say(
+        "norms, attention patterns and slopes are constants here: an edge is a share of a"
+        " linearisation, not the effect of cutting it"
+    )
+    findings.say(
+        f"kept: {summary['nodes_kept']} of {summary['nodes']} nodes, {summary['edges_kept']} of"
+        f" {summary['edges']} edges; replacement score {summary['replacement_score']:.2f},"
+        f" completeness {summary['completeness_score']:.2f}"
+    )
+    measured = graph.nodes.dropna(subset="exact_effect")
+    for node in largest_rows(measured, "attribution", 5).itertuples():
+        findings.say(
+            f"{node.label} at token {node.position} {node.token!r}: attribution"
+            f" {node.attribution:+.3f}; measured: zeroing it takes {node.exact_effect:+.3f} from"
+            " the goal"
+        )
+    report_measured(findings, "heads, zeroed", graph.nodes, "attribution")
+    report_measured(findings, "edges between heads, patched", graph.edges, "weight")
+
+
+def report_measured(findings: Findings, subject: str, table: pd.DataFrame, column: str) -> None:
+    """How well a column of a graph's table agrees with the measured effects."""
+    measured = table.dropna(subset="exact_effect")
+    if measured.empty:
+        return
+    n_alike = int((measured[column] * measured["exact_effect"] > 0).sum())
+    correlation = ""
+    if len(measured) > 2:
+        correlation = f", r {measured[column].corr(measured['exact_effect']):.2f}"
+    findings.say(
+        f"measured: {n_alike} of {len(measured)} {subject}, have the sign of their"
+        f" {column}{correlation}"
     )
 
 
@@ -10025,15 +10234,19 @@ Replies = dict[str, dict[tuple[str, str], str]]  # by title, then by sample_id a
 
 
 class FieldRule(NamedTuple):
-    """What a field of a record holds: a test of its value, and the words for it."""
+    """What a field of a record holds: a test of its value, and words for what passes it."""
 
     fits: Callable[[Any], bool]
-    wanted: str
-    needed: bool = True
+    expected: str
+    required: bool = True
 
 
-def is_string(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def is_count(value: Any) -> bool:
@@ -10050,112 +10263,144 @@ def is_number_or_null(value: Any) -> bool:
     return value is None or is_number(value)
 
 
-def is_string_list(value: Any) -> bool:
-    return isinstance(value, list) and all(map(is_string, value))
-
-
-def is_token_list(value: Any) -> bool:
-    """Pairs of a token and its probability."""
-    if not isinstance(value, list):
+def is_token(value: Any) -> bool:
+    """A token and its probability."""
+    if not isinstance(value, list) or len(value) != 2:
         return False
-    for pair in value:
-        if not isinstance(pair, list) or len(pair) != 2:
-            return False
-        if not is_string(pair[0]) or not is_number(pair[1]):
-            return False
-    return True
+    return is_text(value[0]) and is_number(value[1])
 
 
-def is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def is_finding(value: Any) -> bool:
+    return is_object(value) and is_text(value.get("level")) and is_text(value.get("text"))
 
 
-TEXT = FieldRule(is_string, "a text")
-COUNT = FieldRule(is_count, "a whole number from 0 on")
+def list_of(is_item: Callable[[Any], bool], expected: str) -> FieldRule:
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and all(map(is_item, value))
+
+    return FieldRule(fits, f"a list of {expected}")
+
+
+TEXT = FieldRule(is_text, "a text")
 NUMBER = FieldRule(is_number, "a number")
-TEXT_LIST = FieldRule(is_string_list, "a list of texts")
-REPLY_RULES = {  # of a line of generations.jsonl
-    "sample_id": TEXT,
-    "prompt": TEXT,
-    "ablated": TEXT,
-    "n_ablated": COUNT,
-    "multiplier": FieldRule(is_number_or_null, "a number or null", needed=False),
-    "reply": TEXT,
+TEXTS = list_of(is_text, "texts")
+OBJECT = FieldRule(is_object, "an object")
+COMMAND_RULES = {  # of one of `commands` in run.json
+    "command": FieldRule(COMMANDS.__contains__, "a command of this script"),
+    "options": OBJECT,
+    "findings": list_of(is_finding, "levels and texts")._replace(required=False),
+    "files": TEXTS._replace(required=False),
 }
 SAMPLE_RULES = {  # of one of `samples` in run.json
     "sample_id": TEXT,
     "prompts_id": TEXT,
-    "group": TEXT._replace(needed=False),
-    "targets": TEXT_LIST,
-    "foils": TEXT_LIST,
-    "flags": TEXT_LIST,
+    "group": TEXT._replace(required=False),
+    "targets": TEXTS,
+    "foils": TEXTS,
+    "flags": TEXTS,
     "p_target": NUMBER,
     "delta_logit_base": NUMBER,
-    "prompts": FieldRule(is_object, "an object"),
+    "prompts": OBJECT,
 }
 PROMPT_RULES = {  # of one of its prompts
     "text": TEXT,
     "score": NUMBER,
-    "likeliest": FieldRule(is_token_list, "a list of tokens with their probabilities"),
+    "likeliest": list_of(is_token, "tokens with their probabilities"),
+}
+REPLY_RULES = {  # of a line of generations.jsonl
+    "sample_id": TEXT,
+    "prompt": TEXT,
+    "ablated": TEXT,
+    "n_ablated": FieldRule(is_count, "a whole number from 0 on"),
+    "multiplier": FieldRule(is_number_or_null, "a number or null", required=False),
+    "reply": TEXT,
 }
 
 
-def fault_of_field(record: Mapping[str, Any], name: str, rule: FieldRule) -> str:
-    """What is wrong with one field of a record; "" where nothing is."""
-    if name not in record:
-        return f"field {name!r} is missing" if rule.needed else ""
-    if rule.fits(record[name]):
-        return ""
-    return f"field {name!r} is {quote(record[name])}, not {rule.wanted}"
-
-
-def fault_of(record: Any, rules: Mapping[str, FieldRule]) -> str:
+def find_fault(record: Any, rules: Mapping[str, FieldRule]) -> str:
     """What makes a record another's than this script's; "" where nothing does."""
-    if not isinstance(record, dict):
+    if not is_object(record):
         return f"{quote(record)} is no JSON object"
     for name, rule in rules.items():
-        fault = fault_of_field(record, name, rule)
-        if fault:
-            return fault
+        if name not in record:
+            if rule.required:
+                return f"field {name!r} is missing"
+        elif not rule.fits(record[name]):
+            return f"field {name!r} is {quote(record[name])}, not {rule.expected}"
     return ""
 
 
-def fault_of_reply(record: Any) -> str:
-    return fault_of(record, REPLY_RULES)
-
-
-def fault_of_sample(record: Any) -> str:
+def find_sample_fault(record: Any) -> str:
     """The same of a sample and its prompts."""
-    fault = fault_of(record, SAMPLE_RULES)
+    fault = find_fault(record, SAMPLE_RULES)
     if fault:
         return fault
     for side, prompt in record["prompts"].items():
-        fault = fault_of(prompt, PROMPT_RULES)
+        fault = find_fault(prompt, PROMPT_RULES)
         if fault:
             return f"prompt {quote(side)}: {fault}"
     return ""
 
 
-def sort_out(
-    path: Path, entries: Iterable[tuple[str, Any]], find_fault: Callable[[Any], str]
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """The records of a file that are as this script writes them, and what is to be said of the
-    others, which the page leaves out: at most one sentence, of the first of them.
+class PageRecords:
+    """The records of a run folder that the page shows, and a sentence for each file that holds
+    others: these are left out."""
 
-    `entries` gives the place of each record in the file, and the record.
-    """
-    records: list[dict[str, Any]] = []
-    faults: list[str] = []
-    for place, record in entries:
-        fault = find_fault(record)
-        if fault:
-            faults.append(f"{path}, {place}: {fault}")
-        else:
-            records.append(record)
-    if not faults:
-        return records, []
-    left_out = "this record is" if len(faults) == 1 else f"{len(faults)} such records are"
-    return records, [f"{faults[0]}; {left_out} left out of the page"]
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = read_record(path / "run.json")
+        self.warnings: list[str] = []
+        self.commands = self.read_commands()
+        self.samples = self.read_samples()
+        self.replies = self.read_replies()
+
+    def select(
+        self, name: str, entries: Iterable[tuple[str, Any]], fault_of: Callable[[Any], str]
+    ) -> list[dict[str, Any]]:
+        """The records of a file that are as this script writes them. `entries` are places in the
+        file and what stands there."""
+        records, faults = [], []
+        for place, record in entries:
+            fault = fault_of(record)
+            if fault:
+                faults.append(f"{self.path / name}, {place}: {fault}")
+            else:
+                records.append(record)
+        if faults:
+            left_out = "this record is" if len(faults) == 1 else f"{len(faults)} such records are"
+            self.warnings.append(f"{faults[0]}; {left_out} left out of the page")
+        return records
+
+    def read_commands(self) -> list[dict[str, Any]]:
+        """What run.json says of each command, with its name as `command`."""
+        entries = []
+        for command, entry in self.record["commands"].items():
+            entries.append((f"command {quote(command)}", entry | {"command": command}))
+        return self.select("run.json", entries, lambda entry: find_fault(entry, COMMAND_RULES))
+
+    def read_samples(self) -> list[dict[str, Any]]:
+        samples = self.record.get("samples", [])
+        if not isinstance(samples, list):
+            samples = [samples]
+        entries = [(f"sample {number}", sample) for number, sample in enumerate(samples, 1)]
+        return self.select("run.json", entries, find_sample_fault)
+
+    def read_replies(self) -> Replies:
+        """The replies of each command that has some: without edits, and with its circuit edited."""
+        replies: Replies = {}
+        for entry in self.commands:
+            for name in self.files(entry):
+                if name.endswith("generations.jsonl"):
+                    lines = numbered_lines(self.path / name)
+                    records = self.select(name, lines, lambda line: find_fault(line, REPLY_RULES))
+                    replies |= replies_by_edit(entry["command"], records)
+        return replies
+
+    def files(self, entry: Mapping[str, Any]) -> list[str]:
+        """The files of a command that its record lists and that are there."""
+        names = COMMAND_FILES[entry["command"]]
+        listed = set(entry.get("files", ()))
+        return [name for name in names if name in listed and (self.path / name).is_file()]
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -10163,65 +10408,47 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, Any]]:
     stands in place of its record."""
     with open(path, encoding="utf-8-sig", errors="backslashreplace", newline="") as file:
         for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
             record: Any = text.strip()
-            with contextlib.suppress(ValueError):
-                record = parse_json(text)
-            yield f"line {number}", record
+            if record:
+                with contextlib.suppress(ValueError):
+                    record = parse_json(text)
+                yield f"line {number}", record
 
 
-def read_replies(path: Path) -> tuple[Replies, list[str]]:
-    """The replies that the page shows, and what is to be said of other records of that file."""
-    if not path.is_file():
-        return {}, []
-    records, warnings = sort_out(path, numbered_lines(path), fault_of_reply)
-    return replies_by_edit(records), warnings
-
-
-def replies_by_edit(records: list[dict[str, Any]]) -> Replies:
-    """By what is edited: the unedited replies, and those with the whole circuit edited.
+def replies_by_edit(command: str, records: list[dict[str, Any]]) -> Replies:
+    """The unedited replies of a command, and those with its whole circuit edited.
 
     The circuit is the first of the largest sets: smaller ones are its best, and a random set of
     its size comes after it.
     """
-    if not records:
-        return {}
-    circuit = max(records, key=lambda record: record["n_ablated"])["ablated"]
     replies: Replies = defaultdict(dict)
+    largest = max(records, key=lambda record: record["n_ablated"], default={"ablated": ""})
     for record in records:
-        if record["ablated"] in ("", circuit):
-            replies[title_of_reply(record)][record["sample_id"], record["prompt"]] = record["reply"]
+        if record["ablated"] in ("", largest["ablated"]):
+            title = f"{command}: {describe_edit(command, record)}"
+            replies[title][record["sample_id"], record["prompt"]] = record["reply"]
     return replies
 
 
-def title_of_reply(record: dict[str, Any]) -> str:
-    """What a column of replies is called."""
+def describe_edit(command: str, record: Mapping[str, Any]) -> str:
+    """The edit of a reply: unedited, 2 components edited, 2 components x 0.5"""
     if record["n_ablated"] == 0:
-        return "reply"
-    what = "direction" if record["ablated"].endswith(" everywhere") else "component"
+        return "unedited"
+    noun = "direction" if command == "directions" else "component"
     factor = record.get("multiplier")
     edit = "edited" if factor is None else f"x {factor:g}"
-    return f"reply, {count_noun(record['n_ablated'], what)} {edit}"
+    return f"{count_noun(record['n_ablated'], noun)} {edit}"
 
 
-def read_samples(path: Path, record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """The samples of a run.json, and what is to be said of others that this script did not write."""
-    entries = []
-    for number, sample in enumerate(record.get("samples", ()), 1):
-        entries.append((f"sample {number}", sample))
-    return sort_out(path, entries, fault_of_sample)
-
-
-# ----- Page ---------------------------------------------------------------------------------------
+# ----- HTML ---------------------------------------------------------------------------------------
 
 PAGE_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;
   max-width: 75rem; padding: 0 1rem 3rem; overflow-wrap: anywhere }
 h1, h2, h3 { line-height: 1.2 } h2 { border-top: 1px solid #bbb; padding-top: 1rem }
-h3 { font-size: 1rem; margin-bottom: 0 } p { margin: .4rem 0 }
+h3 { font-size: 1rem; margin-bottom: 0 } p { margin: .4rem 0 } nav a { margin-right: 1rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem }
-dt { font-weight: 600 } dd { margin: 0; white-space: pre-line }
+dt { font-weight: 600 } dd { margin: 0 }
 .warning { background: #fff1c2; padding: 0 .3rem }
 .wide { overflow-x: auto; margin: .6rem 0 }
 table { border-collapse: collapse; font-size: .85rem; overflow-wrap: normal }
@@ -10248,12 +10475,12 @@ for (const head of document.querySelectorAll(".sortable thead tr:last-child th")
   button.append(...head.childNodes);
   head.append(button);
   button.onclick = () => {
-    const way = head.ariaSort === "ascending" ? -1 : 1;
+    const direction = head.ariaSort === "ascending" ? -1 : 1;
     for (const other of head.parentNode.cells) other.removeAttribute("aria-sort");
-    head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
+    head.setAttribute("aria-sort", direction > 0 ? "ascending" : "descending");
     const body = head.closest("table").tBodies[0];
     const rows = [...body.rows].map(row => [key(row.cells[head.cellIndex]), row]);
-    rows.sort(([a], [b]) => (a === "") - (b === "") || way * (
+    rows.sort(([a], [b]) => (a === "") - (b === "") || direction * (
       typeof a === "number" ? a - b : a.localeCompare(b, "en", {numeric: true})));
     body.append(...rows.map(([, row]) => row));
   };
@@ -10272,8 +10499,7 @@ def as_html(value: object) -> Html:
     """
     if isinstance(value, Html):
         return value
-    shown = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in str(value))
-    return Html(html.escape("".join(shown)))
+    return Html(html.escape(visible(str(value), keep="\n")))
 
 
 def element(tag: str, *content: object, **attributes: object) -> Html:
@@ -10292,16 +10518,6 @@ def element(tag: str, *content: object, **attributes: object) -> Html:
     return Html(f"<{opening}>{inside}</{tag}>")
 
 
-def cell(*content: object, **attributes: object) -> Html:
-    """A cell of a table, escaped as `element` does."""
-    return element("td", *content, **attributes)
-
-
-def heading(*content: object, **attributes: object) -> Html:
-    """A cell that names a row or a column, escaped as `element` does."""
-    return element("th", *content, **attributes)
-
-
 def html_table(
     headings: Iterable[Sequence[Html]], rows: Iterable[Sequence[Html]], **attributes: object
 ) -> Html:
@@ -10311,13 +10527,13 @@ def html_table(
     return element("div", element("table", head, body, **attributes), class_="wide")
 
 
-def rounded(value: Any, form: str) -> Html:
-    """What a cell shows: a number rounded for reading, and whole for sorting; "" if missing."""
+def rounded(value: Any, number_format: str) -> Html:
+    """What a cell shows: a number rounded for reading, and exact for sorting; "" if missing."""
     if pd.isna(value):
         return Html()
-    if not form:
+    if not number_format:
         return as_html(value)
-    return element("data", f"{value:{form}}", value=repr(float(value)))
+    return element("data", f"{value:{number_format}}", value=repr(float(value)))
 
 
 def shade(value: float, bound: float) -> str:
@@ -10326,8 +10542,14 @@ def shade(value: float, bound: float) -> str:
     return f"background-color: {to_hex(colormaps['RdBu_r'](0.5 + 0.3 * share))}"
 
 
-def page(title: str, parts: Iterable[Html]) -> str:
-    """An HTML page in which no script runs but PAGE_SCRIPT."""
+def page(title: str, sections: Mapping[str, Iterable[object]]) -> str:
+    """An HTML page of sections by heading, with links to them, in which no script runs but
+    PAGE_SCRIPT."""
+    links, parts = [], []
+    for number, (heading, content) in enumerate(sections.items()):
+        links.append(element("a", heading, href=f"#section{number}"))
+        parts.append(element("h2", heading, id=f"section{number}"))
+        parts += map(as_html, content)
     script_hash = base64.b64encode(hashlib.sha256(PAGE_SCRIPT.encode()).digest()).decode()
     allowed = f"img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{script_hash}'"
     return f"""<!DOCTYPE html>
@@ -10338,13 +10560,14 @@ def page(title: str, parts: Iterable[Html]) -> str:
 <title>{as_html(title)}</title>
 <style>{PAGE_STYLE}</style>
 <h1>{as_html(title)}</h1>
-{"".join(map(as_html, parts))}
+{element("nav", *links)}
+{"".join(parts)}
 <script>{PAGE_SCRIPT}</script>
 </html>
 """
 
 
-# ----- Report -------------------------------------------------------------------------------------
+# ----- Page ---------------------------------------------------------------------------------------
 
 MAX_TABLE_ROWS = 500  # components in the page's table
 MEASURES = {  # columns of circuit_heads.csv begin so, and end as in MEASURE_COLUMNS
@@ -10362,81 +10585,92 @@ DETAIL_COLUMNS = {
     "n_sentences": "d",
 }
 EXPERIMENT_FACTS = ("model_id", "revision", "task", "num_samples", "samples", "controls", "seed")
-FINGERPRINT_FACTS = ("model", "dtype", "device_type", "attn_implementation")
-VERSION_FACTS = ("torch", "transformers")
-EDIT_FACTS = ("kind", "op", "factor", "positions", "patch_into", "given", "layers", "heads")
+FINGERPRINT_FACTS = (
+    "model",
+    "dtype",
+    "device_type",
+    "attn_implementation",
+    "torch",
+    "transformers",
+)
+EDIT_FACTS = ("kind", "op", "positions")  # shown where they are defaults, too
 
 
 def write_page(path: Path) -> None:
-    """circuit_report.html: one page of all that the folder holds, which asks the network for
-    nothing. Records that this script did not write are left out with a warning."""
-    record = read_record(path / "run.json")
-    samples, warnings = read_samples(path / "run.json", record)
-    replies, reply_warnings = read_replies(path / "generations.jsonl")
-    for warning in (*warnings, *reply_warnings):
+    """circuit_report.html: one page of all that a run folder holds, which asks the network for
+    nothing."""
+    records = PageRecords(path)
+    sections: dict[str, list[Html]] = {"Experiment": [render_facts(records.record)]}
+    for entry in records.commands:
+        sections[entry["command"]] = render_command(records, entry)
+    if records.samples:
+        sections["Samples"] = [render_sample(sample, records.replies) for sample in records.samples]
+    for warning in records.warnings:
         log.warning("%s", warning)
-    options = record["experiment"]["options"]
-    parts = [element("h2", "The experiment"), render_facts(experiment_facts(record))]
-    for command, entry in record["commands"].items():
-        parts += render_command(path, command, entry)
-    if samples or warnings or reply_warnings:
-        parts.append(element("h2", "Samples"))
-        parts += [render_warning(warning) for warning in (*warnings, *reply_warnings)]
-        parts += [render_sample(sample, replies) for sample in samples]
-    model = Path(str(options.get("model_id", ""))).name
-    title = f"{options.get('task', 'results')} in {model}" if model else "Results"
-    write_text(path / REPORT_FILE, page(title, parts))
+        sections["Experiment"].append(render_warning(warning))
+    options = records.record["experiment"]["options"]
+    title = str(options.get("task") or "results")
+    if options.get("model_id"):
+        title += f" in {Path(str(options['model_id'])).name}"
+    write_text(path / REPORT_FILE, page(title, sections))
 
 
-def experiment_facts(record: Mapping[str, Any]) -> dict[str, str]:
+def render_facts(record: Mapping[str, Any]) -> Html:
     """What all commands of a folder share, by name."""
     experiment = record["experiment"]
-    facts = {}
-    for source, names in (
-        (experiment["options"], EXPERIMENT_FACTS),
-        (experiment["fingerprint"], FINGERPRINT_FACTS + VERSION_FACTS),
-    ):
-        for name in names:
-            if source.get(name) not in (None, "", False):
-                facts[name] = str(source[name])
+    facts = {name: experiment["options"].get(name) for name in EXPERIMENT_FACTS}
+    facts |= {name: experiment["fingerprint"].get(name) for name in FINGERPRINT_FACTS}
     floor = record.get("noise_floor")
-    facts["noise floor"] = "none known" if floor is None else f"{floor:.2g} nats"
-    return facts
-
-
-def render_facts(facts: Mapping[str, str]) -> Html:
+    facts["noise floor"] = f"{floor:.2g} nats" if is_number(floor) else "none known"
     lines = []
-    for name, text in facts.items():
-        lines += [element("dt", name), element("dd", text)]
+    for name, value in facts.items():
+        if value not in (None, "", False):
+            lines += [element("dt", name), element("dd", value)]
     return element("dl", *lines)
 
 
-def render_command(path: Path, command: str, entry: Mapping[str, Any]) -> list[Html]:
+def render_command(records: PageRecords, entry: Mapping[str, Any]) -> list[Html]:
     """What a command asked, found, tabulated and drew."""
-    options = entry.get("options", {})
-    edit = [f"{name} {options[name]}" for name in EDIT_FACTS if options.get(name) not in (None, "")]
-    question = COMMANDS[command].options.__doc__ if command in COMMANDS else ""
-    parts = [element("h2", command), element("p", question), element("p", ", ".join(edit))]
+    command = entry["command"]
+    question = COMMANDS[command].options.__doc__
+    options = describe_options(command, entry["options"])
+    parts = [element("p", question), element("p", options)]
     if not entry.get("finished"):
         parts.append(render_warning("this command has not ended; run it again"))
-    parts += render_findings(entry.get("findings", ()))
-    heads_path = path / "circuit_heads.csv"
-    if command in ("trace", "redraw") and heads_path.exists():
-        heads = pd.read_csv(heads_path, keep_default_na=False, na_values=[""])
-        parts += render_components(heads)
-    for name in entry.get("files", ()):
-        caption = COMMAND_FILES.get(command, {}).get(name)
-        if caption and (path / name).is_file():
-            parts.append(render_figure(path / name, caption))
+    parts += render_findings(entry.get("findings", []))
+    for name in records.files(entry):
+        file = records.path / name
+        caption = COMMAND_FILES[command][name]
+        if name == "circuit_heads.csv":
+            parts += render_components(file)
+        elif caption:
+            parts.append(render_figure(file, caption))
     return parts
 
 
-def render_findings(findings: Iterable[Mapping[str, str]]) -> Iterator[Html]:
-    """The sentences of a command, with the names of stages as headings."""
+def describe_options(command: str, recorded: Mapping[str, Any]) -> str:
+    """The edit of a command, and its other options that are no defaults."""
+    texts = []
+    for entry in option_fields(COMMANDS[command].options):
+        default = recorded_text(entry.default)
+        value = recorded.get(entry.name, default)
+        is_shown = entry.name in EDIT_FACTS or value != default
+        if is_shown and entry.name not in EXPERIMENT_OPTIONS:
+            texts.append(f"{entry.name} {value}")
+    return ", ".join(texts)
+
+
+def render_findings(findings: Sequence[Mapping[str, str]]) -> Iterator[Html]:
+    """The sentences of a command; the name of a stage is a heading, where it has any."""
+    heading = ""
     for finding in findings:
         if finding["level"] == "heading":
-            yield element("h3", finding["text"])
-        elif finding["level"] == "warning":
+            heading = finding["text"]
+            continue
+        if heading:
+            yield element("h3", heading)
+            heading = ""
+        if finding["level"] == "warning":
             yield render_warning(finding["text"])
         else:
             yield element("p", finding["text"])
@@ -10446,96 +10680,112 @@ def render_warning(text: str) -> Html:
     return element("p", f"Warning: {text}", class_="warning")
 
 
-def render_components(heads: pd.DataFrame) -> list[Html]:
-    """The strongest components, by the contrast with other words where it is there."""
-    about = (
+class Column(NamedTuple):
+    """A column of the table of components."""
+
+    name: str  # in circuit_heads.csv
+    title: str
+    number_format: str = ""
+
+
+def render_components(path: Path) -> list[Html]:
+    """The strongest components of circuit_heads.csv, by the contrast with other words where it is
+    there; a warning where the file is not as this script writes it."""
+    try:
+        heads = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        return [element("p", describe_components(heads)), component_table(heads)]
+    except (ValueError, LookupError, TypeError) as error:
+        return [render_warning(f"{path.name} cannot be shown: {first_line(error)}")]
+
+
+def describe_components(heads: pd.DataFrame) -> str:
+    text = (
         "Nats, with 95 % intervals. Red leans to carrying the task, blue against it; the verdict"
         " says what can be told from chance. A click on a heading sorts."
     )
     if len(heads) > MAX_TABLE_ROWS:
-        about += f" The {MAX_TABLE_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
-    prefixes = [prefix for prefix in MEASURES if f"{prefix}mean" in heads]
-    groups = component_columns(heads, prefixes)
-    top = largest_rows(heads, f"{prefixes[0]}mean", MAX_TABLE_ROWS)
-    bound = float(top[[f"{prefix}mean" for prefix in prefixes]].abs().max(axis=None)) or 1.0
-    columns, titles, group_titles = [], [], []
-    for group_title, group in groups.items():
-        group_titles.append(heading(group_title, colspan=len(group), class_="group"))
-        for name, number_format in group.items():
-            titles.append(heading(column_title(name)))
-            columns.append(component_cells(top, name, number_format, bound))
-    rows = zip(*columns, strict=True)
-    table = html_table([group_titles, titles], rows, id="heads", class_="sortable")
-    return [element("p", about), table]
+        text += f" The {MAX_TABLE_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
+    return text
 
 
-def component_columns(heads: pd.DataFrame, prefixes: Sequence[str]) -> dict[str, dict[str, str]]:
-    """By group of columns, the columns of circuit_heads.csv and the formats of their numbers."""
-    groups = {"": {"label": ""}}
-    for prefix in prefixes:
-        columns = {}
-        for name, number_format in MEASURE_COLUMNS.items():
-            columns[f"{prefix}{name}"] = number_format
-        groups[MEASURES[prefix]] = columns
-    groups["details of the effect"] = DETAIL_COLUMNS
+def component_table(heads: pd.DataFrame) -> Html:
+    """A row per component, the strongest first; groups of columns have headings of their own."""
+    means = [f"{prefix}mean" for prefix in MEASURES if f"{prefix}mean" in heads]
+    top = largest_rows(heads, means[0], MAX_TABLE_ROWS)
+    bound = float(top[means].abs().max(axis=None)) or 1.0
+    cells, titles, group_titles = [], [], []
+    for group_title, columns in component_columns(heads).items():
+        group_titles.append(element("th", group_title, colspan=len(columns), class_="group"))
+        for column in columns:
+            titles.append(element("th", column.title))
+            cells.append(component_cells(top, column, bound))
+    rows = zip(*cells, strict=True)
+    return html_table([group_titles, titles], rows, id="heads", class_="sortable")
+
+
+def component_columns(heads: pd.DataFrame) -> dict[str, list[Column]]:
+    """By group the columns that circuit_heads.csv has."""
+    groups = {"": [Column("label", "component")]}
+    for prefix, title in MEASURES.items():
+        measure = [
+            Column(f"{prefix}{name}", name, MEASURE_COLUMNS[name]) for name in MEASURE_COLUMNS
+        ]
+        groups[title] = measure
+    groups["details of the effect"] = [
+        Column(name, name, DETAIL_COLUMNS[name]) for name in DETAIL_COLUMNS
+    ]
     present = {}
     for title, columns in groups.items():
-        present[title] = {name: text for name, text in columns.items() if name in heads}
-    return {title: columns for title, columns in present.items() if columns}
+        columns = [column for column in columns if column.name in heads]
+        if columns:
+            present[title] = columns
+    return present
 
 
-def column_title(name: str) -> str:
-    """What a column of circuit_heads.csv is called below the title of its group."""
-    if name == "label":
-        return "component"
-    prefixes = [prefix for prefix in MEASURES if name.startswith(prefix)]
-    return name.removeprefix(max(prefixes, key=len))
-
-
-def component_cells(top: pd.DataFrame, name: str, number_format: str, bound: float) -> list[Html]:
+def component_cells(top: pd.DataFrame, column: Column, bound: float) -> list[Html]:
     """The cells of a column; means are coloured by the role in the same measure."""
-    values = top[name].tolist()
-    if not name.endswith("mean"):
-        return [cell(rounded(value, number_format)) for value in values]
-    roles = top[f"{name.removesuffix('mean')}role"]
     cells = []
-    for value, role in zip(values, roles, strict=True):
-        cells.append(cell(rounded(value, number_format), style=shade(role, bound)))
+    for row in top.to_dict("records"):
+        style = None
+        if column.title == "mean":
+            role = row[f"{column.name.removesuffix('mean')}role"]
+            style = shade(role, bound)
+        cells.append(element("td", rounded(row[column.name], column.number_format), style=style))
     return cells
 
 
-def render_sample(record: Mapping[str, Any], replies: Replies) -> Html:
+def render_sample(sample: Mapping[str, Any], replies: Replies) -> Html:
     """What opens on a click: prompts, likeliest first tokens and replies of one sample."""
-    name = record["sample_id"]
+    name = sample["sample_id"]
     rows = []
-    for side, prompt in record["prompts"].items():
-        likeliest = "\n".join(f"{p:.1%} {token!r}" for token, p in prompt["likeliest"])
-        cells = [heading(side), cell(prompt["text"]), cell(f"{prompt['score']:+.3f}")]
-        cells.append(cell(likeliest))
-        for by_prompt in replies.values():
-            cells.append(cell(by_prompt.get((name, side), "")))
-        rows.append(cells)
+    for side, prompt in sample["prompts"].items():
+        likeliest = [f"{p:.1%} {token!r}" for token, p in prompt["likeliest"]]
+        texts = [prompt["text"], f"{prompt['score']:+.3f}", "\n".join(likeliest)]
+        texts += [by_prompt.get((name, side), "") for by_prompt in replies.values()]
+        rows.append([element("th", side), *(element("td", text) for text in texts)])
     titles = ("", "prompt", "score", "likeliest first tokens", *replies)
-    words = [f"{kind}: {', '.join(record[kind])}" for kind in ("targets", "foils") if record[kind]]
-    line = f"{name}: P(target) {record['p_target']:.3g}, delta {record['delta_logit_base']:+.3f}"
-    if record.get("group"):
-        line += f", {record['group']}"
+    words = [f"{kind}: {', '.join(sample[kind])}" for kind in ("targets", "foils") if sample[kind]]
+    line = f"{name}: P(target) {sample['p_target']:.3g}, delta {sample['delta_logit_base']:+.3f}"
+    if sample.get("group"):
+        line += f", {sample['group']}"
     summary: list[object] = [line]
-    for flag in record["flags"]:
+    for flag in sample["flags"]:
         summary += [" ", element("span", flag, class_="warning")]
     return element(
         "details",
         element("summary", *summary),
         element("p", "; ".join(words)),
-        html_table([[heading(title) for title in titles]], rows, class_="prompts"),
+        html_table([[element("th", title) for title in titles]], rows, class_="prompts"),
     )
 
 
 def render_figure(file: Path, caption: str) -> Html:
     """A figure, within the page."""
     png = file.read_bytes()
+    if not png.startswith(b"\x89PNG"):
+        return render_warning(f"{file.name} cannot be shown: it is no PNG file")
     width = int.from_bytes(png[16:20], "big") * 96 // 300  # CSS has 96 dots per inch, the file 300
-    source = Html(f"data:image/png;base64,{base64.b64encode(png).decode()}")
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     image = element("img", alt=caption, width=width, src=source)
     return element("figure", image, element("figcaption", caption))
 
