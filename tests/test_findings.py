@@ -18,7 +18,7 @@ import pytest
 import llama3_circuit_tracing as tracing
 from by_hand import results, with_control
 from conftest import Answer, finish, read, refuses
-from llama3_circuit_tracing import bases_of
+from llama3_circuit_tracing import find_bases
 
 pytestmark = pytest.mark.usefixtures("coarse")
 MOVED = {"L0H3": [0.3] * 16, "L0H4": [-0.2] * 16}
@@ -49,8 +49,8 @@ def says(caplog: pytest.LogCaptureFixture) -> Says:
     """What the log says of a table above a noise floor of 0.1, each component repeated."""
 
     def call(table: pd.DataFrame, repeated: int = 1, **options: Any) -> list[str]:
-        config, bases = tracing.Config(**options), bases_of(table)
-        heads = tracing.heads_table(table, bases, 0.1, config)
+        config, bases = tracing.Config(**options), find_bases(table)
+        heads = tracing.heads_table(table, bases, 0.1, config.factor)
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="circuit"):
             many = pd.concat([heads] * repeated).assign(n_tests=repeated * len(heads))
@@ -62,12 +62,12 @@ def says(caplog: pytest.LogCaptureFixture) -> Says:
 
 def of_components(messages: Sequence[str]) -> dict[str, str]:
     """By label in order the lines that tell of a component."""
-    found = ((re.search(r"\bL\d+H\d+\b", line), line) for line in messages)
-    return {label[0]: line for label, line in found if label}
+    matches = ((re.search(r"\bL\d+H\d+\b", line), line) for line in messages)
+    return {label[0]: line for label, line in matches if label}
 
 
 @pytest.mark.parametrize(
-    ("base", "effect", "options", "told"),
+    ("base", "effect", "options", "phrase"),
     [
         (-1.0, 0.3, {}, "removing L0H3: contributes to suppression; effect +0.300 ["),
         (-1.0, -0.3, {}, "removing L0H3: works against suppression; effect -0.300 ["),
@@ -83,10 +83,10 @@ def of_components(messages: Sequence[str]) -> dict[str, str]:
     ],
 )
 def test_the_log_says_what_was_done_to_a_component_and_what_follows(
-    base: float, effect: float, options: dict[str, Any], told: str, says: Says
+    base: float, effect: float, options: dict[str, Any], phrase: str, says: Says
 ) -> None:
     first, line = says(results({"L0H3": [effect] * 16}, base), **options)
-    assert told in line
+    assert phrase in line
     assert first.startswith(f"mean delta_logit {base:+.3f} nats, 95 % interval ")
     assert first.endswith("over 16 sentences; noise floor 0.1")
 
@@ -122,21 +122,21 @@ def test_a_line_names_what_the_task_scores_where_the_table_has_the_scores(
 def test_each_base_has_a_line(says: Says) -> None:
     table = with_control(results(MOVED), "affirm", MOVED, -1.5)
     table = with_control(table, "other", MOVED, 0.25)
-    told = says(table)[:3]
-    assert [line.split(" nats, 95 % interval ")[0] for line in told] == [
+    lines = says(table)[:3]
+    assert [line.split(" nats, 95 % interval ")[0] for line in lines] == [
         "mean delta_logit -1.000",
         "mean score of prompt a less that of other +0.250",
         "mean score of prompt a less that of affirm -1.500",
     ]
-    assert ["noise floor" in line for line in told] == [True, False, False]
+    assert ["noise floor" in line for line in lines] == [True, False, False]
 
 
 @pytest.mark.parametrize("n_there", [2, 1])
 def test_the_line_of_a_base_counts_the_sentences_that_have_it(n_there: int, says: Says) -> None:
     table = with_control(results(MOVED), "other", MOVED, [1.0 + 0.01 * i for i in range(16)])
-    told = says(lacking(table, n_there))
-    assert told[1].endswith("over 2 sentences" if n_there > 1 else "of a single sentence")
-    assert not any(re.search(r"\bnan\b", line) for line in told)
+    lines = says(lacking(table, n_there))
+    assert lines[1].endswith("over 2 sentences" if n_there > 1 else "of a single sentence")
+    assert not any(re.search(r"\bnan\b", line) for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def test_with_controls_the_log_says_whether_a_component_serves_any_mention(
     table = with_control(results({"L0H3": [0.3] * 16}), "other", {"L0H3": contrast}, base)
     mean = sum(contrast) / len(contrast)
     (line,) = (line for line in says(table) if line.startswith("removing L0H3: contributes to"))
-    told = rf"; less forbidding other words {re.escape(f'{mean:+.3f}')} \[.*\], q \S+: {serves}"
-    assert re.search(f"{told}$", line)
+    pattern = rf"; less forbidding other words {re.escape(f'{mean:+.3f}')} \[.*\], q \S+: {serves}"
+    assert re.search(f"{pattern}$", line)
 
 
 @pytest.mark.parametrize("controls", [False, True])
@@ -170,9 +170,9 @@ def test_where_only_the_contrast_has_a_base_the_strongest_by_it_are_told(
     contrast = {"L0H1": [0.1] * 16, "L0H2": [0.3] * 16, "L0H3": [-0.2] * 16}
     lines = says(with_control(table, "other", contrast, -1.0) if controls else table)
     assert lines[1] == "its interval covers 0: there is nothing to explain by it, all are unclear"
-    found = of_components(lines)
-    assert list(found) == (["L0H2", "L0H1", "L0H3"] if controls else [])
-    for label, line in found.items():
+    described = of_components(lines)
+    assert list(described) == (["L0H2", "L0H1", "L0H3"] if controls else [])
+    for label, line in described.items():
         assert line.startswith(f"removing {label}: unclear; ")
         assert line.endswith(specific("works against" if label == "L0H3" else "contributes to"))
 
@@ -206,9 +206,9 @@ LONE_Q |= dict.fromkeys([(6, 1), (16, 1024), (21, 1024), (40, 99)], "")
 def test_the_log_says_when_sentences_are_too_few_for_any_q_below_five_percent(
     n_sentences: int, n_heads: int, says: Says
 ) -> None:
-    told = says(results({"L0H3": [0.3] * n_sentences}), n_heads)
+    lines = says(results({"L0H3": [0.3] * n_sentences}), n_heads)
     lone_q = LONE_Q[n_sentences, n_heads]
-    few = [line for line in told if "too few" in line]
+    few = [line for line in lines if "too few" in line]
     assert [line.endswith(f"{n_heads} cannot reach q below {lone_q}") for line in few] == (
         [True] if lone_q else []
     )
@@ -261,16 +261,16 @@ def test_redrawing_a_run_gives_the_same_findings_and_figures(
     flags: str, llama: str, tmp_path: Path, redraw: Redraw
 ) -> None:
     run, new = finish(llama, tmp_path / "run", "--heatmap", *flags.split()), tmp_path / "new"
-    told = redraw(run / "circuit_results.csv", new, "--heatmap")
-    assert told == findings_in((run / "run.log").read_text())
+    findings = redraw(run / "circuit_results.csv", new, "--heatmap")
+    assert findings == findings_in((run / "run.log").read_text())
     assert sorted(path.name for path in new.iterdir()) == sorted([*DRAWN, tracing.REPORT])
     for name in DRAWN:
         assert (new / name).read_bytes() == (run / name).read_bytes(), name
     shutil.copy(run / "circuit_results.csv", tmp_path / "alone.csv")
     redraw(tmp_path / "alone.csv", tmp_path / "alone")  # without record or noise floor
-    known, found = (read(folder, DRAWN[0]) for folder in (run, tmp_path / "alone"))
-    unlike = [name for name in known if re.search("above_noise|share_moved|verdict", name)]
-    pd.testing.assert_frame_equal(found.drop(columns=unlike), known.drop(columns=unlike))
+    heads, redrawn = (read(folder, DRAWN[0]) for folder in (run, tmp_path / "alone"))
+    unlike = [name for name in heads if re.search("above_noise|share_moved|verdict", name)]
+    pd.testing.assert_frame_equal(redrawn.drop(columns=unlike), heads.drop(columns=unlike))
 
 
 def write_run(folder: Path, columns: dict[str, Any] | None = None, **recorded: Any) -> Path:
@@ -299,8 +299,8 @@ def test_redrawing_heeds_the_recorded_flags_unless_they_are_given_again(
     second = write_run(tmp_path / "second", **more, **{name: other})
 
     def drawn(source: Path, *flags: str) -> list[Any]:
-        told, new = redraw(source, tmp_path / "new", *flags), tmp_path / "new"
-        return [told, *((new / file).read_bytes() for file in DRAWN if (new / file).exists())]
+        findings, new = redraw(source, tmp_path / "new", *flags), tmp_path / "new"
+        return [findings, *((new / file).read_bytes() for file in DRAWN if (new / file).exists())]
 
     recorded, of_other = drawn(first), drawn(second)
     assert recorded != of_other
@@ -309,7 +309,7 @@ def test_redrawing_heeds_the_recorded_flags_unless_they_are_given_again(
 
 
 SCALED = {"op": "scale", "factor": 2.0}
-TOLD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+OVERRULED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     # the table's columns, what run.json says instead, what the log says of L0H3
     "task": ({"task": "refusal"}, {"task": "suppression"}, "contributes to reversed refusal"),
     "op": ({"op": "mean"}, {"op": "patch"}, "mean-ablating L0H3: contributes to"),
@@ -317,14 +317,14 @@ TOLD: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", TOLD)
+@pytest.mark.parametrize("case", OVERRULED)
 def test_what_a_table_tells_of_its_run_wins_over_the_record(
     case: str, tmp_path: Path, redraw: Redraw
 ) -> None:
-    columns, recorded, told = TOLD[case]
+    columns, recorded, phrase = OVERRULED[case]
     lines = redraw(write_run(tmp_path / "run", columns, **recorded), tmp_path / "new")
     (line,) = (line for line in lines if "L0H3" in line)
-    assert told in line
+    assert phrase in line
 
 
 PATCHED = {"op": "patch", "patch_into": "a"}
@@ -344,10 +344,10 @@ CONTRARY: dict[str, tuple[dict[str, Any], str, list[str]]] = {
 def test_an_option_that_contradicts_the_table_is_refused_with_both_values(
     case: str, tmp_path: Path, answer: Answer
 ) -> None:
-    columns, option, said = CONTRARY[case]
+    columns, option, phrases = CONTRARY[case]
     source = write_run(tmp_path / "run", columns)
     argv = ["--from_csv", str(source), "--output_dir", str(tmp_path / "new"), *option.split()]
-    refuses(answer, *argv, says=[str(source), *said])
+    refuses(answer, *argv, says=[str(source), *phrases])
     assert not (tmp_path / "new").exists()
 
 
@@ -385,10 +385,10 @@ def test_redrawing_in_place_takes_the_recorded_noise_floor_and_leaves_the_run_as
 
 
 def test_redrawing_compares_with_another_file(tmp_path: Path, redraw: Redraw) -> None:
-    told_of_run = tracing.same_in_all(tracing.Config())
+    told_of_run = tracing.run_values(tracing.Config())
     source, other = (write_run(tmp_path / name, told_of_run) for name in ("one", "other"))
-    told = redraw(source, tmp_path / "new", "--compare", str(other))
-    assert f"(zero here, zero in {other}): 1.000" in told[-2]
+    findings = redraw(source, tmp_path / "new", "--compare", str(other))
+    assert f"(zero here, zero in {other}): 1.000" in findings[-2]
     assert not read(tmp_path / "new", "circuit_heads.csv")["growth_flag"].any()
 
 
@@ -396,21 +396,21 @@ def test_redrawing_compares_with_another_file(tmp_path: Path, redraw: Redraw) ->
 def test_what_redrawing_cannot_use_is_refused_by_name(
     spoilt: str, tmp_path: Path, answer: Answer
 ) -> None:
-    told_of_run = tracing.same_in_all(tracing.Config())
+    told_of_run = tracing.run_values(tracing.Config())
     source, other = (write_run(tmp_path / name, told_of_run) for name in ("one", "other"))
     argv = ["--from_csv", str(source), "--output_dir", str(tmp_path / "new")]
     if spoilt == "record":
-        named = source.with_name("run.json")
-        named.write_text("[]")
+        culprit = source.with_name("run.json")
+        culprit.write_text("[]")
     elif spoilt == "folder":
-        named = other.parent  # holds another run
-        argv[-1] = str(named)
+        culprit = other.parent  # holds another run
+        argv[-1] = str(culprit)
     else:
-        named = other
+        culprit = other
         other.write_text(other.read_text().replace("p00", "q00"))  # shares no prompt
         argv += ["--compare", str(other)]
     before = sorted(other.parent.iterdir())
-    refuses(answer, *argv, says=[str(named)])
+    refuses(answer, *argv, says=[str(culprit)])
     assert sorted(other.parent.iterdir()) == before
 
 
@@ -464,10 +464,10 @@ def test_options_tell_of_a_table_without_op_how_it_was_made(
     """Amplifying turns every role."""
     table = results(MOVED).drop(columns=["op", "prompts"])
     table.to_csv(tmp_path / "t.csv", index=False)
-    told = of_components(redraw(tmp_path / "t.csv", tmp_path / "out", *flags.split()))
+    described = of_components(redraw(tmp_path / "t.csv", tmp_path / "out", *flags.split()))
     doing = {"": "removing", "patch": "patching", "scale": "scaling"}[flags[5:10].strip()]
     stands = "works against" if "scale" in flags else "contributes to"
-    assert told["L0H3"].startswith(f"{doing} L0H3: {stands} suppression; ")
+    assert described["L0H3"].startswith(f"{doing} L0H3: {stands} suppression; ")
 
 
 def test_what_a_table_does_not_tell_of_its_run_is_warned_of_as_taken(
@@ -486,8 +486,8 @@ def test_the_contrast_of_few_sentences_does_not_rank(
 ) -> None:
     effects = {"L0H1": [0.3] * 16, "L0H2": [0.1] * 16}
     table = with_control(results(effects), "other", {"L0H1": [0.1] * 16, "L0H2": [0.3] * 16}, -1.0)
-    told = says(lacking(table, n_there))
-    assert list(of_components(told)) == (["L0H2", "L0H1"] if by_contrast else ["L0H1", "L0H2"])
+    lines = says(lacking(table, n_there))
+    assert list(of_components(lines)) == (["L0H2", "L0H1"] if by_contrast else ["L0H1", "L0H2"])
 
 
 def test_scores_that_are_empty_are_not_told(says: Says) -> None:
@@ -500,7 +500,7 @@ def test_contrasts_without_the_scores_of_their_base_are_left_out_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     table = with_control(results(MOVED), "other", MOVED, -1.0).drop(columns=["score_other_base"])
-    heads = tracing.heads_table(table, bases_of(table), 0.1, tracing.Config())
+    heads = tracing.heads_table(table, find_bases(table), 0.1, factor=None)
     assert "effect_minus_other is left out: its base, the scores of other" in caplog.text
     assert "minus_other_mean" not in heads and "mean" in heads
 

@@ -51,12 +51,12 @@ def find(
     table: pd.DataFrame, floor: float = math.nan, config: tracing.Config = CONFIG
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """The base's statistics and the findings per component."""
-    bases = tracing.bases_of(table)
-    return bases["b"], tracing.heads_table(table, bases, floor, config)
+    bases = tracing.find_bases(table)
+    return bases["b"], tracing.heads_table(table, bases, floor, config.factor)
 
 
 def of_effects(table: pd.DataFrame) -> pd.DataFrame:
-    return tracing.statistics_of(table, "head_effect")
+    return tracing.column_statistics(table, "head_effect")
 
 
 # ----- results per sample and component
@@ -71,9 +71,9 @@ def swept(*rows: tuple[str, int, int, float, float]) -> pd.DataFrame:
 
 def record(sample_id: str, a: float, b: float, **more: Any) -> dict[str, Any]:
     prompts = {"a": {"score": a}, "b": {"score": b}}
-    known = {"targets": ["x", "y"], "unit": "u", "group": "", "prompts": prompts}
-    known["prompts_id"] = f"id of {sample_id}"
-    return {"sample_id": sample_id, **known, **more}
+    values = {"targets": ["x", "y"], "unit": "u", "group": "", "prompts": prompts}
+    values["prompts_id"] = f"id of {sample_id}"
+    return {"sample_id": sample_id, **values, **more}
 
 
 def test_metric_and_role_by_hand() -> None:
@@ -107,17 +107,17 @@ def written(path: Path, index: int, **options: Any) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "index", "head", "shown"),
+    ("kind", "index", "head", "index_cell"),
     [("head", 3, "3", "3"), ("neuron", 70, "", "70")]
     + [(kind, -1, "", "") for kind in ("attn", "mlp", "resid")],
 )
 def test_the_columns_of_the_component_come_after_all_scores_and_head_is_for_heads_only(
-    kind: str, index: int, head: str, shown: str, tmp_path: Path
+    kind: str, index: int, head: str, index_cell: str, tmp_path: Path
 ) -> None:
     names, row = written(tmp_path / "t.csv", index, kind=kind)
     assert names == [*FIRST, *LAST]
     assert row[names.index("head")] == head
-    assert row[names.index("index")] == shown
+    assert row[names.index("index")] == index_cell
     assert row[names.index("kind")] == kind
 
 
@@ -131,12 +131,12 @@ OF_RUN: dict[str, dict[str, Any]] = {  # by the end of a row what is asked for
 }
 
 
-@pytest.mark.parametrize("told", OF_RUN)
+@pytest.mark.parametrize("cells", OF_RUN)
 def test_the_last_columns_tell_what_was_done_and_leave_empty_what_does_not_apply(
-    told: str, tmp_path: Path
+    cells: str, tmp_path: Path
 ) -> None:
-    _, row = written(tmp_path / "t.csv", 3, **OF_RUN[told])
-    assert ",".join(row).endswith(f",head,{told},,")
+    _, row = written(tmp_path / "t.csv", 3, **OF_RUN[cells])
+    assert ",".join(row).endswith(f",head,{cells},,")
 
 
 def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
@@ -147,10 +147,10 @@ def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
     again, words = {**GOLF, "sample_id": "again"}, {**GOLF, "targets": ["golf", "tennis"]}
     samples = write_samples(tmp_path / "mine.jsonl", GOLF, sport, again, words)
     folder = finish(llama, tmp_path / "out", "--samples", samples, "--layers", "0", "--heads", "0")
-    known = read(folder).set_index("sample_id")["prompts"].to_dict()
-    assert known["line00001"] == known["again"]
-    assert len({*known.values()}) == len(known) - 1 == 3
-    assert known == {of["sample_id"]: of["prompts_id"] for of in record_of(folder)["samples"]}
+    prompts_ids = read(folder).set_index("sample_id")["prompts"].to_dict()
+    assert prompts_ids["line00001"] == prompts_ids["again"]
+    assert len({*prompts_ids.values()}) == len(prompts_ids) - 1 == 3
+    assert prompts_ids == {s["sample_id"]: s["prompts_id"] for s in record_of(folder)["samples"]}
 
 
 @pytest.mark.parametrize("task", ["suppression", "refusal", "odd_one_out"])
@@ -198,12 +198,12 @@ def test_control_prompts_score_as_the_naive_oracle_says(run_of: Runs, llama: str
     heads = pd.DataFrame([(0, 2), (2, 1)], columns=["layer", "head"])
     for row in read(folder).merge(heads).query("sample_id < 's0002'").to_dict("records"):
         for side in ("other", "affirm"):
-            asked = tokenizer, texts[row["sample_id"]][side], targets[row["sample_id"]]
-            base = naive.suppression_score(model, *asked)
+            arguments = tokenizer, texts[row["sample_id"]][side], targets[row["sample_id"]]
+            base = naive.suppression_score(model, *arguments)
             with by_hand.ablated(model, [f"L{row['layer']}H{row['head']}"]):
-                edited = naive.suppression_score(model, *asked)
-            found = [row[f"score_{side}_{run}"] for run in ("base", "head")]
-            assert found == pytest.approx([base, edited], abs=2e-5)
+                edited = naive.suppression_score(model, *arguments)
+            scores = [row[f"score_{side}_{run}"] for run in ("base", "head")]
+            assert scores == pytest.approx([base, edited], abs=2e-5)
 
 
 def test_a_sample_without_controls_leaves_their_columns_empty(llama: str, tmp_path: Path) -> None:
@@ -278,9 +278,9 @@ def test_q_corrects_for_the_most_that_a_table_tells_of(
 
 def test_the_statistics_of_a_component_by_hand() -> None:
     table = results({"L0H0": [0.1, 0.2, 0.6, 0.3], "L0H1": [0.4, -0.4, 0.4, -0.4]})
-    found = of_effects(table)
-    assert list(found) == STATISTICS
-    first, second = found.to_dict("records")
+    computed = of_effects(table)
+    assert list(computed) == STATISTICS
+    first, second = computed.to_dict("records")
     assert (first["n_samples"], first["n_sentences"]) == (4, 4)
     assert first["mean"] == pytest.approx(0.3)
     assert first["median"] == pytest.approx(0.25)
@@ -312,15 +312,15 @@ def test_cells_that_a_table_lacks_are_left_out() -> None:
     effects = by_hand.noise(random.Random(2), 6, 3)
     table = results(effects)
     holes = table[(table["head"] != 1) | ~table["sample_id"].isin(["s001", "s004"])]
-    full, found = of_effects(table), of_effects(holes)
+    full, partial = of_effects(table), of_effects(holes)
     present = [effects["L0H1"][i] for i in (0, 2, 3, 5)]
-    row, alone = found.iloc[1], of_effects(results({"L0H1": present})).iloc[0]
+    row, alone = partial.iloc[1], of_effects(results({"L0H1": present})).iloc[0]
     assert (row["n_samples"], row["n_sentences"]) == (4, 4)
     assert row["mean"] == pytest.approx(statistics.fmean(present))
     assert row["sd"] == pytest.approx(statistics.stdev(present))
     names = ["skewness", *INTERVAL[:-1]]
     assert row[names].tolist() == pytest.approx(alone[names].tolist())
-    assert found.iloc[[0, 2]].drop(columns="q").equals(full.iloc[[0, 2]].drop(columns="q"))
+    assert partial.iloc[[0, 2]].drop(columns="q").equals(full.iloc[[0, 2]].drop(columns="q"))
     lone = of_effects(table[(table["head"] != 1) | (table["sample_id"] == "s003")]).iloc[1]
     assert (lone["n_sentences"], lone["p"]) == (1, 1.0)
     assert lone[["ci_low", "ci_high"]].isna().all()
@@ -433,8 +433,8 @@ def test_where_nothing_is_there_few_tables_show_anything() -> None:
             of_head = [one + rng.gauss(0, 1) for one in common]
             effects[f"L{n}H{h}"] = [one + rng.gauss(0, 0.3) for one in of_head * 2]
     ps = of_effects(results(effects, -5.0, [f"u{i % 10}" for i in range(20)]))["p"].tolist()
-    shown = sum(min(by_hand.q_values(ps[i : i + 8])) < 0.05 for i in range(0, len(ps), 8))
-    assert 0 < shown / n_tables <= 0.08  # the level is used, not only kept
+    n_with_verdict = sum(min(by_hand.q_values(ps[i : i + 8])) < 0.05 for i in range(0, len(ps), 8))
+    assert 0 < n_with_verdict / n_tables <= 0.08  # the level is used, not only kept
 
 
 def test_among_real_effects_few_of_the_discoveries_are_false() -> None:
@@ -462,14 +462,14 @@ def test_circuit_heads_recomputes_from_circuit_results(prefix: str, run_of: Runs
     heads, by_unit = read(run_of(CONTROLLED), "circuit_heads.csv"), {}
     assert heads["label"].tolist() == [f"L{i}H{j}" for i in range(3) for j in range(4)]
     for head in heads.to_dict("records"):
-        mine = table[(table["layer"] == head["layer"]) & (table["head"] == head["head"])]
-        effects, mean = mine[column].tolist(), head[f"{prefix}mean"]
+        rows = table[(table["layer"] == head["layer"]) & (table["head"] == head["head"])]
+        effects, mean = rows[column].tolist(), head[f"{prefix}mean"]
         assert head[f"{prefix}n_samples"] == len(effects) == 6
         assert mean == pytest.approx(statistics.fmean(effects))
         assert head[f"{prefix}median"] == pytest.approx(statistics.median(effects))
         assert head[f"{prefix}sd"] == pytest.approx(statistics.stdev(effects))
         assert head[f"{prefix}ci_low"] < mean < head[f"{prefix}ci_high"]
-        by_unit[head["label"]] = mine.groupby("unit")[column].agg(["sum", "count"])
+        by_unit[head["label"]] = rows.groupby("unit")[column].agg(["sum", "count"])
     sums, counts = (
         torch.tensor([of_head[part].tolist() for of_head in by_unit.values()]).double().T
         for part in ("sum", "count")
@@ -489,13 +489,13 @@ def test_circuit_heads_recomputes_from_circuit_results(prefix: str, run_of: Runs
 def test_an_effect_less_that_of_a_control_is_judged_as_any_other(side: str) -> None:
     effects, bases = by_hand.noise(random.Random(4), 8, 3), steps(-2.0)
     table = results(by_hand.noise(random.Random(5), 8, 3))
-    found = find(by_hand.with_control(table, side, effects, bases))[1]
+    heads = find(by_hand.with_control(table, side, effects, bases))[1]
     alone = find(results(effects, bases))[1]
     judged = [*STATISTICS, "role", "above_noise", "verdict"]
-    theirs = found[[f"minus_{side}_{name}" for name in judged]].set_axis(judged, axis=1)
-    pd.testing.assert_frame_equal(theirs, alone[judged])
+    contrast = heads[[f"minus_{side}_{name}" for name in judged]].set_axis(judged, axis=1)
+    pd.testing.assert_frame_equal(contrast, alone[judged])
     (absent,) = {"other", "affirm"} - {side}
-    assert not any(name.startswith(f"minus_{absent}") for name in found)
+    assert not any(name.startswith(f"minus_{absent}") for name in heads)
 
 
 EFFECT = {"L0H0": steps(0.5), "L0H1": steps(-0.5)}
@@ -573,7 +573,7 @@ def test_moved_a_less_moved_b_is_the_effect_of_a_run(run_of: Runs) -> None:
 
 
 @pytest.fixture()
-def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def findings_log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """The log, with all that it says of findings."""
     caplog.set_level(logging.INFO, "circuit")
     return caplog
@@ -610,7 +610,11 @@ def compare(
     ids=["grew", "shrank", "below the floor", "no floor is known", "in some sentences only"],
 )
 def test_a_role_that_grew_beyond_the_floor_is_flagged(
-    grown: list[float], floor: float, flagged: bool, base: float, told: pytest.LogCaptureFixture
+    grown: list[float],
+    floor: float,
+    flagged: bool,
+    base: float,
+    findings_log: pytest.LogCaptureFixture,
 ) -> None:
     sign = -math.copysign(1.0, base)  # of the role against the effect
     before = {f"L1H{h}": steps(0.3 * h) for h in range(3)}
@@ -620,9 +624,9 @@ def test_a_role_that_grew_beyond_the_floor_is_flagged(
     expected = [0, 0, statistics.fmean(grown)]
     assert heads["growth_mean"].tolist() == pytest.approx(expected, abs=1e-9)
     p = float(tracing.mean_test(torch.tensor(grown)[:, None].double(), torch.ones(8, 1).double()))
-    found = heads.loc["L1H2", ["growth_p", "growth_q"]].tolist()
-    assert found == pytest.approx([p, min(1, 3 * p)])  # one of three tests
-    (line,) = (text for text in told.messages if text.startswith("role grew"))
+    growth = heads.loc["L1H2", ["growth_p", "growth_q"]].tolist()
+    assert growth == pytest.approx([p, min(1, 3 * p)])  # one of three tests
+    (line,) = (text for text in findings_log.messages if text.startswith("role grew"))
     assert line.endswith(": L1H2" if flagged else ": none")
 
 
@@ -637,12 +641,12 @@ RANKED = {  # by agreement the effects of four heads, now and before
 @pytest.mark.parametrize("agreement", RANKED)
 @pytest.mark.parametrize("op", ["zero", "mean"])
 def test_the_rankings_agree_by_spearman_and_growth_is_of_one_op_only(
-    op: str, agreement: str, told: pytest.LogCaptureFixture
+    op: str, agreement: str, findings_log: pytest.LogCaptureFixture
 ) -> None:
     now, before = ({f"L0H{h}": steps(e) for h, e in enumerate(es)} for es in RANKED[agreement])
     heads = compare(now, before, op=op)
-    assert told.messages[0] == "shared with other.csv: 4 components and 8 of 8 sentences"
-    assert f"({op} here, zero in other.csv): {agreement}" in told.messages[1]
+    assert findings_log.messages[0] == "shared with other.csv: 4 components and 8 of 8 sentences"
+    assert f"({op} here, zero in other.csv): {agreement}" in findings_log.messages[1]
     assert ("growth_mean" in heads) == (op == "zero")
 
 
@@ -678,7 +682,7 @@ def test_growth_planted_in_a_real_run_is_flagged(
 
 
 def test_samples_are_paired_by_their_prompts_whatever_they_are_called(
-    told: pytest.LogCaptureFixture,
+    findings_log: pytest.LogCaptureFixture,
 ) -> None:
     """Effects differ by sample more than by head: other pairs would tell of growth."""
     now = {f"L0H{h}": [5.0 * i + h for i in range(8)] for h in range(3)}
@@ -686,68 +690,70 @@ def test_samples_are_paired_by_their_prompts_whatever_they_are_called(
     other = results({**now, "L0H1": [moved - 0.5 for moved in now["L0H1"]]})
     ids = list(table["sample_id"].unique())
     renamed = other["sample_id"].map(dict(zip(ids, reversed(ids), strict=True)))
-    found = [compared(table, theirs) for theirs in (other, other.assign(sample_id=renamed))]
-    assert [line[-7:] for line in told.messages if "Spearman" in line] == [": 1.000"] * 2
-    pd.testing.assert_frame_equal(*found)
-    assert found[1]["growth_mean"].tolist() == [0, 0.5, 0]
-    assert found[1]["growth_flag"].tolist() == [False, True, False]
+    comparisons = [
+        compared(table, other_run) for other_run in (other, other.assign(sample_id=renamed))
+    ]
+    assert [line[-7:] for line in findings_log.messages if "Spearman" in line] == [": 1.000"] * 2
+    pd.testing.assert_frame_equal(*comparisons)
+    assert comparisons[1]["growth_mean"].tolist() == [0, 0.5, 0]
+    assert comparisons[1]["growth_flag"].tolist() == [False, True, False]
 
 
 def test_samples_of_other_prompts_are_no_pairs_and_units_need_not_agree(
-    told: pytest.LogCaptureFixture,
+    findings_log: pytest.LogCaptureFixture,
 ) -> None:
     table = results(EFFECT)
     prompts = table["prompts"].replace("p00[0-3]", "x", regex=True)
     other = table.assign(prompts=prompts, unit="other " + table["unit"])
     half = [statistics.fmean(EFFECT[label][4:]) for label in EFFECT]
-    found = compared(table, other.assign(head_effect=0.0))
-    assert found["growth_mean"].tolist() == pytest.approx(half)
-    for mine, theirs in ((table, other.assign(prompts="x")), (table.assign(prompts=""),) * 2):
+    heads = compared(table, other.assign(head_effect=0.0))
+    assert heads["growth_mean"].tolist() == pytest.approx(half)
+    for run, other_run in ((table, other.assign(prompts="x")), (table.assign(prompts=""),) * 2):
         with pytest.raises(tracing.UsageError, match=r"other.csv shares no prompt"):
-            compared(mine, theirs)
-    assert "2 components and 4 of 8 sentences" in told.text
+            compared(run, other_run)
+    assert "2 components and 4 of 8 sentences" in findings_log.text
 
 
 @pytest.mark.parametrize("base", [-2.0, 2.0])
 @pytest.mark.parametrize(("factor", "agree"), [(2.0, "-1.000"), (0.5, "1.000")])
 def test_an_amplification_ranks_by_its_own_roles(
-    factor: float, agree: str, base: float, told: pytest.LogCaptureFixture
+    factor: float, agree: str, base: float, findings_log: pytest.LogCaptureFixture
 ) -> None:
     """The same effects, of taking away here and of amplifying there, are opposite roles."""
     effects = {f"L0H{h}": steps(e) for h, e in enumerate([1.0, 2.0, 3.0])}
     other = results(effects, base, op="scale").assign(factor=factor)
     assert "growth_mean" not in compared(results(effects, base), other)
-    assert f"(zero here, scale in other.csv): {agree}" in told.text
+    assert f"(zero here, scale in other.csv): {agree}" in findings_log.text
 
 
 @pytest.mark.parametrize("unclear", ["here", "there"])
 def test_nothing_is_compared_where_a_base_of_the_shared_sentences_is_unclear(
-    unclear: str, told: pytest.LogCaptureFixture
+    unclear: str, findings_log: pytest.LogCaptureFixture
 ) -> None:
     """Though that of all sentences is clear: four of them are shared."""
     clear, mixed = [-2.0 - 0.1 * i for i in range(8)], [2.0, -2.0, 2.5, -2.5, *[-40.0] * 4]
     here, there = (mixed, clear) if unclear == "here" else (clear, mixed)
-    found = compared(results(EFFECT, here), results(EFFECT, there).query("prompts < 'p004'"))
-    assert "growth_mean" not in found and "Spearman" not in told.text
-    assert "shared with other.csv: 2 components and 4 of 8 sentences" in told.text
-    assert "the interval of a base covers 0" in told.text
+    heads = compared(results(EFFECT, here), results(EFFECT, there).query("prompts < 'p004'"))
+    assert "growth_mean" not in heads and "Spearman" not in findings_log.text
+    assert "shared with other.csv: 2 components and 4 of 8 sentences" in findings_log.text
+    assert "the interval of a base covers 0" in findings_log.text
 
 
-def test_negative_controls_are_not_compared(told: pytest.LogCaptureFixture) -> None:
+def test_negative_controls_are_not_compared(findings_log: pytest.LogCaptureFixture) -> None:
     table = results(EFFECT)
     negative = table.assign(group=tracing.NO_ODD_ONE)
     negative[["sample_id", "prompts", "unit"]] = "n" + negative[["sample_id", "prompts", "unit"]]
     other = negative.assign(head_effect=-9 * negative["head_effect"])
     heads = compared(pd.concat([table, negative]), pd.concat([table, other]))
-    assert "zero in other.csv): 1.000" in told.text
-    assert "2 components and 8 of 8 sentences" in told.text
+    assert "zero in other.csv): 1.000" in findings_log.text
+    assert "2 components and 8 of 8 sentences" in findings_log.text
     assert heads["growth_mean"].tolist() == [0, 0]
 
 
-def test_a_single_component_has_no_ranking(told: pytest.LogCaptureFixture) -> None:
+def test_a_single_component_has_no_ranking(findings_log: pytest.LogCaptureFixture) -> None:
     compare({"L0H1": steps(1.0)}, {"L0H1": steps(1.0)})
-    assert "1 component and 8 of 8 sentences" in told.text
-    assert "Spearman" not in told.text
+    assert "1 component and 8 of 8 sentences" in findings_log.text
+    assert "Spearman" not in findings_log.text
 
 
 TWO = "--num_samples 2 --layers 2"
