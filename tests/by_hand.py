@@ -93,10 +93,12 @@ def with_control(
 # ----- a run
 
 
-def prepared(model: str, *flags: str) -> tracing.Experiment:
-    """What a command line with some flags asks for, on two samples."""
-    config = tracing.parse_args(["--model_id", model, "--num_samples", "2", *flags])
-    return tracing.prepare(config, tracing.RunFolder(Path("nowhere")))
+def prepared(model: str, *words: str) -> tracing.Experiment[Any]:
+    """What a command line asks for, on two samples; the first word may be a command."""
+    command = [word for word in words[:1] if word in tracing.COMMANDS]
+    flags = ["--model_id", model, "--num_samples", "2", *words[len(command) :]]
+    options = tracing.parse_command_line([*command, *flags]).options
+    return tracing.prepare(options, tracing.RunFolder(Path("nowhere")), tracing.Processes())
 
 
 def texts(folder: Path) -> dict[str, dict[str, str]]:
@@ -187,7 +189,7 @@ def mean_test(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, fl
             return t + bend * t**2 / 6
         turn = 3 / -bend  # where Hall's cubic rises no further
         cubic = turn / 3 * (1 - max(0.0, 1 - t / turn) ** 3)
-        return max(cubic, t / tracing.MOST_SHRUNK)
+        return max(cubic, t / tracing.MAX_SHRINKAGE)
 
     bend = skewness / math.sqrt(size)
     t = corrected(abs(mean) / error, math.copysign(1, mean) * bend)
