@@ -10166,6 +10166,7 @@ def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> 
     growth = growth.add_prefix("growth_").reset_index()
     growth.insert(0, "label", labels)
     growth.insert(1, "old", old.source)
+    growth.insert(3, "head", growth["index"])
     return growth
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import random
 import statistics
@@ -18,8 +17,8 @@ import torch
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
-from by_hand import Effects, q_values, results, steps
-from conftest import Answer, finish, read, record_of, refuses, write_samples
+from by_hand import q_values, results, steps
+from conftest import finish, read, record_of, write_samples
 
 OPTIONS = tracing.TraceOptions()
 SCORES = ["score_a_base", "score_b_base", "score_a_head", "score_b_head"]
@@ -526,9 +525,12 @@ def test_a_verdict_needs_its_own_base_to_be_clear_and_no_other(unclear: str) -> 
         assert heads[f"{prefix}verdict"].tolist() == expected
 
 
-def test_a_contrast_without_the_scores_of_its_base_is_not_judged() -> None:
+def test_a_contrast_without_the_scores_of_its_base_is_not_judged_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     table = results(EFFECT)
     heads = find(table.assign(effect_minus_other=table["head_effect"]))[1]
+    assert "effect_minus_other is left out: its base, the scores of other" in caplog.text
     assert not any(name.startswith("minus_") for name in heads)
 
 
