@@ -7,7 +7,6 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from by_hand import Effects, results, steps, with_control
 from conftest import finish
 from llama3_circuit_tracing import find_bases
 
-CONFIG = tracing.Config()
 SUMMARY, HEADS, HEATMAP, CONFIRM = (
     Path(f"circuit_{name}.png") for name in ("summary", "heads", "heatmap", "confirm")
 )
@@ -84,14 +82,6 @@ def test_a_run_draws_two_figures_and_those_that_are_asked_for(
     assert {*tmp_path.glob("*.png")} == {tmp_path / name for name in ALWAYS | names}
     for path in tmp_path.glob("*.png"):
         check_png(path)
-
-
-def test_the_outputs_say_which_figures_every_run_draws() -> None:
-    figures = {Path(name): n for name, n in tracing.OUTPUTS.items() if name.endswith(".png")}
-    stages = "screen directions steer paths positions graph"
-    others = [Path(f"circuit_{name}.png") for name in stages.split()]
-    every = (SUMMARY, HEADS, HEATMAP, CONFIRM, *others)
-    assert figures == {path: path in ALWAYS for path in every}
 
 
 def points(axes: Any) -> dict[float, float]:
@@ -218,18 +208,13 @@ def test_the_figure_of_heads_shows_the_top_k_means_with_their_intervals(
     + [({"op": "patch", "patch_into": side}, f"patch into {side}") for side in "ab"],
 )
 def test_titles_tell_the_whole_op_and_take_any_name_of_a_model(
-    flags: dict[str, Any], op: str, saved: Saved
+    flags: dict[str, Any], op: str, saved: Saved, tmp_path: Path
 ) -> None:
-    options = replace(CONFIG, model_id="a/x$_$y_{", **flags)
-    table = results(OF_VERDICT, -2.0)
-    bases = find_bases(table)
-    title = tracing.forest_title(bases["b"], options)
+    options = tracing.TraceOptions(model_id="a/x$_$y_{", **flags)
+    folder = tracing.RunFolder(tmp_path)
+    tracing.draw_effects(heads_of(OF_VERDICT), 8, options, folder)
     expected = f"suppression, x$_$y_{{, {op}\nmeans, 95 % intervals over 8 sentences"
-    assert title == expected
-    tracing.draw_heads(tracing.heads_table(table, bases, 0.1, options.factor), 20, title, HEADS)
-    assert saved[HEADS].get_suptitle() == expected
-    tracing.draw_confirm(joint_table({1: -0.4}, MANY), options, CONFIRM)
-    assert saved[CONFIRM].axes[0].get_title() == f"Held-out suppression: joint op {op}"
+    assert saved[tmp_path / HEADS].get_suptitle() == expected
 
 
 def test_the_figure_of_heads_colors_by_verdict_about_a_line_at_zero(saved: Saved) -> None:
@@ -269,7 +254,12 @@ def test_contrasts_that_a_component_lacks_are_no_hindrance(saved: Saved) -> None
     assert len(points(right)) == 3
 
 
-# ----- joint ablation
+# ----- sets that are edited jointly
+
+
+def draw(table: pd.DataFrame) -> None:
+    tracing.draw_sets(table, tracing.CHOSEN_LABELS, "a title", CONFIRM)
+
 
 HALF = 0.1  # of the intervals of the chosen
 
@@ -296,7 +286,6 @@ def joint_table(
         for n, deltas in drawn.items()
         for i, d in enumerate(deltas)
     ]
-    rows += [row(name, n, 9.0, samples="all") for name, n in (("none", 0), ("ablate", 3))]
     return pd.DataFrame(rows)
 
 
@@ -316,7 +305,7 @@ MANY = {1: [-0.6 - 0.02 * i for i in range(21)], 3: [-0.5 + 0.01 * i for i in ra
 def test_the_joint_figure_shows_the_chosen_every_random_set_their_band_and_the_base(
     saved: Saved,
 ) -> None:
-    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, MANY), CONFIG, CONFIRM)
+    draw(joint_table({1: -0.4, 3: 0.1}, MANY))
     (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
     chosen, dots = one_that("chosen", lines), one_that("random sets", lines)
     assert list(zip(*chosen.get_data(), strict=True)) == [(1, -0.4), (3, 0.1)]
@@ -331,21 +320,21 @@ def test_the_joint_figure_shows_the_chosen_every_random_set_their_band_and_the_b
     check_whole(saved[CONFIRM])
 
 
-@pytest.mark.parametrize("n_sets", [1, tracing.MIN_SETS - 1, tracing.MIN_SETS])
+@pytest.mark.parametrize("n_sets", [1, tracing.MANY_SETS - 1, tracing.MANY_SETS])
 def test_a_band_is_drawn_where_there_are_many_distinct_sets_of_a_size_only(
     n_sets: int, saved: Saved
 ) -> None:
     few = {1: MANY[1][:n_sets], 3: MANY[3]}
-    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, few), CONFIG, CONFIRM)
+    draw(joint_table({1: -0.4, 3: 0.1}, few))
     band = saved[CONFIRM].axes[0].collections[0]
     sizes = {int(x) for ends in band.get_segments() for x, _ in ends}
-    assert sizes == ({1, 3} if n_sets >= tracing.MIN_SETS else {3})
+    assert sizes == ({1, 3} if n_sets >= tracing.MANY_SETS else {3})
 
 
 @pytest.mark.parametrize("damaged", [(), (1,), (1, 3)])
 def test_damaged_sets_bear_a_red_cross(damaged: tuple[int, ...], saved: Saved) -> None:
     table = joint_table({1: -0.4, 3: 0.1}, MANY, damaged)
-    tracing.draw_confirm(table, CONFIG, CONFIRM)
+    draw(table)
     crosses = [line for line in saved[CONFIRM].axes[0].lines if line.get_marker() == "x"]
     places = {int(n): y for line in crosses for n, y in zip(*line.get_data(), strict=True)}
     assert places == {n: {1: -0.4, 3: 0.1}[n] for n in damaged}
@@ -359,19 +348,17 @@ def test_the_legend_names_how_many_components_of_random_sets_are_lent(
     lent: int, saved: Saved
 ) -> None:
     table = joint_table({1: -0.4, 3: 0.1}, MANY, lent=lent)
-    tracing.draw_confirm(table, CONFIG, CONFIRM)
+    draw(table)
     texts = [text.get_text() for text in saved[CONFIRM].legends[0].get_texts()]
     (label,) = (text for text in texts if text.startswith("random sets"))
     assert re.findall(r"\d+", label) == ([str(lent)] if lent else [])
 
 
-def test_with_controls_the_joint_figure_shows_the_measure_against_them(saved: Saved) -> None:
-    against_b, against_other = joint_table({1: -0.4}, MANY), joint_table({1: 0.7}, MANY)
-    both = pd.concat([against_b.assign(quoted=False), against_other.assign(measure="a - other")])
-    tracing.draw_confirm(both, CONFIG, CONFIRM)
-    (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
-    assert list(one_that("chosen", lines).get_ydata()) == [0.7]
+def test_the_axis_names_the_measure(saved: Saved) -> None:
+    draw(joint_table({1: -0.4}, MANY).assign(measure="a - other"))
+    (axes,) = saved[CONFIRM].axes
     assert "a - other" in axes.get_ylabel()
+    assert axes.get_title() == "a title"
 
 
 SMALL: dict[str, pd.DataFrame] = {
@@ -387,7 +374,7 @@ SMALL: dict[str, pd.DataFrame] = {
 
 @pytest.mark.parametrize("case", SMALL)
 def test_the_joint_figure_of_any_table_is_whole(case: str, saved: Saved) -> None:
-    tracing.draw_confirm(SMALL[case], CONFIG, CONFIRM)
+    draw(SMALL[case])
     check_whole(saved[CONFIRM])
 
 
@@ -395,7 +382,7 @@ def test_the_legend_of_the_joint_figure_hides_no_line(saved: Saved) -> None:
     """The usual case: the chosen lift the delta to 0, random ones do little or the reverse."""
     chosen = {1: -0.44, 2: -0.1, 4: -0.01, 8: 0.01}
     drawn = {n: [-0.6 - 0.1 * i for i in range(6)] for n in chosen}
-    tracing.draw_confirm(joint_table(chosen, drawn, (8,), 1), CONFIG, CONFIRM)
+    draw(joint_table(chosen, drawn, (8,), 1))
     (axes,), (legend,) = saved[CONFIRM].axes, saved[CONFIRM].legends
     for line in axes.lines:
         path = line.get_path().transformed(line.get_transform())
