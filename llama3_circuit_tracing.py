@@ -94,6 +94,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -1020,7 +1021,8 @@ class CompareOptions(OutputOptions):
     """What differs between runs?"""
 
     title: ClassVar = "compare"
-    fixed: ClassVar = frozenset({"dry_run"})
+    fixed: ClassVar = frozenset({"dry_run", "overwrite"})
+    output_dir: str = option("", "folder of the comparison", default_text="must be given")
     runs: tuple[str, ...] = argument(
         "run folders, or results CSVs: NEW OLD ...", "RUN", (), parse_text, many=True
     )
@@ -1029,6 +1031,10 @@ class CompareOptions(OutputOptions):
     def usage_errors(self) -> Iterator[str]:
         if len(self.runs) < 2:
             yield "compare needs at least two runs: NEW OLD ..."
+        if len(set(self.runs)) < len(self.runs):
+            yield "compare needs different runs, and one is named twice"
+        if not self.output_dir:
+            yield "compare needs --output_dir"
 
 
 @dataclass(frozen=True)
@@ -1037,6 +1043,7 @@ class RedrawOptions(OutputOptions):
 
     title: ClassVar = "redraw"
     fixed: ClassVar = frozenset({"dry_run", "overwrite"})
+    output_dir: str = option("", "folder of the redrawn files", default_text="in place")
     source: str = argument("a run folder, or a results CSV", "FOLDER_OR_CSV", "", parse_text)
     task: str | None = option(None, "task of a CSV that does not tell it", choices=TASK_NAMES)
     op: str | None = option(None, "op of such a CSV", choices=OPS)
@@ -6322,6 +6329,7 @@ def heads_table(
 
 # ----- Figures ------------------------------------------------------------------------------------
 
+PANEL_LETTERS = 30  # in a line of a panel's title
 VERDICT_COLORS = {
     "contributes": "tab:blue",
     "works against": "tab:orange",
@@ -6364,8 +6372,6 @@ def draw_forest_panel(axes: Any, rows: pd.DataFrame, heights: dict[str, int]) ->
     axes.axvline(0, color="black", linewidth=0.8)
     for verdict, color in VERDICT_COLORS.items():
         drawn = rows[rows["verdict"] == verdict]
-        if drawn.empty and verdict == "grew":
-            continue  # only comparisons know it
         y = drawn["label"].map(heights)
         axes.hlines(y, drawn["ci_low"], drawn["ci_high"], color=color, linewidth=1.5)
         axes.plot(drawn["mean"], y, "o", markersize=4, color=color, label=verdict)
@@ -6385,10 +6391,13 @@ def draw_forest(table: pd.DataFrame, title: str, path: Path) -> None:
     (all_axes,) = figure.subplots(1, len(panels), sharey=True, squeeze=False)
     for axes, panel in zip(all_axes, panels, strict=True):
         draw_forest_panel(axes, table[table["panel"] == panel], heights)
-        axes.set(xlabel="nats", title=panel)
+        axes.set(xlabel="nats")
+        axes.set_title(textwrap.fill(panel, PANEL_LETTERS), parse_math=False)
     all_axes[0].set_yticks(range(len(labels)), labels)
-    handles, verdicts = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, verdicts, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    handles = dict(zip(VERDICT_COLORS, all_axes[0].get_legend_handles_labels()[0], strict=True))
+    verdicts = [verdict for verdict in VERDICT_COLORS if verdict in set(table["verdict"])]
+    shown = [handles[verdict] for verdict in verdicts]
+    figure.legend(shown, verdicts, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=9, parse_math=False)
     save_figure(figure, path)
 
@@ -6495,7 +6504,7 @@ def draw_heatmap(heads: pd.DataFrame, qualifier: str, path: Path) -> None:
 
 # ----- What is said of effects -------------------------------------------------------------------
 
-REPORTED_HEADS = 5  # of the strongest components of either role, which the log describes
+REPORTED_COMPONENTS = 5  # of the strongest components of either role, which the log describes
 VERDICT_PHRASES = {"contributes": "contributes to", "works against": "works against"}
 
 
@@ -6595,8 +6604,8 @@ def report_strongest(
         shows_task = base["mean"] * task.sign > 0
         behaviours[side] = task.name if shows_task else task.opposite
     ranked = heads.sort_values(role, ascending=False)
-    carriers = ranked[ranked[role] > 0].head(REPORTED_HEADS)
-    opponents = ranked[ranked[role] < 0].tail(REPORTED_HEADS)
+    carriers = ranked[ranked[role] > 0].head(REPORTED_COMPONENTS)
+    opponents = ranked[ranked[role] < 0].tail(REPORTED_COMPONENTS)
     for strongest in (carriers, opponents[::-1]):
         for head in strongest.itertuples():
             findings.say(describe_effect(head, behaviours, phrases))
@@ -7329,6 +7338,17 @@ def estimate_samples(
     return run_batches(experiment.traced, prompts, run, bar, "samples_per_backward")
 
 
+def displacements(experiment: Experiment, clean_run: CleanRun) -> dict[Site, Tensor]:
+    """The op's displacement D [tok, width] of each activation that the clean run holds."""
+    whole_kind = WHOLE_KINDS[KINDS[experiment.options.kind].place]
+    components = [Component(site.layer, whole_kind) for site in clean_run.activations]
+    moves = {}
+    for edit in experiment.edits(clean_run, components):
+        activation = clean_run.activations[edit.site][None]
+        moves[edit.site] = displacement(edit, activation)[0]
+    return moves
+
+
 def estimate_tree(experiment: Experiment, components: Sequence[Component], tree: Tree) -> Tensor:
     """[sample, component, side]: what the op on a component adds to the score of a side, to first
     order: <dS/dx, D> over the component's slice and all tokens, with the displacement D of the op.
@@ -7338,57 +7358,57 @@ def estimate_tree(experiment: Experiment, components: Sequence[Component], tree:
     by the rules of `linearised`. `ig`: its mean over the way to x + D, on which all components of
     a module move together (integrated gradients, arXiv:1703.01365, by midpoints).
     """
-    method, kind = experiment.options.estimator, experiment.options.kind
-    layers = sorted({component.layer for component in components})
-    whole_kind = WHOLE_KINDS[KINDS[kind].place]
-    activations = [Component(layer, whole_kind) for layer in layers]
-    sites = [activation.site for activation in activations]
+    options = experiment.options
+    sites = sorted({component.site for component in components})
+    layers = [site.layer for site in sites]
     clean_run = experiment.clean_run(tree, layers, sites)
-    moves = {}  # displacement [tok, width] by site
-    for edit in experiment.edits(clean_run, activations):
-        activation = clean_run.activations[edit.site][None]
-        moves[edit.site] = displacement(edit, activation)[0]
-    if len(GRADIENT_POINTS[method]) == 1:
-        groups = [moves]
-    else:
-        groups = [{site: move} for site, move in moves.items()]
-    n_samples, n_slices = len(tree.samples), len(experiment.shape.indices(kind))
-    estimates = torch.full(
-        (n_samples, len(sites), n_slices, len(SIDES)), math.nan, dtype=torch.float64
-    )
+    moves = displacements(experiment, clean_run)
+    groups = [moves]
+    if len(GRADIENT_POINTS[options.estimator]) > 1:
+        groups = [{site: moves[site]} for site in sites]
+    n_slices = len(experiment.shape.indices(options.kind))
+    shape = (len(tree.samples), len(sites), n_slices, len(SIDES))
+    estimates = torch.zeros(shape, dtype=torch.float64)
     for group in groups:
         for side, site, gradient in side_gradients(experiment, clean_run, group):
-            products = (gradient * moves[site]).unflatten(-1, (n_slices, -1)).sum(-1).cpu()
-            sums = products.new_zeros(n_samples, n_slices)
-            sums = sums.index_add(0, tree.sample_of, products)
-            has_side = [place for place, (_, places) in enumerate(tree.samples) if side in places]
-            estimates[has_side, sites.index(site), :, SIDES.index(side)] = sums[has_side].double()
-    site_places = torch.tensor([sites.index(component.site) for component in components])
-    indices = torch.tensor([max(component.index, 0) for component in components])
+            products = (gradient * moves[site]).unflatten(-1, (n_slices, -1)).sum(-1)
+            sums = torch.zeros(len(tree.samples), n_slices, dtype=products.dtype)
+            sums = sums.index_add(0, tree.sample_of, products.cpu())
+            estimates[:, sites.index(site), :, SIDES.index(side)] = sums.double()
+    for place, (_, prompt_of_side) in enumerate(tree.samples):
+        for side in set(SIDES) - set(prompt_of_side):
+            estimates[place, ..., SIDES.index(side)] = math.nan
+    site_places = [sites.index(component.site) for component in components]
+    indices = [max(component.index, 0) for component in components]
     return estimates[:, site_places, indices]
+
+
+def points_on_the_way(
+    moves: Mapping[Site, Tensor], leaves: Mapping[Site, Tensor], shares: Sequence[float]
+) -> list[Edits]:
+    """Edits to the points x + share * D of all sites at once, with the leaf of each added."""
+    rows = []
+    for point, share in enumerate(shares):
+        edits = []
+        for site, move in moves.items():
+            edits.append(Edit(site, slice(None), 1.0, share * move + leaves[site][point]))
+        rows.append(tuple(edits))
+    return rows
 
 
 def side_gradients(
     experiment: Experiment, clean_run: CleanRun, moves: Mapping[Site, Tensor]
 ) -> Iterator[tuple[str, Site, Tensor]]:
     """By side and site the gradient [tok, width] of the scores of the side's prompts with respect
-    to the site's activation x: the mean over points x + share * D, to which all of these sites move
-    at once; `RunError` where one is not finite."""
+    to the site's activation x: the mean over `points_on_the_way`; `RunError` where one is not
+    finite."""
     traced, method = experiment.traced, experiment.options.estimator
     shares = GRADIENT_POINTS[method]
     leaves = {}  # what is added to the activation at each point [share, tok, width]
     for site, move in moves.items():
-        shape = (len(shares), *move.shape)
-        leaves[site] = torch.zeros(
-            shape, dtype=torch.float32, device=move.device, requires_grad=True
-        )
-    rows = []
-    for point, share in enumerate(shares):
-        edits = []
-        for site, move in moves.items():
-            source = share * move + leaves[site][point]
-            edits.append(Edit(site, slice(None), 1.0, source))
-        rows.append(tuple(edits))
+        zeros = torch.zeros(len(shares), *move.shape, device=move.device)
+        leaves[site] = zeros.requires_grad_()
+    rows = points_on_the_way(moves, leaves, shares)
     rules = linearised(traced) if method == "relp" else contextlib.nullcontext()
     with rules, torch.enable_grad():
         log_probs = read_log_probs(traced, clean_run, final_states(traced, clean_run, rows))
@@ -7396,9 +7416,8 @@ def side_gradients(
     sides = [prompt.side for prompt in clean_run.tree.prompts]
     for side in dict.fromkeys(sides):
         is_side = torch.tensor([other == side for other in sides])
-        gradients = torch.autograd.grad(
-            scores[is_side].sum(), list(leaves.values()), retain_graph=True
-        )
+        score = scores[is_side].sum()
+        gradients = torch.autograd.grad(score, list(leaves.values()), retain_graph=True)
         for site, gradient in zip(moves, gradients, strict=True):
             if not bool(gradient.isfinite().all()):
                 raise RunError("a gradient is not finite; try --attn_implementation eager")
@@ -7586,7 +7605,8 @@ def report_missed(findings: Findings, table: pd.DataFrame) -> tuple[int, float |
     n_random = len(random_others)
     n_others = len(table) - len(best)
     if n_random == 0:
-        findings.say("nothing is missed: all are measured")
+        measured = "all but the skipped" if n_others else "all"
+        findings.say(f"nothing is missed: {measured} are measured")
         return 0, None
     with_verdict = best[best["verdict"] != "unclear"]
     if len(with_verdict):
@@ -7613,7 +7633,7 @@ def report_screen(findings: Findings, table: pd.DataFrame, method: str) -> dict[
     random_others = agreement(table[table["measured"] == "random"])
     report_agreement(findings, method, len(table), {"all": measured, "the random": random_others})
     missed, bound = report_missed(findings, table)
-    if missed or measured["r"] < 0.8:
+    if missed or measured["r"] < POOR_CORRELATION:
         findings.warn(f"{method} is a poor screen here: raise --screen or use another --method")
     return {
         "all": measured,
@@ -10808,13 +10828,15 @@ def read_run(source: str) -> FinishedRun:
     run.json beside it."""
     path = Path(source)
     csv_path = path / "circuit_results.csv" if path.is_dir() else path
-    if not csv_path.exists():
-        raise UsageError(f"{shorten(csv_path)} does not exist")
     table = read_results(csv_path)
-    record = read_record(csv_path.parent / "run.json")
-    options = options_of_run(record, table)
+    record_path = csv_path.parent / "run.json"
+    record = read_record(record_path)
     floor = record.get("noise_floor")
-    return FinishedRun(source, table, math.nan if floor is None else floor, options, record)
+    if floor is None:
+        floor = math.nan
+    elif not isinstance(floor, int | float):
+        raise UsageError(f"{record_path}: noise_floor is no number but {shorten(floor)}")
+    return FinishedRun(source, table, floor, options_of_run(record, table), record)
 
 
 def options_of_run(record: Mapping[str, Any], table: pd.DataFrame) -> TraceOptions:
@@ -10837,20 +10859,26 @@ def options_of_run(record: Mapping[str, Any], table: pd.DataFrame) -> TraceOptio
 
 
 def run_redraw(options: RedrawOptions) -> None:
-    """Tables, figures and page of finished results again: of a run folder in place, of a CSV or a
-    folder of an earlier version into --output_dir."""
+    """Tables, figures and page of finished results again: of a run folder in place, of anything
+    else, or where --output_dir is given, into that folder."""
     run = read_run(options.source)
-    in_place = Path(options.source).is_dir() and run.record.get("format") == RECORD_FORMAT
-    folder = RunFolder(Path(options.source if in_place else options.output_dir))
-    folder.command = "trace" if in_place else "redraw"
     trace_options = redrawn_options(run, options)
+    source = Path(options.source)
+    path = Path(options.output_dir or options.source)
+    is_in_place = source.is_dir() and path.resolve() == source.resolve()
+    has_record = run.record.get("format") == RECORD_FORMAT
+    if not (options.output_dir or (is_in_place and has_record)):
+        raise UsageError(f"{options.source} is not redrawn in place: give --output_dir")
+    folder = RunFolder(path)
+    folder.command = "trace" if is_in_place else "redraw"
+    findings = Findings()
     with folder.open():
-        if not in_place:
-            check_redraw_folder(folder)
-        findings = Findings()
+        folder.check_foreign_files()
+        if not is_in_place:
+            begin_redrawn_run(folder, run, trace_options)
         redraw_effects(run, trace_options, findings, folder)
-        if not in_place:
-            record_redrawn_run(folder, run, trace_options, findings)
+        if not is_in_place:
+            folder.finish(findings=findings.entries)
         write_page(folder.path)
     log.info("redrawn in %s", folder.path)
 
@@ -10870,23 +10898,32 @@ def redrawn_options(run: FinishedRun, options: RedrawOptions) -> TraceOptions:
     if options.top_k is not None:
         given["top_k"] = options.top_k
     trace_options = replace(run.options, heatmap=options.heatmap or run.options.heatmap, **given)
-    known = {*run.table, *run.record, *given}
-    assumed = [name for name in ("task", "op") if name not in known and not run.record]
-    if assumed:
+    for sentence in EditOptions.usage_errors(trace_options):
+        raise UsageError(f"{run.source}: {sentence}")
+    assumed = [name for name in ("task", "op") if name not in {*run.table, *given}]
+    if assumed and not run.record:
         flags = " ".join(f"--{name} {getattr(trace_options, name)}" for name in assumed)
         log.warning(f"{run.source} does not tell how it was made: {flags} is taken")
     return trace_options
 
 
-def check_redraw_folder(folder: RunFolder) -> None:
-    """`UsageError` where --output_dir holds a run, or files that this script did not write."""
-    commands = set(folder.record.get("commands", {}))
-    if folder.record and commands != {"redraw"}:
+def begin_redrawn_run(folder: RunFolder, run: FinishedRun, options: TraceOptions) -> None:
+    """Begin a run.json of what is known of a run; `UsageError` where the folder holds another."""
+    commands = folder.record.get("commands", {})
+    if folder.record and set(commands) != {"redraw"}:
         raise UsageError(
             f"--output_dir {folder.path} holds another run; give another folder for the redrawn"
             " files"
         )
-    folder.check_foreign_files()
+    folder.record = {
+        "format": RECORD_FORMAT,
+        "experiment": {"options": recorded_options(options), "fingerprint": {}},
+        "samples": run.record.get("samples", []),
+        "noise_floor": None if math.isnan(run.floor) else run.floor,
+        "commands": commands,
+    }
+    settings = {"source": run.source, **command_settings(options)}
+    folder.note_command(options=settings, finished=False)
 
 
 def redraw_effects(
@@ -10898,26 +10935,6 @@ def redraw_effects(
     phrases = EditPhrases(TASKS[options.task], OPS[options.op].verb, options.estimated)
     report_effects(findings, heads, bases, run.floor, phrases)
     draw_effects(heads, int(bases["b"]["n_sentences"]), options, folder)
-
-
-def record_redrawn_run(
-    folder: RunFolder, run: FinishedRun, options: TraceOptions, findings: Findings
-) -> None:
-    """The run.json of redrawn results: what is known of their run."""
-    floor = None if math.isnan(run.floor) else run.floor
-    folder.record = {
-        "format": RECORD_FORMAT,
-        "experiment": {"options": recorded_options(options), "fingerprint": {}},
-        "samples": run.record.get("samples", []),
-        "noise_floor": floor,
-        "commands": folder.record.get("commands", {}),
-    }
-    folder.note_command(
-        options={"source": run.source, **command_settings(options)},
-        findings=findings.entries,
-        files=sorted(folder.files),
-        finished=True,
-    )
 
 
 # -- compare
@@ -10969,10 +10986,8 @@ def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> 
     """
     check_comparable(new, old)
     new_rows, old_rows = share_rows(findings, new, old)
-    roles, roles_before = (
-        find_roles(new_rows, new.options.factor),
-        find_roles(old_rows, old.options.factor),
-    )
+    roles = find_roles(new_rows, new.options.factor)
+    roles_before = find_roles(old_rows, old.options.factor)
     if roles is None or roles_before is None:
         findings.say("nothing is compared: over these, the interval of a base covers 0 or is none")
         return None
@@ -10988,14 +11003,18 @@ def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> 
     growth = growth.add_prefix("growth_").reset_index()
     growth.insert(0, "label", labels)
     growth.insert(1, "old", old.source)
+    growth.insert(3, "head", growth["index"])
     return growth
 
 
 def check_comparable(new: FinishedRun, old: FinishedRun) -> None:
     """`UsageError` where effects mean something else in the other run."""
     for run in (new, old):
-        if "prompts" not in run.table:
-            raise UsageError(f"{run.source}: column 'prompts' is missing, and tells what compares")
+        for name in ("prompts", *RUN_COLUMNS):
+            if name not in run.table:
+                raise UsageError(
+                    f"{run.source}: column {name!r} is missing, and tells what compares"
+                )
     of_op = {"op", "factor", "patch_into"}  # these may differ where the op does
     ignored = of_op if new.options.op != old.options.op else set()
     new_values, old_values = run_values(new.options), run_values(old.options)
@@ -11063,13 +11082,12 @@ def draw_growth(table: pd.DataFrame, top_k: int, path: Path) -> None:
     frames = []
     for old, rows in table.groupby("old", sort=False):
         top = largest_rows(rows, "growth_mean", top_k)[::-1]
-        frame = top[["label"]].assign(panel=f"since {Path(str(old)).name}")
+        frame = top[["label"]].assign(panel=f"since {old}")
         for name in ("mean", "ci_low", "ci_high"):
             frame[name] = top[f"growth_{name}"]
         frame["verdict"] = top["growth_flag"].map({True: "grew", False: "unclear"})
         frames.append(frame)
-    title = "Growth of roles"
-    draw_forest(pd.concat(frames, ignore_index=True), title, path)
+    draw_forest(pd.concat(frames, ignore_index=True), "Growth of roles", path)
 
 
 # ----- Main ---------------------------------------------------------------------------------------
