@@ -738,8 +738,12 @@ class EditOptions:
             yield "--op scale and --factor go together"
         if self.patch_into == "b" and not self.patches:
             yield "--patch_into applies to --op patch only"
-        if any(component.kind == "resid" for component in self.given):
-            yield f"--given {self.given}: zeroing the residual stream removes the input itself"
+        streams = join_labels(component for component in self.given if component.kind == "resid")
+        if streams:
+            yield (
+                f"--given {shorten(streams)}: zeroing a residual stream removes the input itself"
+                " and means nothing"
+            )
 
 
 @dataclass(frozen=True)
@@ -862,9 +866,10 @@ class JointOptions(MeasuringOptions):
             yield f"joint needs NAMES, or a circuit.json in {self.output_dir}"
         if self.multipliers and not self.max_new_tokens:
             yield "--multipliers scale components in replies: give --max_new_tokens"
-        if self.removes_input and any(component.kind == "resid" for component in self.names):
+        streams = join_labels(component for component in self.names if component.kind == "resid")
+        if streams and self.removes_input:
             yield (
-                f"{self.names}: --op {self.op} at all positions of a residual stream removes"
+                f"{shorten(streams)}: --op {self.op} at all positions of a residual stream removes"
                 " the input itself and means nothing"
             )
 
@@ -4894,7 +4899,9 @@ def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
     check_kind(options.kind, shape)
     for entry in fields(options):
         value = getattr(options, entry.name)
-        components = getattr(value, "components", value)  # of receivers and senders
+        components = value
+        if isinstance(value, Receivers | Senders):
+            components = value.components
         if isinstance(components, ComponentList):
             if components.warning:
                 log.warning(components.warning)
@@ -7354,7 +7361,7 @@ def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
     tables = [table]
     path = folder.path / "circuit_joint.csv"
     if path.exists():
-        before = pd.read_csv(path, float_precision="round_trip")
+        before = pd.read_csv(path, dtype=str, keep_default_na=False)  # as it is written
         is_same = (before["named"] == block["named"]) & (before["op"] == block["op"])
         tables.insert(0, before[~is_same])
     folder.write_table("circuit_joint.csv", pd.concat(tables, ignore_index=True))
