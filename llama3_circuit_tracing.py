@@ -552,6 +552,7 @@ class ComponentList:
     model: str = ""  # the identity of the model that they are of, where a file tells it
     edit: Mapping[str, Any] = field(default_factory=dict)  # options that a circuit was found with
     chosen_on: tuple[str, ...] = ()  # the sentences (units) that chose a circuit
+    skip: tuple[Component, ...] = ()  # that it may not have, nor random sets beside it
     warning: str = ""
 
     @classmethod
@@ -590,8 +591,9 @@ class ComponentList:
         if not labels:
             raise ValueError("it names no component")
         edit, chosen_on = record.get("edit", {}), record.get("chosen_on", [])
-        if not isinstance(edit, dict) or not isinstance(chosen_on, list):
-            raise ValueError("its fields edit and chosen_on must be an object and a list")
+        skip = record.get("skip", [])
+        if not (isinstance(edit, dict) and isinstance(chosen_on, list) and isinstance(skip, list)):
+            raise ValueError("its field edit must be an object, chosen_on and skip must be lists")
         warning = ""
         if "neurons" in record:
             note = "positions are left out; its neurons are edited at all tokens"
@@ -602,6 +604,7 @@ class ComponentList:
             model=record.get("model", ""),
             edit=edit,
             chosen_on=tuple(str(unit) for unit in chosen_on),
+            skip=tuple(Component.parse(str(label)) for label in skip),
             warning=warning,
         )
 
@@ -793,8 +796,12 @@ class EditOptions:
             yield "--op scale and --factor go together"
         if self.patch_into == "b" and not self.patches:
             yield "--patch_into applies to --op patch only"
-        if any(component.kind == "resid" for component in self.given):
-            yield f"--given {self.given}: zeroing the residual stream removes the input itself"
+        streams = join_labels(component for component in self.given if component.kind == "resid")
+        if streams:
+            yield (
+                f"--given {shorten(streams)}: zeroing a residual stream removes the input itself"
+                " and means nothing"
+            )
 
 
 @dataclass(frozen=True)
@@ -918,11 +925,14 @@ class JointOptions(MeasuringOptions):
     )
 
     def usage_errors(self) -> Iterator[str]:
+        if not self.names:
+            yield f"joint needs NAMES, or a circuit.json in {self.output_dir}"
         if self.multipliers and not self.max_new_tokens:
             yield "--multipliers scale components in replies: give --max_new_tokens"
-        if self.removes_input and any(component.kind == "resid" for component in self.names):
+        streams = join_labels(component for component in self.names if component.kind == "resid")
+        if streams and self.removes_input:
             yield (
-                f"{self.names}: --op {self.op} at all positions of a residual stream removes"
+                f"{shorten(streams)}: --op {self.op} at all positions of a residual stream removes"
                 " the input itself and means nothing"
             )
 
@@ -1378,9 +1388,7 @@ def inherited_values(
     return values, origins
 
 
-def inheritance_sources(
-    command: str, given: Mapping[str, Any], folder: Path
-) -> dict[str, Mapping[str, Any]]:
+def inheritance_sources(given: Mapping[str, Any], folder: Path) -> dict[str, Mapping[str, Any]]:
     """Recorded options by the name of their source: those of the folder's experiment, and for the
     edit those of a circuit.json, else of the folder's trace."""
     record = read_record(folder / "run.json")
@@ -1388,8 +1396,6 @@ def inheritance_sources(
     sources: dict[str, Mapping[str, Any]] = {f"the experiment in {folder}": experiment}
     edit_names = {entry.name for entry in fields(EditOptions)}
     circuit = given.get("names")
-    if circuit is None and command == "joint" and (folder / "circuit.json").exists():
-        circuit = ComponentList.read(folder / "circuit.json")
     if circuit is not None and circuit.edit:
         edit, source = circuit.edit, circuit.file
     else:
@@ -1463,7 +1469,9 @@ def complete_request(command: str, given: dict[str, Any]) -> Request:
         folder = Path(given.get("output_dir", options_type.output_dir))
         for sentence in contradictions(options_type, given, folder):
             raise UsageError(f"{sentence}; give another --output_dir")
-        sources = inheritance_sources(command, given, folder)
+        if command == "joint" and "names" not in given and (folder / "circuit.json").exists():
+            given["names"] = ComponentList.read(folder / "circuit.json")
+        sources = inheritance_sources(given, folder)
         inherited, origins = inherited_values(options_type, given, sources)
         if "model_id" not in {*given, *inherited} and not (folder / "run.json").exists():
             raise UsageError(f"{folder} holds no experiment: run trace there, or give --model_id")
@@ -6632,14 +6640,15 @@ def report_effects(
 
 # ----- Sets of components -------------------------------------------------------------------------
 
-MANY_SETS = 10  # distinct random sets, from which on their quantiles are told
+MANY_SETS = 10  # distinct random sets, from which on their quantiles say something
 
 
 @dataclass(frozen=True)
 class JointSet:
     """Components that are edited together, or that are left while all others of some kinds are."""
 
-    name: str  # none, all, chosen, complement, random, random complement, or a name of the user's
+    noun: ClassVar = "set"  # what sentences call random ones
+    name: str  # none, all, chosen, named, complement, random, random complement
     components: tuple[Component, ...] = ()
     draw: int = 0  # numbers random sets
     lent: int = 0  # how many components are of a neighbour of their counterpart's layer
@@ -6647,21 +6656,26 @@ class JointSet:
     multiplier: float | None = None  # scales the components at every token, in place of the op
 
     @property
+    def text(self) -> str:
+        """What tables and replies say of its components."""
+        return join_labels(self.components)
+
+    @property
     def key(self) -> str:
         """What its numbers depend on besides prompts and edit options."""
-        parts = ["set", join_labels(self.components)]
+        key = f"set {join_labels(self.components)}"
         if self.others_of:
-            parts.append(f"others of {' '.join(self.others_of)}")
+            key += f" others of {' '.join(self.others_of)}"
         if self.multiplier is not None:
-            parts.append(f"times {self.multiplier:g}")
-        return " ".join(parts)
+            key += f" times {self.multiplier!r}"
+        return key
 
     @property
     def first_layer(self) -> int:
         """The lowest layer that may be edited."""
-        if self.others_of or not self.components:
+        if self.others_of:
             return 0
-        return min(component.layer for component in self.components)
+        return min((component.layer for component in self.components), default=0)
 
 
 def set_edits(
@@ -6670,22 +6684,12 @@ def set_edits(
     """The edits of each set; without a clean run, at every token."""
     rows = []
     for joint_set in joint_sets:
-        if joint_set.multiplier is not None:
-            factor = joint_set.multiplier
-            rows.append(scaled_edits(joint_set.components, experiment.shape, factor))
+        components, factor = joint_set.components, joint_set.multiplier
+        if factor is None:
+            rows.append(experiment.edits(clean_run, components, joint_set.others_of))
         else:
-            edits = experiment.edits(clean_run, joint_set.components, joint_set.others_of)
-            rows.append(edits)
+            rows.append(scaled_edits(components, experiment.shape, factor))
     return rows
-
-
-def kinds_of_sets(joint_sets: Sequence[JointSet]) -> set[str]:
-    """The kinds of all components that the sets edit."""
-    kinds: set[str] = set()
-    for joint_set in joint_sets:
-        kinds.update(joint_set.others_of)
-        kinds.update(component.kind for component in joint_set.components)
-    return kinds
 
 
 def measure_sets(
@@ -6696,24 +6700,29 @@ def measure_sets(
 ) -> pd.DataFrame:
     """Edit each set jointly in every prompt of some samples.
 
-    Returns a row per set and sample: `place` (of the set in `joint_sets`), `sample_id`, `score_a`,
-    `score_b`, `score_other` where there are controls, `kl_a`, `kl_b` (nats).
+    Returns a row per set and sample: `place` (of the set in `joint_sets`), `sample_id`, `unit`,
+    `score_a`, `score_b`, `score_other` where there are controls, `kl_a`, `kl_b` (nats).
     """
-    variants = [
-        Variant({"place": place}, joint_set.key, joint_set, joint_set.first_layer)
-        for place, joint_set in enumerate(joint_sets)
-    ]
-    needed = []
+    variants = []
+    components: set[Component] = set()
+    kinds: set[str] = set()
+    for place, joint_set in enumerate(joint_sets):
+        labels = {"place": place}
+        variants.append(Variant(labels, joint_set.key, joint_set, joint_set.first_layer))
+        components.update(joint_set.components)
+        kinds.update(joint_set.others_of)
+    for kind in kinds:
+        components.update(experiment.shape.components(kind))
+    scored, units = [], {}
     for sample_prompts in prompts:
-        needed.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
-    sites: set[Site] = set()
-    if experiment.options.patches:
-        for kind in kinds_of_sets(joint_sets):
-            layers = range(experiment.shape.n_layers)
-            sites.update(Site(layer, KINDS[kind].place) for layer in layers)
-    reading = Reading(experiment.plant_trees(needed), frozenset(sites), with_kl=True)
-    edits = edits_of or functools.partial(set_edits, experiment)
-    return measure(experiment, variants, edits, reading, "joint sets")
+        sample = sample_prompts[0].sample
+        units[sample.sample_id] = sample.unit
+        scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
+    sites = experiment.patched_sites(components)
+    reading = Reading(experiment.plant_trees(scored), sites, with_kl=True)
+    edits_of = edits_of or functools.partial(set_edits, experiment)
+    rows = measure(experiment, variants, edits_of, reading, "joint sets")
+    return rows.assign(unit=rows["sample_id"].map(units))
 
 
 # -- a circuit: components chosen from their effects
@@ -6762,12 +6771,12 @@ def warn_of_unclear_base(findings: Findings, base: Mapping[str, Any]) -> None:
 
 def sizes_up_to(count: int) -> list[int]:
     """1, 2, 4, ... and the count itself."""
-    sizes = {count}
+    sizes = []
     size = 1
     while size < count:
-        sizes.add(size)
+        sizes.append(size)
         size *= 2
-    return sorted(sizes)
+    return [*sizes, count]
 
 
 def random_sets(
@@ -6783,10 +6792,10 @@ def random_sets(
     for draw in range(10 * count):
         joint_set = draw_random_set(experiment, components, size, skip, draw)
         if joint_set is not None:
-            distinct.setdefault(joint_set.components, joint_set)
+            distinct.setdefault(joint_set.components, replace(joint_set, draw=len(distinct)))
         if len(distinct) == count:
             break
-    return [replace(joint_set, draw=draw) for draw, joint_set in enumerate(distinct.values())]
+    return list(distinct.values())
 
 
 def draw_random_set(
@@ -6796,8 +6805,8 @@ def draw_random_set(
     skip: Iterable[Component],
     draw: int,
 ) -> JointSet | None:
-    """Counterparts of the first `size` components at random, each from its counterpart's layer or the nearest that has one
-    left; None where there are too few."""
+    """Counterparts of the first `size` components at random, each from its counterpart's layer or
+    the nearest that has one left; None where there are too few."""
     shape, options = experiment.shape, experiment.options
     rng = random.Random(f"{options.seed} random {size} {draw}")
     taken = (*components, *options.given, *skip)
@@ -6821,10 +6830,9 @@ def nearest_free_components(
     """The components of one's kind with all columns free in the nearest layer that has any."""
     layers = sorted(range(shape.n_layers), key=lambda layer: abs(layer - component.layer))
     for layer in layers:
-        site = Site(layer, component.site.place)
         candidates = []
         for other in shape.components(component.kind, layer):
-            if bool(free[site][shape.columns(other)].all()):
+            if bool(free[other.site][shape.columns(other)].all()):
                 candidates.append(other)
         if candidates:
             return candidates
@@ -6833,7 +6841,7 @@ def nearest_free_components(
 
 def warn_of_lent(findings: Findings, joint_sets: Iterable[JointSet]) -> None:
     """Random sets that are not all of their counterparts' layers."""
-    lent = max((joint_set.lent for joint_set in joint_sets), default=0)
+    lent = max(joint_set.lent for joint_set in joint_sets)
     if lent:
         findings.warn(
             f"up to {count_noun(lent, 'component')} of a random set are of neighbouring layers:"
@@ -6844,24 +6852,40 @@ def warn_of_lent(findings: Findings, joint_sets: Iterable[JointSet]) -> None:
 # -- statistics over sentences
 
 
-def set_table(
+def judge_sets(
     experiment: Experiment,
     joint_sets: Sequence[JointSet],
     prompts: Prompts,
     samples: str,
-    rows: pd.DataFrame,
+    side: str,
+    edits_of: EditsOf | None = None,
+) -> pd.DataFrame:
+    """Measure sets, the first of which is the empty one, on some samples, and say what they do.
+
+    Returns `set_table` with `damaged` and `quoted`: whether a row is of the score of prompt a less
+    that of `side`, which is what sentences and figures are of.
+    """
+    warn_of_lent(experiment.findings, joint_sets)
+    rows = measure_sets(experiment, joint_sets, prompts, edits_of)
+    table = set_table(experiment, joint_sets, samples, rows)
+    table = judge_damage(table, experiment.options)
+    table["quoted"] = table["measure"] == f"a - {side}"
+    report_sets(experiment, table[table["quoted"]], joint_sets[0].noun)
+    return table
+
+
+def set_table(
+    experiment: Experiment, joint_sets: Sequence[JointSet], samples: str, rows: pd.DataFrame
 ) -> pd.DataFrame:
     """A row per set and measure (`a - b`, and `a - other` where there are controls): the mean score
     of prompt a less that of the other side over the sentences of some samples, and what else the
-    set moves. `rows` are those of `measure_sets`; the first set is the empty one."""
+    set moves. `rows` are those of `measure_sets`."""
     tables = []
     for side in ("b", "other"):
         column = f"score_{side}"
-        if column not in rows or rows[column].isna().all():
-            continue
-        has_side = rows[rows[column].notna()]
-        statistics = joint_statistics(has_side, side, joint_sets, prompts)
-        tables.append(describe_sets(experiment, joint_sets, samples).join(statistics))
+        if column in rows and rows[column].notna().any():
+            statistics = joint_statistics(rows[rows[column].notna()], side, joint_sets)
+            tables.append(describe_sets(experiment, joint_sets, samples).join(statistics))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -6874,7 +6898,7 @@ def describe_sets(
             "set": joint_set.name,
             "draw": joint_set.draw,
             "n_ablated": count_edited(experiment, joint_set),
-            "components": join_labels(joint_set.components),
+            "components": joint_set.text,
             "kept": bool(joint_set.others_of),
             "lent": joint_set.lent,
             "samples": samples,
@@ -6887,57 +6911,44 @@ def count_edited(experiment: Experiment, joint_set: JointSet) -> int:
     """How many components a set edits: its own, or all others of some kinds."""
     if not joint_set.others_of:
         return len(joint_set.components)
-    others = set()
+    others: set[Component] = set()
     for kind in joint_set.others_of:
         others.update(experiment.shape.components(kind))
     return len(others - {*joint_set.components, *experiment.options.given})
 
 
-def joint_statistics(
-    rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSet], prompts: Prompts
-) -> pd.DataFrame:
+def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSet]) -> pd.DataFrame:
     """Per set the mean of score_a less the score of a side, with intervals over sentences.
 
     With m the mean, `faithfulness` of what is kept is (m - m(all)) / (m(none) - m(all)), and
     `remaining` is the same of what is left without the set (Marks et al. 2403.19647). Both are NaN
     where the interval of the denominator covers 0.
     """
-    units = {
-        sample_prompts[0].sample.sample_id: sample_prompts[0].sample.unit
-        for sample_prompts in prompts
-    }
     deltas = rows.assign(delta=rows["score_a"] - rows[f"score_{side}"])
-    deltas["unit"] = deltas["sample_id"].map(units)
-    by_unit = deltas.pivot_table(index="unit", columns="place", values="delta", aggfunc="sum")
-    counts_by_unit = deltas.pivot_table(
-        index="unit", columns="place", values="delta", aggfunc="count"
-    )
-    sums = torch.tensor(by_unit.to_numpy(float))  # [sentence, set]
-    counts = torch.tensor(counts_by_unit.to_numpy(float))
+    places = pd.RangeIndex(len(joint_sets), name="place")
+    sums, counts = sentence_totals(deltas, "delta", places)
     mean = sums.sum(0) / counts.sum(0)
     low, high = mean_interval(sums, counts)
     base = sums[:, :1].expand_as(sums)
     share_low, share_high = mean_interval(base - sums, base)
-    table = pd.DataFrame(
-        {
-            "measure": f"a - {side}",
-            "n_samples": int(counts[:, 0].sum()),
-            "n_sentences": len(sums),
-            "mean_delta": mean.tolist(),
-            "ci_low": low.tolist(),
-            "ci_high": high.tolist(),
-            "share_removed": (1 - mean / mean[0]).tolist(),
-            "share_low": share_low.tolist(),
-            "share_high": share_high.tolist(),
-        }
-    )
-    table = table.assign(**faithfulness_columns(sums, counts, joint_sets))
-    return table.join(moved_columns(deltas))
+    columns = {
+        "measure": f"a - {side}",
+        "n_samples": int(counts[:, 0].sum()),
+        "n_sentences": len(sums),
+        "mean_delta": mean,
+        "ci_low": low,
+        "ci_high": high,
+        "share_removed": 1 - mean / mean[0],
+        "share_low": share_low,
+        "share_high": share_high,
+        **faithfulness_columns(sums, counts, joint_sets),
+    }
+    return pd.DataFrame(columns, index=places).join(moved_columns(deltas))
 
 
 def faithfulness_columns(
     sums: Tensor, counts: Tensor, joint_sets: Sequence[JointSet]
-) -> dict[str, list[float]]:
+) -> dict[str, Tensor]:
     """`faithfulness` with its interval, and `remaining`, from sums and counts [sentence, set]."""
     names = [joint_set.name for joint_set in joint_sets]
     place_of_all = names.index("all") if "all" in names else 0
@@ -6947,16 +6958,12 @@ def faithfulness_columns(
     is_clear = (low > 0) | (high < 0)
     share = (sums - every).sum(0) / (base - every).sum(0)
     share_low, share_high = mean_interval(sums - every, base - every)
-    columns = {
-        "faithfulness": share,
-        "faithfulness_low": share_low,
-        "faithfulness_high": share_high,
+    return {
+        "faithfulness": share.where(is_kept & is_clear, math.nan),
+        "faithfulness_low": share_low.where(is_kept & is_clear, math.nan),
+        "faithfulness_high": share_high.where(is_kept & is_clear, math.nan),
+        "remaining": share.where(~is_kept & is_clear, math.nan),
     }
-    result = {}
-    for name, values in columns.items():
-        result[name] = values.where(is_kept & is_clear, math.nan).tolist()
-    result["remaining"] = share.where(~is_kept & is_clear, math.nan).tolist()
-    return result
 
 
 def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
@@ -6970,62 +6977,70 @@ def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
     return moved.groupby("place")[["moved_a", "moved_b", "kl_a", "kl_b"]].mean()
 
 
-def judge_damage(table: pd.DataFrame, set_name: str, options: EditOptions) -> pd.DataFrame:
-    """The table with `damaged`: whether a set of this name moves what the model says after prompt b,
-    which does not show the behaviour, further (KL) than 95 % of the random sets of its size do.
-    Empty where fewer than `MANY_SETS` tell, and of patches and additions, which are to move b or do
-    not reach it."""
+def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
+    """The table with `damaged`: whether a chosen or named set moves what the model says after prompt
+    b, which does not show the behaviour, further (KL) than 95 % of the random sets of its size do.
+    Empty where there are fewer than `MANY_SETS`, and of patches and additions, which are to move b
+    or do not reach it."""
     keys = ["measure", "n_ablated"]
     random_kl = table[table["set"] == "random"].groupby(keys)["kl_b"]
     limits = random_kl.quantile(0.95)[random_kl.size() >= MANY_SETS]
     limit = table[keys].join(limits, on=keys)["kl_b"]
-    moves_b_on_purpose = OPS[options.op].source in ("partner", "direction")
-    is_judged = (table["set"] == set_name) & limit.notna() & (not moves_b_on_purpose)
+    is_judged = table["set"].isin(SET_LABELS) & limit.notna()
+    if OPS[options.op].source in ("partner", "direction"):
+        is_judged[:] = False
     damaged = (table["kl_b"] > limit).astype("boolean")
     return table.assign(damaged=damaged.where(is_judged))
 
 
 # -- what is said of sets
 
+SET_LABELS = {
+    "chosen": "chosen on the other half (95 % interval)",
+    "named": "named set (95 % interval)",
+}
 
-def format_share_range(shares: pd.Series, noun: str) -> str:
-    """How many distinct random sets there are, and from where to where their shares reach."""
+
+def report_sets(experiment: Experiment, table: pd.DataFrame, noun: str) -> None:
+    """A sentence per chosen or named set, and one for what it does when it is kept alone; the table
+    has the rows of the quoted measure."""
+    for row in table.itertuples():
+        if row.set in SET_LABELS:
+            scored = experiment.task.scored
+            experiment.findings.say(describe_edited_set(row, table, scored, noun))
+        elif row.set == "complement":
+            experiment.findings.say(describe_kept_set(row, table))
+
+
+def describe_mean(row: Any) -> str:
+    """The mean that is left with a set edited, and its interval."""
+    sentences = count_noun(row.n_sentences, "sentence")
+    return f"mean {row.measure} {row.mean_delta:+.3f} over {sentences}{format_interval(row)}"
+
+
+def describe_range(shares: pd.Series, noun: str) -> str:
+    """How many distinct random sets there are, and from where to where their shares reach; "" where
+    there is none."""
+    if shares.empty:
+        return ""
     quantiles = [0.05, 0.95] if len(shares) >= MANY_SETS else [0, 1]
     low, high = shares.quantile(quantiles)
-    return f"{count_noun(len(shares), f'distinct random {noun}')} {low:.0%} to {high:.0%}"
-
-
-def report_sets(
-    findings: Findings,
-    table: pd.DataFrame,
-    set_names: Sequence[str],
-    scored: str,
-    noun: str = "set",
-) -> None:
-    """A sentence per set of these names, and one for what it does when it is kept alone. `table` has
-    the rows of the quoted measure; `scored` is what the task scores."""
-    for row in table[table["set"].isin([*set_names, "complement"])].itertuples():
-        if row.kept:
-            findings.say(describe_kept_set(row, table))
-        else:
-            findings.say(describe_edited_set(row, table, scored, noun))
+    return f", {count_noun(len(shares), f'distinct random {noun}')} {low:.0%} to {high:.0%}"
 
 
 def describe_edited_set(row: Any, table: pd.DataFrame, scored: str, noun: str) -> str:
     """What editing a set jointly does, beside random sets of its size."""
+    randoms = table[(table["set"] == "random") & (table["n_ablated"] == row.n_ablated)]
     sentence = (
         f"{row.samples} samples, {row.n_ablated} jointly ({shorten(row.components, 200)}):"
-        f" mean {row.measure} {row.mean_delta:+.3f}"
-        f" over {count_noun(row.n_sentences, 'sentence')}{format_interval(row)},"
+        f" {describe_mean(row)},"
         f" {row.share_removed:.0%} removed{format_interval(row, 'share', '.0%')}"
+        f"{describe_range(randoms['share_removed'], noun)};"
+        f" {scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b;"
+        f" KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
     )
-    random_rows = table[(table["set"] == "random") & (table["n_ablated"] == row.n_ablated)]
-    if len(random_rows):
-        sentence += f", {format_share_range(random_rows['share_removed'], noun)}"
-    sentence += f"; {scored} {row.moved_a:+.2f} after prompt a, {row.moved_b:+.2f} after b"
-    sentence += f"; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
     if pd.isna(row.damaged):
-        return f"{sentence}: damage is not judged" if len(random_rows) else sentence
+        return f"{sentence}: damage is not judged" if len(randoms) else sentence
     verdict = ": damaged, further than" if row.damaged else ", no further than"
     return f"{sentence}{verdict} with 95 % of the random {noun}s"
 
@@ -7035,40 +7050,42 @@ def describe_kept_set(row: Any, table: pd.DataFrame) -> str:
     n_kept = len(row.components.split())
     sentence = (
         f"{row.samples} samples, all of the kind in the model but {n_kept} edited:"
-        f" mean {row.measure} {row.mean_delta:+.3f}"
-        f" over {count_noun(row.n_sentences, 'sentence')}{format_interval(row)}"
+        f" {describe_mean(row)}"
     )
     if math.isnan(row.faithfulness):
         return f"{sentence}; no faithfulness: what all of them do is not clear"
     interval = format_interval(row, "faithfulness", ".0%")
-    sentence += f", faithfulness {row.faithfulness:.0%}{interval}"
-    random_rows = table[(table["set"] == "random complement") & (table["samples"] == row.samples)]
-    if len(random_rows):
-        sentence += f", {format_share_range(random_rows['faithfulness'], 'complement')}"
-    return sentence
+    randoms = table[table["set"] == "random complement"]["faithfulness"]
+    return (
+        f"{sentence}, faithfulness {row.faithfulness:.0%}{interval}"
+        f"{describe_range(randoms, 'complement')}"
+    )
 
 
-def draw_random_sets(axes: Any, random_sets: pd.DataFrame, label: str) -> None:
+def draw_random_sets(axes: Any, random_rows: pd.DataFrame, label: str) -> None:
     """The mean delta of each random set by size, and its 5-95 % range where sets are many."""
-    by_size = random_sets.groupby("n_ablated")["mean_delta"]
+    by_size = random_rows.groupby("n_ablated")["mean_delta"]
     n_sets = by_size.size()
     sizes = n_sets[n_sets >= MANY_SETS].index
     if len(sizes):
         low, high = by_size.quantile(0.05)[sizes], by_size.quantile(0.95)[sizes]
         range_label = "5-95 % of random sets"
         axes.vlines(sizes, low, high, color="lightgray", linewidth=14, label=range_label)
-    lent = random_sets["lent"].max()
+    lent = random_rows["lent"].max()
     if lent > 0:
         label += f" (up to {int(lent)} of a neighbour)"
-    x, y = random_sets["n_ablated"], random_sets["mean_delta"]
+    x, y = random_rows["n_ablated"], random_rows["mean_delta"]
     axes.plot(x, y, ".", color="tab:gray", markersize=4, label=label)
 
 
-def draw_measured_sets(axes: Any, rows: pd.DataFrame, label: str) -> None:
+def draw_measured_sets(axes: Any, rows: pd.DataFrame) -> None:
     """The mean delta of each set by size with its interval; a cross where it is damaged."""
     sizes = rows["n_ablated"]
     axes.vlines(sizes, rows["ci_low"], rows["ci_high"], color="tab:blue")
+    label = SET_LABELS[rows["set"].iloc[0]]
     axes.plot(sizes, rows["mean_delta"], "o-", color="tab:blue", label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, sizes.map(str))
     damaged = rows[rows["damaged"].eq(True)]
     if len(damaged):
         label = "damaged: moves prompt b further than random sets"
@@ -7076,31 +7093,21 @@ def draw_measured_sets(axes: Any, rows: pd.DataFrame, label: str) -> None:
         axes.plot(x, y, "x", color="red", markersize=12, label=label)
 
 
-def draw_sets(table: pd.DataFrame, set_labels: Mapping[str, str], title: str, path: Path) -> None:
-    """Mean score that is left with sets edited jointly, against the number of components.
-
-    `set_labels` names the sets of interest and the random ones, in this order.
-    """
-    (set_name, set_label), (random_name, random_label) = set_labels.items()
-    rows = table[table["set"] == set_name]
+def draw_sets(
+    table: pd.DataFrame, title: str, path: Path, random_label: str = "random sets, same layers"
+) -> None:
+    """Mean score that is left with chosen or named sets edited jointly, and with random ones,
+    against the number of components; the table has the rows of the quoted measure."""
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     base = float(table.loc[table["set"] == "none", "mean_delta"].iloc[0])
     axes.axhline(base, color="black", linewidth=0.8, linestyle="--", label="nothing edited")
-    draw_random_sets(axes, table[table["set"] == random_name], random_label)
-    draw_measured_sets(axes, rows, set_label)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(rows["n_ablated"], rows["n_ablated"].map(str))
+    draw_random_sets(axes, table[table["set"] == "random"], random_label)
+    draw_measured_sets(axes, table[table["set"].isin(SET_LABELS)])
     measure = f"mean score {table['measure'].iloc[0]} (nats)"
     axes.set(xlabel="components edited jointly", ylabel=measure, title=title)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     save_figure(figure, path)
-
-
-CHOSEN_LABELS = {
-    "chosen": "chosen on the other half (95 % interval)",
-    "random": "random sets, same layers",
-}
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -7154,59 +7161,60 @@ class ReplyRequest(NamedTuple):
 
     joint_set: JointSet
     prompts: Prompts
+    samples: str = "all"  # which samples these are, in words: all, held-out
 
 
 def measure_replies(
     experiment: Experiment,
     requests: Sequence[ReplyRequest],
+    file_name: str,
     edits_of: EditsOf | None = None,
 ) -> list[list[dict[str, Any]]]:
-    """By request a record per reply, as in generations.jsonl: `sample_id, prompt, ablated, n_ablated,
-    multiplier, reply, mentions, answers`."""
-    max_new_tokens = experiment.options.max_new_tokens
+    """The records of each request, which are written to a file; says how often the replies of the
+    first request, which is of unedited ones, and of each edited set show the behaviour."""
+    edits_of = edits_of or functools.partial(set_edits, experiment)
     jobs = []
     for number, request in enumerate(requests):
         ids = [sample_prompts[0].sample.sample_id for sample_prompts in request.prompts]
-        key = digest([request.joint_set.key, ids, max_new_tokens])[:16]
-        compute = functools.partial(
-            reply_records, experiment, request, edits_of or functools.partial(set_edits, experiment)
-        )
+        key = digest([request.joint_set.key, ids, experiment.options.max_new_tokens])[:16]
         n_replies = 2 * len(ids)
+        compute = functools.partial(reply_records, experiment, request, edits_of)
         name = f"replies-{experiment.setting}-{key}"
         jobs.append(PartJob(name, number, n_replies, n_replies, compute))
-    return read_parts(experiment, jobs, "replies")
+    records: list[list[dict[str, Any]]] = read_parts(experiment, jobs, "replies")
+    report_replies(experiment, requests, records)
+    if experiment.folder.leads:
+        experiment.folder.write_records(file_name, itertools.chain(*records))
+    return records
 
 
 def reply_records(
     experiment: Experiment, request: ReplyRequest, edits_of: EditsOf, bar: tqdm[Any]
 ) -> list[dict[str, Any]]:
-    """The records of one request."""
-    (edits,) = edits_of(None, [request.joint_set])
+    """A record per reply, as in generations.jsonl."""
+    joint_set, task = request.joint_set, experiment.task
+    (edits,) = edits_of(None, [joint_set])
     prompts = []
     for sample_prompts in request.prompts:
         prompts += sample_prompts[:2]
-    run = functools.partial(
-        greedy_replies, experiment, edits, max_new_tokens=experiment.options.max_new_tokens
-    )
+    max_new_tokens = experiment.options.max_new_tokens
+    run = functools.partial(greedy_replies, experiment, edits, max_new_tokens=max_new_tokens)
     replies = run_batches(experiment.traced, prompts, run, bar, "rows_per_forward")
     records = []
     for prompt, reply in zip(prompts, replies, strict=True):
-        records.append(reply_record(experiment.task, prompt, request.joint_set, reply))
+        records.append(
+            {
+                "sample_id": prompt.sample.sample_id,
+                "prompt": prompt.side,
+                "ablated": joint_set.text,
+                "n_ablated": len(joint_set.components),
+                "multiplier": joint_set.multiplier,
+                "reply": reply,
+                "mentions": task.shows(prompt.sample, reply),
+                "answers": task.answers(prompt.sample, reply),
+            }
+        )
     return records
-
-
-def reply_record(task: Task, prompt: Prompt, joint_set: JointSet, reply: str) -> dict[str, Any]:
-    """What generations.jsonl keeps of a reply."""
-    return {
-        "sample_id": prompt.sample.sample_id,
-        "prompt": prompt.side,
-        "ablated": join_labels(joint_set.components),
-        "n_ablated": len(joint_set.components),
-        "multiplier": joint_set.multiplier,
-        "reply": reply,
-        "mentions": task.shows(prompt.sample, reply),
-        "answers": task.answers(prompt.sample, reply),
-    }
 
 
 def repeats_itself(reply: str) -> bool:
@@ -7240,17 +7248,27 @@ def check_edits_replies(experiment: Experiment) -> bool:
 
 
 def report_replies(
-    experiment: Experiment, records: pd.DataFrame, held_out: set[str]
-) -> list[dict[str, Any]]:
-    """A sentence per number of edited components, for all samples without edits and the held-out
-    ones; returns the same as records. Percentages."""
+    experiment: Experiment,
+    requests: Sequence[ReplyRequest],
+    records: Sequence[list[dict[str, Any]]],
+) -> None:
+    """A sentence, and an entry of run.json, per group of samples and number of edited components.
+    What the edited replies of a group are held against are the unedited ones to the same samples."""
+    tables = []
+    for request, replies in zip(requests, records, strict=True):
+        if request.joint_set.multiplier is None:
+            tables.append(pd.DataFrame(replies).assign(samples=request.samples))
+    unedited = tables[0]
+    for samples, edited in pd.concat(tables).groupby("samples"):
+        if samples != requests[0].samples:
+            same = unedited[unedited["sample_id"].isin(edited["sample_id"])]
+            tables.append(same.assign(samples=samples))
     texts = {}
-    for sample_prompts in experiment.prompts:
-        for prompt in sample_prompts:
-            texts[prompt.sample.sample_id, prompt.side] = prompt.text
-    pairs = zip(records["sample_id"], records["prompt"], strict=True)
-    records = records.assign(text=[texts[pair] for pair in pairs])
-    rates = behaviour_rates(records, held_out)
+    for prompt in itertools.chain(*experiment.prompts):
+        texts[prompt.sample.sample_id, prompt.side] = prompt.text
+    table = pd.concat(tables, ignore_index=True)
+    table = table.join(pd.Series(texts, name="text"), on=["sample_id", "prompt"])
+    rates = behaviour_rates(table)
     for rate in rates:
         experiment.findings.say(
             f"replies ({rate['samples']}, {rate['n_ablated']} ablated):"
@@ -7258,19 +7276,16 @@ def report_replies(
             f" {rate['mentions_b']:.0f} % after b; {rate['answers_b']:.0f} % to b are answers,"
             f" {rate['alike_b']:.0f} % are alike or repeat themselves"
         )
-    return rates
+    experiment.folder.note_command(behaviour=rates)
 
 
-def behaviour_rates(records: pd.DataFrame, held_out: set[str]) -> list[dict[str, Any]]:
-    """Percentages over all samples without edits, and over the held-out ones by number of edited
-    components; `alike` is over different prompts, whose `text` tells them apart."""
-    records = records.assign(mentions=records["mentions"].map(bool), samples="held-out")
-    of_held_out = records[records["sample_id"].isin(held_out)]
-    unedited = records[records["n_ablated"] == 0].assign(samples="all")
+def behaviour_rates(replies: pd.DataFrame) -> list[dict[str, Any]]:
+    """Percentages by group of `samples` and by number of edited components; `alike` is over
+    different prompts, whose `text` tells them apart."""
+    replies = replies.assign(mentions=replies["mentions"].map(bool))
     keys = ["samples", "n_ablated", "prompt"]
-    every = pd.concat([unedited, of_held_out])
-    rates = 100 * every.groupby(keys)[["mentions", "answers"]].mean()
-    once_per_prompt = every.drop_duplicates([*keys, "text"])
+    rates = 100 * replies.groupby(keys)[["mentions", "answers"]].mean()
+    once_per_prompt = replies.drop_duplicates([*keys, "text"])
     rates["alike"] = 100 * once_per_prompt.groupby(keys)["reply"].agg(share_alike)
     wide = rates.unstack()
     wide.columns = pd.Index([f"{name}_{side}" for name, side in wide.columns])
@@ -7810,40 +7825,31 @@ def draw_effects(
 def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSet]:
     """circuit_confirm.csv and .png, and circuit.json: components chosen on half of the sentences,
     edited jointly on the other half beside random sets. Returns the chosen sets by size."""
-    options, findings = experiment.options, experiment.findings
+    options, findings, folder = experiment.options, experiment.findings, experiment.folder
     choosing, held_out = split_units(table, options.seed)
     side = quoted_side(experiment.prompts, [choosing, held_out])
     warn_of_unclear_base(findings, base_statistics(table, side))
-    chosen = choose_circuit(
-        table[table["unit"].isin(choosing)], options.confirm, side, options.factor, options.skip
-    )
+    rows = table[table["unit"].isin(choosing)]
+    chosen = choose_circuit(rows, options.confirm, side, options.factor, options.skip)
     n_max = count_free(experiment) // 2
     if len(chosen) > n_max:
         findings.warn(f"the best {n_max} of {len(chosen)} are taken, to leave as many at random")
         chosen = chosen.head(n_max)
-    if experiment.folder.leads:
+    if folder.leads:
         write_circuit(experiment, chosen, f"a - {side}", choosing)
     if chosen.empty:
         findings.warn(f"--confirm {options.confirm} chooses no component")
         return []
     joint_sets = sets_to_confirm(experiment, tuple(chosen.index))
-    warn_of_lent(findings, joint_sets)
     prompts = experiment.prompts_of(held_out)
-    rows = measure_sets(experiment, joint_sets, prompts)
-    confirmed = set_table(experiment, joint_sets, prompts, "held-out", rows)
-    confirmed = judge_damage(confirmed, "chosen", options)
-    n_components = len(table[COMPONENT_KEY].drop_duplicates())
-    confirmed["quoted"] = confirmed["measure"] == f"a - {side}"
-    confirmed["selection"] = (
-        f"{options.confirm} by role of {n_components} {options.row_method} effects"
-    )
-    quoted = confirmed[confirmed["quoted"]]
-    report_sets(findings, quoted, ["chosen"], experiment.task.scored)
-    if experiment.folder.leads:
-        experiment.folder.write_table("circuit_confirm.csv", confirmed)
+    confirmed = judge_sets(experiment, joint_sets, prompts, "held-out", side)
+    if folder.leads:
+        n_components = len(table[COMPONENT_KEY].drop_duplicates())
+        effects = f"{n_components} {options.row_method} effects"
+        confirmed["selection"] = f"{options.confirm} by role of {effects}"
+        folder.write_table("circuit_confirm.csv", confirmed)
         title = f"Held-out {experiment.task.name}: joint op {options.op_text}"
-        path = experiment.folder.path_of("circuit_confirm.png")
-        draw_sets(quoted, CHOSEN_LABELS, title, path)
+        draw_sets(confirmed[confirmed["quoted"]], title, folder.path_of("circuit_confirm.png"))
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
 
 
@@ -7869,9 +7875,9 @@ def write_circuit(
 ) -> None:
     """circuit.json: what was chosen, in which model, by which edit, how and on which sentences."""
     options = experiment.options
-    edit = {
-        entry.name: recorded_text(getattr(options, entry.name)) for entry in fields(EditOptions)
-    }
+    edit = {}
+    for entry in fields(EditOptions):
+        edit[entry.name] = recorded_text(getattr(options, entry.name))
     components = []
     for component, row in chosen[["role", "mean"]].to_dict("index").items():
         components.append({"label": component.label, **vars(component), **row})
@@ -7886,6 +7892,7 @@ def write_circuit(
         "selection": str(options.confirm),
         "measure": measure,
         "chosen_on": sorted(units),
+        "skip": [component.label for component in options.skip],
         "components": components,
     }
     text = json.dumps(circuit, indent=1, ensure_ascii=False)
@@ -7901,14 +7908,9 @@ def run_trace_replies(
     prompts = [pair for pair in experiment.prompts if pair[0].sample.unit in held_out]
     requests = [ReplyRequest(JointSet("none"), experiment.prompts)]
     if chosen and check_edits_replies(experiment):
-        requests += [ReplyRequest(joint_set, prompts) for joint_set in chosen]
-    replies = measure_replies(experiment, requests)
-    records = list(itertools.chain(*replies))
-    sample_ids = {pair[0].sample.sample_id for pair in prompts}
-    rates = report_replies(experiment, pd.DataFrame(records), sample_ids)
-    experiment.folder.note_command(behaviour=rates)
-    if experiment.folder.leads:
-        experiment.folder.write_records("generations.jsonl", records)
+        for joint_set in chosen:
+            requests.append(ReplyRequest(joint_set, prompts, "held-out"))
+    measure_replies(experiment, requests, "generations.jsonl")
 
 
 # ----- Command: joint -----------------------------------------------------------------------------
@@ -7917,125 +7919,100 @@ def run_trace_replies(
 def run_joint(experiment: Experiment) -> None:
     """Edit named components together, keep them alone, and set both beside random sets:
     circuit_joint.csv and .png; replies, and with --multipliers circuit_steer.csv and .png."""
-    named = choose_named_components(experiment)
-    samples, units = choose_sentences(experiment, named)
+    units = choose_sentences(experiment)
+    samples = "all" if units == experiment.units else "held-out"
     prompts = experiment.prompts_of(units)
     unedited_samples(experiment)
-    with experiment.stage("joint", f" edits of {count_noun(len(named), 'component')}"):
-        joint_sets = sets_beside(experiment, named.components)
-        warn_of_lent(experiment.findings, joint_sets)
-        rows = measure_sets(experiment, joint_sets, prompts)
-        table = set_table(experiment, joint_sets, prompts, samples, rows)
-        table = judge_damage(table, "named", experiment.options)
-        table["quoted"] = table["measure"] == f"a - {quoted_side(prompts, [units])}"
-        report_sets(experiment.findings, table[table["quoted"]], ["named"], experiment.task.scored)
+    n_components = len(experiment.options.names)
+    with experiment.stage("joint", f" edits of {count_noun(n_components, 'component')}"):
+        side = quoted_side(prompts, [units])
+        joint_sets = sets_beside(experiment)
+        table = judge_sets(experiment, joint_sets, prompts, samples, side)
         if experiment.folder.leads:
-            write_joint(experiment, named, table)
+            write_joint(experiment, table)
     if experiment.options.max_new_tokens:
         with experiment.stage("replies"):
-            run_joint_replies(experiment, named, units)
+            run_joint_replies(experiment, prompts, samples)
 
 
-def choose_named_components(experiment: Experiment) -> ComponentList:
-    """Those of the command line, or of the folder's circuit.json."""
-    named = experiment.options.names
-    if not named:
-        path = experiment.folder.path / "circuit.json"
-        if not path.exists():
-            folder = experiment.folder.path
-            raise UsageError(f"joint needs NAMES, or a circuit.json in {folder}")
-        named = ComponentList.read(path)
-    edits_stream = any(component.kind == "resid" for component in named)
-    if edits_stream and experiment.options.removes_input:
-        raise UsageError(
-            f"{named}: --op {experiment.options.op} at all positions of a residual stream removes"
-            " the input itself and means nothing"
-        )
-    return named
+def choose_sentences(experiment: Experiment) -> set[str]:
+    """The sentences that are measured: those that did not choose the components, where a
+    circuit.json tells which did and others are left."""
+    held_out = experiment.units - set(experiment.options.names.chosen_on)
+    if held_out:
+        return held_out
+    experiment.findings.warn(
+        "all sentences here have chosen these components: their effect is too large on them"
+    )
+    return experiment.units
 
 
-def choose_sentences(experiment: Experiment, named: ComponentList) -> tuple[str, set[str]]:
-    """Which samples are measured, in words, and their sentences: those that did not choose the
-    components, where a circuit.json tells and any are left."""
-    units = experiment.units
-    held_out = units - set(named.chosen_on)
-    if held_out and held_out != units:
-        return "held-out", held_out
-    return "all", units
-
-
-def sets_beside(experiment: Experiment, components: tuple[Component, ...]) -> list[JointSet]:
+def sets_beside(experiment: Experiment) -> list[JointSet]:
     """Nothing, the named set, random sets of its size; all of its kinds, and all but each set."""
-    kinds = tuple(sorted({component.kind for component in components}))
-    randoms = random_sets(experiment, components, len(components))
-    joint_sets = [JointSet("none"), JointSet("named", components), *randoms]
-    joint_sets.append(JointSet("all", others_of=kinds))
-    joint_sets.append(JointSet("complement", components, others_of=kinds))
+    names = experiment.options.names
+    kinds = tuple(sorted({component.kind for component in names}))
+    named = JointSet("named", names.components)
+    randoms = random_sets(experiment, names.components, len(names), names.skip)
+    joint_sets = [JointSet("none"), named, *randoms, JointSet("all", others_of=kinds)]
+    joint_sets.append(replace(named, name="complement", others_of=kinds))
     for joint_set in randoms:
         joint_sets.append(replace(joint_set, name="random complement", others_of=kinds))
     return joint_sets
 
 
-def write_joint(experiment: Experiment, named: ComponentList, table: pd.DataFrame) -> None:
+def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
     """circuit_joint.csv, in which a block of rows per named set and op stays, and its figure."""
     options, folder = experiment.options, experiment.folder
-    table.insert(0, "named", str(named))
-    table.insert(1, "op", options.op_text)
+    block = {"named": str(options.names), "op": options.op_text}
+    for place, (column, value) in enumerate(block.items()):
+        table.insert(place, column, value)
+    tables = [table]
     path = folder.path / "circuit_joint.csv"
     if path.exists():
-        before = pd.read_csv(path)
-        is_same = (before["named"] == str(named)) & (before["op"] == options.op_text)
-        table_in_file = pd.concat([before[~is_same], table], ignore_index=True)
-    else:
-        table_in_file = table
-    folder.write_table("circuit_joint.csv", table_in_file)
+        before = pd.read_csv(path, dtype=str, keep_default_na=False)  # as it is written
+        is_same = (before["named"] == block["named"]) & (before["op"] == block["op"])
+        tables.insert(0, before[~is_same])
+    folder.write_table("circuit_joint.csv", pd.concat(tables, ignore_index=True))
     title = f"{experiment.task.name}: joint op {options.op_text}"
-    quoted = table[table["quoted"]]
-    path = folder.path_of("circuit_joint.png")
-    labels = {"named": "named set (95 % interval)", "random": "random sets, same layers"}
-    draw_sets(quoted, labels, title, path)
+    draw_sets(table[table["quoted"]], title, folder.path_of("circuit_joint.png"))
 
 
 # -- replies and multipliers
 
 
-def run_joint_replies(experiment: Experiment, named: ComponentList, units: set[str]) -> None:
+def run_joint_replies(experiment: Experiment, prompts: Prompts, samples: str) -> None:
     """joint_generations.jsonl: replies without edits, with the set edited, and with it and a random
     set scaled; the latter also as circuit_steer.csv and .png."""
-    prompts = experiment.prompts_of(units)
-    requests = [ReplyRequest(JointSet("none"), prompts)]
+    named = JointSet("named", experiment.options.names.components)
+    answered = experiment.prompts if samples == "all" else prompts
+    requests = [ReplyRequest(JointSet("none"), answered, samples)]
     if check_edits_replies(experiment):
-        requests.append(ReplyRequest(JointSet("named", named.components), prompts))
-    scaled_sets = choose_scaled_sets(experiment, named.components)
-    scaled_requests = [ReplyRequest(joint_set, prompts) for joint_set in scaled_sets]
-    replies = measure_replies(experiment, [*requests, *scaled_requests])
-    records = list(itertools.chain(*replies))
-    unscaled = pd.DataFrame(itertools.chain(*replies[: len(requests)]))
-    sample_ids = {sample_prompts[0].sample.sample_id for sample_prompts in prompts}
-    rates = report_replies(experiment, unscaled, sample_ids)
-    experiment.folder.note_command(behaviour=rates)
-    if experiment.folder.leads:
-        experiment.folder.write_records("joint_generations.jsonl", records)
+        requests.append(ReplyRequest(named, answered, samples))
+    scaled_sets = choose_scaled_sets(experiment)
+    n_unscaled = len(requests)
+    for joint_set in scaled_sets:
+        requests.append(ReplyRequest(joint_set, prompts, samples))
+    replies = measure_replies(experiment, requests, "joint_generations.jsonl")
     if scaled_sets:
-        run_steering(experiment, scaled_sets, replies[len(requests) :], units)
+        run_steering(experiment, scaled_sets, replies[n_unscaled:], prompts)
 
 
-def choose_scaled_sets(experiment: Experiment, components: tuple[Component, ...]) -> list[JointSet]:
+def choose_scaled_sets(experiment: Experiment) -> list[JointSet]:
     """The named set and one random set, each times each of --multipliers."""
-    multipliers = experiment.options.multipliers
+    names, multipliers = experiment.options.names, experiment.options.multipliers
     if not multipliers:
         return []
-    bases = [JointSet("circuit", components)]
-    random_set = draw_random_set(experiment, components, len(components), (), draw=0)
+    unscaled = [JointSet("circuit", names.components)]
+    random_set = draw_random_set(experiment, names.components, len(names), names.skip, draw=0)
     if random_set is None:
         experiment.findings.warn(
             "no random set is scaled: the named components leave too few others"
         )
     else:
-        bases.append(random_set)
+        unscaled.append(random_set)
         warn_of_lent(experiment.findings, [random_set])
     scaled_sets = []
-    for joint_set in bases:
+    for joint_set in unscaled:
         for multiplier in multipliers:
             scaled_sets.append(replace(joint_set, multiplier=multiplier))
     return scaled_sets
@@ -8045,34 +8022,30 @@ def run_steering(
     experiment: Experiment,
     scaled_sets: Sequence[JointSet],
     replies: Sequence[list[dict[str, Any]]],
-    units: set[str],
+    prompts: Prompts,
 ) -> None:
     """Scores and replies with sets scaled: circuit_steer.csv and .png."""
-    prompts = experiment.prompts_of(units)
     scores = measure_sets(experiment, scaled_sets, prompts)
+    n_sentences = scores["unit"].nunique()
+    means = scores.groupby("place").mean(numeric_only=True)
     rows = []
-    for place, joint_set in enumerate(scaled_sets):
-        means = scores[scores["place"] == place].mean(numeric_only=True)
-        by_side = pd.DataFrame(replies[place]).groupby("prompt")
-        for side, side_replies in by_side:
-            rows.append(
-                {
-                    "factor": joint_set.multiplier,
-                    "set": joint_set.name,
-                    "components": join_labels(joint_set.components),
-                    "lent": joint_set.lent,
-                    "side": side,
-                    "mean_delta": means["score_a"] - means["score_b"],
-                    "kl": means[f"kl_{side}"],
-                    **judge_replies(side_replies, len(units)),
-                }
-            )
+    for joint_set, mean, records in zip(scaled_sets, means.itertuples(), replies, strict=True):
+        for side, side_replies in pd.DataFrame(records).groupby("prompt"):
+            row = {
+                "factor": joint_set.multiplier,
+                "set": joint_set.name,
+                "components": joint_set.text,
+                "lent": joint_set.lent,
+                "side": side,
+                "mean_delta": mean.score_a - mean.score_b,
+                "kl": getattr(mean, f"kl_{side}"),
+            }
+            rows.append(row | judge_replies(side_replies, n_sentences))
     table = pd.DataFrame(rows)
     report_steering(experiment, table)
     if experiment.folder.leads:
         experiment.folder.write_table("circuit_steer.csv", table)
-        path = experiment.folder.path_of("circuit_steer.png")
-        draw_steering(table, experiment.task, path)
+        draw_steering(table, experiment.task, experiment.folder.path_of("circuit_steer.png"))
 
 
 def judge_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]:
@@ -9114,6 +9087,7 @@ def everywhere_edits(experiment: Experiment, component: Component, along: Tensor
 class DirectionSet(JointSet):
     """Components whose directions are edited together; `draw` from 1 on are random directions."""
 
+    noun: ClassVar = "direction"
     everywhere: bool = False  # one direction is zeroed at all reading points of the stream
 
     @property
@@ -9227,20 +9201,13 @@ def confirm_directions(
     prompts = [pair for pair in data.measured if pair[0].sample.unit in units]
     prompts = [pair for pair in prompts if pair[0].sample.counts]
     edits_of = functools.partial(direction_set_edits, experiment, data)
-    rows = measure_sets(experiment, joint_sets, prompts, edits_of)
-    table = set_table(experiment, joint_sets, prompts, "held-out", rows)
-    table = judge_damage(table, "chosen", options)
-    table["components"] = [joint_sets[place].text for place in table["place"]]
-    table["quoted"] = table["measure"] == f"a - {side}"
+    table = judge_sets(experiment, joint_sets, prompts, "held-out", side, edits_of)
     table["selection"] = selection
-    quoted = table[table["quoted"]]
-    report_sets(experiment.findings, quoted, ["chosen"], experiment.task.scored, "direction")
     if experiment.folder.leads:
         experiment.folder.write_table("directions_confirm.csv", table)
         title = f"Held-out {experiment.task.name}: joint op {options.op_text} along {data.name}"
         path = experiment.folder.path_of("directions_confirm.png")
-        labels = {**CHOSEN_LABELS, "random": "random directions, as far"}
-        draw_sets(quoted, labels, title, path)
+        draw_sets(table[table["quoted"]], title, path, "random directions, as far")
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
 
 
@@ -9318,15 +9285,10 @@ def run_direction_replies(
     if chosen and check_edits_replies(experiment):
         units = confirmed_units(experiment, data)
         held_out = [pair for pair in data.measured if pair[0].sample.unit in units]
-        requests += [ReplyRequest(joint_set, held_out) for joint_set in chosen]
+        for joint_set in chosen:
+            requests.append(ReplyRequest(joint_set, held_out, "held-out"))
     edits_of = functools.partial(direction_set_edits, experiment, data)
-    replies = measure_replies(experiment, requests, edits_of)
-    records = list(itertools.chain(*replies))
-    sample_ids = {prompts[0].sample.sample_id for prompts in requests[-1].prompts}
-    rates = report_replies(experiment, pd.DataFrame(records), sample_ids)
-    experiment.folder.note_command(behaviour=rates)
-    if experiment.folder.leads:
-        experiment.folder.write_records("directions_generations.jsonl", records)
+    measure_replies(experiment, requests, "directions_generations.jsonl", edits_of)
 
 
 def confirmed_units(experiment: Experiment, data: DirectionData) -> set[str]:
