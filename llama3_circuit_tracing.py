@@ -6057,6 +6057,11 @@ class JointSet:
     multiplier: float | None = None  # scales the components at every token, in place of the op
 
     @property
+    def text(self) -> str:
+        """What tables and replies say of its components."""
+        return join_labels(self.components)
+
+    @property
     def key(self) -> str:
         """What its numbers depend on besides prompts and edit options."""
         parts = ["set", join_labels(self.components)]
@@ -6284,7 +6289,7 @@ def describe_sets(
             "set": joint_set.name,
             "draw": joint_set.draw,
             "n_ablated": count_edited(experiment, joint_set),
-            "components": join_labels(joint_set.components),
+            "components": joint_set.text,
             "kept": bool(joint_set.others_of),
             "lent": joint_set.lent,
             "samples": samples,
@@ -6610,7 +6615,7 @@ def reply_record(task: Task, prompt: Prompt, joint_set: JointSet, reply: str) ->
     return {
         "sample_id": prompt.sample.sample_id,
         "prompt": prompt.side,
-        "ablated": join_labels(joint_set.components),
+        "ablated": joint_set.text,
         "n_ablated": len(joint_set.components),
         "multiplier": joint_set.multiplier,
         "reply": reply,
@@ -7952,10 +7957,12 @@ class DirectionData:
     measured: Prompts  # the others
 
     @property
-    def fit_key(self) -> str:
-        """What tells these directions from others."""
-        vectors = {component.label: vector.tolist() for component, vector in self.vectors.items()}
-        return digest(vectors)[:12]
+    def options(self) -> DirectionsOptions:
+        return self.experiment.options
+
+    def key_of(self, components: Iterable[Component]) -> str:
+        """A digest of the directions of some components."""
+        return digest([self.vectors[component].tolist() for component in components])[:12]
 
     @property
     def tested(self) -> Prompts:
@@ -8160,21 +8167,23 @@ def find_directions(data: DirectionData) -> pd.DataFrame:
     key = digest([data.name, join_labels(probed), len(data.fitting), ids])[:16]
     compute = functools.partial(probe, data, probed)
     job = PartJob(f"probe-{experiment.setting}-{key}", 0, 1.0, 1, compute)
-    (results,) = read_parts(experiment, [job], "directions")
-    for component, vector in zip(probed, results["vectors"], strict=True):
+    (rows,) = read_parts(experiment, [job], "directions")
+    table = pd.DataFrame(rows)
+    for component, vector in zip(probed, table.pop("vector"), strict=True):
         if component.kind == kind:
             data.vectors[component] = torch.tensor(vector, dtype=torch.float64)
-    return pd.DataFrame(results["rows"])
+    return table
 
 
-def probe(data: DirectionData, components: Sequence[Component], bar: tqdm[Any]) -> dict[str, Any]:
-    """By component its row of circuit_directions.csv and its direction [width]."""
+def probe(
+    data: DirectionData, components: Sequence[Component], bar: tqdm[Any]
+) -> list[dict[str, Any]]:
+    """By component its row of circuit_directions.csv, and `vector`, its direction [width]."""
     tested = last_token_activations(data.experiment, data.tested, components)
     fitting = {}
     if not data.vectors:
         fitting = last_token_activations(data.experiment, data.fitting, components)
-    rows: list[dict[str, Any]] = []
-    vectors: list[list[float]] = []
+    rows = []
     for _, group in itertools.groupby(components, key=lambda component: component.site):
         of_site = list(group)
         tested_input = torch.stack([tested[component] for component in of_site])
@@ -8185,9 +8194,8 @@ def probe(data: DirectionData, components: Sequence[Component], bar: tqdm[Any]) 
             directions = torch.stack([data.vectors[component] for component in of_site])
             accuracies = torch.full((3, len(of_site)), math.nan)
         rows += probe_rows(data, of_site, directions, accuracies, tested_input)
-        vectors += directions.tolist()
     bar.update()
-    return {"rows": rows, "vectors": vectors}
+    return rows
 
 
 def fit_directions(
@@ -8195,14 +8203,13 @@ def fit_directions(
 ) -> tuple[Tensor, Tensor]:
     """Directions [component, width] from inputs [component, sample, side, width], and accuracies
     [3, component]: in those inputs, in the tested ones, and in these by chance."""
-    options = data.experiment.options
-    find = difference_of_means if options.fit == "difference" else logistic_normal
+    find = difference_of_means if data.name == "difference" else logistic_normal
     units = [prompts[0].sample.unit for prompts in data.fitting]
     fit = find(fitting_input)
     accuracies = [
         accuracy_of(fit, fitting_input),
         accuracy_of(fit, tested_input),
-        chance_accuracy(find, fitting_input, tested_input, units, options.seed),
+        chance_accuracy(find, fitting_input, tested_input, units, data.options.seed),
     ]
     return fit.directions, torch.stack(accuracies)
 
@@ -8235,6 +8242,7 @@ def probe_rows(
                 "largest_share": float(squares.max() / squares.sum()),
                 "accuracy_low": low,
                 "accuracy_high": high,
+                "vector": directions[place].tolist(),
             }
         )
     return rows
@@ -8403,14 +8411,15 @@ def measure_along(data: DirectionData) -> pd.DataFrame:
     variants = []
     for component in data.components:
         whole = component_variant(component)
-        whole = whole._replace(labels={"label": component.label, **whole.labels})
-        vector_key = digest(data.vectors[component].tolist())[:12]
-        ways = {"along": AlongEdit(component), "random": AlongEdit(component, 0)}
-        for way, subject in ways.items():
-            labels, key = {**whole.labels, "way": way}, f"{component.label} {way} {vector_key}"
-            variants.append(whole._replace(labels=labels, key=key, subject=subject))
+        subjects = {"along": AlongEdit(component), "random": AlongEdit(component, 0)}
         if has_whole:
-            variants.append(whole._replace(labels={**whole.labels, "way": "whole"}))
+            subjects["whole"] = whole.subject
+        for way, subject in subjects.items():
+            labels = {"label": component.label, **whole.labels, "way": way}
+            key = whole.key
+            if way != "whole":
+                key += f" {way} {data.key_of([component])}"
+            variants.append(whole._replace(labels=labels, key=key, subject=subject))
     layers = sorted({component.layer for component in data.components})
     for variant in jitter_variants(experiment, layers):
         variants.append(variant._replace(labels={**variant.labels, "way": "jitter"}))
@@ -8431,25 +8440,24 @@ def directions_table(
     share_per_nat = -1 / base["mean"] if base["is_clear"] else math.nan
     labels = {"L0resid", *(component.label for component in data.components)}
     table = probes[probes["label"].isin(labels)]
-    for way in ("along", "random", "whole"):
-        rows = effects[effects["way"] == way]
-        if rows.empty:
-            continue
-        statistics = column_statistics(rows, "head_effect", ["label"])
-        columns = statistics[["mean", "ci_low", "ci_high", "q"]]
-        columns = columns.assign(share_moved=columns["mean"] * share_per_nat)
-        table = table.join(columns.add_prefix(f"{way}_"), on="label")
-    options = data.experiment.options
+    is_along = effects["way"] == "along"
+    is_compared = effects["way"].isin(["random", "whole"])
+    for rows in (effects[is_along], effects[is_compared]):  # q corrects for either by itself
+        statistics = column_statistics(rows, "head_effect", ["way", "label"])
+        for way in statistics.index.unique("way"):
+            columns = statistics.loc[way, ["mean", "ci_low", "ci_high", "q"]]
+            columns = columns.assign(share_moved=columns["mean"] * share_per_nat)
+            table = table.join(columns.add_prefix(f"{way}_"), on="label")
     return table.sort_values(["layer", "index"]).assign(
         method=data.name,
-        op=f"{options.op_text} along {data.name}",
+        op=f"{data.options.op_text} along {data.name}",
         n_fit=len({prompts[0].sample.unit for prompts in data.fitting}),
     )
 
 
 def write_directions(data: DirectionData) -> None:
     """directions.safetensors: [width], raw, by label, and what they are of."""
-    folder, options = data.experiment.folder, data.experiment.options
+    folder, options = data.experiment.folder, data.options
     texts = {text for prompts in data.fitting for text in prompts[0].text_ids}
     metadata = {
         "format": DIRECTIONS_FORMAT,
@@ -8512,13 +8520,17 @@ class DirectionSet(JointSet):
     """Components whose directions are edited together; random sets have the same components and
     `draw` from 1 on."""
 
-    fit: str = ""  # a digest of the directions
+    directions: str = ""  # a digest of those that may be edited
     everywhere: bool = False  # one direction is zeroed at all reading points of the stream
+
+    @property
+    def text(self) -> str:
+        return f"{super().text} everywhere" if self.everywhere else super().text
 
     @property
     def key(self) -> str:
         place = "everywhere" if self.everywhere else "along"
-        return f"{super().key} {place} {self.fit} {self.draw}"
+        return f"{super().key} {place} {self.directions} {self.draw}"
 
     @property
     def first_layer(self) -> int:
@@ -8531,7 +8543,7 @@ class DirectionSet(JointSet):
 
 def with_random_directions(data: DirectionData, joint_set: DirectionSet) -> list[DirectionSet]:
     """A set, and the same components each in a random direction, --num_random times."""
-    n_random = data.experiment.options.num_random
+    n_random = data.options.num_random
     randoms = [replace(joint_set, name="random", draw=1 + draw) for draw in range(n_random)]
     return [joint_set, *randoms]
 
@@ -8590,7 +8602,7 @@ def everywhere_edits(
 def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[DirectionSet]:
     """directions_confirm.csv and .png: the best directions edited jointly on sentences that did not
     choose them, beside random directions; returns the chosen sets."""
-    experiment, options = data.experiment, data.experiment.options
+    experiment, options = data.experiment, data.options
     choosing, held_out = split_units(results, options.seed)
     side = quoted_side(data.measured, [choosing, held_out])
     warn_of_unclear_base(experiment.findings, base_statistics(results, side))
@@ -8598,12 +8610,12 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
     n_components = len(data.components)
     if options.everywhere:
         joint_sets = choose_layer(data, side)
-        selection = f"one of {n_components} directions, on other sentences"
+        selection = f"one of {n_components} directions, on the sentences set apart"
     else:
         rows = results[results["unit"].isin(choosing)]
         chosen = choose_circuit(rows, options.confirm, side, options.factor)
         joint_sets = sets_of_directions(data, tuple(chosen.index))
-        selection = f"{options.confirm} by role of {n_components} effects"
+        selection = f"{options.confirm} by role of {n_components} exact effects"
     if not joint_sets:
         experiment.findings.warn(f"--confirm {options.confirm} chooses no direction")
         return []
@@ -8611,8 +8623,6 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
     rows = measure_sets(experiment, joint_sets, prompts, edits_of)
     table = set_table(experiment, joint_sets, prompts, "held-out", rows)
     table = judge_damage(table, "chosen", options)
-    if options.everywhere:
-        table.loc[table["n_ablated"] > 0, "components"] += " everywhere"
     table["quoted"] = table["measure"] == f"a - {side}"
     table["selection"] = selection
     quoted = table[table["quoted"]]
@@ -8629,11 +8639,10 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
 def confirming_prompts(data: DirectionData) -> Prompts:
     """The samples of the sentences that did not choose directions: all that are tested, where others
     were set apart to choose one."""
-    options = data.experiment.options
-    if options.everywhere:
+    if data.options.everywhere:
         return data.tested
     units = {prompts[0].sample.unit for prompts in data.tested}
-    held_out = halves(units, options.seed)[1]
+    held_out = halves(units, data.options.seed)[1]
     return [prompts for prompts in data.tested if prompts[0].sample.unit in held_out]
 
 
@@ -8642,12 +8651,14 @@ def sets_of_directions(data: DirectionData, chosen: tuple[Component, ...]) -> li
     all but the chosen."""
     if not chosen:
         return []
-    key, kinds = data.fit_key, (data.experiment.options.kind,)
-    joint_sets = [DirectionSet("none"), DirectionSet("all", others_of=kinds, fit=key)]
+    kind = data.options.kind
+    key = data.key_of(data.experiment.shape.components(kind))
+    every = DirectionSet("all", others_of=(kind,), directions=key)
+    joint_sets = [DirectionSet("none"), every]
     for size in sizes_up_to(len(chosen)):
-        joint_sets += with_random_directions(data, DirectionSet("chosen", chosen[:size], fit=key))
-    joint_sets.append(DirectionSet("complement", chosen, others_of=kinds, fit=key))
-    return joint_sets
+        chosen_set = DirectionSet("chosen", chosen[:size], directions=key)
+        joint_sets += with_random_directions(data, chosen_set)
+    return [*joint_sets, replace(every, name="complement", components=chosen)]
 
 
 def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
@@ -8659,12 +8670,12 @@ def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
     all do, it is the one of the least KL. That adding it induces the behaviour is not asked.
     """
     experiment, findings = data.experiment, data.experiment.findings
-    fit_key = data.fit_key
     candidates = []
     for component in data.components:
         is_early = component.layer < 0.8 * experiment.shape.n_layers
         if is_early and bool(data.vectors[component].any()):
-            candidates.append(DirectionSet("chosen", (component,), fit=fit_key, everywhere=True))
+            key = data.key_of([component])
+            candidates.append(DirectionSet("chosen", (component,), directions=key, everywhere=True))
     joint_sets = [DirectionSet("none"), *candidates]
     edits_of = functools.partial(direction_set_edits, data)
     rows = measure_sets(experiment, joint_sets, data.fitting, edits_of)
