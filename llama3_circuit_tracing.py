@@ -937,12 +937,15 @@ class JointOptions(MeasuringOptions):
             )
 
 
+NO_NEURONS = {"kind": ("neuron",)}  # values that a command does not inherit from a trace
+
+
 @dataclass(frozen=True)
 class PathsOptions(ComponentOptions, MeasuringOptions):
     """Which part of an effect goes straight to the logits, or through these receivers?"""
 
     title: ClassVar = "paths"
-    refused: ClassVar = {"kind": ("neuron",)}  # values that are not inherited
+    refused: ClassVar = NO_NEURONS
     through: Receivers = option(
         Receivers(), "logits, each (head above), or names such as L9H9,L20mlp", Receivers.parse
     )
@@ -950,13 +953,13 @@ class PathsOptions(ComponentOptions, MeasuringOptions):
     senders: Senders = option(
         Senders(), "names, or top:8 of the folder's trace; else --layers, --heads", Senders.parse
     )
-    top_k: int = option(20, "senders in the figure", between(1))
 
     def usage_errors(self) -> Iterator[str]:
+        kinds = {component.kind for component in self.senders.components} or {self.kind}
         if self.kind == "neuron":
             yield "paths start from heads, attention, MLPs or the residual stream, not from neurons"
-        if self.kind == "resid" and self.removes_input:
-            yield f"--kind resid with --op {self.op} at all positions removes the input itself"
+        if "resid" in kinds and self.removes_input:
+            yield f"a residual stream with --op {self.op} at all positions loses the input itself"
         if self.senders and (self.layers.text, self.heads.text) != ("all", "all"):
             yield f"--senders {self.senders} names the senders; --layers and --heads do as well"
 
@@ -966,7 +969,7 @@ class TokensOptions(ComponentOptions, MeasuringOptions):
     """At which token does a component matter?"""
 
     title: ClassVar = "tokens"
-    refused: ClassVar = {"kind": ("neuron",)}  # values that are not inherited
+    refused: ClassVar = NO_NEURONS
     fixed: ClassVar = frozenset({"positions"})
 
     def usage_errors(self) -> Iterator[str]:
@@ -979,7 +982,7 @@ class DirectionsOptions(ComponentOptions, MeasuringOptions):
     """Which direction tells the prompts apart, and what moves along it?"""
 
     title: ClassVar = "directions"
-    refused: ClassVar = {"kind": ("neuron",)}  # values that are not inherited
+    refused: ClassVar = NO_NEURONS
     op: str = option("zero", "what becomes of the activation along it", choices=OPS)
     fit: str = option("difference", "difference, logistic, or a file of directions")
     confirm: SelectionRule = option(
@@ -5166,6 +5169,7 @@ class Reading:
 
     trees: Sequence[Tree]
     sites: frozenset[Site] = frozenset()
+    layers: frozenset[int] = frozenset()  # where runs start besides those of the variants
     with_kl: bool = False
 
 
@@ -5269,7 +5273,7 @@ def run_variants(
     bar: tqdm[Any],
 ) -> dict[str, Any]:
     """The content of a part of scores: the keys of variants and the values of each."""
-    clean_run = experiment.clean_run(tree, layers, reading.sites)
+    clean_run = experiment.clean_run(tree, layers | reading.layers, reading.sites)
     rows = edits_of(clean_run, [variant.subject for variant in variants])
     readers = [read_log_probs, read_divergence] if reading.with_kl else [read_log_probs]
     outputs = experiment.run_rows(clean_run, rows, bar, readers)
@@ -5366,7 +5370,10 @@ def jitter(experiment: Experiment, tree: Tree, component: Component, draw: int) 
 
 
 def measure_components(
-    experiment: Experiment, components: Sequence[Component], description: str = "sweep"
+    experiment: Experiment,
+    components: Sequence[Component],
+    description: str = "sweep",
+    with_jitter: bool = True,
 ) -> pd.DataFrame:
     """The op on each component alone, and jittered rows of the same layers.
 
@@ -5374,7 +5381,8 @@ def measure_components(
     """
     layers = sorted({component.layer for component in components})
     variants = [component_variant(component) for component in components]
-    variants += jitter_variants(experiment, layers)
+    if with_jitter:
+        variants += jitter_variants(experiment, layers)
     sites = experiment.patched_sites(components)
     reading = Reading(experiment.trees, sites)
     edits_of = functools.partial(component_edits, experiment)
@@ -7765,9 +7773,16 @@ def write_results(
         table = table.assign(n_tests=n_tests)
     folder = experiment.folder
     folder.note(noise_floor=None if math.isnan(floor) else floor)
+    if folder.leads and not math.isnan(floor):
+        folder.write_part(floor_name(experiment), floor)
     if folder.leads:
         write_components(folder.path_of("circuit_results.csv"), table)
     return table, floor
+
+
+def floor_name(experiment: Experiment) -> str:
+    """The part that keeps the noise floor of a trace with these edits for other commands."""
+    return f"floor-{experiment.setting}-trace"
 
 
 def count_tested(experiment: Experiment, n_components: int) -> int:
@@ -8124,18 +8139,23 @@ class PathEdit(NamedTuple):
         return join_labels(self.receivers) or "logits"
 
 
-def run_paths(experiment: Experiment) -> None:
+def run_paths(experiment: Experiment[PathsOptions]) -> None:
     """What of each sender's effect takes each path (path patching: Wang et al. 2211.00593,
     Goldowsky-Dill et al. 2304.05969): circuit_paths.csv and .png."""
+    options = experiment.options
     senders = choose_senders(experiment)
     paths = list_paths(experiment, senders)
-    records = unedited_samples(experiment)
+    samples = unedited_scores(unedited_samples(experiment))
     with experiment.stage("senders", f": {count_noun(len(senders), 'component')} alone"):
-        totals, floor = single_effects(experiment, senders, records)
+        totals, floor = single_effects(experiment, senders, samples)
     with experiment.stage("paths", f": {len(paths)}"):
         rows = measure_paths(experiment, paths)
-        effects = effect_statistics(rows, unedited_scores(records), ["sender", "receiver"])
-        table = paths_table(experiment, effects, totals, floor)
+        table = effect_statistics(rows, samples, ["sender", "receiver"])
+        table["total"] = table["sender"].map(totals)
+        is_above = table["total"].abs() > floor
+        table["share_of_total"] = (table["mean"] / table["total"]).where(is_above)
+        table["above_noise"] = table["mean"].abs() > floor
+        table = table.assign(freeze=options.freeze, op=options.op_text)
         report_paths(experiment, table)
         if experiment.folder.leads:
             experiment.folder.write_table("circuit_paths.csv", table)
@@ -8143,23 +8163,30 @@ def run_paths(experiment: Experiment) -> None:
 
 
 def single_effects(
-    experiment: Experiment, senders: Sequence[Component], records: list[dict[str, Any]]
-) -> tuple[pd.DataFrame, float]:
-    """The statistics of each sender's own effect, with its label, and the noise floor; what the
-    folder's trace has measured is not measured again."""
-    rows = measure_components(experiment, senders, "senders")
-    samples = unedited_scores(records)
-    is_op = rows["draw"] < 0
-    totals = effect_statistics(rows[is_op], samples, COMPONENT_KEY)
-    totals["label"] = [Component(*key).label for key in totals[COMPONENT_KEY].to_numpy()]
-    jittered = effect_rows(rows[~is_op], samples)
-    return totals, noise_floor(jittered)
+    experiment: Experiment, senders: Sequence[Component], samples: pd.DataFrame
+) -> tuple[pd.Series, float]:
+    """The mean effect of each sender by its label, and the noise floor. What the folder's trace has
+    measured is not measured again, and its noise floor is taken."""
+    floor = experiment.processes.share(experiment.folder.read_part(floor_name(experiment)))
+    rows = measure_components(experiment, senders, "senders", with_jitter=floor is None)
+    effects = effect_rows(rows, samples)
+    if floor is None:
+        floor = noise_floor(effects[effects["draw"] >= 0])
+    real = drop_negative_controls(effects[effects["draw"] < 0])
+    totals = real.groupby(COMPONENT_KEY)["head_effect"].mean()
+    labels = [Component(*key).label for key in totals.index]
+    return totals.set_axis(labels), floor
 
 
-def choose_senders(experiment: Experiment) -> list[Component]:
+def choose_senders(experiment: Experiment[PathsOptions]) -> list[Component]:
     """The components that --senders names, or of the folder's trace the top so many by |role|, or
     those of --kind, --layers and --heads; `UsageError` where a receiver is not above them."""
     options, shape = experiment.options, experiment.shape
+    if options.freeze == "all" and not shape.d_mlp:
+        raise UsageError(
+            f"--freeze all: {shape.name} has blocks without mlp.down_proj, such as a mixture of"
+            " experts"
+        )
     if options.senders.components:
         senders = sorted(options.senders.components)
     elif options.senders.top:
@@ -8197,22 +8224,27 @@ def heads_above(sender: Component, shape: ModelShape) -> list[Component]:
     return [head for head in shape.components("head") if head.site.depth > sender.site.depth]
 
 
-def list_paths(experiment: Experiment, senders: Sequence[Component]) -> list[PathEdit]:
+def list_paths(
+    experiment: Experiment[PathsOptions], senders: Sequence[Component]
+) -> list[PathEdit]:
     """The paths that --through asks for, sender by sender."""
     through = experiment.options.through
     paths = []
     for sender in senders:
         if through.text == "each":
-            for head in heads_above(sender, experiment.shape):
-                paths.append(PathEdit(sender, (head,)))
+            heads = heads_above(sender, experiment.shape)
+            paths += [PathEdit(sender, (head,)) for head in heads]
         else:
             paths.append(PathEdit(sender, tuple(through.components)))
     return paths
 
 
-def measure_paths(experiment: Experiment, paths: Sequence[PathEdit]) -> pd.DataFrame:
+def measure_paths(experiment: Experiment[PathsOptions], paths: Sequence[PathEdit]) -> pd.DataFrame:
     """Rows of `measure` with the columns sender and receiver."""
+    freeze = experiment.options.freeze
     variants = []
+    layers: set[int] = set()
+    sites = {component.site for component in frozen_components(experiment)}
     senders_of_layer: dict[int, list[Component]] = defaultdict(list)
     for path in paths:
         senders = senders_of_layer[path.sender.layer]
@@ -8221,16 +8253,21 @@ def measure_paths(experiment: Experiment, paths: Sequence[PathEdit]) -> pd.DataF
         # as many senders at once as fit, since what each of them moves is recorded
         group = senders.index(path.sender) // experiment.rows_per_forward
         labels = {"sender": path.sender.label, "receiver": path.receiver_text}
-        key = f"{path.sender.label} to {path.receiver_text} past {experiment.options.freeze}"
+        key = f"{path.sender.label} to {path.receiver_text} past {freeze}"
         variants.append(Variant(labels, key, path, path.sender.layer, group))
-    places = {KINDS[experiment.options.kind].place, "attn"}
-    places.update(path.sender.site.place for path in paths)
-    if experiment.shape.d_mlp:
-        places.add("mlp")
-    sites = {Site(layer, place) for layer in range(experiment.shape.n_layers) for place in places}
-    reading = Reading(experiment.trees, frozenset(sites))
+        layers.update(receiver.layer for receiver in path.receivers)
+        sites.add(path.sender.site)
+    reading = Reading(experiment.trees, frozenset(sites), frozenset(layers))
     edits_of = functools.partial(path_edits, experiment)
     return measure(experiment, variants, edits_of, reading, "paths")
+
+
+def frozen_components(experiment: Experiment[PathsOptions]) -> list[Component]:
+    """What --freeze keeps at its clean activation, where it lies above the sender."""
+    attention = experiment.shape.components("attn")
+    if experiment.options.freeze == "heads":
+        return attention
+    return attention + experiment.shape.components("mlp")
 
 
 def path_edits(
@@ -8243,7 +8280,7 @@ def path_edits(
     2. What the receivers would have made of it is recorded, and written into the clean run.
     """
     if not paths[0].receivers:
-        return [frozen_edits(experiment, clean_run, path.sender, ()) for path in paths]
+        return [frozen_edits(experiment, clean_run, path.sender) for path in paths]
     senders = list(dict.fromkeys(path.sender for path in paths))
     sites = {component.site for path in paths for component in path.receivers}
     received = record_received(experiment, clean_run, senders, sites)
@@ -8259,19 +8296,20 @@ def path_edits(
 
 
 def frozen_edits(
-    experiment: Experiment, clean_run: CleanRun, sender: Component, receiver_sites: Iterable[Site]
+    experiment: Experiment[PathsOptions],
+    clean_run: CleanRun,
+    sender: Component,
+    receiver_sites: Iterable[Site] = (),
 ) -> Edits:
     """The op on a sender, with everything above it that --freeze names at its clean activation; at
     sites of receivers nothing changes, so that they are computed at all tokens."""
-    kinds = ("attn", "mlp") if experiment.options.freeze == "all" else ("attn",)
-    frozen = set()
-    for kind in kinds:
-        for component in experiment.shape.components(kind):
-            if component.site.depth > sender.site.depth:
-                frozen.add(component.site)
     edits = list(experiment.edits(clean_run, [sender]))
-    for site in sorted(frozen):
-        edits.append(Edit(site, slice(None), 0.0, clean_run.activations[site]))
+    frozen = set()
+    for component in frozen_components(experiment):
+        site = component.site
+        if site.depth > sender.site.depth:
+            frozen.add(site)
+            edits.append(Edit(site, slice(None), 0.0, clean_run.activations[site]))
     for site in set(receiver_sites) - frozen:
         edits.append(Edit(site, slice(None), 1.0))
     return tuple(edits)
@@ -8291,30 +8329,11 @@ def record_received(
         rows = [frozen_edits(experiment, clean_run, sender, sites) for sender in some_senders]
         with recording({site: traced.module(site) for site in sites}) as recorded:
             final_states(traced, clean_run, rows)
-        by_sender = []
-        for place in range(len(some_senders)):
-            by_sender.append({site: recorded[site][place] for site in sites})
-        return by_sender
+        return [{site: recorded[site][place] for site in sites} for place in range(len(rows))]
 
     with tqdm(disable=True) as bar:
         activations = run_batches(traced, senders, run, bar, "rows_per_forward")
     return dict(zip(senders, activations, strict=True))
-
-
-def paths_table(
-    experiment: Experiment, effects: pd.DataFrame, totals: pd.DataFrame, floor: float
-) -> pd.DataFrame:
-    """circuit_paths.csv: the effect that takes each path, beside the sender's total effect."""
-    totals_by_label = totals.set_index("label")["mean"].rename("total")
-    table = effects.join(totals_by_label, on="sender")
-    is_above = table["total"].abs() > floor
-    share = (table["mean"] / table["total"]).where(is_above)
-    return table.assign(
-        share_of_total=share,
-        above_noise=table["mean"].abs() > floor,
-        freeze=experiment.options.freeze,
-        op=experiment.options.op_text,
-    )
 
 
 def report_paths(experiment: Experiment, table: pd.DataFrame) -> None:
@@ -8496,154 +8515,183 @@ def draw_tokens(
 
 # ----- Command: directions ------------------------------------------------------------------------
 
+DIRECTIONS_FORMAT = "directions/1"
 N_SHUFFLES = 20  # of labels, to see which accuracy chance gives
 MAX_KL = 0.1  # by how much a direction's ablation may move what follows prompt b, as in the paper
 MIN_SHARE = 0.1  # of the base, which the ablation of a direction has to move
 
 
-class Fit(NamedTuple):
-    """Directions, and thresholds that tell prompt a from prompt b by the projections on them."""
-
-    directions: Tensor  # [component, width], raw, toward prompt a
-    thresholds: Tensor  # [component], above which a projection is of prompt a
-
-
 @dataclass
 class DirectionData:
-    """What the experiment's samples are used for, and the direction of each component."""
+    """The directions of an experiment, and what its samples are used for."""
 
-    fitting: Prompts  # of the sentences that give directions, or choose one of a file's
-    measured: Prompts  # of the others
+    experiment: Experiment[DirectionsOptions]
+    components: list[Component]  # that are swept
     name: str  # what tables say of the fit: difference, logistic, or a file's name and hash
-    directions: dict[Component, Tensor]  # [width], raw, toward prompt a
-    metadata: dict[str, Any]  # what a file of directions tells of itself
+    vectors: dict[Component, Tensor]  # [width], raw, toward prompt a
+    fitting: Prompts  # samples that give directions, or choose one of a file's
+    measured: Prompts  # the others
+
+    @property
+    def options(self) -> DirectionsOptions:
+        return self.experiment.options
+
+    def key_of(self, components: Iterable[Component]) -> str:
+        """A digest of the directions of some components."""
+        return digest([self.vectors[component].tolist() for component in components])[:12]
+
+    @property
+    def tested(self) -> Prompts:
+        """The measured samples without negative controls."""
+        return [prompts for prompts in self.measured if prompts[0].sample.counts]
 
 
-def run_directions(experiment: Experiment) -> None:
+def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
     """Find or read a direction per component, say how well it tells prompts a and b apart, and what
     edits along it move: circuit_directions.csv, direction_effects.csv, directions.safetensors; with
     --confirm directions_confirm.csv and .png, with replies directions_generations.jsonl."""
     options = experiment.options
-    components = choose_components(options, experiment.shape)
-    data = prepare_directions(experiment, components)
+    data = prepare_directions(experiment)
     records = unedited_samples(experiment)
     with experiment.stage("directions", f" by {data.name}"):
-        probes = find_directions(experiment, data, components)
-    with experiment.stage("effects", f" along {count_noun(len(components), 'direction')}"):
-        rows = measure_along(experiment, data, components)
-        results, floor = along_results(experiment, records, rows)
+        probes = find_directions(data)
+    with experiment.stage("effects", f" along {count_noun(len(data.components), 'direction')}"):
+        rows = measure_along(data)
+        along = rows[rows["way"] == "along"]
+        results = results_table(along, records, options).drop(columns="draw")
+        samples = unedited_scores(records)
+        floor = noise_floor(effect_rows(rows[rows["way"] == "jitter"], samples))
         bases = find_bases(results)
         heads = heads_table(results, bases, floor, options.factor)
         phrases = EditPhrases(experiment.task, OPS[options.op].verb, f" along {data.name}")
         report_effects(experiment.findings, heads, bases, floor, phrases)
-        effects = effects_by_way(experiment, records, rows)
-        table = directions_table(experiment, data, probes, effects, bases["b"])
+        table = directions_table(data, probes, effect_rows(rows, samples), bases["b"])
         report_directions(experiment.findings, table)
         if experiment.folder.leads:
             write_components(experiment.folder.path_of("circuit_directions.csv"), table)
             write_components(experiment.folder.path_of("direction_effects.csv"), heads)
             if options.fit in FITS:
-                write_direction_file(experiment, data)
+                write_directions(data)
     chosen = []
     if options.confirm:
         with experiment.stage("confirmation"):
-            chosen = confirm_directions(experiment, data, results)
+            chosen = confirm_directions(data, results)
     if options.max_new_tokens:
         with experiment.stage("replies"):
-            run_direction_replies(experiment, data, chosen)
+            run_direction_replies(data, chosen)
 
 
-# -- which samples give directions, and directions of a file
+# -- directions of a file, and which samples give or choose directions
 
 
-def prepare_directions(experiment: Experiment, components: Sequence[Component]) -> DirectionData:
+def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionData:
     """The samples set apart, and the directions of a file where --fit names one; `UsageError` where
     the model, the file or the samples do not do."""
     options, shape = experiment.options, experiment.shape
+    components = choose_components(options, shape)
     if options.everywhere and not shape.pre_norms:
         raise UsageError(
             "--confirm all is for models whose blocks have a norm before attention and one before"
             f" the MLP, and no other: not {shape.name}"
         )
-    directions: dict[Component, Tensor] = {}
-    metadata: dict[str, Any] = {}
-    if options.fit in FITS:
-        name = options.fit
-    else:
+    name, vectors, metadata = options.fit, {}, {}
+    if options.fit not in FITS:
         path = Path(options.fit)
-        directions, metadata = read_directions(path)
-        needed = shape.components(options.kind) if options.confirm else components
-        for component in components if options.everywhere else needed:
-            check_direction(path, component, directions, shape)
+        vectors, metadata = read_directions(path)
+        is_joint = options.confirm and not options.everywhere  # all others are edited too
+        for component in shape.components(options.kind) if is_joint else components:
+            check_direction(vectors, component, shape, path)
+        check_model_of_directions(experiment, path, metadata.get("model", ""))
         sha = hashlib.sha256(path.read_bytes()).hexdigest()
         name = f"{path.name} {sha[:8]}"
-    fitting, measured = set_apart(experiment, metadata)
-    return DirectionData(fitting, measured, name, directions, metadata)
-
-
-DIRECTIONS_FORMAT = "directions/1"
+    fitting, measured = set_apart(experiment, metadata.get("fitted_on", []))
+    return DirectionData(experiment, components, name, vectors, fitting, measured)
 
 
 def read_directions(path: Path) -> tuple[dict[Component, Tensor], dict[str, Any]]:
-    """The directions of a file by component, and what it tells of itself; `UsageError` where it is
-    no such file."""
+    """The tensors of a file of directions by component, and what the file tells of itself;
+    `UsageError` says what is wrong with it."""
     try:
+        path.stat()  # an OSError says in the system's own words why nothing can be read
+        if not path.is_file():
+            raise ValueError("it is a folder or a device")
         with safe_open(path, "pt") as file:
             metadata = parse_json((file.metadata() or {}).get("told", "{}"))
             check_direction_metadata(metadata)
-            directions = {}
-            for label in list(file.keys()):
-                directions[Component.parse(label)] = file.get_tensor(label)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UsageError(f"--fit {path} is no file of directions: {error}") from error
-    return directions, metadata
+            labels = list(file.keys())
+            components = [Component.parse(label) for label in labels]
+            check_once_each([component.label for component in components], "component")
+            tensors = [file.get_tensor(label) for label in labels]
+        return dict(zip(components, tensors, strict=True)), metadata
+    except (SafetensorError, TypeError, AttributeError) as error:  # the last two of a dtype
+        line = first_line(error).removeprefix("Error while deserializing header: ")
+        reason = f"it is no whole safetensors file ({line})"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+    raise UsageError(f"--fit {shorten(path)} is no file of directions: {reason}")
 
 
 def check_direction_metadata(metadata: Any) -> None:
-    """`ValueError` where what a file tells of itself has another form than `write_directions` gives
-    it. A file may tell nothing."""
+    """`ValueError` where a file tells of itself in another form than `write_directions` does. It
+    may tell nothing."""
     if not isinstance(metadata, dict):
-        raise ValueError("its metadata are no object")
+        raise ValueError(f"what it tells of itself is no object but {in_json(metadata)}")
+    for name in ("format", "model"):
+        if not isinstance(metadata.get(name, ""), str):
+            raise ValueError(f"its {name} is no text but {in_json(metadata[name])}")
     if metadata.get("format", DIRECTIONS_FORMAT) != DIRECTIONS_FORMAT:
-        raise ValueError(f"its format is {shorten(metadata['format'])!r}")
-    if not isinstance(metadata.get("fitted_on", []), list):
-        raise ValueError("its field fitted_on is no list")
-    if not isinstance(metadata.get("model", ""), str):
-        raise ValueError("its field model is no text")
+        raise ValueError(f'its format is {in_json(metadata["format"])}, not "{DIRECTIONS_FORMAT}"')
+    fitted_on = metadata.get("fitted_on", [])
+    if not isinstance(fitted_on, list):
+        raise ValueError(f"its fitted_on is no list but {in_json(fitted_on)}")
+    for text in fitted_on:
+        if not isinstance(text, str):
+            raise ValueError(f"its fitted_on holds {in_json(text)}, which is no text")
 
 
 def check_direction(
-    path: Path, component: Component, directions: dict[Component, Tensor], shape: ModelShape
+    vectors: dict[Component, Tensor], component: Component, shape: ModelShape, path: Path
 ) -> None:
     """`UsageError` where a file has no usable direction of a component; makes it float64."""
-    if component not in directions:
-        raise UsageError(f"--fit {path} has no direction of {component.label}")
-    raw, width = directions[component], shape.n_columns(component)
-    direction = raw.double()
-    norm = float(direction.norm())
-    is_finite = norm < 1e30 and (norm > 1e-30 or norm == 0)
-    if raw.shape != (width,) or not raw.is_floating_point() or not is_finite:
+    if component not in vectors:
+        raise UsageError(f"--fit {shorten(path)} has no direction of {component.label}")
+    vector, width = vectors[component], shape.n_columns(component)
+    dtype = str(vector.dtype).removeprefix("torch.")
+    problem = f"{list(vector.shape)} of {dtype}"
+    if vector.shape == (width,) and vector.is_floating_point():
+        with contextlib.suppress(NotImplementedError):  # of two numbers to a byte
+            vectors[component] = vector.double()
+            norm = float(vectors[component].norm())
+            problem = "" if norm == 0 or 1e-30 < norm < 1e30 else f"{problem}, norm {norm:g}"
+    if problem:
         raise UsageError(
-            f"--fit {path}: {component.label} is no {width} finite numbers:"
-            f" {list(raw.shape)}, norm {norm:g}"
+            f"--fit {shorten(path)}: {component.label} is no {width} finite numbers: {problem}"
         )
-    directions[component] = direction
 
 
-def set_apart(experiment: Experiment, metadata: Mapping[str, Any]) -> tuple[Prompts, Prompts]:
+def check_model_of_directions(experiment: Experiment, path: Path, model: str) -> None:
+    """`UsageError` where a file is of another model than the folder's record."""
+    recorded = experiment.folder.record.get("experiment")  # process 0 has it
+    if recorded and model not in ("", recorded["fingerprint"]["model"]):
+        raise UsageError(
+            f"--fit {shorten(path)}: that file is of model {shorten(model)}, not"
+            f" {recorded['fingerprint']['model']}"
+        )
+
+
+def set_apart(
+    experiment: Experiment[DirectionsOptions], fitted_on: Iterable[str]
+) -> tuple[Prompts, Prompts]:
     """The samples that give directions or choose one, and those that are measured, which share no
-    sentence with them; `UsageError` where too few are left."""
+    sentence with them nor with the texts that a file was fitted on; `UsageError` where too few are
+    left."""
     options = experiment.options
-    known_texts = {str(text) for text in metadata.get("fitted_on", ())}
-    known_units = set()
-    for sample_prompts in experiment.prompts:
-        if not known_texts.isdisjoint(sample_prompts[0].text_ids):
-            known_units.add(sample_prompts[0].sample.unit)
-    usable = [
-        sample_prompts
-        for sample_prompts in experiment.prompts
-        if sample_prompts[0].sample.unit not in known_units
-    ]
+    file_texts = set(fitted_on)
+    file_units = set()
+    for prompts in experiment.prompts:
+        if not file_texts.isdisjoint(prompts[0].text_ids):
+            file_units.add(prompts[0].sample.unit)
+    usable = [prompts for prompts in experiment.prompts if prompts[0].sample.unit not in file_units]
     n_left_out = len(experiment.prompts) - len(usable)
     if n_left_out:
         experiment.findings.say(
@@ -8658,134 +8706,142 @@ def set_apart(experiment: Experiment, metadata: Mapping[str, Any]) -> tuple[Prom
     minimum = 2 if options.confirm and not options.everywhere else 1
     if len(measured_units) < minimum:
         raise UsageError(
-            f"--fit {options.fit}: of {count_noun(len(units), 'sentence')}"
+            f"--fit {shorten(Path(options.fit))}: of {count_noun(len(units), 'sentence')}"
             f" {len(measured_units)} are left to measure, at least {minimum} are needed"
         )
     fitting: Prompts = []
     measured: Prompts = []
-    for sample_prompts in usable:
-        sample = sample_prompts[0].sample
+    for prompts in usable:
+        sample = prompts[0].sample
         is_fitting = sample.counts and sample.unit in fitting_units
-        (fitting if is_fitting else measured).append(sample_prompts)
+        (fitting if is_fitting else measured).append(prompts)
     return fitting, measured
 
 
 # -- how directions are found, and how well they tell prompts apart
 
 
-def find_directions(
-    experiment: Experiment, data: DirectionData, components: Sequence[Component]
-) -> pd.DataFrame:
-    """Fill `data.directions` where no file gave them.
+class Fit(NamedTuple):
+    """Directions, and thresholds that tell prompt a from prompt b by the projections on them."""
+
+    directions: Tensor  # [component, width], raw, toward prompt a
+    thresholds: Tensor  # [component], above which a projection is of prompt a
+
+
+def find_directions(data: DirectionData) -> pd.DataFrame:
+    """Fill `data.vectors` where no file gave them.
 
     Returns a row per component, and of the stream into layer 0, where only the last token itself
     tells the prompts apart: label, layer, kind, index, n_sentences, accuracies, AUC, norm.
     """
-    probed = list(components)
-    if not data.directions:
-        kind = experiment.options.kind
-        probed = [Component(0, "resid"), *experiment.shape.components(kind)]
-        probed = list(dict.fromkeys(probed))
+    experiment, probed = data.experiment, data.components
+    kind = experiment.options.kind
+    if not data.vectors:
+        every = [Component(0, "resid"), *experiment.shape.components(kind)]
+        probed = list(dict.fromkeys(every))
     ids = [prompts[0].sample.sample_id for prompts in (*data.fitting, *data.measured)]
     key = digest([data.name, join_labels(probed), len(data.fitting), ids])[:16]
-    compute = functools.partial(probe, experiment, data, probed)
+    compute = functools.partial(probe, data, probed)
     job = PartJob(f"probe-{experiment.setting}-{key}", 0, 1.0, 1, compute)
-    (found_rows,) = read_parts(experiment, [job], "directions")
-    rows = []
-    for component, (row, direction) in zip(probed, found_rows, strict=True):
-        rows.append(row)
-        if component.kind == experiment.options.kind:
-            data.directions[component] = torch.tensor(direction, dtype=torch.float64)
-    return pd.DataFrame(rows)
+    (rows,) = read_parts(experiment, [job], "directions")
+    table = pd.DataFrame(rows)
+    for component, vector in zip(probed, table.pop("vector"), strict=True):
+        if component.kind == kind:
+            data.vectors[component] = torch.tensor(vector, dtype=torch.float64)
+    return table
 
 
 def probe(
-    experiment: Experiment, data: DirectionData, components: Sequence[Component], bar: tqdm[Any]
-) -> list[tuple[dict[str, Any], list[float]]]:
-    """By component its row of circuit_directions.csv and its direction [width]. Of a file's
-    directions no accuracy is told: that goes with a threshold."""
-    fit_directions = {"difference": difference_of_means, "logistic": logistic_normal}
-    find = fit_directions.get(experiment.options.fit)
-    tested = [prompts for prompts in data.measured if prompts[0].sample.counts]
-    tested_inputs = last_token_activations(experiment, tested, components)
-    fitting_inputs = {}
-    if find is not None:
-        fitting_inputs = last_token_activations(experiment, data.fitting, components)
-    units = [prompts[0].sample.unit for prompts in data.fitting]
-    n_sentences = len({prompts[0].sample.unit for prompts in tested})
-    results = []
-    for site, group in itertools.groupby(components, key=lambda component: component.site):
+    data: DirectionData, components: Sequence[Component], bar: tqdm[Any]
+) -> list[dict[str, Any]]:
+    """By component its row of circuit_directions.csv, and `vector`, its direction [width]."""
+    tested = last_token_activations(data.experiment, data.tested, components)
+    fitting = {}
+    if not data.vectors:
+        fitting = last_token_activations(data.experiment, data.fitting, components)
+    rows = []
+    for _, group in itertools.groupby(components, key=lambda component: component.site):
         of_site = list(group)
-        tested_input = tested_inputs[site].double()
-        if find is None:
-            directions = torch.stack([data.directions[component] for component in of_site])
-            columns = unknown_accuracies(len(of_site))
-            fit = Fit(directions, columns["accuracy"])
-        else:
-            fitting_input = fitting_inputs[site].double()
-            fit = find(fitting_input)
-            seed = experiment.options.seed
-            columns = {
-                "accuracy_fit": separation(fit, fitting_input)[0],
-                "accuracy": separation(fit, tested_input)[0],
-                "accuracy_shuffled": chance_accuracy(
-                    find, fitting_input, tested_input, units, seed
-                ),
-            }
-        columns["auc"] = separation(fit, tested_input)[1]
-        results += probe_rows(of_site, fit, columns, n_sentences)
+        tested_input = torch.stack([tested[component] for component in of_site])
+        if fitting:
+            fitting_input = torch.stack([fitting[component] for component in of_site])
+            directions, accuracies = fit_directions(data, fitting_input, tested_input)
+        else:  # accuracy goes with a threshold, which files do not have
+            directions = torch.stack([data.vectors[component] for component in of_site])
+            accuracies = torch.full((3, len(of_site)), math.nan)
+        rows += probe_rows(data, of_site, directions, accuracies, tested_input)
     bar.update()
-    return results
+    return rows
 
 
-def unknown_accuracies(n_components: int) -> dict[str, Tensor]:
-    unknown = torch.full((n_components,), math.nan)
-    return {"accuracy_fit": unknown, "accuracy": unknown, "accuracy_shuffled": unknown}
+def fit_directions(
+    data: DirectionData, fitting_input: Tensor, tested_input: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Directions [component, width] from inputs [component, sample, side, width], and accuracies
+    [3, component]: in those inputs, in the tested ones, and in these by chance."""
+    find = difference_of_means if data.name == "difference" else logistic_normal
+    units = [prompts[0].sample.unit for prompts in data.fitting]
+    fit = find(fitting_input)
+    accuracies = [
+        accuracy_of(fit, fitting_input),
+        accuracy_of(fit, tested_input),
+        chance_accuracy(find, fitting_input, tested_input, units, data.options.seed),
+    ]
+    return fit.directions, torch.stack(accuracies)
 
 
 def probe_rows(
-    components: Sequence[Component], fit: Fit, columns: Mapping[str, Tensor], n_sentences: int
-) -> list[tuple[dict[str, Any], list[float]]]:
-    """The rows of one site's components, each with its direction."""
-    squares = fit.directions**2
-    columns = {
-        **columns,
-        "norm": squares.sum(1).sqrt(),
-        "largest_share": squares.amax(1) / squares.sum(1),
-    }
+    data: DirectionData,
+    components: Sequence[Component],
+    directions: Tensor,
+    accuracies: Tensor,
+    tested_input: Tensor,
+) -> list[dict[str, Any]]:
+    """Rows of circuit_directions.csv; see `fit_directions`."""
+    n_sentences = len({prompts[0].sample.unit for prompts in data.tested})
+    areas = roc_area(directions, tested_input)
     rows = []
     for place, component in enumerate(components):
-        row: dict[str, Any] = {"label": component.label, **vars(component)}
-        row["n_sentences"] = n_sentences
-        for name, values in columns.items():
-            row[name] = float(values[place])
-        low, high = share_interval(row["accuracy"], n_sentences)
-        row["accuracy_low"], row["accuracy_high"] = low, high
-        rows.append((row, fit.directions[place].tolist()))
+        accuracy_fit, accuracy, accuracy_shuffled = accuracies[:, place].tolist()
+        low, high = share_interval(accuracy, n_sentences)
+        squares = directions[place] ** 2
+        rows.append(
+            {
+                "label": component.label,
+                **vars(component),
+                "n_sentences": n_sentences,
+                "accuracy_fit": accuracy_fit,
+                "accuracy": accuracy,
+                "accuracy_shuffled": accuracy_shuffled,
+                "auc": float(areas[place]),
+                "norm": float(squares.sum().sqrt()),
+                "largest_share": float(squares.max() / squares.sum()),
+                "accuracy_low": low,
+                "accuracy_high": high,
+                "vector": directions[place].tolist(),
+            }
+        )
     return rows
 
 
 def last_token_activations(
     experiment: Experiment, prompts: Prompts, components: Sequence[Component]
-) -> dict[Site, Tensor]:
-    """[component, sample, side, width] by site: activations at the last token of prompts a and b."""
-    sites = list(dict.fromkeys(component.site for component in components))
-    pairs = [sample_prompts[:2] for sample_prompts in prompts]
-    by_site: dict[Site, list[Tensor]] = {site: [] for site in sites}
-    for tree in experiment.plant_trees(pairs):
+) -> dict[Component, Tensor]:
+    """By component [sample, side, width]: activations at the last token of prompts a and b."""
+    sites = {component.site for component in components}
+    by_site: dict[Site, list[Tensor]] = defaultdict(list)
+    for tree in experiment.plant_trees([sample_prompts[:2] for sample_prompts in prompts]):
         clean_run = experiment.clean_run(tree, sites=sites)
         ends = []
         for _, places in tree.samples:
             ends.append([tree.paths[places[side]][-1] for side in ("a", "b")])
-        for site in sites:
-            activation = clean_run.activations[site]
-            index = torch.tensor(ends, device=activation.device)
-            by_site[site].append(activation[index].float().cpu())
+        for site, activation in clean_run.activations.items():
+            by_site[site].append(activation[torch.tensor(ends)].float().cpu())
+    joined = {site: torch.cat(batches) for site, batches in by_site.items()}
     activations = {}
-    for site, group in itertools.groupby(components, key=lambda component: component.site):
-        every = torch.cat(by_site[site])  # [sample, side, width of the site]
-        slices = [every[..., experiment.shape.columns(component)] for component in group]
-        activations[site] = torch.stack(slices)
+    for component in components:
+        columns = experiment.shape.columns(component)
+        activations[component] = joined[component.site][..., columns].double()
     return activations
 
 
@@ -8830,19 +8886,30 @@ def logistic_normal(x: Tensor) -> Fit:
     return Fit(length[:, None] * normal, threshold)
 
 
-def separation(fit: Fit, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Accuracy of the thresholds, and area under the ROC curve, [component] each, of activations
-    x [component, sample, side, width]; ties count half."""
-    projections = (x @ fit.directions[:, None, :, None])[..., 0]  # [component, sample, side]
-    projection_a, projection_b = projections.unbind(-1)
+def projections(directions: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """[component, sample] each: activations x [component, sample, side, width] of prompts a and b,
+    times the directions [component, width]."""
+    of_a, of_b = (x @ directions[:, None, :, None])[..., 0].unbind(-1)
+    return of_a, of_b
+
+
+def accuracy_of(fit: Fit, x: Tensor) -> Tensor:
+    """[component], the share of prompts that lie on their side of the threshold; one that lies on
+    it counts half."""
+    of_a, of_b = projections(fit.directions, x)
     thresholds = fit.thresholds[:, None]
-    signs = (projection_a - thresholds).sign() - (projection_b - thresholds).sign()
-    accuracy = (signs.mean(1) + 2) / 4
-    ordered_b, projection_a = projection_b.sort().values, projection_a.contiguous()
-    below = torch.searchsorted(ordered_b, projection_a, right=False)
-    not_above = torch.searchsorted(ordered_b, projection_a, right=True)
-    auc = (below + not_above).double().mean(1) / (2 * x.shape[1])
-    return accuracy, auc
+    signs = (of_a - thresholds).sign() - (of_b - thresholds).sign()
+    return (signs.mean(1) + 2) / 4
+
+
+def roc_area(directions: Tensor, x: Tensor) -> Tensor:
+    """[component], how often a prompt a lies above a prompt b; ties count half."""
+    of_a, of_b = projections(directions, x)
+    ordered_b = of_b.sort().values
+    of_a = of_a.contiguous()
+    below = torch.searchsorted(ordered_b, of_a, right=False)
+    not_above = torch.searchsorted(ordered_b, of_a, right=True)
+    return (below + not_above).double().mean(1) / (2 * x.shape[1])
 
 
 def chance_accuracy(
@@ -8860,7 +8927,7 @@ def chance_accuracy(
         is_changed = {unit: rng.random() < 0.5 for unit in sorted(set(units))}
         changes = torch.tensor([is_changed[unit] for unit in units])[:, None, None]
         shuffled = torch.where(changes, fitting_input.flip(2), fitting_input)
-        accuracies.append(separation(find(shuffled), tested_input)[0])
+        accuracies.append(accuracy_of(find(shuffled), tested_input))
     return torch.stack(accuracies).quantile(0.95, 0)
 
 
@@ -8868,11 +8935,10 @@ def chance_accuracy(
 
 
 class AlongEdit(NamedTuple):
-    """An edit of a component `along` its direction, as far in a `random` one, or of the `whole`."""
+    """An edit of a component along its direction, or as far in a random one of this number."""
 
     component: Component
-    way: str
-    draw: int = 0
+    random_draw: int | None = None
 
 
 def random_direction(experiment: Experiment, component: Component, draw: int) -> Tensor:
@@ -8882,152 +8948,105 @@ def random_direction(experiment: Experiment, component: Component, draw: int) ->
     return unit_vector(torch.randn(width, generator=generator, dtype=torch.float64))
 
 
-def along_edit(
-    experiment: Experiment, data: DirectionData, clean_run: CleanRun | None, subject: AlongEdit
-) -> Edit:
+def along_edit(data: DirectionData, clean_run: CleanRun | None, subject: AlongEdit) -> Edit:
     """The op on what a component's activation has along a direction; without a clean run at every
     token."""
-    component, shape = subject.component, experiment.shape
-    columns = shape.columns(component)
-    where = clean_run.tree.where if clean_run is not None else None
-    direction = data.directions[component]
+    experiment, component = data.experiment, subject.component
+    (edit,) = experiment.edits(clean_run, [component])
+    vector = data.vectors[component]
     if OPS[experiment.options.op].source == "direction":
-        source: Any = direction
-    else:
-        source = experiment.edit_source(clean_run, component.site, columns)
-    factor = experiment.edit_factor
-    edit = Edit(component.site, columns, factor, source, where)
-    if subject.way == "whole":
-        return edit
-    reads = writes = unit_vector(direction)
-    if subject.way == "random":
-        writes = random_direction(experiment, component, subject.draw)
+        edit = replace(edit, source=vector)
+    reads = writes = unit_vector(vector)
+    if subject.random_draw is not None:
+        writes = random_direction(experiment, component, subject.random_draw)
     return replace(edit, along=torch.stack([reads, writes]))
 
 
 def along_edits(
-    experiment: Experiment,
     data: DirectionData,
     clean_run: CleanRun,
     subjects: Sequence[AlongEdit | tuple[Component, int]],
 ) -> list[Edits]:
-    """The edits of each subject; a pair of a component and a draw is jitter of the whole."""
+    """The edits of each subject; a plain pair is one of `component_edits`."""
     rows: list[Edits] = []
     for subject in subjects:
         if isinstance(subject, AlongEdit):
-            rows.append((along_edit(experiment, data, clean_run, subject),))
+            rows.append((along_edit(data, clean_run, subject),))
         else:
-            component, draw = subject
-            rows.append(jitter(experiment, clean_run.tree, component, draw))
+            rows += component_edits(data.experiment, clean_run, [subject])
     return rows
 
 
-def compared_edits(options: DirectionsOptions) -> list[str]:
-    """What an edit along a direction is set beside: the same displacement in a random direction, and
-    the op on the whole component where that means anything."""
-    op = OPS[options.op]
-    removes_stream = options.kind == "resid" and op.source == ""
-    if options.op == "add" or removes_stream:
-        return ["random"]
-    return ["random", "whole"]
-
-
-def measure_along(
-    experiment: Experiment, data: DirectionData, components: Sequence[Component]
-) -> pd.DataFrame:
-    """Rows of `measure` with the columns layer, kind, index, draw and way (along, random, whole, or
-    jitter)."""
-    directions_key = digest(
-        [[component.label, data.directions[component].tolist()] for component in components]
-    )[:12]
+def measure_along(data: DirectionData) -> pd.DataFrame:
+    """Rows of `measure` with the columns label, layer, kind, index, draw and way: `along` its
+    direction, as far in a `random` one, the `whole` component where that means anything, `jitter`."""
+    experiment, op = data.experiment, OPS[data.experiment.options.op]
+    has_whole = op.source in ("means", "partner") or (
+        experiment.options.kind != "resid" and op.source != "direction"
+    )
     variants = []
-    for way in ("along", *compared_edits(experiment.options)):
-        for component in components:
-            labels = {"layer": component.layer, "kind": component.kind, "index": component.index}
-            key = f"{component.label} {way} {directions_key}"
-            subject = AlongEdit(component, way)
-            variants.append(
-                Variant({**labels, "draw": -1, "way": way}, key, subject, component.layer)
-            )
-    layers = sorted({component.layer for component in components})
+    for component in data.components:
+        whole = component_variant(component)
+        subjects = {"along": AlongEdit(component), "random": AlongEdit(component, 0)}
+        if has_whole:
+            subjects["whole"] = whole.subject
+        for way, subject in subjects.items():
+            labels = {"label": component.label, **whole.labels, "way": way}
+            key = whole.key
+            if way != "whole":
+                key += f" {way} {data.key_of([component])}"
+            variants.append(whole._replace(labels=labels, key=key, subject=subject))
+    layers = sorted({component.layer for component in data.components})
     for variant in jitter_variants(experiment, layers):
         variants.append(variant._replace(labels={**variant.labels, "way": "jitter"}))
     trees = experiment.plant_trees(data.measured)
-    reading = Reading(trees, experiment.patched_sites(components))
-    edits_of = functools.partial(along_edits, experiment, data)
+    reading = Reading(trees, experiment.patched_sites(data.components))
+    edits_of = functools.partial(along_edits, data)
     return measure(experiment, variants, edits_of, reading, "along directions")
 
 
-# -- tables
-
-
-def along_results(
-    experiment: Experiment, records: list[dict[str, Any]], rows: pd.DataFrame
-) -> tuple[pd.DataFrame, float]:
-    """The effects along directions as circuit_results.csv has those of whole components, and the
-    noise floor of the jittered rows."""
-    samples = unedited_scores(records)
-    floor = noise_floor(effect_rows(rows[rows["way"] == "jitter"], samples))
-    along = rows[rows["way"] == "along"].drop(columns="way")
-    table = results_table(along, records, experiment.options).drop(columns="draw")
-    return table, floor
-
-
-def effects_by_way(
-    experiment: Experiment, records: list[dict[str, Any]], rows: pd.DataFrame
-) -> dict[str, pd.DataFrame]:
-    """The statistics of effects by label, for each way of editing."""
-    samples = unedited_scores(records)
-    effects = {}
-    for way in ("along", *compared_edits(experiment.options)):
-        statistics = effect_statistics(rows[rows["way"] == way], samples, COMPONENT_KEY)
-        labels = [Component(*key).label for key in statistics[COMPONENT_KEY].to_numpy()]
-        effects[way] = statistics.set_index(pd.Index(labels, name="label"))
-    return effects
+# -- table, sentences and file
 
 
 def directions_table(
-    experiment: Experiment,
-    data: DirectionData,
-    probes: pd.DataFrame,
-    effects: Mapping[str, pd.DataFrame],
-    base: Mapping[str, Any],
+    data: DirectionData, probes: pd.DataFrame, effects: pd.DataFrame, base: Mapping[str, Any]
 ) -> pd.DataFrame:
     """circuit_directions.csv: per component how well its direction tells the prompts apart, and by
-    way what an edit moves and which share of the base that is. `effects` has by way the statistics
-    of `column_statistics`."""
-    labels = {"L0resid"}
-    table = probes
-    for way, statistics in effects.items():
-        columns = statistics[["mean", "ci_low", "ci_high", "q"]].add_prefix(f"{way}_")
-        labels.update(columns.index)
-        table = table.join(columns, on="label")
-        share_per_nat = -1 / base["mean"] if base["is_clear"] else math.nan
-        table[f"{way}_share_moved"] = table[f"{way}_mean"] * share_per_nat
-    table = table[table["label"].isin(labels)].sort_values(["layer", "index"])
-    n_fit = len({prompts[0].sample.unit for prompts in data.fitting})
-    op_text = f"{experiment.options.op_text} along {data.name}"
-    return table.assign(method=data.name, op=op_text, n_fit=n_fit)
+    way what an edit moves and which share of the base that is."""
+    share_per_nat = -1 / base["mean"] if base["is_clear"] else math.nan
+    labels = {"L0resid", *(component.label for component in data.components)}
+    table = probes[probes["label"].isin(labels)]
+    is_along = effects["way"] == "along"
+    is_compared = effects["way"].isin(["random", "whole"])
+    for rows in (effects[is_along], effects[is_compared]):  # q corrects for either by itself
+        statistics = column_statistics(rows, "head_effect", ["way", "label"])
+        for way in statistics.index.unique("way"):
+            columns = statistics.loc[way, ["mean", "ci_low", "ci_high", "q"]]
+            columns = columns.assign(share_moved=columns["mean"] * share_per_nat)
+            table = table.join(columns.add_prefix(f"{way}_"), on="label")
+    return table.sort_values(["layer", "index"]).assign(
+        method=data.name,
+        op=f"{data.options.op_text} along {data.name}",
+        n_fit=len({prompts[0].sample.unit for prompts in data.fitting}),
+    )
 
 
-def write_direction_file(experiment: Experiment, data: DirectionData) -> None:
+def write_directions(data: DirectionData) -> None:
     """directions.safetensors: [width], raw, by label, and what they are of."""
-    options = experiment.options
+    folder, options = data.experiment.folder, data.options
     texts = {text for prompts in data.fitting for text in prompts[0].text_ids}
     metadata = {
         "format": DIRECTIONS_FORMAT,
-        "model": experiment.folder.record["experiment"]["fingerprint"]["model"],
+        "model": folder.record["experiment"]["fingerprint"]["model"],
         "model_id": options.model_id,
         "task": options.task,
         "kind": options.kind,
         "fit": options.fit,
         "fitted_on": sorted(texts),
     }
-    tensors = {}
-    for component, direction in data.directions.items():
-        tensors[component.label] = direction.contiguous()
+    tensors = {component.label: vector for component, vector in data.vectors.items()}
     content = save_tensors(tensors, metadata={"told": json.dumps(metadata)})
-    path = experiment.folder.path_of("directions.safetensors")
+    path = folder.path_of("directions.safetensors")
     write_atomically(path, lambda draft: draft.write_bytes(content))
 
 
@@ -9054,13 +9073,13 @@ def describe_direction(row: Any) -> str:
         sentence += (
             f", accuracy {row.accuracy:.0%}{interval} (shuffled: up to {row.accuracy_shuffled:.0%})"
         )
-    phrases = {
+    effects = []
+    ways = {
         "along": "along it",
         "random": "as far in one random direction",
         "whole": "by the whole",
     }
-    effects = []
-    for way, phrase in phrases.items():
+    for way, phrase in ways.items():
         mean = getattr(row, f"{way}_mean", None)
         if mean is not None:
             share = getattr(row, f"{way}_share_moved")
@@ -9072,135 +9091,112 @@ def describe_direction(row: Any) -> str:
 # -- confirmation on held-out sentences
 
 
-def everywhere_edits(experiment: Experiment, component: Component, along: Tensor) -> Edits:
-    """A direction zeroed wherever the residual stream is read, at every token: the ablation of
-    Arditi et al. (arXiv:2406.11717), who zero what is written. `along` is [2, width]."""
-    n_layers = experiment.shape.n_layers
-    sites = []
-    for layer in range(n_layers):
-        sites += [Site(layer, "resid"), Site(layer, "mlp_norm")]
-    sites.append(Site(n_layers, "final"))
-    return tuple(Edit(site, slice(None), along=along) for site in sites)
-
-
 @dataclass(frozen=True)
 class DirectionSet(JointSet):
-    """Components whose directions are edited together; `draw` from 1 on are random directions."""
+    """Components whose directions are edited together; random sets have the same components and
+    `draw` from 1 on."""
 
     noun: ClassVar = "direction"
+    directions: str = ""  # a digest of those that may be edited
     everywhere: bool = False  # one direction is zeroed at all reading points of the stream
+
+    @property
+    def text(self) -> str:
+        return f"{super().text} everywhere" if self.everywhere else super().text
 
     @property
     def key(self) -> str:
         place = "everywhere" if self.everywhere else "along"
-        draw = self.draw if self.name == "random" else 0
-        return f"{super().key} {place} {draw}"
+        return f"{super().key} {place} {self.directions} {self.draw}"
 
     @property
-    def text(self) -> str:
-        labels = join_labels(self.components)
-        return f"{labels} everywhere" if self.everywhere else labels
+    def first_layer(self) -> int:
+        return 0 if self.everywhere else super().first_layer
+
+    @property
+    def random_draw(self) -> int | None:
+        return self.draw if self.name == "random" else None
+
+
+def with_random_directions(data: DirectionData, joint_set: DirectionSet) -> list[DirectionSet]:
+    """A set, and the same components each in a random direction, --num_random times."""
+    n_random = data.options.num_random
+    randoms = [replace(joint_set, name="random", draw=1 + draw) for draw in range(n_random)]
+    return [joint_set, *randoms]
 
 
 def direction_set_edits(
-    experiment: Experiment,
-    data: DirectionData,
-    clean_run: CleanRun | None,
-    joint_sets: Sequence[DirectionSet],
+    data: DirectionData, clean_run: CleanRun | None, joint_sets: Sequence[DirectionSet]
 ) -> list[Edits]:
     """The edits of each set; without a clean run, at every token."""
     rows: list[Edits] = []
     for joint_set in joint_sets:
         if joint_set.everywhere:
-            rows.append(one_direction_everywhere(experiment, data, clean_run, joint_set))
-        else:
-            rows.append(directions_together(experiment, data, clean_run, joint_set))
+            rows.append(everywhere_edits(data, clean_run, joint_set))
+            continue
+        components = set(joint_set.components)
+        for kind in joint_set.others_of:
+            components = set(data.experiment.shape.components(kind)) - components
+        edits = []
+        for component in sorted(components):
+            subject = AlongEdit(component, joint_set.random_draw)
+            edits.append(along_edit(data, clean_run, subject))
+        rows.append(tuple(edits))
     return rows
 
 
-def directions_together(
-    experiment: Experiment,
-    data: DirectionData,
-    clean_run: CleanRun | None,
-    joint_set: DirectionSet,
+def everywhere_edits(
+    data: DirectionData, clean_run: CleanRun | None, joint_set: DirectionSet
 ) -> Edits:
-    """Each component of a set, or all others of its kinds, edited along its direction."""
-    components = set(joint_set.components)
-    if joint_set.others_of:
-        every: set[Component] = set()
-        for kind in joint_set.others_of:
-            every.update(experiment.shape.components(kind))
-        components = every - components
-    way = "random" if joint_set.name == "random" else "along"
-    edits = []
-    for component in sorted(components):
-        subject = AlongEdit(component, way, joint_set.draw)
-        edits.append(along_edit(experiment, data, clean_run, subject))
-    return tuple(edits)
-
-
-def one_direction_everywhere(
-    experiment: Experiment,
-    data: DirectionData,
-    clean_run: CleanRun | None,
-    joint_set: DirectionSet,
-) -> Edits:
-    """A direction zeroed at all reading points; or as far, at each token and point, in a random
-    one."""
-    (component,) = joint_set.components
-    direction = unit_vector(data.directions[component])
-    zeroed = everywhere_edits(experiment, component, torch.stack([direction, direction]))
-    if joint_set.name != "random":
+    """A direction zeroed wherever the residual stream is read, at every token: the ablation of
+    Arditi et al. (arXiv:2406.11717), who zero what is written. Of a random set the edits move as far,
+    at each token and point, in one random direction."""
+    experiment, (component,) = data.experiment, joint_set.components
+    n_layers, d_model = experiment.shape.n_layers, experiment.shape.d_model
+    sites = [Site(n_layers, "final")]
+    for layer in range(n_layers):
+        sites += [Site(layer, "resid"), Site(layer, "mlp_norm")]
+    direction = unit_vector(data.vectors[component])
+    along = torch.stack([direction, direction])
+    zeroed = tuple(Edit(site, slice(None), along=along) for site in sites)
+    if joint_set.random_draw is None:
         return zeroed
     assert clean_run is not None
-    modules = {edit.site: experiment.traced.module(edit.site) for edit in zeroed}
-    with recording(modules) as recorded:
+    with recording({site: experiment.traced.module(site) for site in sites}) as recorded:
         final_states(experiment.traced, clean_run, [zeroed])
-    width = experiment.shape.d_model
-    writes = random_direction(experiment, component, joint_set.draw)
+    writes = random_direction(experiment, component, joint_set.random_draw)
     # read as a constant: the source is the distance that the direction's ablation moved
-    reads = torch.full((width,), 1 / width, dtype=torch.float64)
-    along = torch.stack([reads, writes])
+    reads = torch.full((d_model,), 1 / d_model, dtype=torch.float64)
     edits = []
     for edit in zeroed:
-        activation = recorded[edit.site][:1]
-        moved = displacement(edit, activation)[0]  # [tok, width]
-        distance = (moved @ direction.to(moved.device))[:, None]  # [tok, 1]
+        moved = displacement(edit, recorded[edit.site][:1])[0]  # [tok, width]
+        distance = (moved @ direction.to(moved))[:, None]  # [tok, 1]
+        along = torch.stack([reads, writes])
         edits.append(Edit(edit.site, slice(None), 1.0, distance, along=along))
     return tuple(edits)
 
 
-def random_direction_sets(joint_set: DirectionSet, count: int) -> list[DirectionSet]:
-    """The same components, each in a random direction."""
-    return [replace(joint_set, name="random", draw=draw) for draw in range(1, count + 1)]
-
-
-def confirm_directions(
-    experiment: Experiment, data: DirectionData, results: pd.DataFrame
-) -> list[DirectionSet]:
+def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[DirectionSet]:
     """directions_confirm.csv and .png: the best directions edited jointly on sentences that did not
     choose them, beside random directions; returns the chosen sets."""
-    options = experiment.options
+    experiment, options = data.experiment, data.options
     choosing, held_out = split_units(results, options.seed)
     side = quoted_side(data.measured, [choosing, held_out])
     warn_of_unclear_base(experiment.findings, base_statistics(results, side))
+    prompts = confirming_prompts(data)
+    n_components = len(data.components)
     if options.everywhere:
-        joint_sets = choose_layer(experiment, data, side)
-        units = choosing | held_out
-        selection = f"one of {results['layer'].nunique()} directions, on other sentences"
+        joint_sets = choose_layer(data, side)
+        selection = f"one of {n_components} directions, on the sentences set apart"
     else:
         rows = results[results["unit"].isin(choosing)]
         chosen = choose_circuit(rows, options.confirm, side, options.factor)
-        joint_sets = sets_of_directions(options, tuple(chosen.index))
-        units = held_out
-        n_components = len(results[COMPONENT_KEY].drop_duplicates())
-        selection = f"{options.confirm} by role of {n_components} effects"
+        joint_sets = sets_of_directions(data, tuple(chosen.index))
+        selection = f"{options.confirm} by role of {n_components} exact effects"
     if not joint_sets:
         experiment.findings.warn(f"--confirm {options.confirm} chooses no direction")
         return []
-    prompts = [pair for pair in data.measured if pair[0].sample.unit in units]
-    prompts = [pair for pair in prompts if pair[0].sample.counts]
-    edits_of = functools.partial(direction_set_edits, experiment, data)
+    edits_of = functools.partial(direction_set_edits, data)
     table = judge_sets(experiment, joint_sets, prompts, "held-out", side, edits_of)
     table["selection"] = selection
     if experiment.folder.leads:
@@ -9211,23 +9207,32 @@ def confirm_directions(
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
 
 
-def sets_of_directions(
-    options: DirectionsOptions, chosen: tuple[Component, ...]
-) -> list[DirectionSet]:
+def confirming_prompts(data: DirectionData) -> Prompts:
+    """The samples of the sentences that did not choose directions: all that are tested, where others
+    were set apart to choose one."""
+    if data.options.everywhere:
+        return data.tested
+    units = {prompts[0].sample.unit for prompts in data.tested}
+    held_out = halves(units, data.options.seed)[1]
+    return [prompts for prompts in data.tested if prompts[0].sample.unit in held_out]
+
+
+def sets_of_directions(data: DirectionData, chosen: tuple[Component, ...]) -> list[DirectionSet]:
     """Nothing, the top 1, 2, 4, ... of the chosen, random directions for each; all of the kind, and
     all but the chosen."""
     if not chosen:
         return []
-    kinds = (options.kind,)
-    joint_sets = [DirectionSet("none"), DirectionSet("all", others_of=kinds)]
+    kind = data.options.kind
+    key = data.key_of(data.experiment.shape.components(kind))
+    every = DirectionSet("all", others_of=(kind,), directions=key)
+    joint_sets = [DirectionSet("none"), every]
     for size in sizes_up_to(len(chosen)):
-        joint_sets.append(DirectionSet("chosen", chosen[:size]))
-        joint_sets += random_direction_sets(joint_sets[-1], options.num_random)
-    joint_sets.append(DirectionSet("complement", chosen, others_of=kinds))
-    return joint_sets
+        chosen_set = DirectionSet("chosen", chosen[:size], directions=key)
+        joint_sets += with_random_directions(data, chosen_set)
+    return [*joint_sets, replace(every, name="complement", components=chosen)]
 
 
-def choose_layer(experiment: Experiment, data: DirectionData, side: str) -> list[DirectionSet]:
+def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
     """The layer whose direction, zeroed everywhere, moves the quoted measure most against its sign
     in the sentences that are set apart, with random directions; nothing where none moves a tenth.
 
@@ -9235,68 +9240,47 @@ def choose_layer(experiment: Experiment, data: DirectionData, side: str) -> list
     said after prompt b by a KL above 0.1, as long as another moves half as much as the best; where
     all do, it is the one of the least KL. That adding it induces the behaviour is not asked.
     """
-    n_early = math.ceil(0.8 * experiment.shape.n_layers)
+    experiment, findings = data.experiment, data.experiment.findings
     candidates = []
-    for component, direction in sorted(data.directions.items()):
-        if component.layer < n_early and bool(direction.any()):
-            candidates.append(DirectionSet("chosen", (component,), everywhere=True))
+    for component in data.components:
+        is_early = component.layer < 0.8 * experiment.shape.n_layers
+        if is_early and bool(data.vectors[component].any()):
+            key = data.key_of([component])
+            candidates.append(DirectionSet("chosen", (component,), directions=key, everywhere=True))
     joint_sets = [DirectionSet("none"), *candidates]
-    edits_of = functools.partial(direction_set_edits, experiment, data)
+    edits_of = functools.partial(direction_set_edits, data)
     rows = measure_sets(experiment, joint_sets, data.fitting, edits_of)
     means = rows.groupby("place")[["score_a", f"score_{side}", "kl_b"]].mean()
     deltas = means["score_a"] - means[f"score_{side}"]
     base = float(deltas[0])
-    roles = (role_sign(base, 0.0) * (deltas - base)).iloc[1:].to_numpy()
-    divergences = means["kl_b"].iloc[1:].to_numpy()
+    roles = (role_sign(base, 0.0) * (deltas - base))[1:].to_numpy()
+    divergences = means["kl_b"][1:].to_numpy()
     for joint_set, role, divergence in zip(candidates, roles, divergences, strict=True):
-        experiment.findings.say(
-            f"{joint_set.text}, {len(data.fitting)} samples set apart:"
+        findings.say(
+            f"{joint_set.components[0].label} everywhere, {len(data.fitting)} samples set apart:"
             f" moves {role:+.3f} of {abs(base):.3f} nats, KL {divergence:.2g} after b"
         )
-    place = pick_layer(roles, divergences, abs(base))
-    if place is None:
+    if not (roles > MIN_SHARE * abs(base)).any():
         return []
-    if divergences[roles >= roles.max() / 2].min() > MAX_KL:
-        experiment.findings.warn(
-            "each of them moves what is said after prompt b:"
-            f" KL {divergences[roles >= roles.max() / 2].min():.2g} at least"
-        )
-    chosen = candidates[place]
-    randoms = random_direction_sets(chosen, experiment.options.num_random)
-    return [DirectionSet("none"), chosen, *randoms]
-
-
-def pick_layer(roles: Any, divergences: Any, base: float) -> int | None:
-    """The place of the largest role among those with at least half of the largest and a KL of at
-    most `MAX_KL` (or the least KL, where all have more); None where none moves `MIN_SHARE`."""
-    if not (roles > MIN_SHARE * base).any():
-        return None
     is_strong = roles >= roles.max() / 2
-    limit = max(MAX_KL, divergences[is_strong].min())
-    is_fit = is_strong & (divergences <= limit)
-    return max(range(len(roles)), key=lambda place: (is_fit[place], roles[place]))
+    least_kl = divergences[is_strong].min()
+    if least_kl > MAX_KL:
+        findings.warn(f"each of them moves what is said after prompt b: KL {least_kl:.2g} at least")
+    is_fit = is_strong & (divergences <= max(MAX_KL, least_kl))
+    place = max(range(len(roles)), key=lambda place: (is_fit[place], roles[place]))
+    return [DirectionSet("none"), *with_random_directions(data, candidates[place])]
 
 
-def run_direction_replies(
-    experiment: Experiment, data: DirectionData, chosen: Sequence[DirectionSet]
-) -> None:
+def run_direction_replies(data: DirectionData, chosen: Sequence[DirectionSet]) -> None:
     """directions_generations.jsonl: replies without edits and with each chosen set edited."""
+    experiment, held_out = data.experiment, data.measured
     requests = [ReplyRequest(DirectionSet("none"), data.measured)]
     if chosen and check_edits_replies(experiment):
-        units = confirmed_units(experiment, data)
-        held_out = [pair for pair in data.measured if pair[0].sample.unit in units]
+        held_out = confirming_prompts(data)
         for joint_set in chosen:
             requests.append(ReplyRequest(joint_set, held_out, "held-out"))
-    edits_of = functools.partial(direction_set_edits, experiment, data)
+    edits_of = functools.partial(direction_set_edits, data)
     measure_replies(experiment, requests, "directions_generations.jsonl", edits_of)
-
-
-def confirmed_units(experiment: Experiment, data: DirectionData) -> set[str]:
-    """The sentences on which the choice of directions was confirmed."""
-    units = {pair[0].sample.unit for pair in data.measured if pair[0].sample.counts}
-    if experiment.options.everywhere:
-        return units
-    return halves(units, experiment.options.seed)[1]
 
 
 # ----- Command: graph -----------------------------------------------------------------------------
@@ -10223,7 +10207,7 @@ class FieldRule(NamedTuple):
     required: bool = True
 
 
-def is_text(value: Any) -> bool:
+def is_string(value: Any) -> bool:
     return isinstance(value, str)
 
 
@@ -10249,11 +10233,11 @@ def is_token(value: Any) -> bool:
     """A token and its probability."""
     if not isinstance(value, list) or len(value) != 2:
         return False
-    return is_text(value[0]) and is_number(value[1])
+    return is_string(value[0]) and is_number(value[1])
 
 
 def is_finding(value: Any) -> bool:
-    return is_object(value) and is_text(value.get("level")) and is_text(value.get("text"))
+    return is_object(value) and is_string(value.get("level")) and is_string(value.get("text"))
 
 
 def list_of(is_item: Callable[[Any], bool], expected: str) -> FieldRule:
@@ -10263,9 +10247,9 @@ def list_of(is_item: Callable[[Any], bool], expected: str) -> FieldRule:
     return FieldRule(fits, f"a list of {expected}")
 
 
-TEXT = FieldRule(is_text, "a text")
+TEXT = FieldRule(is_string, "a text")
 NUMBER = FieldRule(is_number, "a number")
-TEXTS = list_of(is_text, "texts")
+TEXTS = list_of(is_string, "texts")
 OBJECT = FieldRule(is_object, "an object")
 COMMAND_RULES = {  # of one of `commands` in run.json
     "command": FieldRule(COMMANDS.__contains__, "a command of this script"),
