@@ -997,6 +997,11 @@ class DirectionsOptions(ComponentOptions, MeasuringOptions):
     row_method: ClassVar = "exact"  # how effects are found: they are measured
 
     @property
+    def finds_directions(self) -> bool:
+        """Whether directions are fitted, and not read from a file."""
+        return self.fit in FITS
+
+    @property
     def everywhere(self) -> bool:
         """Whether one direction is confirmed, at every reading point of the residual stream."""
         return self.confirm.rule == "all"
@@ -1074,6 +1079,98 @@ class RedrawOptions(OutputOptions):
 
 RECORD_FORMAT = "run/2"
 
+# what each command may write, and what the page says below a figure; run.json, run.log and
+# circuit_report.html are of all commands
+COMMAND_FILES: dict[str, dict[str, str]] = {
+    "trace": {
+        "circuit_results.csv": "",
+        "circuit_heads.csv": "",
+        "circuit_heads.png": "The strongest components with 95 % intervals, coloured by verdict.",
+        "circuit_summary.png": "The strongest mean effects on delta_logit.",
+        "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
+        "circuit_screen.csv": "",
+        "circuit_screen.png": "Estimates against measurements of the same components.",
+        "circuit_confirm.csv": "",
+        "circuit_confirm.png": "Held-out sentences: what is left with components edited jointly.",
+        "circuit.json": "",
+        "generations.jsonl": "",
+    },
+    "joint": {
+        "circuit_joint.csv": "",
+        "circuit_joint.png": "What is left with the named components edited jointly.",
+        "circuit_steer.csv": "",
+        "circuit_steer.png": "Replies and scores with the components scaled.",
+        "joint_generations.jsonl": "",
+    },
+    "paths": {
+        "circuit_paths.csv": "",
+        "circuit_paths.png": "Effects by sender and receiver of a path.",
+    },
+    "tokens": {
+        "circuit_tokens.csv": "",
+        "circuit_tokens.png": "Effects of editing one token at a time.",
+    },
+    "directions": {
+        "circuit_directions.csv": "",
+        "direction_effects.csv": "",
+        "directions.safetensors": "",
+        "directions_confirm.csv": "",
+        "directions_confirm.png": "Held-out sentences: what is left with directions edited.",
+        "directions_generations.jsonl": "",
+    },
+    "graph": {
+        "circuit_graph.csv": "",
+        "circuit_graph_edges.csv": "",
+        "circuit_graph.png": "Attribution graph: tokens across, layers up. Shares of a"
+        " linearisation, not effects.",
+    },
+    "compare": {
+        "circuit_compare.csv": "",
+        "circuit_compare.png": "Components whose role changed most since another run.",
+    },
+    "redraw": {
+        "circuit_heads.csv": "",
+        "circuit_heads.png": "The strongest components with 95 % intervals, coloured by verdict.",
+        "circuit_summary.png": "The strongest mean effects on delta_logit.",
+        "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
+    },
+    "check": {},
+}
+REPORT_FILE = "circuit_report.html"
+GRAPH_LIST = "graphs/graph-metadata.json"
+GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
+PART_FILE = r"(base|estimate|graph|kl|probe|replies|scores|tested)-[a-z0-9-]+\.json"
+# files that only some command lines write, by the option that asks for them
+OPTION_OF_FILE = {
+    "circuit_heatmap.png": "heatmap",
+    "circuit_screen.csv": "screen",
+    "circuit_screen.png": "screen",
+    "circuit_confirm.csv": "confirm",
+    "circuit_confirm.png": "confirm",
+    "circuit.json": "confirm",
+    "generations.jsonl": "max_new_tokens",
+    "circuit_steer.csv": "multipliers",
+    "circuit_steer.png": "multipliers",
+    "joint_generations.jsonl": "max_new_tokens",
+    "directions.safetensors": "finds_directions",
+    "directions_confirm.csv": "confirm",
+    "directions_confirm.png": "confirm",
+    "directions_generations.jsonl": "max_new_tokens",
+}
+KEPT_FILES = (
+    "circuit.json",
+    "directions.safetensors",
+)  # they say what they are of; others read them
+
+
+def planned_files(command: str, options: Any) -> list[str]:
+    """What a command line writes into its folder, beside run.json, run.log and graphs/."""
+    names = [REPORT_FILE]
+    for name in COMMAND_FILES[command]:
+        if name not in OPTION_OF_FILE or getattr(options, OPTION_OF_FILE[name]):
+            names.append(name)
+    return names
+
 
 def recorded_text(value: Any) -> Any:
     """An option's value as run.json keeps it: as the command line takes it."""
@@ -1104,15 +1201,66 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def is_record(record: Any) -> bool:
     """Whether a run.json is one of this script, of this version or of the one before."""
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not has_sound_entries(record, RECORD_TYPES):
+        return False
+    if not all(is_row_count(record[name]) for name in ROW_COUNTS if name in record):
         return False
     if record.get("format") != RECORD_FORMAT:
         return isinstance(record.get("fingerprint"), dict)
     experiment, commands = record.get("experiment"), record.get("commands")
     if not isinstance(experiment, dict) or not isinstance(commands, dict):
         return False
-    parts = [experiment.get("options"), experiment.get("fingerprint"), *commands.values()]
-    return all(isinstance(part, dict) for part in parts)
+    groups = [experiment.get("options"), experiment.get("fingerprint")]
+    if not all(isinstance(group, dict) for group in groups):
+        return False
+    return all(is_command_record(entry) for entry in commands.values())
+
+
+RECORD_TYPES: dict[str, Any] = {  # of entries that a record may have
+    "config": dict,
+    "files": dict,
+    "model_files": dict,
+    "samples": list,
+    "noise_floor": (int, float, type(None)),
+}
+COMMAND_TYPES: dict[str, Any] = {
+    "options": dict,
+    "findings": list,
+    "files": list,
+    "parts_to_replace": list,
+}
+ROW_COUNTS = ("rows_per_forward", "rows_after_halving")
+
+
+def has_sound_entries(entries: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
+    return all(isinstance(entries[name], types[name]) for name in types if name in entries)
+
+
+def is_row_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def is_command_record(entry: Any) -> bool:
+    """Whether run.json may say this of a command. Files and parts are deleted by their names, so
+    that each has to be a name that this script gives."""
+    if not isinstance(entry, dict) or not has_sound_entries(entry, COMMAND_TYPES):
+        return False
+    parts = [f"{name}.json" for name in entry.get("parts_to_replace", ())]
+    return all(map(is_output, entry.get("files", ()))) and all(map(is_part_file, parts))
+
+
+def is_output(name: Any) -> bool:
+    """Whether this script gives files in an output folder such a name."""
+    if name in ("run.json", "run.log", REPORT_FILE):
+        return True
+    if any(name in files for files in COMMAND_FILES.values()):
+        return True
+    return isinstance(name, str) and re.fullmatch(GRAPH_FILE, name) is not None
+
+
+def is_part_file(name: str) -> bool:
+    """Whether this script gives files in .parts/ such a name."""
+    return re.fullmatch(PART_FILE, name) is not None
 
 
 # ----- Commands -----------------------------------------------------------------------------------
@@ -1408,12 +1556,17 @@ def inheritance_sources(given: Mapping[str, Any], folder: Path) -> dict[str, Map
     return sources
 
 
+PROMPT_OPTIONS = ("task", "seed", "controls", "target_form", "chat")
+PROMPT_OPTIONS += ("system_prompt", "answer_prefix")  # in which every difference is one of prompts
+
+
 def contradictions(options_type: type, given: Mapping[str, Any], folder: Path) -> Iterator[str]:
-    """What a command line says of the experiment in another way than the folder's record does."""
+    """What a command line says of the prompts in another way than the folder's record does. Whether
+    it means another model is told by the fingerprint: a model may be spelled in several ways."""
     record = read_record(folder / "run.json")
     recorded = record.get("experiment", {}).get("options", {})
     for entry in option_fields(options_type):
-        if entry.name in given and entry.name in recorded:
+        if entry.name in given and entry.name in recorded and entry.name in PROMPT_OPTIONS:
             value = given[entry.name]
             if value != recorded_value(entry, recorded[entry.name]):
                 value = shorten(recorded_text(value))
@@ -1476,7 +1629,9 @@ def complete_request(command: str, given: dict[str, Any]) -> Request:
             given["names"] = ComponentList.read(folder / "circuit.json")
         sources = inheritance_sources(given, folder)
         inherited, origins = inherited_values(options_type, given, sources)
-        if "model_id" not in {*given, *inherited} and not (folder / "run.json").exists():
+        record = read_record(folder / "run.json")
+        has_experiment = bool(record.get("experiment", {}).get("options"))
+        if "model_id" not in given and not has_experiment:
             raise UsageError(f"{folder} holds no experiment: run trace there, or give --model_id")
     options = options_type(**inherited | given)
     for sentence in usage_errors(options):
@@ -4144,65 +4299,6 @@ def run_batches(
 
 # ----- Run folder ---------------------------------------------------------------------------------
 
-# what each command may write, and what the page says below a figure; run.json, run.log and
-# circuit_report.html are of all commands
-COMMAND_FILES: dict[str, dict[str, str]] = {
-    "trace": {
-        "circuit_results.csv": "",
-        "circuit_heads.csv": "",
-        "circuit_heads.png": "The strongest components with 95 % intervals, coloured by verdict.",
-        "circuit_summary.png": "The strongest mean effects on delta_logit.",
-        "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
-        "circuit_screen.csv": "",
-        "circuit_screen.png": "Estimates against measurements of the same components.",
-        "circuit_confirm.csv": "",
-        "circuit_confirm.png": "Held-out sentences: what is left with components edited jointly.",
-        "circuit.json": "",
-        "generations.jsonl": "",
-    },
-    "joint": {
-        "circuit_joint.csv": "",
-        "circuit_joint.png": "What is left with the named components edited jointly.",
-        "circuit_steer.csv": "",
-        "circuit_steer.png": "Replies and scores with the components scaled.",
-        "joint_generations.jsonl": "",
-    },
-    "paths": {
-        "circuit_paths.csv": "",
-        "circuit_paths.png": "Effects by sender and receiver of a path.",
-    },
-    "tokens": {
-        "circuit_tokens.csv": "",
-        "circuit_tokens.png": "Effects of editing one token at a time.",
-    },
-    "directions": {
-        "circuit_directions.csv": "",
-        "direction_effects.csv": "",
-        "directions.safetensors": "",
-        "directions_confirm.csv": "",
-        "directions_confirm.png": "Held-out sentences: what is left with directions edited.",
-        "directions_generations.jsonl": "",
-    },
-    "graph": {
-        "circuit_graph.csv": "",
-        "circuit_graph_edges.csv": "",
-        "circuit_graph.png": "Attribution graph: tokens across, layers up. Shares of a"
-        " linearisation, not effects.",
-    },
-    "compare": {
-        "circuit_compare.csv": "",
-        "circuit_compare.png": "Components whose role changed most since another run.",
-    },
-    "redraw": {
-        "circuit_heads.csv": "",
-        "circuit_heads.png": "The strongest components with 95 % intervals, coloured by verdict.",
-        "circuit_summary.png": "The strongest mean effects on delta_logit.",
-        "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
-    },
-    "check": {},
-}
-REPORT_FILE = "circuit_report.html"
-
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a draft beside `path`, then put it in the place of `path` at once."""
@@ -4225,13 +4321,14 @@ def write_text(path: Path, text: str) -> None:
 
 def make_folder(path: Path) -> None:
     """Make a folder with its parents; `UsageError` where nothing can be written into it."""
-    probe = path / f".probe.{os.getpid()}.tmp"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        raise UsageError(f"--output_dir {path} cannot be used: {error.strerror}") from error
+        raise UsageError(
+            f"--output_dir {shorten(path)} cannot be used: {error.strerror}"
+        ) from error
 
 
 def discard(path: Path) -> None:
@@ -4239,6 +4336,13 @@ def discard(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
+        path.unlink(missing_ok=True)
+
+
+def discard_draft(path: Path, is_own: Callable[[str], bool]) -> None:
+    """Remove a file that is named like the draft of one whose name is this script's."""
+    match = re.fullmatch(r"\.(.+)\.[0-9]+\.tmp", path.name)
+    if match is not None and is_own(match[1]) and (path.is_symlink() or path.is_file()):
         path.unlink(missing_ok=True)
 
 
@@ -4268,21 +4372,22 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 class RunFolder:
     """An output folder of one experiment: its record run.json, the parts that are measured
-    (.parts/), and the files that its commands wrote."""
+    (.parts/), and the files that its commands wrote. No file that the record does not list is
+    replaced or deleted."""
 
-    def __init__(self, path: Path, leads: bool = True) -> None:
+    def __init__(self, path: Path, leads: bool = True, command: str = "") -> None:
         self.path = path
         self.parts = path / ".parts"
         self.leads = leads  # process 0, which alone writes files other than parts
+        self.command = command  # the one at work
         self.record: dict[str, Any] = {}
         self.experiment_key = ""  # digest of the fingerprint; parts are sealed with it
-        self.command = ""
         self.files: list[str] = []  # that the command at work has written
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Make the folder, read its record, keep other commands out; `UsageError` where the record
-        is of an earlier version."""
+        is of an earlier version, or run.log is not this script's."""
         make_folder(self.parts)
         with sole_writer(self.path):
             self.record = read_record(self.path / "run.json")
@@ -4291,6 +4396,13 @@ class RunFolder:
                     f"{self.path} holds a run of an earlier version: redraw and compare read it;"
                     " give another --output_dir to measure"
                 )
+            if not self.record:
+                self.check_foreign_files(["run.log"])
+                empty = {"options": {}, "fingerprint": {}}
+                self.note(format=RECORD_FORMAT, experiment=empty, commands={})
+            self.forget_missing_files()
+            if not self.has_measured():
+                self.forget_experiment()
             yield
 
     # -- the record
@@ -4314,119 +4426,219 @@ class RunFolder:
 
     def written_files(self) -> set[str]:
         """The names of files in the folder that this script wrote, by its record."""
-        names = {"run.json", "run.log", REPORT_FILE} if self.record else set()
+        names = {"run.json", "run.log"} if self.record else set()
         for command in self.record.get("commands", {}).values():
             names.update(command.get("files", ()))
         return names
 
+    def forget_missing_files(self) -> None:
+        """List no file that is not there: what comes in its place is the user's."""
+        for entry in self.record["commands"].values():
+            paths = [self.path / name for name in entry.get("files", ())]
+            entry["files"] = [
+                path.relative_to(self.path).as_posix()
+                for path in paths
+                if path.is_file() or path.is_symlink()
+            ]
+
+    def forget_experiment(self) -> None:
+        """Keep of the record only which files are this script's."""
+        commands = self.record["commands"]
+        files = {name: {"files": commands[name].get("files", [])} for name in commands}
+        self.record = {
+            "format": RECORD_FORMAT,
+            "experiment": {"options": {}, "fingerprint": {}},
+            "commands": files,
+            "model_files": self.record.get("model_files", {}),
+        }
+
     # -- the experiment and the command at work
 
-    def take_up(
-        self, command: str, options: Any, fingerprint: dict[str, Any], setting: str
-    ) -> None:
-        """Begin or continue a command whose parts are named by `setting`; `UsageError` where the
-        folder holds another experiment, a trace with another edit, or a file of the user's that the
-        command would replace. Nothing is deleted before all of that is known."""
-        self.command = command
-        self.check_foreign_files()
+    def take_up(self, options: Any, fingerprint: dict[str, Any], edit_digest: str) -> None:
+        """Begin or continue the command at work, whose parts are named by the digest; `UsageError`
+        where the folder holds another experiment, a trace with another edit, a file of the user's
+        that the command would replace, or an input that would be lost. Nothing is deleted before
+        all of that is known."""
         settings = command_settings(options)
-        before = self.command_record(command)
-        is_continued = before.get("options") == settings and not before.get("finished", False)
-        restarts = options.overwrite and bool(before) and not is_continued
-        recorded = self.record.get("experiment", {}).get("fingerprint", fingerprint)
-        if recorded != fingerprint and self.has_measured():
-            if not (command == "trace" and options.overwrite):
-                raise UsageError(describe_other_experiment(self.path, recorded, fingerprint))
+        before = self.command_record(self.command)
+        recorded = self.record["experiment"]["fingerprint"] or fingerprint
+        restarts = options.overwrite and bool(before) and not self.is_continued(options)
+        is_trace = self.command == "trace"
+        planned = planned_files(self.command, options)
+        self.check_foreign_files(planned)
+        self.check_inputs(options, planned, "would be replaced by this command")
+        if recorded != fingerprint:
+            if not (is_trace and options.overwrite):
+                raise UsageError(self.describe_other_experiment(options, fingerprint))
             self.discard_experiment(options)
         elif restarts:
-            self.discard_command(options, setting)
-        elif command == "trace" and before and self.has_measured():
+            self.discard_command(options, edit_digest)
+        elif is_trace and self.has_traced(before):
             check_same_edit(self.path, before["options"], settings)
+        elif before.get("finished") and before["options"] != settings:
+            self.report_replacement(before["options"], settings)
         self.discard_drafts()
         self.experiment_key = digest(fingerprint)
         experiment = {name: settings[name] for name in settings if name in EXPERIMENT_OPTIONS}
-        self.note(
-            format=RECORD_FORMAT,
-            experiment={"options": experiment, "fingerprint": fingerprint},
-            commands=self.record.get("commands", {}),
-        )
-        self.note_command(options=settings, finished=False)
+        self.record["experiment"] = {"options": experiment, "fingerprint": fingerprint}
+        self.note_command(options=settings, edit_digest=edit_digest, finished=False)
+
+    def is_continued(self, options: Any) -> bool:
+        """Whether the command at work is one that was interrupted in this folder."""
+        before = self.command_record(self.command)
+        is_same = before.get("options") == command_settings(options)
+        return is_same and not before.get("finished", False)
+
+    def list_parts(self, setting: str = "") -> list[Path]:
+        """The files of parts, or those of one edit digest or setting."""
+        paths = [path for path in self.parts.glob("*.json") if is_part_file(path.name)]
+        return [path for path in paths if f"-{setting}" in path.name]
 
     def has_measured(self) -> bool:
         """Whether the folder holds anything that depends on its experiment."""
         commands = self.record.get("commands", {}).values()
-        is_finished = any(command.get("finished") for command in commands)
-        return is_finished or any(self.parts.glob("*.json"))
+        return any(command.get("finished") for command in commands) or bool(self.list_parts())
 
-    def check_foreign_files(self, names: Iterable[str] = ()) -> None:
-        """`UsageError` names a file that the command would replace and that this script did not
-        write: one of those that it always writes, or of `names`."""
-        for name in (*COMMAND_FILES[self.command], REPORT_FILE, *names):
-            if os.path.lexists(self.path / name) and name not in self.written_files():
+    def has_traced(self, before: Mapping[str, Any]) -> bool:
+        """Whether anything depends on the edit of an earlier trace."""
+        return bool(before.get("finished") or self.list_parts(before.get("edit_digest", "none")))
+
+    def check_foreign_files(self, names: Iterable[str]) -> None:
+        """`UsageError` names the first of some files, about to be written, that the record does not
+        list as written by this script."""
+        written = self.written_files()
+        for name in names:
+            path = self.path / name
+            if os.path.lexists(path.parent) and not path.parent.is_dir():
+                path = path.parent  # a file called graphs
+            if os.path.lexists(path) and name not in written:
                 raise UsageError(
-                    f"{self.path / name} was not written by a run in this folder: move it away,"
-                    " or give another --output_dir"
+                    f"{path} would be overwritten, and run.json does not list it as this script's:"
+                    " move it, or give another --output_dir"
                 )
+
+    def check_inputs(self, options: Any, names: Iterable[str], fate: str) -> None:
+        """`UsageError` where an input is one of these files: the same command would not find it
+        again."""
+        for label, source in input_files(options):
+            for name in names:
+                output = self.path / name
+                if output.is_file() and output.samefile(source):
+                    raise UsageError(f"{label} {source} {fate}; copy it to another folder")
+
+    def describe_other_experiment(self, options: Any, fingerprint: Mapping[str, Any]) -> str:
+        """The sentence that refuses another experiment: what differs, there and now."""
+        recorded = self.record["experiment"]
+        values = command_settings(options)
+        pairs = [
+            (name, recorded["options"].get(name), values.get(name)) for name in TOLD_OF_PROMPTS
+        ]
+        pairs += [
+            (name, recorded["fingerprint"].get(name), fingerprint[name]) for name in fingerprint
+        ]
+        differences = []
+        for name, there, now in pairs:
+            if there != now:
+                differences.append(f"{name}: {quote(there)} there, {quote(now)} now")
+        listing = "; ".join(differences)
+        return (
+            f"{self.path} holds another experiment, which differs in {listing}; give another"
+            " --output_dir, or trace with --overwrite"
+        )
+
+    def report_replacement(self, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+        """Say what becomes of the command's earlier results."""
+        changed = []
+        for name, value in before.items():
+            if value != settings.get(name):
+                changed.append(f"--{name} {value}")
+        log.info(
+            "this replaces the files of %s with %s; what was measured for them is kept",
+            self.command,
+            ", ".join(changed),
+        )
+
+    # -- what is thrown away
 
     def discard_experiment(self, options: Any) -> None:
         """Remove all parts and files of the experiment that the folder held, and name the files."""
-        names = self.written_files() - {"run.log"}
-        self.discard_files(options, names)
-        for part in self.parts.glob("*.json"):
-            discard(part)
-        with contextlib.suppress(OSError):  # what is not this script's stays
-            (self.path / "graphs").rmdir()
-        log.info("--overwrite removed an experiment with %s", ", ".join(sorted(names)))
-        self.record = {}
-
-    def discard_command(self, options: Any, setting: str) -> None:
-        """Remove the files of the command at work, and the parts that it would use."""
-        files = self.command_record(self.command).get("files", ())
-        graphs = [name for name in files if name.startswith("graphs/")]  # with a user's pins
-        self.discard_files(options, set(files).difference(graphs))
-        for part in self.parts.glob(f"*-{setting}-*.json"):
-            discard(part)
-        self.note_command(files=graphs)
-
-    def discard_files(self, options: Any, names: Iterable[str]) -> None:
-        """Remove files by name; `UsageError`, before anything is removed, where one is an input."""
-        paths = [self.path / name for name in names]
-        for option_name, source in input_files(options):
-            if source.resolve() in {path.resolve() for path in paths}:
-                raise UsageError(
-                    f"--{option_name} {source} lies in the folder that --overwrite empties:"
-                    " copy it elsewhere"
-                )
-        for path in paths:
+        names = sorted(self.written_files() - {"run.json", "run.log"})
+        self.check_inputs(options, names, LIES_IN_FOLDER)
+        for path in self.list_parts():
             discard(path)
+        self.remove(names)
+        self.record["commands"] = {}
+        if any(name.startswith("graphs/") for name in names):
+            with contextlib.suppress(OSError):  # files of others are in it
+                (self.path / "graphs").rmdir()
+        if names:
+            log.info("--overwrite removed files of another experiment: %s", ", ".join(names))
+        self.forget_experiment()
+
+    def discard_command(self, options: Any, edit_digest: str) -> None:
+        """Remove the files of the command at work, but for graphs, in which a user may have pinned
+        nodes. Its parts go as soon as it would use them: see `replace_parts`."""
+        files = self.command_record(self.command).get("files", ())
+        graphs = [name for name in files if name.startswith("graphs/")]
+        names = [name for name in files if name not in graphs]
+        self.check_inputs(options, names, LIES_IN_FOLDER)
+        self.remove(names)
+        parts = sorted(path.stem for path in self.list_parts(edit_digest))
+        self.record.pop("tested_on", None)
+        self.note_command(files=graphs, parts_to_replace=parts)
+
+    def parts_to_replace(self) -> set[str]:
+        """The parts that were there when the command at work started afresh with --overwrite, and
+        that it has not come to use."""
+        return set(self.command_record(self.command).get("parts_to_replace", ()))
+
+    def replace_parts(self, names: Iterable[str]) -> None:
+        """Remove those of some parts that --overwrite is to measure anew."""
+        before = self.parts_to_replace()
+        replaced = before.intersection(names)
+        if replaced:
+            for name in replaced:
+                discard(self.part_path(name))
+            self.note_command(parts_to_replace=sorted(before - replaced))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files by their names; what is a folder was put there by somebody else."""
+        for name in names:
+            path = self.path / name
+            if path.is_symlink() or path.is_file():
+                path.unlink()
 
     def discard_drafts(self) -> None:
         """Remove what processes that died have left half written."""
-        names = {"run.json", REPORT_FILE, *itertools.chain(*COMMAND_FILES.values())}
         for path in self.path.glob(".*.tmp"):
-            match = re.fullmatch(r"\.(.+)\.[0-9]+\.tmp", path.name)
-            if match is not None and match[1] in names:
-                discard(path)
-        for pattern in (".*.tmp", "offload-*"):
-            for path in self.parts.glob(pattern):
+            discard_draft(path, is_output)
+        for path in self.path.glob("graphs/.*.tmp"):
+            discard_draft(path, lambda name: is_output(f"graphs/{name}"))
+        for path in self.parts.glob(".*.tmp"):
+            discard_draft(path, is_part_file)
+        for path in self.parts.glob("offload-*"):
+            if path.is_dir():
                 discard(path)
 
     def finish(self, **entries: Any) -> None:
         """Note that the command is done; its files of an earlier time that it did not write now are
-        removed."""
+        removed, but for graphs and for files that others may read."""
+        self.path_of(REPORT_FILE)
         files = set(self.files)
-        for name in self.command_record(self.command).get("files", ()):
-            if name.startswith("graphs/"):
-                files.add(name)  # graphs stay, one per slug
-            elif name not in files:
-                discard(self.path / name)
-        self.note_command(finished=True, files=sorted(files), **entries)
+        for name in self.command_record(self.command)["files"]:
+            if name.startswith("graphs/") or name in KEPT_FILES:
+                files.add(name)
+        optional = set(COMMAND_FILES[self.command]) & self.written_files() - files
+        self.remove(optional)
+        self.note_command(finished=True, files=sorted(files), parts_to_replace=[], **entries)
 
     # -- files
 
     def path_of(self, name: str) -> Path:
-        """The path of a file that is about to be written; the record knows it from now on."""
+        """The path of a file that is about to be written; the record lists it from now on.
+        `UsageError` where the file is there and not this script's."""
         if name not in self.files:
+            self.check_foreign_files([name])
             self.files.append(name)
             recorded = self.command_record(self.command).get("files", ())
             self.note_command(files=sorted({*recorded, *self.files}))
@@ -4473,6 +4685,8 @@ class RunFolder:
 EXPERIMENT_OPTIONS = frozenset(
     entry.name for group in (TaskOptions, ModelOptions) for entry in fields(group)
 )
+LIES_IN_FOLDER = "lies in the folder that --overwrite empties"
+TOLD_OF_PROMPTS = ("samples", "num_samples", "chat", "system_prompt", "answer_prefix")
 TRACE_EDIT = ("kind", "op", "factor", "positions", "patch_into", "given", "method")
 
 
@@ -4482,22 +4696,6 @@ def command_settings(options: Any) -> dict[str, Any]:
     for name in ("output_dir", "overwrite", "dry_run", "debug"):
         settings.pop(name, None)
     return settings
-
-
-def describe_other_experiment(
-    path: Path, recorded: Mapping[str, Any], fingerprint: Mapping[str, Any]
-) -> str:
-    """The sentence that refuses a folder of another experiment: what differs, there and now."""
-    differences = []
-    for name in {**recorded, **fingerprint}:
-        if recorded.get(name) != fingerprint.get(name):
-            there, now = shorten(recorded.get(name)), shorten(fingerprint.get(name))
-            differences.append(f"{name}: {there!r} there, {now!r} now")
-    listing = "; ".join(differences)
-    return (
-        f"{path} holds another experiment, which differs in {listing}; give another --output_dir,"
-        " or trace with --overwrite"
-    )
 
 
 def check_same_edit(path: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
@@ -4511,13 +4709,23 @@ def check_same_edit(path: Path, recorded: Mapping[str, Any], settings: Mapping[s
 
 
 def input_files(options: Any) -> Iterator[tuple[str, Path]]:
-    """(option, path) of the files that the options name as inputs."""
+    """The files that a command line names as inputs, and how it names them."""
     for entry in fields(options):
         value = getattr(options, entry.name)
-        if isinstance(value, ComponentList) and value.file:
-            yield entry.name, Path(value.file)
-        if entry.name in ("samples", "fit", "model_id") and value and Path(value).exists():
-            yield entry.name, Path(value)
+        label = f"--{entry.name}"
+        if "words" in entry.metadata:
+            label = entry.metadata["value_name"]
+        paths: list[str] = []
+        if entry.name in ("samples", "fit", "model_id", "source"):
+            paths.append(value)
+        elif entry.name == "runs":
+            paths += value
+        for component_list in (value, getattr(value, "components", None)):
+            if isinstance(component_list, ComponentList):
+                paths.append(component_list.file)
+        for path in paths:
+            if path and os.path.isfile(path):
+                yield label, Path(path)
 
 
 # ----- Findings -----------------------------------------------------------------------------------
@@ -4623,14 +4831,18 @@ class Experiment(Generic[OptionsT]):
         return plant_trees(prompts, self.bos, self.options)
 
     @functools.cached_property
-    def setting(self) -> str:
-        """A digest of the edit options and batch sizes that all measured numbers depend on; names
-        of parts hold it."""
+    def edit_digest(self) -> str:
+        """A digest of the edit options, on which all measured numbers depend."""
         options = self.options
         side = options.patch_into if options.patches else ""
         values = [options.kind, options.op, options.factor, options.positions, side]
-        values += [str(options.given), self.rows_per_forward, options.tree_tokens]
-        return digest(values)[:10]
+        return digest([*values, str(options.given)])[:10]
+
+    @property
+    def setting(self) -> str:
+        """A digest of the edit options and of batch sizes, on which last bits depend; names of
+        parts hold it."""
+        return f"{self.edit_digest}-{self.rows_per_forward}-{self.options.tree_tokens}"
 
     @property
     def background(self) -> Edits:
@@ -5116,8 +5328,9 @@ class PartJob(NamedTuple):
 
 def compute_parts(experiment: Experiment, jobs: Sequence[PartJob], description: str) -> None:
     """Compute and write the parts that are not there yet, each process its share; returns when all
-    are there. No process waits in a collective while another computes."""
+    have been written. No process waits in a collective while another computes."""
     folder, processes = experiment.folder, experiment.processes
+    folder.replace_parts(job.name for job in jobs)
     missing = [job.name for job in jobs if folder.read_part(job.name) is None]
     missing = processes.share(missing)
     if not missing:
@@ -5133,8 +5346,17 @@ def compute_parts(experiment: Experiment, jobs: Sequence[PartJob], description: 
         for job in sorted(dealt, key=lambda job: (job.tree, job.name)):
             folder.write_part(job.name, job.compute(bar))
             experiment.note_halving()
-    while not all(folder.part_path(name).exists() for name in missing):
-        time.sleep(0.2)  # a launcher ends the command if a process dies
+            names.discard(job.name)
+    wait_for_parts(folder, names)
+
+
+def wait_for_parts(folder: RunFolder, names: set[str]) -> None:
+    """Until other processes have written some parts; a launcher ends the command if one dies."""
+    while True:
+        names = {name for name in names if not folder.part_path(name).exists()}
+        if not names:
+            return
+        time.sleep(0.2)
 
 
 def read_parts(experiment: Experiment, jobs: Sequence[PartJob], description: str) -> list[Any]:
@@ -5187,24 +5409,22 @@ def measure(
     `score_a`, `score_b`, ... (nats; NaN where a sample lacks the side), with KL also `kl_a`, ...
     What was measured before, by whichever command, is read from the folder's parts.
     """
-    known = read_scores(experiment, reading)
-    missing = [
-        (number, place)
-        for number in range(len(reading.trees))
-        for place, variant in enumerate(variants)
-        if (number, variant.key) not in known
-    ]
+    values = read_scores(experiment, variants, reading)
+    missing = []
+    for number in range(len(reading.trees)):
+        for place, variant in enumerate(variants):
+            if (number, variant.key) not in values:
+                missing.append((number, place))
     missing = experiment.processes.share(missing)  # as process 0 sees the folder
     jobs: list[PartJob] = []
     for number, group in itertools.groupby(missing, key=lambda pair: pair[0]):
         subset = [variants[place] for _, place in group]
         jobs += score_jobs(experiment, number, subset, edits_of, reading)
-    compute_parts(experiment, jobs, description)
-    if missing:
-        known = read_scores(experiment, reading)
+    for job, part in zip(jobs, read_parts(experiment, jobs, description), strict=True):
+        values |= values_of_part(part, job.tree)
     frames = []
     for number, tree in enumerate(reading.trees):
-        scores = [known[number, variant.key] for variant in variants]
+        scores = [values[number, variant.key] for variant in variants]
         frames.append(scores_table(tree, variants, scores, reading.with_kl))
     return pd.concat(frames, ignore_index=True)
 
@@ -5220,18 +5440,37 @@ def scores_prefix(experiment: Experiment, tree: Tree, with_kl: bool) -> str:
     return f"{name}-{experiment.setting}-{tree_digest(tree)}"
 
 
-def read_scores(experiment: Experiment, reading: Reading) -> dict[tuple[int, str], list[float]]:
-    """The values of one edited run, by tree and variant key: the score of each prompt, with KL
-    followed by the KL of each prompt."""
-    known = {}
+Scores = dict[tuple[int, str], list[float]]  # of each prompt, then its KL; by tree and variant
+
+
+def read_scores(experiment: Experiment, variants: Sequence[Variant], reading: Reading) -> Scores:
+    """What the folder's parts hold of these variants; those that --overwrite is to measure anew are
+    removed."""
+    folder = experiment.folder
+    to_replace = folder.parts_to_replace()
+    keys = {variant.key for variant in variants}
+    names_of_tree = defaultdict(list)
+    for path in sorted(folder.list_parts(experiment.setting)):
+        names_of_tree[path.stem.rsplit("-", 2)[0]].append(path.stem)
+    values: Scores = {}
+    replaced = []
     for number, tree in enumerate(reading.trees):
-        prefix = scores_prefix(experiment, tree, reading.with_kl)
-        for path in sorted(experiment.folder.parts.glob(f"{prefix}-*.json")):
-            part = experiment.folder.read_part(path.stem)
-            if part is not None:
-                for key, values in zip(part["keys"], part["values"], strict=True):
-                    known[number, key] = values
-    return known
+        for name in names_of_tree[scores_prefix(experiment, tree, reading.with_kl)]:
+            part = folder.read_part(name)
+            if part is None:
+                continue
+            if name in to_replace and not keys.isdisjoint(part["keys"]):
+                replaced.append(name)
+            else:
+                values |= values_of_part(part, number)
+    folder.replace_parts(replaced)
+    return values
+
+
+def values_of_part(part: Mapping[str, Any], number: int) -> Scores:
+    """The values of each variant of a part, on the tree of this number."""
+    pairs = zip(part["keys"], part["values"], strict=True)
+    return {(number, key): variant_values for key, variant_values in pairs}
 
 
 def score_jobs(
@@ -5447,10 +5686,10 @@ def choose_rows_per_forward(
 ) -> int:
     """Edited runs side by side: those asked for, else those that the folder's experiment began
     with, else as many as a budget of tokens holds."""
-    recorded = folder.record.get("rows_per_forward")
     if options.rows_per_forward is not None:
         return options.rows_per_forward
-    if recorded is not None:
+    recorded = folder.record.get("rows_per_forward")
+    if recorded is not None and (not options.overwrite or folder.is_continued(options)):
         return int(recorded)
     trees = plant_trees(prompts, encoder.bos, options)
     largest = max(tree.n_tokens for tree in trees)
@@ -7790,8 +8029,9 @@ def count_tested(experiment: Experiment, n_components: int) -> int:
     folder, this one included, since a narrower one may have been chosen by what it found. A screen
     tests all that it estimates."""
     folder = experiment.folder
-    name = f"tested-{experiment.setting}-n"
-    n_before = folder.read_part(name) or 0
+    name = f"tested-{experiment.edit_digest}-n"
+    folder.replace_parts([name])
+    n_before = experiment.processes.share(folder.read_part(name) or 0)
     n_tests = max(n_components, n_before)
     if folder.leads and n_tests > n_before:
         folder.write_part(name, n_tests)
@@ -8570,7 +8810,7 @@ def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
         if experiment.folder.leads:
             write_components(experiment.folder.path_of("circuit_directions.csv"), table)
             write_components(experiment.folder.path_of("direction_effects.csv"), heads)
-            if options.fit in FITS:
+            if options.finds_directions:
                 write_directions(data)
     chosen = []
     if options.confirm:
@@ -8595,7 +8835,7 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
             f" the MLP, and no other: not {shape.name}"
         )
     name, vectors, metadata = options.fit, {}, {}
-    if options.fit not in FITS:
+    if not options.finds_directions:
         path = Path(options.fit)
         vectors, metadata = read_directions(path)
         is_joint = options.confirm and not options.everywhere  # all others are edited too
@@ -8701,7 +8941,7 @@ def set_apart(
     units = {prompts[0].sample.unit for prompts in usable if prompts[0].sample.counts}
     fitting_units: set[str] = set()
     measured_units = units
-    if options.fit in FITS or options.everywhere:
+    if options.finds_directions or options.everywhere:
         fitting_units, measured_units = halves(units, options.seed)
     minimum = 2 if options.confirm and not options.everywhere else 1
     if len(measured_units) < minimum:
@@ -10815,14 +11055,16 @@ def run_redraw(options: RedrawOptions) -> None:
     has_record = run.record.get("format") == RECORD_FORMAT
     if not (options.output_dir or (is_in_place and has_record)):
         raise UsageError(f"{options.source} is not redrawn in place: give --output_dir")
-    folder = RunFolder(path)
-    folder.command = "trace" if is_in_place else "redraw"
+    folder = RunFolder(path, command="trace" if is_in_place else "redraw")
     findings = Findings()
     with folder.open():
-        folder.check_foreign_files()
+        planned = planned_files("redraw", trace_options)
+        folder.check_foreign_files(planned)
+        folder.check_inputs(options, planned, "would be replaced by this command")
         if not is_in_place:
             begin_redrawn_run(folder, run, trace_options)
         redraw_effects(run, trace_options, findings, folder)
+        folder.path_of(REPORT_FILE)
         if not is_in_place:
             folder.finish(findings=findings.entries)
         write_page(folder.path)
@@ -10856,7 +11098,7 @@ def redrawn_options(run: FinishedRun, options: RedrawOptions) -> TraceOptions:
 def begin_redrawn_run(folder: RunFolder, run: FinishedRun, options: TraceOptions) -> None:
     """Begin a run.json of what is known of a run; `UsageError` where the folder holds another."""
     commands = folder.record.get("commands", {})
-    if folder.record and set(commands) != {"redraw"}:
+    if set(commands) - {"redraw"}:
         raise UsageError(
             f"--output_dir {folder.path} holds another run; give another folder for the redrawn"
             " files"
@@ -10898,11 +11140,12 @@ def run_compare(options: CompareOptions) -> None:
         table = compare_two_runs(findings, new, old)
         if table is not None:
             tables.append(table)
-    folder = RunFolder(Path(options.output_dir))
-    folder.command = "compare"
+    folder = RunFolder(Path(options.output_dir), command="compare")
     with folder.open():
-        folder.check_foreign_files()
-        begin_comparison(folder, options)
+        planned = planned_files("compare", options)
+        folder.check_foreign_files(planned)
+        folder.check_inputs(options, planned, "would be replaced by this command")
+        folder.note_command(options=command_settings(options), finished=False)
         if tables:
             table = pd.concat(tables, ignore_index=True)
             write_components(folder.path_of("circuit_compare.csv"), table)
@@ -10910,17 +11153,6 @@ def run_compare(options: CompareOptions) -> None:
         folder.finish(findings=findings.entries)
         write_page(folder.path)
     log.info("compared in %s", folder.path)
-
-
-def begin_comparison(folder: RunFolder, options: CompareOptions) -> None:
-    """Record the command, in a folder of its own or in that of an experiment."""
-    if not folder.record:
-        folder.record = {
-            "format": RECORD_FORMAT,
-            "experiment": {"options": {}, "fingerprint": {}},
-            "commands": {},
-        }
-    folder.note_command(options=command_settings(options), finished=False)
 
 
 def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> pd.DataFrame | None:
@@ -11059,7 +11291,6 @@ class OneLine(logging.Formatter):
 # what is known of a command's options before the weights; each raises UsageError
 CHECKS: dict[str, Callable[[Experiment], Any]] = {
     "trace": check_trace,
-    "joint": choose_named_components,
     "paths": choose_senders,
     "tokens": check_equal_lengths,
     "graph": choose_graph_prompt,
@@ -11098,7 +11329,7 @@ def run_measuring(request: Request) -> None:
     options = request.options
     torch.manual_seed(options.seed)
     processes = Processes.launched()
-    folder = RunFolder(Path(options.output_dir), processes.leads)
+    folder = RunFolder(Path(options.output_dir), processes.leads, request.command)
     writes = folder.leads and not options.dry_run and request.command != "check"
     with folder.open() if writes else contextlib.nullcontext():
         start_log(folder.path / "run.log" if writes else None, folder.leads)
@@ -11113,7 +11344,7 @@ def run_measuring(request: Request) -> None:
                     log.info("%s", line)
                 return
             if request.command != "check":
-                take_up(experiment, request.command)
+                take_up(experiment)
             MEASURING[request.command](experiment)
             if writes:
                 finish(experiment, started)
@@ -11125,20 +11356,20 @@ def report_inheritance(request: Request) -> None:
     for name, source in request.inherited.items():
         value = shorten(recorded_text(getattr(request.options, name)))
         by_source[source].append(f"--{name} {value}")
-    for source, flags in by_source.items():
-        log.info("from %s: %s", source, ", ".join(flags))
+    texts = [f"{', '.join(flags)} from {source}" for source, flags in by_source.items()]
+    if texts:
+        log.info("%s", "; ".join(texts))
 
 
-def take_up(experiment: Experiment, command: str) -> None:
+def take_up(experiment: Experiment) -> None:
     """Fix the folder's experiment or go on with it; the other processes learn what depends on it."""
     folder, processes = experiment.folder, experiment.processes
-    folder.command = command
     experiment.rows_per_forward = processes.share(experiment.rows_per_forward)
     if folder.leads:
         digests = file_digests(experiment.options, folder.record.get("model_files", {}))
         fingerprint = fingerprint_of(experiment, digests)
         check_models_of_files(experiment.options, fingerprint["model"])
-        folder.take_up(command, experiment.options, fingerprint, experiment.setting)
+        folder.take_up(experiment.options, fingerprint, experiment.edit_digest)
         folder.note(model_files=digests, rows_per_forward=experiment.rows_per_forward)
     shared = (folder.experiment_key, folder.record.get("rows_after_halving"))
     folder.experiment_key, rows_after_halving = processes.share(shared)
