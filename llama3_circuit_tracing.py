@@ -4323,9 +4323,7 @@ def make_folder(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UsageError(
-            f"--output_dir {shorten(path)} cannot be used: {error.strerror}"
-        ) from error
+        raise UsageError(f"--output_dir {path} cannot be used: {error.strerror}") from error
 
 
 def discard(path: Path) -> None:
@@ -4387,6 +4385,7 @@ class RunFolder:
     def open(self) -> Iterator[None]:
         """Make the folder, read its record, keep other commands out; `UsageError` where the record
         is of an earlier version, or run.log is not this script's."""
+        make_folder(self.path)
         make_folder(self.parts)
         with sole_writer(self.path):
             self.record = read_record(self.path / "run.json")
@@ -4893,14 +4892,6 @@ class Experiment(Generic[OptionsT]):
     def is_loaded(self) -> bool:
         return "traced" in vars(self)
 
-    def check_model(self) -> None:
-        """Run the self-test, unless this folder's model has passed it on these devices."""
-        place = [str(self.options.device_map), device_names(), self.processes.count]
-        if self.processes.share(self.folder.record.get("tested_on")) != place:
-            with self.stage("self-test"):
-                checks = self_test(self)
-            self.folder.note(self_test=checks, tested_on=place)
-
     def check_weights(self, purpose: str) -> None:
         """`UsageError` where weights are offloaded, so that no gradient can be had."""
         if any(weight.is_meta for weight in self.traced.model.parameters()):
@@ -5329,6 +5320,21 @@ def keep_freed_memory() -> None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
 
 
+def device_names() -> list[str]:
+    gpus = range(torch.cuda.device_count())
+    return [torch.cuda.get_device_name(gpu) for gpu in gpus] or ["cpu"]
+
+
+def check_model(experiment: Experiment) -> None:
+    """Run the self-test, unless this folder's model has passed it on these devices."""
+    folder, processes = experiment.folder, experiment.processes
+    place = [str(experiment.options.device_map), device_names(), processes.count]
+    if processes.share(folder.record.get("tested_on")) != place:
+        with experiment.stage("self-test"):
+            checks = self_test(experiment)
+        folder.note(self_test=checks, tested_on=place)
+
+
 class PartJob(NamedTuple):
     """The work that is done or lost as one: it makes one part."""
 
@@ -5349,7 +5355,7 @@ def compute_parts(experiment: Experiment, jobs: Sequence[PartJob], description: 
     missing = processes.share(missing)
     if not missing:
         return
-    experiment.check_model()
+    check_model(experiment)
     keep_freed_memory()
     names = set(missing)
     costliest_first = sorted((job for job in jobs if job.name in names), key=lambda job: -job.cost)
@@ -11421,11 +11427,6 @@ def finish(experiment: Experiment, started: float) -> None:
     folder.finish(findings=experiment.findings.entries, seconds=seconds)
     write_page(folder.path)
     log.info("results in %s", folder.path)
-
-
-def device_names() -> list[str]:
-    gpus = range(torch.cuda.device_count())
-    return [torch.cuda.get_device_name(gpu) for gpu in gpus] or ["cpu"]
 
 
 def describe_machine(experiment: Experiment) -> dict[str, Any]:

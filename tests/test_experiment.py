@@ -47,7 +47,7 @@ CHOSEN = {
 def swept(experiment: Experiment[Any]) -> list[Component]:
     """The components of a trace, which checks that it can have what it asks for."""
     components = tracing.choose_components(experiment.options, experiment.shape)
-    tracing.check_trace(experiment, components)
+    tracing.check_trace(experiment)
     return components
 
 
