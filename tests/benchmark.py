@@ -173,9 +173,8 @@ def build_experiment(shape: Shape, pairs: int, options: argparse.Namespace) -> A
     """On a random model and random prompts."""
     model = random_model(shape, options.seed).requires_grad_(False)
     prompts = random_prompts(options, pairs, shape["vocab_size"])
-    options_of_run, model_shape = tracing.TraceOptions(), tracing.shape_of(model, model.dtype)
-    budget = tracing.ROW_TOKENS[tracing.device_type(options_of_run)]
-    trees = tracing.plant_trees(prompts, None, options_of_run)
+    options_of_run = tracing.TraceOptions(rows_per_forward=options.rows_per_forward)
+    model_shape = tracing.shape_of(model, model.dtype)
     experiment = tracing.Experiment(
         options=options_of_run,
         folder=tracing.RunFolder(Path("nowhere")),
@@ -183,9 +182,8 @@ def build_experiment(shape: Shape, pairs: int, options: argparse.Namespace) -> A
         shape=model_shape,
         encoder=tracing.PromptEncoder(NoTokenizer(), "", "word"),
         prompts=prompts,
-        rows_per_forward=options.rows_per_forward
-        or max(1, budget // max(tree.n_tokens for tree in trees)),
     )
+    experiment.rows_per_forward = tracing.choose_rows_per_forward(experiment)
     experiment.traced = tracing.TracedModel(model, model_shape, experiment.rows_per_forward)
     return experiment
 
