@@ -4806,7 +4806,7 @@ class Experiment(Generic[OptionsT]):
     shape: ModelShape
     encoder: PromptEncoder
     prompts: Prompts
-    rows_per_forward: int
+    rows_per_forward: int = 1  # edited runs side by side
     findings: Findings = field(default_factory=Findings)
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     recent_clean_run: tuple[Any, CleanRun] | None = None  # the last, by what it was asked for
@@ -5674,15 +5674,9 @@ def prepare(options: MeasuringOptions, folder: RunFolder, processes: Processes) 
     samples = choose_samples(options, encoder, samples)
     prompts = write_prompts(samples, encoder, options)
     check_prompts(prompts, shape, options)
-    return Experiment(
-        options=options,
-        folder=folder,
-        processes=processes,
-        shape=shape,
-        encoder=encoder,
-        prompts=prompts,
-        rows_per_forward=choose_rows_per_forward(options, folder, prompts, encoder),
-    )
+    experiment = Experiment(options, folder, processes, shape, encoder, prompts)
+    experiment.rows_per_forward = choose_rows_per_forward(experiment)
+    return experiment
 
 
 def load_encoder(options: MeasuringOptions, shape: ModelShape) -> PromptEncoder:
@@ -5707,18 +5701,16 @@ def load_encoder(options: MeasuringOptions, shape: ModelShape) -> PromptEncoder:
     return encoder
 
 
-def choose_rows_per_forward(
-    options: MeasuringOptions, folder: RunFolder, prompts: Prompts, encoder: PromptEncoder
-) -> int:
+def choose_rows_per_forward(experiment: Experiment) -> int:
     """Edited runs side by side: those asked for, else those that the folder's experiment began
     with, else as many as a budget of tokens holds."""
+    options, folder = experiment.options, experiment.folder
     if options.rows_per_forward is not None:
         return options.rows_per_forward
     recorded = folder.record.get("rows_per_forward")
     if recorded is not None and (not options.overwrite or folder.is_continued(options)):
         return int(recorded)
-    trees = plant_trees(prompts, encoder.bos, options)
-    largest = max(tree.n_tokens for tree in trees)
+    largest = max(tree.n_tokens for tree in experiment.trees)
     return max(1, ROW_TOKENS[device_type(options)] // largest)
 
 
