@@ -827,7 +827,8 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
                 f"--kind resid with --op {self.op} at all positions removes the input itself"
                 " and means nothing"
             )
-        if self.kind == "resid" and self.estimator and self.op in ("zero", "scale"):
+        becomes_zero = self.op == "zero" or self.factor == 0
+        if self.kind == "resid" and self.estimator and becomes_zero:
             yield (
                 f"--method {self.estimator}: a norm makes the gradient along a residual stream"
                 f" flat; no --kind resid --op {self.op}"
@@ -1994,7 +1995,7 @@ def read_results(path: Path) -> pd.DataFrame:
     table = pd.concat(chunks)
     is_repeated = table.duplicated(["sample_id", *COMPONENT_KEY])
     refuse_first(path, is_repeated, "column 'head': same sample and component as before")
-    for name in (*RUN_COLUMNS, "n_screened"):
+    for name in (*RUN_COLUMNS, *TESTED_COLUMNS):
         if name in table:
             first_value = table[name].iloc[:1]
             is_same = table[name].isin(first_value)  # as NaN is, where all are
@@ -3957,13 +3958,22 @@ def describe_other_experiment(
     )
 
 
+def edit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a trace's edits; a screen's method is none, since what it finds is measured."""
+    edit = {name: settings.get(name) for name in TRACE_EDIT}
+    if settings.get("screen"):
+        edit["method"] = "exact"
+    return edit
+
+
 def check_same_edit(path: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """`UsageError` where the folder's trace has other edits than those asked for now."""
+    before, now = edit_settings(recorded), edit_settings(settings)
     for name in TRACE_EDIT:
-        if recorded.get(name) != settings.get(name):
+        if before[name] != now[name]:
             raise UsageError(
-                f"{path} holds a trace with --{name} {recorded.get(name)}, not"
-                f" {settings.get(name)}: give another --output_dir or --overwrite"
+                f"{path} holds a trace with --{name} {before[name]}, not {now[name]}:"
+                " give another --output_dir or --overwrite"
             )
 
 
@@ -6709,7 +6719,7 @@ class Estimates:
 def estimate(experiment: Experiment, components: Sequence[Component]) -> Estimates:
     """First-order effects of all components from gradients, by --method; `UsageError` where a
     gradient cannot be had because weights are offloaded."""
-    method = experiment.options.estimator
+    method, folder = experiment.options.estimator, experiment.folder
     jobs = []
     for number, prompts in enumerate(estimate_batches(experiment)):
         ids = [sample_prompts[0].sample.sample_id for sample_prompts in prompts]
@@ -6717,6 +6727,9 @@ def estimate(experiment: Experiment, components: Sequence[Component]) -> Estimat
         compute = functools.partial(estimate_samples, experiment, components, prompts)
         name = f"estimate-{experiment.setting}-{key}"
         jobs.append(PartJob(name, number, len(ids), len(ids), compute))
+    if any(folder.read_part(job.name) is None for job in jobs):
+        k = experiment.options.screen
+        experiment.check_weights(f"--screen {k}" if k else f"--method {method}")
     batches = read_parts(experiment, jobs, "estimates")
     sample_ids = [prompts[0].sample.sample_id for prompts in experiment.prompts]
     values = torch.tensor(list(itertools.chain(*batches)), dtype=torch.float64)
@@ -6736,7 +6749,6 @@ def estimate_samples(
     experiment: Experiment, components: Sequence[Component], prompts: Prompts, bar: tqdm[Any]
 ) -> list[Any]:
     """[sample, component, side] of some samples, fewer at a time where memory runs out."""
-    experiment.check_weights(f"--method {experiment.options.estimator}")
     one_tree = replace(experiment.options, tree_tokens=2**31)
 
     def run(some_prompts: Prompts) -> list[Any]:
@@ -7071,12 +7083,13 @@ def run_trace(experiment: Experiment) -> None:
     options = experiment.options
     components = choose_components(options, experiment.shape)
     check_trace(experiment, components)
-    records = unedited_samples(experiment)
+    experiment.folder.note_command(screen=None, behaviour=None)  # those of an earlier command line
     estimates: Estimates | None = None
     screened: dict[Component, str] = {}
     if options.estimator:
         with experiment.stage("estimates", f" of {count_noun(len(components), 'component')}"):
             estimates = estimate(experiment, components)
+    records = unedited_samples(experiment)
     if options.screen:
         assert estimates is not None
         screened = choose_screened(experiment, estimates)
