@@ -6784,7 +6784,7 @@ def estimate_tree(experiment: Experiment, components: Sequence[Component], tree:
     clean_run = experiment.clean_run(tree, layers, sites)
     moves = displacements(experiment, clean_run)
     groups = [moves]
-    if len(GRADIENT_POINTS[options.estimator]) > 1:
+    if options.estimator == "ig":
         groups = [{site: moves[site]} for site in sites]
     n_slices = len(experiment.shape.indices(options.kind))
     shape = (len(tree.samples), len(sites), n_slices, len(SIDES))
@@ -6803,32 +6803,24 @@ def estimate_tree(experiment: Experiment, components: Sequence[Component], tree:
     return estimates[:, site_places, indices]
 
 
-def points_on_the_way(
-    moves: Mapping[Site, Tensor], leaves: Mapping[Site, Tensor], shares: Sequence[float]
-) -> list[Edits]:
-    """Edits to the points x + share * D of all sites at once, with the leaf of each added."""
-    rows = []
-    for point, share in enumerate(shares):
-        edits = []
-        for site, move in moves.items():
-            edits.append(Edit(site, slice(None), 1.0, share * move + leaves[site][point]))
-        rows.append(tuple(edits))
-    return rows
-
-
 def side_gradients(
     experiment: Experiment, clean_run: CleanRun, moves: Mapping[Site, Tensor]
 ) -> Iterator[tuple[str, Site, Tensor]]:
     """By side and site the gradient [tok, width] of the scores of the side's prompts with respect
-    to the site's activation x: the mean over `points_on_the_way`; `RunError` where one is not
-    finite."""
+    to the site's activation x: the mean over points x + share * D, to which all of these sites move
+    at once; `RunError` where one is not finite."""
     traced, method = experiment.traced, experiment.options.estimator
     shares = GRADIENT_POINTS[method]
     leaves = {}  # what is added to the activation at each point [share, tok, width]
     for site, move in moves.items():
         zeros = torch.zeros(len(shares), *move.shape, device=move.device)
         leaves[site] = zeros.requires_grad_()
-    rows = points_on_the_way(moves, leaves, shares)
+    rows = []
+    for point, share in enumerate(shares):
+        edits = []
+        for site, move in moves.items():
+            edits.append(Edit(site, slice(None), 1.0, share * move + leaves[site][point]))
+        rows.append(tuple(edits))
     rules = linearised(traced) if method == "relp" else contextlib.nullcontext()
     with rules, torch.enable_grad():
         log_probs = read_log_probs(traced, clean_run, final_states(traced, clean_run, rows))
@@ -6859,16 +6851,14 @@ def estimated_rows(estimates: Estimates, records: Sequence[Mapping[str, Any]]) -
 def add_estimates(rows: pd.DataFrame, estimates: Estimates, is_screen: bool) -> pd.DataFrame:
     """Rows of `measure_components` with the columns `estimate`, of head_effect, and `n_screened`, of
     how many estimated components the measured were taken."""
-    sample_places = pd.Index(estimates.sample_ids).get_indexer(rows["sample_id"])
     keys = [(component.layer, component.index) for component in estimates.components]
-    component_places = pd.MultiIndex.from_tuples(keys).get_indexer(
-        pd.MultiIndex.from_frame(rows[["layer", "index"]])
-    )
+    row_keys = pd.MultiIndex.from_frame(rows[["layer", "index"]])
+    component_places = pd.MultiIndex.from_tuples(keys).get_indexer(row_keys)
+    sample_places = pd.Index(estimates.sample_ids).get_indexer(rows["sample_id"])
     effects = estimates.effects().numpy()[sample_places, component_places]
     is_op = (rows["draw"] < 0) & (component_places >= 0)
-    n_screened = len(estimates.components) if is_screen else math.nan
-    estimate_column = pd.Series(effects, rows.index).where(is_op)
-    return rows.assign(estimate=estimate_column, n_screened=n_screened)
+    n_screened = len(keys) if is_screen else math.nan
+    return rows.assign(estimate=pd.Series(effects).where(is_op), n_screened=n_screened)
 
 
 # ----- Screen -------------------------------------------------------------------------------------
@@ -6959,11 +6949,8 @@ def screen_table(
 ) -> pd.DataFrame:
     """circuit_screen.csv: every component by rank of its estimate, with the measured mean and the
     verdict of those that were measured."""
-    rows = []
-    for component in components:
-        measured = screened.get(component, "no")
-        rows.append({"label": component.label, **vars(component), "measured": measured})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([vars(component) for component in components])
+    table.insert(0, "label", [component.label for component in components])
     table.insert(2, "head", table["index"])
     effects = pd.DataFrame(quoted.effects.numpy())
     table["measure"] = f"a - {quoted.side}"
@@ -6971,7 +6958,7 @@ def screen_table(
     table["estimate_mean"] = effects.mean()
     table["estimate_sd"] = effects.std()
     table.loc[quoted.order, "rank"] = range(1, len(table) + 1)
-    table["measured"] = table.pop("measured")  # behind the estimates
+    table["measured"] = [screened.get(component, "no") for component in components]
     prefix = "minus_other_" if quoted.side == "other" else ""
     exact = heads.set_index(COMPONENT_KEY)[[f"{prefix}mean", f"{prefix}verdict"]]
     exact.columns = pd.Index(["mean", "verdict"])
@@ -7010,8 +6997,9 @@ def report_agreement(
             correlations = f"r {numbers['r']:.3f}, rank {numbers['rank']:.3f}"
             slope = f"slope {numbers['slope']:.2f}"
             parts.append(f"{correlations}, {slope} over {components} {numbers['n']}")
-    sentence = "; ".join(parts)
-    findings.say(f"screen: {method} of {n_estimated} components against measurement: {sentence}")
+    if parts:
+        sentence = f"{method} of {n_estimated} components against measurement"
+        findings.say(f"screen: {sentence}: {'; '.join(parts)}")
 
 
 def report_missed(findings: Findings, table: pd.DataFrame) -> tuple[int, float | None]:
