@@ -991,6 +991,8 @@ class RedrawOptions(OutputOptions):
     def usage_errors(self) -> Iterator[str]:
         if not self.source:
             yield "redraw needs a run folder, or a results CSV with --output_dir"
+        if self.source.endswith(".csv") and not self.output_dir:
+            yield f"redraw {shorten(self.source)} needs --output_dir, where its files go"
 
 
 # ----- Record of a run folder ---------------------------------------------------------------------
@@ -10029,10 +10031,10 @@ def run_redraw(options: RedrawOptions) -> None:
     trace_options = redrawn_options(run, options)
     source = Path(options.source)
     path = Path(options.output_dir or options.source)
-    is_in_place = source.is_dir() and path.resolve() == source.resolve()
-    has_record = run.record.get("format") == RECORD_FORMAT
-    if not (options.output_dir or (is_in_place and has_record)):
-        raise UsageError(f"{options.source} is not redrawn in place: give --output_dir")
+    has_record = source.is_dir() and run.record.get("format") == RECORD_FORMAT
+    is_in_place = has_record and path.resolve() == source.resolve()
+    if not (options.output_dir or is_in_place):
+        raise UsageError(f"redraw {shorten(options.source)} needs --output_dir: no record is there")
     folder = RunFolder(path)
     folder.command = "trace" if is_in_place else "redraw"
     findings = Findings()
