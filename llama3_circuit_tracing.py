@@ -896,7 +896,8 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
                 f"--kind resid with --op {self.op} at all positions removes the input itself"
                 " and means nothing"
             )
-        if self.kind == "resid" and self.estimator and self.op in ("zero", "scale"):
+        becomes_zero = self.op == "zero" or self.factor == 0
+        if self.kind == "resid" and self.estimator and becomes_zero:
             yield (
                 f"--method {self.estimator}: a norm makes the gradient along a residual stream"
                 f" flat; no --kind resid --op {self.op}"
@@ -1073,6 +1074,8 @@ class RedrawOptions(OutputOptions):
     def usage_errors(self) -> Iterator[str]:
         if not self.source:
             yield "redraw needs a run folder, or a results CSV with --output_dir"
+        if self.source.endswith(".csv") and not self.output_dir:
+            yield f"redraw {shorten(self.source)} needs --output_dir, where its files go"
 
 
 # ----- Record of a run folder ---------------------------------------------------------------------
@@ -4710,13 +4713,22 @@ def command_settings(options: Any) -> dict[str, Any]:
     return settings
 
 
+def edit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a trace's edits; a screen's method is none, since what it finds is measured."""
+    edit = {name: settings.get(name) for name in TRACE_EDIT}
+    if settings.get("screen"):
+        edit["method"] = "exact"
+    return edit
+
+
 def check_same_edit(path: Path, recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """`UsageError` where the folder's trace has other edits than those asked for now."""
+    before, now = edit_settings(recorded), edit_settings(settings)
     for name in TRACE_EDIT:
-        if recorded.get(name) != settings.get(name):
+        if before[name] != now[name]:
             raise UsageError(
-                f"{path} holds a trace with --{name} {recorded.get(name)}, not"
-                f" {settings.get(name)}: give another --output_dir or --overwrite"
+                f"{path} holds a trace with --{name} {before[name]}, not {now[name]}:"
+                " give another --output_dir or --overwrite"
             )
 
 
@@ -7581,7 +7593,7 @@ class Estimates:
 def estimate(experiment: Experiment, components: Sequence[Component]) -> Estimates:
     """First-order effects of all components from gradients, by --method; `UsageError` where a
     gradient cannot be had because weights are offloaded."""
-    method = experiment.options.estimator
+    method, folder = experiment.options.estimator, experiment.folder
     jobs = []
     for number, prompts in enumerate(estimate_batches(experiment)):
         ids = [sample_prompts[0].sample.sample_id for sample_prompts in prompts]
@@ -7589,6 +7601,9 @@ def estimate(experiment: Experiment, components: Sequence[Component]) -> Estimat
         compute = functools.partial(estimate_samples, experiment, components, prompts)
         name = f"estimate-{experiment.setting}-{key}"
         jobs.append(PartJob(name, number, len(ids), len(ids), compute))
+    if any(folder.read_part(job.name) is None for job in jobs):
+        k = experiment.options.screen
+        experiment.check_weights(f"--screen {k}" if k else f"--method {method}")
     batches = read_parts(experiment, jobs, "estimates")
     sample_ids = [prompts[0].sample.sample_id for prompts in experiment.prompts]
     values = torch.tensor(list(itertools.chain(*batches)), dtype=torch.float64)
@@ -7608,7 +7623,6 @@ def estimate_samples(
     experiment: Experiment, components: Sequence[Component], prompts: Prompts, bar: tqdm[Any]
 ) -> list[Any]:
     """[sample, component, side] of some samples, fewer at a time where memory runs out."""
-    experiment.check_weights(f"--method {experiment.options.estimator}")
     one_tree = replace(experiment.options, tree_tokens=2**31)
 
     def run(some_prompts: Prompts) -> list[Any]:
@@ -7644,7 +7658,7 @@ def estimate_tree(experiment: Experiment, components: Sequence[Component], tree:
     clean_run = experiment.clean_run(tree, layers, sites)
     moves = displacements(experiment, clean_run)
     groups = [moves]
-    if len(GRADIENT_POINTS[options.estimator]) > 1:
+    if options.estimator == "ig":
         groups = [{site: moves[site]} for site in sites]
     n_slices = len(experiment.shape.indices(options.kind))
     shape = (len(tree.samples), len(sites), n_slices, len(SIDES))
@@ -7663,32 +7677,24 @@ def estimate_tree(experiment: Experiment, components: Sequence[Component], tree:
     return estimates[:, site_places, indices]
 
 
-def points_on_the_way(
-    moves: Mapping[Site, Tensor], leaves: Mapping[Site, Tensor], shares: Sequence[float]
-) -> list[Edits]:
-    """Edits to the points x + share * D of all sites at once, with the leaf of each added."""
-    rows = []
-    for point, share in enumerate(shares):
-        edits = []
-        for site, move in moves.items():
-            edits.append(Edit(site, slice(None), 1.0, share * move + leaves[site][point]))
-        rows.append(tuple(edits))
-    return rows
-
-
 def side_gradients(
     experiment: Experiment, clean_run: CleanRun, moves: Mapping[Site, Tensor]
 ) -> Iterator[tuple[str, Site, Tensor]]:
     """By side and site the gradient [tok, width] of the scores of the side's prompts with respect
-    to the site's activation x: the mean over `points_on_the_way`; `RunError` where one is not
-    finite."""
+    to the site's activation x: the mean over points x + share * D, to which all of these sites move
+    at once; `RunError` where one is not finite."""
     traced, method = experiment.traced, experiment.options.estimator
     shares = GRADIENT_POINTS[method]
     leaves = {}  # what is added to the activation at each point [share, tok, width]
     for site, move in moves.items():
         zeros = torch.zeros(len(shares), *move.shape, device=move.device)
         leaves[site] = zeros.requires_grad_()
-    rows = points_on_the_way(moves, leaves, shares)
+    rows = []
+    for point, share in enumerate(shares):
+        edits = []
+        for site, move in moves.items():
+            edits.append(Edit(site, slice(None), 1.0, share * move + leaves[site][point]))
+        rows.append(tuple(edits))
     rules = linearised(traced) if method == "relp" else contextlib.nullcontext()
     with rules, torch.enable_grad():
         log_probs = read_log_probs(traced, clean_run, final_states(traced, clean_run, rows))
@@ -7719,16 +7725,14 @@ def estimated_rows(estimates: Estimates, records: Sequence[Mapping[str, Any]]) -
 def add_estimates(rows: pd.DataFrame, estimates: Estimates, is_screen: bool) -> pd.DataFrame:
     """Rows of `measure_components` with the columns `estimate`, of head_effect, and `n_screened`, of
     how many estimated components the measured were taken."""
-    sample_places = pd.Index(estimates.sample_ids).get_indexer(rows["sample_id"])
     keys = [(component.layer, component.index) for component in estimates.components]
-    component_places = pd.MultiIndex.from_tuples(keys).get_indexer(
-        pd.MultiIndex.from_frame(rows[["layer", "index"]])
-    )
+    row_keys = pd.MultiIndex.from_frame(rows[["layer", "index"]])
+    component_places = pd.MultiIndex.from_tuples(keys).get_indexer(row_keys)
+    sample_places = pd.Index(estimates.sample_ids).get_indexer(rows["sample_id"])
     effects = estimates.effects().numpy()[sample_places, component_places]
     is_op = (rows["draw"] < 0) & (component_places >= 0)
-    n_screened = len(estimates.components) if is_screen else math.nan
-    estimate_column = pd.Series(effects, rows.index).where(is_op)
-    return rows.assign(estimate=estimate_column, n_screened=n_screened)
+    n_screened = len(keys) if is_screen else math.nan
+    return rows.assign(estimate=pd.Series(effects).where(is_op), n_screened=n_screened)
 
 
 # ----- Screen -------------------------------------------------------------------------------------
@@ -7819,11 +7823,8 @@ def screen_table(
 ) -> pd.DataFrame:
     """circuit_screen.csv: every component by rank of its estimate, with the measured mean and the
     verdict of those that were measured."""
-    rows = []
-    for component in components:
-        measured = screened.get(component, "no")
-        rows.append({"label": component.label, **vars(component), "measured": measured})
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([vars(component) for component in components])
+    table.insert(0, "label", [component.label for component in components])
     table.insert(2, "head", table["index"])
     effects = pd.DataFrame(quoted.effects.numpy())
     table["measure"] = f"a - {quoted.side}"
@@ -7831,7 +7832,7 @@ def screen_table(
     table["estimate_mean"] = effects.mean()
     table["estimate_sd"] = effects.std()
     table.loc[quoted.order, "rank"] = range(1, len(table) + 1)
-    table["measured"] = table.pop("measured")  # behind the estimates
+    table["measured"] = [screened.get(component, "no") for component in components]
     prefix = "minus_other_" if quoted.side == "other" else ""
     exact = heads.set_index(COMPONENT_KEY)[[f"{prefix}mean", f"{prefix}verdict"]]
     exact.columns = pd.Index(["mean", "verdict"])
@@ -7870,8 +7871,9 @@ def report_agreement(
             correlations = f"r {numbers['r']:.3f}, rank {numbers['rank']:.3f}"
             slope = f"slope {numbers['slope']:.2f}"
             parts.append(f"{correlations}, {slope} over {components} {numbers['n']}")
-    sentence = "; ".join(parts)
-    findings.say(f"screen: {method} of {n_estimated} components against measurement: {sentence}")
+    if parts:
+        sentence = f"{method} of {n_estimated} components against measurement"
+        findings.say(f"screen: {sentence}: {'; '.join(parts)}")
 
 
 def report_missed(findings: Findings, table: pd.DataFrame) -> tuple[int, float | None]:
@@ -7942,12 +7944,14 @@ def run_trace(experiment: Experiment) -> None:
     circuit_confirm.*, circuit.json and generations.jsonl where they are asked for."""
     options = experiment.options
     components = choose_components(options, experiment.shape)
+    experiment.folder.note_command(screen=None, behaviour=None)  # those of an earlier command line
     records = unedited_samples(experiment)
     estimates: Estimates | None = None
     screened: dict[Component, str] = {}
     if options.estimator:
         with experiment.stage("estimates", f" of {count_noun(len(components), 'component')}"):
             estimates = estimate(experiment, components)
+    records = unedited_samples(experiment)
     if options.screen:
         assert estimates is not None
         screened = choose_screened(experiment, estimates)
@@ -11069,10 +11073,10 @@ def run_redraw(options: RedrawOptions) -> None:
     trace_options = redrawn_options(run, options)
     source = Path(options.source)
     path = Path(options.output_dir or options.source)
-    is_in_place = source.is_dir() and path.resolve() == source.resolve()
-    has_record = run.record.get("format") == RECORD_FORMAT
-    if not (options.output_dir or (is_in_place and has_record)):
-        raise UsageError(f"{options.source} is not redrawn in place: give --output_dir")
+    has_record = source.is_dir() and run.record.get("format") == RECORD_FORMAT
+    is_in_place = has_record and path.resolve() == source.resolve()
+    if not (options.output_dir or is_in_place):
+        raise UsageError(f"redraw {shorten(options.source)} needs --output_dir: no record is there")
     folder = RunFolder(path, command="trace" if is_in_place else "redraw")
     findings = Findings()
     with folder.open():

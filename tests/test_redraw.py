@@ -251,11 +251,14 @@ def test_anything_but_a_run_folder_needs_a_folder_to_be_drawn_in(
     source = write_run(tmp_path / "run")
     before = files_in(tmp_path)
     for given in (source, source.parent):
-        refuses(answer, "redraw", str(given), says=[str(given), "give --output_dir"])
+        refuses(answer, "redraw", str(given), says=[given.name, "--output_dir"])
     refuses(answer, "redraw", says=["a run folder, or a results CSV"])
     assert files_in(tmp_path) == before
     (source.parent / "run.json").unlink()
-    refuses(answer, "redraw", str(source.parent), says=["give --output_dir"])
+    folder = str(source.parent)
+    refuses(answer, "redraw", folder, says=["needs --output_dir"])
+    assert answer("redraw", folder, "--output_dir", folder)[0] == 0
+    assert set(record_of(source.parent)["commands"]) == {"redraw"}
 
 
 @pytest.mark.parametrize("spoilt", ["record", "noise floor", "another run", "a file"])
