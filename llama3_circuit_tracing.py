@@ -3477,14 +3477,14 @@ def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]
     """The final states at the scoring nodes with the edits of rows[r] in row r of one batch.
 
     States [row, node, d_model] that are unembedded, or the model's own logits [row, node, vocab]
-    where those are used. The run starts at the lowest edited layer.
+    where those are used. The run starts at the lowest edited layer, or at the nearest one below
+    it whose residual stream the clean run has.
     """
     tree = clean_run.tree
     n_layers = traced.shape.n_layers
-    first_layer = n_layers - 1
-    for edits in rows:
-        for edit in edits:
-            first_layer = min(first_layer, edit.site.layer)
+    edited_layers = [edit.site.layer for edit in itertools.chain(*rows)]
+    lowest = min(edited_layers, default=n_layers - 1)
+    first_layer = max((layer for layer in clean_run.residuals if layer <= lowest), default=0)
     rows = [with_background(edits, clean_run.background, first_layer) for edits in rows]
     traced.n_forwards += 1
     traced.n_tokens += len(rows) * tree.n_tokens * (n_layers - first_layer)
