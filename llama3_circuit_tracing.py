@@ -6400,9 +6400,9 @@ def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
-    """The table with `damaged`: whether a chosen or named set moves what the model says after prompt
-    b, which does not show the behaviour, further (KL) than 95 % of the random sets of its size do.
-    Empty where there are fewer than `MANY_SETS`, and of patches and additions, which are to move b
+    """The table with `damaged`: whether a chosen or named set moves what the model says after
+    prompt b, which does not show the behaviour, further (KL) than 95 % of the random sets of its
+    size do. Empty where there are fewer than `MANY_SETS`, and of patches and additions, which are to move b
     or do not reach it."""
     keys = ["measure", "n_ablated"]
     random_kl = table[table["set"] == "random"].groupby(keys)["kl_b"]
@@ -6675,7 +6675,7 @@ def report_replies(
     records: Sequence[list[dict[str, Any]]],
 ) -> None:
     """A sentence, and an entry of run.json, per group of samples and number of edited components.
-    What the edited replies of a group are held against are the unedited ones to the same samples."""
+    The edited replies of a group are held against the unedited ones to the same samples."""
     tables = []
     for request, replies in zip(requests, records, strict=True):
         if request.joint_set.multiplier is None:
@@ -7432,8 +7432,8 @@ def run_steering(
 
 
 def judge_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]:
-    """The share of replies that show the behaviour, with its interval over sentences, and the shares
-    that are answers or repeat themselves."""
+    """The share of replies that show the behaviour, with its interval over sentences, and the
+    shares that are answers or repeat themselves."""
     shown = replies["mentions"].map(bool).mean()
     low, high = share_interval(shown, n_sentences)
     return {
@@ -7460,7 +7460,7 @@ def report_steering(experiment: Experiment, table: pd.DataFrame) -> None:
 
 
 def draw_steering(table: pd.DataFrame, task: Task, path: Path) -> None:
-    """Rate of the behaviour and mean delta against the multiplier, of the circuit and a random set."""
+    """Rate of the behaviour and mean delta by multiplier, of the circuit and a random set."""
     figure = Figure(figsize=(8.0, 3.8), layout="constrained")
     rate_axes, delta_axes = figure.subplots(1, 2)
     for (name, side), rows in table.sort_values("factor").groupby(["set", "side"]):
