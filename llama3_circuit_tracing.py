@@ -7056,11 +7056,30 @@ def sizes_up_to(count: int) -> list[int]:
     return [*sizes, count]
 
 
-def random_sets(
+def sets_of_sizes(
     experiment: Experiment,
-    components: Sequence[Component],
-    size: int,
-    skip: Iterable[Component] = (),
+    name: str,
+    components: tuple[Component, ...],
+    sizes: Iterable[int],
+    skip: Iterable[Component],
+) -> list[JointSet]:
+    """Nothing; the first so many components, for each size, and random sets of that size; all of
+    their kinds, and all but the components or but a random set as large."""
+    kinds = tuple(sorted({component.kind for component in components}))
+    joint_sets = [JointSet("none"), JointSet("all", others_of=kinds)]
+    for size in sizes:
+        joint_sets.append(JointSet(name, components[:size]))
+        joint_sets += random_sets(experiment, components, size, skip)
+    complements = []
+    for joint_set in joint_sets:
+        if len(joint_set.components) == len(components):
+            kept_name = "random complement" if joint_set.name == "random" else "complement"
+            complements.append(replace(joint_set, name=kept_name, others_of=kinds))
+    return joint_sets + complements
+
+
+def random_sets(
+    experiment: Experiment, components: Sequence[Component], size: int, skip: Iterable[Component]
 ) -> list[JointSet]:
     """--num_random distinct sets of `size` components, none of them among the given ones, each the
     counterpart of one of the first; fewer where there are no more."""
@@ -7228,18 +7247,18 @@ def faithfulness_columns(
 ) -> dict[str, Tensor]:
     """`faithfulness` with its interval, and `remaining`, from sums and counts [sentence, set]."""
     names = [joint_set.name for joint_set in joint_sets]
-    place_of_all = names.index("all") if "all" in names else 0
-    base, every = sums[:, :1].expand_as(sums), sums[:, [place_of_all]].expand_as(sums)
-    is_kept = torch.tensor([bool(joint_set.others_of) for joint_set in joint_sets])
-    low, high = mean_interval((base - every)[:, :1], counts[:, :1])[:, 0]
+    every = sums[:, [names.index("all") if "all" in names else 0]]
+    effect_of_all = sums[:, :1] - every
+    low, high = mean_interval(effect_of_all, counts[:, :1])[:, 0]
     is_clear = (low > 0) | (high < 0)
-    share = (sums - every).sum(0) / (base - every).sum(0)
-    share_low, share_high = mean_interval(sums - every, base - every)
+    share = (sums - every).sum(0) / effect_of_all.sum(0)
+    share_low, share_high = mean_interval(sums - every, effect_of_all.expand_as(sums))
+    has_share = torch.tensor([bool(joint_set.others_of) for joint_set in joint_sets]) & is_clear
     return {
-        "faithfulness": share.where(is_kept & is_clear, math.nan),
-        "faithfulness_low": share_low.where(is_kept & is_clear, math.nan),
-        "faithfulness_high": share_high.where(is_kept & is_clear, math.nan),
-        "remaining": share.where(~is_kept & is_clear, math.nan),
+        "faithfulness": share.where(has_share, math.nan),
+        "faithfulness_low": share_low.where(has_share, math.nan),
+        "faithfulness_high": share_high.where(has_share, math.nan),
+        "remaining": share.where(~has_share & is_clear, math.nan),
     }
 
 
@@ -7255,9 +7274,9 @@ def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
-    """The table with `damaged`: whether a chosen or named set moves what the model says after prompt
-    b, which does not show the behaviour, further (KL) than 95 % of the random sets of its size do.
-    Empty where there are fewer than `MANY_SETS`, and of patches and additions, which are to move b
+    """The table with `damaged`: whether a chosen or named set moves what the model says after
+    prompt b, which does not show the behaviour, further (KL) than 95 % of the random sets of its
+    size do. Empty where there are fewer than `MANY_SETS`, and of patches and additions, which are to move b
     or do not reach it."""
     keys = ["measure", "n_ablated"]
     random_kl = table[table["set"] == "random"].groupby(keys)["kl_b"]
@@ -7530,7 +7549,7 @@ def report_replies(
     records: Sequence[list[dict[str, Any]]],
 ) -> None:
     """A sentence, and an entry of run.json, per group of samples and number of edited components.
-    What the edited replies of a group are held against are the unedited ones to the same samples."""
+    The edited replies of a group are held against the unedited ones to the same samples."""
     tables = []
     for request, replies in zip(requests, records, strict=True):
         if request.joint_set.multiplier is None:
@@ -8117,7 +8136,9 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
     if chosen.empty:
         findings.warn(f"--confirm {options.confirm} chooses no component")
         return []
-    joint_sets = sets_to_confirm(experiment, tuple(chosen.index))
+    components = tuple(chosen.index)
+    sizes = sizes_up_to(len(components))
+    joint_sets = sets_of_sizes(experiment, "chosen", components, sizes, options.skip)
     prompts = experiment.prompts_of(held_out)
     confirmed = judge_sets(experiment, joint_sets, prompts, "held-out", side)
     if folder.leads:
@@ -8128,23 +8149,6 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
         title = f"Held-out {experiment.task.name}: joint op {options.op_text}"
         draw_sets(confirmed[confirmed["quoted"]], title, folder.path_of("circuit_confirm.png"))
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
-
-
-def sets_to_confirm(experiment: Experiment, chosen: tuple[Component, ...]) -> list[JointSet]:
-    """Nothing, the top 1, 2, 4, ... of the chosen, random sets of each size; all of the kind, and
-    all but the chosen or but a random set as large."""
-    options = experiment.options
-    kinds = (options.kind,)
-    joint_sets = [JointSet("none"), JointSet("all", others_of=kinds)]
-    for size in sizes_up_to(len(chosen)):
-        joint_sets.append(JointSet("chosen", chosen[:size]))
-        joint_sets += random_sets(experiment, chosen, size, options.skip)
-    complements = []
-    for joint_set in joint_sets:
-        if len(joint_set.components) == len(chosen):
-            name = "complement" if joint_set.name == "chosen" else "random complement"
-            complements.append(replace(joint_set, name=name, others_of=kinds))
-    return joint_sets + complements
 
 
 def write_circuit(
@@ -8200,10 +8204,11 @@ def run_joint(experiment: Experiment) -> None:
     samples = "all" if units == experiment.units else "held-out"
     prompts = experiment.prompts_of(units)
     unedited_samples(experiment)
-    n_components = len(experiment.options.names)
-    with experiment.stage("joint", f" edits of {count_noun(n_components, 'component')}"):
+    names = experiment.options.names
+    with experiment.stage("joint", f" edits of {count_noun(len(names), 'component')}"):
         side = quoted_side(prompts, [units])
-        joint_sets = sets_beside(experiment)
+        sizes = [len(names)]
+        joint_sets = sets_of_sizes(experiment, "named", names.components, sizes, names.skip)
         table = judge_sets(experiment, joint_sets, prompts, samples, side)
         if experiment.folder.leads:
             write_joint(experiment, table)
@@ -8224,30 +8229,16 @@ def choose_sentences(experiment: Experiment) -> set[str]:
     return experiment.units
 
 
-def sets_beside(experiment: Experiment) -> list[JointSet]:
-    """Nothing, the named set, random sets of its size; all of its kinds, and all but each set."""
-    names = experiment.options.names
-    kinds = tuple(sorted({component.kind for component in names}))
-    named = JointSet("named", names.components)
-    randoms = random_sets(experiment, names.components, len(names), names.skip)
-    joint_sets = [JointSet("none"), named, *randoms, JointSet("all", others_of=kinds)]
-    joint_sets.append(replace(named, name="complement", others_of=kinds))
-    for joint_set in randoms:
-        joint_sets.append(replace(joint_set, name="random complement", others_of=kinds))
-    return joint_sets
-
-
 def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
     """circuit_joint.csv, in which a block of rows per named set and op stays, and its figure."""
     options, folder = experiment.options, experiment.folder
-    block = {"named": str(options.names), "op": options.op_text}
-    for place, (column, value) in enumerate(block.items()):
-        table.insert(place, column, value)
+    table.insert(0, "op", options.op_text)
+    table.insert(0, "named", str(options.names))
     tables = [table]
     path = folder.path / "circuit_joint.csv"
     if path.exists():
         before = pd.read_csv(path, dtype=str, keep_default_na=False)  # as it is written
-        is_same = (before["named"] == block["named"]) & (before["op"] == block["op"])
+        is_same = (before["named"] == str(options.names)) & (before["op"] == options.op_text)
         tables.insert(0, before[~is_same])
     folder.write_table("circuit_joint.csv", pd.concat(tables, ignore_index=True))
     title = f"{experiment.task.name}: joint op {options.op_text}"
@@ -8260,10 +8251,10 @@ def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
 def run_joint_replies(experiment: Experiment, prompts: Prompts, samples: str) -> None:
     """joint_generations.jsonl: replies without edits, with the set edited, and with it and a random
     set scaled; the latter also as circuit_steer.csv and .png."""
-    named = JointSet("named", experiment.options.names.components)
     answered = experiment.prompts if samples == "all" else prompts
     requests = [ReplyRequest(JointSet("none"), answered, samples)]
     if check_edits_replies(experiment):
+        named = JointSet("named", experiment.options.names.components)
         requests.append(ReplyRequest(named, answered, samples))
     scaled_sets = choose_scaled_sets(experiment)
     n_unscaled = len(requests)
@@ -8326,8 +8317,8 @@ def run_steering(
 
 
 def judge_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]:
-    """The share of replies that show the behaviour, with its interval over sentences, and the shares
-    that are answers or repeat themselves."""
+    """The share of replies that show the behaviour, with its interval over sentences, and the
+    shares that are answers or repeat themselves."""
     shown = replies["mentions"].map(bool).mean()
     low, high = share_interval(shown, n_sentences)
     return {
@@ -8354,36 +8345,28 @@ def report_steering(experiment: Experiment, table: pd.DataFrame) -> None:
 
 
 def draw_steering(table: pd.DataFrame, task: Task, path: Path) -> None:
-    """Rate of the behaviour and mean delta against the multiplier, of the circuit and a random set."""
+    """Rate of the behaviour and mean delta by multiplier, of the circuit and a random set."""
     figure = Figure(figsize=(8.0, 3.8), layout="constrained")
     rate_axes, delta_axes = figure.subplots(1, 2)
     for (name, side), rows in table.sort_values("factor").groupby(["set", "side"]):
-        line = "-" if name == "circuit" else ":"
+        style = {"marker": "o", "linestyle": "-" if name == "circuit" else ":"}
         color = "tab:blue" if side == "a" else "tab:orange"
         label = f"{name}, after prompt {side}"
-        rate_axes.plot(
-            rows["factor"], rows["shown"], marker="o", color=color, label=label, linestyle=line
-        )
+        rate_axes.plot(rows["factor"], rows["shown"], color=color, label=label, **style)
         if name == "circuit":
             low, high = rows["shown_low"], rows["shown_high"]
             rate_axes.vlines(rows["factor"], low, high, color=color, alpha=0.4)
         if side == "a":
-            delta_axes.plot(
-                rows["factor"],
-                rows["mean_delta"],
-                marker="o",
-                color="black",
-                label=name,
-                linestyle=line,
-            )
-    n_components = len(str(table["components"].iloc[0]).split())
-    rate_axes.set(xlabel="factor", ylabel=f"share of replies: {task.shown}", ylim=(-0.05, 1.05))
-    delta_axes.set(xlabel="factor", ylabel="mean score a - b (nats)")
+            delta_axes.plot(rows["factor"], rows["mean_delta"], color="black", label=name, **style)
+    rate_axes.set(ylabel=f"share of replies: {task.shown}", ylim=(-0.05, 1.05))
+    delta_axes.set(ylabel="mean score a - b (nats)")
     delta_axes.axvline(1, color="gray", linewidth=0.8)
+    for axes in (rate_axes, delta_axes):
+        axes.set_xlabel("factor")
+        axes.legend(frameon=False, fontsize=7)
+    n_components = len(table["components"].iloc[0].split())
     title = f"{task.name}: {count_noun(n_components, 'component')} scaled"
     figure.suptitle(title, fontsize=10)
-    rate_axes.legend(frameon=False, fontsize=7)
-    delta_axes.legend(frameon=False, fontsize=7)
     save_figure(figure, path)
 
 

@@ -50,7 +50,9 @@ def parsed(labels: str) -> tuple[Component, ...]:
 
 def confirmed_sets(model: str, chosen: tuple[Component, ...], *flags: str) -> list[JointSet]:
     """The sets that --confirm measures beside a circuit."""
-    return tracing.sets_to_confirm(prepared(model, "--confirm", "1", *flags), chosen)
+    experiment = prepared(model, "--confirm", "1", *flags)
+    sizes, skip = tracing.sizes_up_to(len(chosen)), experiment.options.skip
+    return tracing.sets_of_sizes(experiment, "chosen", chosen, sizes, skip)
 
 
 def random_among(joint_sets: Sequence[JointSet]) -> list[JointSet]:
@@ -91,7 +93,7 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
             sample_prompts[:] = [prompt for prompt in sample_prompts if prompt.side != "other"]
     table, quoted, sides = read(controlled), [], []
     instead: dict[str, Any] = {
-        "sets_to_confirm": lambda experiment, chosen: [JointSet("chosen", chosen)],
+        "sets_of_sizes": lambda experiment, name, chosen, *_: [JointSet(name, chosen)],
         "judge_sets": lambda *arguments: sides.append(arguments[-1]) or joint_rows(controlled),
         "write_circuit": lambda experiment, chosen, measure, units: quoted.append(measure),
     }
