@@ -40,13 +40,27 @@ def test_the_top_level_holds_nothing_else() -> None:
 # ----- the readme
 
 
-def test_command_lines_in_the_readme_parse() -> None:
-    commands = re.findall(r"llama3_circuit_tracing\.py (--(?!help)[^\n`]+)", README)
-    commands += re.findall(r"^\| `(--[^`]+)` \|", README, re.MULTILINE)
-    commands = [re.sub(r"\s*\.\.\.$", "", command) for command in commands]
-    assert len(commands) > 12
+def readme_commands() -> list[str]:
+    """The command lines of code blocks and tables, without the script's name."""
+    commands = re.findall(r"llama3_circuit_tracing\.py ((?!COMMAND|--help)[^\n`|]+)", README)
+    words = "|".join(tracing.COMMANDS)
+    commands += re.findall(rf"^\| `((?:(?:{words}) )?--[^`]+)`", README, re.MULTILINE)
+    commands += re.findall(rf"`((?:{words}) [^`]*--[^`]+)`", README)
+    return [re.sub(r"\s*\.\.\.$", "", command) for command in commands]
+
+
+def test_command_lines_in_the_readme_parse(monkeypatch: Any, tmp_path: Path) -> None:
+    commands = readme_commands()
+    assert len(commands) > 25
+    monkeypatch.chdir(ROOT)
     for command in commands:
-        tracing.parse_args(command.split())
+        line = command.split()
+        if "NAMES" in line or "..." in command:
+            continue
+        measures = line[0] in tracing.COMMANDS and line[0] not in ("redraw", "compare")
+        if measures and "--model_id" not in line:
+            line += ["--model_id", "tests/tiny_llama", "--output_dir", str(tmp_path)]
+        tracing.parse_command_line(line)
 
 
 def test_files_that_the_readme_shows_exist() -> None:
@@ -60,9 +74,8 @@ def test_the_lines_of_python_in_the_readme_give_scores(monkeypatch: Any) -> None
     names: dict[str, Any] = {"tracing": tracing, "Path": Path}
     exec(block, names)  # prompts of two samples, one row
     assert names["scores"].shape == (1, 4)
-    assert (
-        names["scores"] - names["tree"].scores(names["clean"].log_probs, names["exp"].task)
-    ).any()
+    unedited = names["tree"].scores(names["clean_run"].log_probs, names["experiment"].task)
+    assert (names["scores"] - unedited).any()
     assert torch.isfinite(names["scores"]).all()
     assert not (ROOT / "unused").exists()
 

@@ -56,10 +56,10 @@ def estimated(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_effects_of_the_measured_are_those_of_an_exact_sweep(
     screened: Path, exact: Path, estimated: Path
 ) -> None:
-    table, whole, estimates = (read(f).set_index(KEY) for f in (screened, exact, estimated))
+    table, sweep, estimates = (read(f).set_index(KEY) for f in (screened, exact, estimated))
     assert len(table) == 5 * 8 and set(table["method"]) == {"exact"}
     assert set(table["n_screened"]) == {12}
-    of_sweep = whole.loc[table.index]
+    of_sweep = sweep.loc[table.index]
     columns = [c for c in table if c not in ("estimate", "n_screened")]
     pd.testing.assert_frame_equal(table[columns], of_sweep[columns], check_exact=True)
     expected = estimates["head_effect"].loc[table.index]
@@ -68,9 +68,9 @@ def test_effects_of_the_measured_are_those_of_an_exact_sweep(
 
 
 def test_q_is_corrected_for_all_that_were_estimated(screened: Path, exact: Path) -> None:
-    heads, whole = read(screened, HEADS), read(exact, HEADS).set_index("label")
-    assert heads["n_tests"].tolist() == [12] * 5 and set(whole["n_tests"]) == {12}
-    assert heads["p"].tolist() == whole["p"][heads["label"]].tolist()
+    heads, sweep = read(screened, HEADS), read(exact, HEADS).set_index("label")
+    assert heads["n_tests"].tolist() == [12] * 5 and set(sweep["n_tests"]) == {12}
+    assert heads["p"].tolist() == sweep["p"][heads["label"]].tolist()
     assert heads["q"].tolist() == pytest.approx(q_values([*heads["p"], *[1.0] * 7])[:5])
     assert heads["q"].tolist() != pytest.approx(q_values([*heads["p"]]))
 
@@ -89,18 +89,20 @@ def test_the_screen_has_every_estimate_in_order(screened: Path, estimated: Path)
     assert (set(screen["measure"]), set(screen["n_samples"])) == ({"a - b"}, {8})
     assert screen["measured"].tolist()[:2] == ["top", "top"]
     assert screen["measured"].tolist()[2:].count("random") == 3
-    there = screen[screen["measured"] != "no"].set_index("label")
-    assert there[["mean", "verdict"]].equals(heads.loc[there.index, ["mean", "verdict"]])
+    measured_rows = screen[screen["measured"] != "no"].set_index("label")
+    assert measured_rows[["mean", "verdict"]].equals(
+        heads.loc[measured_rows.index, ["mean", "verdict"]]
+    )
     assert screen[screen["measured"] == "no"][["mean", "verdict"]].isna().all(axis=None)
 
 
 def test_the_record_says_what_the_table_gives(screened: Path) -> None:
-    screen, told = read(screened, SCREEN), record_of(screened)["screen"]
-    there = screen[screen["measured"] != "no"]
-    assert told["all"] == pytest.approx(tracing.agreement(there))
-    random_ones = there[there["measured"] == "random"]
-    assert told["random"] == pytest.approx(tracing.agreement(random_ones))
-    assert told["random"]["n"] == 3
+    screen, recorded = read(screened, SCREEN), record_of(screened)["screen"]
+    measured_rows = screen[screen["measured"] != "no"]
+    assert recorded["all"] == pytest.approx(tracing.agreement(measured_rows))
+    random_ones = measured_rows[measured_rows["measured"] == "random"]
+    assert recorded["random"] == pytest.approx(tracing.agreement(random_ones))
+    assert recorded["random"]["n"] == 3
 
 
 def test_a_redrawn_screen_has_the_same_findings(screened: Path, tmp_path: Path) -> None:
@@ -151,9 +153,9 @@ def test_all_are_measured_where_there_are_no_more(llama: str, tmp_path: Path) ->
     flags = ["--num_samples", "2", "--layers", "1", "--screen", "9", "--method", "relp"]
     screen = read(finish(llama, tmp_path, *flags), SCREEN)
     assert screen["measured"].tolist() == ["top"] * 4
-    told = record_of(tmp_path)["screen"]
-    assert (told["missed"], told["missed_upper_95"]) == (0, None)
-    assert told["random"]["n"] == 0 and told["all"]["n"] == 4
+    recorded = record_of(tmp_path)["screen"]
+    assert (recorded["missed"], recorded["missed_upper_95"]) == (0, None)
+    assert recorded["random"]["n"] == 0 and recorded["all"]["n"] == 4
     assert set(read(tmp_path)["method"]) == {"exact"}
     assert (tmp_path / "circuit_screen.png").stat().st_size > 5000
 
@@ -286,13 +288,13 @@ def test_random_others_are_of_the_rest_and_drawn_by_the_seed(llama: str, few: No
 
 @pytest.mark.parametrize("n", [1, 5, 32])
 def test_the_bound_is_the_share_that_seldom_shows_so_few(n: int) -> None:
-    assert tracing.share_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), abs=1e-9)
-    assert tracing.share_bound(n, n) == pytest.approx(1.0)
-    for seen in range(n):
-        p = tracing.share_bound(seen, n)
+    assert tracing.share_upper_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), abs=1e-9)
+    assert tracing.share_upper_bound(n, n) == pytest.approx(1.0)
+    for n_shown in range(n):
+        p = tracing.share_upper_bound(n_shown, n)
         at_most = torch.distributions.Binomial(n, torch.tensor(p).double())
-        found = at_most.log_prob(torch.arange(seen + 1).double()).exp().sum()
-        assert float(found) == pytest.approx(0.05, abs=1e-6)
+        chance = at_most.log_prob(torch.arange(n_shown + 1).double()).exp().sum()
+        assert float(chance) == pytest.approx(0.05, abs=1e-6)
 
 
 def pairs(estimate: list[float], exact: list[float]) -> pd.DataFrame:
@@ -300,14 +302,14 @@ def pairs(estimate: list[float], exact: list[float]) -> pd.DataFrame:
 
 
 def test_agreement_by_hand() -> None:
-    found = tracing.agreement(pairs([1, 2, 3], [2, 4, 6]))
-    assert found == pytest.approx({"n": 3, "r": 1, "rank": 1, "slope": 2})
-    found = tracing.agreement(pairs([1, 2, 3], [3, 2, 1]))
-    assert found == pytest.approx({"n": 3, "r": -1, "rank": -1, "slope": -1})
-    found = tracing.agreement(pairs([0, 1, 2, 3], [0, 1, 0, 1]))
-    assert found["r"] == pytest.approx(2 / math.sqrt(5 * 4))
-    assert found["slope"] == pytest.approx(0.2)
-    assert found["rank"] == pytest.approx(2 / math.sqrt(20))
+    numbers = tracing.agreement(pairs([1, 2, 3], [2, 4, 6]))
+    assert numbers == pytest.approx({"n": 3, "r": 1, "rank": 1, "slope": 2})
+    numbers = tracing.agreement(pairs([1, 2, 3], [3, 2, 1]))
+    assert numbers == pytest.approx({"n": 3, "r": -1, "rank": -1, "slope": -1})
+    numbers = tracing.agreement(pairs([0, 1, 2, 3], [0, 1, 0, 1]))
+    assert numbers["r"] == pytest.approx(2 / math.sqrt(5 * 4))
+    assert numbers["slope"] == pytest.approx(0.2)
+    assert numbers["rank"] == pytest.approx(2 / math.sqrt(20))
     for one in (pairs([], []), pairs([1], [2])):
         assert all(math.isnan(tracing.agreement(one)[name]) for name in ("r", "rank", "slope"))
 
@@ -325,12 +327,18 @@ def screen_of(top: str, drawn: str, n_left_out: int = 2, factor: float = 1.0) ->
 
 
 CASES: dict[str, tuple[pd.DataFrame, int, float | None, bool]] = {  # missed, bound, poor
-    "none": (screen_of("3! -2! 0.1", "0.5 -1"), 0, tracing.share_bound(0, 2), False),
-    "of either sign": (screen_of("3! -2!", "2.5 -2.1 2"), 2, tracing.share_bound(2, 3), True),
-    "no verdict": (screen_of("3 -2 1", "1.9 -2.1"), 1, tracing.share_bound(1, 2), True),
+    "none": (screen_of("3! -2! 0.1", "0.5 -1"), 0, tracing.share_upper_bound(0, 2), False),
+    "of either sign": (screen_of("3! -2!", "2.5 -2.1 2"), 2, tracing.share_upper_bound(2, 3), True),
+    "no verdict": (screen_of("3 -2 1", "1.9 -2.1"), 1, tracing.share_upper_bound(1, 2), True),
     "all measured": (screen_of("3! -2!", "2.5 -1 0 0", 0), 1, None, True),
     "no others": (screen_of("3! -2!", "", 0), 0, None, False),
-    "uncorrelated": (screen_of("3! -2!", "1 0.5", factor=-1), 0, tracing.share_bound(0, 2), True),
+    "skipped others": (screen_of("3! -2!", "", 2), 0, None, False),
+    "uncorrelated": (
+        screen_of("3! -2!", "1 0.5", factor=-1),
+        0,
+        tracing.share_upper_bound(0, 2),
+        True,
+    ),
 }
 
 
@@ -340,14 +348,17 @@ def test_what_random_others_exceed_is_missed_and_warned_of(
 ) -> None:
     caplog.set_level(logging.INFO)
     table, missed, bound, poor = CASES[case]
-    found = tracing.report_screen(table, tracing.Config(screen=2))
-    assert (found["missed"], found["missed_upper_95"]) == (missed, pytest.approx(bound))
-    assert found["all"]["n"] == (table["measured"] != "no").sum()
+    recorded = tracing.report_screen(table, "atp")
+    assert (recorded["missed"], recorded["missed_upper_95"]) == (missed, pytest.approx(bound))
+    assert recorded["all"]["n"] == (table["measured"] != "no").sum()
     warned = [r.message for r in caplog.records if r.levelno == logging.WARNING]
     assert warned == ["atp is a poor screen here: raise --screen or use another --method"] * poor
     n = (table["measured"] == "random").sum()
-    said = f"missed: {missed} of {n} random others exceed" if n else "all are measured"
-    assert said in caplog.text
+    measured = "all but the skipped" if case.startswith("skipped") else "all"
+    sentence = f"nothing is missed: {measured} are measured"
+    if n:
+        sentence = f"missed: {missed} of {n} random others exceed"
+    assert sentence in caplog.text
     assert ("at most" in caplog.text) == (bound is not None)
 
 
@@ -358,12 +369,13 @@ def test_the_figure_has_a_point_for_each_measured_component(
     save: Callable[..., None] = tracing.save_figure
     monkeypatch.setattr(tracing, "save_figure", lambda f, path: (saved.append(f), save(f, path)))
     table, path = screen_of("3! -2! 1", "0.5 -1"), tmp_path / "screen.png"
-    tracing.draw_screen(table, tracing.Config(screen=3, method="relp"), path)
+    tracing.draw_screen(table, "relp", "a title", path)
     (axes,) = saved[0].axes
     dots = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xydata().tolist() for line in dots] == [
         table[table["measured"] == name][["estimate_mean", "mean"]].to_numpy().tolist()
         for name in ("top", "random")
     ]
-    assert axes.get_xlabel().startswith("relp estimate") and "5" not in axes.get_title()[:1]
+    assert axes.get_xlabel() == "relp estimate, score a - b (nats)"
+    assert (axes.get_ylabel(), axes.get_title()) == ("measured, score a - b (nats)", "a title")
     assert path.stat().st_size > 5000
