@@ -4166,14 +4166,17 @@ def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]
     """The final states at the scoring nodes with the edits of rows[r] in row r of one batch.
 
     States [row, node, d_model] that are unembedded, or the model's own logits [row, node, vocab]
-    where those are used. The run starts at the lowest edited layer, or at the nearest one below
-    it whose residual stream the clean run has.
+    where those are used. The run starts at the lowest edited layer, or at the nearest below whose
+    residual stream the clean run keeps.
     """
     tree = clean_run.tree
     n_layers = traced.shape.n_layers
-    edited_layers = [edit.site.layer for edit in itertools.chain(*rows)]
-    lowest = min(edited_layers, default=n_layers - 1)
-    first_layer = max((layer for layer in clean_run.residuals if layer <= lowest), default=0)
+    first_layer = n_layers - 1
+    for edits in rows:
+        for edit in edits:
+            first_layer = min(first_layer, edit.site.layer)
+    kept_layers = [layer for layer in clean_run.residuals if layer <= first_layer]
+    first_layer = max(kept_layers, default=0)
     rows = [with_background(edits, clean_run.background, first_layer) for edits in rows]
     traced.n_forwards += 1
     traced.n_tokens += len(rows) * tree.n_tokens * (n_layers - first_layer)
@@ -8836,8 +8839,8 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
     components = choose_components(options, shape)
     if options.everywhere and not shape.pre_norms:
         raise UsageError(
-            "--confirm all is for models whose blocks have a norm before attention and one before"
-            f" the MLP, and no other: not {shape.name}"
+            f"--confirm all is for models whose blocks have {' and '.join(sorted(PRE_NORMS))},"
+            f" and no other norm: not {shape.name}"
         )
     name, vectors, metadata = options.fit, {}, {}
     if not options.finds_directions:
@@ -9492,6 +9495,8 @@ def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
         if is_early and bool(data.vectors[component].any()):
             key = data.key_of([component])
             candidates.append(DirectionSet("chosen", (component,), directions=key, everywhere=True))
+    if not candidates:
+        return []
     joint_sets = [DirectionSet("none"), *candidates]
     edits_of = functools.partial(direction_set_edits, data)
     rows = measure_sets(experiment, joint_sets, data.fitting, edits_of)

@@ -403,3 +403,13 @@ def test_negative_controls_are_left_out(llama: str, tmp_path: Path) -> None:
     assert {*paths["n_samples"]} == {real["sample_id"].nunique()}
     assert real["sample_id"].nunique() < table["sample_id"].nunique()
     assert paths["total"].tolist() == pytest.approx([real["head_effect"].mean()])
+
+
+def test_a_run_without_edits_may_be_alone_in_its_batch(llama: str, tmp_path: Path) -> None:
+    """The empty set of a confirmation, whose clean run keeps the first layer alone."""
+    words = [*FOUR, "--layers", "1", "--confirm", "1", "--num_random", "1"]
+    tables = []
+    for rows in ("1", "4"):
+        folder = finish(llama, tmp_path / rows, *words, "--rows_per_forward", rows)
+        tables.append(read(folder, "circuit_confirm.csv")["mean_delta"])
+    assert (tables[0] - tables[1]).abs().max() < CLOSE
