@@ -770,7 +770,7 @@ def test_a_viewers_file_of_another_program_is_not_replaced(
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs" / name).write_text("mine")
     argv = ["graph", "--model_id", llama, "--output_dir", str(tmp_path), *FAST]
-    refuses(answer, *argv, says=[name, "was not written by a run in this folder"])
+    refuses(answer, *argv, says=[name, "give another --output_dir"])
     assert (tmp_path / "graphs" / name).read_text() == "mine"
 
 
