@@ -5211,7 +5211,7 @@ def unedited_samples(experiment: Experiment) -> list[dict[str, Any]]:
         record |= {"unit": sample.unit, "group": sample.group}
     if experiment.folder.record.get("samples") != json.loads(json.dumps(records)):
         with experiment.stage("unedited model"):
-            report_samples(experiment.findings, records)
+            report_samples(records)
         experiment.folder.note(samples=records)
     return records
 
@@ -5273,8 +5273,9 @@ def sample_record(
     }
 
 
-def report_samples(findings: Findings, records: Sequence[Mapping[str, Any]]) -> None:
-    """A line per sample, and a warning of each that is doubtful."""
+def report_samples(records: Sequence[Mapping[str, Any]]) -> None:
+    """A line per sample, and a warning of each that is doubtful; of all this the record keeps the
+    samples, and the page shows their flags."""
     for record in records:
         likeliest = []
         for side, prompt in record["prompts"].items():
@@ -5286,7 +5287,7 @@ def report_samples(findings: Findings, records: Sequence[Mapping[str, Any]]) -> 
             f"  delta {record['delta_logit_base']:+.3f}  {listing}"
         )
         if record["flags"]:
-            findings.warn(f"{record['sample_id']}: {'; '.join(record['flags'])}")
+            log.warning(f"{record['sample_id']}: {'; '.join(record['flags'])}")
 
 
 # ----- Statistics ---------------------------------------------------------------------------------
