@@ -9354,8 +9354,8 @@ def slug_of(prompt: Prompt) -> str:
 
 
 def write_viewer(graph: Graph, metadata: dict[str, Any], folder: RunFolder) -> None:
-    """graphs/SLUG.json of the kept nodes and edges, with what was saved in it before, and its entry
-    in the list of all graphs of the folder.
+    """graphs/SLUG.json of the kept nodes and edges, with what was saved in it before, and the list
+    of all graphs in the folder.
 
     The viewer shows nodes up to a threshold: here the largest cumulative influence of those kept.
     """
@@ -9378,10 +9378,7 @@ def write_viewer(graph: Graph, metadata: dict[str, Any], folder: RunFolder) -> N
         "links": graph.edges[["source", "target", "weight"]].to_dict("records"),
     }
     write_json(folder, name, content)
-    entries = {entry["slug"]: entry for entry in read_graph_list(folder.path)}
-    entries[metadata["slug"]] = metadata
-    listed = [entry for slug, entry in entries.items() if (path.parent / f"{slug}.json").exists()]
-    write_json(folder, GRAPH_LIST, {"graphs": listed})
+    write_json(folder, GRAPH_LIST, {"graphs": list_graphs(path.parent)})
 
 
 def write_json(folder: RunFolder, name: str, content: Any) -> None:
@@ -9411,14 +9408,13 @@ def viewer_node(node: Any, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_graph_list(path: Path) -> list[dict[str, Any]]:
-    """The entries of a folder's list of graphs, without those that the viewer could not read."""
-    entries = []
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        for entry in parse_json((path / GRAPH_LIST).read_text(encoding="utf-8"))["graphs"]:
-            if isinstance(entry, dict) and isinstance(entry.get("slug"), str):
-                entries.append(entry)
-    return entries
+def list_graphs(folder: Path) -> list[dict[str, Any]]:
+    """The metadata of all graphs in a folder, by name."""
+    graphs = []
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it is no graph
+            graphs.append(dict(parse_json(path.read_text(encoding="utf-8"))["metadata"]))
+    return graphs
 
 
 def saved_view(path: Path, node_ids: set[str]) -> dict[str, Any]:
