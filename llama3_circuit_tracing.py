@@ -8989,7 +8989,7 @@ def describe_goal(experiment: Experiment, goal: Mapping[int, float]) -> str:
 
 
 def pull_back(half: HalfBlock, gradient: Tensor) -> Tensor:
-    """A gradient [tok, width] by what a half-block makes, as one [tok, d_model] by what it reads."""
+    """Gradient [tok, d_model] by what a half-block reads, of one [tok, width] by what it makes."""
     (pulled,) = torch.autograd.grad(
         half.made, half.read, gradient.to(half.made)[None], retain_graph=True
     )
@@ -9651,7 +9651,7 @@ class FieldRule(NamedTuple):
     required: bool = True
 
 
-def is_text(value: Any) -> bool:
+def is_string(value: Any) -> bool:
     return isinstance(value, str)
 
 
@@ -9677,11 +9677,11 @@ def is_token(value: Any) -> bool:
     """A token and its probability."""
     if not isinstance(value, list) or len(value) != 2:
         return False
-    return is_text(value[0]) and is_number(value[1])
+    return is_string(value[0]) and is_number(value[1])
 
 
 def is_finding(value: Any) -> bool:
-    return is_object(value) and is_text(value.get("level")) and is_text(value.get("text"))
+    return is_object(value) and is_string(value.get("level")) and is_string(value.get("text"))
 
 
 def list_of(is_item: Callable[[Any], bool], expected: str) -> FieldRule:
@@ -9691,9 +9691,9 @@ def list_of(is_item: Callable[[Any], bool], expected: str) -> FieldRule:
     return FieldRule(fits, f"a list of {expected}")
 
 
-TEXT = FieldRule(is_text, "a text")
+TEXT = FieldRule(is_string, "a text")
 NUMBER = FieldRule(is_number, "a number")
-TEXTS = list_of(is_text, "texts")
+TEXTS = list_of(is_string, "texts")
 OBJECT = FieldRule(is_object, "an object")
 COMMAND_RULES = {  # of one of `commands` in run.json
     "command": FieldRule(COMMANDS.__contains__, "a command of this script"),
