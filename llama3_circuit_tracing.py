@@ -6082,7 +6082,7 @@ def unedited_samples(experiment: Experiment) -> list[dict[str, Any]]:
         record["group"] = sample.group
     if experiment.folder.record.get("samples") != json.loads(json.dumps(records)):
         with experiment.stage("unedited model"):
-            report_samples(experiment.findings, records)
+            report_samples(records)
         experiment.folder.note(samples=records)
     return records
 
@@ -6155,8 +6155,9 @@ def sample_record(
     }
 
 
-def report_samples(findings: Findings, records: Sequence[Mapping[str, Any]]) -> None:
-    """A line per sample, and a warning of each that is doubtful."""
+def report_samples(records: Sequence[Mapping[str, Any]]) -> None:
+    """A line per sample, and a warning of each that is doubtful; of all this the record keeps the
+    samples, and the page shows their flags."""
     for record in records:
         likeliest = []
         for side, prompt in record["prompts"].items():
@@ -6169,7 +6170,7 @@ def report_samples(findings: Findings, records: Sequence[Mapping[str, Any]]) -> 
             f"  delta {record['delta_logit_base']:+.3f}  {listing}"
         )
         if record["flags"]:
-            findings.warn(f"{name}: {'; '.join(record['flags'])}")
+            log.warning(f"{name}: {'; '.join(record['flags'])}")
 
 
 # ----- Statistics ---------------------------------------------------------------------------------
@@ -9791,7 +9792,7 @@ def describe_goal(experiment: Experiment, goal: Mapping[int, float]) -> str:
 
 
 def pull_back(half: HalfBlock, gradient: Tensor) -> Tensor:
-    """A gradient [tok, width] by what a half-block makes, as one [tok, d_model] by what it reads."""
+    """Gradient [tok, d_model] by what a half-block reads, of one [tok, width] by what it makes."""
     (pulled,) = torch.autograd.grad(
         half.made, half.read, gradient.to(half.made)[None], retain_graph=True
     )
@@ -10156,8 +10157,8 @@ def slug_of(prompt: Prompt) -> str:
 
 
 def write_viewer(graph: Graph, metadata: dict[str, Any], folder: RunFolder) -> None:
-    """graphs/SLUG.json of the kept nodes and edges, with what was saved in it before, and its entry
-    in the list of all graphs of the folder.
+    """graphs/SLUG.json of the kept nodes and edges, with what was saved in it before, and the list
+    of all graphs in the folder.
 
     The viewer shows nodes up to a threshold: here the largest cumulative influence of those kept.
     """
@@ -10180,10 +10181,7 @@ def write_viewer(graph: Graph, metadata: dict[str, Any], folder: RunFolder) -> N
         "links": graph.edges[["source", "target", "weight"]].to_dict("records"),
     }
     write_json(folder, name, content)
-    entries = {entry["slug"]: entry for entry in read_graph_list(folder.path)}
-    entries[metadata["slug"]] = metadata
-    listed = [entry for slug, entry in entries.items() if (path.parent / f"{slug}.json").exists()]
-    write_json(folder, GRAPH_LIST, {"graphs": listed})
+    write_json(folder, GRAPH_LIST, {"graphs": list_graphs(path.parent)})
 
 
 def write_json(folder: RunFolder, name: str, content: Any) -> None:
@@ -10213,14 +10211,13 @@ def viewer_node(node: Any, summary: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_graph_list(path: Path) -> list[dict[str, Any]]:
-    """The entries of a folder's list of graphs, without those that the viewer could not read."""
-    entries = []
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        for entry in parse_json((path / GRAPH_LIST).read_text(encoding="utf-8"))["graphs"]:
-            if isinstance(entry, dict) and isinstance(entry.get("slug"), str):
-                entries.append(entry)
-    return entries
+def list_graphs(folder: Path) -> list[dict[str, Any]]:
+    """The metadata of all graphs in a folder, by name."""
+    graphs = []
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # it is no graph
+            graphs.append(dict(parse_json(path.read_text(encoding="utf-8"))["metadata"]))
+    return graphs
 
 
 def saved_view(path: Path, node_ids: set[str]) -> dict[str, Any]:

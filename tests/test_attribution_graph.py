@@ -754,10 +754,8 @@ def test_a_folder_keeps_one_graph_of_each_prompt_and_lists_all(
     for name in (GRAPH, EDGES, "circuit_graph.png"):
         assert (folder / name).read_bytes() == (alone / name).read_bytes()
     (folder / "graphs" / "s0001-a.json").unlink()
-    (folder / "graphs" / "theirs.json").write_text("{}")
-    path = folder / "graphs" / "graph-metadata.json"
-    metadata = json.loads(path.read_text())
-    path.write_text(json.dumps({"graphs": [*metadata["graphs"], {"slug": "theirs"}]}))
+    (folder / "graphs" / "theirs.json").write_text('{"metadata": {"slug": "theirs"}}')
+    (folder / "graphs" / "notes.json").write_text("[]")
     finish(llama, folder, *GRAPHED)
     assert slugs_in(folder) == ["s0000-a", "s0001-b", "theirs"]
     assert viewer_files(folder)["s0000-a.json"] == first
@@ -770,7 +768,7 @@ def test_a_viewers_file_of_another_program_is_not_replaced(
     (tmp_path / "graphs").mkdir()
     (tmp_path / "graphs" / name).write_text("mine")
     argv = ["graph", "--model_id", llama, "--output_dir", str(tmp_path), *FAST]
-    refuses(answer, *argv, says=[name, "was not written by a run in this folder"])
+    refuses(answer, *argv, says=[name, "give another --output_dir"])
     assert (tmp_path / "graphs" / name).read_text() == "mine"
 
 
