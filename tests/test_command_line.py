@@ -479,7 +479,7 @@ def test_help_shows_two_examples_and_every_option_on_one_line(command: str, answ
         assert "(default: " in line
     if command == "trace":
         assert str(tracing.__doc__).strip() in out
-        for name, entry in COMMANDS.items():
+        for name in COMMANDS:
             assert any(line.startswith(f"  {name} ") for line in lines)
     else:
         assert len(lines) <= 65
