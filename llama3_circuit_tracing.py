@@ -3703,7 +3703,7 @@ Edits = tuple[Edit, ...]  # of one row of a batch
 
 def unit_vector(direction: Tensor) -> Tensor:
     """A direction at length 1; zeros stay zeros."""
-    return nn.functional.plain(direction, dim=0, eps=1e-300)
+    return nn.functional.normalize(direction, dim=0, eps=1e-300)
 
 
 def join_columns(components: Iterable[Component], shape: ModelShape) -> dict[Site, slice | Tensor]:
@@ -9078,20 +9078,17 @@ def last_token_activations(
 ) -> dict[Component, Tensor]:
     """By component [sample, side, width]: activations at the last token of prompts a and b."""
     sites = {component.site for component in components}
-    by_site: dict[Site, list[Tensor]] = defaultdict(list)
+    batches: dict[Component, list[Tensor]] = defaultdict(list)
     for tree in experiment.plant_trees([sample_prompts[:2] for sample_prompts in prompts]):
         clean_run = experiment.clean_run(tree, sites=sites)
         ends = []
         for _, places in tree.samples:
             ends.append([tree.paths[places[side]][-1] for side in ("a", "b")])
-        for site, activation in clean_run.activations.items():
-            by_site[site].append(activation[torch.tensor(ends)].float().cpu())
-    joined = {site: torch.cat(batches) for site, batches in by_site.items()}
-    activations = {}
-    for component in components:
-        columns = experiment.shape.columns(component)
-        activations[component] = joined[component.site][..., columns].double()
-    return activations
+        for component in components:
+            activation = clean_run.activations[component.site][torch.tensor(ends)]
+            columns = experiment.shape.columns(component)
+            batches[component].append(activation[..., columns].float().cpu())
+    return {component: torch.cat(tensors).double() for component, tensors in batches.items()}
 
 
 def difference_of_means(x: Tensor) -> Fit:

@@ -620,10 +620,6 @@ def test_effects_are_those_of_the_edits_in_the_measured_samples(
     row = read(patched, TABLE).set_index("label").loc["L1resid"]
     for way, values in effects.items():
         assert row[f"{way}_mean"] == pytest.approx(np.mean(values), abs=CLOSE)
-    columns = ["random_q", "whole_q"]
-    table = read(patched, TABLE)
-    compared = np.sort(table[columns].to_numpy().ravel())
-    assert compared.max() > compared.min() >= 0
 
 
 def test_the_whole_is_that_of_a_trace(patched: Path, tiny_llama: str, tmp_path: Path) -> None:
