@@ -1209,7 +1209,7 @@ def is_record(record: Any) -> bool:
     if not all(is_row_count(record[name]) for name in ROW_COUNTS if name in record):
         return False
     if record.get("format") != RECORD_FORMAT:
-        return isinstance(record.get("fingerprint"), dict)
+        return isinstance(record.get("fingerprint", record.get("written")), dict | list)
     experiment, commands = record.get("experiment"), record.get("commands")
     if not isinstance(experiment, dict) or not isinstance(commands, dict):
         return False
@@ -4419,7 +4419,7 @@ class RunFolder:
             write_text(self.path / "run.json", text + "\n")
 
     def command_record(self, command: str) -> dict[str, Any]:
-        """What run.json says of a command: options, findings, files, seconds; {} before its first."""
+        """What run.json says of a command: options, findings, files, seconds; {} where nothing."""
         return dict(self.record.get("commands", {}).get(command, {}))
 
     def note_command(self, **entries: Any) -> None:
@@ -4812,8 +4812,8 @@ OptionsT = TypeVar("OptionsT", bound=MeasuringOptions)
 
 @dataclass
 class Experiment(Generic[OptionsT]):
-    """What a command works on, resolved before any weight is loaded: the options, the model's shape,
-    the prompts of the samples, the run folder. The model itself comes when it is needed."""
+    """What a command works on, resolved before any weight is loaded: the options, the model's
+    shape, the prompts of the samples, the run folder. The model comes when it is needed."""
 
     options: OptionsT
     folder: RunFolder
@@ -4923,8 +4923,8 @@ class Experiment(Generic[OptionsT]):
     def clean_run(
         self, tree: Tree, layers: Iterable[int] = (), sites: Iterable[Site] = ()
     ) -> CleanRun:
-        """The run that edits start from, with the streams that enter `layers` and the activations at
-        `sites`. Asked for the same again, it is not computed again."""
+        """The run that edits start from, with the streams that enter `layers` and the activations
+        at `sites`. Asked for the same again, it is not computed again."""
         request = (id(tree), frozenset(layers), frozenset(sites))
         if self.recent_clean_run is None or self.recent_clean_run[0] != request:
             self.recent_clean_run = None  # frees memory before the next one is there
@@ -4939,14 +4939,14 @@ class Experiment(Generic[OptionsT]):
         bar: tqdm[Any],
         readers: Sequence[StateReader],
     ) -> Tensor:
-        """What the readers make of each edited run [row, ...], side by side, in batches that fit."""
+        """What the readers make of each edited run [row, ...], in batches that fit."""
         run = functools.partial(run_rows, self.traced, clean_run, reads=readers)
         outputs = run_batches(self.traced, rows, run, bar, "rows_per_forward")
         return torch.stack(outputs)
 
     def mean_activation(self, place: str) -> dict[Site, Tensor]:
-        """Mean activation [width] of a place in each layer over the tokens of all prompts b, BOS left
-        out; tokens that prompts share count once per prompt."""
+        """Mean activation [width] of a place in each layer over the tokens of all prompts b, BOS
+        left out; tokens that prompts share count once per prompt."""
         if place not in self.means:
             self.means[place] = self.compute_means(place)
         return self.means[place]
@@ -5483,8 +5483,8 @@ Scores = dict[tuple[int, str], list[float]]  # of each prompt, then its KL; by t
 
 
 def read_scores(experiment: Experiment, variants: Sequence[Variant], reading: Reading) -> Scores:
-    """What the folder's parts hold of these variants; what --overwrite is to measure anew is removed
-    from them."""
+    """What the folder's parts hold of these variants; what --overwrite is to measure anew is
+    removed from them."""
     folder = experiment.folder
     to_replace = folder.parts_to_replace()
     keys = {variant.key for variant in variants}
@@ -10383,8 +10383,8 @@ def report_measured(findings: Findings, subject: str, table: pd.DataFrame, colum
 
 
 def run_check(experiment: Experiment) -> None:
-    """Is it sound, what would it cost? Self-test, probabilities of all forms after both prompts, and
-    the seconds of a first batch. Writes nothing."""
+    """Is it sound, what would it cost? Self-test, probabilities of all forms after both prompts,
+    and the seconds of a first batch. Writes nothing."""
     with experiment.stage("self-test"):
         self_test(experiment)
     with experiment.stage("forms"):
@@ -10413,26 +10413,29 @@ def report_forms(experiment: Experiment, tree: Tree) -> None:
 
 
 def report_cost(experiment: Experiment) -> None:
-    """The seconds of one batch of edited runs, and with them of a sweep of the kind."""
+    """The seconds of one batch of edited runs in the middle of the model, and with them of a sweep
+    of the kind."""
     options, shape = experiment.options, experiment.shape
     components = [
         component for component in shape.components(options.kind) if component not in options.given
     ]
-    (tree, *_) = experiment.trees
-    layer = shape.n_layers // 2
-    of_layer = [component for component in components if component.layer == layer]
-    batch = of_layer[: experiment.rows_per_forward]
+    if not components:
+        raise UsageError(f"nothing is left to sweep beside --given {options.given}")
+    tree = experiment.trees[0]
+    layer = components[len(components) // 2].layer
+    in_layer = [component for component in components if component.layer == layer]
+    batch = in_layer[: experiment.rows_per_forward]
     clean_run = experiment.clean_run(tree, [layer], experiment.patched_sites(batch))
     rows = [experiment.edits(clean_run, [component]) for component in batch]
     started = time.perf_counter()
     run_rows(experiment.traced, clean_run, rows)
     seconds = time.perf_counter() - started
-    n_rows = len(components) * len(experiment.trees)
-    whole = seconds / len(batch) * n_rows
+    n_trees = len(experiment.trees)
+    all_seconds = seconds / len(batch) * len(components) * n_trees
     experiment.findings.say(
         f"{count_noun(len(batch), 'edited run')} of {tree.n_tokens} tokens from layer {layer}:"
-        f" {seconds:.2f} s; all {len(components)} components on {count_noun(len(experiment.trees), 'tree')}:"
-        f" about {whole:.0f} s"
+        f" {seconds:.2f} s; all {count_noun(len(components), 'component')} on"
+        f" {count_noun(n_trees, 'tree')}: about {all_seconds:.0f} s"
     )
     memory = estimate_memory(shape, tree, len(batch))
     experiment.findings.say(f"memory by estimate: {sum(memory) / 1e9:.2f} GB")
@@ -11366,7 +11369,7 @@ def report_inheritance(request: Request) -> None:
 
 
 def take_up(experiment: Experiment) -> None:
-    """Fix the folder's experiment or go on with it; the other processes learn what depends on it."""
+    """Fix the folder's experiment or go on with it; other processes learn what depends on it."""
     folder, processes = experiment.folder, experiment.processes
     experiment.rows_per_forward = processes.share(experiment.rows_per_forward)
     if folder.leads:
@@ -11454,7 +11457,7 @@ def stopping_by_exit() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of a command line: 0 done, 1 failed, 2 bad usage or input, 130 and 143 stopped."""
+    """The exit code of a command line: 0 done, 1 failed, 2 usage or input, 130 and 143 stopped."""
     request = parse_command_line(sys.argv[1:] if arguments is None else arguments)
     try:
         with stopping_by_exit():

@@ -82,12 +82,13 @@ def test_the_sweep_equals_the_naive_loop(
 ) -> None:
     model, flags, logits = WAYS[way]
     folder = folder_of(model)
-    table, record = read(finish(folder, tmp_path, *TWO, *flags)), record_of(tmp_path)
+    table = read(finish(folder, tmp_path, *TWO, *flags))
+    machine = record_of(tmp_path)["commands"]["trace"]["run"]
     assert table["head_effect"].abs().mean() > 0.01
     assert largest_difference(table, naive_results(folder)) < EQUAL
-    assert record["run"]["logits"] == logits
+    assert machine["logits"] == logits
     if way == "layers on disk":
-        assert record["run"]["device_map"]["model.layers.1"] == "disk"
+        assert machine["device_map"]["model.layers.1"] == "disk"
 
 
 def test_layers_offloaded_to_the_cpu_change_nothing_and_no_positions_are_picked_elsewhere(
@@ -217,7 +218,7 @@ def test_a_jittered_row_turns_each_element_by_one_eps_where_heads_are_edited(
 
     def watch(experiment: Any, clean: Any, rows: Any, *more: Any) -> Any:
         for (edit,) in rows:
-            assert edit.site.place == "heads"
+            assert edit.site.place == "attn"
             assert torch.equal(edit.where, clean.tree.where)
             if isinstance(edit.factor, torch.Tensor):
                 assert edit.factor.shape == (clean.tree.n_tokens, 16)
