@@ -100,7 +100,7 @@ def path_edit(loaded: Any, config: Any, texts: Sequence[str], sender: Component)
 
     def edit(ids: list[int], tail: list[int]) -> AbstractContextManager[None]:
         partner = naive.input_of(model, other + tail, sender.layer, sender.kind)
-        places = naive.touched(ids, other, len(tail), config)
+        places = naive.edited_tokens(ids, other, len(tail), config)
         seen: dict[Component, Tensor] = {}
 
         def send(x: Tensor) -> Tensor:
