@@ -2148,7 +2148,7 @@ def parse_json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def parse_csv_lines(lines: Iterable[str]) -> Iterator[dict[str, str]]:
-    """The cells of each row by column; `ValueError` where a column or a cell is doubled or lacks."""
+    """The cells of each row by column; `ValueError` where a column is doubled or a cell lacks."""
     rows = csv.DictReader(lines, strict=True)
     columns = list(rows.fieldnames or [])
     check_once_each(columns, "column")
@@ -3099,7 +3099,7 @@ def place_edits(
 def pair_nodes(
     receiver: PlacedPrompt, giver: PlacedPrompt, options: MeasuringOptions
 ) -> Iterator[tuple[int, int]]:
-    """Each node of a prompt that edits touch, and the node of its partner that it is aligned with."""
+    """Each node of a prompt that edits touch, and the aligned node of its partner."""
     if not receiver.positions:
         return
     for place, giver_place in receiver.positions.items():

@@ -495,3 +495,17 @@ def test_a_token_beyond_the_models_vocabulary_names_the_sample(
     path = model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 300}))
     refuses(answer, "--model_id", str(model), "--dry_run", says=["(s0000)", "vocabulary of 300"])
+
+
+def test_a_prompt_is_refused_whose_longest_form_exceeds_the_context(llama: str) -> None:
+    """The last token of a form is scored and never read."""
+    experiment = planned(llama)
+    prompt = experiment.prompts[0][0]
+    n_form = max(len(form) for forms in prompt.forms for form in forms)
+    n_tokens = len(prompt.ids) + n_form - 1
+    assert n_form > 1
+    shape = dataclasses.replace(experiment.shape, context=n_tokens)
+    tracing.check_prompts([experiment.prompts[0]], shape, experiment.options)
+    shape = dataclasses.replace(shape, context=n_tokens - 1)
+    with pytest.raises(tracing.UsageError, match=rf"\(s0000\): a prompt of {n_tokens} tokens"):
+        tracing.check_prompts([experiment.prompts[0]], shape, experiment.options)

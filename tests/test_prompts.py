@@ -335,8 +335,8 @@ def test_words_that_the_literal_form_cannot_tell_apart_are_told_with_the_option(
     sample = replace(FRUIT, targets=("I cannot", "I can't"), origin="mine.jsonl, line 3")
     write(encoder, sample)
     encoder = PromptEncoder(tokenizer, "", "literal")
-    both = r"""'I cannot' and "I can't" begin with the same token, which --target_form literal scores"""
-    with pytest.raises(UsageError, match=rf"^mine\.jsonl, line 3 \(s0\): {both}$"):
+    both = r"""'I cannot' and "I can't" begin with the same token, which --target_form literal"""
+    with pytest.raises(UsageError, match=rf"^mine\.jsonl, line 3 \(s0\): {both} scores$"):
         write(encoder, sample)
 
 
