@@ -4717,7 +4717,7 @@ def command_settings(options: Any) -> dict[str, Any]:
 
 
 def edit_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a trace's edits; a screen's method is none, since what it finds is measured."""
+    """The settings of a trace's edits; a screen's method is none: its effects are measured."""
     edit = {name: settings.get(name) for name in TRACE_EDIT}
     if settings.get("screen"):
         edit["method"] = "exact"
@@ -6480,8 +6480,8 @@ def column_statistics(
 
 
 def effect_rows(rows: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `measure` with their samples' unit, group and unedited delta, and `head_effect`: by how
-    much the score of prompt a less that of b differs from the unedited one (nats)."""
+    """Rows of `measure` with their samples' unit, group and unedited delta, and `head_effect`: by
+    how much the score of prompt a less that of b differs from the unedited one (nats)."""
     rows = rows.join(samples[["unit", "group", "delta_logit_base"]], on="sample_id")
     delta = rows["score_a"] - rows["score_b"]
     return rows.assign(head_effect=delta - rows["delta_logit_base"])
@@ -6490,8 +6490,8 @@ def effect_rows(rows: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
 def effect_statistics(
     rows: pd.DataFrame, samples: pd.DataFrame, key: Sequence[str]
 ) -> pd.DataFrame:
-    """`column_statistics` of the effect of some rows of `measure`, by the columns of `key`; `samples`
-    is what `unedited_scores` gives."""
+    """`column_statistics` of the effect of some rows of `measure`, by the columns of `key`;
+    `samples` is what `unedited_scores` gives."""
     statistics = column_statistics(effect_rows(rows, samples), "head_effect", key)
     return statistics.drop(columns=["median", "skewness"]).reset_index()
 
@@ -7746,8 +7746,8 @@ def estimated_rows(estimates: Estimates, records: Sequence[Mapping[str, Any]]) -
 
 
 def add_estimates(rows: pd.DataFrame, estimates: Estimates, is_screen: bool) -> pd.DataFrame:
-    """Rows of `measure_components` with the columns `estimate`, of head_effect, and `n_screened`, of
-    how many estimated components the measured were taken."""
+    """Rows of `measure_components` with the columns `estimate`, of head_effect, and `n_screened`,
+    of how many estimated components the measured were taken."""
     keys = [(component.layer, component.index) for component in estimates.components]
     row_keys = pd.MultiIndex.from_frame(rows[["layer", "index"]])
     component_places = pd.MultiIndex.from_tuples(keys).get_indexer(row_keys)
@@ -8029,7 +8029,7 @@ def trace_rows(
     screened: Mapping[Component, str],
     records: Sequence[Mapping[str, Any]],
 ) -> pd.DataFrame:
-    """Rows of `measure_components`: all components measured, those of a screen, or estimates alone."""
+    """Rows of `measure_components`: all components, those of a screen, or estimates alone."""
     if estimates is None or screened:
         measured = sorted(screened) or components
         with experiment.stage("sweep", f" of {count_noun(len(measured), 'component')}"):
