@@ -121,7 +121,7 @@ class RunError(Exception):
     """A failure at run time: exit code 1."""
 
 
-MAX_VALUE_LENGTH = 80  # characters that a sentence shows of one value
+MAX_VALUE_LENGTH = 200  # characters that a sentence shows of one value
 MAX_ERROR_LENGTH = 1000  # of an error as a whole, whoever wrote it
 
 
