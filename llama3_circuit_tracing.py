@@ -61,13 +61,11 @@ P(apple | second prompt), in nats. The sweep is exact, batched and resumable.
 #   Command: paths               which part of an effect takes which path?
 #   Command: tokens              at which token?
 #   Command: directions          what tells the prompts apart, and what moves along it?
-#   Attribution graph            one prompt's logit, shared out: nodes and edges
-#   Graph effects                which of them count, and what exact runs say
-#   Graph files                  tables, figure, circuit-tracer's viewer; the command graph
+#   Command: graph               one prompt's logit, shared out among heads and neurons
 #   Command: check               is it sound, what would it cost?
 #   Records that the page shows  replies and samples, as far as they are this script's
-#   Page                         HTML that is whole in itself
-#   Report                       one page of all that a folder holds
+#   HTML                         tables, pictures and text, whole in themselves
+#   Page                         one page of all that a folder holds
 #   Commands: redraw and compare  finished results again, and beside others
 #   Main                         commands, log, exit codes
 
@@ -1306,7 +1304,8 @@ COMMANDS = {
     "directions": Command(
         DirectionsOptions,
         (
-            f"directions {TINY} --task refusal --kind resid --op patch --output_dir outputs/refusal",
+            f"directions {TINY} --task refusal --kind resid --op patch"
+            " --output_dir outputs/refusal",
             "directions --kind resid --confirm all --output_dir outputs/refusal",
         ),
     ),
@@ -1556,8 +1555,10 @@ def inheritance_sources(given: Mapping[str, Any], folder: Path) -> dict[str, Map
     return sources
 
 
-PROMPT_OPTIONS = ("task", "seed", "controls", "target_form", "chat")
-PROMPT_OPTIONS += ("system_prompt", "answer_prefix")  # in which every difference is one of prompts
+PROMPT_OPTIONS = (  # in which every difference is one of prompts
+    *("task", "seed", "controls", "target_form", "chat"),
+    *("system_prompt", "answer_prefix"),
+)
 
 
 def contradictions(options_type: type, given: Mapping[str, Any], folder: Path) -> Iterator[str]:
@@ -2427,7 +2428,7 @@ def read_results(path: Path) -> pd.DataFrame:
     return table.reset_index(drop=True)
 
 
-def run_values(options: TraceOptions) -> dict[str, Any]:
+def run_values(options: TraceOptions | DirectionsOptions) -> dict[str, Any]:
     """The options that effects and roles depend on, by `RUN_COLUMNS`."""
     return {
         "kind": options.kind,
@@ -3273,7 +3274,7 @@ HUB_SECONDS = 3.0  # that the hub has to answer anything, unless HF_HUB_ETAG_TIM
 
 
 @contextlib.contextmanager
-def libraries_held_back(options: ModelOptions) -> Iterator[None]:
+def libraries_held_back(options: OutputOptions) -> Iterator[None]:
     """Hold back what the libraries say meanwhile. Of a model that is of use the log tells it at the
     end, once; else the sentence of the error alone is told. With --debug nothing is held back."""
     if options.debug:
@@ -4402,7 +4403,7 @@ class RunFolder:
                 )
             if not self.record:
                 self.check_foreign_files(["run.log"])
-                empty = {"options": {}, "fingerprint": {}}
+                empty: dict[str, dict[str, Any]] = {"options": {}, "fingerprint": {}}
                 self.note(format=RECORD_FORMAT, experiment=empty, commands={})
             self.forget_missing_files()
             if not self.has_measured():
@@ -6375,7 +6376,9 @@ def results_columns(control_sides: Sequence[str]) -> list[str]:
 
 
 def results_table(
-    rows: pd.DataFrame, records: Sequence[Mapping[str, Any]], options: TraceOptions
+    rows: pd.DataFrame,
+    records: Sequence[Mapping[str, Any]],
+    options: TraceOptions | DirectionsOptions,
 ) -> pd.DataFrame:
     """Rows of `measure_components` with the unedited scores of their samples, sorted by sample and
     component, as circuit_results.csv has them.
@@ -7280,8 +7283,8 @@ def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
 def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
     """The table with `damaged`: whether a chosen or named set moves what the model says after
     prompt b, which does not show the behaviour, further (KL) than 95 % of the random sets of its
-    size do. Empty where there are fewer than `MANY_SETS`, and of patches and additions, which are to move b
-    or do not reach it."""
+    size do. Empty where there are fewer than `MANY_SETS`, and of patches and additions, which are
+    to move b or do not reach it."""
     keys = ["measure", "n_ablated"]
     random_kl = table[table["set"] == "random"].groupby(keys)["kl_b"]
     limits = random_kl.quantile(0.95)[random_kl.size() >= MANY_SETS]
@@ -7968,7 +7971,6 @@ def run_trace(experiment: Experiment) -> None:
     options = experiment.options
     components = choose_components(options, experiment.shape)
     experiment.folder.note_command(screen=None, behaviour=None)  # those of an earlier command line
-    records = unedited_samples(experiment)
     estimates: Estimates | None = None
     screened: dict[Component, str] = {}
     if options.estimator:
@@ -8299,9 +8301,9 @@ def run_steering(
     """Scores and replies with sets scaled: circuit_steer.csv and .png."""
     scores = measure_sets(experiment, scaled_sets, prompts)
     n_sentences = scores["unit"].nunique()
-    means = scores.groupby("place").mean(numeric_only=True)
+    means = scores.groupby("place").mean(numeric_only=True).to_dict("records")
     rows = []
-    for joint_set, mean, records in zip(scaled_sets, means.itertuples(), replies, strict=True):
+    for joint_set, mean, records in zip(scaled_sets, means, replies, strict=True):
         for side, side_replies in pd.DataFrame(records).groupby("prompt"):
             row = {
                 "factor": joint_set.multiplier,
@@ -8309,8 +8311,8 @@ def run_steering(
                 "components": joint_set.text,
                 "lent": joint_set.lent,
                 "side": side,
-                "mean_delta": mean.score_a - mean.score_b,
-                "kl": getattr(mean, f"kl_{side}"),
+                "mean_delta": mean["score_a"] - mean["score_b"],
+                "kl": mean[f"kl_{side}"],
             }
             rows.append(row | judge_replies(side_replies, n_sentences))
     table = pd.DataFrame(rows)
@@ -8698,8 +8700,8 @@ def nodes_at_position(tree: Tree, position: int) -> Tensor:
 
 
 def describe_tokens(experiment: Experiment) -> pd.DataFrame:
-    """Of each position in the first sample: `token`, `token_b`, and the scored `word` that the token
-    belongs to."""
+    """Of each position in the first sample: `token`, `token_b`, and the scored `word` that the
+    token belongs to."""
     prompt_a, prompt_b, *_ = experiment.prompts[0]
     words = words_at_positions(experiment.encoder, prompt_a, prompt_b)
     decode = experiment.encoder.tokenizer.decode
@@ -8843,7 +8845,9 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
             f"--confirm all is for models whose blocks have {' and '.join(sorted(PRE_NORMS))},"
             f" and no other norm: not {shape.name}"
         )
-    name, vectors, metadata = options.fit, {}, {}
+    name = options.fit
+    vectors: dict[Component, Tensor] = {}
+    metadata: dict[str, Any] = {}
     if not options.finds_directions:
         path = Path(options.fit)
         vectors, metadata = read_directions(path)
@@ -9225,7 +9229,8 @@ def along_edits(
 
 def measure_along(data: DirectionData) -> pd.DataFrame:
     """Rows of `measure` with the columns label, layer, kind, index, draw and way: `along` its
-    direction, as far in a `random` one, the `whole` component where that means anything, `jitter`."""
+    direction, as far in a `random` one, the `whole` component where that means anything,
+    `jitter`."""
     experiment, op = data.experiment, OPS[data.experiment.options.op]
     has_whole = op.source in ("means", "partner") or (
         experiment.options.kind != "resid" and op.source != "direction"
@@ -9395,8 +9400,8 @@ def everywhere_edits(
     data: DirectionData, clean_run: CleanRun | None, joint_set: DirectionSet
 ) -> Edits:
     """A direction zeroed wherever the residual stream is read, at every token: the ablation of
-    Arditi et al. (arXiv:2406.11717), who zero what is written. Of a random set the edits move as far,
-    at each token and point, in one random direction."""
+    Arditi et al. (arXiv:2406.11717), who zero what is written. Of a random set the edits move as
+    far, at each token and point, in one random direction."""
     experiment, (component,) = data.experiment, joint_set.components
     n_layers, d_model = experiment.shape.n_layers, experiment.shape.d_model
     sites = [Site(n_layers, "final")]
@@ -9454,8 +9459,8 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
 
 
 def confirming_prompts(data: DirectionData) -> Prompts:
-    """The samples of the sentences that did not choose directions: all that are tested, where others
-    were set apart to choose one."""
+    """The samples of the sentences that did not choose directions: all that are tested, where
+    others were set apart to choose one."""
     if data.options.everywhere:
         return data.tested
     units = {prompts[0].sample.unit for prompts in data.tested}
@@ -10075,17 +10080,17 @@ def name_nodes(
     """The nodes with the names of `name_node`, and the token at their position."""
     decode = experiment.encoder.tokenizer.decode
     rows = []
-    for node in nodes.itertuples():
+    for node, position in zip(nodes.itertuples(), nodes["position"], strict=True):
         stratum, number, feature, label = name_node(
             node, prompt, experiment.shape.n_heads, goal_token
         )
         rows.append(
             {
-                "node_id": f"{stratum}_{number}_{node.position}",
+                "node_id": f"{stratum}_{number}_{position}",
                 "stratum": stratum,
                 "feature": feature,
                 "label": label,
-                "token": decode([prompt.ids[node.position]]),
+                "token": decode([prompt.ids[position]]),
             }
         )
     return nodes.join(pd.DataFrame(rows))
