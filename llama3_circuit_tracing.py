@@ -1140,7 +1140,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
 REPORT_FILE = "circuit_report.html"
 GRAPH_LIST = "graphs/graph-metadata.json"
 GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
-PART_FILE = r"(base|estimate|graph|kl|probe|replies|scores|tested)-[a-z0-9-]+\.json"
+PART_FILE = r"(base|estimate|floor|graph|kl|probe|replies|scores|tested)-[a-z0-9-]+\.json"
 # files that only some command lines write, by the option that asks for them
 OPTION_OF_FILE = {
     "circuit_heatmap.png": "heatmap",
@@ -4383,7 +4383,8 @@ class RunFolder:
         self.leads = leads  # process 0, which alone writes files other than parts
         self.command = command  # the one at work
         self.record: dict[str, Any] = {}
-        self.experiment_key = ""  # digest of the fingerprint; parts are sealed with it
+        self.fingerprint: dict[str, Any] = {}  # of the command at work, once it is taken up
+        self.experiment_key = ""  # digest of it; parts are sealed with it
         self.files: list[str] = []  # that the command at work has written
         # what `begin` throws away, and notes in the record and of the command
         self.waiting: tuple[Callable[[], None], dict[str, Any], dict[str, Any]] | None = None
@@ -4404,7 +4405,7 @@ class RunFolder:
             if not self.record:
                 self.check_foreign_files(["run.log"])
                 empty: dict[str, dict[str, Any]] = {"options": {}, "fingerprint": {}}
-                self.note(format=RECORD_FORMAT, experiment=empty, commands={})
+                self.record = {"format": RECORD_FORMAT, "experiment": empty, "commands": {}}
             self.forget_missing_files()
             if not self.has_measured():
                 self.forget_experiment()
@@ -4488,6 +4489,7 @@ class RunFolder:
             check_same_edit(self.path, before["options"], settings)
         elif before.get("finished") and before["options"] != settings:
             self.report_replacement(before["options"], settings)
+        self.fingerprint = fingerprint
         self.experiment_key = digest(fingerprint)
         experiment = {name: settings[name] for name in settings if name in EXPERIMENT_OPTIONS}
         entries["experiment"] = {"options": experiment, "fingerprint": fingerprint}
@@ -8060,7 +8062,10 @@ def write_results(
     folder = experiment.folder
     folder.note(noise_floor=None if math.isnan(floor) else floor)
     if folder.leads and not math.isnan(floor):
-        folder.write_part(floor_name(experiment), floor)
+        name = floor_name(experiment)
+        folder.replace_parts([name])
+        if folder.read_part(name) != floor:
+            folder.write_part(name, floor)
     if folder.leads:
         write_components(folder.path_of("circuit_results.csv"), table)
     return table, floor
@@ -8923,12 +8928,11 @@ def check_direction(
 
 
 def check_model_of_directions(experiment: Experiment, path: Path, model: str) -> None:
-    """`UsageError` where a file is of another model than the folder's record."""
-    recorded = experiment.folder.record.get("experiment")  # process 0 has it
-    if recorded and model not in ("", recorded["fingerprint"]["model"]):
+    """`UsageError` where a file is of another model than the experiment."""
+    expected = experiment.folder.fingerprint.get("model", model)  # process 0 knows it
+    if model not in ("", expected):
         raise UsageError(
-            f"--fit {shorten(path)}: that file is of model {shorten(model)}, not"
-            f" {recorded['fingerprint']['model']}"
+            f"--fit {shorten(path)}: that file is of model {shorten(model)}, not {expected}"
         )
 
 
@@ -10566,7 +10570,8 @@ class PageRecords:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.record = read_record(path / "run.json")
+        # a command has looked at it before it began: what is odd in it still is left out here
+        self.record = parse_json((path / "run.json").read_text(encoding="utf-8"))
         self.warnings: list[str] = []
         self.commands = self.read_commands()
         self.samples = self.read_samples()
@@ -11344,6 +11349,8 @@ def run_measuring(request: Request) -> None:
     folder = RunFolder(Path(options.output_dir), processes.leads, request.command)
     writes = folder.leads and not options.dry_run and request.command != "check"
     with folder.open() if writes else contextlib.nullcontext():
+        if writes:
+            folder.note()  # before run.log is there, so that it is known as this script's
         start_log(folder.path / "run.log" if writes else None, folder.leads)
         with logging_redirect_tqdm():
             report_inheritance(request)

@@ -531,7 +531,7 @@ def test_a_model_without_rules_is_refused_by_relp_alone(
     config.save_pretrained(tmp_path)
     argv = ["--model_id", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--no-bf16"]
     if case == "relu":
-        tracing.check_trace(prepared(str(tmp_path), "--method", "atp"), [])
+        tracing.check_trace(prepared(str(tmp_path), "--method", "atp"))
     refuses(answer, *argv, "--method", "relp", says=["--method relp has no rule for", named])
 
 

@@ -258,7 +258,7 @@ def test_contrasts_that_a_component_lacks_are_no_hindrance(saved: Saved) -> None
 
 
 def draw(table: pd.DataFrame) -> None:
-    tracing.draw_sets(table, tracing.CHOSEN_LABELS, "a title", CONFIRM)
+    tracing.draw_sets(table, "a title", CONFIRM)
 
 
 HALF = 0.1  # of the intervals of the chosen
