@@ -373,5 +373,6 @@ def test_a_file_of_the_users_is_not_replaced_by_a_comparison(
     runs = [write_table(tmp_path / f"{i}.csv", table_with("")) for i in range(2)]
     (tmp_path / COMPARE).write_text("mine")
     argv = ["compare", *map(str, runs), "--output_dir", str(tmp_path)]
-    refuses(answer, *argv, says=[COMPARE, "was not written by a run"])
+    refuses(answer, *argv, says=[f"{tmp_path / COMPARE} would be overwritten"])
     assert (tmp_path / COMPARE).read_text() == "mine"
+    assert not (tmp_path / "run.json").exists()

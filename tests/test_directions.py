@@ -843,8 +843,8 @@ def test_directions_go_on_from_the_trace_of_their_folder(
     finish(llama, tmp_path, *words.split())
     code, out, err = answer("directions", "--output_dir", str(tmp_path))
     assert code == 0, err
-    source = f"from the trace in {tmp_path}: --kind resid, --op patch, --patch_into b, --given L0H1"
-    assert source in out
+    edit = "--kind resid, --op patch, --patch_into b, --given L0H1"
+    assert f"{edit} from the trace in {tmp_path}" in out.splitlines()[0]
     assert set(read(tmp_path, TABLE)["op"]) == {"patch into b along difference"}
 
 

@@ -346,6 +346,7 @@ def test_overwriting_another_experiment_throws_away_all_files_of_this_script_and
     assert all(path.read_text() == "mine" for path in mine)
     assert {path.stem.split("-")[0] for path in parts(full)} == {
         "base",
+        "floor",
         "scores",
         "tested",
         "notes",
@@ -958,7 +959,7 @@ def test_the_record_lists_each_file_that_is_written_and_each_is_planned(all_comm
     assert listed == names - {"run.json", "run.log"}
     for command, entry in commands.items():
         line = COMMANDS[command].split()
-        options = tracing.parse_command_line(command_line("m", all_commands / "no", *line)).options
+        options = tracing.parse_command_line(command_line("m", all_commands, *line)).options
         planned = set(tracing.planned_files(command, options))
         assert planned == {name for name in entry["files"] if not name.startswith("graphs/")}
 
