@@ -360,7 +360,8 @@ def test_components_that_the_model_lacks_are_refused(
     file.write_text(f"L0H0 {label}")
     for name, words in OPTIONS.items():
         flags = ["--model_id", llama, "--output_dir", str(tmp_path / "run")]
-        says = [f"{name} {label}: this model has layers 0-2"]
+        option = "" if name == "names" else f"--{name} "
+        says = [f"error: {option}{label}: this model has layers 0-2"]
         refuses(answer, *words, str(file), *flags, says=says)
 
 

@@ -269,7 +269,7 @@ REFUSED = {
     "--kind resid": "--kind resid with --op zero at all positions removes the input itself",
     "--kind resid --op mean": "--kind resid with --op mean at all positions removes the input",
     "joint L1H0,L1resid --model a/b": "--op zero at all positions",
-    "--given L1H0,L1resid": "--given L1H0,L1resid: zeroing the residual stream",
+    "--given L1H0,L1resid": "--given L1resid: zeroing a residual stream",
     "--task refusal --controls": "--controls belong to --task suppression",
     "--controls --op patch --patch_into b": "--controls share one prompt b",
     "--task refusal --target_form literal": "--target_form word",
@@ -381,13 +381,13 @@ TRACED = "--model_id a/b --task refusal --num_samples 6 --kind attn --op scale -
 
 def test_a_follow_up_takes_the_experiment_and_the_edit_from_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    write_record(folder, f"{TRACED} --positions last --given L0H0 --top_k 3 --layers 1")
+    write_record(folder, f"{TRACED} --positions last --given L0H0 --layers 1")
     request = parse_command_line(["paths", "--output_dir", str(folder)])
     options = request.options
     assert (options.model_id, options.task, options.num_samples) == ("a/b", "refusal", 6)
     assert (options.kind, options.op, options.factor) == ("attn", "scale", -0.5)
     assert (options.positions, str(options.given)) == ("last", "L0H0")
-    assert (options.top_k, str(options.layers)) == (20, "all")  # they are no part of the edit
+    assert str(options.layers) == "all"  # it is no part of the edit
     sources = {name: source.split()[1] for name, source in request.inherited.items()}
     assert sources["model_id"] == "experiment" and sources["op"] == "trace"
     assert all(source.endswith(str(folder)) for source in request.inherited.values())
@@ -403,11 +403,15 @@ def test_the_command_line_wins_over_the_recorded_edit(tmp_path: Path) -> None:
 def test_what_contradicts_the_experiment_is_refused_by_name(tmp_path: Path, answer: Answer) -> None:
     folder = tmp_path / "run"
     write_record(folder, TRACED)
-    for option in ("--task odd_one_out", "--num_samples 7", "--model_id c/d", "--seed 3"):
+    prompts = ("--task odd_one_out", "--seed 3", "--target_form literal", "--answer_prefix Well")
+    for option in (*prompts, "--system_prompt Brief"):
         sentence = bad_usage(answer, "paths", "--output_dir", str(folder), *option.split())
         assert f"{option}: {folder} holds" in sentence
     same = options_of(f"paths --output_dir {folder} --task refusal --num_samples 6")
     assert same.model_id == "a/b"
+    # whether these are other samples and another model is told when both have been read
+    other = options_of(f"paths --output_dir {folder} --num_samples 7 --model_id c/d")
+    assert (other.num_samples, other.model_id) == (7, "c/d")
 
 
 def test_a_value_that_the_command_cannot_take_falls_back_to_its_default(tmp_path: Path) -> None:
@@ -644,9 +648,7 @@ def test_the_log_begins_with_what_was_taken_from_the_folder(
     folder = finish(llama, tmp_path, "--num_samples", "2", "--layers", "0", "--op", "mean")
     code, out, err = answer("paths", "--output_dir", str(folder), "--layers", "0")
     assert (code, err) == (0, "")
-    first, second = out.splitlines()[:2]
-    assert (
-        first == (f"from the experiment in {folder}: --model_id {llama}, --num_samples 2")
-        or "--num_samples 2" in first
-    )
-    assert second == f"from the trace in {folder}: --op mean"
+    experiment, edit = out.splitlines()[0].split("; ")
+    assert experiment.endswith(f"--num_samples 2 from the experiment in {folder}")
+    assert experiment.startswith(f"--model_id {llama}, ")
+    assert edit == f"--op mean from the trace in {folder}"

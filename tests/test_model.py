@@ -355,9 +355,9 @@ def test_a_window_that_is_switched_off_refuses_nothing(
     [
         ("trace --kind mlp", "--kind mlp"),
         ("trace --kind neuron --neurons 0", "--kind neuron"),
-        ("trace --given L0mlp", "--kind mlp"),
-        ("joint L0N1", "--kind neuron"),
-        ("paths --through L2mlp", "--kind mlp"),
+        ("trace --given L0mlp", "--given L0mlp"),
+        ("joint L0N1", "L0N1"),
+        ("paths --through L2mlp", "--through L2mlp"),
     ],
 )
 def test_a_mixture_of_experts_is_refused_by_name_where_mlps_are_edited(
