@@ -36,6 +36,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -218,8 +219,8 @@ def naive_loop(model: Any, prompts: Sequence[Any], heads: list[tuple[int, int]])
 def our_sweep(experiment: Any) -> Effects:
     """The script's, in a new folder and without its self-test."""
     experiment.recent_clean_run = None
-    experiment.check_model = lambda: None
-    with tempfile.TemporaryDirectory() as path:
+    untested = mock.patch.object(tracing, "check_model")
+    with untested, tempfile.TemporaryDirectory() as path:
         experiment.folder = tracing.RunFolder(Path(path))
         experiment.folder.parts.mkdir()
         records = []
@@ -233,7 +234,7 @@ def our_sweep(experiment: Any) -> Effects:
 
 
 def largest_difference(expected: Effects, found: Effects) -> float:
-    """Of the effects that the naive loop gives, in nats; NaN where one is NaN or all are nothing."""
+    """Of the naive loop's effects, in nats; NaN where one is NaN or all are nothing."""
     differences = torch.tensor([found[key] - effect for key, effect in expected.items()])
     moves = any(abs(effect) > 1e-3 for effect in expected.values())
     return float(differences.abs().max()) if moves else math.nan
@@ -337,7 +338,7 @@ def compare(name: str, options: argparse.Namespace) -> None:
 def naive_difference(
     experiment: Any, shape: Shape, found: Effects, options: argparse.Namespace
 ) -> float:
-    """The largest difference of a sweep from the naive loop, on one pair and the subset of heads."""
+    """The largest difference of a sweep from the naive loop, on one pair and some heads."""
     subset = spread_heads(shape, options.naive_per_layer, options.naive_layers)
     expected = naive_loop(experiment.traced.model, experiment.prompts[:1], subset)
     return largest_difference(expected, found)
@@ -406,7 +407,8 @@ def screen(options: argparse.Namespace) -> None:
 
 
 def fabricate_command(folder: Path, shape: Shape, n_samples: int) -> list[str]:
-    """A model folder of Llama-3-8B's shape, or another, without weights and samples for it; a command line."""
+    """A model folder of Llama-3-8B's shape, or another, without weights, and samples for it; a
+    command line."""
     tiny = Path(__file__).parent / "tiny_llama"
     for path in tiny.glob("*token*.json"):
         shutil.copy(path, folder)
@@ -431,7 +433,7 @@ def fabricate_command(folder: Path, shape: Shape, n_samples: int) -> list[str]:
 
 
 def fabricate_scores(
-    _: Any, tree: tracing.Tree, __: Any, variants: Sequence[tracing.Variant], *___: Any
+    _: Any, tree: tracing.Tree, variants: Sequence[tracing.Variant], *__: Any
 ) -> dict[str, Any]:
     """Stands for `run_variants`: random scores."""
     values = torch.randn(len(variants), len(tree.prompts), dtype=torch.float64)
@@ -442,7 +444,8 @@ def fabricate_parts(experiment: Any) -> None:
     """Every part of a finished sweep."""
     torch.manual_seed(0)
     tracing.run_variants = fabricate_scores
-    experiment.check_model = experiment.note_halving = lambda: None  # no model is loaded
+    tracing.check_model = lambda _: None  # no model is loaded
+    experiment.note_halving = lambda: None
     tracing.measure_components(experiment, swept(experiment))
 
 
