@@ -13,7 +13,7 @@ import pytest
 
 import llama3_circuit_tracing as tracing
 from by_hand import prepared
-from conftest import Answer, refuses, user_text, write_samples
+from conftest import Answer, record_of, refuses, user_text, write_samples
 from llama3_circuit_tracing import NO_ODD_ONE, REQUESTED_COLUMNS, TASKS, Sample
 
 SHORT = {"sentence": "Name a fruit.", "targets": ["apple", "pear"]}
@@ -294,7 +294,11 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(
     if command.startswith("trace"):
         argv += ["--model_id", tiny_llama]
     refuses(answer, *argv, says=["mine.csv"])
-    assert not Path("out", "run.json").exists()
+    if command.startswith("trace"):  # the record knows run.log, and of no run
+        record = record_of(Path("out"))
+        assert (record["experiment"]["options"], record["commands"]) == ({}, {})
+    else:
+        assert not Path("out", "run.json").exists()
 
 
 # ----- results
