@@ -353,7 +353,8 @@ def parse_text(text: str) -> str:
 
 def parse_any_text(text: str) -> str:
     """A text that may be empty; `ValueError` for bytes that are no UTF-8, and for a zero byte."""
-    text.encode()
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{quote(text)} holds bytes that are no UTF-8")
     if "\0" in text:
         raise ValueError(f"{quote(text)} holds a zero byte")
     return text
@@ -11030,7 +11031,7 @@ def read_run(source: str) -> FinishedRun:
     """The results of a run folder or of a results CSV; what a CSV does not tell is taken from the
     run.json beside it."""
     path = Path(source)
-    csv_path = path / "circuit_results.csv" if path.is_dir() else path
+    csv_path = path / "circuit_results.csv" if os.path.isdir(path) else path
     table = read_results(csv_path)
     record_path = csv_path.parent / "run.json"
     record = read_record(record_path)
@@ -11451,7 +11452,7 @@ def sentence_of(error: Exception) -> str:
         )
     if isinstance(error, OSError) and error.strerror:
         path = Path(str(error.filename))
-        name = str(path) if path.parent.exists() else shorten(path)
+        name = str(path) if os.path.exists(path.parent) else shorten(path)
         return f"{name}: {error.strerror}"
     return f"{type(error).__name__}: {first_line(error)}"
 

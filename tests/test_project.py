@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,13 +47,15 @@ def readme_commands() -> list[str]:
     words = "|".join(tracing.COMMANDS)
     commands += re.findall(rf"^\| `((?:(?:{words}) )?--[^`]+)`", README, re.MULTILINE)
     commands += re.findall(rf"`((?:{words}) [^`]*--[^`]+)`", README)
-    return [re.sub(r"\s*\.\.\.$", "", command) for command in commands]
+    commands = [re.sub(r"\s*\.\.\.$", "", command) for command in commands]
+    return [command for command in commands if command]
 
 
 def test_command_lines_in_the_readme_parse(monkeypatch: Any, tmp_path: Path) -> None:
     commands = readme_commands()
     assert len(commands) > 25
     monkeypatch.chdir(ROOT)
+    shutil.copy(EXAMPLE / "circuit.json", tmp_path)  # for `joint` without names
     for command in commands:
         line = command.split()
         if "NAMES" in line or "..." in command:
@@ -103,8 +106,9 @@ def test_the_examples_can_be_made_again_in_their_folders() -> None:
     assert len(folders) == 3
     known = {folder / "run.json" for folder in folders}
     for folder in folders:
-        written = tracing.listed_files(folder, record_of(folder))
-        known |= {folder / name for name in written}
+        run_folder = tracing.RunFolder(folder)
+        run_folder.record = record_of(folder)
+        known |= {folder / name for name in run_folder.written_files()}
     assert {ROOT / name for name in listed} <= known
 
 
