@@ -1,4 +1,4 @@
-"""The project around the script: what is written about it holds, and the file keeps its measures."""
+"""The project around the script: what is written of it holds, and the file keeps its measures."""
 
 from __future__ import annotations
 
