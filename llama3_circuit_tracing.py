@@ -119,17 +119,21 @@ class RunError(Exception):
     """A failure at run time: exit code 1."""
 
 
-MAX_VALUE_LENGTH = 200  # characters that a sentence shows of one value
+MAX_VALUE_LENGTH = 80  # characters that a sentence shows of one value
+MAX_PATH_LENGTH = 200  # up to here a path is shown whole: its middle is what tells it
 MAX_ERROR_LENGTH = 1000  # of an error as a whole, whoever wrote it
 
 
 def shorten(value: object, limit: int = MAX_VALUE_LENGTH) -> str:
     """The text of a value, for a sentence: the middle of a long one is left out.
 
-    The path of a file or folder that exists is no typing error: it is shown in full.
+    A path is shown in full where its file or folder exists, which is no typing error, or where it
+    is no longer than `MAX_PATH_LENGTH`.
     """
     text = str(value)
-    if len(text) <= limit or (isinstance(value, Path) and os.path.exists(value)):
+    if len(text) <= limit:
+        return text
+    if isinstance(value, Path) and (len(text) <= MAX_PATH_LENGTH or os.path.exists(value)):
         return text
     n_start = 2 * limit // 3
     n_end = limit - n_start - len("...")
@@ -176,9 +180,10 @@ def one_line(sentence: str, words: Iterable[str] = ()) -> str:
     `words` are those of the command line: the sentence repeats no long one in full.
     """
     for word in sorted(words, key=len, reverse=True):
-        if len(word) > MAX_VALUE_LENGTH and not os.path.exists(word):
+        shown = shorten(Path(word) if os.sep in word else word)
+        if shown != word and not os.path.exists(word):
             for spelling in (word, repr(word)[1:-1]):
-                sentence = sentence.replace(spelling, shorten(word))
+                sentence = sentence.replace(spelling, shown)
     return visible(shorten(sentence, MAX_ERROR_LENGTH))
 
 

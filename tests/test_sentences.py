@@ -35,32 +35,32 @@ def sentence_in(err: str) -> str:
 # ----- values
 
 
-@pytest.mark.parametrize("n", [0, 1, 199, 200, 201, 5000])
-def test_a_value_is_shown_with_200_characters_at_most_its_start_and_its_end(n: int) -> None:
+@pytest.mark.parametrize("n", [0, 1, 79, 80, 81, 5000])
+def test_a_value_is_shown_with_80_characters_at_most_its_start_and_its_end(n: int) -> None:
     text = "".join(chr(ord("a") + i % 26) for i in range(n))
     shown = tracing.shorten(text)
-    assert len(shown) == min(n, 200)
+    assert len(shown) == min(n, 80)
     start, dots, end = shown.partition("...")
     assert text.startswith(start) and text.endswith(end)
-    assert bool(dots) == (n > 200)
+    assert bool(dots) == (n > 80)
 
 
 def test_a_quoted_value_is_as_python_writes_it_and_no_longer() -> None:
     assert tracing.quote("it's\x1b") == '"it\'s\\x1b"'
     assert tracing.quote([7, "a"]) == "[7, 'a']"
-    assert len(tracing.quote(["a" * 500] * 9)) == 200
-    assert len(tracing.quote("a" * 500)) == 200 + len("''")
+    assert len(tracing.quote(["a" * 500] * 9)) == 80
+    assert len(tracing.quote("a" * 500)) == 80 + len("''")
 
 
 def test_the_path_of_a_file_that_exists_is_shown_in_full_and_any_other_is_cut(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / ("long" * 50) / ("name" * 50)
-    assert len(tracing.shorten(path)) == 200
+    assert len(tracing.shorten(path)) == 80
     path.parent.mkdir()
     path.write_text("")
     assert tracing.shorten(path) == str(path)
-    assert len(tracing.shorten(str(path))) == 200
+    assert len(tracing.shorten(str(path))) == 80
 
 
 def test_a_list_of_values_ends_in_dots_where_there_are_more() -> None:
@@ -119,7 +119,7 @@ def test_no_option_has_its_long_value_repeated(
     code, _, err = answer(*argv)
     sentence = sentence_in(err)
     assert code in (1, 2) and sentence
-    assert value[:201] not in sentence and len(sentence) < 1000
+    assert value[:81] not in sentence and len(sentence) < 1000
     assert sentence.isprintable()
 
 
@@ -142,7 +142,7 @@ def test_words_that_are_no_option_are_not_repeated_in_full(
     code, _, err = answer(*argv)
     sentence = sentence_in(err)
     assert code == 2 and sentence.startswith(says)
-    assert LONG[:201] not in sentence and len(sentence) <= tracing.MAX_ERROR_LENGTH
+    assert LONG[:81] not in sentence and len(sentence) <= tracing.MAX_ERROR_LENGTH
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_no_long_value_of_a_sample_is_repeated(
     code, _, err = answer("--model_id", llama, "--samples", str(path), "--dry_run")
     (sentence,) = err.splitlines()
     assert code == 2 and sentence.startswith(f"error: {path}, line ")
-    assert LONG[:201] not in sentence and len(sentence) < 500
+    assert LONG[:81] not in sentence and len(sentence) < 500
 
 
 def test_a_long_cell_of_a_results_table_is_cut(answer: Answer, tmp_path: Path) -> None:
