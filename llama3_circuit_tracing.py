@@ -3320,7 +3320,10 @@ def why_hub_is_unreachable() -> str:
             get_session().head(hub_constants.ENDPOINT, timeout=seconds)
             reasons.append("")
         except Exception as error:  # of whichever client the library uses
-            reasons.append(first_line(error))
+            innermost: BaseException = error
+            while cause := innermost.__cause__ or innermost.__context__:
+                innermost = cause
+            reasons.append(first_line(innermost))
 
     # in a thread, since the system looks up names and tries addresses for as long as it likes
     thread = threading.Thread(target=ask, daemon=True)

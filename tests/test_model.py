@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -172,7 +173,8 @@ def test_a_hub_that_fails_is_asked_once_and_told_of_in_one_line(tmp_path: Path) 
     assert asked.count("/") == 1 and not any("config.json" in path for path in asked)
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: {LLAMA_3} is not in the local cache and the hub cannot be")
-    assert "disconnected" in line and line.endswith(f"{WAY_OUT} runs the bundled model instead")
+    assert re.search(r"\((Server disconnected|Remote end closed connection) ", line)
+    assert line.endswith(f"{WAY_OUT} runs the bundled model instead")
 
 
 def test_a_hub_that_does_not_answer_is_given_up_after_some_seconds(tmp_path: Path) -> None:
@@ -521,9 +523,10 @@ def test_of_a_model_of_no_use_the_libraries_say_nothing_but_with_debug(
     argv = ["--model_id", folder, "--output_dir", str(tmp_path / "run")]
     _, out, err = answer(*argv)
     assert (heard, len(err.splitlines())) == ([], 1)
-    assert "LOAD REPORT" not in out + (tmp_path / "run" / "run.log").read_text()
+    report = "LOAD REPORT|Some weights"  # of transformers 5, and 4
+    assert not re.search(report, out + (tmp_path / "run" / "run.log").read_text())
     assert answer(*argv, "--debug")[0] == 1
-    assert "LOAD REPORT" in "".join(heard)
+    assert re.search(report, "".join(heard))
 
 
 def test_what_the_log_of_a_library_says_of_a_config_of_no_use_is_held_back(
@@ -537,17 +540,24 @@ def test_what_the_log_of_a_library_says_of_a_config_of_no_use_is_held_back(
             assert heard == []
         else:
             assert answer(*argv, "--debug")[0] == 2
-            assert any("within the vocabulary" in line for line in heard)
+            says_so = int(transformers.__version__.split(".")[0]) >= 5
+            assert any("within the vocabulary" in line for line in heard) == says_so
 
 
 def test_what_a_library_warns_of_a_config_of_no_use_is_held_back(
-    tiny_llama: str, tmp_path: Path, answer: Answer, recwarn: pytest.WarningsRecorder
+    tiny_llama: str,
+    tmp_path: Path,
+    answer: Answer,
+    heard: list[str],
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
+    """transformers 5 warns of the field rope_scaling, and 4 logs what a Bert needs."""
     argv = ["--model_id", str(copy_of(tiny_llama, tmp_path / "model", model_type="bert"))]
     refuses(answer, *argv, "--dry_run", says=["BertLMHeadModel is not supported"])
-    assert len(recwarn) == 0
+    assert heard == [] and len(recwarn) == 0
     assert answer(*argv, "--dry_run", "--debug")[0] == 2
-    assert any("rope_scaling" in str(warning.message) for warning in recwarn)
+    said = " ".join([*heard, *(str(warning.message) for warning in recwarn)])
+    assert re.search("rope_scaling|as a standalone", said)
 
 
 def test_a_folder_with_other_weights_gives_one_line_on_stderr(
