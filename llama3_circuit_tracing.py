@@ -165,6 +165,19 @@ def first_line(error: BaseException) -> str:
     return re.sub(rf"\S{{{LONGEST_VALUE + 1},}}", lambda word: shorten(word[0]), line)
 
 
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be used: in the system's own words where it was the system that refused."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions from which one came, the nearest first."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
 def one_line(sentence: str, words: Iterable[str] = ()) -> str:
     """An error as it is printed: in one visible line, whoever wrote it.
 
@@ -310,9 +323,8 @@ def components(text: str) -> Circuit:
             return Circuit(dict.fromkeys(map(Component.parse, text.split(","))))
         return read_components(Path(text))
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         shown = shorten(Path(text) if is_path(text) else text)
-        told = f"{shown} is no file of components: {reason}"
+        told = f"{shown} is no file of components: {reason_of(error)}"
         raise argparse.ArgumentTypeError(told) from error
 
 
@@ -2038,9 +2050,7 @@ def why_no_hub() -> str:
             get_session().head(hub_constants.ENDPOINT, timeout=seconds)
             reasons.append("")
         except Exception as error:  # of whichever client the library uses
-            innermost: BaseException = error
-            while cause := innermost.__cause__ or innermost.__context__:
-                innermost = cause
+            innermost = [error, *causes_of(error)][-1]
             reasons.append(first_line(innermost))
 
     # in a thread, since the system looks up names and tries addresses for as long as it likes
@@ -2074,9 +2084,7 @@ def from_hub(load: Callable[..., Any], config: Config, **options: Any) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of the libraries below as well, such as a broken safetensors file
-        causes, cause = "", error.__cause__ or error.__context__
-        while cause is not None:
-            causes, cause = causes + type(cause).__name__, cause.__cause__ or cause.__context__
+        causes = "".join(type(cause).__name__ for cause in causes_of(error))
         reason = next(reason for key, reason in LOAD_ERRORS.items() if re.search(key, causes))
         why = f" ({unreachable})" if unreachable else ""
         said = reason.format(name=name, revision=revision, error=first_line(error), why=why)
@@ -3516,8 +3524,7 @@ def read_directions(
     try:
         tensors, metadata = open_directions(path)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"{name} is no file of directions: {reason}") from error
+        raise UsageError(f"{name} is no file of directions: {reason_of(error)}") from error
     all_too = config.confirms and not config.everywhere  # all others are edited, too
     directions = dict(tensors)  # those that nothing needs stay as they are
     for component in shape.every(config.kind) if all_too else swept:
