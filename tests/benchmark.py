@@ -36,11 +36,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import llama3_circuit_tracing as tracing
@@ -156,7 +158,13 @@ def random_prompts(options: argparse.Namespace, pairs: int, vocab: int) -> list[
 
 
 class NoTokenizer:
-    """Stands where the records of the unedited model name the likeliest tokens."""
+    """Stands where the records of the unedited model name the likeliest tokens; prompts have no
+    BOS."""
+
+    bos_token_id = None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [0]}
 
     def batch_decode(self, ids: torch.Tensor) -> list[str]:
         return [str(of_text) for of_text in ids.tolist()]
@@ -166,15 +174,24 @@ def build_experiment(shape: Shape, pairs: int, options: argparse.Namespace) -> A
     """On a random model and random prompts."""
     model = random_model(shape, options.seed).requires_grad_(False)
     prompts = random_prompts(options, pairs, shape["vocab_size"])
-    config, of_model = tracing.Config(), tracing.shape_of(model, model.dtype)
-    trees = tracing.plant_trees(prompts, None, config)
-    components = tracing.choose_components(config, of_model)
-    budget = tracing.ROW_TOKENS[tracing.device_type(config)]
-    rows = options.rows_per_forward or max(1, budget // max(tree.n_tokens for tree in trees))
-    encoder = tracing.PromptEncoder(NoTokenizer(), "", "word")
-    experiment = tracing.Experiment(config, of_model, encoder, prompts, trees, components, rows)
-    experiment.traced = tracing.TracedModel(model, of_model, rows)
+    options_of_run = tracing.TraceOptions(rows_per_forward=options.rows_per_forward)
+    model_shape = tracing.shape_of(model, model.dtype)
+    experiment = tracing.Experiment(
+        options=options_of_run,
+        folder=tracing.RunFolder(Path("nowhere")),
+        processes=tracing.Processes(),
+        shape=model_shape,
+        encoder=tracing.PromptEncoder(NoTokenizer(), "", "word"),
+        prompts=prompts,
+    )
+    experiment.rows_per_forward = tracing.choose_rows_per_forward(experiment)
+    experiment.traced = tracing.TracedModel(model, model_shape, experiment.rows_per_forward)
     return experiment
+
+
+def swept(experiment: Any) -> list[tracing.Component]:
+    """All heads."""
+    return tracing.choose_components(experiment.options, experiment.shape)
 
 
 # ----- the two ways
@@ -200,21 +217,24 @@ def naive_loop(model: Any, prompts: Sequence[Any], heads: list[tuple[int, int]])
 
 
 def our_sweep(experiment: Any) -> Effects:
-    with tempfile.TemporaryDirectory() as path:
-        folder = tracing.RunFolder(Path(path))
-        folder.parts.mkdir()
-        jobs = [*tracing.plan_jobs(experiment, tracing.read_sweep(experiment, folder))]
-        records = [r for tree in experiment.trees for r in tracing.sample_records(experiment, tree)]
+    """The script's, in a new folder and without its self-test."""
+    experiment.recent_clean_run = None
+    untested = mock.patch.object(tracing, "check_model")
+    with untested, tempfile.TemporaryDirectory() as path:
+        experiment.folder = tracing.RunFolder(Path(path))
+        experiment.folder.parts.mkdir()
+        records = []
+        for tree in experiment.trees:
+            records += tracing.sample_records(experiment, tree, tqdm(disable=True))
         records = [{"unit": r["sample_id"], "group": "", **r} for r in records]
-        tracing.sweep(experiment, jobs, folder)
-        rows = tracing.read_sweep(experiment, folder)
-        table = tracing.results_table(rows, records, experiment.config)
+        rows = tracing.measure_components(experiment, swept(experiment))
+        table = tracing.results_table(rows, records, experiment.options)
     table = table[table["draw"] < 0]
     return table.set_index(["sample_id", "layer", "head"])["head_effect"].to_dict()
 
 
 def largest_difference(expected: Effects, found: Effects) -> float:
-    """Of the effects that the naive loop gives, in nats; NaN where one is NaN or all are nothing."""
+    """Of the naive loop's effects, in nats; NaN where one is NaN or all are nothing."""
     differences = torch.tensor([found[key] - effect for key, effect in expected.items()])
     moves = any(abs(effect) > 1e-3 for effect in expected.values())
     return float(differences.abs().max()) if moves else math.nan
@@ -318,7 +338,7 @@ def compare(name: str, options: argparse.Namespace) -> None:
 def naive_difference(
     experiment: Any, shape: Shape, found: Effects, options: argparse.Namespace
 ) -> float:
-    """The largest difference of a sweep from the naive loop, on one pair and the subset of heads."""
+    """The largest difference of a sweep from the naive loop, on one pair and some heads."""
     subset = spread_heads(shape, options.naive_per_layer, options.naive_layers)
     expected = naive_loop(experiment.traced.model, experiment.prompts[:1], subset)
     return largest_difference(expected, found)
@@ -353,19 +373,23 @@ def screen(options: argparse.Namespace) -> None:
     with timed() as exact:
         found = our_sweep(experiment)
     largest = naive_difference(experiment, shape, found, options)
-    heads = [(c.layer, c.index) for c in experiment.components]
+    components = swept(experiment)
+    heads = [(c.layer, c.index) for c in components]
     ids = [of_sample[0].sample.sample_id for of_sample in experiment.prompts]
     effects = torch.tensor([[found[(i, *head)] for head in heads] for i in ids]).mean(0)
     best = {*effects.abs().argsort(descending=True)[:20].tolist()}
-    trees = tracing.plant_trees(experiment.prompts, None, experiment.config, apart=True)
+    trees = tracing.plant_trees(experiment.prompts, None, experiment.options, apart=True)
     with timed() as plain:
         for tree in trees:
             tracing.run_clean(experiment.traced, tree, (), (), ())
     print(f"exact sweep of {len(heads)} heads, {len(ids)} pairs: {exact.cpu:.1f} s CPU")
     for method in ("atp", "relp", "ig"):
-        experiment.config = dataclasses.replace(experiment.config, method=method)
+        experiment.options = dataclasses.replace(experiment.options, method=method)
+        experiment.recent_clean_run = None
         with timed() as clock:
-            moves = torch.cat([tracing.estimate_tree(experiment, tree) for tree in trees])
+            moves = torch.cat(
+                [tracing.estimate_tree(experiment, components, tree) for tree in trees]
+            )
         estimates = (moves[..., 0] - moves[..., 1]).mean(0)
         order = estimates.abs().argsort(descending=True).tolist()
         recall = [len(best.intersection(order[:n])) for n in (20, 60)]
@@ -383,7 +407,8 @@ def screen(options: argparse.Namespace) -> None:
 
 
 def fabricate_command(folder: Path, shape: Shape, n_samples: int) -> list[str]:
-    """A model folder of Llama-3-8B's shape, or another, without weights and samples for it; a command line."""
+    """A model folder of Llama-3-8B's shape, or another, without weights, and samples for it; a
+    command line."""
     tiny = Path(__file__).parent / "tiny_llama"
     for path in tiny.glob("*token*.json"):
         shutil.copy(path, folder)
@@ -407,15 +432,21 @@ def fabricate_command(folder: Path, shape: Shape, n_samples: int) -> list[str]:
     return [*flags, "--num_samples", str(n_samples), "--output_dir", str(folder / "out")]
 
 
-def fabricate_parts(experiment: Any, folder: Any) -> None:
-    """Every part of a finished sweep, with random scores."""
-    generator = torch.Generator().manual_seed(0)
-    for job in tracing.plan_jobs(experiment, tracing.read_sweep(experiment, folder)):
-        tree = experiment.trees[job.tree]
-        scores = torch.randn(
-            len(job.edits), len(tree.prompts), generator=generator, dtype=torch.float64
-        )
-        folder.write_part(job.name, tracing.tidy_rows(tree, job, scores).to_dict("list"))
+def fabricate_scores(
+    _: Any, tree: tracing.Tree, variants: Sequence[tracing.Variant], *__: Any
+) -> dict[str, Any]:
+    """Stands for `run_variants`: random scores."""
+    values = torch.randn(len(variants), len(tree.prompts), dtype=torch.float64)
+    return {"keys": [variant.key for variant in variants], "values": values.tolist()}
+
+
+def fabricate_parts(experiment: Any) -> None:
+    """Every part of a finished sweep."""
+    torch.manual_seed(0)
+    tracing.run_variants = fabricate_scores
+    tracing.check_model = lambda _: None  # no model is loaded
+    experiment.note_halving = lambda: None
+    tracing.measure_components(experiment, swept(experiment))
 
 
 def fabricate_records(experiment: Any) -> list[dict[str, Any]]:
@@ -446,23 +477,24 @@ def scale(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as path:
         n_samples = 6 if options.smoke else options.samples
         command = fabricate_command(Path(path), preset("8b", options), n_samples)
-        config = tracing.parse_args(command)
-        folder = tracing.RunFolder(Path(config.output_dir))
+        trace_options: Any = tracing.parse_command_line(command).options
+        folder = tracing.RunFolder(Path(trace_options.output_dir))
         folder.parts.mkdir(parents=True)
         with timed() as planning:
-            experiment = tracing.prepare(config, folder)
-        print(f"planning: {planning.wall:.1f} s wall, {len(experiment.trees)} trees", flush=True)
+            experiment = tracing.prepare(trace_options, folder, tracing.Processes())
+            n_trees = len(experiment.trees)
+        print(f"planning: {planning.wall:.1f} s wall, {n_trees} trees", flush=True)
         # in a process of its own, whose memory is not counted
-        child = multiprocessing.Process(target=fabricate_parts, args=(experiment, folder))
+        child = multiprocessing.Process(target=fabricate_parts, args=(experiment,))
         child.start()
         child.join()
-        n_parts = len(list(folder.parts.glob("sweep-*.json")))
+        n_parts = len(list(folder.parts.glob("scores-*.json")))
         print(f"{n_parts} parts, {peak_memory() / 1e9:.2f} GB before they are read", flush=True)
         with timed() as reading:
-            rows = tracing.read_sweep(experiment, folder)
+            rows = tracing.measure_components(experiment, swept(experiment))
         print(f"reading: {reading.wall:.1f} s for {len(rows):,} rows", flush=True)
         with timed() as tabling:
-            measured = tracing.results_table(rows, fabricate_records(experiment), config)
+            measured = tracing.results_table(rows, fabricate_records(experiment), trace_options)
             del rows
             table = measured[measured["draw"] < 0].drop(columns="draw")
             floor = tracing.noise_floor(measured[measured["draw"] >= 0])
@@ -472,7 +504,7 @@ def scale(options: argparse.Namespace) -> None:
             tracing.write_components(folder.path / "circuit_results.csv", table)
         print(f"CSV: {writing.wall:.1f} s", flush=True)
         with timed() as testing:
-            heads = tracing.write_findings(table, None, floor, config, folder)
+            heads = tracing.write_heads(experiment, table, floor)
         print(f"statistics: {testing.wall:.1f} s", flush=True)
         after = reading.wall + tabling.wall + writing.wall + testing.wall
         gb = peak_memory() / 1e9
@@ -506,7 +538,7 @@ def job(options: argparse.Namespace) -> None:
             command = [sys.executable, str(here.parent / "llama3_circuit_tracing.py"), *argv]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             record = json.loads((Path(output) / "run.json").read_text())
-        seconds = record["run"]["seconds"]
+        seconds = record["commands"]["trace"]["seconds"]
         print(f"{model}: " + ", ".join(f"{stage} {s:.1f}" for stage, s in seconds.items()))
         errors = [(error, bound) for _, error, bound in record["self_test"]]
         print(f"largest difference {max(errors)[0]:.2e}")

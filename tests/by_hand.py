@@ -16,7 +16,7 @@ import torch
 
 import llama3_circuit_tracing as tracing
 import naive
-from conftest import read, record_of, user_text
+from conftest import command_line, read, record_of, user_text
 
 Effects = Mapping[str, Sequence[float]]  # by component, of one sample after the other
 
@@ -69,9 +69,9 @@ def results(
             "index": component.index,
             "op": op,
         }
-        for label, of_component in effects.items()
+        for label, component_effects in effects.items()
         for component in [tracing.Component.parse(label)]
-        for i, (before, effect) in enumerate(zip(bases, of_component, strict=True))
+        for i, (before, effect) in enumerate(zip(bases, component_effects, strict=True))
     )
 
 
@@ -90,32 +90,20 @@ def with_control(
     return table.assign(**scores, **contrast, score_b_base=0.0, score_b_head=0.0)
 
 
-def assert_same_statistics(found: pd.DataFrame, expected: pd.DataFrame, rounding: float) -> None:
-    """Statistics of the same effects, computed in two ways that may round differently.
-
-    `rounding` is by how much an effect may differ. A mean and a standard deviation differ by no
-    more, an end of an interval by as many times more as Student's quantile of few sentences is
-    large, p by what that makes of t = mean / standard error. Where effects spread as little as
-    they are rounded, rounding decides p. q is of all p together: compare it with `q_values`.
-    """
-    for name in ("n_samples", "n_sentences"):
-        assert found[name].tolist() == expected[name].tolist(), name
-    for name in ("mean", "sd"):
-        assert (found[name] - expected[name]).abs().max() < rounding, name
-    for name in ("ci_low", "ci_high"):
-        assert (found[name] - expected[name]).abs().max() < 20 * rounding, name
-    spread = expected["sd"] > 100 * rounding
-    assert spread.sum() > len(expected) / 4
-    assert (found["p"] - expected["p"])[spread].abs().max() < 0.02
-
-
 # ----- a run
 
 
-def prepared(model: str, *flags: str) -> tracing.Experiment:
-    """What a command line with some flags asks for, on two samples."""
-    config = tracing.parse_args(["--model_id", model, "--num_samples", "2", *flags])
-    return tracing.prepare(config, tracing.RunFolder(Path("nowhere")))
+def prepared(
+    model: str, *words: str, record: dict[str, Any] | None = None
+) -> tracing.Experiment[Any]:
+    """What a command line asks for, on two samples unless it says so; `record`: of its folder."""
+    arguments = command_line(model, Path("nowhere"), *words)
+    if "--num_samples" not in words:
+        arguments += ["--num_samples", "2"]
+    folder = tracing.RunFolder(Path("nowhere"))
+    folder.record = record or {}
+    options = tracing.parse_command_line(arguments).options
+    return tracing.prepare(options, folder, tracing.Processes())
 
 
 def texts(folder: Path) -> dict[str, dict[str, str]]:
@@ -142,8 +130,8 @@ def halves(folder: Path) -> list[list[str]]:
 def joint_rows(folder: Path, measure: str = "a - b", samples: str = "held-out") -> pd.DataFrame:
     """The rows of circuit_confirm.csv of a measure on some samples."""
     rows = read(folder, "circuit_confirm.csv").fillna({"components": ""})
-    asked = (rows["measure"] == measure) & (rows["samples"] == samples)
-    return rows[asked].reset_index(drop=True)
+    chosen = (rows["measure"] == measure) & (rows["samples"] == samples)
+    return rows[chosen].reset_index(drop=True)
 
 
 def ablated(model: Any, labels: Iterable[str]) -> AbstractContextManager[None]:
@@ -154,7 +142,7 @@ def ablated(model: Any, labels: Iterable[str]) -> AbstractContextManager[None]:
 
 @torch.no_grad()
 def divergence(model: Any, ids: Sequence[int], edit: AbstractContextManager[None]) -> float:
-    """KL of the first reply token, from what is said as things are to what is said with the edit."""
+    """KL of the first reply token (nats), from the clean run to the edited run."""
 
     def log_probs() -> torch.Tensor:
         return torch.Tensor(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
@@ -170,8 +158,8 @@ def student_tail(t: float, df: float, steps: int = 20_000) -> float:
     width = (math.pi / 2 - start) / steps
     heights = [math.cos(start + i * width) ** (df - 1) for i in range(steps + 1)]
     area = width * (sum(heights) - (heights[0] + heights[-1]) / 2)
-    whole = math.sqrt(math.pi) * math.exp(math.lgamma(df / 2) - math.lgamma((df + 1) / 2))
-    return area / whole
+    total = math.sqrt(math.pi) * math.exp(math.lgamma(df / 2) - math.lgamma((df + 1) / 2))
+    return area / total
 
 
 def student_quantile(df: float) -> float:
@@ -206,7 +194,7 @@ def mean_test(sums: Sequence[float], counts: Sequence[float]) -> tuple[float, fl
             return t + bend * t**2 / 6
         turn = 3 / -bend  # where Hall's cubic rises no further
         cubic = turn / 3 * (1 - max(0.0, 1 - t / turn) ** 3)
-        return max(cubic, t / tracing.MOST_SHRUNK)
+        return max(cubic, t / tracing.MAX_SHRINKAGE)
 
     bend = skewness / math.sqrt(size)
     t = corrected(abs(mean) / error, math.copysign(1, mean) * bend)

@@ -105,9 +105,16 @@ def refuses(answer: Answer, *argv: str, says: Iterable[str], code: int = 2) -> N
         assert text in line
 
 
-def finish(model: str, folder: Path, *flags: str) -> Path:
+def command_line(model: str, folder: Path, *words: str) -> list[str]:
+    """A command line on a model and a folder; the first word may be a command."""
+    command = [words[0]] if words and words[0] in tracing.COMMANDS else []
+    options = words[len(command) :]
+    return [*command, "--model_id", model, "--output_dir", str(folder), *options]
+
+
+def finish(model: str, folder: Path, *words: str) -> Path:
     """Run a command to its good end in this process; its output folder."""
-    assert tracing.main(["--model_id", model, "--output_dir", str(folder), *flags]) == 0
+    assert tracing.main(command_line(model, folder, *words)) == 0
     return folder
 
 

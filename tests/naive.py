@@ -99,13 +99,13 @@ def zeroed(model: Any, components: Iterable[tuple[int, str, int]]) -> AbstractCo
 @torch.no_grad()
 def greedy(model: Any, ids: Sequence[int], n_tokens: int, ends: Container[int] = ()) -> list[int]:
     """The likeliest tokens, a full forward each, up to one that ends a reply."""
-    said: list[int] = []
-    while len(said) < n_tokens:
-        token = int(model(torch.tensor([[*ids, *said]])).logits[0, -1].argmax())
+    reply: list[int] = []
+    while len(reply) < n_tokens:
+        token = int(model(torch.tensor([[*ids, *reply]])).logits[0, -1].argmax())
         if token in ends:
             break
-        said.append(token)
-    return said
+        reply.append(token)
+    return reply
 
 
 # ----- scores
@@ -129,8 +129,8 @@ def word_log_prob(
 def suppression_score(
     model: Any, tokenizer: Any, user: str, targets: Sequence[str], edit: Edit | None = None
 ) -> float:
-    found = [word_log_prob(model, tokenizer, user, word, edit) for word in targets]
-    return sum(found) / len(targets)
+    log_probs = [word_log_prob(model, tokenizer, user, word, edit) for word in targets]
+    return sum(log_probs) / len(targets)
 
 
 def sweep(
@@ -175,20 +175,27 @@ def mean_of(model: Any, tokenizer: Any, users: Sequence[str], layer: int, kind: 
     return torch.cat(inputs).double().mean(0).float()
 
 
-def touched(own: list[int], other: list[int], n_tail: int, change: Any) -> list[tuple[int, int]]:
+def n_shared(ids: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts share at their beginning."""
+    same = [a == b for a, b in zip(ids, other, strict=False)]
+    return [*same, False].index(False)
+
+
+def edited_tokens(
+    ids: list[int], other: list[int], n_tail: int, change: Any
+) -> list[tuple[int, int]]:
     """(position, position of the partner) of every token that is edited."""
-    n, shift = len(own), len(other) - len(own)
-    pairs = ([a == b for a, b in zip(own[::k], other[::k], strict=False)] for k in (1, -1))
-    before, after = ([*same, False].index(False) for same in pairs)
+    n, shift = len(ids), len(other) - len(ids)
+    before, after = n_shared(ids, other), n_shared(ids[::-1], other[::-1])
     end_of_differing = max(before, n - min(after, min(n, len(other)) - before))
     aligned = {i: i + shift for i in range(before if shift == 0 else n - after, n)}
     if change.op != "patch":
         aligned = {i: i for i in range(n)}
     if change.positions == "all":
         return [*aligned.items(), *((n + i, len(other) + i) for i in range(n_tail))]
-    named = {"last": [n - 1], "differing": range(before, end_of_differing)}
-    wanted = named.get(change.positions, [change.positions])  # or a token of one's own
-    return [(i, aligned[i]) for i in wanted if i in aligned]
+    spans = {"last": [n - 1], "differing": range(before, end_of_differing)}
+    positions = spans.get(change.positions, [change.positions])  # or one position
+    return [(i, aligned[i]) for i in positions if i in aligned]
 
 
 def edited_score(
@@ -206,15 +213,17 @@ def edited_score(
     span = span_of(model, layer, change.kind, index)
 
     def edit(ids: list[int], tail: list[int]) -> AbstractContextManager[None]:
-        places = touched(ids, other, len(tail), change)
+        places = edited_tokens(ids, other, len(tail), change)
         if change.op == "patch":
             partner = input_of(model, other + tail, layer, change.kind)
 
         def replace(x: Tensor) -> Tensor:
             y = x.clone()
-            for mine, theirs in places:
-                value = (change.factor or 0) * x[0, mine] if mean is None else mean
-                y[0, mine, span] = (partner[theirs] if change.op == "patch" else value)[span]
+            for place, partner_place in places:
+                value = (change.factor or 0) * x[0, place] if mean is None else mean
+                if change.op == "patch":
+                    value = partner[partner_place]
+                y[0, place, span] = value[span]
             return y
 
         return hooked(module_of(model, layer, change.kind), replace)

@@ -9,6 +9,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,24 +21,30 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
-from conftest import Answer, finish, read, record_of, refuses
+from conftest import Answer, finish, read, record_of, refuses, write_samples
 from llama3_circuit_tracing import Component, Experiment
 from test_interventions import SAMPLES, Bench, bench, hooks_of, pair
 
 CLOSE = 1e-4
 GRAPH = "circuit_graph.csv"
 EDGES = "circuit_graph_edges.csv"
-FAST = ["--num_samples", "2", "--layers", "0", "--no-bf16"]
+FAST = ["--num_samples", "2", "--no-bf16"]
 REST = ["attn-rest", "mlp-rest"]
 Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("coarse_figures")
 Build = Callable[..., str]
 Explained = tuple[pd.DataFrame, Tensor, Tensor]  # nodes, weights, the goal's direction
+
+
+def graph(model: str, folder: Path, *flags: str) -> Path:
+    """The folder of a graph of two samples."""
+    return finish(model, folder, "graph", *FAST, *flags)
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen3", "tiny"])
@@ -58,8 +65,21 @@ def prompt_ids(bench: Bench) -> list[int]:
 def explained(bench: Bench, n_best: int = 60, n_tokens: int = 100) -> Explained:
     """The graph of one token's logit less the mean, after the first tokens of a prompt."""
     direction = tracing.goal_direction(bench.traced, {7: 1.0})
-    halves = tracing.run_halves(bench.traced, prompt_ids(bench)[:n_tokens])
-    return *tracing.attribute(bench.traced, halves, direction, n_best), direction
+    ids = prompt_ids(bench)[:n_tokens]
+    halves = tracing.run_halves(bench.traced, ids)
+    run = tracing.LinearRun(bench.traced, ids, halves, direction)
+    return *tracing.attribute(run, n_best), direction
+
+
+def experiment(bench: Bench, flags: str = "", records: Sequence[Any] = SAMPLES) -> Experiment[Any]:
+    """That of the command graph, around a model that is loaded."""
+    samples = write_samples(Path(bench.folder, "graph_samples.jsonl"), *records)
+    argv = ["graph", "--model_id", bench.folder, "--no-bf16", "--samples", samples]
+    options = tracing.parse_command_line([*argv, *flags.split()]).options
+    folder = tracing.RunFolder(Path(bench.folder))
+    exp = tracing.prepare(options, folder, tracing.Processes())
+    exp.traced = bench.traced
+    return exp
 
 
 # ----- identities
@@ -237,12 +257,12 @@ def test_an_edge_is_what_a_target_lacks_without_the_source(plain: Bench, frozen:
 # ----- the goal
 
 
-def goal_of(exp: Experiment, logits: Tensor) -> dict[int, float]:
+def goal_of(exp: Experiment[Any], logits: Tensor) -> dict[int, float]:
     return tracing.goal_weights(exp, exp.prompts[0][0], logits)
 
 
 def test_a_suppressed_words_forms_share_its_part(plain: Bench) -> None:
-    exp = plain.experiment(records=[pair("Say no.", "Say it.", "apple", "dog")])
+    exp = experiment(plain, records=[pair("Say no.", "Say it.", "apple", "dog")])
     words = [[form[0] for form in forms] for forms in exp.prompts[0][0].forms]
     logits = torch.zeros(exp.shape.vocab)
     logits[words[0][0]] = math.log(3)
@@ -255,7 +275,7 @@ def test_a_suppressed_words_forms_share_its_part(plain: Bench) -> None:
 
 def test_targets_count_against_foils_by_their_probabilities(plain: Bench) -> None:
     record = pair("Say no.", "Say it.", "apple") | {"foils": ["dog", "cat"]}
-    exp = plain.experiment("--task contrast", [record])
+    exp = experiment(plain, "--task contrast", [record])
     forms = exp.prompts[0][0].forms
     targets, foils = {form[0] for form in forms[0]}, {f[0] for word in forms[1:] for f in word}
     logits = torch.randn(exp.shape.vocab, generator=torch.Generator().manual_seed(0))
@@ -265,31 +285,30 @@ def test_targets_count_against_foils_by_their_probabilities(plain: Bench) -> Non
         total = float(sum(odds[token] for token in tokens))
         for token in tokens:
             assert found[token] == pytest.approx(sign * float(odds[token]) / total, abs=1e-5)
-    direction, matrix = tracing.goal_direction(plain.traced, found), plain.traced.head.weight
+    direction, matrix = tracing.goal_direction(plain.traced, found), plain.traced.unembedding.weight
     expected = sum(weight * matrix[token] for token, weight in found.items())
     assert (direction - expected).abs().max() < 1e-5
 
 
 def test_the_mean_of_all_logits_goes_off_a_goal_without_foils(plain: Bench) -> None:
-    matrix = plain.traced.head.weight
+    matrix = plain.traced.unembedding.weight
     direction = tracing.goal_direction(plain.traced, {3: 0.25, 5: 0.75})
     expected = 0.25 * matrix[3] + 0.75 * matrix[5] - matrix.mean(0)
     assert (direction - expected).abs().max() < 1e-5
-    top = plain.experiment("--graph line00001 --graph_goal top")
+    top = experiment(plain, "--goal top")
     assert goal_of(top, torch.arange(9.0)) == {8: 1.0}
 
 
 def test_words_that_begin_alike_are_refused(plain: Bench, caplog: pytest.LogCaptureFixture) -> None:
     record = pair("Say no.", "Say it.", "apple") | {"foils": ["dog"]}
-    exp, logits = plain.experiment("--task contrast", [record]), torch.zeros(9)
-    sample = SimpleNamespace(targets=("x",), named="sample (x)")
-    told: Any = SimpleNamespace(sample=sample, forms=(((1, 2), (3,)), ((1, 4), (5,))))
+    exp, logits = experiment(plain, "--task contrast", [record]), torch.zeros(9)
+    prompt = replace(exp.prompts[0][0], forms=(((1, 2), (3,)), ((1, 4), (5,))))
     with caplog.at_level("WARNING", "circuit"):
-        assert tracing.goal_weights(exp, told, logits) == {3: 1.0, 5: -1.0}
+        assert tracing.goal_weights(exp, prompt, logits) == {3: 1.0, 5: -1.0}
     assert "may begin with" in caplog.text
-    told.forms = (((1, 2),), ((1, 4),))
-    with pytest.raises(tracing.UsageError, match="begin with the same tokens; give --graph_goal"):
-        tracing.goal_weights(exp, told, logits)
+    prompt = replace(prompt, forms=(((1, 2),), ((1, 4),)))
+    with pytest.raises(tracing.UsageError, match="begin with the same tokens; give --goal top"):
+        tracing.goal_weights(exp, prompt, logits)
 
 
 # ----- pruning
@@ -302,8 +321,8 @@ WEIGHTS = torch.tensor(
 
 
 def pruned(node: float, edge: float) -> tuple[pd.DataFrame, list[tuple[int, int]]]:
-    config = tracing.Config(node_threshold=node, edge_threshold=edge)
-    nodes, edges = tracing.prune(FIVE, WEIGHTS, config)
+    options = tracing.GraphOptions(node_threshold=node, edge_threshold=edge)
+    nodes, edges = tracing.prune(FIVE, WEIGHTS, options)
     return nodes, sorted(map(tuple, edges.nonzero().tolist()))
 
 
@@ -382,8 +401,8 @@ def test_what_is_kept_is_what_circuit_tracer_keeps(
         cfg=SimpleNamespace(n_layers=2 * n_layers),  # rests per token
     )
     theirs = module.prune_graph(graph, *thresholds)
-    config = tracing.Config(node_threshold=thresholds[0], edge_threshold=thresholds[1])
-    ours, edges = tracing.prune(nodes, weights, config)
+    options = tracing.GraphOptions(node_threshold=thresholds[0], edge_threshold=thresholds[1])
+    ours, edges = tracing.prune(nodes, weights, options)
     assert torch.equal(torch.tensor(ours["kept"].to_numpy())[order], theirs.node_mask)
     assert torch.equal(edges[order][:, order], theirs.edge_mask)
     assert 0 < int(edges.sum()) < int((weights != 0).sum())
@@ -412,14 +431,21 @@ def goal_in(model: Any, ids: list[int], weights: dict[int, float]) -> float:
 
 @pytest.fixture(scope="module")
 def run(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a prompt in a folder that has a trace, whose record tells of its samples."""
     folder = tmp_path_factory.mktemp("graph")
-    return finish(tiny_llama, folder, *FAST, "--graph", "s0001", "--node_threshold", "0.95")
+    finish(tiny_llama, folder, *FAST, "--layers", "0", "--heads", "0")
+    return graph(tiny_llama, folder, "--sample", "s0001", "--node_threshold", "0.95")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """What run.json says of the last graph."""
+    return dict(record_of(folder)["commands"]["graph"]["graph"])
 
 
 def told_of(folder: Path) -> tuple[Any, list[int], dict[int, float]]:
     """The run's model, the ids of its prompt, and what each token counts in its goal."""
     record = record_of(folder)
-    model, tokenizer = naive.load(record["config"]["model_id"])
+    model, tokenizer = naive.load(record["experiment"]["options"]["model_id"])
     (sample,) = [s for s in record["samples"] if s["sample_id"] == "s0001"]
     prompt, weights = sample["prompts"]["a"], dict[int, float]()
     ids = tokenizer(prompt["text"], add_special_tokens=False)["input_ids"]
@@ -435,7 +461,7 @@ def told_of(folder: Path) -> tuple[Any, list[int], dict[int, float]]:
 def test_exact_effects_are_those_of_a_plain_hook_at_one_token(run: Path) -> None:
     (model, *goal), nodes = told_of(run), read(run, GRAPH)
     base = goal_in(model, *goal)
-    assert record_of(run)["graph"]["goal_value"] == pytest.approx(base, abs=CLOSE)
+    assert summary_of(run)["goal_value"] == pytest.approx(base, abs=CLOSE)
     heads = nodes[nodes["kind"] == "head"].sort_values("attribution", key=abs, ascending=False)
     assert set(nodes.index[nodes["exact_effect"].notna()]) == set(heads.index[:10])
     for node in heads.head(10).itertuples():
@@ -498,7 +524,7 @@ def test_the_viewers_file_holds_the_kept_nodes_and_edges(run: Path) -> None:
     assert nodes["node_id"].is_unique
     ends = {edge[end] for edge in graph["links"] for end in ("source", "target")}
     assert ends <= set(kept["node_id"])
-    assert len(graph["links"]) == len(edges) == record_of(run)["graph"]["edges_kept"] > 50
+    assert len(graph["links"]) == len(edges) == summary_of(run)["edges_kept"] > 50
     assert list(edges) == ["source", "target", "weight", "exact_effect"]
     for link, edge in zip(graph["links"], edges.itertuples(), strict=True):
         assert (link["source"], link["target"]) == (edge.source, edge.target)
@@ -510,7 +536,7 @@ def test_the_viewers_file_holds_the_kept_nodes_and_edges(run: Path) -> None:
 
 def test_the_viewer_draws_it(run: Path) -> None:
     """What its scripts trip over: see the fields that they read."""
-    graph, record = graph_json(run), record_of(run)["graph"]
+    graph, record = graph_json(run), summary_of(run)
     by_kind = read(run, GRAPH).set_index("node_id")["kind"]
     _, ids, weights = told_of(run)
     assert len(graph["metadata"]["prompt_tokens"]) == len(ids)
@@ -556,7 +582,7 @@ def test_the_file_passes_circuit_tracers_model(run: Path, monkeypatch: Patch) ->
 
 def test_no_two_nodes_are_named_alike(plain: Bench) -> None:
     """circuit-tracer calls error nodes 0_{layer}_{position}, like head {layer} of layer 0."""
-    exp = plain.experiment()
+    exp = experiment(plain)
     named = tracing.name_nodes(explained(plain, 10**6, 2)[0], exp, exp.prompts[0][0], 7)
     assert named["node_id"].is_unique
     assert not named.duplicated(["stratum", "feature", "position"]).any()
@@ -566,7 +592,7 @@ def test_no_two_nodes_are_named_alike(plain: Bench) -> None:
 
 
 def test_the_tables_the_record_and_the_log_tell_of_one_graph(run: Path) -> None:
-    nodes, told = read(run, GRAPH), record_of(run)["graph"]
+    nodes, told = read(run, GRAPH), summary_of(run)
     columns = "node_id kind layer index position token attribution influence kept exact_effect"
     assert list(nodes) == columns.split()
     assert told["nodes"] == len(nodes)
@@ -581,8 +607,8 @@ def test_the_tables_the_record_and_the_log_tell_of_one_graph(run: Path) -> None:
     best = nodes[nodes["kind"] == "head"].sort_values("attribution", key=abs, ascending=False)
     for node in best.head(5).itertuples():
         name = f"{Component(node.layer, 'head', node.index).label} at token {node.position}"
-        assert f"{name} {node.token!r}: attribution {node.attribution:+.3f}" in log
-        assert f"zeroing {name} {node.token!r} takes {node.exact_effect:+.3f}" in log
+        attribution = f"{name} {node.token!r}: attribution {node.attribution:+.3f}"
+        assert f"{attribution}; measured: zeroing it takes {node.exact_effect:+.3f}" in log
     heads = best.dropna(subset="exact_effect")
     same = (heads["attribution"] * heads["exact_effect"] > 0).sum()
     r = heads["attribution"].corr(heads["exact_effect"])
@@ -592,21 +618,20 @@ def test_the_tables_the_record_and_the_log_tell_of_one_graph(run: Path) -> None:
     assert (run / "circuit_graph.png").stat().st_size > 1000
 
 
-def test_a_later_command_leaves_the_viewers_files_alone_and_no_table_behind(
-    llama: str, tmp_path: Path
-) -> None:
-    finish(llama, tmp_path, *FAST, "--graph", "s0000:b", "--graph_goal", "top")
-    told = record_of(tmp_path)["graph"]
-    assert (told["sample_id"], told["side"]) == ("s0000", "b")
-    sample = record_of(tmp_path)["samples"][0]["prompts"]["b"]
-    assert told["goal"] == f"{sample['likeliest'][0][0]!r} less the mean of all logits"
-    assert graph_json(tmp_path)["metadata"]["prompt"] == sample["text"]
+def test_a_later_trace_leaves_the_graph_alone(llama: str, tmp_path: Path) -> None:
+    graph(llama, tmp_path, "--sample", "s0000:b", "--goal", "top")
+    summary = summary_of(tmp_path)
+    assert (summary["sample_id"], summary["side"]) == ("s0000", "b")
     assert graph_json(tmp_path)["metadata"]["slug"] == "s0000-b"
-    before = viewer_files(tmp_path)
-    finish(llama, tmp_path, *FAST)
-    assert viewer_files(tmp_path) == before
-    assert not list(tmp_path.glob("*circuit_graph*"))
-    assert "graph" not in record_of(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*graph*") if path.is_file()}
+    viewed = viewer_files(tmp_path)
+    finish(llama, tmp_path, *FAST, "--layers", "0")
+    assert len(before) == 3
+    assert before == {name: (tmp_path / name).read_bytes() for name in before}
+    assert viewer_files(tmp_path) == viewed
+    sample = record_of(tmp_path)["samples"][0]["prompts"]["b"]
+    assert summary["goal"] == f"{sample['likeliest'][0][0]!r} less the mean of all logits"
+    assert graph_json(tmp_path)["metadata"]["prompt"] == sample["text"]
 
 
 def viewer_files(folder: Path) -> dict[str, bytes]:
@@ -634,7 +659,7 @@ def view_of(ids: Sequence[str], as_texts: bool) -> dict[str, Any]:
     return view | {"supernodes": json.dumps(groups) if as_texts else groups}
 
 
-GRAPHED = [*FAST, "--graph", "s0000"]
+GRAPHED = ["graph", *FAST, "--sample", "s0000"]
 
 
 @pytest.fixture(scope="module")
@@ -645,7 +670,12 @@ def with_graph(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("as_texts", [False, True], ids=["lists", "texts"])
 @pytest.mark.parametrize(
     "later",
-    [FAST, [*FAST, "--graph", "s0001"], GRAPHED, [*GRAPHED, "--overwrite"]],
+    [
+        [*FAST, "--layers", "0"],
+        ["graph", *FAST, "--sample", "s0001"],
+        GRAPHED,
+        [*GRAPHED, "--overwrite"],
+    ],
     ids=["no graph", "another graph", "the same graph", "the same graph, overwriting"],
 )
 def test_pins_and_groups_that_a_user_saved_stay(
@@ -716,21 +746,30 @@ def test_a_folder_keeps_one_graph_of_each_prompt_and_lists_all(
     """The tables and the figure are of the last; what a user removed or added is heeded."""
     folder = Path(shutil.copytree(with_graph, tmp_path / "run"))
     first = viewer_files(folder)["s0000-a.json"]
-    finish(llama, folder, *FAST, "--graph", "s0001")
-    finish(llama, folder, *FAST, "--graph", "s0001:b")
+    graph(llama, folder, "--sample", "s0001")
+    graph(llama, folder, "--sample", "s0001:b")
     assert slugs_in(folder) == ["s0000-a", "s0001-a", "s0001-b"]
     assert viewer_files(folder)["s0000-a.json"] == first
-    alone = finish(llama, tmp_path / "alone", *FAST, "--graph", "s0001:b")
+    alone = graph(llama, tmp_path / "alone", "--sample", "s0001:b")
     for name in (GRAPH, EDGES, "circuit_graph.png"):
         assert (folder / name).read_bytes() == (alone / name).read_bytes()
     (folder / "graphs" / "s0001-a.json").unlink()
-    (folder / "graphs" / "theirs.json").write_text("{}")
-    path = folder / "graphs" / "graph-metadata.json"
-    metadata = json.loads(path.read_text())
-    path.write_text(json.dumps({"graphs": [*metadata["graphs"], {"slug": "theirs"}]}))
+    (folder / "graphs" / "theirs.json").write_text('{"metadata": {"slug": "theirs"}}')
+    (folder / "graphs" / "notes.json").write_text("[]")
     finish(llama, folder, *GRAPHED)
     assert slugs_in(folder) == ["s0000-a", "s0001-b", "theirs"]
     assert viewer_files(folder)["s0000-a.json"] == first
+
+
+@pytest.mark.parametrize("name", ["s0000-a.json", "graph-metadata.json"])
+def test_a_viewers_file_of_another_program_is_not_replaced(
+    name: str, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs" / name).write_text("mine")
+    argv = ["graph", "--model_id", llama, "--output_dir", str(tmp_path), *FAST]
+    refuses(answer, *argv, says=[name, "give another --output_dir"])
+    assert (tmp_path / "graphs" / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("theirs", [True, False])
@@ -741,7 +780,7 @@ def test_overwriting_by_another_run_removes_this_scripts_graphs_alone(
     mine = folder / "graphs" / "mine.json"
     if theirs:
         mine.write_text("mine")
-    finish(llama, folder, *FAST, "--seed", "7", "--overwrite")
+    finish(llama, folder, *FAST, "--layers", "0", "--seed", "7", "--overwrite")
     if theirs:
         assert viewer_files(folder) == {"mine.json": b"mine"}
     else:
@@ -757,29 +796,29 @@ def test_no_two_samples_have_graphs_of_one_name() -> None:
     ]
     slugs = [tracing.slug_of(prompt) for prompt in prompts]
     assert len({*slugs}) == 2 * len(ids)
-    assert all(tracing.is_output(f"graphs/{slug}.json") for slug in slugs)
     assert slugs[ids.index("a-b") * 2] == "a-b-a" and max(map(len, slugs)) < 120
     assert "graph-metadata" not in slugs
 
 
 @pytest.mark.parametrize("task", ["refusal", "odd_one_out"])
 def test_a_margin_is_a_goal_too(task: str, tiny_llama: str, tmp_path: Path) -> None:
-    flags = ["--task", task, "--graph", "s0000", "--graph_nodes", "20"]
-    told = record_of(finish(tiny_llama, tmp_path, *FAST, *flags))["graph"]
-    assert " less '" in told["goal"]
+    graph(tiny_llama, tmp_path, "--task", task, "--nodes", "20")
+    assert " less '" in summary_of(tmp_path)["goal"]
     kinds = read(tmp_path, GRAPH)["kind"].value_counts()
     assert kinds["head"] + kinds.get("neuron", 0) == 20
 
 
 def named(text: str, n_tokens: int = 30) -> str:
-    """The sample and side that --graph finds among some."""
+    """The sample and side that --sample finds among some."""
     samples = [SimpleNamespace(sample_id=name) for name in ("s0", "s0:b", "x:y", "b")]
     prompts: Any = [
         [SimpleNamespace(sample=sample, side=side, ids=range(n_tokens)) for side in "ab"]
         for sample in samples
     ]
     shape: Any = SimpleNamespace(n_layers=32, n_heads=32, d_mlp=14336)
-    prompt = tracing.graph_prompt(tracing.Config(graph=text), prompts, shape)
+    options = tracing.GraphOptions(sample=text)
+    exp: Any = SimpleNamespace(options=options, shape=shape, prompts=prompts)
+    prompt = tracing.choose_graph_prompt(exp)
     return f"{prompt.sample.sample_id} {prompt.side}"
 
 
@@ -794,7 +833,9 @@ def test_a_sample_is_named_with_its_side(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["s1", "s0:c", ":b", "x", "y:", "b:"])
 def test_an_unknown_sample_is_refused_with_those_that_there_are(text: str) -> None:
-    with pytest.raises(tracing.UsageError, match=f"--graph {text}: no such sample; there are s0, "):
+    with pytest.raises(
+        tracing.UsageError, match=f"--sample {text}: no such sample; there are s0, "
+    ):
         named(text)
 
 
@@ -805,23 +846,22 @@ def test_a_graph_that_is_too_large_is_refused() -> None:
 
 
 REFUSED = {
-    "--graph s0009": ["--graph s0009: no such sample; there are s0000, s0001"],
-    "--graph s0000 --given L0H1": ["--graph explains the unmodified model"],
-    "--graph_nodes 7": ["--graph_nodes: of --graph only"],
-    "--graph_goal top --edge_threshold 0.5": ["--graph_goal and --edge_threshold: of --graph only"],
-    "--graph s0000 --graph_nodes 0": ["--graph_nodes", "0 is not between 1"],
-    "--graph s0000 --node_threshold 0": ["--node_threshold", "0 is not above 0 and at most 1"],
-    "--graph s0000 --edge_threshold 1.01": ["1.01 is not above 0 and at most 1"],
-    "--graph s0000 --edge_threshold nan": ["invalid proportion value: 'nan'"],
-    "--graph s0000 --graph_goal words2": ["words2"],
-    "--graph=": ["--graph is empty"],
+    "graph --sample s0009": ["--sample s0009: no such sample; there are s0000, s0001"],
+    "graph --given L0H1": ["--given"],
+    "trace --nodes 7": ["--nodes"],
+    "graph --nodes 0": ["--nodes", "0 is not between 1"],
+    "graph --node_threshold 0": ["--node_threshold", "0 is not above 0 and at most 1"],
+    "graph --edge_threshold 1.01": ["1.01 is not above 0 and at most 1"],
+    "graph --edge_threshold nan": ["--edge_threshold: 'nan' is no number"],
+    "graph --goal words2": ["words2"],
+    "graph --sample=": ["--sample: the value is empty"],
 }
 
 
 @pytest.mark.parametrize("line", REFUSED)
 @pytest.mark.usefixtures("no_weights")
 def test_bad_options_are_refused(line: str, llama: str, tmp_path: Path, answer: Answer) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FAST, *line.split()]
+    argv = [*line.split(), "--model_id", llama, "--output_dir", str(tmp_path), *FAST]
     code, _, err = answer(*argv)
     assert code == 2 and all(text in err for text in REFUSED[line]), err
 
@@ -829,7 +869,7 @@ def test_bad_options_are_refused(line: str, llama: str, tmp_path: Path, answer: 
 @pytest.mark.usefixtures("no_weights")
 def test_post_norms_are_refused(random_model: Build, tmp_path: Path, answer: Answer) -> None:
     argv = ["--model_id", random_model("gemma3_text"), "--output_dir", str(tmp_path), *FAST]
-    refuses(answer, *argv, "--graph", "s0000", says=["Gemma3", "post_feedforward_layernorm"])
+    refuses(answer, "graph", *argv, says=["Gemma3", "post_feedforward_layernorm"])
 
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -851,19 +891,18 @@ def test_models_whose_contributions_do_not_add_up_are_known_from_their_config(sa
     widths = random_models.WIDTHS | {"vocab_size": 64, "pad_token_id": None}
     config = AutoConfig.for_model(architecture, **widths, **settings)
     with torch.device("meta"):
-        no_graph = tracing.shape_of(
-            AutoModelForCausalLM.from_config(config), torch.float32
-        ).no_graph
-    assert says in no_graph and bool(says) == bool(no_graph)
+        shape = tracing.shape_of(AutoModelForCausalLM.from_config(config), torch.float32)
+    assert says in shape.graph_obstacles
+    assert bool(says) == bool(shape.graph_obstacles)
 
 
 def test_a_model_that_does_more_is_an_error(plain: Bench, monkeypatch: Patch) -> None:
     """A constant in an output, which no node accounts for."""
-    exp = plain.experiment("--graph line00001", SAMPLES)
+    exp = experiment(plain)
     down = naive.module_of(plain.loaded[0], 1, "mlp")
     monkeypatch.setitem(down._parameters, "bias", nn.Parameter(0.5 * torch.ones(48)))
     with pytest.raises(tracing.RunError, match=r"differ by 0\.\d+ of the goal's \(bound 0.001\)"):
-        tracing.graph_of(exp, exp.prompts[0][0])
+        tracing.make_graph(exp, exp.prompts[0][0], tqdm(disable=True))
 
 
 def test_offloaded_weights_are_refused(
@@ -871,16 +910,16 @@ def test_offloaded_weights_are_refused(
 ) -> None:
     load, cpu = tracing.load_model, torch.device("cpu")
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
-    for stage in ("self_test", "sample_records", "sweep"):  # it is known before any of them
+    for stage in ("self_test", "run_halves"):  # it is known before any of them
         monkeypatch.setattr(tracing, stage, lambda *_: pytest.fail("something was measured"))
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FAST, "--graph", "s0000"]
-    refuses(answer, *argv, says=["--graph needs weights at hand; some are offloaded"])
+    argv = ["graph", "--model_id", llama, "--output_dir", str(tmp_path), *FAST]
+    refuses(answer, *argv, says=["graph needs weights at hand; some are offloaded"])
     assert not list((tmp_path / ".parts").glob("*.json"))
 
 
 def test_no_hook_is_left_behind(plain: Bench, monkeypatch: Patch) -> None:
-    exp, before = plain.experiment(), hooks_of(plain.loaded[0])
-    tracing.graph_of(exp, exp.prompts[0][0])
+    exp, before = experiment(plain), hooks_of(plain.loaded[0])
+    tracing.make_graph(exp, exp.prompts[0][0], tqdm(disable=True))
     assert hooks_of(plain.loaded[0]) == before
     monkeypatch.setattr(tracing, "run_body", lambda *_: (_ for _ in ()).throw(RuntimeError("x")))
     with pytest.raises(RuntimeError):
@@ -889,8 +928,8 @@ def test_no_hook_is_left_behind(plain: Bench, monkeypatch: Patch) -> None:
 
 
 def test_bfloat16_loses_little(tiny_llama: str, tmp_path: Path) -> None:
-    folder = finish(tiny_llama, tmp_path, *FAST[:-1], "--bf16", "--graph", "s0000")
-    assert 1e-5 < record_of(folder)["graph"]["conservation_error"] < 0.02
+    folder = finish(tiny_llama, tmp_path, "graph", "--num_samples", "2", "--bf16")
+    assert 1e-5 < summary_of(folder)["conservation_error"] < 0.02
 
 
 def test_of_many_edges_the_strongest_are_drawn_and_the_title_says_so(
@@ -898,16 +937,16 @@ def test_of_many_edges_the_strongest_are_drawn_and_the_title_says_so(
 ) -> None:
     figures: list[Any] = []
     monkeypatch.setattr(tracing, "save_figure", lambda figure, path: figures.append(figure))
-    n = tracing.DRAWN + 50
+    n = tracing.MAX_DRAWN_EDGES + 50
     names = [f"n{i}" for i in range(n + 1)]
     nodes = pd.DataFrame({"node_id": names, "kind": "head", "layer": range(n + 1), "position": 0})
-    nodes = nodes.assign(influence=1.0, kept=True, label="L0H0", token="x")
+    nodes = nodes.assign(influence=1.0, kept=True, label="L0H0", token="x", depth=0)
     nodes.loc[n, "kind"] = "goal"
     links = pd.DataFrame({"source": names[:-1], "target": names[-1], "weight": 1.0})
     links["weight"] = [(-1) ** i * (i + 1.0) for i in range(n)]
-    tracing.draw_graph(nodes, links, "a title", tmp_path / "x.png")
+    tracing.draw_graph(tracing.Graph(nodes, links, {}), "a title", tmp_path / "x.png")
     (figure,) = figures
-    assert len(figure.axes[0].lines) == tracing.DRAWN
-    assert figure.get_suptitle() == f"a title; the strongest {tracing.DRAWN} of {n} edges"
+    assert len(figure.axes[0].lines) == tracing.MAX_DRAWN_EDGES
+    assert figure.get_suptitle() == f"a title; the strongest {tracing.MAX_DRAWN_EDGES} of {n} edges"
     widths = [line.get_linewidth() for line in figure.axes[0].lines]
     assert widths == sorted(widths) and widths[0] > 0.4 + 2.6 * 50 / n, "the weakest are left out"

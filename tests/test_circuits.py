@@ -48,60 +48,85 @@ RUNS = {  # of a model and flags
     "mlp": ("llama", "--kind mlp --num_samples 4 --confirm 1 --num_random 2"),
     "attn": ("llama", "--kind attn --num_samples 4 --confirm 1 --num_random 2"),
 }
+OPTIONS = {  # that name components, with the words before their value
+    "names": ["joint"],
+    "given": ["trace", "--given"],
+    "skip": ["trace", "--confirm", "1", "--skip"],
+}
 Runs = Callable[[str], tuple[str, Path]]
 
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """(model, folder) of a run by its name, made once."""
-    made: dict[str, tuple[str, Path]] = {}
+    finished: dict[str, tuple[str, Path]] = {}
 
-    def of(name: str) -> tuple[str, Path]:
-        if name not in made:
+    def run(name: str) -> tuple[str, Path]:
+        if name not in finished:
             model = request.getfixturevalue(RUNS[name][0])
             folder = finish(model, tmp_path_factory.mktemp(name), *RUNS[name][1].split())
-            made[name] = model, folder
-        return made[name]
+            finished[name] = model, folder
+        return finished[name]
 
-    return of
+    return run
 
 
 def circuit_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "circuit.json").read_text()))
 
 
+def model_identity(folder: Path) -> str:
+    return str(record_of(folder)["experiment"]["fingerprint"]["model"])
+
+
+def named_rows(folder: Path, measure: str = "a - b") -> pd.DataFrame:
+    """The rows of circuit_joint.csv but those of random sets."""
+    rows = read(folder, "circuit_joint.csv").fillna({"components": ""})
+    is_random = rows["set"].str.startswith("random")
+    order = {name: place for place, name in enumerate(("none", "named", "complement", "all"))}
+    rows = rows[(rows["measure"] == measure) & ~is_random]
+    return rows.sort_values("set", key=lambda names: names.map(order)).reset_index(drop=True)
+
+
 def best_of(folder: Path) -> list[str]:
     return [component["label"] for component in circuit_of(folder)["components"]]
 
 
-labels = tracing.labels_of
+labels = tracing.join_labels
 
 
 # ----- choosing
 
 
-def chosen(rule: str, effects: dict[str, float], base: float, **more: Any) -> str:
-    config = tracing.Config(confirm=tracing.choice(rule), **more)
+def chosen(
+    rule: str,
+    effects: dict[str, float],
+    base: float,
+    factor: float | None = None,
+    skip: Sequence[tracing.Component] = (),
+) -> str:
+    selection = tracing.SelectionRule.parse(rule)
     table = by_hand.results({name: [v - 1, v + 1] for name, v in effects.items()}, base)
-    return labels(tracing.choose_circuit(table, config, "b").index)
+    return labels(tracing.choose_circuit(table, selection, "b", factor, skip).index)
 
 
 @pytest.mark.parametrize("rule", CHOSEN)
 def test_each_rule_chooses_by_role_whatever_the_sign_of_base_and_op(rule: str) -> None:
-    amplified, halved = ({"op": "scale", "factor": factor} for factor in (2.0, 0.5))
     for sign in (1, -1):
         effects = {name: sign * role for name, role in ROLES.items()}
-        for base, op in ((-2.0, {}), (-2.0, halved), (2.0, amplified)):
-            assert chosen(rule, effects, sign * base, **op) == CHOSEN[rule]
+        for base, factor in ((-2.0, None), (-2.0, 0.5), (2.0, 2.0)):
+            assert chosen(rule, effects, sign * base, factor) == CHOSEN[rule]
 
 
 @pytest.mark.parametrize(
-    ("rule", "found"),
+    ("rule", "expected"),
     [("top:2", "L0H0 L0H1"), ("mass:0.41", "L0H0 L0H1"), ("layer:1", "L0H0 L2H0")],
 )
-def test_what_is_skipped_is_not_chosen_and_its_role_does_not_count(rule: str, found: str) -> None:
-    skip = tracing.components("L1H0,L9mlp")
-    assert chosen(rule, ROLES, -2.0, skip=skip) == found
+def test_what_is_skipped_is_not_chosen_and_its_role_does_not_count(
+    rule: str, expected: str
+) -> None:
+    skip = tracing.ComponentList.parse("L1H0,L9mlp").components
+    assert chosen(rule, ROLES, -2.0, skip=skip) == expected
 
 
 @pytest.mark.parametrize("rule", CHOSEN)
@@ -112,10 +137,11 @@ def test_against_a_control_its_contrast_and_base_choose_where_there_is_one(rule:
     table = by_hand.with_control(by_hand.results(effects, -5.0), "other", contrast, 2.0)
     controls = [name for name in table if "other" in name]
     table[controls] = table[controls].mask(table["sample_id"] == "s002")
-    found = tracing.choose_circuit(table, tracing.Config(confirm=tracing.choice(rule)), "other")
-    assert labels(found.index) == CHOSEN[rule]
-    assert found["role"].tolist() == [ROLES[name] for name in CHOSEN[rule].split()]
-    assert found["mean"].tolist() == [-ROLES[name] for name in CHOSEN[rule].split()]
+    selection = tracing.SelectionRule.parse(rule)
+    circuit = tracing.choose_circuit(table, selection, "other", None)
+    assert labels(circuit.index) == CHOSEN[rule]
+    assert circuit["role"].tolist() == [ROLES[name] for name in CHOSEN[rule].split()]
+    assert circuit["mean"].tolist() == [-ROLES[name] for name in CHOSEN[rule].split()]
 
 
 # ----- what a command line says
@@ -132,30 +158,34 @@ def test_against_a_control_its_contrast_and_base_choose_where_there_is_one(rule:
         ("layer:10", ("layer", 10)),
     ],
 )
-def test_a_choice_and_its_text_are_inverse(text: str, value: tuple[str, float]) -> None:
-    assert tracing.choice(text) == value
-    assert tracing.choice(str(tracing.as_text(value))) == value
-    assert tracing.parse_args(["--confirm", text]).confirms == (value[1] > 0)
+def test_a_rule_and_its_text_are_inverse(text: str, value: tuple[str, float]) -> None:
+    selection = tracing.SelectionRule.parse(text)
+    assert (selection.rule, selection.amount) == value
+    assert tracing.SelectionRule.parse(str(selection)) == selection
+    options = tracing.parse_command_line(["--confirm", text]).options
+    assert options.confirm == selection
+    assert bool(options.confirm) == (value[1] > 0)
 
 
 @pytest.mark.parametrize("text", ["0,0.5,1,2", "-1", "1e-3,1"])
 def test_numbers_and_their_text_are_inverse(text: str) -> None:
-    assert tracing.numbers(text) == tuple(map(float, text.split(",")))
-    assert tracing.numbers(tracing.as_text(tracing.numbers(text))) == tracing.numbers(text)
+    numbers = tracing.parse_multipliers(text)
+    assert numbers == tuple(map(float, text.split(",")))
+    assert tracing.parse_multipliers(tracing.recorded_text(numbers)) == numbers
 
 
 WRONG = "mass:0 mass:2 mass:nan share:-1 layer:1.5 foo:3 mass: -1 mass"
 
 
 @pytest.mark.parametrize(
-    ("flag", "text"),
-    [("--confirm", text) for text in ("", *WRONG.split())]
-    + [("--multipliers", text) for text in ("", "1,1.0", "inf", "0,,1")],
+    ("command", "flag", "text"),
+    [("trace", "--confirm", text) for text in ("", *WRONG.split())]
+    + [("joint", "--multipliers", text) for text in ("", "1,1.0", "inf", "0,,1")],
 )
-def test_any_other_choice_or_number_is_refused(flag: str, text: str, answer: Answer) -> None:
-    code, _, err = answer("--model_id", "nowhere", f"{flag}={text}")
-    assert code == 2
-    assert f"argument {flag}" in err.splitlines()[-1]
+def test_any_other_rule_or_number_is_refused(
+    command: str, flag: str, text: str, answer: Answer
+) -> None:
+    refuses(answer, command, "--model_id", "nowhere", f"{flag}={text}", says=[f"error: {flag}: "])
 
 
 # ----- files of components
@@ -167,9 +197,9 @@ def test_any_other_choice_or_number_is_refused(flag: str, text: str, answer: Ans
 )
 def test_names_in_a_file_keep_their_order_and_stand_once(text: str, tmp_path: Path) -> None:
     (tmp_path / "names").write_text(text)
-    found = tracing.components(str(tmp_path / "names"))
-    assert labels(found) == "L2H3 L0H1 L1mlp"
-    assert (found.model, found.warning) == ("", "")
+    components = tracing.ComponentList.parse(str(tmp_path / "names"))
+    assert labels(components) == "L2H3 L0H1 L1mlp"
+    assert (components.model, components.warning) == ("", "")
 
 
 def test_a_runs_circuit_is_read_back_by_every_option_that_takes_components(
@@ -178,13 +208,14 @@ def test_a_runs_circuit_is_read_back_by_every_option_that_takes_components(
     model, folder = runs("random")
     file, best = str(folder / "circuit.json"), best_of(folder)
     assert len(best) == 3
-    for flag in ("--ablate", "--circuit", "--given", "--skip"):
-        config = tracing.parse_args(["--model_id", model, "--confirm", "1", flag, file])
-        (found,) = [v for v in (config.ablate, config.given, config.skip) if v]
-        assert labels(found).split() == best
-        assert found.model == record_of(folder)["fingerprint"]["model"]
-    flags = ["--num_samples", "2", "--layers", "0", "--heads", "0", "--circuit", file]
-    rows = joint_rows(finish(model, tmp_path, *flags), samples="all")
+    for name, words in OPTIONS.items():
+        arguments = [*words, file, "--model_id", model]
+        components = getattr(tracing.parse_command_line(arguments).options, name)
+        assert labels(components).split() == best
+        assert components.model == model_identity(folder)
+        assert components.chosen_on == tuple(circuit_of(folder)["chosen_on"])
+    flags = ["--num_samples", "2", "--num_random", "1"]
+    rows = named_rows(finish(model, tmp_path, "joint", file, *flags))
     assert rows["components"].tolist() == ["", " ".join(best), " ".join(best), ""]
 
 
@@ -194,8 +225,8 @@ def test_a_file_of_neurons_by_position_is_read_as_neurons_at_all_tokens(
     file = tmp_path / "neurons.json"
     neurons = {"3,17,120": 0.5, "0,2,7": -1.0, "3,18,120": 0.25}
     file.write_text(json.dumps({"neurons": neurons, "prompt": "Dallas"}))
-    flags = ["--num_samples", "2", "--layers", "0", "--heads", "0", "--ablate", str(file)]
-    rows = joint_rows(finish(tiny_llama, tmp_path / "run", *flags), samples="all")
+    flags = ["joint", str(file), "--num_samples", "2", "--num_random", "1"]
+    rows = named_rows(finish(tiny_llama, tmp_path / "run", *flags))
     assert rows["components"].tolist()[1:3] == ["L3N120 L0N7"] * 2
     assert f"{file}: positions are left out" in (tmp_path / "run" / "run.log").read_text()
 
@@ -212,7 +243,7 @@ BROKEN: dict[str | bytes, str] = {
     '["L0H0"]': "'[\"L0H0\"]' is no component",
     "{not json": "not JSON at 'not json' (Expecting property name",
     '{"components": [': "not JSON at its end (Expecting value)",
-    '{"components": [], "components": []}': "field 'components' stands there twice",
+    '{"components": [], "components": []}': "field 'components' occurs twice",
     '{"a":' * 5000: "brackets are nested too deeply",
     '{"a": ' + "1" * 5000 + "}": "a number has 5000 digits",
     '{"format": "circuit/2"}': 'its format is "circuit/2", not "circuit/1"',
@@ -251,26 +282,27 @@ def test_a_broken_file_is_refused_by_name_with_what_is_wrong_and_the_value(
 ) -> None:
     file = tmp_path / "circuit.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for flag in ("--ablate", "--given", "--skip"):
-        code, _, err = answer("--model_id", "nowhere", flag, str(file))
+    for words in OPTIONS.values():
+        option = words[-1].replace("joint", "names")
+        code, _, err = answer(*words, str(file), "--model_id", "nowhere")
         assert code == 2
         sentence = err.splitlines()[-1]
-        assert f"argument {flag}" in sentence
-        assert f": {file} is no file of components: {BROKEN[content]}" in sentence
+        reason = f"{file} is no file of components: {BROKEN[content]}"
+        assert f"error: {option}: {reason}" in sentence
         assert len(sentence) < 400
 
 
 def test_a_file_that_is_too_large_is_refused_unread(
     answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = tmp_path / "names"
+    file = tmp_path / "names.txt"
     with open(file, "wb") as hollow:
         hollow.truncate(200_000_000)
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("it was read"))
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("it was read"))
-    code, _, err = answer("--ablate", str(file))
-    said = f"{file} is no file of components: it has 200,000,000 bytes, more than 67,108,864"
-    assert code == 2 and err.splitlines()[-1].endswith(said)
+    reason = "it has 200,000,000 bytes, more than 67,108,864"
+    says = [f"{file} is no file of components: {reason}"]
+    refuses(answer, "joint", f"{file}", says=says)
 
 
 def test_a_file_of_windows_and_neurons_with_blanks_or_in_a_list_are_read(tmp_path: Path) -> None:
@@ -278,43 +310,45 @@ def test_a_file_of_windows_and_neurons_with_blanks_or_in_a_list_are_read(tmp_pat
     contents = ["\ufeffL3N5\r\nL0N7", '\ufeff{"neurons": {"3, 17, 5": 1, "0,-1,7": 2}}']
     for content in (*contents, '{"neurons": ["3,17,5", "0,2,7"]}'):
         file.write_text(content, encoding="utf-8")
-        assert labels(tracing.components(str(file))) == "L3N5 L0N7"
+        assert labels(tracing.ComponentList.parse(str(file))) == "L3N5 L0N7"
 
 
 RESID = {"components": [{"label": "L0H1"}, {"label": "L2resid"}]}
 
 
-@pytest.mark.parametrize("flag", ["--ablate", "--given"])
-def test_a_circuit_with_a_residual_stream_is_refused_by_its_option_and_component(
-    flag: str, answer: Answer, tmp_path: Path
+@pytest.mark.parametrize("name", ["names", "given"])
+def test_a_circuit_with_a_residual_stream_is_refused_by_its_component(
+    name: str, answer: Answer, tmp_path: Path
 ) -> None:
-    (tmp_path / "circuit.json").write_text(json.dumps(RESID))
-    code, _, err = answer("--model_id", "nowhere", flag, str(tmp_path / "circuit.json"))
-    sentence = err.splitlines()[-1]
-    assert code == 2 and f"error: {flag} L2resid" in sentence
-    assert sentence.endswith("removes the input itself and means nothing")
-    assert "--kind" not in sentence and "L0H1" not in sentence
+    file = tmp_path / "circuit.json"
+    file.write_text(json.dumps(RESID))
+    code, _, err = answer(*OPTIONS[name], str(file), "--model_id", "nowhere")
+    prefix = "--given " if name == "given" else ""
+    assert code == 2 and f"error: {prefix}L2resid: " in err
+    assert "removes the input itself and means nothing" in err
+    assert "--kind" not in err and "L0H1" not in err
 
 
-@pytest.mark.parametrize("flag", ["ablate", "given", "skip"])
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_circuit_of_another_model_is_refused_and_the_folder_stays(
-    flag: str, runs: Runs, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, runs: Runs, answer: Answer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = runs("random")
-    monkeypatch.setattr(tracing, "load_model", lambda *a: pytest.fail("weights are loaded"))
-    told = circuit_of(folder) | {"model": "0123456789abcdef"}
-    (tmp_path / "other.json").write_text(json.dumps(told))
+    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    circuit = circuit_of(folder) | {"model": "0123456789abcdef"}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(circuit))
 
     def files() -> dict[str, bytes]:
-        found = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.log")
-        return {str(path): path.read_bytes() for path in found}
+        paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "run.log")
+        return {str(path): path.read_bytes() for path in paths}
 
-    before, flags = files(), ["--output_dir", str(folder), *RUNS["random"][1].split()]
+    before = files()
+    words = [*OPTIONS[name], str(other), "--model_id", model, "--output_dir", str(folder)]
+    words += ["--num_samples", "6", "--controls"]
     for more in ([], ["--overwrite"]):
-        argv = ["--model_id", model, *flags, f"--{flag}", str(tmp_path / "other.json"), *more]
-        mine = record_of(folder)["fingerprint"]["model"]
-        says = f"--{flag}: that file is of model 0123456789abcdef, not {mine}"
-        refuses(answer, *argv, says=[says])
+        says = [f"{name} {other} is of model 0123456789abcdef, not {model_identity(folder)}"]
+        refuses(answer, *words, *more, says=says)
     assert files() == before
 
 
@@ -322,12 +356,13 @@ def test_a_circuit_of_another_model_is_refused_and_the_folder_stays(
 def test_components_that_the_model_lacks_are_refused(
     label: str, llama: str, answer: Answer, tmp_path: Path, no_weights: None
 ) -> None:
-    (tmp_path / "names").write_text(f"L0H0 {label}")
-    for flag in ("--ablate", "--given", "--skip"):
-        argv = ["--output_dir", str(tmp_path / "run"), "--confirm", "1"]
-        argv += [flag, str(tmp_path / "names")]
-        says = [f"{flag} {label}: this model has layers 0-2"]
-        refuses(answer, "--model_id", llama, *argv, says=says)
+    file = tmp_path / "names.txt"
+    file.write_text(f"L0H0 {label}")
+    for name, words in OPTIONS.items():
+        flags = ["--model_id", llama, "--output_dir", str(tmp_path / "run")]
+        option = "" if name == "names" else f"--{name} "
+        says = [f"error: {option}{label}: this model has layers 0-2"]
+        refuses(answer, *words, str(file), *flags, says=says)
 
 
 # ----- circuit.json
@@ -336,29 +371,32 @@ def test_components_that_the_model_lacks_are_refused(
 @pytest.mark.parametrize("name", ["random", "bundled", "neurons", "mlp"])
 def test_a_circuit_tells_where_it_comes_from_and_its_roles_recompute(name: str, runs: Runs) -> None:
     _, folder = runs(name)
-    told, record, table = circuit_of(folder), record_of(folder), read(folder)
+    circuit, options = circuit_of(folder), record_of(folder)["commands"]["trace"]["options"]
+    table = read(folder)
     half = table[table["sample_id"].isin(halves(folder)[0])]
-    assert (told["format"], told["model"]) == ("circuit/1", record["fingerprint"]["model"])
-    assert (told["task"], told["op"], told["method"]) == ("suppression", "zero", "exact")
-    assert str(told["selection"]) == str(record["config"]["confirm"])
-    assert told["measure"] == ("a - other" if name == "random" else "a - b")
-    assert told["chosen_on"] == sorted(half["unit"].unique())
-    theirs = "score_other_base" if name == "random" else "score_b_base"
+    assert (circuit["format"], circuit["model"]) == ("circuit/1", model_identity(folder))
+    assert (circuit["task"], circuit["op"], circuit["method"]) == ("suppression", "zero", "exact")
+    assert circuit["selection"] == options["confirm"]
+    edit = ("kind", "op", "factor", "positions", "patch_into", "given")
+    assert circuit["edit"] == {option: options[option] for option in edit}
+    assert circuit["measure"] == ("a - other" if name == "random" else "a - b")
+    assert circuit["chosen_on"] == sorted(half["unit"].unique())
+    score = "score_other_base" if name == "random" else "score_b_base"
     column = "effect_minus_other" if name == "random" else "head_effect"
-    base = (half["score_a_base"] - half[theirs]).mean()
+    base = (half["score_a_base"] - half[score]).mean()
     means = half.fillna({"index": -1}).groupby(["layer", "kind", "index"])[column].mean()
     roles = means * -math.copysign(1, base)
-    for one in told["components"]:
-        key = one["layer"], one["kind"], one["index"]
-        assert one["label"] == tracing.Component(*key).label
-        assert one["mean"] == pytest.approx(means[key], rel=1e-6)
-        assert one["role"] == pytest.approx(roles[key], rel=1e-6)
-    found = [one["role"] for one in told["components"]]
-    assert found == sorted(found, reverse=True)
-    assert min(found) >= roles.nlargest(len(found)).min() - 1e-9
+    for component in circuit["components"]:
+        key = component["layer"], component["kind"], component["index"]
+        assert component["label"] == tracing.Component(*key).label
+        assert component["mean"] == pytest.approx(means[key], rel=1e-6)
+        assert component["role"] == pytest.approx(roles[key], rel=1e-6)
+    chosen_roles = [component["role"] for component in circuit["components"]]
+    assert chosen_roles == sorted(chosen_roles, reverse=True)
+    assert min(chosen_roles) >= roles.nlargest(len(chosen_roles)).min() - 1e-9
     if name == "bundled":
         carried = 0.5 * roles[roles > 0].sum()
-        assert sum(found) >= carried > sum(found[:-1])
+        assert sum(chosen_roles) >= carried > sum(chosen_roles[:-1])
 
 
 # ----- what is left with the circuit alone
@@ -374,9 +412,10 @@ def kept_alone(model: Any, kept: Sequence[str], kinds: Sequence[str]) -> Iterato
         ):
             module = naive.module_of(model, layer, kind)
             mask = torch.zeros(module.in_features)
-            for one in map(tracing.Component.parse, kept):
-                if one.layer == layer and naive.module_of(model, layer, one.kind) is module:
-                    mask[naive.span_of(model, layer, one.kind, one.index)] = 1
+            for component in map(tracing.Component.parse, kept):
+                kind_module = naive.module_of(model, layer, component.kind)
+                if component.layer == layer and kind_module is module:
+                    mask[naive.span_of(model, layer, component.kind, component.index)] = 1
             stack.enter_context(naive.hooked(module, lambda x, mask=mask: x * mask))
         yield
 
@@ -393,12 +432,12 @@ def scores_of(
     """[side, sample] of prompts a, b and, with controls, other."""
     texts, targets = by_hand.texts(folder), by_hand.targets_of(folder)
     with edited(plain[0], row, kinds):
-        found = [
+        scores = [
             [naive.suppression_score(*plain, texts[i][side], targets[i]) for i in ids]
             for side in ("a", "b", "other")
             if side in texts[ids[0]]
         ]
-    return torch.tensor(found).double()
+    return torch.tensor(scores).double()
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -412,24 +451,24 @@ def test_all_kinds_of_sets_and_what_they_do_are_what_naive_edits_give(
     n, n_all = len(best), shape.n_layers * len(shape.indices(kind))
     sizes = rows.groupby("set")["n_ablated"].unique().map(sorted).to_dict()
     steps = sorted({2**i for i in range(9) if 2**i < n} | {n})
-    of_set = {"none": [0], "all": [n_all], "chosen": steps, "random": steps}
+    edited_sets = {"none": [0], "all": [n_all], "chosen": steps, "random": steps}
     complements = {"complement": [n_all - n], "random complement": [n_all - n]}
-    assert sizes == of_set | complements
+    assert sizes == edited_sets | complements
     assert (rows["kept"] == rows["set"].isin(["all", *complements])).all()
     for row in rows[rows["set"].isin(["chosen", "complement"])].itertuples():
         assert row.components.split() == best[: n if row.kept else row.n_ablated]
-    whole = rows[(rows["set"] == "random") & (rows["n_ablated"] == n)]["components"]
-    assert rows[rows["set"] == "random complement"]["components"].tolist() == whole.tolist()
-    assert 1 <= len(whole) <= 3
+    largest = rows[(rows["set"] == "random") & (rows["n_ablated"] == n)]["components"]
+    assert rows[rows["set"] == "random complement"]["components"].tolist() == largest.tolist()
+    assert 1 <= len(largest) <= 3
 
     plain, texts = naive.load(model), by_hand.texts(folder)
     first = list(rows.drop_duplicates(["set", "n_ablated"]).itertuples())
     scores = [scores_of(plain, folder, ids, row, [kind]) for row in first]
-    for row, of in zip(first, scores, strict=True):
-        means = of.mean(1).tolist()
+    for row, row_scores in zip(first, scores, strict=True):
+        means = row_scores.mean(1).tolist()
         assert row.mean_delta == pytest.approx(means[0] - means[1], abs=CLOSE)
         assert quoted["mean_delta"][row.Index] == pytest.approx(means[0] - means[-1], abs=CLOSE)
-        moved = (of - scores[0]).mean(1)[:2].tolist()
+        moved = (row_scores - scores[0]).mean(1)[:2].tolist()
         assert [row.moved_a, row.moved_b] == pytest.approx(moved, abs=CLOSE)
         for side in "ab":
             prompts = [naive.prompt_ids(plain[1], texts[i][side]) for i in ids]
@@ -438,16 +477,19 @@ def test_all_kinds_of_sets_and_what_they_do_are_what_naive_edits_give(
 
     if len(ids) == 2:
         return  # no interval, so no faithfulness
-    deltas = [of[0] - of[-1] for of in scores]
+    deltas = [row_scores[0] - row_scores[-1] for row_scores in scores]
     below = deltas[0] - deltas[1]
     _, low, high = by_hand.mean_test(below.tolist(), [1.0] * len(ids))
     is_clear = low > 0 or high < 0
     assert is_clear or name != "bundled"
-    for row, of in zip(quoted.loc[[row.Index for row in first]].itertuples(), deltas, strict=True):
-        top = of - deltas[1]
+    quoted_rows = quoted.loc[[row.Index for row in first]].itertuples()
+    for row, delta in zip(quoted_rows, deltas, strict=True):
+        top = delta - deltas[1]
         share = float(top.sum() / below.sum()) if is_clear else math.nan
-        told = [row.faithfulness, row.remaining] if row.kept else [row.remaining, row.faithfulness]
-        assert told == pytest.approx([share, math.nan], abs=1e-3, nan_ok=True)
+        shares = [row.remaining, row.faithfulness]
+        if row.kept:
+            shares.reverse()
+        assert shares == pytest.approx([share, math.nan], abs=1e-3, nan_ok=True)
         if row.set == "complement" and is_clear:
             ends = [row.faithfulness_low, row.faithfulness_high]
             near = 0.05 * (ends[1] - ends[0])  # Student's quantile of few is approximate
@@ -455,108 +497,119 @@ def test_all_kinds_of_sets_and_what_they_do_are_what_naive_edits_give(
             assert ends == pytest.approx(by_formula[1:], abs=near)
 
 
-OWN = {  # with the kinds that all are of
+NAMED = {  # with the kinds that all are of
     "L0H1,L2N7,L1H3,L1N12": ["head", "neuron"],
     "L1mlp,L0N7,L0N12,L2attn,L0H1": ["attn", "head", "mlp", "neuron"],
 }
 
 
-@pytest.mark.parametrize("own", OWN)
-def test_a_set_of_ones_own_is_measured_on_all_samples_beside_all_of_its_kinds(
-    own: str, llama: str, tmp_path: Path
+@pytest.mark.parametrize("names", NAMED)
+def test_a_named_set_is_measured_on_all_samples_beside_all_of_its_kinds(
+    names: str, llama: str, tmp_path: Path
 ) -> None:
     words = {"golf": "sport", "iron": "metal", "owl": "bird", "eagle": "bird"}
     records = [{"sentence": f"Name a {kind}.", "targets": [word]} for word, kind in words.items()]
     samples = write_samples(tmp_path / "mine.jsonl", *records)
-    finish(llama, tmp_path, "--samples", samples, "--kind", "attn", "--ablate", own)
-    rows, plain, named = joint_rows(tmp_path, samples="all"), naive.load(llama), own.split(",")
-    assert rows["set"].tolist() == ["none", "ablate", "complement", "all"]
-    assert rows["components"].str.split().tolist() == [[], named, named, []]
+    folder = finish(llama, tmp_path / "run", "joint", names, "--samples", samples)
+    rows, plain, labels = named_rows(folder), naive.load(llama), names.split(",")
+    assert rows["set"].tolist() == ["none", "named", "complement", "all"]
+    assert rows["components"].str.split().tolist() == [[], labels, labels, []]
     assert (rows[["n_samples", "n_sentences"]] == [4, 3]).all(axis=None)
-    assert rows["damaged"].isna().all()
-    if len(named) == 4:
+    assert (rows["samples"] == "all").all() and (rows["named"] == names).all()
+    if len(labels) == 4:
         assert rows["n_ablated"].tolist() == [0, 4, 3 * (4 + 80) - 4, 3 * (4 + 80)]
     for row in rows.itertuples():
-        scores = scores_of(plain, tmp_path, sorted(by_hand.texts(tmp_path)), row, OWN[own])
+        scores = scores_of(plain, folder, sorted(by_hand.texts(folder)), row, NAMED[names])
         assert row.mean_delta == pytest.approx(float((scores[0] - scores[1]).mean()), abs=CLOSE)
     assert rows["mean_delta"].nunique() == 4
-    log = (tmp_path / "run.log").read_text()
-    told = f"all samples, {len(named)} jointly ({' '.join(named)}): mean a - b "
-    assert re.search(re.escape(told) + r"[+-]\d.* removed \[.*\]; log P .* KL .* after b\n", log)
-    assert "random sets" not in log
+    log = (folder / "run.log").read_text()
+    start = f"all samples, {len(labels)} jointly ({' '.join(labels)}): mean a - b "
+    assert re.search(re.escape(start) + r"[+-]\d.* removed \[.*\].*; log P .* KL .* after b", log)
 
 
 def test_the_complement_of_everything_edits_nothing_and_all_heads_are_the_attention(
     llama: str, tmp_path: Path
 ) -> None:
+    flags = ["--num_samples", "3", "--op", "mean"]
+
     def measured(name: str, kept: str) -> pd.Series:
-        flags = ["--num_samples", "3", "--kind", "attn", "--op", "mean", "--ablate", kept]
-        rows = joint_rows(finish(llama, tmp_path / name, *flags), samples="all")
-        return rows.set_index("set")["mean_delta"]
+        folder = finish(llama, tmp_path / name, "joint", kept, *flags, "--num_random", "1")
+        return named_rows(folder).set_index("set")["mean_delta"]
 
     heads = [f"L{n}H{i}" for n in range(3) for i in range(4)]
     everything, layer = measured("every", ",".join(heads)), measured("layer", ",".join(heads[4:8]))
     assert everything["complement"] == pytest.approx(everything["none"], abs=1e-5)
-    assert everything["ablate"] == pytest.approx(everything["all"], abs=1e-5)
+    assert everything["named"] == pytest.approx(everything["all"], abs=1e-5)
     assert everything["none"] != pytest.approx(everything["all"], abs=1e-2)
-    table = read(tmp_path / "layer")
-    of_layer = table[table["layer"] == 1]["delta_logit_head"].mean()
-    assert layer["ablate"] == pytest.approx(of_layer, abs=1e-5)
+    swept = read(finish(llama, tmp_path / "swept", "--kind", "attn", "--layers", "1", *flags))
+    assert layer["named"] == pytest.approx(swept["delta_logit_head"].mean(), abs=1e-5)
 
 
 def test_the_complement_of_the_complement_is_the_set_in_every_layer(llama: str) -> None:
     shape = prepared(llama).shape
     for names in ("L0H1,L2H0,L2H3", "L1mlp,L0H2", "L1N3,L1N79,L2attn", "L1N3,L0H0"):
-        found = tracing.components(names)
-        kinds = {component.kind for component in found}
-        left = tracing.other_columns(found, kinds, shape)
-        modules = {tracing.KINDS[kind].module for kind in kinds}
-        assert set(left) == {(layer, module) for layer in range(3) for module in modules}
-        for (layer, module), columns in left.items():
-            mine = [c for c in found if c.site == (layer, module)]
-            own = {i for c in mine for i in range(shape.width(module))[shape.columns(c)]}
-            assert set(columns.nonzero()[:, 0].tolist()) == set(range(shape.width(module))) - own
+        components = tracing.ComponentList.parse(names)
+        kinds = {component.kind for component in components}
+        others = tracing.other_columns(components, kinds, shape)
+        places = {tracing.KINDS[kind].place for kind in kinds}
+        assert set(others) == {(layer, place) for layer in range(3) for place in places}
+        for site, is_free in others.items():
+            taken: set[int] = set()
+            for component in components:
+                if component.site == site:
+                    taken.update(range(shape.width(site.place))[shape.columns(component)])
+            assert set(is_free.nonzero()[:, 0].tolist()) == set(range(len(is_free))) - taken
     nothing = tracing.other_columns((), ["head"], shape)
-    assert all(columns.sum() == shape.d_attn for columns in nothing.values())
+    assert all(is_free.sum() == shape.d_attn for is_free in nothing.values())
 
 
 JITTER = [0.0, 0.02, -0.03, 0.01]  # of four sentences
 
 
-def statistics_by_hand(kept: list[float], none: float, every: float) -> dict[str, Any]:
+SETS = [
+    tracing.JointSet("none"),
+    tracing.JointSet("all", others_of=("head",)),
+    tracing.JointSet("chosen"),
+    tracing.JointSet("complement", others_of=("head",)),
+]
+
+
+def statistics_by_hand(kept: list[float], none: float, every: float) -> pd.DataFrame:
     """The sets are none, all, a circuit and its complement."""
-    deltas = [[none + e, every - e, none + every - m, m] for e, m in zip(JITTER, kept, strict=True)]
-    sets = pd.DataFrame({"set": ["none", "all", "chosen", "complement"]})
-    sets["kept"] = [False, True, False, True]
-    return tracing.joint_statistics(torch.tensor(deltas, dtype=torch.float64), [*"uvwx"], sets)
+    rows = []
+    for unit, (jitter, m) in enumerate(zip(JITTER, kept, strict=True)):
+        for place, delta in enumerate((none + jitter, every - jitter, none + every - m, m)):
+            row = {"place": place, "sample_id": f"s{unit}", "unit": f"u{unit}", "score_b": 0.0}
+            rows.append(row | {"score_a": delta, "kl_a": 0.0, "kl_b": 0.0})
+    return tracing.joint_statistics(pd.DataFrame(rows), "b", SETS)
 
 
 @pytest.mark.parametrize("level", [1.4, 0.7, -0.6])
 def test_faithfulness_by_hand_is_never_clipped(level: float) -> None:
     kept = [1.0 - 4.0 * level + e for e in (0.0, 0.1, -0.05, 0.15)]  # from -3 (all: 1)
-    found = statistics_by_hand(kept, -3.0, 1.0)
+    table = statistics_by_hand(kept, -3.0, 1.0)
     top = [m - (1.0 - e) for m, e in zip(kept, JITTER, strict=True)]
     below = [(-3.0 + e) - (1.0 - e) for e in JITTER]
     share = sum(top) / sum(below)
-    ends = [found[f"faithfulness{end}"] for end in ("", "_low", "_high")]
-    told, low, high = (values[3] for values in ends)
-    assert told == pytest.approx(share)
+    ends = [table[f"faithfulness{end}"] for end in ("", "_low", "_high")]
+    faithfulness, low, high = (values[3] for values in ends)
+    assert faithfulness == pytest.approx(share)
     assert share == pytest.approx(level, abs=0.02)
     assert low < share < high
     by_formula = list(by_hand.mean_test(top, below)[1:])
     assert [low, high] == pytest.approx(by_formula, abs=0.02 * (high - low))
     assert [values[1] for values in ends] == pytest.approx([0.0] * 3, abs=1e-9)
     assert all(math.isnan(values[i]) for values in ends for i in (0, 2))
-    assert found["remaining"][0] == pytest.approx(1)
-    assert found["remaining"][2] == pytest.approx(1 - share)
-    assert all(math.isnan(found["remaining"][i]) for i in (1, 3))
+    assert table["remaining"][0] == pytest.approx(1)
+    assert table["remaining"][2] == pytest.approx(1 - share)
+    assert all(math.isnan(table["remaining"][i]) for i in (1, 3))
 
 
 def test_there_is_no_faithfulness_where_it_is_unclear_what_all_do() -> None:
-    found = statistics_by_hand([1.0, 2.0, 3.0, 4.0], 0.5, 0.5)
+    table = statistics_by_hand([1.0, 2.0, 3.0, 4.0], 0.5, 0.5)
     for name in ("faithfulness", "faithfulness_low", "faithfulness_high", "remaining"):
-        assert all(map(math.isnan, found[name]))
-    assert found["mean_delta"][3] == pytest.approx(2.5)
+        assert all(map(math.isnan, table[name]))
+    assert table["mean_delta"][3] == pytest.approx(2.5)
 
 
 # ----- random sets, and circuits that are too large or empty
@@ -566,22 +619,25 @@ def test_at_most_half_of_all_components_are_a_circuit(llama: str, tmp_path: Path
     """Of 12 heads, of which one is skipped."""
     flags = "--num_samples 4 --confirm layer:100 --num_random 2 --skip L0H0"
     folder = finish(llama, tmp_path, *flags.split())
-    config = tracing.Config(confirm=("layer", 100), skip=tracing.components("L0H0"))
+    selection = tracing.SelectionRule.parse("layer:100")
+    skip = tracing.ComponentList.parse("L0H0")
     half = read(folder).query("sample_id in @ids", local_dict={"ids": halves(folder)[0]})
-    found = tracing.choose_circuit(half, config, "b")
-    assert best_of(folder) == labels(found.index).split()[:5]
+    circuit = tracing.choose_circuit(half, selection, "b", None, skip)
+    assert best_of(folder) == labels(circuit.index).split()[:5]
     assert "L0H0" not in read(folder, "circuit_confirm.csv")["components"].str.cat(sep=" ")
-    assert f"the best 5 of {len(found)} are taken" in (folder / "run.log").read_text()
+    assert f"the best 5 of {len(circuit)} are taken" in (folder / "run.log").read_text()
 
 
 def test_a_rule_that_chooses_nothing_says_so_and_leaves_no_table(
-    llama: str, tmp_path: Path
+    llama: str, tmp_path: Path, answer: Answer
 ) -> None:
+    """Nor is there a circuit for the command joint."""
     flags = "--num_samples 4 --confirm share:1 --layers 0 --heads 0"
     finish(llama, tmp_path, *flags.split())
     assert best_of(tmp_path) == []
     assert "--confirm share:1.0 chooses no component" in (tmp_path / "run.log").read_text()
     assert not list(tmp_path.glob("circuit_confirm.*"))
+    refuses(answer, "joint", "--output_dir", str(tmp_path), says=["it names no component"])
 
 
 def test_components_of_other_kinds_leave_the_choice_as_it_is(llama: str, tmp_path: Path) -> None:
@@ -595,20 +651,84 @@ def test_components_of_other_kinds_leave_the_choice_as_it_is(llama: str, tmp_pat
 def test_random_sets_share_no_column_with_the_circuit_nor_with_themselves(
     names: str, llama: str
 ) -> None:
-    exp, circuit = prepared(llama), tracing.components(names)
+    experiment = prepared(llama)
+    circuit, shape = tracing.ComponentList.parse(names).components, experiment.shape
     for draw in range(30):
-        drawn = tracing.draw_random(circuit, len(circuit), exp, draw)
-        if drawn:
-            both = [*circuit, *drawn.components]
-            columns = [range(exp.shape.width(c.site[1]))[exp.shape.columns(c)] for c in both]
-            taken = [(c.site, i) for c, of in zip(both, columns, strict=True) for i in of]
-            assert len(taken) == len({*taken})
-            assert Counter(c.kind for c in drawn.components) == Counter(c.kind for c in circuit)
+        random_set = tracing.draw_random_set(experiment, circuit, len(circuit), (), draw)
+        if random_set:
+            taken = []
+            for component in (*circuit, *random_set.components):
+                columns = range(shape.width(component.site.place))[shape.columns(component)]
+                taken += [(component.site, column) for column in columns]
+            assert len(taken) == len(set(taken))
+            kinds = Counter(component.kind for component in random_set.components)
+            assert kinds == Counter(component.kind for component in circuit)
 
 
-def test_a_circuit_read_from_the_folder_of_the_run_stays_there(llama: str, tmp_path: Path) -> None:
-    finish(llama, tmp_path, "--num_samples", "4", "--confirm", "2", "--num_random", "2")
-    before = (tmp_path / "circuit.json").read_bytes()
-    for _ in range(2):
-        finish(llama, tmp_path, "--num_samples", "4", "--ablate", str(tmp_path / "circuit.json"))
-    assert (tmp_path / "circuit.json").read_bytes() == before
+# ----- the circuit of a folder
+
+
+def test_the_folders_circuit_is_what_joint_edits_on_the_sentences_that_did_not_choose_it(
+    llama: str, tmp_path: Path
+) -> None:
+    """The file stays as it is; the edit is the one that the circuit was found with."""
+    flags = "--num_samples 4 --op scale --factor 3 --confirm 2 --num_random 2"
+    folder = finish(llama, tmp_path / "run", *flags.split())
+    circuit = (folder / "circuit.json").read_bytes()
+    confirmed = joint_rows(folder)
+    is_same = confirmed["set"].isin(["none", "all", "complement"]) | (
+        (confirmed["set"] == "chosen") & (confirmed["n_ablated"] == 2)
+    )
+    measured = ["mean_delta", "ci_low", "faithfulness", "remaining", "kl_a", "kl_b"]
+    expected = confirmed[is_same].replace("chosen", "named").set_index("set")[measured]
+    for words in ([], [str(folder / "circuit.json")]):
+        rows = named_rows(finish(llama, folder, "joint", *words, "--num_random", "2"))
+        assert set(rows["samples"]) == {"held-out"} and set(rows["op"]) == {"scale 3"}
+        assert rows["components"].tolist()[1] == " ".join(best_of(folder))
+        table = rows.set_index("set").loc[expected.index, measured]
+        assert (table - expected).abs().max(axis=None) < 1e-5
+    assert (folder / "circuit.json").read_bytes() == circuit
+
+
+def test_a_circuit_is_measured_on_all_samples_where_none_chose_it_or_all_did(
+    llama: str, tmp_path: Path
+) -> None:
+    flags = ["--num_samples", "2", "--num_random", "1"]
+    every = sorted(prepared(llama).units)
+    log = {}
+    for name, chosen_on in {"none": None, "others": ["u0"], "every": every}.items():
+        circuit: dict[str, Any] = {"components": [{"label": "L0H1"}]}
+        if chosen_on is not None:
+            circuit["chosen_on"] = chosen_on
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(circuit))
+        folder = finish(llama, tmp_path / name, "joint", str(file), *flags)
+        assert set(named_rows(folder)["samples"]) == {"all"}
+        log[name] = (folder / "run.log").read_text()
+    warning = "all sentences here have chosen these components"
+    assert [warning in text for text in log.values()] == [False, False, True]
+
+
+def test_what_a_circuit_may_not_have_is_in_no_random_set_of_joint(
+    llama: str, tmp_path: Path
+) -> None:
+    """A layer of four heads: one is chosen, one skipped."""
+    flags = "--num_samples 4 --layers 1 --confirm 1 --skip L1H3 --num_random 9"
+    folder = finish(llama, tmp_path, *flags.split())
+    replies = ["--multipliers", "0", "--max_new_tokens", "1"]
+    finish(llama, folder, "joint", "--num_random", "9", *replies)
+    (chosen_head,) = best_of(folder)
+    others = {"L1H0", "L1H1", "L1H2"} - {chosen_head}
+    for name in ("circuit_confirm.csv", "circuit_joint.csv"):
+        table = read(folder, name)
+        assert set(table[table["set"] == "random"]["components"]) == others
+    steered = read(folder, "circuit_steer.csv")
+    assert steered[steered["set"] == "random"]["components"].isin(others).all()
+
+
+@pytest.mark.parametrize("words", [["--model_id", "nowhere"], []])
+def test_joint_needs_names_or_the_circuit_of_a_folder(
+    words: list[str], answer: Answer, tmp_path: Path
+) -> None:
+    says = ["joint needs NAMES, or a circuit.json in " if words else "holds no experiment"]
+    refuses(answer, "joint", "--output_dir", str(tmp_path), *words, says=says)

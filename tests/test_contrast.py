@@ -53,8 +53,8 @@ def contrast(
 ) -> float:
     """The score in plain arithmetic; the words are targets and foils."""
     target, foil = (
-        sum(math.exp(naive.word_log_prob(model, tokenizer, user, word, edit)) for word in of)
-        for of in words
+        sum(math.exp(naive.word_log_prob(model, tokenizer, user, word, edit)) for word in group)
+        for group in words
     )
     return math.log(target / foil)
 
@@ -105,33 +105,34 @@ def test_a_contrast_is_all_targets_less_all_foils(llama: str, samples: str, tmp_
             base = contrast(*loaded, text, (TARGETS, FOILS))
             with naive.zeroed(loaded[0], [(1, "head", 2)]):
                 edited = contrast(*loaded, text, (TARGETS, FOILS))
-            found = [row[f"score_{side}_base"], row[f"score_{side}_head"]]
-            assert found == pytest.approx([base, edited], abs=CLOSE)
+            scores = [row[f"score_{side}_base"], row[f"score_{side}_head"]]
+            assert scores == pytest.approx([base, edited], abs=CLOSE)
     one, mirror = (table["delta_logit_base"].to_numpy() for table in tables)
     assert abs(one + mirror).max() < CLOSE < abs(one).min()
     heads = [read(folder, "circuit_heads.csv") for folder in folders]
     assert list(heads[0]["role"]) == pytest.approx(list(heads[1]["role"]), abs=CLOSE)
     new = tmp_path / "new"
-    assert tracing.main(["--from_csv", str(folders[0] / RESULTS), "--output_dir", str(new)]) == 0
+    assert tracing.main(["redraw", str(folders[0] / RESULTS), "--output_dir", str(new)]) == 0
     for name in ("circuit_heads.csv", "circuit_summary.png", "circuit_heads.png"):
         assert (new / name).read_bytes() == (folders[0] / name).read_bytes(), name
     for folder in folders:
-        told = (folder / "run.log").read_text() + json.dumps(record_of(folder)["samples"])
-        assert "the sign" not in told and "rebound" not in told
+        text = (folder / "run.log").read_text() + json.dumps(record_of(folder)["samples"])
+        assert "the sign" not in text and "rebound" not in text
 
 
 @pytest.mark.parametrize(("base", "role"), [(-1.0, "contributes to"), (1.0, "works against")])
 def test_a_clear_base_of_either_sign_is_a_contrast_and_gives_verdicts(
-    base: float, role: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    base: float, role: str
 ) -> None:
     table = by_hand.results({"L0H1": by_hand.steps(0.3), "L1H0": by_hand.steps(-0.3)}, base)
-    told = ["--model_id", "m", *CONTRAST, "mine.jsonl"]
-    with caplog.at_level("INFO"):
-        config = tracing.parse_args(told)
-        folder = tracing.RunFolder(tmp_path)
-        tracing.write_findings(table.assign(task="contrast"), None, 0.01, config, folder)
-    assert f"L0H1: {role} contrast" in caplog.text
-    assert "rebound" not in caplog.text and "suppression" not in caplog.text
+    bases = tracing.find_bases(table)
+    heads = tracing.heads_table(table, bases, 0.01, None)
+    findings = tracing.Findings()
+    phrases = tracing.EditPhrases(tracing.CONTRAST, "removing")
+    tracing.report_effects(findings, heads, bases, 0.01, phrases)
+    text = json.dumps(findings.entries)
+    assert f"L0H1: {role} contrast" in text
+    assert "rebound" not in text and "suppression" not in text
 
 
 def test_a_contrast_needs_samples_with_foils_and_suppression_takes_none(
@@ -165,19 +166,18 @@ def test_sentences_without_a_chat_are_patched_as_by_plain_hooks(
 ) -> None:
     """Whose giver is of another length; the model needs no chat template."""
     model = without_template({"llama": llama, "tiny": tiny_llama}[name], tmp_path / "model")
-    flags = [*CONTRAST, giving, "--no-chat", "--op", "patch", "--patch_into", into]
-    folder = finish(model, tmp_path / "run", *flags, "--layers", "1", "--no-bf16")
-    config = tracing.parse_args(["--model_id", model, *flags])
+    flags = [*CONTRAST, giving, "--no_chat", "--op", "patch", "--patch_into", into]
+    folder = finish(model, tmp_path / "run", *flags, "--layers", "1", "--no_bf16")
+    options = tracing.parse_command_line(["--model_id", model, *flags]).options
     loaded, words, table = naive.load(model), (["Mary"], ["John"]), read(folder)
     clean = [contrast(*loaded, text, words) for text in IOI]
     texts = IOI if into == "a" else IOI[::-1]
     for _, row in table.iterrows():
-        edited = naive.edited_score(*loaded, config, texts, words, 1, row["head"])
+        edited = naive.edited_score(*loaded, options, texts, words, 1, row["head"])
         delta = edited - clean[1] if into == "a" else clean[0] - edited
         assert row["delta_logit_base"] == pytest.approx(clean[0] - clean[1], abs=CLOSE)
         assert row["delta_logit_head"] == pytest.approx(delta, abs=CLOSE)
     assert table["head_effect"].abs().max() > 100 * CLOSE
-    assert record_of(folder)["system_turn"] == "none"
 
 
 def test_a_text_without_a_chat_is_the_bos_the_text_and_the_stem(tiny_llama: str) -> None:
@@ -193,8 +193,8 @@ def test_a_text_without_a_chat_is_the_bos_the_text_and_the_stem(tiny_llama: str)
         assert texts == [[" Mary"], [" apple", " Apple"], [" John"]]
     tokenizer.bos_token = "<|eot_id|>"  # which the tokenizer does not add
     none = PromptEncoder(tokenizer, "", "word", is_chat=False)
-    found = none.write(sample, "a", IOI[0]).ids
-    assert none.bos is None and list(found) == plain_ids(tokenizer, IOI[0])[1:]
+    ids = none.write(sample, "a", IOI[0]).ids
+    assert none.bos is None and list(ids) == plain_ids(tokenizer, IOI[0])[1:]
 
 
 def test_without_a_template_a_chat_is_refused_and_plain_texts_have_replies(
@@ -202,15 +202,14 @@ def test_without_a_template_a_chat_is_refused_and_plain_texts_have_replies(
 ) -> None:
     model, run = without_template(llama, tmp_path / "model"), tmp_path / "run"
     flags = [*CONTRAST, giving, "--layers", "0", "--max_new_tokens", "3"]
-    says = ["has no chat template; use an Instruct model, or --no-chat"]
+    says = ["has no chat template; use an Instruct model, or --no_chat"]
     refuses(answer, "--model_id", model, "--output_dir", str(run), *flags, says=says)
-    finish(model, run, *flags, "--no-chat", "--answer_prefix", " the")
-    assert record_of(run)["config"]["system_prompt"] == "", "no prompt had one"
-    model_of, tokenizer = naive.load(model)
+    finish(model, run, *flags, "--no_chat", "--answer_prefix", " the")
+    loaded, tokenizer = naive.load(model)
     assert len(generations(run)) == 2
     for record in generations(run):
         ids = plain_ids(tokenizer, IOI["ab".index(record["prompt"])] + " the")
-        reply = naive.greedy(model_of, ids, 3, ends=[1])
+        reply = naive.greedy(loaded, ids, 3, ends=[1])
         assert record["reply"] == tokenizer.decode(reply, skip_special_tokens=True)
 
 
@@ -218,14 +217,15 @@ def test_without_a_template_a_chat_is_refused_and_plain_texts_have_replies(
 
 
 def test_the_systems_text_is_ones_own_or_none(llama: str, tmp_path: Path, answer: Answer) -> None:
-    said, flags = {}, ["--num_samples", "2", "--layers", "0"]
+    flags = ["--num_samples", "2", "--layers", "0"]
+    n_turns = {}
     for name, system in (("own", "Be brief."), ("none", "")):
         record = record_of(finish(llama, tmp_path / name, *flags, "--system_prompt", system))
         prompt = record["samples"][0]["prompts"]["b"]["text"]
-        said[name] = prompt.count("<|start_header_id|>"), record["system_turn"]
-        assert record["config"]["system_prompt"] == system
+        n_turns[name] = prompt.count("<|start_header_id|>")
+        assert record["experiment"]["options"]["system_prompt"] == system
         assert ("system<|end_header_id|>\n\nBe brief.<|eot_id|>" in prompt) == bool(system)
         assert "You are" not in prompt and user_text(prompt) in tracing.QUESTIONS
-    assert said == {"own": (3, "Be brief."), "none": (2, "none")}
+    assert n_turns == {"own": 3, "none": 2}
     argv = ["--model_id", llama, "--output_dir", str(tmp_path / "own"), *flags]
-    refuses(answer, *argv, "--system_prompt", "Be long.", says=["holds a run that differs in"])
+    refuses(answer, *argv, "--system_prompt", "Be long.", says=["holds another experiment"])

@@ -20,12 +20,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 import llama3_circuit_tracing as tracing
 import naive
@@ -36,23 +36,51 @@ from conftest import (
     ROOT,
     SCRIPT,
     Answer,
+    command_line,
     finish,
-    generations,
     read,
     record_of,
     refuses,
     write_samples,
 )
-from llama3_circuit_tracing import Component, Edit, Experiment, JointSet
-from test_interventions import Bench, assert_like_the_oracle, bench
+from llama3_circuit_tracing import (
+    AlongEdit,
+    CleanRun,
+    Component,
+    DirectionData,
+    DirectionSet,
+    Edit,
+    Fit,
+)
+from test_interventions import Bench, bench
+from test_paths import clean_run_of, experiment_of, moved_scores
 
 CLOSE = 2e-5  # nats, in float32
-TABLE, FILE = "circuit_directions.csv", "directions.safetensors"
-FITS = {"difference": tracing.difference_of_means, "logistic": tracing.logistic}
+TABLE, EFFECTS, FILE = "circuit_directions.csv", "direction_effects.csv", "directions.safetensors"
+CONFIRM, REPLIES = "directions_confirm.csv", "directions_generations.jsonl"
+FIND = {"difference": tracing.difference_of_means, "logistic": tracing.logistic_normal}
 PRE_NORM = [name for name in random_models.ARCHITECTURES if name != "gemma3_text"]
+Experiment = tracing.Experiment[Any]
 Patch = pytest.MonkeyPatch
 pytestmark = pytest.mark.usefixtures("coarse_figures")
 Build = Callable[..., str]
+
+
+def replies_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / REPLIES).read_text().splitlines()]
+
+
+def units_of(prompts: tracing.Prompts) -> set[str]:
+    return {pair[0].sample.unit for pair in prompts}
+
+
+def ids_of(prompts: tracing.Prompts) -> set[str]:
+    return {pair[0].sample.sample_id for pair in prompts}
+
+
+def data_of(model: str, *words: str) -> DirectionData:
+    """What a command line is to find or read, before any weight is loaded."""
+    return tracing.prepare_directions(prepared(model, "directions", *words))
 
 
 def gaussians(n: int, apart: float, width: int = 8, count: int = 1, seed: int = 0) -> Any:
@@ -68,24 +96,25 @@ def gaussians(n: int, apart: float, width: int = 8, count: int = 1, seed: int = 
 # ----- fits
 
 
-@pytest.mark.parametrize("method", FITS)
+@pytest.mark.parametrize("method", FIND)
 def test_the_direction_between_two_gaussians_is_found(method: str) -> None:
     """A linear rule can be right in Phi(distance / 2 SD) of new cases, and no more."""
     x, d = gaussians(1500, 1.5, count=2)
-    found, threshold = FITS[method](x)
-    assert torch.cosine_similarity(found, d).min() > 0.985
-    assert (found - d).norm(dim=1).max() < 0.25
-    accuracy, auc = tracing.separation((found, threshold), gaussians(1500, 1.5, count=2, seed=1)[0])
+    fit = FIND[method](x)
+    assert torch.cosine_similarity(fit.directions, d).min() > 0.985
+    assert (fit.directions - d).norm(dim=1).max() < 0.25
+    others = gaussians(1500, 1.5, count=2, seed=1)[0]
+    accuracy, auc = tracing.accuracy_of(fit, others), tracing.roc_area(fit.directions, others)
     assert (accuracy - NormalDist().cdf(1.5 / 2)).abs().max() < 0.02
     assert (auc - NormalDist().cdf(1.5 / math.sqrt(2))).abs().max() < 0.02
 
 
-@pytest.mark.parametrize("method", FITS)
+@pytest.mark.parametrize("method", FIND)
 def test_added_once_a_direction_moves_the_mean_of_b_to_that_of_a_along_it(method: str) -> None:
     x, _ = gaussians(16, 2.0, count=5)
-    found = FITS[method](x)[0]
+    d = FIND[method](x).directions
     a, b = x.mean(1).unbind(1)
-    assert (((b + found) * found).sum(1) - (a * found).sum(1)).abs().max() < 1e-9
+    assert (((b + d) * d).sum(1) - (a * d).sum(1)).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize(("count", "n", "width"), [(40, 16, 24), (1, 16, 4096), (64, 3, 16)])
@@ -93,7 +122,9 @@ def test_logistic_is_where_the_gradient_of_its_loss_is_zero(count: int, n: int, 
     """With w = k * d * SD for some k > 0: w = sum of y sigma(-y m) z, and no bias is better. The
     penalty makes the Hessian at least 1, so w is as near its optimum as the gradient is small."""
     x = gaussians(n, 1.0, width, count)[0] * torch.linspace(0.01, 100, width).double()
-    for flat, d, threshold in zip(x.numpy(), *map(Tensor.numpy, tracing.logistic(x)), strict=True):
+    for flat, d, threshold in zip(
+        x.numpy(), *map(Tensor.numpy, tracing.logistic_normal(x)), strict=True
+    ):
         flat = flat.reshape(2 * n, width)
         z = (flat - flat.mean(0)) / flat.std(0)
         w, margin, y = d * flat.std(0), flat @ d - threshold, np.tile([1.0, -1.0], n)
@@ -112,47 +143,50 @@ def test_logistic_is_where_the_gradient_of_its_loss_is_zero(count: int, n: int, 
 def test_logistic_is_that_of_scikit_learn() -> None:
     sklearn = pytest.importorskip("sklearn.linear_model")
     x, _ = gaussians(16, 1.0, 200, 4)
-    for flat, d in zip(x.numpy().reshape(4, 32, 200), tracing.logistic(x)[0].numpy(), strict=True):
+    for flat, d in zip(
+        x.numpy().reshape(4, 32, 200), tracing.logistic_normal(x)[0].numpy(), strict=True
+    ):
         model = sklearn.LogisticRegression(C=1.0, tol=1e-8, max_iter=1000)
         model.fit((flat - flat.mean(0)) / flat.std(0), np.tile([1, 0], 16))
         normal = model.coef_[0] / flat.std(0)
         assert normal @ d / np.linalg.norm(normal) / np.linalg.norm(d) > 0.9999
 
 
-@pytest.mark.parametrize("method", FITS)
+@pytest.mark.parametrize("method", FIND)
 def test_what_is_the_same_on_both_sides_has_no_direction(method: str) -> None:
     x = torch.full((1, 4, 2, 6), 0.1).double()
-    found = FITS[method](torch.cat([x, gaussians(4, 1.0, 6)[0]]))
-    assert found[0].isfinite().all()
-    assert not found[0][0].any()
-    assert found[0][1].any()
-    accuracy, auc = tracing.separation(found, torch.cat([x, x]))
+    fit = FIND[method](torch.cat([x, gaussians(4, 1.0, 6)[0]]))
+    assert fit.directions.isfinite().all()
+    assert not fit.directions[0].any()
+    assert fit.directions[1].any()
+    same = torch.cat([x, x])
+    accuracy, auc = tracing.accuracy_of(fit, same), tracing.roc_area(fit.directions, same)
     assert accuracy[0] == auc[0] == auc[1] == 0.5
-    assert not tracing.unit(found[0][0]).any()
+    assert not tracing.unit_vector(fit.directions[0]).any()
 
 
 def test_accuracy_and_area_of_a_few_numbers() -> None:
     """Right: 2, 3 and 1 of a, 0 and -1 of b; what lies on the threshold is half right."""
     x = torch.tensor([[3.0, -1.0], [2.0, 0.0], [1.0, 2.0], [0.5, 0.5]]).double()[None, :, :, None]
-    accuracy, auc = tracing.separation((torch.ones(1, 1).double(), torch.tensor([0.5])), x)
-    assert float(accuracy) == (3 + 2 + 2 * 0.5) / 8
-    assert float(auc) == (4 + 3.5 + 3 + 2.5) / 16
+    fit = Fit(torch.ones(1, 1).double(), torch.tensor([0.5]))
+    assert float(tracing.accuracy_of(fit, x)) == (3 + 2 + 2 * 0.5) / 8
+    assert float(tracing.roc_area(fit.directions, x)) == (4 + 3.5 + 3 + 2.5) / 16
 
 
-@pytest.mark.parametrize("method", FITS)
+@pytest.mark.parametrize("method", FIND)
 def test_fits_to_shuffled_sides_are_right_half_of_the_time(method: str) -> None:
     """Of sides that are easily told apart: they change places sentence by sentence."""
-    given, tested = (gaussians(32, 3.0, 6, 12, seed)[0] for seed in (0, 1))
+    fitted, tested = (gaussians(32, 3.0, 6, 12, seed)[0] for seed in (0, 1))
     chance = []
     for draw in range(tracing.N_SHUFFLES):
-        rng, x = random.Random(f"7 shuffle {draw}"), given.clone()
+        rng, x = random.Random(f"7 shuffle {draw}"), fitted.clone()
         for two in (slice(i, i + 2) for i in range(0, 32, 2)):
             x[:, two] = x[:, two].flip(2) if rng.random() < 0.5 else x[:, two]
-        chance.append(tracing.separation(FITS[method](x), tested)[0])
+        chance.append(tracing.accuracy_of(FIND[method](x), tested))
     assert abs(float(torch.stack(chance).mean()) - 0.5) < 0.06
     units = [f"u{i // 2:02}" for i in range(32)]
-    found = tracing.accuracy_by_chance(FITS[method], given, tested, units, 7)
-    assert (found - torch.stack(chance).quantile(0.95, 0)).abs().max() < 1e-12
+    accuracy = tracing.chance_accuracy(FIND[method], fitted, tested, units, 7)
+    assert (accuracy - torch.stack(chance).quantile(0.95, 0)).abs().max() < 1e-12
 
 
 # ----- edits along a direction
@@ -173,16 +207,31 @@ def plain(llama: str) -> Bench:
     return bench(llama)
 
 
-def random_file(of: Bench, kind: str) -> str:
+def random_file(model: Bench, kind: str) -> str:
     """A random direction of each component of a kind, in a file beside the model."""
-    shape, found = of.traced.shape, {}
-    for c in (Component(n, kind, i) for n in range(shape.n_layers) for i in shape.indices(kind)):
-        width = len(range(shape.width(c.site[1]))[shape.columns(c)])
-        generator = torch.Generator().manual_seed(len(found))
-        found[c.label] = torch.randn(width, generator=generator).double()
-    path = str(Path(of.folder, FILE))
-    save_file(found, path)
+    shape = model.traced.shape
+    directions = {}
+    for number, component in enumerate(shape.components(kind)):
+        generator = torch.Generator().manual_seed(number)
+        direction = torch.randn(shape.n_columns(component), generator=generator)
+        directions[component.label] = direction.double()
+    path = str(Path(model.folder, FILE))
+    save_file(directions, path)
     return path
+
+
+def data_of_random(model: Bench, words: str) -> DirectionData:
+    """The same of a model that is loaded already, along random directions of the kind."""
+    kind = words.split()[words.split().index("--kind") + 1]
+    words = f"directions {words} --fit {random_file(model, kind)}"
+    return tracing.prepare_directions(experiment_of(model, words))
+
+
+def clean_run_and_edits(data: DirectionData) -> tuple[CleanRun, list[Edit]]:
+    """The clean run of the first tree, and the edit along each direction."""
+    clean_run = clean_run_of(data.experiment, data.experiment.trees[0])
+    subjects = [AlongEdit(component) for component in data.components]
+    return clean_run, [edit for (edit,) in tracing.along_edits(data, clean_run, subjects)]
 
 
 ALONG = [
@@ -215,13 +264,31 @@ def only_along(monkeypatch: Patch, direction: Tensor, span: slice, adds: bool) -
     monkeypatch.setattr(naive, "hooked", along)
 
 
-def like_the_oracle(of: Bench, flags: str, monkeypatch: Patch) -> None:
-    path = random_file(of, flags.split()[1])
-    flags += f" --along {path}"
-    (c,) = of.experiment(flags).components
-    span = naive.span_of(of.loaded[0], c.layer, c.kind, c.index)
-    only_along(monkeypatch, load_file(path)[c.label], span, "--op add" in flags)
-    assert_like_the_oracle(of, flags)
+def like_the_oracle(model: Bench, words: str, monkeypatch: Patch) -> None:
+    data = data_of_random(model, words)
+    (component,), options = data.components, data.options
+    place = component.layer, component.kind
+    span = naive.span_of(model.loaded[0], *place, component.index)
+    only_along(monkeypatch, data.vectors[component], span, options.op == "add")
+    users = [pair[1].sample.prompt_b for pair in data.measured]
+    mean = naive.mean_of(*model.loaded, users, *place) if options.op == "mean" else None
+    moved, expected = [], []
+    for tree in data.experiment.trees:
+        clean_run = clean_run_of(data.experiment, tree)
+        rows = tracing.along_edits(data, clean_run, [AlongEdit(component)])
+        moved += moved_scores(data.experiment, clean_run, rows)[0].tolist()
+        for prompt in tree.prompts:
+            texts, targets = [prompt.sample.prompt_a, prompt.sample.prompt_b], prompt.sample.targets
+            if prompt.side == "b":
+                texts.reverse()
+            base = naive.suppression_score(*model.loaded, texts[0], targets)
+            score = naive.edited_score(
+                *model.loaded, options, texts, targets, component.layer, component.index, mean
+            )
+            receives = options.op != "patch" or options.patch_into == prompt.side
+            expected.append(score - base if receives else 0.0)
+    assert moved == pytest.approx(expected, abs=CLOSE)
+    assert max(map(abs, expected)) > 100 * CLOSE, "the edit did nothing"
 
 
 @pytest.mark.parametrize("flags", ALONG)
@@ -234,83 +301,70 @@ def test_and_with_other_architectures(any_bench: Bench, flags: str, monkeypatch:
     like_the_oracle(any_bench, flags, monkeypatch)
 
 
-def rows_of(exp: Experiment) -> tuple[tracing.CleanRun, list[Edit]]:
-    """The unedited run of the first tree, and the edit of each component."""
-    sites = [component.site for component in exp.components]
-    clean = tracing.run_clean(exp.traced, exp.trees[0], (), range(exp.shape.n_layers), sites)
-    return clean, [exp.edits([component], clean)[0] for component in exp.components]
-
-
 @pytest.mark.parametrize("op", ["patch", "scale --factor -3"])
 @pytest.mark.parametrize("kind", ["head --heads 2", "mlp", "resid"])
 def test_all_of_a_basis_together_are_the_whole_edit(any_bench: Bench, kind: str, op: str) -> None:
-    path, flags = random_file(any_bench, kind.split()[0]), f"--kind {kind} --layers 1 --op {op}"
-    exp = any_bench.experiment(f"{flags} --along {path}")
-    clean, (edit,) = rows_of(exp)
-    whole, x = replace(edit, along=None), clean.site_inputs[edit.site][None]
-    along, all_of_it = (tracing.displacement(of, x) for of in (edit, whole))
-    u = tracing.unit(exp.directions[exp.components[0]])
-    assert (along - all_of_it @ u[:, None] * u).abs().max() < 1e-9
+    data = data_of_random(any_bench, f"--kind {kind} --layers 1 --op {op}")
+    clean_run, (edit,) = clean_run_and_edits(data)
+    whole, x = replace(edit, along=None), clean_run.activations[edit.site][None]
+    along, moved = tracing.displacement(edit, x), tracing.displacement(whole, x)
+    u = tracing.unit_vector(data.vectors[data.components[0]])
+    assert (along - moved @ u[:, None] * u).abs().max() < 1e-9
     assert along.abs().max() > 1e-3
     basis = torch.linalg.qr(torch.randn(len(u), len(u)).double())[0].T
     parts = tuple(replace(edit, along=e.expand(2, -1)) for e in basis)
-    together, plain = exp.run_rows(clean, [parts, (whole,)], tqdm(disable=True))
+    rows = [parts, (whole,)]
+    together, plain = tracing.run_rows(data.experiment.traced, clean_run, rows)
     assert (together - plain).abs().max() < 5e-4  # nats, after the rounding of so many sums
-    assert (plain - clean.log_probs[0]).abs().max() > 1e-2
+    assert (plain - clean_run.log_probs[0]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("flags", ["--kind head --op zero", "--kind resid --op add"])
-def test_random_directions_go_as_far(plain: Bench, flags: str, monkeypatch: Patch) -> None:
-    exp = plain.experiment(f"{flags} --along {random_file(plain, flags.split()[1])}")
-    rows: list[Any] = []
-    run_rows = Experiment.run_rows
-
-    def watch(exp: Experiment, clean: Any, of: Any, *told: Any) -> Tensor:
-        rows.extend(of)
-        return run_rows(exp, clean, of, *told)
-
-    monkeypatch.setattr(Experiment, "run_rows", watch)
-    deltas = tracing.edit_beside(exp, exp.trees[0], tqdm(disable=True))
-    clean, edits = rows_of(exp)
-    n, whole = len(edits), "head" in flags  # without its input a stream means nothing
-    assert tracing.ways_beside(exp.config) == ["random"] + ["whole"] * whole
-    assert len(deltas) == len(rows) == (1 + whole) * n
-    for edit, (drawn,) in zip(edits, rows[:n], strict=True):
-        x = clean.site_inputs[edit.site][None]
-        along, beside = (tracing.displacement(of, x)[0] for of in (edit, drawn))
+@pytest.mark.parametrize("words", ["--kind head --op zero", "--kind resid --op add"])
+def test_random_directions_go_as_far(plain: Bench, words: str) -> None:
+    data = data_of_random(plain, words)
+    clean_run, edits = clean_run_and_edits(data)
+    subjects = [AlongEdit(component, 0) for component in data.components]
+    drawn_edits = [edit for (edit,) in tracing.along_edits(data, clean_run, subjects)]
+    for edit, drawn in zip(edits, drawn_edits, strict=True):
+        x = clean_run.activations[edit.site][None]
+        along, beside = tracing.displacement(edit, x)[0], tracing.displacement(drawn, x)[0]
         assert (along.norm(dim=1) - beside.norm(dim=1)).abs().max() < 1e-9
-        directions = [torch.nn.functional.normalize(of[-1], dim=0) for of in (along, beside)]
-        assert abs(float(directions[0] @ directions[1])) < 0.8
-    assert all(edit.along is None for (edit,) in rows[n:])
-    assert len({tuple(drawn.along[1].tolist()) for (drawn,) in rows[:n]}) == n
+        along, beside = tracing.unit_vector(along[-1]), tracing.unit_vector(beside[-1])
+        assert abs(float(along @ beside)) < 0.8
+    assert len({tuple(drawn.along[1].tolist()) for drawn in drawn_edits}) == len(edits)
 
 
 def test_each_of_several_components_moves_along_its_own_direction(plain: Bench) -> None:
     """Complements too; random sets are the chosen, as far, each in a random direction."""
-    exp = plain.experiment(f"--kind head --along {random_file(plain, 'head')} --given L0H1")
-    clean = rows_of(exp)[0]
+    data = data_of_random(plain, "--kind head --given L0H1")
+    clean_run, _ = clean_run_and_edits(data)
+    shape = data.experiment.shape
     few = (Component(1, "head", 0), Component(1, "head", 3), Component(2, "head", 1))
-    sets = tracing.confirm_sets(few, exp)
-    drawn = [of for of in sets if of.name == "random" and of.components == few]
-    assert len(drawn) == exp.config.num_random
-    assert "random complement" not in {of.name for of in sets}
-    seen = set()
-    for of in drawn:
-        for c, edit in zip(sorted(few), tracing.row_of(exp, clean, of), strict=True):
+    sets = tracing.sets_of_directions(data, few)
+    names = [joint_set.name for joint_set in sets if joint_set.name != "random"]
+    assert names == ["none", "all", "chosen", "chosen", "chosen", "complement"]
+    assert len({joint_set.key for joint_set in sets}) == len(sets)
+    assert data.key_of(data.vectors) in sets[1].key
+    random_sets = [s for s in sets if s.name == "random" and s.components == few]
+    assert len(random_sets) == data.options.num_random
+    drawn = set()
+    for row in tracing.direction_set_edits(data, clean_run, random_sets):
+        for component, edit in zip(sorted(few), row, strict=True):
             reads, writes = edit.along
-            assert edit.site == c.site and edit.columns == exp.shape.columns(c)
-            assert (reads - tracing.unit(exp.directions[c])).abs().max() < 1e-15
+            assert edit.site == component.site and edit.columns == shape.columns(component)
+            assert (reads - tracing.unit_vector(data.vectors[component])).abs().max() < 1e-15
             assert abs(float(writes.norm()) - 1) < 1e-12 and abs(float(reads @ writes)) < 0.99
-            seen.add(tuple(writes.tolist()))
-    assert len(seen) == 3 * len(drawn), "each its own, in each draw"
-    for others, edited in (((), {*few}), (("head",), {*exp.shape.every("head")} - {*few})):
-        row = tracing.row_of(exp, clean, JointSet("a set", few, others_of=others))
+            drawn.add(tuple(writes.tolist()))
+    assert len(drawn) == 3 * len(random_sets), "each its own, in each draw"
+    for others, edited in (((), {*few}), (("head",), {*shape.components("head")} - {*few})):
+        joint_set = DirectionSet("a set", few, others_of=others)
+        (row,) = tracing.direction_set_edits(data, clean_run, [joint_set])
         places = {(edit.site, edit.columns.start): edit for edit in row}
         assert len(places) == len(row) == len(edited) > 0
-        for c in edited:
-            edit = places[c.site, exp.shape.columns(c).start]
-            assert (edit.along - tracing.unit(exp.directions[c])).abs().max() < 1e-15
-            assert (edit.along.norm(dim=1) - 1).abs().max() < 1e-12
+        for component in edited:
+            edit = places[component.site, shape.columns(component).start]
+            unit = tracing.unit_vector(data.vectors[component])
+            assert (edit.along - unit).abs().max() < 1e-15
 
 
 # ----- a direction zeroed everywhere
@@ -338,71 +392,76 @@ def ablated_as_in_the_paper(model: Any, d: Tensor) -> Iterator[None]:
 EVERYWHERE = "--kind resid --op zero --confirm all --num_random 3 --max_new_tokens 6"
 
 
-def ablating(of: Bench) -> tuple[Experiment, Component]:
-    exp = of.experiment(f"{EVERYWHERE} --along {random_file(of, 'resid')}")
-    return exp, exp.components[1]
+def ablating(model: Bench) -> tuple[DirectionData, Component]:
+    data = data_of_random(model, EVERYWHERE)
+    return data, data.components[1]
 
 
 def test_a_direction_zeroed_everywhere_is_the_ablation_of_the_paper(pre_norm: Bench) -> None:
     """Nothing less is: not the blocks' inputs alone, nor all without one kind of reading point."""
-    exp, component = ablating(pre_norm)
-    row, d = exp.everywhere(component), exp.directions[component]
-    assert len(row) == 2 * exp.shape.n_layers + 1
-    points = ("", tracing.MIDDLE, tracing.FINAL)  # "": the blocks' inputs
-    less = [tuple(e for e in row if e.site[1] == "")]
-    less += [tuple(e for e in row if e.site[1] != point) for point in points]
-    clean = exp.run_clean(exp.trees[0], range(exp.shape.n_layers), exp.components)
-    log_probs = exp.run_rows(clean, [row, *less], tqdm(disable=True))
-    both = torch.cat([clean.log_probs, log_probs])
-    base, found, *others = clean.tree.scores(both, exp.task)
+    data, component = ablating(pre_norm)
+    experiment, d = data.experiment, data.vectors[component]
+    row = tracing.everywhere_edits(data, None, DirectionSet("chosen", (component,)))
+    assert len(row) == 2 * experiment.shape.n_layers + 1
+    less = [tuple(edit for edit in row if edit.site.place == "resid")]
+    for place in ("resid", "mlp_norm", "final"):
+        less.append(tuple(edit for edit in row if edit.site.place != place))
+    tree = experiment.trees[0]
+    clean_run = clean_run_of(experiment, tree)
+    base = tree.scores(clean_run.log_probs, experiment.task)
+    ablated, *others = moved_scores(experiment, clean_run, [row, *less])
     model, tokenizer = pre_norm.loaded
-    for i, prompt in enumerate(exp.trees[0].prompts):
+    for i, prompt in enumerate(tree.prompts):
         text = prompt.sample.prompt_a if prompt.side == "a" else prompt.sample.prompt_b
         with ablated_as_in_the_paper(model, d):
             paper = naive.suppression_score(model, tokenizer, text, prompt.sample.targets)
-        assert abs(float(found[i]) - paper) < 1e-5 * max(1, abs(paper))
-    assert (found - base).abs().max() > 0.05
-    for of in others:
-        assert (found - of).abs().max() > 1e-3
+        assert abs(float((base + ablated)[0, i]) - paper) < 1e-5 * max(1, abs(paper))
+    assert ablated.abs().max() > 0.05
+    for moved in others:
+        assert (ablated - moved).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_replies_are_those_of_the_paper_too(pre_norm: Bench) -> None:
-    exp, component = ablating(pre_norm)
-    d, (model, tokenizer) = exp.directions[component], pre_norm.loaded
-    prompts = [prompt for of_sample in exp.prompts for prompt in of_sample[:2]]
-    row = tracing.row_of(exp, None, JointSet("chosen", (component,), everywhere=True))
-    found = tracing.greedy_replies(exp, row, prompts)
+    data, component = ablating(pre_norm)
+    d, (model, tokenizer) = data.vectors[component], pre_norm.loaded
+    prompts = [prompt for pair in data.experiment.prompts for prompt in pair[:2]]
+    joint_set = DirectionSet("chosen", (component,), everywhere=True)
+    (row,) = tracing.direction_set_edits(data, None, [joint_set])
+    replies = tracing.greedy_replies(data.experiment, row, prompts, 6)
     ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
-    configured = exp.traced.model.generation_config.eos_token_id
+    configured = data.experiment.traced.model.generation_config.eos_token_id
     ends |= set(configured if isinstance(configured, list) else [configured])
     with ablated_as_in_the_paper(model, d):
-        said = [naive.greedy(model, prompt.ids, 6, ends) for prompt in prompts]
-    assert found == [tokenizer.decode(of, skip_special_tokens=True).strip() for of in said]
+        expected = [naive.greedy(model, prompt.ids, 6, ends) for prompt in prompts]
+    texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in expected]
+    assert replies == texts
 
 
 def test_random_directions_go_as_far_at_each_token_and_reading_point(pre_norm: Bench) -> None:
-    exp, component = ablating(pre_norm)
-    clean = exp.run_clean(exp.trees[0], range(exp.shape.n_layers), exp.components)
-    sets = [JointSet("chosen", (component,), everywhere=True)]
-    sets += [JointSet("random", (component,), draw, everywhere=True) for draw in (1, 2)]
-    found = []
-    for of in sets:
-        row = tracing.row_of(exp, clean, of)
-        modules = {edit.site: exp.traced.module(edit.site) for edit in row}
-        with tracing.recording(modules) as seen:
-            tracing.final_states(exp.traced, clean, [row])
-        found.append({e.site: tracing.displacement(e, seen[e.site])[0] for e in row})
-    assert len(found[0]) == 2 * exp.shape.n_layers + 1
-    ends, u = exp.trees[0].scored, tracing.unit(exp.directions[component])
+    data, component = ablating(pre_norm)
+    experiment = data.experiment
+    clean_run = clean_run_of(experiment, experiment.trees[0])
+    chosen = DirectionSet("chosen", (component,), everywhere=True)
+    sets = [chosen, *(replace(chosen, name="random", draw=draw) for draw in (1, 2))]
+    moved_by_set = []
+    for row in tracing.direction_set_edits(data, clean_run, sets):
+        modules = {edit.site: experiment.traced.module(edit.site) for edit in row}
+        with torch.no_grad(), tracing.recording(modules) as recorded:
+            tracing.final_states(experiment.traced, clean_run, [row])
+        moved_by_set.append({e.site: tracing.displacement(e, recorded[e.site])[0] for e in row})
+    zeroed, *random_moves = moved_by_set
+    assert len(zeroed) == 2 * experiment.shape.n_layers + 1
+    ends, u = experiment.trees[0].scored, tracing.unit_vector(data.vectors[component])
     directions = []
-    for drawn in found[1:]:
-        for site, moved in found[0].items():
-            far = moved[ends].detach().norm(dim=1)
+    for drawn in random_moves:
+        for site, moved in zeroed.items():
+            far = moved[ends].norm(dim=1)
             assert (drawn[site][ends].norm(dim=1) - far).abs().max() < 1e-4 * float(far.max())
-        directions.append(torch.nn.functional.normalize(drawn[0, ""][-1], dim=0))
+        direction = tracing.unit_vector(drawn[tracing.Site(0, "resid")][-1])
         for moved in drawn.values():  # all in one direction
-            assert (moved - (moved @ directions[-1])[:, None] * directions[-1]).abs().max() < 1e-6
+            assert (moved - (moved @ direction)[:, None] * direction).abs().max() < 1e-6
+        directions.append(direction)
     overlaps = torch.stack([u, *directions]) @ torch.stack([u, *directions]).T
     assert (overlaps - torch.eye(3)).abs().max() < 0.9
 
@@ -412,9 +471,9 @@ def test_random_directions_go_as_far_at_each_token_and_reading_point(pre_norm: B
 def test_models_that_read_the_stream_otherwise_are_refused(
     architecture: str, random_model: Build, answer: Answer, tmp_path: Path
 ) -> None:
-    common = ["--model_id", random_model(architecture), "--output_dir", str(tmp_path / "x")]
-    flags = [*common, *EVERYWHERE.split(), "--along", "difference"]
-    refuses(answer, *flags, says=["--confirm all is for models", "input_layernorm"])
+    argv = command_line(random_model(architecture), tmp_path / "x", "directions")
+    says = ["--confirm all is for models", "input_layernorm and post_attention_layernorm"]
+    refuses(answer, *argv, *EVERYWHERE.split(), says=says)
 
 
 CHOSEN: list[tuple[list[float], list[float], int, str]] = [  # roles, KL, layer without direction
@@ -432,44 +491,50 @@ def test_the_layer_is_chosen_on_the_samples_that_are_set_apart(
     roles: Any, kl: Any, zero: int, label: str, monkeypatch: Patch
 ) -> None:
     """Of layers that move a base of +10 by so much against it, with such a KL."""
-    config = tracing.Config(confirm=("all", 1), num_random=2, kind="resid", along="difference")
-    components = [Component(i, "resid") for i in range(5)]
-    exp: Any = SimpleNamespace(config=config, components=components, fitting=["those set apart"])
-    exp.shape = SimpleNamespace(n_layers=5)
-    exp.directions = {c: torch.ones(3) * (c.layer != zero) for c in components}
+    components = [Component(layer, "resid") for layer in range(5)]
+    vectors = {c: torch.ones(3) * (c.layer != zero) for c in components}
+    experiment: Any = SimpleNamespace(options=SimpleNamespace(num_random=2))
+    experiment.shape = SimpleNamespace(n_layers=5)
+    experiment.findings = tracing.Findings()
+    set_apart: Any = ["those set apart"]
+    data = DirectionData(experiment, components, "difference", vectors, set_apart, [])
 
-    def scores(_: Any, __: Any, sets: Sequence[JointSet], prompts: Any) -> Tensor:
-        assert prompts is exp.fitting
-        told = torch.zeros(len(sets), 4, 5).double()
-        told[..., 2] = math.nan
-        for row, of in zip(told, sets, strict=True):
-            moves = [(roles[c.layer], kl[c.layer]) for c in of.components] or [(0, 0)]
-            row[:, 0], row[:, 4] = 10 - moves[0][0], moves[0][1]
-        return told
+    def scores(_: Any, sets: Sequence[DirectionSet], prompts: Any, edits_of: Any) -> pd.DataFrame:
+        assert prompts is set_apart
+        rows = []
+        for place, joint_set in enumerate(sets):
+            role, divergence = 0.0, 0.0
+            for component in joint_set.components:
+                role, divergence = roles[component.layer], kl[component.layer]
+            row = {"place": place, "score_a": 10 - role, "score_b": 0.0, "kl_b": divergence}
+            rows += [row, row]
+        return pd.DataFrame(rows)
 
-    monkeypatch.setattr(tracing, "set_scores", scores)
-    told: Any = SimpleNamespace()
-    sets = [JointSet("none")]
-    for name, draw in (("chosen", 0), ("random", 1), ("random", 2)) if label else ():
-        sets.append(JointSet(name, (Component.parse(label),), draw, everywhere=True))
-    assert [*tracing.choose_direction(exp, told, "b")] == (sets if label else [])
-    if label:  # what is skipped is not chosen, and the next best is
-        exp.config = replace(config, skip=(Component.parse(label),))
-        next_best = tracing.choose_direction(exp, told, "b")[1]
-        assert next_best.name == "chosen" and next_best.text.split()[0] not in ("", label)
+    monkeypatch.setattr(tracing, "measure_sets", scores)
+    sets = tracing.choose_layer(data, "b")
+    if not label:
+        assert sets == []
+        return
+    names = [(joint_set.name, joint_set.draw) for joint_set in sets]
+    assert names == [("none", 0), ("chosen", 0), ("random", 1), ("random", 2)]
+    assert [joint_set.text for joint_set in sets[1:]] == [f"{label} everywhere"] * 3
+    assert len({joint_set.key for joint_set in sets}) == 4
+    data.components = [c for c in components if c.label != label]  # what is not swept is not chosen
+    next_best = tracing.choose_layer(data, "b")[1]
+    assert next_best.name == "chosen" and next_best.components[0].label != label
 
 
 # ----- the whole command
 
 
 WHOLE_PATCH = "--task refusal --num_samples 12 --no-bf16 --kind resid --op patch"
-PATCH = [*WHOLE_PATCH.split(), "--along", "difference"]
+PATCH = [*WHOLE_PATCH.split(), "--fit", "difference"]
 NUMBERS = [f"{way}_{name}" for way in ("along", "random") for name in ("mean", "ci_low", "q")]
 
 
 @pytest.fixture(scope="module")
 def patched(tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(tiny_llama, tmp_path_factory.mktemp("patched"), *PATCH)
+    return finish(tiny_llama, tmp_path_factory.mktemp("patched"), "directions", *PATCH)
 
 
 def by_plain_forwards(model: str, prompts: Sequence[Any], layer: int, kind: str = "resid") -> Any:
@@ -480,60 +545,89 @@ def by_plain_forwards(model: str, prompts: Sequence[Any], layer: int, kind: str 
         ids = naive.prompt_ids(tokenizer, text)
         return naive.input_of(plain, ids, layer, kind)[-1].double().numpy()
 
-    samples = [of_sample[0].sample for of_sample in prompts]
+    samples = [pair[0].sample for pair in prompts]
     return np.array([[last(sample.prompt_a), last(sample.prompt_b)] for sample in samples])
 
 
 def correct(x: Any, a: Any, b: Any) -> float:
     """The share of inputs [sample, side, width] that lie on their mean's side of the middle."""
-    on = (x - (a + b) / 2) @ (a - b)
-    return float((on[:, 0] > 0).mean() + (on[:, 1] < 0).mean()) / 2
+    projections = (x - (a + b) / 2) @ (a - b)
+    return float((projections[:, 0] > 0).mean() + (projections[:, 1] < 0).mean()) / 2
+
+
+def unedited_deltas(folder: Path, prompts: tracing.Prompts) -> list[float]:
+    """The unedited score of prompt a less that of b, of some samples of a run."""
+    deltas = []
+    for record in record_of(folder)["samples"]:
+        if record["sample_id"] in ids_of(prompts):
+            sides = record["prompts"]
+            deltas.append(sides["a"]["score"] - sides["b"]["score"])
+    return deltas
 
 
 def test_the_table_recomputes_from_plain_forwards(patched: Path, tiny_llama: str) -> None:
-    exp, told = prepared(tiny_llama, *PATCH), read(patched, TABLE).set_index("label")
-    found, results = load_file(patched / FILE), read(patched)
-    assert list(told.index) == list(found) == [f"L{n}resid" for n in range(4)]
-    units = {of[0].sample.unit for of in exp.fitting}
-    assert set(results["sample_id"]) == {of[0].sample.sample_id for of in exp.prompts}
-    assert not units & set(results["unit"])
-    assert len(exp.fitting) + len(exp.prompts) == 12
-    assert set(told["n_fit"]) == {len(units)} == {5}
-    base = results.drop_duplicates("sample_id")["delta_logit_base"].mean()
-    for layer, row in enumerate(told.itertuples()):
-        given, tested = (
-            by_plain_forwards(tiny_llama, p, layer) for p in (exp.fitting, exp.prompts)
-        )
-        (a, b), d = given.mean(0), given.mean(0)[0] - given.mean(0)[1]
-        assert np.abs(found[row.Index].numpy() - d).max() < 1e-4
+    data, table = data_of(tiny_llama, *PATCH), read(patched, TABLE).set_index("label")
+    directions, effects = load_file(patched / FILE), read(patched, EFFECTS)
+    assert list(table.index) == list(directions) == [f"L{n}resid" for n in range(4)]
+    assert list(effects["label"]) == list(table.index)
+    assert not units_of(data.fitting) & units_of(data.measured)
+    assert len(data.fitting) + len(data.measured) == 12
+    assert set(table["n_fit"]) == {len(units_of(data.fitting))} == {5}
+    assert set(effects["n_sentences"]) == {len(units_of(data.measured))} == {5}
+    base = np.mean(unedited_deltas(patched, data.measured))
+    for layer, row in enumerate(table.itertuples()):
+        fitted = by_plain_forwards(tiny_llama, data.fitting, layer)
+        tested = by_plain_forwards(tiny_llama, data.measured, layer)
+        a, b = fitted.mean(0)
+        d = a - b
+        assert np.abs(directions[row.Index].numpy() - d).max() < 1e-4
         assert row.norm == pytest.approx(np.linalg.norm(d), rel=1e-4, abs=1e-9)
-        effect = results[results["layer"] == layer]["head_effect"].mean()
-        assert row.along_mean == pytest.approx(effect)
-        assert row.along_share_moved == pytest.approx(-effect / base, abs=1e-9)
+        assert row.along_mean == pytest.approx(effects["mean"][layer])
+        assert row.along_share_moved == pytest.approx(-row.along_mean / base, abs=1e-9)
         assert row.random_share_moved == pytest.approx(-row.random_mean / base, abs=1e-9)
         if not d.any():
             assert math.isnan(row.largest_share)
             assert row.accuracy == row.auc == 0.5
             continue
         assert row.largest_share == pytest.approx((d**2).max() / (d @ d), rel=1e-4)
-        on = tested @ d
+        projections = tested @ d
         accuracy = correct(tested, a, b)
         assert row.accuracy == pytest.approx(accuracy)
-        assert row.auc == pytest.approx((on[:, 0][:, None] > on[:, 1]).mean())
-        assert row.accuracy_fit == pytest.approx(correct(given, a, b))
-        n = len(set(results["unit"]))
-        assert (row.n_sentences, n) == (n, 5)
-        assert (row.accuracy_low, row.accuracy_high) == tracing.share_interval(accuracy, n)
-    assert told["along_share_moved"].iloc[1:].min() > 0.5
-    assert told["random_share_moved"].abs().max() < 0.5
+        assert row.auc == pytest.approx((projections[:, 0][:, None] > projections[:, 1]).mean())
+        assert row.accuracy_fit == pytest.approx(correct(fitted, a, b))
+        assert row.n_sentences == 5
+        assert (row.accuracy_low, row.accuracy_high) == tracing.share_interval(accuracy, 5)
+    assert table["along_share_moved"].iloc[1:].min() > 0.5
+    assert table["random_share_moved"].abs().max() < 0.5
 
 
-def test_the_whole_is_that_of_a_run_without(patched: Path, tiny_llama: str, tmp_path: Path) -> None:
-    whole = read(finish(tiny_llama, tmp_path, *WHOLE_PATCH.split()))
-    there = whole[whole["sample_id"].isin(read(patched)["sample_id"])]
-    means = there.groupby("layer")["head_effect"].mean()
-    told = read(patched, TABLE)
-    assert (told["whole_mean"] - means.to_numpy()).abs().max() < CLOSE
+def test_effects_are_those_of_the_edits_in_the_measured_samples(
+    patched: Path, tiny_llama: str, folder_of: Build
+) -> None:
+    data = data_of(tiny_llama, *PATCH)
+    data.experiment.traced = bench(folder_of("tiny")).traced
+    data.vectors = {Component.parse(k): d for k, d in load_file(patched / FILE).items()}
+    component = Component(1, "resid")
+    subjects = {"along": AlongEdit(component), "random": AlongEdit(component, 0)}
+    effects: dict[str, list[float]] = {"along": [], "random": []}
+    for tree in data.experiment.plant_trees(data.measured):
+        clean_run = clean_run_of(data.experiment, tree)
+        rows = tracing.along_edits(data, clean_run, list(subjects.values()))
+        for way, moved in zip(
+            subjects, moved_scores(data.experiment, clean_run, rows).tolist(), strict=True
+        ):
+            effects[way] += [moved[places["a"]] - moved[places["b"]] for _, places in tree.samples]
+    row = read(patched, TABLE).set_index("label").loc["L1resid"]
+    for way, values in effects.items():
+        assert row[f"{way}_mean"] == pytest.approx(np.mean(values), abs=CLOSE)
+
+
+def test_the_whole_is_that_of_a_trace(patched: Path, tiny_llama: str, tmp_path: Path) -> None:
+    data = data_of(tiny_llama, *PATCH)
+    results = read(finish(tiny_llama, tmp_path, *WHOLE_PATCH.split()))
+    measured = results[results["sample_id"].isin(ids_of(data.measured))]
+    means = measured.groupby("layer")["head_effect"].mean()
+    assert (read(patched, TABLE)["whole_mean"] - means.to_numpy()).abs().max() < CLOSE
 
 
 def test_directions_come_from_the_half_that_is_not_measured(llama: str, tmp_path: Path) -> None:
@@ -545,21 +639,20 @@ def test_directions_come_from_the_half_that_is_not_measured(llama: str, tmp_path
     ]
     path, flags = tmp_path / "own.jsonl", [*PATCH, "--layers", "1-2", "--samples"]
     write_samples(path, *records)
-    held_out = {of[0].sample.unit for of in prepared(llama, *flags, str(path)).prompts}
+    held_out = units_of(data_of(llama, *flags, str(path)).measured)
     assert len(held_out) == 3
-    found, effects = [], []
+    directions, effects = [], []
     for i, changed in enumerate((set(), held_out, {f"u{i}" for i in range(6)} - held_out)):
         please = (
             {"prompt_b": r["prompt_b"] + " Please." * (r["unit"] in changed)} for r in records
         )
         write_samples(path, *map(operator.or_, records, please))
-        folder = finish(llama, tmp_path / str(i), *flags, str(path))
-        found.append(load_file(folder / FILE))
-        assert set(read(folder)["unit"]) == held_out
-        effects.append(read(folder)["head_effect"].to_numpy())
-    for label, d in found[0].items():
-        assert torch.equal(d, found[1][label])
-        assert label == "L0resid" or not torch.equal(d, found[2][label])
+        folder = finish(llama, tmp_path / str(i), "directions", *flags, str(path))
+        directions.append(load_file(folder / FILE))
+        effects.append(read(folder, EFFECTS)["mean"].to_numpy())
+    for label, d in directions[0].items():
+        assert torch.equal(d, directions[1][label])
+        assert label == "L0resid" or not torch.equal(d, directions[2][label])
     assert np.abs(effects[0] - effects[1]).max() > 1e-3
     assert np.abs(effects[0] - effects[2]).max() > 1e-6
 
@@ -568,41 +661,42 @@ def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_ou
     patched: Path, tiny_llama: str, tmp_path: Path
 ) -> None:
     """Which are known by their texts: in another template, with other words, or as one of two."""
-    flags = [*PATCH, "--along", str(patched / FILE)]
-    again = finish(tiny_llama, tmp_path, *flags)
-    before, after = read(patched), read(again)
-    (named,) = set(after["along"])
-    assert re.fullmatch(re.escape(FILE) + " [0-9a-f]{8}", named), "which file of that name"
-    assert list(before["sample_id"]) == list(after["sample_id"])
-    assert (before["head_effect"] - after["head_effect"]).abs().max() < 1e-9
+    flags = [*PATCH, "--fit", str(patched / FILE)]
+    again = finish(tiny_llama, tmp_path, "directions", *flags)
+    (name,) = set(read(again, TABLE)["method"])
+    assert re.fullmatch(re.escape(FILE) + " [0-9a-f]{8}", name), "which file of that name"
+    before, after = read(patched, EFFECTS), read(again, EFFECTS)
+    assert (before["mean"] - after["mean"]).abs().max() < 1e-9
     assert "5 samples left out: the directions of" in (again / "run.log").read_text()
-    told, loaded = read(patched, TABLE), read(again, TABLE)
+    fitted_table, loaded_table = read(patched, TABLE), read(again, TABLE)
     same = ["auc", "norm", "along_mean", "random_mean", "whole_mean"]
-    assert (told[same] - loaded[same]).abs().max(axis=None) < 1e-9
-    assert loaded["accuracy"].isna().all()
+    assert (fitted_table[same] - loaded_table[same]).abs().max(axis=None) < 1e-9
+    assert loaded_table["accuracy"].isna().all()
     assert not (again / FILE).exists()
-    fitted = {of[0].sample.prompt_a for of in prepared(tiny_llama, *PATCH).fitting}
+    fitted = {pair[0].sample.prompt_a for pair in data_of(tiny_llama, *PATCH).fitting}
     others = ["--num_samples 20 --seed 3", "--system_prompt=", "--answer_prefix I", "--no-chat"]
     for more in others:
-        exp = prepared(tiny_llama, *flags, *more.split())
-        assert exp.prompts and not fitted & {of[0].sample.prompt_a for of in exp.prompts}
-        assert not exp.fitting
+        data = data_of(tiny_llama, *flags, *more.split())
+        assert data.measured
+        assert not fitted & {pair[0].sample.prompt_a for pair in data.measured}
+        assert not data.fitting
 
 
 def test_a_sentence_with_other_words_is_left_out_as_well(tiny_llama: str, tmp_path: Path) -> None:
     """Suppression asks the same questions with other words of another seed."""
     flags = [*PATCH, "--task", "suppression", "--layers", "1", "--num_samples", "4"]
-    path = str(finish(tiny_llama, tmp_path, *flags) / FILE)
-    there = {of[0].sample.prompt_b for of in prepared(tiny_llama, *flags).fitting}
-    exp = prepared(tiny_llama, *flags, "--along", path, "--num_samples", "30", "--seed", "1")
-    assert exp.prompts and not there & {of[0].sample.prompt_b for of in exp.prompts}
+    path = str(finish(tiny_llama, tmp_path, "directions", *flags) / FILE)
+    fitted = {pair[0].sample.prompt_b for pair in data_of(tiny_llama, *flags).fitting}
+    data = data_of(tiny_llama, *flags, "--fit", path, "--num_samples", "30", "--seed", "1")
+    assert data.measured
+    assert not fitted & {pair[0].sample.prompt_b for pair in data.measured}
 
 
 # ----- what no file of directions is
 
 
-def no_file(told: Any = None, **tensors: Tensor) -> Callable[[Path], None]:
-    text = told if isinstance(told, str) else json.dumps(told or {})
+def no_file(metadata: Any = None, **tensors: Tensor) -> Callable[[Path], None]:
+    text = metadata if isinstance(metadata, str) else json.dumps(metadata or {})
     return lambda path: save_file(tensors, path, metadata={"told": text})
 
 
@@ -642,7 +736,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a long name": (no_file(**{"q" * 5000: torch.ones(48)}), "qqq' is no component"),
     "one twice": (
         no_file(**GOOD, **{"L00resid": torch.zeros(48)}),
-        f"{NONE}component 'L0resid' stands there twice",
+        f"{NONE}component 'L0resid' occurs twice",
     ),
     "nothing": (no_file(), LACKS),
     "no layer 1": (no_file(L0resid=torch.ones(48), L2resid=torch.ones(48)), "of L1resid"),
@@ -677,7 +771,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "deep": (no_file('{"a":' * 5000, **GOOD), f"{NONE}brackets are nested too deeply"),
     "a field twice": (
         no_file('{"model": "a", "model": "b"}', **GOOD),
-        f"{NONE}field 'model' stands there twice",
+        f"{NONE}field 'model' occurs twice",
     ),
     "fitted on a number": (
         no_file({"fitted_on": 5}, **GOOD),
@@ -703,80 +797,103 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_other_files_are_refused(name: str, llama: str, tmp_path: Path, answer: Answer) -> None:
     write, sentence = BAD[name]
     write(tmp_path / "d.safetensors")
-    flags = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), "--kind", "resid"]
-    flags += ["--op", "patch", "--along", str(tmp_path / "d.safetensors")]
-    refuses(answer, *flags, says=["--along", sentence])
+    argv = command_line(llama, tmp_path / "x", "directions", "--kind", "resid", "--op", "patch")
+    refuses(answer, *argv, "--fit", str(tmp_path / "d.safetensors"), says=["--fit", sentence])
 
 
-ALONG_A_RESID = "--kind resid --op zero --along difference"
-MEASURES = "--along measures; --method and --screen estimate"
-WHOLE = "--ablate and --multipliers whole components"
-ALL_IS_FOR = "--confirm all is for --kind resid --op zero"
+def test_what_no_component_needs_of_a_file_does_not_matter(llama: str, tmp_path: Path) -> None:
+    tensors = {"L1resid": torch.ones(48), "L2resid": torch.ones(48).long(), "L0H0": torch.ones(2)}
+    save_file(tensors, tmp_path / "d.safetensors")
+    words = ["--kind", "resid", "--op", "patch", "--fit", str(tmp_path / "d.safetensors")]
+    data = data_of(llama, *words, "--layers", "1")
+    assert data.vectors[Component(1, "resid")].dtype == torch.float64
+
+
+ALL_IS_FOR = "--confirm all is for --kind resid --op zero at all positions"
+ALL = "--kind resid --confirm all"
 MEANINGLESS = {
-    "--kind neuron --neurons 3 --along difference": "no --kind neuron",
-    "--along difference --method atp": MEASURES,
-    "--along logistic --screen 3": MEASURES,
-    "--along difference --ablate L0H1": WHOLE,
-    "--along difference --confirm 2 --max_new_tokens 4 --multipliers 0,1": WHOLE,
-    "--op add": "--op add adds a direction: give --along",
-    "--along difference --confirm all": ALL_IS_FOR,
-    f"{ALONG_A_RESID} --confirm all --positions last": ALL_IS_FOR,
-    "--kind resid --op patch --along difference --confirm all": ALL_IS_FOR,
-    "--kind resid --op zero --confirm all": "--confirm all ablates a direction: give --along",
-    "--kind resid --op zero": "removes the input itself and means nothing",
-    "--along=": "--along is empty",
-    f"{ALONG_A_RESID} --num_samples 1": "of 1 sentence 0 are left to measure, at least 1",
-    f"{ALONG_A_RESID} --num_samples 3 --confirm 1": "3 sentences 1 are left to measure, at least 2",
+    "--kind neuron": "a neuron has one only",
+    "--method atp": "--method is an option of the command trace, not of directions",
+    "--multipliers 0,1": "--multipliers is an option of the command joint, not of directions",
+    "--confirm all": ALL_IS_FOR,
+    f"{ALL} --positions last": ALL_IS_FOR,
+    f"{ALL} --op patch": ALL_IS_FOR,
+    "--fit=": "the value is empty",
+    "--kind resid --num_samples 1": "of 1 sentence 0 are left to measure, at least 1",
+    "--kind resid --num_samples 3 --confirm 1": "3 sentences 1 are left to measure, at least 2",
 }
 
 
-@pytest.mark.parametrize("flags", MEANINGLESS)
+@pytest.mark.parametrize("words", MEANINGLESS)
 @pytest.mark.usefixtures("no_weights")
 def test_what_means_nothing_is_refused(
-    flags: str, llama: str, tmp_path: Path, answer: Answer
+    words: str, llama: str, tmp_path: Path, answer: Answer
 ) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path / "x"), *flags.split()]
-    code, _, err = answer(*argv)
-    assert code == 2 and MEANINGLESS[flags] in err.splitlines()[-1], err
+    argv = command_line(llama, tmp_path / "x", "directions", *words.split())
+    refuses(answer, *argv, says=[MEANINGLESS[words]])
 
 
-# ----- resumed, shared between processes, redrawn, compared
+# ----- a folder that holds more; resumed, shared between processes
 
 
-EXACT = ["circuit_results.csv", "circuit_heads.csv", TABLE, FILE]
-EXACT += ["circuit_confirm.csv", "generations.jsonl"]
-SMALL = "--task refusal --num_samples 6 --no-bf16 --kind resid --op zero --along logistic"
+def test_directions_go_on_from_the_trace_of_their_folder(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    words = "--task refusal --num_samples 4 --kind resid --op patch --patch_into b --given L0H1"
+    finish(llama, tmp_path, *words.split())
+    code, out, err = answer("directions", "--output_dir", str(tmp_path))
+    assert code == 0, err
+    edit = "--kind resid, --op patch, --patch_into b, --given L0H1"
+    assert f"{edit} from the trace in {tmp_path}" in out.splitlines()[0]
+    assert set(read(tmp_path, TABLE)["op"]) == {"patch into b along difference"}
+
+
+def test_directions_of_one_fit_are_not_those_of_another(llama: str, tmp_path: Path) -> None:
+    """In one folder, where sets of the same components and samples are edited along both."""
+    words = "--task refusal --num_samples 6 --no-bf16 --kind resid --op patch --confirm 1"
+    words += " --num_random 1"
+    both = finish(llama, tmp_path / "both", "directions", *words.split())
+    finish(llama, both, "directions", *words.split(), "--fit", "logistic")
+    alone = tmp_path / "alone"
+    finish(llama, alone, "directions", *words.split(), "--fit", "logistic")
+    for name in (TABLE, EFFECTS, FILE, CONFIRM):
+        assert (both / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+EXACT = [TABLE, EFFECTS, FILE, CONFIRM, REPLIES]
+SMALL = "--task refusal --num_samples 6 --no-bf16 --kind resid --op zero --fit logistic"
 SMALL += " --confirm all --num_random 2 --max_new_tokens 3"
 
 
 @pytest.fixture(scope="module")
 def small(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(llama, tmp_path_factory.mktemp("small"), *SMALL.split())
+    return finish(llama, tmp_path_factory.mktemp("small"), "directions", *SMALL.split())
 
 
-@pytest.mark.parametrize("where", ["sweep_tree", "run_sets"])
+@pytest.mark.parametrize("function", ["run_variants", "read_divergence"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    where: str, small: Path, llama: str, tmp_path: Path, monkeypatch: Patch
+    function: str, small: Path, llama: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *SMALL.split()]
+    """Interrupted at its effects, and at its joint sets."""
+    argv = command_line(llama, tmp_path, "directions", *SMALL.split())
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracing, where, stop)
+        patch.setattr(tracing, function, stop)
         assert tracing.main(argv) == 130
     with monkeypatch.context() as patch:
         patch.setattr(tracing, "probe", lambda *_: pytest.fail("directions were sought again"))
         assert tracing.main(argv) == 0
-    for name in [*EXACT, "circuit_directions.png"]:
+    for name in EXACT:
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name
 
 
 def test_two_processes_give_the_same_bytes(small: Path, llama: str, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    flags = ["--model_id", llama, "--output_dir", str(tmp_path), *SMALL.split()]
-    command = [sys.executable, *launcher, str(SCRIPT), *flags]
+    argv = command_line(llama, tmp_path, "directions", *SMALL.split())
+    command = [sys.executable, *launcher, str(SCRIPT), *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stderr
     for name in EXACT:
@@ -784,128 +901,103 @@ def test_two_processes_give_the_same_bytes(small: Path, llama: str, tmp_path: Pa
 
 
 def test_the_confirmation_is_of_the_held_out_sentences(small: Path, llama: str) -> None:
-    exp, rows = prepared(llama, *SMALL.split()), read(small, "circuit_confirm.csv")
-    units = {of[0].sample.unit for of in exp.prompts}
-    assert set(rows["n_sentences"]) == {len(units)}
-    assert not units & {of[0].sample.unit for of in exp.fitting}
+    data, rows = data_of(llama, *SMALL.split()), read(small, CONFIRM)
+    assert set(rows["n_sentences"]) == {len(units_of(data.measured))}
+    assert not units_of(data.measured) & units_of(data.fitting)
     assert rows["set"].tolist() == ["none", "chosen", "random", "random"]
     assert rows["components"].iloc[1].endswith("resid everywhere")
-    edited = {reply["sample_id"] for reply in generations(small) if reply["n_ablated"]}
-    assert edited == {of[0].sample.sample_id for of in exp.prompts}
-    told = f"{len(exp.fitting)} samples set apart"
-    assert (small / "run.log").read_text().count(told) == 2
-
-
-def test_a_table_along_a_direction_is_redrawn_and_compares_with_none_that_is_not(
-    small: Path, patched: Path, llama: str, tiny_llama: str, tmp_path: Path, answer: Answer
-) -> None:
-    results, new = str(small / "circuit_results.csv"), tmp_path / "again"
-    assert tracing.main(["--from_csv", results, "--output_dir", str(new)]) == 0
-    for name in ("circuit_heads.csv", "circuit_heads.png", "circuit_summary.png"):
-        assert (new / name).read_bytes() == (small / name).read_bytes(), name
-    common = ["--output_dir", str(tmp_path / "x"), "--compare"]
-    other = SMALL.split(" --confirm")[0].replace("logistic", "difference").split()
-    says = ["has along logistic, this run difference"]
-    refuses(answer, *common, results, "--model_id", llama, *other, says=says)
-    results, says = str(patched / "circuit_results.csv"), ["has along difference, this run none"]
-    refuses(answer, *common, results, "--model_id", tiny_llama, *WHOLE_PATCH.split(), says=says)
+    edited = {reply["sample_id"] for reply in replies_of(small) if reply["n_ablated"]}
+    assert edited == ids_of(data.measured)
+    sentence = f"{len(data.fitting)} samples set apart"
+    assert (small / "run.log").read_text().count(sentence) == 2
 
 
 # ----- beside the other options
 
 
 BESIDE = [
-    "--task suppression --controls --kind resid --op zero --along difference --confirm all",
-    "--kind attn --op mean --positions last --along logistic --given L1attn --confirm 1",
-    "--kind mlp --op add --along difference --bf16 --layers 1 --via logits",
-    "--kind resid --op zero --along difference --confirm all --bf16 --max_new_tokens 2",
-    "--task refusal --kind head --op patch --along difference --confirm mass:0.5 --heads 0-2",
+    "--task suppression --controls --kind resid --op zero --fit difference --confirm all",
+    "--kind attn --op mean --positions last --fit logistic --given L1attn --confirm 1",
+    "--kind mlp --op add --fit difference --bf16 --layers 1",
+    "--kind resid --op zero --fit difference --confirm all --bf16 --max_new_tokens 2",
+    "--task refusal --kind head --op patch --fit difference --confirm mass:0.5 --heads 0-2",
 ]
 
 
-@pytest.mark.parametrize("flags", BESIDE)
-def test_with_other_options_nothing_is_missing(flags: str, llama: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words", BESIDE)
+def test_with_other_options_nothing_is_missing(words: str, llama: str, tmp_path: Path) -> None:
     """Of L0resid, where all prompts end alike, there is no direction."""
     common = ["--num_samples", "6"]
-    common += ["--num_random", "1"] if "--confirm" in flags else []
-    common += [] if "bf16" in flags else ["--no-bf16"]
-    folder = finish(llama, tmp_path, *flags.split(), *common)
-    results, told, log = read(folder), read(folder, TABLE), (folder / "run.log").read_text()
-    assert not results[["head_effect", "delta_logit_head"]].isna().any(axis=None)
-    swept = told[told["along_mean"].notna()]
-    assert set(swept["label"]) == set(read(folder, "circuit_heads.csv")["label"])
-    has_whole = "resid --op zero" not in flags and "--op add" not in flags
-    assert ("whole_mean" in told) == has_whole
+    common += ["--num_random", "1"] if "--confirm" in words else []
+    common += [] if "bf16" in words else ["--no-bf16"]
+    folder = finish(llama, tmp_path, "directions", *words.split(), *common)
+    effects, table = read(folder, EFFECTS), read(folder, TABLE)
+    log = (folder / "run.log").read_text()
+    assert not effects[["mean", "moved_a", "moved_b", "above_noise"]].isna().any(axis=None)
+    swept = table[table["along_mean"].notna()]
+    assert set(swept["label"]) == set(effects["label"])
+    has_whole = "resid --op zero" not in words and "--op add" not in words
+    assert ("whole_mean" in table) == has_whole
     numbers = [*NUMBERS, "norm", "accuracy", "auc", "accuracy_shuffled"]
     assert not swept[numbers + ["whole_mean"] * has_whole].isna().any(axis=None)
-    base = tracing.base_statistics(tracing.read_results(folder / "circuit_results.csv"))
-    assert (swept["along_share_moved"].isna() == (not base["is_clear"])).all()
-    lexical = told.set_index("label").loc["L0resid", ["accuracy", "auc", "norm"]]
+    is_clear = "its interval covers 0" not in log
+    assert (swept["along_share_moved"].isna() == (not is_clear)).all()
+    lexical = table.set_index("label").loc["L0resid", ["accuracy", "auc", "norm"]]
     assert lexical.tolist() == [0.5, 0.5, 0]
     still = swept.loc[swept["norm"] == 0, ["along_mean", "random_mean"]]
-    rounding = 0.05 if "--bf16" in flags else CLOSE  # rows of a batch may be rounded differently
-    assert (still.abs() < rounding).all(axis=None)
-    found = load_file(folder / FILE)
-    assert all(d.isfinite().all() for d in found.values())
-    assert len(found) == 3 * (4 if "--kind head" in flags else 1)
-    no_direction = "L1attn" * ("--given" in flags) or "L0resid" * ("resid" in flags)
-    assert " ".join(name for name, d in found.items() if not d.any()) == no_direction
-    if "--controls" in flags:
-        assert not read(folder, "circuit_heads.csv")["minus_other_mean"].isna().any()
-    if "chooses no component" in log:
-        assert "--confirm all" in flags  # no layer moves a random model against its sign
-    elif "--confirm" in flags:
-        rows = read(folder, "circuit_confirm.csv")
+    assert (still.abs() < CLOSE).all(axis=None)
+    directions = load_file(folder / FILE)
+    assert all(d.isfinite().all() for d in directions.values())
+    assert len(directions) == 3 * (4 if "--kind head" in words else 1)
+    no_direction = "L1attn" * ("--given" in words) or "L0resid" * ("resid" in words)
+    assert " ".join(name for name, d in directions.items() if not d.any()) == no_direction
+    if "--controls" in words:
+        assert not effects["minus_other_mean"].isna().any()
+    if "chooses no direction" in log:
+        assert "--confirm all" in words  # no layer moves a random model against its sign
+    elif "--confirm" in words:
+        rows = read(folder, CONFIRM)
         assert not rows[["mean_delta", "share_removed", "kl_a", "kl_b"]].isna().any(axis=None)
         assert {"none", "chosen", "random"} <= set(rows["set"])
 
 
 def test_negative_controls_give_no_direction(tiny_llama: str, tmp_path: Path) -> None:
-    flags = "--task odd_one_out --num_samples 20 --no-bf16 --kind attn --op patch --layers 0-1"
-    flags += " --along difference"
-    exp = prepared(tiny_llama, *flags.split())
-    assert all(of[0].sample.counts for of in exp.fitting)
-    negative = {of[0].sample.sample_id for of in exp.prompts if not of[0].sample.counts}
-    assert len(negative) == 4
-    folder = finish(tiny_llama, tmp_path, *flags.split())
-    results, told = read(folder), read(folder, TABLE).set_index("label")
-    assert negative <= set(results["sample_id"])
-    real = results[results["group"] != tracing.NO_ODD_ONE]
-    assert set(told["n_sentences"]) == {real["unit"].nunique()}
+    words = "--task odd_one_out --num_samples 20 --no-bf16 --kind attn --op patch --layers 0-1"
+    data = data_of(tiny_llama, *words.split())
+    assert all(pair[0].sample.counts for pair in data.fitting)
+    assert len(data.measured) - len(data.tested) == 4
+    folder = finish(tiny_llama, tmp_path, "directions", *words.split())
+    table, effects = read(folder, TABLE).set_index("label"), read(folder, EFFECTS)
+    assert set(table["n_sentences"]) == {len(units_of(data.tested))}
+    assert set(effects["n_samples"]) == {len(data.tested)}
+    trace = read(finish(tiny_llama, tmp_path / "trace", *words.split()))
+    real = trace[trace["sample_id"].isin(ids_of(data.tested))]
     for layer in (0, 1):
         mean = real[real["layer"] == layer]["head_effect"].mean()
-        assert told.loc[f"L{layer}attn", "along_mean"] == pytest.approx(mean)
-    given, tested = (
-        by_plain_forwards(tiny_llama, [of for of in some if of[0].sample.counts], 1, "attn")
-        for some in (exp.fitting, exp.prompts)
-    )
-    assert told.loc["L1attn", "accuracy"] == pytest.approx(correct(tested, *given.mean(0)))
+        assert table.loc[f"L{layer}attn", "whole_mean"] == pytest.approx(mean, abs=CLOSE)
+    fitted = by_plain_forwards(tiny_llama, data.fitting, 1, "attn")
+    tested = by_plain_forwards(tiny_llama, data.tested, 1, "attn")
+    assert table.loc["L1attn", "accuracy"] == pytest.approx(correct(tested, *fitted.mean(0)))
 
 
 def test_logistic_directions_are_of_the_sentences_set_apart(small: Path, llama: str) -> None:
-    exp, found = prepared(llama, *SMALL.split()), load_file(small / FILE)
-    told = read(small, TABLE).set_index("label")["accuracy_shuffled"]
-    units = [of[0].sample.unit for of in exp.fitting]
+    data, directions = data_of(llama, *SMALL.split()), load_file(small / FILE)
+    shuffled = read(small, TABLE).set_index("label")["accuracy_shuffled"]
+    units = [pair[0].sample.unit for pair in data.fitting]
+    find = tracing.logistic_normal
     for layer in (1, 2):
-        given, tested = (
-            torch.tensor(by_plain_forwards(llama, of, layer))[None]
-            for of in (exp.fitting, exp.prompts)
-        )
-        expected = tracing.logistic(given)[0][0]
-        assert torch.cosine_similarity(found[f"L{layer}resid"], expected, dim=0) > 0.9999
-        chance = tracing.accuracy_by_chance(tracing.logistic, given, tested, units, 42)
-        assert told[f"L{layer}resid"] == pytest.approx(float(chance))
+        fitted = torch.tensor(by_plain_forwards(llama, data.fitting, layer))[None]
+        tested = torch.tensor(by_plain_forwards(llama, data.measured, layer))[None]
+        direction = find(fitted).directions[0]
+        assert torch.cosine_similarity(directions[f"L{layer}resid"], direction, dim=0) > 0.9999
+        chance = tracing.chance_accuracy(find, fitted, tested, units, 42)
+        assert shuffled[f"L{layer}resid"] == pytest.approx(float(chance))
     with safe_open(small / FILE, "pt") as file:
-        told = json.loads(file.metadata()["told"])
-    assert told["model"] == record_of(small)["fingerprint"]["model"]
-    assert (told["along"], told["kind"], told["task"]) == ("logistic", "resid", "refusal")
-    assert len(told["fitted_on"]) == 2 * len(exp.fitting)
-
-
-def test_the_dry_run_tells_how_many_samples_give_directions(llama: str, answer: Answer) -> None:
-    code, out, err = answer("--model_id", llama, *SMALL.split(), "--dry_run")
-    assert code == 0, err
-    assert "3 other samples give or choose directions" in out
+        metadata = json.loads(file.metadata()["told"])
+    assert metadata["model"] == record_of(small)["experiment"]["fingerprint"]["model"]
+    assert (metadata["fit"], metadata["kind"]) == ("logistic", "resid")
+    assert metadata["task"] == "refusal"
+    assert len(metadata["fitted_on"]) == 2 * len(data.fitting)
 
 
 def test_a_file_in_the_runs_own_folder_outlives_it(
@@ -914,12 +1006,12 @@ def test_a_file_in_the_runs_own_folder_outlives_it(
     """It may be this run's input; --overwrite deletes this script's files only."""
     own = tmp_path / "x <b onmouseover=1>bold<!--.safetensors"
     shutil.copy(patched / FILE, own)
-    flags = [*PATCH, "--along", str(own)]
-    folder = finish(tiny_llama, tmp_path, *flags)
+    words = ["directions", *PATCH, "--fit", str(own)]
+    folder = finish(tiny_llama, tmp_path, *words)
     page = (folder / "circuit_report.html").read_text()
     assert "<!--" not in page and "<b on" not in page
-    assert "resid along x &lt;b onmouseover=1&gt;bold&lt;!--" in page
-    finish(tiny_llama, tmp_path, *flags, "--overwrite")
+    assert "x &lt;b onmouseover=1&gt;bold&lt;!--" in page
+    finish(tiny_llama, tmp_path, *words, "--overwrite")
     assert own.read_bytes() == (patched / FILE).read_bytes()
 
 
@@ -927,18 +1019,18 @@ def test_directions_of_the_folder_itself_are_an_input_that_overwriting_would_del
     patched: Path, tiny_llama: str, tmp_path: Path, answer: Answer
 ) -> None:
     folder = Path(shutil.copytree(patched, tmp_path / "run"))
-    argv = ["--model_id", tiny_llama, "--output_dir", str(folder), *PATCH]
-    argv += ["--along", str(folder / FILE), "--overwrite"]
-    refuses(answer, *argv, says=[f"--along {folder / FILE} lies in the folder that --overwrite"])
+    argv = command_line(tiny_llama, folder, "directions", *PATCH)
+    argv += ["--fit", str(folder / FILE), "--overwrite"]
+    refuses(answer, *argv, says=[f"--fit {folder / FILE} "])
     assert (folder / FILE).read_bytes() == (patched / FILE).read_bytes()
 
 
 def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -> None:
     """It is to move what prompt b leaves."""
     for op, judged in (("add", False), ("zero", True)):
-        flags = [*PATCH, "--op", op, "--confirm", "1", "--layers", "1"]
-        rows = read(finish(tiny_llama, tmp_path / op, *flags), "circuit_confirm.csv")
-        chosen = rows[(rows["set"] == "chosen") & (rows["samples"] == "held-out")]
+        words = ["directions", *PATCH, "--op", op, "--confirm", "1", "--layers", "1"]
+        rows = read(finish(tiny_llama, tmp_path / op, *words), CONFIRM)
+        chosen = rows[rows["set"] == "chosen"]
         assert chosen["damaged"].notna().all() == judged
         drawn = rows[rows["set"] == "random"]
         assert len(drawn) == 20 and set(drawn["components"]) == {"L1resid"}
@@ -947,7 +1039,7 @@ def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -
 
 def test_where_no_layer_has_a_direction_none_is_chosen(tiny_llama: str, tmp_path: Path) -> None:
     """Into layer 0 the last tokens of both prompts are the same."""
-    flags = [*PATCH, "--op", "zero", "--confirm", "all", "--layers", "0"]
-    folder = finish(tiny_llama, tmp_path, *flags)
-    assert "--confirm all chooses no component" in (folder / "run.log").read_text()
-    assert not (folder / "circuit_confirm.csv").exists()
+    words = ["directions", *PATCH, "--op", "zero", "--confirm", "all", "--layers", "0"]
+    folder = finish(tiny_llama, tmp_path, *words)
+    assert "--confirm all chooses no direction" in (folder / "run.log").read_text()
+    assert not (folder / CONFIRM).exists()

@@ -14,22 +14,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoConfig
 
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
 from by_hand import prepared
-from conftest import ROOT, Answer, finish, read, record_of, refuses
-from llama3_circuit_tracing import Component, Edit, Experiment
-from test_interventions import UNEQUAL, Bench, bench, hooks_of, scores
+from conftest import ROOT, Answer, command_line, finish, read, record_of, refuses
+from llama3_circuit_tracing import Component, Edit, Edits
+from test_interventions import UNEQUAL, Bench, bench, hooks_of, scores, swept
 
 KINDS = list(tracing.KINDS)
 WHICH = {"head": "--heads 1,3", "neuron": "--neurons 5,78"}
@@ -37,6 +37,7 @@ MIDPOINTS = tuple((k + 0.5) / 32 for k in range(32))
 
 Patch = pytest.MonkeyPatch
 Folders = Callable[..., str]
+Experiment = tracing.Experiment[Any]
 
 
 @pytest.fixture(scope="module")
@@ -44,30 +45,35 @@ def plain(llama: str) -> Bench:
     return bench(llama)
 
 
-def estimated(exp: Experiment) -> Tensor:
+def estimated(experiment: Experiment) -> Tensor:
     """[component, sample, side], as `estimate` has it, without a folder."""
-    folder: Any = SimpleNamespace(part=lambda _, compute, *given: compute(*given))
-    return tracing.estimate(exp, folder).transpose(0, 1)
+    values = []
+    for prompts in tracing.estimate_batches(experiment):
+        bar = tqdm(disable=True)
+        values += tracing.estimate_samples(experiment, swept(experiment), prompts, bar)
+    return torch.tensor(values).double().transpose(0, 1)
 
 
-def moved(exp: Experiment, share: float) -> Tensor:
+def moved(experiment: Experiment, share: float) -> Tensor:
     """[component, sample, side] with x + share * D, by the rows of an exact sweep."""
-    edits = Experiment.edits
+    edits_of = tracing.Experiment.edits
 
-    def part_way(self: Experiment, *args: Any) -> tracing.Row:
+    def part_way(self: Experiment, *args: Any) -> Edits:
         return tuple(
-            replace(e, factor=1 + share * (e.factor - 1), source=share * e.source)
-            for e in edits(self, *args)
+            replace(edit, factor=1 + share * (edit.factor - 1), source=share * edit.source)
+            for edit in edits_of(self, *args)
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Experiment, "edits", part_way)
-        return scores(exp)[1]
+        patch.setattr(tracing.Experiment, "edits", part_way)
+        return scores(experiment)[1]
 
 
-def slope(exp: Experiment, at: float = 0.0, step: float = 0.04) -> Tensor:
+def slope(experiment: Experiment, at: float = 0.0, step: float = 0.04) -> Tensor:
     """d score / d share, by central differences and Richardson's extrapolation."""
-    wide, narrow = ((moved(exp, at + h) - moved(exp, at - h)) / (2 * h) for h in (step, step / 2))
+    wide, narrow = (
+        (moved(experiment, at + h) - moved(experiment, at - h)) / (2 * h) for h in (step, step / 2)
+    )
     return (4 * narrow - wide) / 3
 
 
@@ -95,9 +101,9 @@ def test_atp_is_the_slope_of_the_exact_sweep(
     """Of either side by itself; the exact sweep has samples that share nodes of one tree."""
     given = GIVEN[(KINDS.index(kind) + OPS.index(op)) % 2]
     flags = f"--method atp --kind {kind} {WHICH.get(kind, '')} {op}{given} --tree_tokens 4096"
-    exp = bench(random_model(architecture)).experiment(flags)
-    assert len(exp.trees) == 1 and len(exp.prompts) == 3
-    expected, found = slope(exp), estimated(exp)
+    experiment = bench(random_model(architecture)).experiment(flags)
+    assert len(experiment.trees) == 1 and len(experiment.prompts) == 3
+    expected, found = slope(experiment), estimated(experiment)
     assert expected.abs().max() > 0.01
     assert (found[..., :2] - expected).abs().max() < 3e-4 + 1e-3 * expected.abs().max()
     assert found[..., 2:].isnan().all(), "there are no control prompts"
@@ -105,10 +111,10 @@ def test_atp_is_the_slope_of_the_exact_sweep(
 
 def test_ig_is_the_mean_slope_at_the_midpoints_of_the_way(plain: Bench) -> None:
     """For one component per module, whose way is that of the module."""
-    assert tracing.METHODS["ig"] == (0.1, 0.3, 0.5, 0.7, 0.9)
-    exp = plain.experiment("--method ig --kind attn --op patch")
-    slopes = [slope(exp, at, 0.02) for at in (0.1, 0.3, 0.5, 0.7, 0.9)]
-    assert distance(estimated(exp)[..., :2], torch.stack(slopes).mean(0)) < 3e-3
+    assert tracing.GRADIENT_POINTS["ig"] == (0.1, 0.3, 0.5, 0.7, 0.9)
+    experiment = plain.experiment("--method ig --kind attn --op patch")
+    slopes = [slope(experiment, at, 0.02) for at in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    assert distance(estimated(experiment)[..., :2], torch.stack(slopes).mean(0)) < 3e-3
 
 
 # ----- completeness
@@ -118,12 +124,12 @@ def test_ig_is_the_mean_slope_at_the_midpoints_of_the_way(plain: Bench) -> None:
 def test_ig_adds_up_to_the_exact_effect_the_closer_the_more_points(
     plain: Bench, monkeypatch: Patch, kind: str
 ) -> None:
-    exp = plain.experiment(f"--method ig --kind {kind} --op patch")
-    exact = scores(exp)
+    experiment = plain.experiment(f"--method ig --kind {kind} --op patch")
+    exact = scores(experiment)
     errors = []
-    for shares in ((0.0,), tracing.METHODS["ig"], MIDPOINTS):
-        monkeypatch.setitem(tracing.METHODS, "ig", shares)
-        errors.append(distance(estimated(exp)[..., :2], exact[1] - exact[0]))
+    for shares in ((0.0,), tracing.GRADIENT_POINTS["ig"], MIDPOINTS):
+        monkeypatch.setitem(tracing.GRADIENT_POINTS, "ig", shares)
+        errors.append(distance(estimated(experiment)[..., :2], exact[1] - exact[0]))
     assert errors[0] > 2 * errors[1]
     assert errors[1] < 0.1 and errors[2] < 2e-3
 
@@ -202,7 +208,7 @@ def test_relp_and_atp_are_what_plain_autograd_gives(
     one = bench(random_model(architecture))
     flags = f"--kind {kind} {WHICH.get(kind, '')} --op scale --factor 2 --method"
     found = {m: estimated(one.experiment(f"{flags} {m}", [UNEQUAL])) for m in ("atp", "relp")}
-    components = one.experiment(f"{flags} atp").components
+    components = swept(one.experiment(f"{flags} atp"))
     for method, (i, c) in itertools.product(found, list(enumerate(components))[::2]):
         with rules(one.loaded[0]) if method == "relp" else contextlib.nullcontext():
             expected = [
@@ -265,7 +271,7 @@ def test_linearising_leaves_the_logits_alone_to_the_last_bit_and_no_hook(
 
 
 def test_slopes_at_zero_are_finite(plain: Bench) -> None:
-    act = plain.traced.module((0, "mlp.act_fn"))
+    act = plain.traced.layers[0].mlp.act_fn
     x = torch.tensor([0.0, -0.0, 1e-30, -3.0, 50.0], requires_grad=True)
     with tracing.linearised(plain.traced):
         (found,) = torch.autograd.grad(act(x).sum(), x)
@@ -309,8 +315,9 @@ def test_the_rules_are_those_of_lxt(plain: Bench, llama: str, tmp_path: Path) ->
     argv = [sys.executable, "-c", PEER.strip(), llama, json.dumps(ids), str(out)]
     done = subprocess.run(argv, cwd=ROOT, env={**os.environ}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    sites = list(itertools.product(range(3), ("self_attn.o_proj", "mlp.down_proj")))
-    widths = [plain.traced.shape.width(name) for _, name in sites]
+    kinds = "attn", "mlp"
+    sites = [Component(layer, kind).site for layer in range(3) for kind in kinds]
+    widths = [plain.traced.shape.width(site.place) for site in sites]
     leaves = [torch.zeros(len(ids), width, requires_grad=True) for width in widths]
     row = tuple(Edit(s, slice(None), 1.0, leaf) for s, leaf in zip(sites, leaves, strict=True))
     with tracing.linearised(plain.traced), tracing.editing(plain.traced, [row]):
@@ -346,37 +353,40 @@ def test_neither_samples_nor_sides_are_mixed(plain: Bench, method: str) -> None:
 
 
 def test_a_node_belongs_to_one_sample_in_trees_of_estimates(plain: Bench) -> None:
-    exp = plain.experiment("--controls --tree_tokens 4096", CONTROLLED)
-    (tree,) = tracing.plant_trees(exp.prompts, exp.encoder.bos, exp.config, apart=True)
+    experiment = plain.experiment("--controls --tree_tokens 4096", CONTROLLED)
+    (tree,) = tracing.plant_trees(
+        experiment.prompts, experiment.bos, experiment.options, apart=True
+    )
     paths: dict[str, set[int]] = {}
     for prompt, path in zip(tree.prompts, tree.paths, strict=True):
         paths.setdefault(prompt.sample.sample_id, set()).update(path)
     for i, (sample, _) in enumerate(tree.samples):
         assert (tree.sample_of[sorted(paths[sample.sample_id])] == i).all()
     assert sum(map(len, paths.values())) == len(set().union(*paths.values()))
-    assert tree.n_tokens > exp.trees[0].n_tokens
+    assert tree.n_tokens > experiment.trees[0].n_tokens
 
 
 def test_out_of_memory_halves_the_samples_and_changes_nothing(
     plain: Bench, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    exp = plain.experiment("--method atp --tree_tokens 4096")
-    expected, estimate_tree, sizes = estimated(exp), tracing.estimate_tree, []
+    experiment = plain.experiment("--method atp --tree_tokens 4096")
+    expected, estimate_tree, sizes = estimated(experiment), tracing.estimate_tree, []
 
-    def tight(exp: Experiment, tree: tracing.Tree) -> Tensor:
+    def tight(experiment: Experiment, components: Any, tree: tracing.Tree) -> Tensor:
         sizes.append(len(tree.samples))
         if sizes[-1] > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return estimate_tree(exp, tree)
+        return estimate_tree(experiment, components, tree)
 
     monkeypatch.setattr(tracing, "estimate_tree", tight)
-    monkeypatch.setattr(exp.traced, "samples_per_backward", 2**31)
-    assert distance(estimated(exp)[..., :2], expected[..., :2]) < 1e-4
-    assert sizes == [3, 1, 1, 1] and exp.traced.samples_per_backward == 1
+    monkeypatch.setattr(experiment.traced, "samples_per_backward", 2**31)
+    assert distance(estimated(experiment)[..., :2], expected[..., :2]) < 1e-4
+    assert sizes == [3, 1, 1, 1] and experiment.traced.samples_per_backward == 1
     assert "1 samples per backward" in caplog.text
-    monkeypatch.setattr(tracing, "estimate_tree", lambda exp, tree: tight(exp, exp.trees[0]))
+    (tree,) = experiment.trees
+    monkeypatch.setattr(tracing, "estimate_tree", lambda *args: tight(*args[:2], tree))
     with pytest.raises(tracing.RunError, match="one sample alone"):
-        estimated(exp)
+        estimated(experiment)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error(plain: Bench, monkeypatch: Patch) -> None:
@@ -399,9 +409,9 @@ RESULTS, HEADS = "circuit_results.csv", "circuit_heads.csv"
 
 
 def test_weights_are_loaded_without_gradients_and_keep_none(llama: str) -> None:
-    exp = prepared(llama, "--method", "ig")
-    estimated(exp)
-    parameters = list(exp.traced.model.parameters())
+    experiment = prepared(llama, "--method", "ig")
+    estimated(experiment)
+    parameters = list(experiment.traced.model.parameters())
     assert not any(parameter.requires_grad for parameter in parameters)
     assert all(parameter.grad is None for parameter in parameters)
 
@@ -438,13 +448,12 @@ def test_the_log_warns_that_nothing_is_measured(by_method: Callable[[str], Path]
 
 
 def test_estimates_are_not_compared_with_measurements(
-    by_method: Callable[[str], Path], llama: str, tmp_path: Path, answer: Answer
+    by_method: Callable[[str], Path], tmp_path: Path, answer: Answer
 ) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO, "--method", "atp"]
+    new = str(by_method("atp"))
     for method in ("exact", "ig"):
-        other = str(by_method(method) / RESULTS)
-        says = [f"has method {method}, this run atp"]
-        refuses(answer, *argv, "--compare", other, says=says)
+        argv = ["compare", new, str(by_method(method)), "--output_dir", str(tmp_path / "out")]
+        refuses(answer, *argv, says=[f"has method {method}", "atp"])
 
 
 def test_a_second_run_loads_no_weights_and_another_method_is_refused(
@@ -456,28 +465,28 @@ def test_a_second_run_loads_no_weights_and_another_method_is_refused(
     finish(llama, folder, *TWO, "--method", "ig")
     assert [(folder / name).read_bytes() for name in (RESULTS, HEADS)] == before
     argv = ["--model_id", llama, "--output_dir", str(folder), *TWO]
-    refuses(answer, *argv, "--method", "relp", says=["method: 'ig' there, 'relp' now"])
-    refuses(answer, *argv, says=["method: 'ig' there, 'exact' now"])
+    refuses(answer, *argv, "--method", "relp", says=["--method ig, not relp"])
+    refuses(answer, *argv, says=["--method ig, not exact"])
 
 
 def test_interrupted_estimates_go_on(
     by_method: Callable[[str], Path], llama: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     estimate_tree, flags = tracing.estimate_tree, [*TWO, "--method", "atp", "--tree_tokens", "1"]
-    left = iter([False, True])
+    fails = iter([False, True])
 
-    def failing(exp: Experiment, tree: tracing.Tree) -> Tensor:
-        if next(left):
+    def failing(*args: Any) -> Tensor:
+        if next(fails):
             raise KeyboardInterrupt
-        return estimate_tree(exp, tree)
+        return estimate_tree(*args)
 
     monkeypatch.setattr(tracing, "estimate_tree", failing)
     with contextlib.suppress(KeyboardInterrupt):
         tracing.main(["--model_id", llama, "--output_dir", str(tmp_path), *flags])
     assert len(list((tmp_path / ".parts").glob("estimate-*.json"))) == 1
-    left = iter([False])
+    fails = iter([False])
     table = read(finish(llama, tmp_path, *flags))
-    assert next(left, None) is None
+    assert next(fails, None) is None
     expected = read(by_method("atp"))["head_effect"]
     assert (table["head_effect"] - expected).abs().max() < 2e-5
 
@@ -486,26 +495,22 @@ def test_interrupted_estimates_go_on(
 
 
 @pytest.mark.parametrize("flags", ["--method atp", "--method ig", "--screen 3"])
+@pytest.mark.parametrize("op", ["zero --positions last", "scale --factor 0"])
 def test_what_gradients_cannot_tell_is_refused_before_the_weights(
-    flags: str, llama: str, tmp_path: Path, answer: Answer, no_weights: None
+    flags: str, op: str, llama: str, tmp_path: Path, answer: Answer, no_weights: None
 ) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *flags.split()]
-    for positions in ("all", "last"):
-        refused = ["--kind", "resid", "--op", "zero", "--positions", positions]
-        code, _, err = answer(*argv, *refused)
-        assert code == 2 and "no --kind resid --op zero" in err.splitlines()[-1]
+    argv = command_line(llama, tmp_path, *flags.split(), "--kind", "resid", "--op", *op.split())
+    refuses(answer, *argv, says=[f"no --kind resid --op {op.split()[0]}"])
 
 
 def test_all_neurons_are_estimated_but_not_measured(
     llama: str, tmp_path: Path, answer: Answer, no_weights: None
 ) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), "--kind", "neuron"]
-    for alone in (argv, ["--model_id", llama, "--method", "atp", "--neurons", "3"]):
-        code, _, err = answer(*alone)
-        assert code == 2 and "--kind neuron and --neurons go together" in err.splitlines()[-1]
+    argv = command_line(llama, tmp_path, "--kind", "neuron")
+    refuses(answer, *argv, says=["--kind neuron and --neurons go together"])
     for flags in (["--method", "atp"], ["--screen", "2"]):
-        config = tracing.parse_args([*argv, *flags, "--num_samples", "2", "--layers", "1"])
-        assert len(tracing.prepare(config, tracing.RunFolder(tmp_path)).components) == 80
+        estimates = prepared(llama, "--kind", "neuron", *flags, "--layers", "1")
+        assert len(swept(estimates)) == 80
 
 
 UNRULED = {  # with what is named
@@ -526,7 +531,7 @@ def test_a_model_without_rules_is_refused_by_relp_alone(
     config.save_pretrained(tmp_path)
     argv = ["--model_id", str(tmp_path), "--output_dir", str(tmp_path / "run"), "--no-bf16"]
     if case == "relu":
-        tracing.prepare(tracing.parse_args([*argv, "--method", "atp"]), tracing.RunFolder(tmp_path))
+        tracing.check_trace(prepared(str(tmp_path), "--method", "atp"))
     refuses(answer, *argv, "--method", "relp", says=["--method relp has no rule for", named])
 
 
@@ -536,7 +541,7 @@ def test_offloaded_weights_are_refused_before_anything_is_measured(
 ) -> None:
     load, cpu = tracing.load_model, torch.device("cpu")
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
-    for stage in ("self_test", "sample_records", "sweep"):
+    for stage in ("measure", "unedited_samples"):
         monkeypatch.setattr(tracing, stage, lambda *_: pytest.fail("something was measured"))
     argv = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO, *option.split()]
     refuses(answer, *argv, says=[f"{option} needs weights at hand; some are offloaded"])

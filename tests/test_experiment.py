@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -16,16 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 import llama3_circuit_tracing as tracing
+from by_hand import prepared
 from conftest import Answer, finish, record_of, refuses, write_samples
-from llama3_circuit_tracing import Config, Experiment, ModelShape, RunFolder
+from llama3_circuit_tracing import Component, Experiment, ModelOptions, ModelShape
 
 
-def planned(model: str, line: str = "", record: dict[str, Any] | None = None) -> Experiment:
+def planned(model: str, line: str = "", record: dict[str, Any] | None = None) -> Experiment[Any]:
     """What a command line on two samples asks for; `record`: what its folder already holds."""
-    folder = RunFolder(Path("nowhere"))
-    folder.record = record or {}
-    argv = ["--model_id", model, "--num_samples", "2", *line.split()]
-    return tracing.prepare(tracing.parse_args(argv), folder)
+    return prepared(model, *line.split(), record=record)
 
 
 # ----- components
@@ -39,23 +38,62 @@ CHOSEN = {
     # a component that is given is not swept; one of another kind changes nothing
     "--layers 0-1 --heads 0-1 --given L0H1,L1H0": "L0H0 L1H1",
     "--kind mlp --given L1mlp,L2H0": "L0mlp L2mlp",
-    # three layers hold two other MLPs beside one chosen, however many heads are given or ablated
-    "--kind mlp --given L0H0,L1H0 --ablate L0N79 --confirm 1": "L0mlp L1mlp L2mlp",
+    # three layers hold two other MLPs beside one chosen, however many heads are given
+    "--kind mlp --given L0H0,L1H0 --confirm 1": "L0mlp L1mlp L2mlp",
     "--layers 0-1 --heads 0-2 --confirm 6 --given L0mlp": "L0H0 L0H1 L0H2 L1H0 L1H1 L1H2",
 }
 
 
+def swept(experiment: Experiment[Any]) -> list[Component]:
+    """The components of a trace, which checks that it can have what it asks for."""
+    components = tracing.choose_components(experiment.options, experiment.shape)
+    tracing.check_trace(experiment)
+    return components
+
+
 @pytest.mark.parametrize("line", CHOSEN)
 def test_the_swept_components_are_sorted_and_once_each(line: str, llama: str) -> None:
-    swept = planned(llama, line).components
-    assert " ".join(component.label for component in swept) == CHOSEN[line]
+    assert " ".join(component.label for component in swept(planned(llama, line))) == CHOSEN[line]
 
 
 def test_confirming_needs_as_many_others_beside_those_that_are_given(llama: str) -> None:
     """Of 12 heads 11 are left."""
-    planned(llama, "--given L0H1 --confirm 5")
+    swept(planned(llama, "--given L0H1 --confirm 5"))
     with pytest.raises(tracing.UsageError, match=r"--confirm 6 .*\b11\b"):
-        planned(llama, "--given L0H1 --confirm 6")
+        swept(planned(llama, "--given L0H1 --confirm 6"))
+
+
+# command line -> the option that the sentence names
+NAMING = {
+    "--given L0H1,{}": "--given {}",
+    "--confirm 1 --skip {}": "--skip {}",
+    "joint {}": "{}",
+    "paths --through {}": "--through {}",
+    "paths --senders {}": "--senders {}",
+}
+
+
+@pytest.mark.parametrize("line", NAMING)
+@pytest.mark.parametrize("label", ["L3H0", "L0H4", "L0mlp"])
+def test_a_component_that_the_model_lacks_is_refused_with_the_option_that_names_it(
+    line: str, label: str, random_model: Callable[..., str]
+) -> None:
+    """A mixture of experts has no MLPs that could be edited."""
+    if label == "L0mlp":
+        model, reason = random_model("mixtral"), "MixtralForCausalLM has blocks without"
+    else:
+        model, reason = random_model("llama"), "this model has layers 0-2 and heads 0-3"
+    with pytest.raises(tracing.UsageError, match=f"^{NAMING[line].format(label)}: {reason}"):
+        planned(model, line.format(label))
+
+
+@pytest.mark.parametrize("line", ["--kind mlp", "paths --freeze all"])
+def test_a_kind_that_the_model_lacks_is_refused_with_the_option_that_asks_for_it(
+    line: str, random_model: Callable[..., str]
+) -> None:
+    option = line.removeprefix("paths ")
+    with pytest.raises(tracing.UsageError, match=f"^{option}: MixtralForCausalLM has blocks"):
+        planned(random_model("mixtral"), line)
 
 
 # ----- rows and memory
@@ -67,18 +105,18 @@ def test_confirming_needs_as_many_others_beside_those_that_are_given(llama: str)
         ("", None, None),
         ("", 5, 5),  # a resumed run goes on as it began
         ("--rows_per_forward 3", 5, 3),
-        ("--overwrite", 5, None),
+        ("--overwrite", 5, None),  # unless it goes on with a command that was interrupted
     ],
 )
 def test_rows_per_forward_are_those_given_or_recorded_or_what_a_budget_of_tokens_holds(
     line: str, recorded: int | None, rows: int | None, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = {"fingerprint": {"rows_per_forward": recorded}} if recorded else {}
+    record = {"rows_per_forward": recorded} if recorded else {}
     for budget in (8000, 1):
         monkeypatch.setattr(tracing, "ROW_TOKENS", {"cpu": budget, "cuda": budget})
-        exp = planned(llama, line, record)
-        largest = max(tree.n_tokens for tree in exp.trees)
-        assert exp.rows_per_forward == (rows or max(1, budget // largest))
+        experiment = planned(llama, line, record)
+        largest = max(tree.n_tokens for tree in experiment.trees)
+        assert experiment.rows_per_forward == (rows or max(1, budget // largest))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +126,7 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> ModelShape:
     widths = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     widths |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     AutoConfig.for_model("llama", max_position_embeddings=8192, **widths).save_pretrained(folder)
-    return tracing.read_shape(Config(model_id=str(folder), bf16=True))
+    return tracing.read_shape(ModelOptions(model_id=str(folder), bf16=True))
 
 
 def test_llama_3_8b_in_bfloat16_fits_a_24_gb_gpu_by_the_estimate(
@@ -100,23 +138,28 @@ def test_llama_3_8b_in_bfloat16_fits_a_24_gb_gpu_by_the_estimate(
     n_rows_of_a_job = 32 + 1  # the heads of a layer, and a row of noise
     rows = min(tracing.ROW_TOKENS["cuda"] // tree.n_tokens, n_rows_of_a_job)
     assert rows >= 4
-    memory, of_one = (tracing.memory_estimate(llama_8b, tree, n) for n in (rows, 1))
-    assert sum(memory.values()) < 24e9 - 0.5e9
-    assert memory["weights"] == 2 * 8_030_261_248
-    assert memory["rows"] > 1e9
-    assert memory["rows"] == pytest.approx(rows * of_one["rows"])
+    memory, of_one = (tracing.estimate_memory(llama_8b, tree, n) for n in (rows, 1))
+    assert sum(memory) < 24e9 - 0.5e9
+    assert memory.weights == 2 * 8_030_261_248
+    assert memory.rows > 1e9
+    assert memory.rows == pytest.approx(rows * of_one.rows)
     in_float32 = dataclasses.replace(llama_8b, dtype=torch.float32)
-    assert sum(tracing.memory_estimate(in_float32, tree, 1).values()) > 24e9
+    assert sum(tracing.estimate_memory(in_float32, tree, 1)) > 24e9
     eager = dataclasses.replace(llama_8b, attn_implementation="eager")
-    assert tracing.memory_estimate(eager, tree, 1)["rows"] > of_one["rows"]
+    assert tracing.estimate_memory(eager, tree, 1).rows > of_one.rows
 
 
 # ----- fingerprint
 
 TEXTS = {"prompts", "targets"}
 WORDS = {*TEXTS, "foils"}  # of other samples, or of more prompts
+EDITS = (  # how a command measures: its parts are named after these
+    *("--kind mlp", "--op mean", "--op scale --factor 2", "--op scale --factor 3"),
+    *("--op patch", "--op patch --patch_into b", "--positions last", "--given L0H0"),
+    *("--tree_tokens 60", "--rows_per_forward 2"),
+)
 DIFFERS: dict[str, set[str]] = {
-    "--layers 0 --heads 1-2 --ablate L0H1 --confirm 2 --num_random 3": set(),
+    "--layers 0 --heads 1-2 --confirm 2 --num_random 3": set(),
     "--top_k 3 --max_new_tokens 2 --heatmap --output_dir x": set(),
     "--seed 7": {"seed", *TEXTS},
     "--num_samples 3": WORDS,
@@ -124,14 +167,7 @@ DIFFERS: dict[str, set[str]] = {
     "--answer_prefix My": TEXTS,
     "--target_form literal": {"target_form", "targets"},
     "--controls": {"controls", *WORDS},
-    "--kind mlp": {"kind"},
-    "--op mean": {"op"},
-    "--op scale --factor 2": {"op", "factor"},
-    "--op patch --patch_into b": {"op", "patch_into"},
-    "--positions last": {"positions"},
-    "--given L0H0": {"given"},
-    "--tree_tokens 60": {"tree_tokens"},
-    "--rows_per_forward 2": {"rows_per_forward"},
+    **{line: set() for line in EDITS},
     "--bf16": {"dtype"},
     "--attn_implementation eager": {"attn_implementation"},
 }
@@ -141,8 +177,8 @@ DIFFERS: dict[str, set[str]] = {
 def test_the_fingerprint_tells_all_that_results_depend_on_and_nothing_else(
     line: str, llama: str
 ) -> None:
-    common = "--no-bf16 --rows_per_forward 3"
-    files = tracing.file_digests(Config(model_id=llama), {})
+    common = "--no_bf16 --rows_per_forward 3"
+    files = tracing.file_digests(ModelOptions(model_id=llama), {})
     one, other = (
         tracing.fingerprint_of(planned(llama, f"{common} {more}"), files) for more in ("", line)
     )
@@ -151,13 +187,22 @@ def test_the_fingerprint_tells_all_that_results_depend_on_and_nothing_else(
     assert one["torch"] == torch.__version__
 
 
+def test_the_names_of_parts_tell_all_edits_and_batches_apart_and_nothing_else(llama: str) -> None:
+    common = "--rows_per_forward 3"
+    settings = {planned(llama, f"{common} {line}").setting for line in ("", *EDITS)}
+    assert len(settings) == 1 + len(EDITS)
+    for line in ("--layers 0 --confirm 2", "--seed 7 --controls", "--positions all --top_k 3"):
+        settings.add(planned(llama, f"{common} {line}").setting)
+    assert len(settings) == 1 + len(EDITS)
+
+
 def test_the_fingerprint_tells_the_token_ids_of_the_same_text(llama: str) -> None:
-    exp = planned(llama)
-    (prompt, *of_sample), *others = exp.prompts
+    experiment = planned(llama)
+    (prompt, *sample_prompts), *others = experiment.prompts
     changed = dataclasses.replace(prompt, ids=(*prompt.ids[:-1], prompt.ids[-1] + 1))
-    other = dataclasses.replace(exp, prompts=[[changed, *of_sample], *others])
-    files = tracing.file_digests(exp.config, {})
-    one, two = (tracing.fingerprint_of(e, files) for e in (exp, other))
+    other = dataclasses.replace(experiment, prompts=[[changed, *sample_prompts], *others])
+    files = tracing.file_digests(experiment.options, {})
+    one, two = (tracing.fingerprint_of(each, files) for each in (experiment, other))
     assert {name for name in one if one[name] != two[name]} == {"prompts"}
 
 
@@ -180,12 +225,12 @@ MOVED = {  # where words go that stay the same words in the same order
 def test_the_fingerprint_tells_targets_from_foils(way: str, llama: str, tmp_path: Path) -> None:
     after = MOVED[way]
     before = [("apple pear", "plum"), ("apple pear", "plum")][: len(after)]
-    files = tracing.file_digests(Config(model_id=llama), {})
-    found = []
+    files = tracing.file_digests(ModelOptions(model_id=llama), {})
+    fingerprints = []
     for splits in (before, after):
         line = f"--task contrast --samples {contrasted(tmp_path, *splits)}"
-        found.append(tracing.fingerprint_of(planned(llama, line), files))
-    one, two = found
+        fingerprints.append(tracing.fingerprint_of(planned(llama, line), files))
+    one, two = fingerprints
     assert {name for name in one if one[name] != two[name]} == {"targets", "foils"}
 
 
@@ -196,12 +241,12 @@ def test_a_run_does_not_go_on_where_a_word_became_a_foil(
     argv += ["--task", "contrast", "--samples", contrasted(tmp_path, ("apple pear", "plum"))]
     assert answer(*argv)[0] == 0
     contrasted(tmp_path, ("apple", "pear plum"))
-    refuses(answer, *argv, says=["holds a run that differs in targets: ", "; foils: "])
+    refuses(answer, *argv, says=["which differs in targets: ", "; foils: "])
 
 
 def identity(folder: Path | str) -> str:
-    config = Config(model_id=str(folder))
-    return tracing.model_identity(config, tracing.file_digests(config, {}))
+    options = ModelOptions(model_id=str(folder))
+    return tracing.model_identity(options, tracing.file_digests(options, {}))
 
 
 MIDDLE = 3 << 19  # bytes into the weights
@@ -244,7 +289,7 @@ def test_every_kind_of_file_that_a_model_is_loaded_from_tells_it_apart(
 
 
 def digests(folder: Path | str, known: dict[str, Any] | None = None) -> dict[str, list[Any]]:
-    return tracing.file_digests(Config(model_id=str(folder)), known or {})
+    return tracing.file_digests(ModelOptions(model_id=str(folder)), known or {})
 
 
 @pytest.fixture()
@@ -327,7 +372,7 @@ def test_a_run_does_not_go_on_with_weights_changed_at_equal_size_and_time(
     finish(str(copied), tmp_path / "run", *flags)
     change_and_keep_times(copied / "model.safetensors", write)
     argv = ["--model_id", str(copied), "--output_dir", str(tmp_path / "run"), *flags]
-    refuses(answer, *argv, says=["holds a run that differs in model: "])
+    refuses(answer, *argv, says=["holds another experiment, which differs in model: "])
 
 
 def test_a_run_goes_on_with_a_copy_of_the_model(
@@ -339,9 +384,9 @@ def test_a_run_goes_on_with_a_copy_of_the_model(
     second = shutil.copytree(copied, tmp_path / "second")
     monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
     after = record_of(finish(str(second), tmp_path / "run", *flags))
-    assert after["fingerprint"] == before["fingerprint"]
-    assert after["files"] != before["files"]
-    assert after["files"] == digests(second)
+    assert after["experiment"]["fingerprint"] == before["experiment"]["fingerprint"]
+    assert after["model_files"] != before["model_files"]
+    assert after["model_files"] == digests(second)
 
 
 # ----- files that lie elsewhere, and files that are no model's
@@ -420,14 +465,16 @@ def test_a_run_does_not_go_on_where_a_shard_in_a_subfolder_changed(
     changed = {name: 1.5 * tensor for name, tensor in weights.items()}
     save_file(changed, shard, metadata={"format": "pt", "note": "longer"})
     argv = ["--model_id", str(model), "--output_dir", str(tmp_path / "run"), *flags]
-    refuses(answer, *argv, says=["holds a run that differs in model: "])
+    refuses(answer, *argv, says=["holds another experiment, which differs in model: "])
+
+
+OUTPUTS = {"run.json", *itertools.chain(*tracing.COMMAND_FILES.values())}
 
 
 def test_what_this_script_writes_is_no_file_of_a_model(tiny_llama: str, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    written = [name for name in tracing.OUTPUTS if "." in name]
-    assert {"run.json", "circuit.json", "directions.safetensors"} <= set(written)
-    for name in written:
+    assert {"circuit.json", "directions.safetensors"} <= OUTPUTS
+    for name in OUTPUTS:
         (folder / name).write_text(name)
     assert identity(folder) == identity(tiny_llama)
 
@@ -437,8 +484,8 @@ def test_a_run_in_the_models_own_folder_goes_on(copied: Path) -> None:
     before = record_of(finish(str(copied), copied, *flags))
     assert (copied / "circuit.json").exists()
     after = record_of(finish(str(copied), copied, *flags))
-    assert after["fingerprint"] == before["fingerprint"]
-    assert set(after["files"]).isdisjoint(tracing.OUTPUTS)
+    assert after["experiment"]["fingerprint"] == before["experiment"]["fingerprint"]
+    assert set(after["model_files"]).isdisjoint(OUTPUTS)
 
 
 def test_a_token_beyond_the_models_vocabulary_names_the_sample(
@@ -448,3 +495,17 @@ def test_a_token_beyond_the_models_vocabulary_names_the_sample(
     path = model / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 300}))
     refuses(answer, "--model_id", str(model), "--dry_run", says=["(s0000)", "vocabulary of 300"])
+
+
+def test_a_prompt_is_refused_whose_longest_form_exceeds_the_context(llama: str) -> None:
+    """The last token of a form is scored and never read."""
+    experiment = planned(llama)
+    prompt = experiment.prompts[0][0]
+    n_form = max(len(form) for forms in prompt.forms for form in forms)
+    n_tokens = len(prompt.ids) + n_form - 1
+    assert n_form > 1
+    shape = dataclasses.replace(experiment.shape, context=n_tokens)
+    tracing.check_prompts([experiment.prompts[0]], shape, experiment.options)
+    shape = dataclasses.replace(shape, context=n_tokens - 1)
+    with pytest.raises(tracing.UsageError, match=rf"\(s0000\): a prompt of {n_tokens} tokens"):
+        tracing.check_prompts([experiment.prompts[0]], shape, experiment.options)

@@ -7,7 +7,6 @@ import math
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from PIL import Image
 import llama3_circuit_tracing as tracing
 from by_hand import Effects, results, steps, with_control
 from conftest import finish
-from llama3_circuit_tracing import bases_of
+from llama3_circuit_tracing import find_bases
 
-CONFIG = tracing.Config()
 SUMMARY, HEADS, HEATMAP, CONFIRM = (
     Path(f"circuit_{name}.png") for name in ("summary", "heads", "heatmap", "confirm")
 )
@@ -66,7 +64,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> Saved:
 
 def heads_of(effects: Effects, base: float = -2.0, floor: float = math.nan) -> pd.DataFrame:
     table = results(effects, base)
-    return tracing.heads_table(table, bases_of(table), floor, CONFIG)
+    return tracing.heads_table(table, find_bases(table), floor, factor=None)
 
 
 @pytest.mark.parametrize(
@@ -84,14 +82,6 @@ def test_a_run_draws_two_figures_and_those_that_are_asked_for(
     assert {*tmp_path.glob("*.png")} == {tmp_path / name for name in ALWAYS | names}
     for path in tmp_path.glob("*.png"):
         check_png(path)
-
-
-def test_the_outputs_say_which_figures_every_run_draws() -> None:
-    figures = {Path(name): n for name, n in tracing.OUTPUTS.items() if name.endswith(".png")}
-    stages = "screen directions steer paths positions graph"
-    others = [Path(f"circuit_{name}.png") for name in stages.split()]
-    every = (SUMMARY, HEADS, HEATMAP, CONFIRM, *others)
-    assert figures == {path: path in ALWAYS for path in every}
 
 
 def points(axes: Any) -> dict[float, float]:
@@ -127,11 +117,10 @@ GRIDS: dict[str, tuple[Effects, float, int]] = {  # with a noise floor and --top
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_figures_of_any_table_are_whole(grid: str, saved: Saved) -> None:
     effects, floor, top_k = GRIDS[grid]
-    table, config = results(effects, -2.0), tracing.Config(top_k=top_k)
-    heads = tracing.heads_table(table, bases_of(table), floor, CONFIG)
-    tracing.draw_summary(heads, config, SUMMARY)
-    tracing.draw_heads(heads, bases_of(table)["b"], config, HEADS)
-    tracing.draw_heatmap(heads, CONFIG, HEATMAP)
+    heads = heads_of(effects, floor=floor)
+    tracing.draw_summary(heads, top_k, "", SUMMARY)
+    tracing.draw_heads(heads, top_k, "a title\nof two lines", HEADS)
+    tracing.draw_heatmap(heads, "", HEATMAP)
     assert len(saved) == 3
     for figure in saved.values():
         check_whole(figure)
@@ -153,13 +142,13 @@ def test_the_summary_shows_the_top_k_mean_effects_by_magnitude(
 ) -> None:
     moved = (0.1, -0.6, 0.3, 0.0, -0.2)
     heads = heads_of({form.format(i): [by, by + 0.02] for i, by in enumerate(moved)})
-    tracing.draw_summary(heads, tracing.Config(kind=kind, top_k=3), SUMMARY)
+    tracing.draw_summary(heads, 3, "by atp estimates", SUMMARY)
     (axes,) = saved[SUMMARY].axes
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([-0.59, 0.31, -0.19])
     labels = [tick.get_text() for tick in axes.get_xticklabels()]
     assert labels == [form.format(i) for i in (1, 2, 4)]
     assert (axes.get_xlabel(), axes.get_ylabel()) == (axis, "mean_head_effect")
-    assert axes.get_title() == f"Top 3 {kind} effects on delta_logit"
+    assert axes.get_title() == f"Top 3 {kind} effects on delta_logit\nby atp estimates"
 
 
 # ----- the strongest with their intervals
@@ -176,14 +165,14 @@ ORDER = ["L0H3", "L0H2", "L0H0", "L0H1"]
 
 def colored(axes: Any) -> dict[int, Any]:
     """By row the color of its point, which is that of its interval."""
-    found: dict[int, Any] = {}
+    color_of: dict[int, Any] = {}
     for line in axes.lines:
         if line.get_marker() == "o":
-            found |= dict.fromkeys(map(int, line.get_ydata()), to_rgba(line.get_color()))
+            color_of |= dict.fromkeys(map(int, line.get_ydata()), to_rgba(line.get_color()))
     for bars in axes.collections:
         for (_, row), _ in bars.get_segments():
-            assert found[int(row)] == tuple(bars.get_color()[0])
-    return found
+            assert color_of[int(row)] == tuple(bars.get_color()[0])
+    return color_of
 
 
 def intervals(axes: Any) -> dict[int, tuple[float, float]]:
@@ -193,9 +182,8 @@ def intervals(axes: Any) -> dict[int, tuple[float, float]]:
 
 def drawn_heads(table: pd.DataFrame, top_k: int = 20) -> pd.DataFrame:
     """The findings that are drawn above a floor of 0.1, by label."""
-    bases = bases_of(table)
-    heads = tracing.heads_table(table, bases, 0.1, CONFIG)
-    tracing.draw_heads(heads, bases["b"], tracing.Config(top_k=top_k), HEADS)
+    heads = tracing.heads_table(table, find_bases(table), 0.1, factor=None)
+    tracing.draw_heads(heads, top_k, "a title", HEADS)
     return heads.set_index("label")
 
 
@@ -211,32 +199,29 @@ def test_the_figure_of_heads_shows_the_top_k_means_with_their_intervals(
     ends = heads.loc[labels, ["ci_low", "ci_high"]].itertuples(index=False, name=None)
     assert intervals(axes) == dict(zip(rows, ends, strict=True))
     assert axes.get_xlabel() == "nats"
-    assert "8 sentences" in saved[HEADS].get_suptitle()
+    assert saved[HEADS].get_suptitle() == "a title"
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "op"),
     [({}, "zero"), ({"op": "scale", "factor": 2.5}, "scale 2.5"), ({"op": "mean"}, "mean")]
     + [({"op": "patch", "patch_into": side}, f"patch into {side}") for side in "ab"],
 )
 def test_titles_tell_the_whole_op_and_take_any_name_of_a_model(
-    flags: dict[str, Any], told: str, saved: Saved
+    flags: dict[str, Any], op: str, saved: Saved, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, model_id="a/x$_$y_{", **flags)
-    table = results(OF_VERDICT, -2.0)
-    bases = bases_of(table)
-    heads = tracing.heads_table(table, bases, 0.1, config)
-    tracing.draw_heads(heads, bases["b"], config, HEADS)
-    assert f", x$_$y_{{, {told}\n" in saved[HEADS].get_suptitle()
-    tracing.draw_confirm(joint_table({1: -0.4}, MANY), config, CONFIRM)
-    assert saved[CONFIRM].axes[0].get_title() == f"Held-out suppression: joint op {told}"
+    options = tracing.TraceOptions(model_id="a/x$_$y_{", **flags)
+    folder = tracing.RunFolder(tmp_path)
+    tracing.draw_effects(heads_of(OF_VERDICT), 8, options, folder)
+    expected = f"suppression, x$_$y_{{, {op}\nmeans, 95 % intervals over 8 sentences"
+    assert saved[tmp_path / HEADS].get_suptitle() == expected
 
 
 def test_the_figure_of_heads_colors_by_verdict_about_a_line_at_zero(saved: Saved) -> None:
     heads = drawn_heads(results(OF_VERDICT, -2.0))
     (axes,), (legend,) = saved[HEADS].axes, saved[HEADS].legends
     assert heads["verdict"][ORDER].tolist() == VERDICTS
-    expected = [to_rgba(tracing.VERDICTS[verdict]) for verdict in VERDICTS]
+    expected = [to_rgba(tracing.VERDICT_COLORS[verdict]) for verdict in VERDICTS]
     assert colored(axes) == dict(enumerate(expected))
     assert len(set(expected)) == 3
     assert {text.get_text() for text in legend.get_texts()} == set(VERDICTS)
@@ -250,9 +235,9 @@ def test_contrasts_have_a_panel_and_verdicts_of_their_own(saved: Saved) -> None:
     heads = drawn_heads(table)
     left, right = saved[HEADS].axes
     for axes, prefix in ((left, ""), (right, "minus_other_")):
-        told = heads.loc[ORDER]
-        assert points(axes) == dict(enumerate(told[f"{prefix}mean"]))
-        colors = [to_rgba(tracing.VERDICTS[verdict]) for verdict in told[f"{prefix}verdict"]]
+        drawn = heads.loc[ORDER]
+        assert points(axes) == dict(enumerate(drawn[f"{prefix}mean"]))
+        colors = [to_rgba(tracing.VERDICT_COLORS[verdict]) for verdict in drawn[f"{prefix}verdict"]]
         assert colored(axes) == dict(enumerate(colors))
         assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines)
     assert colored(left) != colored(right)
@@ -269,7 +254,12 @@ def test_contrasts_that_a_component_lacks_are_no_hindrance(saved: Saved) -> None
     assert len(points(right)) == 3
 
 
-# ----- joint ablation
+# ----- sets that are edited jointly
+
+
+def draw(table: pd.DataFrame) -> None:
+    tracing.draw_sets(table, "a title", CONFIRM)
+
 
 HALF = 0.1  # of the intervals of the chosen
 
@@ -284,10 +274,10 @@ def joint_table(
     """Rows of circuit_confirm.csv; of the last random set of each size some are lent."""
 
     def row(name: str, n: int, delta: float, half: float = math.nan, **more: Any) -> dict[str, Any]:
-        told = {"samples": "held-out", "measure": "a - b", "set": name, "draw": 0, "n_ablated": n}
-        told |= {"components": " ".join(f"L0H{i}" for i in range(n)), "lent": 0, "quoted": True}
-        told |= {"mean_delta": delta, "ci_low": delta - half, "ci_high": delta + half}
-        return told | {"damaged": math.nan} | more
+        values = {"samples": "held-out", "measure": "a - b", "set": name, "draw": 0, "n_ablated": n}
+        values |= {"components": " ".join(f"L0H{i}" for i in range(n)), "lent": 0, "quoted": True}
+        values |= {"mean_delta": delta, "ci_low": delta - half, "ci_high": delta + half}
+        return values | {"damaged": math.nan} | more
 
     rows = [row("none", 0, -0.61)]
     rows += [row("chosen", n, d, interval, damaged=n in damaged) for n, d in chosen.items()]
@@ -296,7 +286,6 @@ def joint_table(
         for n, deltas in drawn.items()
         for i, d in enumerate(deltas)
     ]
-    rows += [row(name, n, 9.0, samples="all") for name, n in (("none", 0), ("ablate", 3))]
     return pd.DataFrame(rows)
 
 
@@ -316,7 +305,7 @@ MANY = {1: [-0.6 - 0.02 * i for i in range(21)], 3: [-0.5 + 0.01 * i for i in ra
 def test_the_joint_figure_shows_the_chosen_every_random_set_their_band_and_the_base(
     saved: Saved,
 ) -> None:
-    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, MANY), CONFIG, CONFIRM)
+    draw(joint_table({1: -0.4, 3: 0.1}, MANY))
     (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
     chosen, dots = one_that("chosen", lines), one_that("random sets", lines)
     assert list(zip(*chosen.get_data(), strict=True)) == [(1, -0.4), (3, 0.1)]
@@ -336,7 +325,7 @@ def test_a_band_is_drawn_where_there_are_many_distinct_sets_of_a_size_only(
     n_sets: int, saved: Saved
 ) -> None:
     few = {1: MANY[1][:n_sets], 3: MANY[3]}
-    tracing.draw_confirm(joint_table({1: -0.4, 3: 0.1}, few), CONFIG, CONFIRM)
+    draw(joint_table({1: -0.4, 3: 0.1}, few))
     band = saved[CONFIRM].axes[0].collections[0]
     sizes = {int(x) for ends in band.get_segments() for x, _ in ends}
     assert sizes == ({1, 3} if n_sets >= tracing.MANY_SETS else {3})
@@ -345,7 +334,7 @@ def test_a_band_is_drawn_where_there_are_many_distinct_sets_of_a_size_only(
 @pytest.mark.parametrize("damaged", [(), (1,), (1, 3)])
 def test_damaged_sets_bear_a_red_cross(damaged: tuple[int, ...], saved: Saved) -> None:
     table = joint_table({1: -0.4, 3: 0.1}, MANY, damaged)
-    tracing.draw_confirm(table, CONFIG, CONFIRM)
+    draw(table)
     crosses = [line for line in saved[CONFIRM].axes[0].lines if line.get_marker() == "x"]
     places = {int(n): y for line in crosses for n, y in zip(*line.get_data(), strict=True)}
     assert places == {n: {1: -0.4, 3: 0.1}[n] for n in damaged}
@@ -359,19 +348,17 @@ def test_the_legend_names_how_many_components_of_random_sets_are_lent(
     lent: int, saved: Saved
 ) -> None:
     table = joint_table({1: -0.4, 3: 0.1}, MANY, lent=lent)
-    tracing.draw_confirm(table, CONFIG, CONFIRM)
+    draw(table)
     texts = [text.get_text() for text in saved[CONFIRM].legends[0].get_texts()]
-    (told,) = (text for text in texts if text.startswith("random sets"))
-    assert re.findall(r"\d+", told) == ([str(lent)] if lent else [])
+    (label,) = (text for text in texts if text.startswith("random sets"))
+    assert re.findall(r"\d+", label) == ([str(lent)] if lent else [])
 
 
-def test_with_controls_the_joint_figure_shows_the_measure_against_them(saved: Saved) -> None:
-    against_b, against_other = joint_table({1: -0.4}, MANY), joint_table({1: 0.7}, MANY)
-    both = pd.concat([against_b.assign(quoted=False), against_other.assign(measure="a - other")])
-    tracing.draw_confirm(both, CONFIG, CONFIRM)
-    (axes,), lines = saved[CONFIRM].axes, joint_lines(saved[CONFIRM])
-    assert list(one_that("chosen", lines).get_ydata()) == [0.7]
+def test_the_axis_names_the_measure(saved: Saved) -> None:
+    draw(joint_table({1: -0.4}, MANY).assign(measure="a - other"))
+    (axes,) = saved[CONFIRM].axes
     assert "a - other" in axes.get_ylabel()
+    assert axes.get_title() == "a title"
 
 
 SMALL: dict[str, pd.DataFrame] = {
@@ -387,7 +374,7 @@ SMALL: dict[str, pd.DataFrame] = {
 
 @pytest.mark.parametrize("case", SMALL)
 def test_the_joint_figure_of_any_table_is_whole(case: str, saved: Saved) -> None:
-    tracing.draw_confirm(SMALL[case], CONFIG, CONFIRM)
+    draw(SMALL[case])
     check_whole(saved[CONFIRM])
 
 
@@ -395,7 +382,7 @@ def test_the_legend_of_the_joint_figure_hides_no_line(saved: Saved) -> None:
     """The usual case: the chosen lift the delta to 0, random ones do little or the reverse."""
     chosen = {1: -0.44, 2: -0.1, 4: -0.01, 8: 0.01}
     drawn = {n: [-0.6 - 0.1 * i for i in range(6)] for n in chosen}
-    tracing.draw_confirm(joint_table(chosen, drawn, (8,), 1), CONFIG, CONFIRM)
+    draw(joint_table(chosen, drawn, (8,), 1))
     (axes,), (legend,) = saved[CONFIRM].axes, saved[CONFIRM].legends
     for line in axes.lines:
         path = line.get_path().transformed(line.get_transform())
@@ -409,22 +396,23 @@ def test_the_legend_of_the_joint_figure_hides_no_line(saved: Saved) -> None:
 def test_the_heatmap_shows_the_mean_role_and_greys_what_has_no_verdict(
     base: float, saved: Saved
 ) -> None:
-    tracing.draw_heatmap(heads_of(ALL_BUT_GIVEN, base, floor=0.6), CONFIG, HEATMAP)
+    tracing.draw_heatmap(heads_of(ALL_BUT_GIVEN, base, floor=0.6), "by ig estimates", HEATMAP)
     axes, bar = saved[HEATMAP].axes
     (mesh,) = axes.collections
-    shown = mesh.get_array().reshape(3, 4)
-    for (layer, head), hidden in np.ndenumerate(np.ma.getmaskarray(shown)):
+    cells = mesh.get_array().reshape(3, 4)
+    for (layer, head), hidden in np.ndenumerate(np.ma.getmaskarray(cells)):
         mean = statistics.fmean(ALL_BUT_GIVEN.get(f"L{layer}H{head}", [math.nan]))
         assert hidden != (abs(mean) > 0.6), (layer, head)
         if not hidden:
-            assert shown[layer, head] == pytest.approx(-math.copysign(1, base) * mean)
+            assert cells[layer, head] == pytest.approx(-math.copysign(1, base) * mean)
+    assert axes.get_title().startswith("Mean role by ig estimates\n")
     assert "> 0" in bar.get_ylabel()
     assert "< 0" in bar.get_ylabel()
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("head", "layer")
 
 
 def test_components_without_index_are_drawn_as_one_bar_per_layer(saved: Saved) -> None:
-    tracing.draw_heatmap(heads_of(MLPS, floor=0.5), CONFIG, HEATMAP)
+    tracing.draw_heatmap(heads_of(MLPS, floor=0.5), "", HEATMAP)
     (axes,) = saved[HEATMAP].axes
     heights = [bar.get_height() for bar in axes.patches]
     assert heights == pytest.approx([-0.965, 0.035, 1.035, 2.035])

@@ -13,8 +13,8 @@ import pytest
 
 import llama3_circuit_tracing as tracing
 from by_hand import prepared
-from conftest import Answer, refuses, user_text, write_samples
-from llama3_circuit_tracing import NO_ODD_ONE, SEVEN, TASKS, Sample
+from conftest import Answer, record_of, refuses, user_text, write_samples
+from llama3_circuit_tracing import NO_ODD_ONE, REQUESTED_COLUMNS, TASKS, Sample
 
 SHORT = {"sentence": "Name a fruit.", "targets": ["apple", "pear"]}
 TEXTS = {"prompt_a": "Never say apple. Name a fruit.", "prompt_b": "Name a fruit."}
@@ -214,13 +214,13 @@ def test_a_line_of_ten_megabytes_is_refused_before_anything_is_made_of_it(
     long = "word " * 2_000_000
     record = {**SHORT, "sample_id": "s1", "note": "", field: [long] if field == "targets" else long}
     good = {**SHORT, "sample_id": "s0", "note": ""}
-    parse = tracing.from_json
+    parse = tracing.parse_json
 
     def parse_short(text: str) -> Any:
         return parse(text) if len(text) < 1_000_000 else pytest.fail("it was parsed")
 
     monkeypatch.setattr(tracing, "from_hub", lambda *_: pytest.fail("the hub was asked"))
-    monkeypatch.setattr(tracing, "from_json", parse_short)
+    monkeypatch.setattr(tracing, "parse_json", parse_short)
     content = "".join(json.dumps(row) + "\n" for row in (good, record))
     if ending == "csv":
         cells = [";".join(v) if isinstance(v, list) else v for v in record.values()]
@@ -276,20 +276,34 @@ def test_a_control_token_in_the_stem_is_refused(answer: Answer, tiny_llama: str)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder"])
-@pytest.mark.parametrize("flag", ["--samples", "--compare", "--from_csv"])
+@pytest.mark.parametrize("command", ["trace --samples", "compare", "redraw"])
 def test_a_file_that_cannot_be_read_is_refused_by_name(
-    answer: Answer, tiny_llama: str, tmp_path: Path, flag: str, kind: str
+    answer: Answer,
+    tiny_llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    kind: str,
 ) -> None:
-    path = tmp_path / "s.csv"
+    monkeypatch.chdir(tmp_path)
     if kind == "folder":
-        path.mkdir()
-    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path / "out"), flag, str(path)]
-    refuses(answer, *argv, says=[str(path)])
+        Path("mine.csv").mkdir()
+    argv = [*command.split(), "mine.csv", "--output_dir", "out"]
+    if command == "compare":
+        argv.append("mine.csv")
+    if command.startswith("trace"):
+        argv += ["--model_id", tiny_llama]
+    refuses(answer, *argv, says=["mine.csv"])
+    if command.startswith("trace"):  # the record knows run.log, and of no run
+        record = record_of(Path("out"))
+        assert (record["experiment"]["options"], record["commands"]) == ({}, {})
+    else:
+        assert not Path("out", "run.json").exists()
 
 
 # ----- results
 
-HEADER = ",".join(SEVEN)
+HEADER = ",".join(REQUESTED_COLUMNS)
 ROW = "s0,1,0,0,-1.0,-0.9,0.1"
 EFFECTS = {
     (i, layer, head): round(0.1 * head - 0.05 * layer + 0.01 * i, 3)
@@ -316,7 +330,14 @@ def test_a_file_with_the_seven_columns_has_heads_and_as_many_sentences_as_sample
 
 @pytest.mark.parametrize(
     ("cells", "kind", "index"),
-    [(",neuron,7", "neuron", 7), (",mlp,", "mlp", -1), ("1,head,1", "head", 1), ("1,,", "head", 1)],
+    [
+        (",neuron,7", "neuron", 7),
+        (",mlp,", "mlp", -1),
+        ("1,head,1", "head", 1),
+        ("1,,", "head", 1),
+        ("1,head,7", "head", 1),  # `head` says which head, and a whole input has no index
+        (",attn,3", "attn", -1),
+    ],
 )
 def test_units_groups_and_components_of_every_kind_are_read(
     cells: str, kind: str, index: int, tmp_path: Path
@@ -351,7 +372,12 @@ def test_where_kind_op_or_positions_are_empty_they_are_the_defaults(
 
 def test_column_order_foreign_columns_holes_and_windows_files_are_no_matter(tmp_path: Path) -> None:
     plain = pd.read_csv(results(tmp_path / "theirs.csv", THEIRS))
-    other = plain[SEVEN[::-1]].assign(note="x, y", seed=3).sample(frac=1, random_state=1).iloc[1:]
+    other = (
+        plain[REQUESTED_COLUMNS[::-1]]
+        .assign(note="x, y", seed=3)
+        .sample(frac=1, random_state=1)
+        .iloc[1:]
+    )
     form = {"index": False, "encoding": "utf-8-sig", "lineterminator": "\r\n"}
     other.to_csv(tmp_path / "other.csv", **form)
     found, known = (tracing.read_results(tmp_path / f"{n}.csv") for n in ("other", "theirs"))
@@ -391,16 +417,12 @@ ROWS: dict[str, tuple[str, ...]] = {
     "other digits": ("s1,1,١,0,-1,-0.9,0.1", "'layer'", "'١'"),
     "other digits of an effect": ("s1,1,0,0,-1,-0.9,０.1", "'head_effect'", "'０.1'"),
     "below 0": ("s1,1,-1,0,-1,-0.9,0.1", "'layer'", "'-1'"),
-    "no base": ("s1,1,0,0,0,0.1,0.1", "'delta_logit_base'", "'0'"),
-    "two bases": ("s0,1,0,1,-1.5,-1.4,0.1", "delta_logit_base"),
     "no difference": ("s1,1,0,0,-1,-0.9,-0.1", "'head_effect'", "'-0.1'"),
     "duplicate row": (ROW, "same sample"),
-    "no name": (ROW[2:], "'sample_id'"),
     "too few fields": ("s1,1,0,0,-1.0", "7 fields", "'-1.0'"),
     "too many fields": (ROW + ",9", "7 fields", "'9'"),
     "latin-1": ("\udce9" + ROW[2:], "xe9", "UTF-8"),
 }
-SCORES = "score_a_base,score_a_head,score_other_base,score_other_head,effect_minus_other"
 # what is wrong -> more columns, their cells by row, what is said of the last row
 CELLS: dict[str, tuple[Any, ...]] = {
     "bad index": ("index", ["x"], "'index'", "'x'"),
@@ -411,24 +433,11 @@ CELLS: dict[str, tuple[Any, ...]] = {
     "no such task later": ("task", ["refusal", "none"], "'task'", "'none'"),
     "no such side": ("op,patch_into", ["patch,c"], "'patch_into'", "'c'"),
     "bad factor": ("op,factor", ["scale,x"], "'factor'", "'x'"),
-    "factor of another op": ("op,factor", ["zero,2"], "'factor'", "'2'"),
-    "factor without op": ("factor", ["2"], "'factor'", "'2'"),
-    "scaled by nothing": ("op,factor", ["scale,"], "'factor'", "''"),
     "two tasks": ("task", ["refusal", "suppression"], "'task'"),
     "two positions": ("positions", ["last", "all"], "'positions'"),
     "two sides": ("op,patch_into", ["patch,a", "patch,b"], "'patch_into'"),
     "two factors": ("op,factor", ["scale,2", "scale,3"], "'factor'"),
     "two ops": ("op", ["zero", "mean"], "'op'"),
-    "head of another index": ("kind,index", ["head,0", "head,1"], "index"),
-    "no difference of scores": (
-        *("score_a_base,score_b_base", ["-3,-2", "-3,-1.9"]),
-        *("'delta_logit_base'", "score_a_base - score_b_base"),
-    ),
-    "nor of edited ones": ("score_a_head,score_b_head", ["-2.9,-3"], "'delta_logit_head'"),
-    "contrast of the wrong sign": (
-        *(SCORES, ["-3,-2.5,-2,-1.7,0.2", "-3,-2.5,-2,-1.7,-0.2"]),
-        *("'effect_minus_other'", "'-0.2'"),
-    ),
 }
 # what is wrong -> header, rows, what is said beside the path
 KINDED, BARE = f"{HEADER},kind,index", "s0,1,0,,-1,-0.9,0.1,"
@@ -447,11 +456,6 @@ MALFORMED_RESULTS: dict[str, tuple[Any, ...]] = {
     "quoted line break": (HEADER, ['"s0\nx"' + ROW[2:], "s1,1,0,0,-1,x,0.1"], "line 4"),
     "two kinds": (KINDED, [BARE + "attn,", BARE + "mlp,"], "line 3", "kind"),
     "neuron without index": (KINDED, [BARE + "neuron,7", BARE + "neuron,"], "line 3", "index"),
-    "attn with index": (KINDED, [BARE + "attn,3"], "line 2", "index", "3"),
-    "prompts of two bases": (
-        *(f"{HEADER},prompts", [ROW + ",p", "s1,1,0,0,-1.5,-1.4,0.1,p"]),
-        *("line 3", "'prompts'"),
-    ),
 }
 
 
@@ -463,7 +467,7 @@ def test_a_malformed_results_file_is_refused_with_file_line_and_column(
     monkeypatch.setattr(tracing, "from_hub", lambda *_: pytest.fail("the hub was asked"))
     header, lines, *says = MALFORMED_RESULTS[case]
     path = results(tmp_path / "bad.csv", lines, header)
-    argv = ["--from_csv", str(path), "--output_dir", str(tmp_path / "new")]
+    argv = ["redraw", str(path), "--output_dir", str(tmp_path / "new")]
     refuses(answer, *argv, says=[str(path), *says])
     assert not (tmp_path / "new" / "circuit_heads.csv").exists()
 
@@ -493,27 +497,30 @@ def test_a_column_that_tells_of_the_run_is_not_made_up(name: str, tmp_path: Path
     assert name not in tracing.read_results(results(tmp_path / "t.csv", THEIRS))
 
 
-def test_bases_that_differ_by_rounding_alone_are_taken(tmp_path: Path) -> None:
-    lines = ["s0,1,0,0,-1.00,-0.90,0.10", "s0,1,0,1,-1.01,-0.91,0.10"]
-    assert len(tracing.read_results(results(tmp_path / "t.csv", lines))) == 2
+@pytest.mark.parametrize(("effect", "is_taken"), [("0.11", True), ("0.13", False)])
+def test_an_effect_may_miss_edited_less_unedited_by_rounding_alone(
+    effect: str, is_taken: bool, tmp_path: Path
+) -> None:
+    path = results(tmp_path / "t.csv", [f"s0,1,0,0,-1.00,-0.90,{effect}"])
+    if is_taken:
+        assert tracing.read_results(path)["head_effect"].tolist() == [float(effect)]
+        return
+    with pytest.raises(tracing.UsageError, match=r"line 2: column 'head_effect': '0.13' is not"):
+        tracing.read_results(path)
 
 
 def test_results_that_are_no_csv_are_refused(answer: Answer, tmp_path: Path) -> None:
-    path = str(write(tmp_path / "t.jsonl", [dict(zip(SEVEN, ROW.split(","), strict=True))]))
-    refuses(answer, "--from_csv", path, says=[path, ".csv"])
-
-
-@pytest.mark.parametrize("folder", [".", "/"])
-def test_a_folder_without_a_name_is_no_results_file(folder: str, answer: Answer) -> None:
-    refuses(answer, "--from_csv", folder, "--output_dir", "new", says=[folder])
+    path = str(
+        write(tmp_path / "t.jsonl", [dict(zip(REQUESTED_COLUMNS, ROW.split(","), strict=True))])
+    )
+    refuses(answer, "redraw", path, "--output_dir", str(tmp_path / "new"), says=[path, ".csv"])
 
 
 @pytest.mark.parametrize("line", ["s0000,1,two,1,-1,-0.9,0.1", "s0000,1,2"])
-@pytest.mark.usefixtures("no_weights")
-def test_malformed_results_to_compare_with_are_refused_before_the_weights(
-    answer: Answer, tiny_llama: str, tmp_path: Path, line: str
+def test_malformed_results_to_compare_with_are_refused(
+    answer: Answer, tmp_path: Path, line: str
 ) -> None:
-    path = results(tmp_path / "other.csv", ["s0000,1,2,0,-1,-0.9,0.1", line])
-    flags = ["--num_samples", "2", "--layers", "2", "--output_dir", str(tmp_path / "out")]
-    argv = ["--model_id", tiny_llama, *flags, "--compare", str(path)]
-    refuses(answer, *argv, says=[f"{path}, line 3"])
+    new = results(tmp_path / "new.csv", THEIRS)
+    old = results(tmp_path / "old.csv", ["s0000,1,2,0,-1,-0.9,0.1", line])
+    argv = ["compare", str(new), str(old), "--output_dir", str(tmp_path / "out")]
+    refuses(answer, *argv, says=[f"{old}, line 3"])

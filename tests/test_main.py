@@ -64,7 +64,13 @@ def test_log_lines_are_written_above_a_progress_bar(
 ) -> None:
     lines: list[str] = []
     monkeypatch.setattr(tracing.tqdm, "write", lambda line, **_: lines.append(line))
-    monkeypatch.setattr(tracing, "measure", lambda *_: tracing.log.info("at work"))
+    measure = tracing.measure
+
+    def tell(*arguments: Any) -> Any:
+        tracing.log.info("at work")
+        return measure(*arguments)
+
+    monkeypatch.setattr(tracing, "measure", tell)
     finish(llama, tmp_path, "--num_samples", "1")
     assert "at work" in lines
 
@@ -110,14 +116,14 @@ def test_the_handlers_of_signals_are_those_before_when_main_returns(
 def test_a_signal_that_is_ignored_stays_ignored(answer: Answer, tiny_llama: str) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        handlers = tracing.when_stopped(sys.exit)
-        tracing.restore_handlers(handlers)
-        assert handlers.keys() == {signal.SIGTERM}
+        with tracing.stopping_by_exit():
+            within = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         assert answer("--model_id", tiny_llama, "--num_samples", "1", "--dry_run")[0] == 0
         after = signal.getsignal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert after is signal.SIG_IGN
+    assert within[0] is after is signal.SIG_IGN
+    assert within[1] is not signal.SIG_DFL
 
 
 @pytest.mark.parametrize("below", [".", "deeper"])
@@ -128,8 +134,8 @@ def test_an_output_folder_that_is_a_file_is_refused_by_name(
     (tmp_path / "file").write_text("mine")
     output = tmp_path / "file" / below
     results = tmp_path / "theirs.csv"
-    results.write_text(f"{','.join(tracing.SEVEN)}\ns0,1,0,0,-1.0,-0.9,0.1\n")
-    source = ["--from_csv", str(results)] if redraws else ["--model_id", tiny_llama]
+    results.write_text(f"{','.join(tracing.REQUESTED_COLUMNS)}\ns0,1,0,0,-1.0,-0.9,0.1\n")
+    source = ["redraw", str(results)] if redraws else ["--model_id", tiny_llama]
     refuses(answer, *source, "--output_dir", str(output), says=[f"--output_dir {output}"])
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import llama3_circuit_tracing as tracing
 import random_models
 from conftest import HANGS, ROOT, SCRIPT, Answer, finish, read, record_of, refuses
-from llama3_circuit_tracing import Config
+from llama3_circuit_tracing import TraceOptions
 
 LLAMA_3 = "meta-llama/Meta-Llama-3-8B-Instruct"
 WAY_OUT = "python llama3_circuit_tracing.py --model_id tests/tiny_llama"
@@ -81,7 +81,7 @@ print(json.dumps(answers))
 
 
 @pytest.fixture(scope="module")
-def said_by_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+def hub_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
     """(exit code, stderr) by model id, all asked of this machine in one process."""
     home = tmp_path_factory.mktemp("hub")
     models = ["gated/401", "gated/403", "nobody/nothing", "open/model"]
@@ -121,9 +121,9 @@ def said_by_hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int
     ],
 )
 def test_what_the_hub_refuses_is_named_with_the_way_to_access(
-    said_by_hub: dict[str, tuple[int, str]], model: str, texts: tuple[str, ...]
+    hub_answers: dict[str, tuple[int, str]], model: str, texts: tuple[str, ...]
 ) -> None:
-    code, err = said_by_hub[model]
+    code, err = hub_answers[model]
     (said,) = err.splitlines()
     assert code == 1
     for text in (f"error: {model} ", *texts):
@@ -197,7 +197,7 @@ def test_the_hub_has_three_seconds_unless_the_environment_says_otherwise(
     monkeypatch.setattr(tracing.hub_constants, "HF_HUB_ETAG_TIMEOUT", int(given or 10))
     session = SimpleNamespace(head=lambda _, timeout: timeouts.append(timeout))
     monkeypatch.setattr(tracing, "get_session", lambda: session)
-    assert tracing.why_no_hub() == ""
+    assert tracing.why_hub_is_unreachable() == ""
     assert timeouts == [seconds]
 
 
@@ -231,7 +231,8 @@ def test_the_default_command_line_runs_on_what_the_cache_holds(
     table = read(output)[["sample_id", "layer", "head"]]
     assert list(table.itertuples(index=False, name=None)) == rows
     assert (output / "circuit_summary.png").stat().st_size > 0
-    assert record_of(output)["fingerprint"]["model"] == f"{LLAMA_3}@{commit}"
+    experiment = record_of(output)["experiment"]
+    assert experiment["fingerprint"]["model"] == f"{LLAMA_3}@{commit}"
 
 
 # ----- folders
@@ -245,7 +246,7 @@ def test_an_error_of_the_library_without_a_message_is_told_of_the_model(
         raise error
 
     with pytest.raises(tracing.RunError, match=llama):
-        tracing.from_hub(fail, Config(model_id=llama))
+        tracing.from_hub(fail, TraceOptions(model_id=llama))
 
 
 @pytest.mark.parametrize("lacks", ["everything", "files", "tokenizer"])
@@ -352,16 +353,21 @@ def test_a_window_that_is_switched_off_refuses_nothing(
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["--kind mlp", "--kind neuron --neurons 0", "--given L0mlp", "--ablate L0N1", "--via L2mlp"],
+    ("line", "option"),
+    [
+        ("trace --kind mlp", "--kind mlp"),
+        ("trace --kind neuron --neurons 0", "--kind neuron"),
+        ("trace --given L0mlp", "--given L0mlp"),
+        ("joint L0N1", "L0N1"),
+        ("paths --through L2mlp", "--through L2mlp"),
+    ],
 )
 def test_a_mixture_of_experts_is_refused_by_name_where_mlps_are_edited(
-    answer: Answer, random_model: Callable[..., str], line: str
+    answer: Answer, random_model: Callable[..., str], line: str, option: str
 ) -> None:
     argv = ["--model_id", random_model("mixtral"), "--num_samples", "1", "--dry_run"]
-    named = line.partition(" --neurons")[0]
-    says = [f"error: {named}: MixtralForCausalLM ", "mixture of experts"]
-    refuses(answer, *argv, *line.split(), says=says)
+    says = [f"error: {option}: MixtralForCausalLM ", "mixture of experts"]
+    refuses(answer, *line.split(), *argv, says=says)
     assert answer(*argv)[0] == 0
 
 
@@ -373,16 +379,16 @@ def test_the_shape_is_read_before_the_weights(
     random_model: Callable[..., str], architecture: str
 ) -> None:
     folder = random_model(architecture)
-    shape = tracing.read_shape(Config(model_id=folder, bf16=False))
+    shape = tracing.read_shape(TraceOptions(model_id=folder, bf16=False))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert shape == tracing.shape_of(model, torch.float32)
     assert shape.name == type(model).__name__
     assert (shape.n_layers, shape.n_heads) == (3, 4)
     assert shape.n_parameters == sum(p.numel() for p in model.parameters())
     block = model.get_submodule(f"{shape.layers_path}.0")
-    assert shape.width("self_attn.o_proj") == shape.d_attn == block.self_attn.o_proj.in_features
-    assert shape.width("mlp.down_proj") == shape.d_mlp == block.mlp.down_proj.in_features
-    assert shape.width("") == shape.d_model == model.get_input_embeddings().embedding_dim
+    assert shape.width("attn") == shape.d_attn == block.self_attn.o_proj.in_features
+    assert shape.width("mlp") == shape.d_mlp == block.mlp.down_proj.in_features
+    assert shape.width("resid") == shape.d_model == model.get_input_embeddings().embedding_dim
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -394,7 +400,9 @@ def test_bfloat16_is_chosen_where_a_gpu_computes_it_without_emulation(
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    found = [tracing.read_shape(Config(model_id=llama, bf16=b)).dtype for b in (None, True, False)]
+    found = [
+        tracing.read_shape(TraceOptions(model_id=llama, bf16=b)).dtype for b in (None, True, False)
+    ]
     assert found == [torch.bfloat16 if native else torch.float32, torch.bfloat16, torch.float32]
 
 
@@ -573,7 +581,7 @@ def test_what_the_libraries_say_of_a_model_that_loads_is_in_the_log_once(
     folder = finish(str(model), tmp_path / "run", "--num_samples", "2", "--layers", "0")
     told = (folder / "run.log").read_text()
     assert heard == [] and told.count("transformers: Unknown quantization type, got nonesuch") == 1
-    page = (folder / tracing.REPORT).read_text()
+    page = (folder / tracing.REPORT_FILE).read_text()
     assert "Unknown quantization" not in page, "it is no finding"
 
 

@@ -13,20 +13,19 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
-from conftest import Answer, finish, read, record_of
-from llama3_circuit_tracing import Component, Experiment
+from conftest import Answer, command_line, finish, read, record_of, refuses, write_samples
+from llama3_circuit_tracing import CleanRun, Component, Site, Tree
 from test_interventions import SAMPLES, Bench, bench
 
 CLOSE = 2e-5
 PATHS = "circuit_paths.csv"
 FOUR = ["--num_samples", "4", "--no-bf16"]
-BAR: Any = tqdm(disable=True)
+Experiment = tracing.Experiment[Any]
 pytestmark = pytest.mark.usefixtures("coarse_figures")
 
 
@@ -35,26 +34,44 @@ def any_bench(request: Any, folder_of: Callable[[str], str]) -> Bench:
     return bench(folder_of(request.param))
 
 
-def clean_of(exp: Experiment, tree: Any = None) -> tracing.CleanRun:
-    """The unedited run of a tree, by default the first, with the inputs of all modules."""
-    tree, n = tree or exp.trees[0], range(exp.shape.n_layers)
-    sites = {Component(i, kind).site for i in n for kind in ("attn", "mlp", "resid")}
-    return tracing.run_clean(exp.traced, tree, exp.background, n, sites)
+def experiment_of(
+    model: Bench, words: str, records: Sequence[dict[str, Any]] = SAMPLES
+) -> Experiment:
+    """What a command line asks for, on some samples, with the model that is loaded already."""
+    samples = write_samples(Path(model.folder, "samples.jsonl"), *records)
+    options = ["--no-bf16", "--samples", samples, "--num_samples", str(len(records))]
+    experiment = by_hand.prepared(model.folder, *words.split(), *options)
+    experiment.traced = model.traced
+    return experiment
 
 
-def moved(exp: Experiment, clean: tracing.CleanRun) -> Tensor:
-    """[sender, path, prompt]: what the paths of all senders move of each score."""
-    base, found = clean.tree.scores(clean.log_probs, exp.task)[0], []
-    for _, of in itertools.groupby(exp.components, key=lambda component: component.layer):
-        found += tracing.run_paths(exp, clean, BAR, list(of))
-    return torch.tensor(found).double() - base
+def clean_run_of(experiment: Experiment, tree: Tree) -> CleanRun:
+    """The clean run of a tree, with the inputs of all blocks and modules."""
+    n_layers = experiment.shape.n_layers
+    places = ["attn", "resid"] + ["mlp"] * bool(experiment.shape.d_mlp)
+    sites = [Site(layer, place) for layer in range(n_layers) for place in places]
+    return experiment.clean_run(tree, range(n_layers), sites)
 
 
-def ordinary(exp: Experiment, clean: tracing.CleanRun) -> Tensor:
-    """[sender, prompt]: what the senders move of each score by all paths."""
-    rows = [exp.edits([component], clean) for component in exp.components]
-    both = torch.cat([clean.log_probs, tracing.run_rows(exp.traced, clean, rows)])
-    scores = clean.tree.scores(both, exp.task)
+def paths_of(experiment: Experiment) -> list[tracing.PathEdit]:
+    return tracing.list_paths(experiment, tracing.choose_senders(experiment))
+
+
+def moved_by_paths(experiment: Experiment, tree: Tree) -> Tensor:
+    """[path, prompt]: what each path alone moves of each score."""
+    clean_run = clean_run_of(experiment, tree)
+    rows = []
+    for path in paths_of(experiment):
+        rows += tracing.path_edits(experiment, clean_run, [path])
+    return moved_scores(experiment, clean_run, rows)
+
+
+def moved_scores(
+    experiment: Experiment, clean_run: CleanRun, rows: Sequence[tracing.Edits]
+) -> Tensor:
+    """[row, prompt]: by how much edits move each score."""
+    edited = tracing.run_rows(experiment.traced, clean_run, rows)
+    scores = clean_run.tree.scores(torch.cat([clean_run.log_probs, edited]), experiment.task)
     return scores[1:] - scores[0]
 
 
@@ -64,20 +81,27 @@ def ordinary(exp: Experiment, clean: tracing.CleanRun) -> Tensor:
 @pytest.mark.parametrize("op", ["zero", "patch"])
 def test_the_direct_effect_of_a_last_layer_head_is_its_effect(any_bench: Bench, op: str) -> None:
     """All that lies above is the MLP, which is computed anew unless it is frozen."""
-    flags = f"--layers {any_bench.traced.shape.n_layers - 1} --op {op} --via logits"
-    exp = any_bench.experiment(flags)
-    clean = clean_of(exp)
-    whole = ordinary(exp, clean)
-    assert (moved(exp, clean)[:, 0] - whole).abs().max() < CLOSE
-    frozen = moved(any_bench.experiment(f"{flags} --freeze all"), clean)[:, 0]
-    assert (frozen - whole).abs().max() > 1e-4
+    words = f"paths --layers {any_bench.traced.shape.n_layers - 1} --op {op}"
+    experiment = experiment_of(any_bench, words)
+    tree = experiment.trees[0]
+    clean_run = clean_run_of(experiment, tree)
+    senders = tracing.choose_senders(experiment)
+    rows = [experiment.edits(clean_run, [sender]) for sender in senders]
+    effects = moved_scores(experiment, clean_run, rows)
+    assert (moved_by_paths(experiment, tree) - effects).abs().max() < 1e-6
+    if experiment.shape.d_mlp:
+        frozen = moved_by_paths(experiment_of(any_bench, f"{words} --freeze all"), tree)
+        assert (frozen - effects).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("via", ["logits", "L2H0,L2H3", "L2mlp"])
+@pytest.mark.parametrize("through", ["logits", "L2H0,L2H3", "L2mlp"])
 @pytest.mark.parametrize("freeze", ["heads", "all"])
-def test_an_op_that_changes_nothing_takes_no_path(any_bench: Bench, via: str, freeze: str) -> None:
-    exp = any_bench.experiment(f"--layers 0-1 --op scale --factor 1 --via {via} --freeze {freeze}")
-    assert moved(exp, clean_of(exp)).abs().max() < CLOSE
+def test_an_op_that_changes_nothing_takes_no_path(
+    any_bench: Bench, through: str, freeze: str
+) -> None:
+    words = f"paths --layers 0-1 --op scale --factor 1 --through {through} --freeze {freeze}"
+    experiment = experiment_of(any_bench, words)
+    assert moved_by_paths(experiment, experiment.trees[0]).abs().max() < 1e-6
 
 
 # ----- against full forwards of each prompt alone
@@ -86,54 +110,55 @@ def test_an_op_that_changes_nothing_takes_no_path(any_bench: Bench, via: str, fr
 ORDER = {"resid": 0, "head": 1, "attn": 1, "mlp": 2, "neuron": 2}  # within a layer
 
 
-def path_edit(loaded: Any, config: Any, texts: Sequence[str], sender: Component) -> naive.Edit:
-    """What to hook for run C (--via logits) or D of a prompt, whose partner is the other text."""
+def path_edit(loaded: Any, options: Any, texts: Sequence[str], sender: Component) -> naive.Edit:
+    """What to hook in the last run of a prompt, whose partner is the other text."""
     model, tokenizer = loaded
     other = naive.prompt_ids(tokenizer, texts[1])
     span = naive.span_of(model, sender.layer, sender.kind, sender.index)
-    kinds = ["attn", "mlp"] if config.freeze == "all" else ["attn"]
-    every = itertools.product(range(model.config.num_hidden_layers), kinds)
+    kinds = ["attn", "mlp"] if options.freeze == "all" else ["attn"]
     above = [
-        (n, kind) for n, kind in every if (n, ORDER[kind]) > (sender.layer, ORDER[sender.kind])
+        (layer, kind)
+        for layer, kind in itertools.product(range(model.config.num_hidden_layers), kinds)
+        if (layer, ORDER[kind]) > (sender.layer, ORDER[sender.kind])
     ]
-    receivers = () if config.via == "logits" else config.via
+    receivers = options.through.components
 
     def edit(ids: list[int], tail: list[int]) -> AbstractContextManager[None]:
         partner = naive.input_of(model, other + tail, sender.layer, sender.kind)
-        places = naive.touched(ids, other, len(tail), config)
-        seen: dict[Component, Tensor] = {}
+        places = naive.edited_tokens(ids, other, len(tail), options)
+        received: dict[Component, Tensor] = {}
 
         def send(x: Tensor) -> Tensor:
             y = x.clone()
-            for mine, theirs in places:
-                y[0, mine, span] = partner[theirs][span] if config.op == "patch" else 0
+            for place, partner_place in places:
+                y[0, place, span] = partner[partner_place][span] if options.op == "patch" else 0
             return y
 
         def hold(layer: int, kind: str) -> naive.Replace:
             clean = naive.input_of(model, ids + tail, layer, kind)[None]
             return lambda x: clean
 
-        def record(c: Component) -> naive.Replace:
-            return lambda x: seen.setdefault(c, x.clone())
+        def record(component: Component) -> naive.Replace:
+            return lambda x: received.setdefault(component, x.clone())
 
-        def write(c: Component) -> naive.Replace:
-            of = naive.span_of(model, c.layer, c.kind, c.index)
+        def write(component: Component) -> naive.Replace:
+            columns = naive.span_of(model, component.layer, component.kind, component.index)
 
             def replace(x: Tensor) -> Tensor:
                 y = x.clone()
-                y[..., of] = seen[c][..., of]
+                y[..., columns] = received[component][..., columns]
                 return y
 
             return replace
 
         sending = naive.module_of(model, sender.layer, sender.kind), send
-        holding = ((naive.module_of(model, *at), hold(*at)) for at in above)
+        holding = [(naive.module_of(model, *place), hold(*place)) for place in above]
         modules = {c: naive.module_of(model, c.layer, c.kind) for c in receivers}
-        recording = ((module, record(c)) for c, module in modules.items())
-        run_c = naive.all_hooked([sending, *recording, *holding])
+        recording = [(module, record(c)) for c, module in modules.items()]
+        sent = naive.all_hooked([sending, *recording, *holding])
         if not receivers:
-            return run_c
-        with run_c:
+            return sent
+        with sent:
             model(torch.tensor([ids + tail]))
         return naive.all_hooked((module, write(c)) for c, module in modules.items())
 
@@ -141,43 +166,46 @@ def path_edit(loaded: Any, config: Any, texts: Sequence[str], sender: Component)
 
 
 NAIVE = [
-    "--kind head --layers 0 --heads 1 --via L1H0,L2H3 --op patch",
-    "--kind head --layers 0 --heads 2 --via L2mlp --op zero --given L1H3,L0H0",
-    "--kind head --layers 1 --heads 0 --via L1mlp --op patch --patch_into b --positions last",
-    "--kind head --layers 2 --heads 3 --via logits --op patch",
-    "--kind head --layers 0 --heads 1 --via logits --op zero --given L1H1",
-    "--kind mlp --layers 0 --via L1H2 --op patch --patch_into b",
-    "--kind mlp --layers 1 --via L2H1,L2mlp --op zero --positions last",
-    "--kind neuron --neurons 5 --layers 0 --via L1H0,L2H3 --op zero",
-    "--kind resid --layers 1 --via L1H2 --op patch",
-    "--kind resid --layers 1 --via L1H0,L1mlp --op zero --positions last --given L0H1",
-    "--kind resid --layers 1 --via logits --op patch --patch_into b",
+    "--kind head --layers 0 --heads 1 --through L1H0,L2H3 --op patch",
+    "--kind head --layers 0 --heads 2 --through L2mlp --op zero --given L1H3,L0H0",
+    "--kind head --layers 1 --heads 0 --through L1mlp --op patch --patch_into b --positions last",
+    "--kind head --layers 2 --heads 3 --through logits --op patch",
+    "--kind head --layers 0 --heads 1 --through logits --op zero --given L1H1",
+    "--kind mlp --layers 0 --through L1H2 --op patch --patch_into b",
+    "--kind mlp --layers 1 --through L2H1,L2mlp --op zero --positions last",
+    "--senders L0N5 --through L1H0,L2H3 --op zero",
+    "--kind resid --layers 1 --through L1H2 --op patch",
+    "--kind resid --layers 1 --through L1H0,L1mlp --op zero --positions last --given L0H1",
+    "--kind resid --layers 1 --through logits --op patch --patch_into b",
 ]
 
 
-def like_plain_forwards(of: Bench, flags: str) -> None:
+def like_plain_forwards(model: Bench, words: str) -> None:
     records = SAMPLES[1:]
-    exp = of.experiment(flags, records)
-    config, loaded, clean = exp.config, of.loaded, clean_of(exp)
-    found, (sender,) = moved(exp, clean)[0, 0], exp.components
-    expected = torch.zeros_like(found)
-    zeroed = naive.zeroed(loaded[0], [(c.layer, c.kind, c.index) for c in config.given])
-    with zeroed, torch.no_grad():
-        for i, (record, k) in enumerate(itertools.product(records, (0, 1))):
-            if config.op == "patch" and "ab"[k] != config.patch_into:
+    experiment = experiment_of(model, f"paths {words}", records)
+    options, loaded = experiment.options, model.loaded
+    (tree,), ((sender, _),) = experiment.trees, paths_of(experiment)
+    (moved,) = moved_by_paths(experiment, tree)
+    expected = torch.zeros_like(moved)
+    given = [(component.layer, component.kind, component.index) for component in options.given]
+    with naive.zeroed(loaded[0], given), torch.no_grad():
+        for place, (record, side) in enumerate(itertools.product(records, "ab")):
+            if options.op == "patch" and side != options.patch_into:
                 continue
-            texts = [record["prompt_a"], record["prompt_b"]][:: 1 - 2 * k]
-            told = (*loaded, texts[0], record["targets"])
-            edited = naive.suppression_score(*told, path_edit(loaded, config, texts, sender))
-            expected[i] = edited - naive.suppression_score(*told)
-    assert (found - expected).abs().max() < CLOSE
+            texts = [record["prompt_a"], record["prompt_b"]]
+            if side == "b":
+                texts.reverse()
+            scored = (*loaded, texts[0], record["targets"])
+            edited = naive.suppression_score(*scored, path_edit(loaded, options, texts, sender))
+            expected[place] = edited - naive.suppression_score(*scored)
+    assert (moved - expected).abs().max() < CLOSE
     assert expected.abs().max() > CLOSE, "the path carries nothing"
 
 
 @pytest.mark.parametrize("freeze", ["heads", "all"])
-@pytest.mark.parametrize("flags", NAIVE)
-def test_four_plain_forwards_give_the_same_numbers(llama: str, flags: str, freeze: str) -> None:
-    like_plain_forwards(bench(llama), f"{flags} --freeze {freeze}")
+@pytest.mark.parametrize("words", NAIVE)
+def test_four_plain_forwards_give_the_same_numbers(llama: str, words: str, freeze: str) -> None:
+    like_plain_forwards(bench(llama), f"{words} --freeze {freeze}")
 
 
 def test_and_with_other_architectures(any_bench: Bench) -> None:
@@ -192,7 +220,8 @@ def each(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a noise floor above some effects."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracing, "noise_floor", lambda *_: 0.25)
-        return finish(llama, tmp_path_factory.mktemp("each"), *FOUR, "--via", "each")
+        folder = tmp_path_factory.mktemp("each")
+        return finish(llama, folder, "paths", *FOUR, "--through", "each")
 
 
 def test_each_head_sends_to_all_heads_above_it(each: Path) -> None:
@@ -206,93 +235,181 @@ def test_each_head_sends_to_all_heads_above_it(each: Path) -> None:
     assert {*paths["freeze"]} == {"heads"}
 
 
-def test_the_numbers_of_a_path_are_those_of_its_samples(each: Path, llama: str) -> None:
+def test_the_numbers_of_a_path_are_those_of_its_samples(
+    each: Path, llama: str, tmp_path: Path
+) -> None:
     """Mean, interval, p and q by hand; no share of a total that is noise."""
-    exp = by_hand.prepared(llama, *FOUR[2:], "--num_samples", "4", "--via", "each")
-    sweep, paths = read(each), read(each, PATHS).set_index(["sender", "receiver"])
-    units = sweep.drop_duplicates("sample_id").set_index("sample_id")["unit"]
+    experiment = by_hand.prepared(llama, "paths", *FOUR, "--through", "each")
+    sweep = read(finish(llama, tmp_path, *FOUR))
+    paths = read(each, PATHS).set_index(["sender", "receiver"])
     rows = []
-    for tree, sender in itertools.product(exp.trees, exp.components[:8]):
-        clean = clean_of(exp, tree)
-        found = torch.tensor(tracing.run_paths(exp, clean, BAR, [sender])[0]).double()
-        found -= tree.scores(clean.log_probs, exp.task)[0]
-        pairs = zip(tracing.receivers_of(exp, sender), found.tolist(), strict=True)
-        for (path, of), (sample, at) in itertools.product(pairs, tree.samples):
-            effect = of[at["a"]] - of[at["b"]]
-            rows.append((sender.label, path[0].label, units[sample.sample_id], "", effect))
+    for tree in experiment.trees:
+        for path, scores in zip(
+            paths_of(experiment), moved_by_paths(experiment, tree).tolist(), strict=True
+        ):
+            for sample, places in tree.samples:
+                effect = scores[places["a"]] - scores[places["b"]]
+                row = (path.sender.label, path.receiver_text, sample.unit, "", effect)
+                rows.append(row)
     table = pd.DataFrame(rows, columns=["sender", "receiver", "unit", "group", "effect"])
-    expected = tracing.statistics_of(table, "effect", ["sender", "receiver"])
-    columns = ["n_samples", "n_sentences", "mean", "sd", "ci_low", "ci_high", "p"]
-    by_hand.assert_same_statistics(paths[columns], expected[columns], CLOSE)
+    expected = tracing.column_statistics(table, "effect", ["sender", "receiver"])
+    columns = ["n_samples", "n_sentences", "mean", "sd", "ci_low", "ci_high", "p", "q"]
+    assert (paths[columns] - expected[columns]).abs().max(axis=None) < CLOSE
     assert paths["q"].tolist() == pytest.approx(by_hand.q_values(paths["p"].tolist()))
     labels = "L" + sweep["layer"].astype(str) + "H" + sweep["index"].astype(str)
     totals = sweep.groupby(labels)["head_effect"].mean()
     total = totals[paths.index.get_level_values(0)].to_numpy()
-    floor = record_of(each)["noise_floor"]
     assert paths["total"].tolist() == pytest.approx(total)
-    assert floor == 0.25 and 0 < paths["share_of_total"].isna().sum() < len(paths)
-    share = (paths["mean"] / total).where(abs(total) > floor)
+    assert 0 < paths["share_of_total"].isna().sum() < len(paths)
+    share = (paths["mean"] / total).where(abs(total) > 0.25)
     pd.testing.assert_series_equal(paths["share_of_total"], share, check_names=False)
+    assert paths["above_noise"].tolist() == (paths["mean"].abs() > 0.25).tolist()
+
+
+def test_paths_go_on_from_the_trace_of_their_folder(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They inherit its edit, measure none of its components again, and have its noise floor."""
+    finish(llama, tmp_path, *FOUR, "--op", "patch", "--given", "L2H1")
+    trace = read(tmp_path, "circuit_heads.csv").set_index("label")
+    measured_again = "a component was measured again"
+    monkeypatch.setattr(tracing, "component_edits", lambda *_: pytest.fail(measured_again))
+    floor = record_of(tmp_path)["noise_floor"]
+    for through, layers in (("L2H3", "0-1"), ("each", "1")):
+        argv = ["paths", "--output_dir", str(tmp_path), "--through", through, "--layers", layers]
+        assert tracing.main(argv) == 0
+        paths = read(tmp_path, PATHS)
+        assert set(paths["op"]) == {"patch into a"}
+        totals = trace["mean"][paths["sender"]].tolist()
+        assert paths["total"].tolist() == pytest.approx(totals, abs=1e-12)
+        assert paths["above_noise"].tolist() == (paths["mean"].abs() > floor).tolist()
+    assert record_of(tmp_path)["commands"]["paths"]["options"]["given"] == "L2H1"
+    assert record_of(tmp_path)["noise_floor"] == floor
+
+
+def test_senders_are_named_or_the_strongest_of_the_trace(llama: str, tmp_path: Path) -> None:
+    finish(llama, tmp_path, *FOUR)
+    heads = read(tmp_path, "circuit_heads.csv").set_index("label")
+    strongest = heads["role"].abs().nlargest(3).index
+    finish(llama, tmp_path, "paths", "--senders", "top:3")
+    assert read(tmp_path, PATHS)["sender"].tolist() == sorted(strongest)
+    finish(llama, tmp_path, "paths", "--senders", "L1mlp,L0N7,L0H2", "--freeze", "all")
+    assert set(read(tmp_path, PATHS)["sender"]) == {"L0H2", "L0N7", "L1mlp"}
+
+
+def test_the_strongest_of_no_trace_are_refused(llama: str, tmp_path: Path, answer: Answer) -> None:
+    argv = command_line(llama, tmp_path, "paths", *FOUR, "--senders", "top:3")
+    refuses(answer, *argv, says=["--senders top:3", "run trace first"])
 
 
 def test_nothing_lies_above_the_last_layer(llama: str, tmp_path: Path, answer: Answer) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FOUR, "--layers", "2"]
-    code, _, err = answer(*argv, "--via", "each")
-    assert code in (0, 2) and "Traceback" not in err
+    argv = command_line(llama, tmp_path, "paths", *FOUR, "--layers", "2", "--through", "each")
+    refuses(answer, *argv, says=["--through each: no head is above L2H0"])
+
+
+def test_senders_without_a_head_above_them_have_no_path(llama: str, tmp_path: Path) -> None:
+    finish(llama, tmp_path, "paths", *FOUR, "--through", "each", "--layers", "1-2")
+    paths = read(tmp_path, PATHS)
+    assert len(paths) == 16 and set(paths["sender"].str[:2]) == {"L1"}
 
 
 REFUSED = {
-    "--via L1H0": "L2H3 is swept too",
-    "--via L0H0 --layers 0": "receives from components below",
-    "--via L0mlp --layers 0 --kind mlp": "receives from",
-    "--via L1attn --layers 0": "--via takes heads and MLPs",
-    "--via L1N3 --layers 0": "--via takes heads and MLPs",
-    "--via L1resid --layers 0": "--via takes heads and MLPs",
-    "--via L9H0 --layers 0": "this model has",
-    "--via logits --method atp": "--via measures paths",
-    "--via logits --screen 2": "--via measures paths",
-    "--freeze all": "--freeze applies to --via only",
-    "--via nonsense": "nonsense",
-    "--via logits --freeze mlps": "freeze",
+    "--through L1H0": "L1H0 is a sender too",
+    "--through L0H0 --layers 0": "receives from components below",
+    "--through L0mlp --layers 0 --kind mlp": "receives from",
+    "--through L1attn --layers 0": "receivers are heads and MLPs",
+    "--through L1N3 --layers 0": "receivers are heads and MLPs",
+    "--through L1resid --layers 0": "receivers are heads and MLPs",
+    "--through L9H0 --layers 0": "this model has",
+    "--through nonsense": "nonsense",
+    "--freeze mlps": "freeze",
+    "--kind neuron": "not from neurons",
+    "--kind resid": "loses the input itself",
+    "--senders L1resid,L0H1": "loses the input itself",
+    "--senders L0H1 --layers 0": "names the senders",
+    "--senders L0H9": "--senders L0H9: this model has",
+    "--method atp": "--method is an option of the command trace, not of paths",
 }
 
 
-@pytest.mark.parametrize("flags", REFUSED)
+@pytest.mark.parametrize("words", REFUSED)
 @pytest.mark.usefixtures("no_weights")
 def test_what_is_no_path_is_refused_before_weights_are_loaded(
-    flags: str, llama: str, tmp_path: Path, answer: Answer
+    words: str, llama: str, tmp_path: Path, answer: Answer
 ) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *FOUR, *flags.split()]
-    code, _, err = answer(*argv)
-    assert code == 2 and "error: " in err and REFUSED[flags] in err
+    argv = command_line(llama, tmp_path, "paths", *FOUR, *words.split())
+    refuses(answer, *argv, says=[REFUSED[words]])
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_the_same_command_again_loads_no_weights_and_without_via_no_path_is_left(
+def test_mlps_that_a_model_does_not_have_are_not_frozen(
+    random_model: Callable[[str], str], tmp_path: Path, answer: Answer
+) -> None:
+    argv = command_line(random_model("mixtral"), tmp_path, "paths", *FOUR, "--freeze", "all")
+    refuses(answer, *argv, says=["--freeze all: ", "has blocks without mlp.down_proj"])
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_the_same_command_again_loads_no_weights(
     each: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(each, tmp_path / "run")
     monkeypatch.setattr(tracing, "noise_floor", lambda *_: 0.25)
     (folder / PATHS).unlink()
-    finish(llama, folder, *FOUR, "--via", "each")
+    finish(llama, folder, "paths", *FOUR, "--through", "each")
     assert (folder / PATHS).read_bytes() == (each / PATHS).read_bytes()
     assert len([*folder.glob("circuit_paths*")]) == 2
-    finish(llama, folder, *FOUR)
-    assert not [*folder.glob("circuit_paths*")]
+
+
+def test_an_interrupted_command_goes_on_to_the_same_bytes(
+    each: Path, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = command_line(llama, tmp_path, "paths", *FOUR, "--through", "each")
+    monkeypatch.setattr(tracing, "noise_floor", lambda *_: 0.25)
+    record_received = tracing.record_received
+    n_calls = 0
+
+    def stop(*arguments: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > 1:
+            raise KeyboardInterrupt
+        return record_received(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, "record_received", stop)
+        assert tracing.main(argv) == 130
+    n_parts = len([*tmp_path.glob(".parts/scores-*.json")])
+    assert tracing.main(argv) == 0
+    assert len([*tmp_path.glob(".parts/scores-*.json")]) > n_parts
+    assert (tmp_path / PATHS).read_bytes() == (each / PATHS).read_bytes()
 
 
 def test_rows_per_forward_change_nothing(each: Path, llama: str, tmp_path: Path) -> None:
-    flags = [*FOUR, "--via", "each", "--layers", "0", "--heads", "1,2", "--rows_per_forward", "1"]
+    words = ["--through", "each", "--layers", "0", "--heads", "1,2", "--rows_per_forward", "1"]
     names = ["sender", "receiver"]
-    found, whole = (
-        read(f, PATHS).set_index(names) for f in (finish(llama, tmp_path, *flags), each)
-    )
-    assert len(found) == 16 and set(whole.index) > set(found.index)
-    assert (found["mean"] - whole["mean"]).abs().max() < CLOSE
+    narrow = read(finish(llama, tmp_path, "paths", *FOUR, *words), PATHS).set_index(names)
+    wide = read(each, PATHS).set_index(names)
+    assert len(narrow) == 16 and set(wide.index) > set(narrow.index)
+    assert (narrow["mean"] - wide["mean"]).abs().max() < CLOSE
 
 
 def test_negative_controls_are_left_out(llama: str, tmp_path: Path) -> None:
-    flags = "--task odd_one_out --num_samples 8 --layers 0 --heads 0 --via logits"
-    table, paths = read(finish(llama, tmp_path, *flags.split())), read(tmp_path, PATHS)
-    real = table[table["group"] != tracing.NO_ODD_ONE]["sample_id"].nunique()
-    assert {*paths["n_samples"]} == {real} and real < table["sample_id"].nunique()
+    words = "--task odd_one_out --num_samples 8 --layers 0 --heads 0"
+    table = read(finish(llama, tmp_path, *words.split()))
+    finish(llama, tmp_path, "paths", "--layers", "0", "--heads", "0")
+    paths = read(tmp_path, PATHS)
+    real = table[table["group"] != tracing.NO_ODD_ONE]
+    assert {*paths["n_samples"]} == {real["sample_id"].nunique()}
+    assert real["sample_id"].nunique() < table["sample_id"].nunique()
+    assert paths["total"].tolist() == pytest.approx([real["head_effect"].mean()])
+
+
+def test_a_run_without_edits_may_be_alone_in_its_batch(llama: str, tmp_path: Path) -> None:
+    """The empty set of a confirmation, whose clean run keeps the first layer alone."""
+    words = [*FOUR, "--layers", "1", "--confirm", "1", "--num_random", "1"]
+    tables = []
+    for rows in ("1", "4"):
+        folder = finish(llama, tmp_path / rows, *words, "--rows_per_forward", rows)
+        tables.append(read(folder, "circuit_confirm.csv")["mean_delta"])
+    assert (tables[0] - tables[1]).abs().max() < CLOSE

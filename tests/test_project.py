@@ -1,9 +1,10 @@
-"""The project around the script: what is written about it holds, and the file keeps its measures."""
+"""The project around the script: what is written of it holds, and the file keeps its measures."""
 
 from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,13 +41,29 @@ def test_the_top_level_holds_nothing_else() -> None:
 # ----- the readme
 
 
-def test_command_lines_in_the_readme_parse() -> None:
-    commands = re.findall(r"llama3_circuit_tracing\.py (--(?!help)[^\n`]+)", README)
-    commands += re.findall(r"^\| `(--[^`]+)` \|", README, re.MULTILINE)
+def readme_commands() -> list[str]:
+    """The command lines of code blocks and tables, without the script's name."""
+    commands = re.findall(r"llama3_circuit_tracing\.py ((?!COMMAND|--help)[^\n`|]+)", README)
+    words = "|".join(tracing.COMMANDS)
+    commands += re.findall(rf"^\| `((?:(?:{words}) )?--[^`]+)`", README, re.MULTILINE)
+    commands += re.findall(rf"`((?:{words}) [^`]*--[^`]+)`", README)
     commands = [re.sub(r"\s*\.\.\.$", "", command) for command in commands]
-    assert len(commands) > 12
+    return [command for command in commands if command]
+
+
+def test_command_lines_in_the_readme_parse(monkeypatch: Any, tmp_path: Path) -> None:
+    commands = readme_commands()
+    assert len(commands) > 25
+    monkeypatch.chdir(ROOT)
+    shutil.copy(EXAMPLE / "circuit.json", tmp_path)  # for `joint` without names
     for command in commands:
-        tracing.parse_args(command.split())
+        line = command.split()
+        if "NAMES" in line or "..." in command:
+            continue
+        measures = line[0] in tracing.COMMANDS and line[0] not in ("redraw", "compare")
+        if measures and "--model_id" not in line:
+            line += ["--model_id", "tests/tiny_llama", "--output_dir", str(tmp_path)]
+        tracing.parse_command_line(line)
 
 
 def test_files_that_the_readme_shows_exist() -> None:
@@ -60,9 +77,8 @@ def test_the_lines_of_python_in_the_readme_give_scores(monkeypatch: Any) -> None
     names: dict[str, Any] = {"tracing": tracing, "Path": Path}
     exec(block, names)  # prompts of two samples, one row
     assert names["scores"].shape == (1, 4)
-    assert (
-        names["scores"] - names["tree"].scores(names["clean"].log_probs, names["exp"].task)
-    ).any()
+    unedited = names["tree"].scores(names["clean_run"].log_probs, names["experiment"].task)
+    assert (names["scores"] - unedited).any()
     assert torch.isfinite(names["scores"]).all()
     assert not (ROOT / "unused").exists()
 
@@ -90,8 +106,9 @@ def test_the_examples_can_be_made_again_in_their_folders() -> None:
     assert len(folders) == 3
     known = {folder / "run.json" for folder in folders}
     for folder in folders:
-        written = tracing.listed_files(folder, record_of(folder))
-        known |= {folder / name for name in written}
+        run_folder = tracing.RunFolder(folder)
+        run_folder.record = record_of(folder)
+        known |= {folder / name for name in run_folder.written_files()}
     assert {ROOT / name for name in listed} <= known
 
 

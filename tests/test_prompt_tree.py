@@ -11,7 +11,7 @@ import torch
 import llama3_circuit_tracing as tracing
 from by_hand import prepared
 from conftest import Answer, refuses
-from llama3_circuit_tracing import Config, Prompt, Sample, Tree, edited_positions
+from llama3_circuit_tracing import Prompt, Sample, TraceOptions, Tree, align_positions
 
 Spelling = tuple[int, ...]
 Pair = tuple[Spelling, Spelling]
@@ -21,9 +21,13 @@ def prompt_of(sample: Sample, side: str, ids: Spelling, *forms: tuple[Spelling, 
     return Prompt(sample, side, "", ids, forms)
 
 
-def plant(*samples: Sequence[Prompt], bos: int | None = 1, config: Config | None = None) -> Tree:
+def plant(
+    *samples: Sequence[Prompt], bos: int | None = 1, options: TraceOptions | None = None
+) -> Tree:
     """All in one tree."""
-    (tree,) = tracing.plant_trees(samples, bos, replace(config or Config(), tree_tokens=100_000))
+    (tree,) = tracing.plant_trees(
+        samples, bos, replace(options or TraceOptions(), tree_tokens=100_000)
+    )
     return tree
 
 
@@ -108,7 +112,7 @@ def test_trees_hold_samples_in_order_and_at_most_the_tokens_allowed(tiny_llama: 
     built_in = prepared(tiny_llama, "--num_samples", "9").prompts
     whole = plant(*built_in[:3], bos=None)
     for limit, n_first in ((whole.n_tokens, 3), (whole.n_tokens - 1, 2), (1, 1)):
-        trees = tracing.plant_trees(built_in, None, Config(tree_tokens=limit))
+        trees = tracing.plant_trees(built_in, None, TraceOptions(tree_tokens=limit))
         assert all(tree.n_tokens <= limit or len(tree.samples) == 1 for tree in trees)
         in_order = [prompt for tree in trees for prompt in tree.prompts]
         assert in_order == [prompt for of_sample in built_in for prompt in of_sample]
@@ -157,25 +161,26 @@ def test_edits_touch_the_positions_asked_for_and_patches_the_aligned_ones_of_the
 ) -> None:
     """By hand; None stands for the whole tree."""
     for op in ("zero", "mean", "scale"):
-        found = edited_positions(*pair, Config(op=op, positions=positions))
-        assert (found if found is None else list(found)) == touched
-    assert edited_positions(*pair, Config(op="patch", positions=positions)) == aligned
+        aligned_positions = align_positions(*pair, TraceOptions(op=op, positions=positions))
+        edited = None if aligned_positions is None else list(aligned_positions)
+        assert edited == touched
+    assert align_positions(*pair, TraceOptions(op="patch", positions=positions)) == aligned
 
 
 def test_a_patched_tree_by_hand() -> None:
     """A prompt receives from the first difference on, and its form branch from the partner's."""
     a, b = (1, 2, 3, 5), (1, 2, 4, 5)
     into_a = {a[:3]: b[:3], a: b, (*a, 8): (*b, 8)}
-    assert sources(plant(SMALL, config=Config(op="patch"))) == into_a
-    into_b = sources(plant(SMALL, config=Config(op="patch", patch_into="b")))
+    assert sources(plant(SMALL, options=TraceOptions(op="patch"))) == into_a
+    into_b = sources(plant(SMALL, options=TraceOptions(op="patch", patch_into="b")))
     assert into_b == {theirs: mine for mine, theirs in into_a.items()}
-    last = sources(plant(SMALL, config=Config(op="patch", positions="last")))
+    last = sources(plant(SMALL, options=TraceOptions(op="patch", positions="last")))
     assert last == {a: b}, "the last position alone has no branches"
 
 
 def test_control_prompts_are_patched_from_b_as_a_is() -> None:
     other, b = prompt_of(PAIR, "other", (1, 2, 6, 5), ((7,), (8, 9))), (1, 2, 4, 5)
-    found = sources(plant([*SMALL, other], config=Config(op="patch")))
+    found = sources(plant([*SMALL, other], options=TraceOptions(op="patch")))
     assert {(1, 2, 6): b[:3], other.ids: b, (*other.ids, 8): (*b, 8)}.items() <= found.items()
     assert len(found) == 6, "b receives nothing"
 

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 import llama3_circuit_tracing as tracing
 import naive
 from conftest import Answer, finish, record_of, refuses, user_text, write_samples
-from llama3_circuit_tracing import Config, PromptEncoder, Sample, UsageError
+from llama3_circuit_tracing import PromptEncoder, Sample, TraceOptions, UsageError
 
 
 def forbidding(sample_id: str, sentence: str, *words: str) -> Sample:
@@ -150,7 +150,7 @@ def test_a_template_that_loops_is_stopped_and_told_of_in_one_sentence(
     loops = "{% if messages[0].role == '" + place + "' %}" + LOOPS + "{% endif %}"
     encoder = with_template(tokenizer, loops + tokenizer.chat_template)
     if place == "user":
-        encoder = replace(encoder, system="")
+        encoder = replace(encoder, system_prompt="")
     rendered = []
     render = tokenizer.__class__.apply_chat_template
     monkeypatch.setattr(
@@ -335,8 +335,8 @@ def test_words_that_the_literal_form_cannot_tell_apart_are_told_with_the_option(
     sample = replace(FRUIT, targets=("I cannot", "I can't"), origin="mine.jsonl, line 3")
     write(encoder, sample)
     encoder = PromptEncoder(tokenizer, "", "literal")
-    both = r"""'I cannot' and "I can't" begin with the same token, which --target_form literal scores"""
-    with pytest.raises(UsageError, match=rf"^mine\.jsonl, line 3 \(s0\): {both}$"):
+    both = r"""'I cannot' and "I can't" begin with the same token, which --target_form literal"""
+    with pytest.raises(UsageError, match=rf"^mine\.jsonl, line 3 \(s0\): {both} scores$"):
         write(encoder, sample)
 
 
@@ -442,7 +442,7 @@ def test_a_command_names_the_sample_and_both_words(
 
 def controlled(samples: Sequence[Sample], encoder: PromptEncoder) -> dict[str, dict[str, Any]]:
     """Per sample the prompt of each side."""
-    prompts = tracing.write_prompts(samples, encoder, Config(controls=True))
+    prompts = tracing.write_prompts(samples, encoder, TraceOptions(controls=True))
     return {of[0].sample.sample_id: {prompt.side: prompt for prompt in of} for of in prompts}
 
 
@@ -450,7 +450,7 @@ def test_controls_forbid_as_many_words_that_nobody_answers_or_mention_those_that
     encoder: PromptEncoder,
 ) -> None:
     """The words are those that other samples forbid; prompts a and b stay as they are."""
-    plain = tracing.write_prompts(BUILT_IN, encoder, Config())
+    plain = tracing.write_prompts(BUILT_IN, encoder, TraceOptions())
     of_sample = controlled(BUILT_IN, encoder).values()
     for sample, sides, of in zip(BUILT_IN, plain, of_sample, strict=True):
         assert list(of) == ["a", "b", "other", "affirm"]
@@ -548,24 +548,24 @@ def test_a_template_that_knows_no_system_turn_gets_none(
     template: str, turn: str, tokenizer: Any
 ) -> None:
     encoder = with_template(tokenizer, template)
-    assert encoder.opening == {}
+    assert encoder.opening_turns == {}
     prompt = write(encoder, FRUIT)
     assert prompt.text == "<|begin_of_text|>" + turn.format("Don't mention apple. Name a fruit.")
     # behind no white space a form begins with a blank
     assert prompt.forms == ((encoder.encode(" apple"), encoder.encode(" Apple")),)
 
 
-def test_the_log_and_the_record_say_that_there_is_no_system_turn(
+def test_the_log_says_that_there_is_no_system_turn_and_no_prompt_has_one(
     llama: str, tmp_path: Path
 ) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     path = model / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": NO_SYSTEM}))
     run = finish(str(model), tmp_path / "run", "--num_samples", "2", "--layers", "0")
-    assert record_of(run)["system_turn"] == "none"
-    assert record_of(run)["config"]["system_prompt"] == ""
-    told = "knows no system turn: 'You are an assistant.' is left out"
-    assert told in (run / "run.log").read_text()
+    for sample in record_of(run)["samples"]:
+        assert "You are an assistant" not in json.dumps(sample["prompts"])
+    sentence = "knows no system turn: 'You are an assistant.' is left out"
+    assert sentence in (run / "run.log").read_text()
 
 
 @pytest.mark.parametrize("template", ["{{ bos_token }}Hello", "{{ messages[0].content | upper }}"])

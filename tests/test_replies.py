@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -40,6 +41,15 @@ def runs(llama: str, tiny_llama: str, tmp_path_factory: pytest.TempPathFactory) 
     }
 
 
+def joint_replies(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "joint_generations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def rates_of(folder: Path, command: str = "trace") -> list[dict[str, Any]]:
+    return list(record_of(folder)["commands"][command]["behaviour"])
+
+
 def chosen_in(folder: Path) -> list[str]:
     rows = read(folder, "circuit_confirm.csv")
     return list(rows[rows["set"] == "chosen"]["components"])
@@ -58,11 +68,11 @@ def naive_reply(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] = 
     model, tokenizer = plain
     ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
     with by_hand.ablated(model, labels):
-        said = naive.greedy(model, naive.prompt_ids(tokenizer, user), n_tokens, ends)
-    return text_of(tokenizer, said)
+        tokens = naive.greedy(model, naive.prompt_ids(tokenizer, user), n_tokens, ends)
+    return text_of(tokenizer, tokens)
 
 
-# ----- what is said
+# ----- replies of a confirmed circuit
 
 
 @pytest.mark.parametrize("name", ["replying", "refusing"])
@@ -72,9 +82,10 @@ def test_all_samples_are_answered_unedited_and_held_out_ones_with_the_chosen_abl
     folder, ids = runs[name], list(by_hand.texts(runs[name]))
     held_out, records = halves(folder)[1], generations(folder)
     assert 0 < len(held_out) < len(ids)
-    wanted = [(i, side, "") for i in ids for side in "ab"]
-    wanted += [(i, side, labels) for i in held_out for side in "ab" for labels in chosen_in(folder)]
-    assert sorted((r["sample_id"], r["prompt"], r["ablated"]) for r in records) == sorted(wanted)
+    expected = [(i, side, "") for i in ids for side in "ab"]
+    for labels in chosen_in(folder):
+        expected += [(i, side, labels) for i in held_out for side in "ab"]
+    assert sorted((r["sample_id"], r["prompt"], r["ablated"]) for r in records) == sorted(expected)
     assert all(record["n_ablated"] == len(record["ablated"].split()) for record in records)
 
 
@@ -101,13 +112,13 @@ def test_replies_are_edited_by_any_op_at_all_tokens(
 ) -> None:
     component, factor = tracing.Component.parse(label), -40.0
     flags = ["--factor", str(factor)] if op == "scale" else []
-    flags += ["--neurons", "7"] if component.kind == "neuron" else []
-    exp = prepared(llama, "--kind", component.kind, "--op", op, "--max_new_tokens", "4", *flags)
-    prompts = [prompt for of_sample in exp.prompts for prompt in of_sample]
+    experiment = prepared(llama, "joint", label, "--op", op, *flags)
+    prompts = list(itertools.chain(*experiment.prompts))
     users = [user_text(prompt.text) for prompt in prompts]
     assert len({len(prompt.ids) for prompt in prompts}) > 1
     columns = slice(7, 8) if component.kind == "neuron" else slice(None)
-    mean = exp.means[component.site].float() if op == "mean" else torch.zeros(0)
+    site = component.site
+    mean = experiment.mean_activation(site.place)[site].float() if op == "mean" else torch.zeros(0)
 
     def edit(x: torch.Tensor) -> torch.Tensor:
         y = x.clone()
@@ -115,9 +126,10 @@ def test_replies_are_edited_by_any_op_at_all_tokens(
         return y
 
     block = naive.layers_of(plain[0])[component.layer]
-    with naive.hooked(block.get_submodule(component.site[1]), edit):
+    with naive.hooked(block.get_submodule(tracing.PLACES[site.place].module), edit):
         expected = [naive_reply(plain, user, 4) for user in users]
-    assert tracing.greedy_replies(exp, exp.edits([component]), prompts) == expected
+    edits = experiment.edits(None, [component])
+    assert tracing.greedy_replies(experiment, edits, prompts, 4) == expected
     assert expected[0] != naive_reply(plain, users[0], 4)
 
 
@@ -125,11 +137,11 @@ def test_replies_are_edited_by_any_op_at_all_tokens(
 def test_replies_stop_at_every_kind_of_terminator(
     terminator: str, llama: str, plain: Plain, monkeypatch: Patch
 ) -> None:
-    exp = prepared(llama, "--max_new_tokens", "8")
-    prompts, tokenizer = exp.prompts[0], exp.encoder.tokenizer
+    experiment = prepared(llama)
+    prompts, tokenizer = experiment.prompts[0], experiment.encoder.tokenizer
     tokens, others = (naive_tokens(plain, user_text(prompt.text), 8) for prompt in prompts)
     stop = next(token for token in tokens[2:] if token not in tokens[:2])
-    settings = exp.traced.model.generation_config
+    settings = experiment.traced.model.generation_config
     settings.eos_token_id = {"generation_config": stop, "a list": [3, stop]}.get(terminator)
     if terminator == "tokenizer":
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stop)
@@ -138,16 +150,16 @@ def test_replies_stop_at_every_kind_of_terminator(
         monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
     assert stop not in others, "the other reply goes on"
     expected = [text_of(tokenizer, t) for t in (tokens[: tokens.index(stop)], others)]
-    assert tracing.greedy_replies(exp, (), prompts) == expected
+    assert tracing.greedy_replies(experiment, (), prompts, 8) == expected
 
 
 def test_the_reply_of_a_model_that_ends_at_once_is_empty(llama: str, plain: Plain) -> None:
-    exp = prepared(llama, "--max_new_tokens", "3")
-    prompt, weight = exp.prompts[0][0], exp.traced.head.weight
+    experiment = prepared(llama)
+    prompt, weight = experiment.prompts[0][0], experiment.traced.unembedding.weight
     (likeliest,) = naive_tokens(plain, user_text(prompt.text), 1)
     with torch.no_grad():
-        weight[exp.encoder.tokenizer.eos_token_id] = 2 * weight[likeliest]
-    assert tracing.greedy_replies(exp, (), [prompt]) == [""]
+        weight[experiment.encoder.tokenizer.eos_token_id] = 2 * weight[likeliest]
+    assert tracing.greedy_replies(experiment, (), [prompt], 3) == [""]
 
 
 def test_a_model_without_any_end_speaks_to_the_last_token(llama: str, tmp_path: Path) -> None:
@@ -160,7 +172,7 @@ def test_a_model_without_any_end_speaks_to_the_last_token(llama: str, tmp_path: 
         path.write_text(json.dumps({**settings, **changes.get(name, {})}))
     (endless, tokenizer), flags = naive.load(str(folder)), ["--max_new_tokens", "3"]
     assert tokenizer.eos_token is endless.generation_config.eos_token_id is None
-    samples = [of_sample[0].sample for of_sample in prepared(str(folder)).prompts]
+    samples = [prompts[0].sample for prompts in prepared(str(folder)).prompts]
     run = finish(str(folder), tmp_path / "run", "--num_samples", "2", "--layers", "0", *flags)
     users = [text for sample in samples for text in (sample.prompt_a, sample.prompt_b)]
     expected = [text_of(tokenizer, naive_tokens((endless, tokenizer), user, 3)) for user in users]
@@ -168,10 +180,11 @@ def test_a_model_without_any_end_speaks_to_the_last_token(llama: str, tmp_path: 
 
 
 def test_replies_leave_no_hook_behind(llama: str) -> None:
-    exp = prepared(llama, "--max_new_tokens", "2", "--given", "L2mlp")
-    before = tracing.count_hooks(exp.traced)
-    tracing.greedy_replies(exp, exp.edits(exp.components[:3]), exp.prompts[0])
-    assert tracing.count_hooks(exp.traced) == before
+    experiment = prepared(llama, "--given", "L2mlp")
+    before = tracing.count_hooks(experiment.traced)
+    edits = experiment.edits(None, experiment.shape.components("head")[:3])
+    tracing.greedy_replies(experiment, edits, experiment.prompts[0], 2)
+    assert tracing.count_hooks(experiment.traced) == before
 
 
 @pytest.mark.parametrize(
@@ -181,15 +194,16 @@ def test_without_a_confirmed_set_that_applies_at_every_token_replies_are_unedite
     flags: str, llama: str, tmp_path: Path
 ) -> None:
     finish(llama, tmp_path, "--num_samples", "2", "--max_new_tokens", "2", *flags.split())
-    found = [(r["sample_id"], r["prompt"], r["ablated"]) for r in generations(tmp_path)]
-    assert found == [(i, side, "") for i in by_hand.texts(tmp_path) for side in "ab"]
+    replies = [(r["sample_id"], r["prompt"], r["ablated"]) for r in generations(tmp_path)]
+    assert replies == [(i, side, "") for i in by_hand.texts(tmp_path) for side in "ab"]
+    assert [rate["samples"] for rate in rates_of(tmp_path)] == ["all"]
     assert (tmp_path / "circuit_confirm.csv").exists() == ("--confirm" in flags)
     assert ("edited replies need" in (tmp_path / "run.log").read_text()) == ("--confirm" in flags)
 
 
-# ----- with a set that is named
+# ----- replies of a named set
 
-NAMED = ["--num_samples", "4", "--layers", "0", "--max_new_tokens", "5", "--ablate", "L2mlp,L0H1"]
+NAMED = ["joint", "L2mlp,L0H1", "--num_samples", "4", "--max_new_tokens", "5", "--num_random", "1"]
 
 
 def rows_of(records: list[dict[str, Any]], ablated: str) -> list[tuple[str, str]]:
@@ -200,10 +214,10 @@ def test_all_samples_are_answered_unedited_and_with_the_named_set_edited(
     llama: str, tmp_path: Path, plain: Plain
 ) -> None:
     folder = finish(llama, tmp_path, *NAMED)
-    records, texts = generations(folder), by_hand.texts(folder)
-    asked = [(sample, side) for sample in texts for side in "ab"]
-    assert rows_of(records, "") == rows_of(records, "L2mlp L0H1") == asked
-    assert len(records) == 2 * len(asked)
+    records, texts = joint_replies(folder), by_hand.texts(folder)
+    prompts = [(sample, side) for sample in texts for side in "ab"]
+    assert rows_of(records, "") == rows_of(records, "L2mlp L0H1") == prompts
+    assert len(records) == 2 * len(prompts)
     n_changed = 0
     for record in records:
         user, labels = texts[record["sample_id"]][record["prompt"]], record["ablated"].split()
@@ -216,43 +230,44 @@ def test_all_samples_are_answered_unedited_and_with_the_named_set_edited(
 def test_the_rates_of_a_named_set_are_those_of_its_replies_to_all_samples(
     tiny_llama: str, tmp_path: Path
 ) -> None:
-    """On the trained model, whose replies show the behaviour; no line of held-out samples."""
-    flags = "--num_samples 6 --layers 0 --max_new_tokens 3 --ablate L0attn,L1attn"
-    folder = finish(tiny_llama, tmp_path, *flags.split())
-    rates, told = record_of(folder)["behaviour"], (folder / "run.log").read_text()
+    """On the trained model, whose replies show the behaviour; scaled replies are left out, and
+    there is no line of held-out samples."""
+    words = "joint L0attn,L1attn --num_samples 6 --max_new_tokens 3 --multipliers 3"
+    folder = finish(tiny_llama, tmp_path, *words.split(), "--num_random", "1")
+    rates, log = rates_of(folder, "joint"), (folder / "run.log").read_text()
     assert [(rate["samples"], rate["n_ablated"]) for rate in rates] == [("all", 0), ("all", 2)]
-    assert "held-out" not in told[told.index("----- replies") :]
-    replies = pd.DataFrame(generations(folder))
+    assert "held-out" not in log[log.index("----- replies") :]
+    replies = pd.DataFrame(joint_replies(folder))
+    assert replies["multiplier"].notna().any()
     for rate in rates:
         for side in "ab":
             same = (replies["n_ablated"] == rate["n_ablated"]) & (replies["prompt"] == side)
+            same &= replies["multiplier"].isna()
             for name in ("mentions", "answers"):
                 expected = 100 * replies[same][name].map(bool).mean()
                 assert rate[f"{name}_{side}"] == pytest.approx(expected)
-        assert f"(all, {rate['n_ablated']} ablated): {rate['mentions_a']:.0f} % " in told
+        assert f"(all, {rate['n_ablated']} ablated): {rate['mentions_a']:.0f} % " in log
     assert rates[0]["answers_b"] != rates[1]["answers_b"]
 
 
-def test_a_named_set_stands_beside_a_chosen_one_of_its_size(llama: str, tmp_path: Path) -> None:
-    folder = finish(llama, tmp_path, *NAMED, "--confirm", "2", "--num_random", "1")
-    records, rates = generations(folder), record_of(folder)["behaviour"]
-    kinds = [(rate["samples"], rate["n_ablated"]) for rate in rates]
-    assert kinds == [("all", 0), ("all", 2), *(("held-out", n) for n in range(3))]
-    assert len(rows_of(records, "L2mlp L0H1")) == 8
-    held_out = [(sample, side) for sample in by_hand.texts(folder) for side in "ab"]
+def test_the_circuit_of_a_folder_answers_the_held_out_samples_alone(
+    runs: dict[str, Path], llama: str, tmp_path: Path
+) -> None:
+    """What is called held-out is of these samples, and the same as the trace's."""
+    folder = Path(shutil.copytree(runs["replying"], tmp_path / "run"))
+    finish(llama, folder, "joint", "--max_new_tokens", "5", "--num_random", "1")
+    records = joint_replies(folder)
+    held_out = [(i, side) for i in by_hand.texts(folder) for side in "ab"]
     held_out = [row for row in held_out if row[0] in halves(folder)[1]]
-    for labels in chosen_in(folder):
-        assert rows_of(records, labels) == held_out
-    for rate in rates:
-        of_named = rate["samples"] == "all"
-        same = [r for r in records if r["n_ablated"] == rate["n_ablated"] and r["prompt"] == "b"]
-        if of_named and rate["n_ablated"]:
-            same = [r for r in same if r["ablated"] == "L2mlp L0H1"]
-        elif not of_named:
-            same = [r for r in same if (r["sample_id"], "b") in held_out]
-            same = [r for r in same if r["ablated"] != "L2mlp L0H1"]
-        alike = 100 * tracing.share_alike([record["reply"] for record in same])
-        assert rate["alike_b"] == pytest.approx(alike)
+    labels = chosen_in(folder)[-1]
+    assert rows_of(records, "") == rows_of(records, labels) == held_out
+    assert len(records) == 2 * len(held_out)
+    expected = []
+    for rate in rates_of(folder):
+        if rate["samples"] == "held-out" and rate["n_ablated"] in (0, 3):
+            expected.append(rate)
+    assert rates_of(folder, "joint") == expected
+    assert len(expected) == 2
 
 
 @pytest.mark.parametrize("flags", ["--op patch", "--positions last"])
@@ -260,9 +275,9 @@ def test_a_named_set_that_applies_at_some_tokens_is_warned_of(
     flags: str, llama: str, tmp_path: Path
 ) -> None:
     folder = finish(llama, tmp_path, *NAMED, *flags.split())
-    assert {record["ablated"] for record in generations(folder)} == {""}
+    assert {record["ablated"] for record in joint_replies(folder)} == {""}
     assert "edited replies need" in (folder / "run.log").read_text()
-    assert (folder / "circuit_confirm.csv").exists()
+    assert (folder / "circuit_joint.csv").exists()
 
 
 # ----- what it shows
@@ -289,24 +304,23 @@ def test_what_a_reply_shows_recomputes_from_its_text(runs: dict[str, Path]) -> N
 @pytest.mark.parametrize("name", ["replying", "refusing"])
 def test_the_rates_are_in_run_json_and_in_the_log(name: str, runs: dict[str, Path]) -> None:
     folder, records = runs[name], pd.DataFrame(generations(runs[name]))
-    rates, told = record_of(folder)["behaviour"], (folder / "run.log").read_text()
+    rates, log = rates_of(folder), (folder / "run.log").read_text()
     steps = [("held-out", n) for n in range(len(chosen_in(folder)) + 1)]
     assert [(rate["samples"], rate["n_ablated"]) for rate in rates] == [("all", 0), *steps]
     held_out = records[records["sample_id"].isin(halves(folder)[1])]
     for rate in rates:
-        of_samples = records if rate["samples"] == "all" else held_out
+        group = records if rate["samples"] == "all" else held_out
         for side in "ab":
-            same = of_samples["n_ablated"] == rate["n_ablated"]
-            mine = of_samples[same & (of_samples["prompt"] == side)]
-            for what in ("mentions", "answers"):
-                share = 100 * sum(map(bool, mine[what])) / len(mine)
-                assert rate[f"{what}_{side}"] == pytest.approx(share)
-            alike = 100 * tracing.share_alike(mine["reply"])
+            same = (group["n_ablated"] == rate["n_ablated"]) & (group["prompt"] == side)
+            for name in ("mentions", "answers"):
+                share = 100 * group[same][name].map(bool).mean()
+                assert rate[f"{name}_{side}"] == pytest.approx(share)
+            alike = 100 * tracing.share_alike(group[same]["reply"])
             assert rate[f"alike_{side}"] == pytest.approx(alike)
-        whose = f"({rate['samples']}, {rate['n_ablated']} ablated)"
-        assert f"{whose}: {rate['mentions_a']:.0f} % " in told
-        beside = f"{rate['answers_b']:.0f} % to b are answers, {rate['alike_b']:.0f} % are alike"
-        assert f"{beside} or repeat themselves\n" in told[told.index(whose) :]
+        start = f"({rate['samples']}, {rate['n_ablated']} ablated)"
+        assert f"{start}: {rate['mentions_a']:.0f} % " in log
+        end = f"{rate['answers_b']:.0f} % to b are answers, {rate['alike_b']:.0f} % are alike"
+        assert f"{end} or repeat themselves\n" in log[log.index(start) :]
 
 
 def test_the_rates_by_hand() -> None:
@@ -321,11 +335,11 @@ def test_the_rates_by_hand() -> None:
     columns = ["sample_id", "prompt", "n_ablated", "mentions", "answers", "reply"]
     table = pd.DataFrame(replies, columns=columns)
     table["text"] = table["sample_id"]
-    unedited, of_t = table[table["n_ablated"] == 0], table[table["sample_id"] == "t"]
-    groups = [unedited.assign(samples="all"), of_t.assign(samples="held-out")]
-    found = tracing.behaviour_rates(pd.concat(groups))
-    names = [f"{what}_{side}" for side in "ab" for what in ("mentions", "answers", "alike")]
-    assert [[rate[name] for name in ("samples", "n_ablated", *names)] for rate in found] == [
+    unedited, t_alone = table[table["n_ablated"] == 0], table[table["sample_id"] == "t"]
+    groups = [unedited.assign(samples="all"), t_alone.assign(samples="held-out")]
+    rates = tracing.behaviour_rates(pd.concat(groups))
+    names = [f"{name}_{side}" for side in "ab" for name in ("mentions", "answers", "alike")]
+    assert [[rate[name] for name in ("samples", "n_ablated", *names)] for rate in rates] == [
         ["all", 0, 50, 50, 100, 100, 100, 50],
         ["held-out", 0, 100, 100, 0, 100, 100, 100],
         ["held-out", 2, 100, 0, 0, 0, 0, 0],
@@ -334,11 +348,11 @@ def test_the_rates_by_hand() -> None:
 
 def test_equal_replies_to_the_same_prompt_are_not_alike() -> None:
     """Two samples that share prompt b have one reply to it."""
-    row = {"n_ablated": 0, "mentions": [], "answers": True}
-    said = [("s", "a", "x", "one"), ("t", "a", "y", "one"), ("s", "b", "z", "two")]
-    said += [("t", "b", "z", "two"), ("u", "b", "w", "three")]
-    rows = [row | dict(zip(("sample_id", "prompt", "text", "reply"), r, strict=True)) for r in said]
-    (rate,) = tracing.behaviour_rates(pd.DataFrame(rows).assign(samples="all"))
+    replies = [("s", "a", "x", "one"), ("t", "a", "y", "one"), ("s", "b", "z", "two")]
+    replies += [("t", "b", "z", "two"), ("u", "b", "w", "three")]
+    table = pd.DataFrame(replies, columns=["sample_id", "prompt", "text", "reply"])
+    table["mentions"] = [[]] * len(table)
+    (rate,) = tracing.behaviour_rates(table.assign(samples="all", n_ablated=0, answers=True))
     assert (rate["alike_a"], rate["alike_b"]) == (100, 0)
 
 
@@ -365,12 +379,12 @@ def test_the_share_of_replies_that_are_alike_by_hand(replies: tuple[str, ...]) -
 
 def test_replies_in_a_batch_are_those_of_each_alone(llama: str, tmp_path: Path) -> None:
     """Of prompts of different lengths, with edits, at any number of rows."""
-    found = []
+    replies = []
     for rows in ("1", "3", "64"):
         flags = [*REPLYING.split(), "--op", "mean", "--rows_per_forward", rows]
-        found.append(generations(finish(llama, tmp_path / rows, *flags)))
-    assert found[0] == found[1] == found[2]
-    assert len({record["reply"] for record in found[0]}) > 5
+        replies.append(generations(finish(llama, tmp_path / rows, *flags)))
+    assert replies[0] == replies[1] == replies[2]
+    assert len({record["reply"] for record in replies[0]}) > 5
 
 
 def test_replies_are_greedy_whatever_is_configured(
@@ -383,6 +397,6 @@ def test_replies_are_greedy_whatever_is_configured(
     (model / "generation_config.json").write_text(json.dumps(configured))
     flags = "--num_samples 4 --layers 0 --max_new_tokens 5 --given L0H0"
     folder = finish(str(model), tmp_path / "run", *flags.split())
-    users = [text for of_sample in by_hand.texts(folder).values() for text in of_sample.values()]
+    users = list(itertools.chain(*(texts.values() for texts in by_hand.texts(folder).values())))
     expected = [naive_reply(plain, user, 5, ["L0H0"]) for user in users]
     assert [record["reply"] for record in generations(folder)] == expected

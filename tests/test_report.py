@@ -1,4 +1,4 @@
-"""The page that a run ends with: what it shows is what the files say, and nothing in it acts."""
+"""The page of a run folder: what it shows is what the files say, and nothing in it acts."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ from conftest import (
     HANGS,
     SCRIPT,
     TINY,
-    Answer,
     finish,
     generations,
     read,
     record_of,
-    refuses,
     write_samples,
 )
 
@@ -49,7 +47,6 @@ GROUPS = {
     "effect less that of forbidding other words": "minus_other_",
     "effect on delta_logit": "",
     "effect less that of affirming the same words": "minus_affirm_",
-    "growth of the role since --compare": "growth_",
     "details of the effect": "",
     "": "",
 }
@@ -110,13 +107,13 @@ def page_of(folder: Path) -> Page:
 
 
 def facts_of(page: Page) -> dict[str, str]:
-    """The run in ten lines."""
+    """What all commands of the folder share."""
     return dict(zip(page.of("dt"), page.of("dd"), strict=True))
 
 
 def section(source: str, name: str) -> str:
     """What stands below one heading."""
-    return source.split(f"<h2>{name}", 1)[1].split("<h2>", 1)[0]
+    return re.split(f'<h2 id="[a-z0-9]+">{name}<', source)[1].split("<h2 ", 1)[0]
 
 
 def columns_of(page: Page) -> list[tuple[str, str]]:
@@ -196,19 +193,6 @@ def test_without_a_contrast_the_effect_stands_first(few: Path) -> None:
     assert [*cells_of(page)] == strength.sort_values(ascending=False).index.tolist()
 
 
-def test_columns_of_a_comparison_are_there(tiny_llama: str, tmp_path: Path) -> None:
-    """Beside a given head, whose cell of the grid is empty."""
-    flags = ["--num_samples", "6", "--layers", "0-1"]
-    before = finish(tiny_llama, tmp_path / "before", *flags) / "circuit_results.csv"
-    flags += ["--given", "L0H2", "--compare", str(before)]
-    run = finish(tiny_llama, tmp_path / "run", *flags)
-    page = page_of(run)
-    assert ("growth of the role since --compare", "q") in columns_of(page)
-    check_cells(run)
-    assert facts_of(page)["edited"].endswith("; L0H2 zeroed in every run")
-    assert [told == "" for told in hovers(page)[-1][:4]] == [False, False, True, False]
-
-
 def colours(source: str, table: str) -> dict[tuple[int, int], tuple[int, int, int]]:
     """Red, green and blue by row and column, headings not counted."""
     cells = [[told for _, told in row] for row in Page(source).named(table)]
@@ -232,10 +216,11 @@ def colour_of(role: float, of_all: pd.DataFrame | pd.Series) -> tuple[int, int, 
 
 
 def test_red_carries_the_task_at_any_sign(main_run: Path, tiny_llama: str, tmp_path: Path) -> None:
-    others = ("--op scale --factor 2", "--task refusal")
-    common = ["--num_samples", "6"]
-    runs = (finish(tiny_llama, tmp_path / of, *common, *of.split()) for of in others)
-    for folder in (main_run, *runs):
+    folders = [main_run]
+    for flags in ("--op scale --factor 2", "--task refusal"):
+        words = ["--num_samples", "6", *flags.split()]
+        folders.append(finish(tiny_llama, tmp_path / flags, *words))
+    for folder in folders:
         heads, source = read(folder, "circuit_heads.csv"), source_of(folder)
         roles = heads.set_index("label")["role"]
         column = columns_of(Page(source)).index(("effect on delta_logit", "mean"))
@@ -248,8 +233,8 @@ def test_red_carries_the_task_at_any_sign(main_run: Path, tiny_llama: str, tmp_p
 
 
 def test_colours_are_light_behind_dark_text(main_run: Path) -> None:
-    found = {**colours(source_of(main_run), "heads"), **colours(source_of(main_run), "grid")}
-    assert len(found) > 100
+    found = colours(source_of(main_run), "heads")
+    assert len(found) == 96
     assert min(0.3 * r + 0.6 * g + 0.1 * b for r, g, b in found.values()) > 110
 
 
@@ -259,11 +244,11 @@ def many(n: int) -> pd.DataFrame:
     return results(effects, [-5.0 - 0.1 * i for i in range(8)])
 
 
-@pytest.mark.parametrize(("most", "n"), [(20, 20), (tracing.MOST_ROWS, 503)])
+@pytest.mark.parametrize(("most", "n"), [(20, 20), (tracing.MAX_TABLE_ROWS, 503)])
 def test_of_many_components_the_strongest_are_shown_and_it_says_so(
     most: int, n: int, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr(tracing, "MOST_ROWS", most)
+    monkeypatch.setattr(tracing, "MAX_TABLE_ROWS", most)
     many(n).to_csv(tmp_path / "t.csv", index=False)
     source = redraw(tmp_path / "t.csv", tmp_path / "new")
     heads = read(tmp_path / "new", "circuit_heads.csv").set_index("label")
@@ -272,62 +257,10 @@ def test_of_many_components_the_strongest_are_shown_and_it_says_so(
     cut = f"The {most} strongest of {n}; all are in circuit_heads.csv." in source
     assert cut == (n > most)
     assert len(source) < 2e6
-    assert "Roles by layer" not in source  # neurons have no grid
 
 
-# ----- layers by heads
-
-
-def hovers(page: Page) -> list[list[str]]:
-    return [[told.get("title", "") for _, told in row[1:]] for row in page.named("grid")[1:]]
-
-
-def test_cells_of_the_grid_show_head_effect_interval_and_q_on_hover(main_run: Path) -> None:
-    page, heads = page_of(main_run), read(main_run, "circuit_heads.csv").set_index("label")
-    shown = hovers(page)
-    assert [text for text, _ in page.named("grid")[0][1:]] == [str(i) for i in range(8)]
-    for row, layer in zip(shown, (3, 2, 1, 0), strict=True):  # as in the figure
-        for index, told in enumerate(row):
-            head = heads.loc[f"L{layer}H{index}"]
-            mean, low, high, q = (
-                head[f"minus_other_{n}"] for n in tracing.COLUMNS if n[0] in "mcq"
-            )
-            assert told.startswith("effect less that of forbidding other words, ")
-            interval = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
-            verdict = head["minus_other_verdict"]
-            assert told.endswith(f", L{layer}H{index}: {interval}, q {q:.2g}, {verdict}")
-    dots = [text == "•" for row in page.named("grid")[1:] for text, _ in row[1:]]
-    verdicts = [not told.endswith("unclear") for row in shown for told in row]
-    assert dots == verdicts and 0 < sum(dots) < 32
-
-
-def test_whole_modules_are_one_column(llama: str, tmp_path: Path) -> None:
-    folder = finish(llama, tmp_path, "--num_samples", "6", "--kind", "mlp")
-    check_cells(folder)
-    shown = hovers(page_of(folder))
-    assert [re.findall("L.mlp", told) for (told,) in shown] == [["L2mlp"], ["L1mlp"], ["L0mlp"]]
-
-
-def test_the_grid_is_coloured_by_the_role_that_is_quoted(main_run: Path) -> None:
-    heads, found = read(main_run, "circuit_heads.csv"), colours(source_of(main_run), "grid")
-    assert len(found) == len(heads) == 32
-    quoted, others, differing = heads["minus_other_role"], heads["role"], 0
-    for head in heads.itertuples():
-        expected = colour_of(head.minus_other_role, quoted)
-        assert found[3 - head.layer, head.index] == expected, head.label
-        differing += expected != colour_of(head.role, others)
-    assert differing > 16
-    red, _, blue = found[3, 6]  # L0H6 carries most
-    assert red > blue + 100
-    red, _, blue = found[3, 5]  # L0H5 works against it
-    assert blue > red + 100
-
-
-def test_without_a_contrast_the_grid_is_coloured_by_role(few: Path) -> None:
-    heads, found = read(few, "circuit_heads.csv"), colours(source_of(few), "grid")
-    assert len(found) == len(heads) == 8
-    for head in heads.itertuples():
-        assert found[1 - head.layer, head.index] == colour_of(head.role, heads["role"])
+def test_whole_modules_have_a_table_too(llama: str, tmp_path: Path) -> None:
+    check_cells(finish(llama, tmp_path, "--num_samples", "6", "--kind", "mlp"))
 
 
 def test_each_mean_is_coloured_by_the_role_in_its_own_measure(main_run: Path) -> None:
@@ -347,41 +280,75 @@ def test_each_mean_is_coloured_by_the_role_in_its_own_measure(main_run: Path) ->
 # ----- the run, what was found, figures, samples
 
 
-def test_the_run_is_told_from_its_record(main_run: Path) -> None:
+def test_the_experiment_is_that_of_the_record(main_run: Path) -> None:
     page, record = page_of(main_run), record_of(main_run)
     facts = facts_of(page)
-    assert facts["model"] == str(TINY)
-    assert facts["samples"] == "16 samples of 16 sentences"
-    assert facts["edited"] == "head, zero, positions all"
-    assert facts["tested"] == "32 components, which q corrects for"
+    assert facts["model_id"] == str(TINY)
+    assert (facts["task"], facts["num_samples"], facts["controls"]) == ("suppression", "16", "True")
     assert facts["noise floor"] == f"{record['noise_floor']:.2g} nats"
-    assert facts["method"] == "measured, by the exact sweep"
-    found = facts["base"].splitlines()
+    for name in ("model", "dtype", "device_type", "torch", "transformers"):
+        assert facts[name] == record["experiment"]["fingerprint"][name]
+    assert page.of("title") == ["suppression in tiny_llama"]
+
+
+def findings_of(folder: Path, command: str) -> list[str]:
+    """The sentences of a command in run.json, as the page shows them."""
+    texts = []
+    for finding in record_of(folder)["commands"][command]["findings"]:
+        if finding["level"] != "heading":
+            warning = "Warning: " if finding["level"] == "warning" else ""
+            texts.append(warning + finding["text"])
+    return texts
+
+
+def test_a_command_has_its_question_edit_and_findings(main_run: Path) -> None:
+    page = Page(section(source_of(main_run), "trace"))
+    question, edit, *findings = page.of("p")
+    assert question == "Which components carry the behaviour?"
+    options = "confirm 8, max_new_tokens 8"
+    assert edit == f"kind head, op zero, positions all, {options}"
+    expected = findings_of(main_run, "trace")
+    assert findings[: len(expected)] == expected and len(expected) > 10
     log = (main_run / "run.log").read_text().splitlines()
-    assert [line.split("; noise")[0] for line in log if line.startswith("mean ")] == found
-    for name in ("model", "seed", "dtype", "device_type", "torch", "transformers"):
-        assert f"{name} {record['fingerprint'][name]}" in facts["run"]
-    assert page.of("title") == ["suppression in tiny_llama: removing each head"]
+    assert {text.removeprefix("Warning: ") for text in expected} <= {*log}
+    assert page.of("h3") == ["statistics", "joint ablation", "replies"]
 
 
-def test_negative_controls_are_no_samples_of_the_base(tiny_llama: str, tmp_path: Path) -> None:
-    flags = "--task odd_one_out --num_samples 10 --layers 0 --op patch"
-    check_cells(finish(tiny_llama, tmp_path, *flags.split()))
-    told = facts_of(page_of(tmp_path))["samples"]
-    assert told == "8 samples of 8 sentences, and 2 negative controls"
+def test_every_command_of_a_folder_has_a_section_and_a_link(llama: str, tmp_path: Path) -> None:
+    finish(llama, tmp_path, "graph", "--num_samples", "4", "--nodes", "20")
+    finish(llama, tmp_path, *FEW)
+    finish(llama, tmp_path, "joint", "L0H1", *["--num_random", "2", "--op", "scale"], "--factor=2")
+    page, source = page_of(tmp_path), source_of(tmp_path)
+    headings = ["Experiment", "graph", "trace", "joint", "Samples"]
+    assert page.of("h2") == page.of("a") == headings
+    links = [link["href"] for link in page.all("a")]
+    assert links == [f"#{heading['id']}" for heading in page.all("h2")]
+    for command in ("graph", "trace", "joint"):
+        shown = Page(section(source, command))
+        expected = findings_of(tmp_path, command)
+        assert expected and shown.of("p")[2 : 2 + len(expected)] == expected
+        assert len(images(shown)) == len(images_of(tmp_path, command)) > 0
+    assert Page(section(source, "graph")).of("p")[1] == "nodes 20"
+    edit = Page(section(source, "joint")).of("p")[1]
+    assert edit.startswith("kind head, op scale, factor 2.0, positions all, names L0H1")
 
 
-def log_of(folder: Path) -> list[str]:
-    """What the last command's log says from the statistics on."""
-    said = (folder / "run.log").read_text().rpartition("----- statistics\n")[2].splitlines()
-    return [line for line in said[:-1] if not line.startswith("-----")]
+def images_of(folder: Path, command: str) -> list[str]:
+    files = record_of(folder)["commands"][command]["files"]
+    return [name for name in files if name.endswith(".png")]
 
 
-def test_the_findings_are_the_logs(main_run: Path) -> None:
-    found = section(source_of(main_run), "Findings")
-    assert Page(found).of("p") == log_of(main_run)
-    assert Page(found).of("h3") == ["statistics", "joint ablation", "replies"]
-    assert "results in" not in found and "warning" not in found
+def test_a_command_that_failed_is_called_unfinished(
+    few: Path, llama: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    folder = shutil.copytree(few, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, "measure_sets", lambda *_: 1 / 0)
+        assert tracing.main(["joint", "L0H1", "--output_dir", str(folder)]) == 1
+    finish(llama, folder, *FEW)
+    unfinished = "Warning: this command has not ended; run it again"
+    assert Page(section(source_of(folder), "joint")).of("p")[-1] == unfinished
+    assert unfinished not in Page(section(source_of(folder), "trace")).of("p")
 
 
 def test_warnings_are_marked(llama: str, tmp_path: Path) -> None:
@@ -392,34 +359,17 @@ def test_warnings_are_marked(llama: str, tmp_path: Path) -> None:
     assert any("warning" in attrs.get("class", "") for attrs in page.all("p"))
 
 
-LOUD = '<dd class="warning">ESTIMATED from gradients by atp: no component is measured</dd>'
-
-
-def test_estimates_are_called_so_loudly(llama: str, tmp_path: Path) -> None:
-    source = source_of(finish(llama, tmp_path, *FEW, "--method", "atp"))
-    assert LOUD in source and "<h2>Components by atp estimates</h2>" in source
-    assert "Warning: all effects here are by atp estimates, none is measured" in source
-
-
-def test_of_a_screen_it_says_how_many_are_measured(llama: str, tmp_path: Path) -> None:
-    flags = ["--kind", "neuron", "--screen", "3"]
-    source = source_of(finish(llama, tmp_path, "--num_samples", "4", *flags))
+def test_estimates_are_called_so(llama: str, tmp_path: Path) -> None:
+    page = page_of(finish(llama, tmp_path, *FEW, "--method", "atp"))
+    assert "Warning: all effects here are by atp estimates, none is measured" in page.of("p")
     check_cells(tmp_path)
-    n = int(read(tmp_path, "circuit_heads.csv")["n_tests"].iloc[0])
-    told = f"35 of {n} estimated components measured by the exact sweep"
-    assert facts_of(Page(source))["method"] == told and n > 35
-    assert facts_of(Page(source))["tested"] == f"{n} components, which q corrects for"
-    assert "estimates</h2>" not in source
 
 
-def test_a_narrower_table_is_called_measured_and_corrected_for_the_wider_one(
-    llama: str, tmp_path: Path
-) -> None:
+def test_a_narrower_table_is_corrected_for_the_wider_one(llama: str, tmp_path: Path) -> None:
     for layers in ("0-1", "1"):
         finish(llama, tmp_path, "--num_samples", "4", "--layers", layers)
-    facts = facts_of(page_of(tmp_path))
-    assert facts["tested"] == "8 components, which q corrects for"
-    assert facts["method"] == "measured, by the exact sweep"
+    text = "q corrects for 8 components: this folder has tested them before"
+    assert text in page_of(tmp_path).of("p")
 
 
 def images(page: Page) -> list[bytes]:
@@ -430,27 +380,28 @@ def images(page: Page) -> list[bytes]:
 
 def test_every_figure_of_the_run_stands_in_the_page(tiny_llama: str, tmp_path: Path) -> None:
     flags = "--num_samples 4 --layers 0 --heatmap --screen 8 --confirm 2 --num_random 2"
-    flags += " --max_new_tokens 2 --multipliers 0,1"
-    page = page_of(finish(tiny_llama, tmp_path, *flags.split()))
-    there = {path.read_bytes() for path in tmp_path.glob("*.png")}
-    assert len(there) == 6 and {*images(page)} == there
+    flags += " --max_new_tokens 2"
+    finish(tiny_llama, tmp_path, *flags.split())
+    joint = "joint L0H1,L0H2 --num_random 2 --max_new_tokens 2 --multipliers 0,1"
+    page = page_of(finish(tiny_llama, tmp_path, *joint.split()))
+    figures = {path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert len(figures) == 7 and {*images(page)} == figures
     assert all(told["alt"].endswith(".") for told in page.all("img"))
-    assert "reply, 2 components x 0" in {text for row in page.tables[-1] for text, _ in row}
+    titles = {text for text, _ in page.tables[-1][0]}
+    assert {"trace: 2 components edited", "joint: 2 components x 0", "joint: unedited"} <= titles
 
 
-def test_every_figure_that_there_is_has_a_caption() -> None:
-    drawn = [name for name in tracing.OUTPUTS if name.endswith(".png")]
-    assert sorted(drawn) == sorted(f"circuit_{name}.png" for name in tracing.FIGURES)
+def test_every_figure_has_a_caption() -> None:
+    for files in tracing.COMMAND_FILES.values():
+        for name, caption in files.items():
+            assert name.endswith(".png") == bool(caption), name
 
 
 def test_what_a_command_before_left_is_gone(confirmed: Path, llama: str, tmp_path: Path) -> None:
     folder = shutil.copytree(confirmed, tmp_path / "run")
     before, page = page_of(folder), page_of(finish(llama, folder, *FEW))
     assert (len(images(before)), len(images(page))) == (3, 2)
-    shown = [
-        {text for table in of.tables for row in table for text, _ in row} for of in (before, page)
-    ]
-    assert ["reply" in texts for texts in shown] == [True, False]
+    assert [len(shown.tables[-1][0]) for shown in (before, page)] == [6, 4]
 
 
 def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run: Path) -> None:
@@ -458,10 +409,11 @@ def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run:
     said = generations(main_run)
     most = max(said, key=lambda reply: reply["n_ablated"])["ablated"]
     replies = {(r["sample_id"], r["prompt"], r["ablated"]): r["reply"] for r in said}
-    tables = page.tables[2:]
+    tables = page.tables[1:]
     assert len(tables) == len(records) == len(page.all("details")) == 16
     for record, table in zip(records, tables, strict=True):
-        columns = "prompt, score, likeliest first tokens, reply, reply, 8 components edited"
+        columns = "prompt, score, likeliest first tokens, trace: unedited, "
+        columns += "trace: 8 components edited"
         assert ", ".join(text for text, _ in table[0][1:]) == columns
         assert [row[0][0] for row in table[1:]] == [*record["prompts"]]
         for row in table[1:]:
@@ -478,38 +430,39 @@ def test_samples_stand_there_with_prompts_likeliest_tokens_and_replies(main_run:
     assert any(told for told in replies if told[2] == most)
 
 
-@pytest.mark.parametrize("circuit", ["--confirm 2 --num_random 2", "--ablate L0H6,L1H3"])
 def test_replies_of_the_circuit_are_not_those_of_a_random_set_of_its_size(
-    circuit: str, tiny_llama: str, tmp_path: Path
+    tiny_llama: str, tmp_path: Path
 ) -> None:
-    flags = f"--num_samples 8 {circuit} --max_new_tokens 3 --multipliers=-2,-8"
-    folder = finish(tiny_llama, tmp_path, *flags.split())
+    flags = "joint L0H6,L1H3 --num_samples 8 --num_random 2 --max_new_tokens 3"
+    folder = finish(tiny_llama, tmp_path, *flags.split(), "--multipliers=-2,-8")
     steered = read(folder, "circuit_steer.csv").drop_duplicates("set").set_index("set")
     names, random_names = (steered.loc[name, "components"] for name in ("circuit", "random"))
     assert len(names.split()) == len(random_names.split()) == 2
+    lines = (folder / "joint_generations.jsonl").read_text().splitlines()
     keys = ("sample_id", "prompt", "ablated", "multiplier")
-    replies = {tuple(r[key] for key in keys): r["reply"] for r in generations(folder)}
-    page, differing = page_of(folder), 0
+    replies = {}
+    for record in map(json.loads, lines):
+        replies[tuple(record[key] for key in keys)] = record["reply"]
     titles: dict[str, float | None]
-    titles = {"reply, 2 components x -2": -2.0, "reply, 2 components x -8": -8.0}
-    if "--confirm" in circuit:
-        titles["reply, 2 components edited"] = None
-    for record, table in zip(record_of(folder)["samples"], page.tables[2:], strict=True):
+    titles = {"joint: 2 components edited": None}
+    titles |= {"joint: 2 components x -2": -2.0, "joint: 2 components x -8": -8.0}
+    page, differing = page_of(folder), 0
+    for sample, table in zip(record_of(folder)["samples"], page.tables, strict=True):
         columns = [text for text, _ in table[0]]
-        assert columns[4] == "reply" and {*titles} <= {*columns[5:]}
+        assert columns[4:] == ["joint: unedited", *titles]
         for row in table[1:]:
-            side, sample = row[0][0], record["sample_id"]
-            assert row[4][0] == replies[sample, side, "", None]
+            side, name = row[0][0], sample["sample_id"]
+            assert row[4][0] == replies[name, side, "", None]
             for title, factor in titles.items():
                 shown = row[columns.index(title)][0]
-                assert shown == replies.get((sample, side, names, factor), "")
-                differing += shown != replies.get((sample, side, random_names, factor), shown)
+                assert shown == replies[name, side, names, factor]
+                differing += shown != replies.get((name, side, random_names, factor), shown)
     assert differing > 2
 
 
 def test_flags_of_a_sample_show(few: Path) -> None:
     flags = [flag for sample in record_of(few)["samples"] for flag in sample["flags"]]
-    shown = [text for text in page_of(few).of("span") if "•" not in text and text.strip()]
+    shown = [text for text in page_of(few).of("span") if text.strip()]
     assert flags and shown == flags
 
 
@@ -544,15 +497,14 @@ def test_texts_of_users_show_as_they_are_and_do_nothing(hostile: Path) -> None:
     source = source_of(hostile)
     page = Page(source)
     kinds = {tag for tag, _ in page.tags}
-    assert not kinds & {"i", "b", "iframe", "object", "embed", "link", "base", "form", "a"}
+    assert not kinds & {"i", "b", "iframe", "object", "embed", "link", "base", "form"}
     assert len(page.all("script")) == len(page.all("img")) - 1 == 1
     assert len(page.all("details")) == 2
     assert not [name for _, told in page.tags for name in told if name.startswith("on")]
-    headings = ["The run", "Findings", "Components", "Roles by layer", "Figures", "Samples"]
-    assert page.of("h2") == headings
+    assert page.of("h2") == ["Experiment", "trace", "Samples"]
     assert any(text.startswith(f"{HOSTILE}: P(target)") for text in page.of("summary"))
-    assert facts_of(page)["model"].endswith('<i>"m"&amp;')
-    prompts = [row[1][0] for row in page.tables[2][1:]]
+    assert facts_of(page)["model_id"].endswith('<i>"m"&amp;')
+    prompts = [row[1][0] for row in page.tables[1][1:]]
     shown = EVIL[0]["prompt_a"].replace("\x07", r"\x07").replace("\u202e", r"\u202e")
     assert shown in prompts[0] and "<style>*{}</style>" in prompts[0]
     assert EVIL[0]["prompt_b"] in prompts[1]
@@ -574,12 +526,12 @@ def test_tokens_and_replies_are_escaped_too() -> None:
 def harmless(source: str) -> Page:
     """A page that holds no element but those that the script makes, and nothing that acts."""
     page = Page(source)
-    made = "html meta title style h1 h2 h3 p dl dt dd div table thead tbody tr th td data span "
-    made += "figure img figcaption details summary script"
+    made = "html meta title style nav a h1 h2 h3 p dl dt dd div table thead tbody tr th td data "
+    made += "span figure img figcaption details summary script"
     assert {tag for tag, _ in page.tags} <= {*made.split()}
     assert len(page.all("meta")) == 3 and len(page.all("script")) == len(page.all("style")) == 1
     names = {name for _, told in page.tags for name in told}
-    known = "lang charset name content http-equiv class id colspan style title value alt width src"
+    known = "lang charset name content http-equiv class id colspan style value alt width src href"
     assert names <= {*known.split()}
     return page
 
@@ -599,26 +551,25 @@ def test_an_element_escapes_its_content_and_its_attributes(tag: str) -> None:
     assert tracing.element("p", f"{made}").count("<") == 2, "HTML within a text is a text"
 
 
-def test_cells_rows_headings_and_pages_escape_what_they_are_given() -> None:
-    assert tracing.cell(EVIL_TEXT) == f"<td>{ESCAPED}</td>"
-    assert tracing.heading(EVIL_TEXT, title=EVIL_TEXT).count(ESCAPED) == 2
+def test_tables_and_pages_escape_what_they_are_given() -> None:
     assert tracing.rounded(EVIL_TEXT, "") == ESCAPED
-    titles: Any = [[EVIL_TEXT, tracing.heading(EVIL_TEXT)]]
-    table = tracing.html_table(titles, [[EVIL_TEXT], [tracing.cell(EVIL_TEXT)]], id=EVIL_TEXT)
-    page = tracing.page(EVIL_TEXT, [EVIL_TEXT, table])
-    assert table.count(ESCAPED) == 5 and page.count(ESCAPED) == 8
-    assert "<meta http-equiv=r" not in page and "<b" not in page.split("<body")[0].split("<h1>")[1]
+    heading: Any = EVIL_TEXT
+    cell = tracing.element("td", EVIL_TEXT)
+    table = tracing.html_table([[heading]], [[heading], [cell]], id=EVIL_TEXT)
+    page = tracing.page(EVIL_TEXT, {EVIL_TEXT: [EVIL_TEXT, table]})
+    assert table.count(ESCAPED) == 4 and page.count(ESCAPED) == 9
+    assert "<meta http-equiv=r" not in page and "<b" not in page.split("<h1>")[1]
 
 
-def test_only_the_page_section_writes_tags() -> None:
+def test_only_the_html_section_writes_tags() -> None:
     """So that no cell is put together from texts anywhere else."""
     source = SCRIPT.read_text()
-    report = source.partition("\n# ----- Report -")[2].partition("\n")[2]
+    before, _, rest = source.partition("\n# ----- HTML -")
+    report = rest.partition("\n# ----- Page -")[2].partition("\n")[2]
     texts = [node.value for node in ast.walk(ast.parse(report)) if isinstance(node, ast.Constant)]
     assert len(texts) > 100
     assert not [text for text in texts if re.search("</?[a-z]", str(text))]
-    outside = source.partition("\n# ----- Page -")[0] + report
-    assert re.findall(r"\bHtml\((.{10})", outside) == ['"&nbsp;") ', 'f"data:ima']
+    assert not re.findall(r"\bHtml\(", before + report)
 
 
 # ----- records that another wrote
@@ -645,16 +596,16 @@ def odd_records(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield record | {name: value}
 
 
-def redrawn_with(folder: Path, answer: Answer) -> tuple[Page, list[str]]:
-    """The page of a run, redrawn in place, in which nothing acts; the lines that the log told."""
-    table = str(folder / "circuit_results.csv")
-    code, out, err = answer("--from_csv", table, "--output_dir", str(folder))
-    assert (code, err) == (0, "")
-    return harmless(source_of(folder)), out.splitlines()
+def written_anew(folder: Path, caplog: pytest.LogCaptureFixture) -> tuple[Page, list[str]]:
+    """The page of a folder, written again, in which nothing acts; the warnings of the log."""
+    caplog.clear()
+    with caplog.at_level("WARNING", "circuit"):
+        tracing.write_page(folder)
+    return harmless(source_of(folder)), caplog.messages
 
 
 def replies_shown(page: Page) -> list[list[str]]:
-    tables = page.tables[2:]
+    tables = page.tables[1:]
     return [[text for text, _ in row[4:]] for table in tables for row in table]
 
 
@@ -669,7 +620,7 @@ LEFT_OUT: dict[str, tuple[Any, str]] = {
     "null": ({"prompt": None}, "field 'prompt' is None, not a text"),
     "infinite": ({"multiplier": math.inf}, "field 'multiplier' is inf, not a number or null"),
     "too large": ({"multiplier": 10**399}, "not a number or null"),
-    "long": ({"ablated": ["x" * 10_000]}, "xx, not a text"),
+    "long": ({"ablated": ["x" * 10_000]}, "xx'], not a text"),
     "no object": ("[1, 2]", "[1, 2] is no JSON object"),
     "no JSON": ("{'n_ablated': 3", "is no JSON object"),
     "doubled": ('{"reply": "a", "reply": "b"}', "is no JSON object"),
@@ -680,7 +631,7 @@ LEFT_OUT: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_a_reply_of_another_is_left_out_in_one_sentence_and_the_others_stay(
-    name: str, confirmed: Path, tmp_path: Path, answer: Answer
+    name: str, confirmed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(confirmed, tmp_path / "run")
     content, says = LEFT_OUT[name]
@@ -692,7 +643,7 @@ def test_a_reply_of_another_is_left_out_in_one_sentence_and_the_others_stay(
     if isinstance(content, str):
         content = content.encode()
     file.write_bytes(b"".join([*lines[:3], content + b"\n", *lines[3:]]))
-    page, out = redrawn_with(folder, answer)
+    page, out = written_anew(folder, caplog)
     (sentence,) = [line for line in out if "left out" in line]
     assert sentence.startswith(f"{file}, line 4: ") and says in sentence
     assert sentence.endswith("; this record is left out of the page") and len(sentence) < 400
@@ -701,34 +652,34 @@ def test_a_reply_of_another_is_left_out_in_one_sentence_and_the_others_stay(
 
 
 def test_whatever_a_field_of_a_reply_holds_the_page_is_drawn_and_does_nothing(
-    confirmed: Path, tmp_path: Path, answer: Answer
+    confirmed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each field lacking, and with every odd value, all in one file."""
     folder = shutil.copytree(confirmed, tmp_path / "run")
     replies = generations(folder)
     odd = [*odd_records(replies[0]), *odd_records(replies[-1])]
     write_samples(folder / "generations.jsonl", *replies, *odd)
-    page, out = redrawn_with(folder, answer)
+    page, out = written_anew(folder, caplog)
     (sentence,) = [line for line in out if "left out" in line]
     n_left_out = int(re.findall(r"; (\d+) such records are left out", sentence)[0])
     assert 0 < n_left_out < len(odd)
     assert sentence.startswith(f"{folder / 'generations.jsonl'}, line {len(replies) + 1}: ")
-    titles = {text for table in page.tables[2:] for text, _ in table[0][4:]}
-    assert {"reply", "reply, 2 components edited"} <= titles
+    titles = {text for table in page.tables[1:] for text, _ in table[0][4:]}
+    assert {"trace: unedited", "trace: 2 components edited"} <= titles
 
 
 def test_without_a_single_reply_there_is_no_column_of_them(
-    confirmed: Path, tmp_path: Path, answer: Answer
+    confirmed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(confirmed, tmp_path / "run")
     for content in ("", "\n\n", "null\n"):
         (folder / "generations.jsonl").write_text(content)
-        page, out = redrawn_with(folder, answer)
-        assert [len(row) for table in page.tables[2:] for row in table] == [4] * 12
+        page, out = written_anew(folder, caplog)
+        assert [len(row) for table in page.tables[1:] for row in table] == [4] * 12
         assert any("left out" in line for line in out) == (content == "null\n")
     (folder / "generations.jsonl").unlink()
     (folder / "generations.jsonl").mkdir()
-    redrawn_with(folder, answer)
+    written_anew(folder, caplog)
 
 
 OF_SAMPLES = {
@@ -744,7 +695,7 @@ OF_SAMPLES = {
 
 @pytest.mark.parametrize("name", OF_SAMPLES)
 def test_a_sample_of_another_is_left_out_in_one_sentence_and_the_others_stay(
-    name: str, few: Path, tmp_path: Path, answer: Answer
+    name: str, few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(few, tmp_path / "run")
     record = record_of(folder)
@@ -758,7 +709,7 @@ def test_a_sample_of_another_is_left_out_in_one_sentence_and_the_others_stay(
     else:
         sample[name] = {"targets": None, "group": {"a": 1}, "prompts": []}[name]
     (folder / "run.json").write_text(json.dumps(record))
-    page, out = redrawn_with(folder, answer)
+    page, out = written_anew(folder, caplog)
     (sentence,) = [line for line in out if "left out" in line]
     assert sentence.startswith(f"{folder / 'run.json'}, sample 2: {OF_SAMPLES[name]}")
     assert f"Warning: {sentence}" in page.of("p")
@@ -766,7 +717,7 @@ def test_a_sample_of_another_is_left_out_in_one_sentence_and_the_others_stay(
 
 
 def test_whatever_a_field_of_a_sample_holds_the_page_is_drawn_and_does_nothing(
-    few: Path, tmp_path: Path, answer: Answer
+    few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(few, tmp_path / "run")
     record = record_of(folder)
@@ -776,79 +727,103 @@ def test_whatever_a_field_of_a_sample_holds_the_page_is_drawn_and_does_nothing(
         odd.append(sample | {"prompts": {EVIL_TEXT: prompt, "b": sample["prompts"]["b"]}})
     record["samples"] += odd
     (folder / "run.json").write_text(json.dumps(record))
-    page, out = redrawn_with(folder, answer)
+    page, out = written_anew(folder, caplog)
     (sentence,) = [line for line in out if "left out" in line]
     assert sentence.startswith(f"{folder / 'run.json'}, sample 5: ")
     assert 4 < len(page.all("details")) < 4 + len(odd)
     assert any(text.startswith("<meta http-equiv=refresh") for text in page.of("summary"))
 
 
-def test_facts_of_another_are_left_out_in_a_sentence_each(
-    few: Path, tmp_path: Path, answer: Answer
+OF_COMMANDS: dict[str, tuple[str, Any]] = {
+    "findings": ("findings", "<b>"),
+    "a finding": ("findings", [{"level": "info"}]),
+    "files": ("files", [7]),
+    "options": ("options", None),
+}
+
+
+@pytest.mark.parametrize("name", OF_COMMANDS)
+def test_a_command_of_another_is_left_out_in_one_sentence(
+    name: str, few: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = shutil.copytree(few, tmp_path / "run")
-    before, record = facts_of(page_of(few)), record_of(folder)
-    record["n_set_apart"] = [EVIL_TEXT]
-    record["fingerprint"] |= {"given": {"<b>": 1}, "dtype": EVIL_TEXT, "seed": "<b>", "torch": 3}
+    record = record_of(folder)
+    field, value = OF_COMMANDS[name]
+    record["commands"]["joint"] = record["commands"]["trace"] | {field: value}
+    record["commands"][EVIL_TEXT] = record["commands"]["trace"]
     (folder / "run.json").write_text(json.dumps(record))
-    page, out = redrawn_with(folder, answer)
-    sentences = [line for line in out if "left out" in line]
-    named = [re.findall("field '(.*?)' is", sentence)[0] for sentence in sentences]
-    assert named == ["n_set_apart", "given", "seed", "torch"]
-    assert all(sentence.startswith(f"{folder / 'run.json'}") for sentence in sentences)
-    assert {f"Warning: {sentence}" for sentence in sentences} <= {*page.of("p")}
-    facts = facts_of(page)
-    assert facts.pop("run").startswith(f"model {record['fingerprint']['model']}, dtype <meta")
-    del before["run"]
-    assert facts == before
+    page, out = written_anew(folder, caplog)
+    assert page.of("h2") == ["Experiment", "trace", "Samples"]
+    (sentence,) = [line for line in out if "left out" in line]
+    assert sentence.startswith(f"{folder / 'run.json'}, command 'joint': field '{field}' is ")
+    assert sentence.endswith("2 such records are left out of the page")
+    assert f"Warning: {sentence}" in page.of("p")
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "says"),
-    [
-        ("top_k", "<b>", "not a whole number from 1 on"),
-        ("top_k", 0, "not a whole number from 1 on"),
-        ("model_id", {"<b>": 1}, "not a text"),
-        ("task", ["<b>", "x"], "not one of suppression, refusal"),
-        ("factor", [], "not a number or null"),
-        ("noise_floor", 10**399, "not a number from 0 on or null"),
-        ("noise_floor", True, "not a number from 0 on or null"),
-        ("noise_floor", -1.5, "not a number from 0 on or null"),
-    ],
-)
-def test_what_redrawing_heeds_of_a_record_is_refused_where_it_is_of_no_use(
-    name: str, value: Any, says: str, few: Path, tmp_path: Path, answer: Answer
+def test_whatever_the_record_says_of_the_experiment_the_page_is_drawn(
+    few: Path, tmp_path: Path
 ) -> None:
-    """With a table of the seven columns, which tells nothing of the run itself."""
-    table, record = read(few), record_of(few)
-    table[tracing.SEVEN].to_csv(tmp_path / "t.csv", index=False)
-    if name == "noise_floor":
-        record[name] = value
-    else:
-        record["config"][name] = value
-    (tmp_path / "run.json").write_text(json.dumps(record))
-    argv = ["--from_csv", str(tmp_path / "t.csv"), "--output_dir", str(tmp_path / "new")]
-    refuses(answer, *argv, says=[str(tmp_path / "run.json"), f"field {name!r} is ", says])
+    folder = shutil.copytree(few, tmp_path / "run")
+    record = record_of(folder)
+    for value in ODD_VALUES:
+        options = dict.fromkeys(tracing.EXPERIMENT_FACTS, value)
+        fingerprint = dict.fromkeys(tracing.FINGERPRINT_FACTS, value)
+        changed = record | {"experiment": {"options": options, "fingerprint": fingerprint}}
+        changed |= {"noise_floor": value, "samples": value}
+        (folder / "run.json").write_text(json.dumps(changed))
+        tracing.write_page(folder)
+        harmless(source_of(folder))
+
+
+BROKEN_HEADS = {
+    "empty": "",
+    "another": "a,b\n1,2\n",
+    "texts": "label,mean,role\nL0H1,<b>,x\n",
+    "no role": "label,mean\nL0H1,1\n",
+    "binary": "\x00\x01",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_HEADS)
+def test_a_file_that_is_broken_is_left_out_with_a_warning(
+    name: str, few: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(few, tmp_path / "run")
+    (folder / "circuit_heads.csv").write_text(BROKEN_HEADS[name])
+    (folder / "circuit_heads.png").write_text("<b>")
+    tracing.write_page(folder)
+    page = harmless(source_of(folder))
+    warnings = [text for text in page.of("p") if "cannot be shown" in text]
+    assert [text.split(" cannot")[0] for text in warnings] == [
+        "Warning: circuit_heads.csv",
+        "Warning: circuit_heads.png",
+    ]
+    assert len(images(page)) == 1
+    assert "heads" not in [table.get("id") for table in page.all("table")]
 
 
 def test_odd_line_ends_stay_in_a_reply(llama: str, tmp_path: Path, monkeypatch: Patch) -> None:
     reply = "one\u2028two\x85three\nfour\r"
-    monkeypatch.setattr(tracing, "greedy_replies", lambda _, __, prompts: [reply] * len(prompts))
-    flags = ["--ablate", "L0H1", "--multipliers", "0,1"]
-    page = page_of(finish(llama, tmp_path, *FEW, *flags, "--max_new_tokens", "2"))
-    titles = [text for text, _ in page.tables[2][0][4:]]
-    edits = ["edited", "x 0", "x 1"]
-    assert titles == ["reply", *(f"reply, 1 component {edit}" for edit in edits)]
-    shown = {text for table in page.tables[2:] for row in table[1:] for text, _ in row[4:]}
+
+    def reply_to(experiment: Any, edits: Any, prompts: Any, max_new_tokens: int) -> list[str]:
+        return [reply] * len(prompts)
+
+    monkeypatch.setattr(tracing, "greedy_replies", reply_to)
+    flags = "joint L0H1 --num_samples 4 --num_random 2 --multipliers 0,1 --max_new_tokens 2"
+    page = page_of(finish(llama, tmp_path, *flags.split()))
+    titles = [text for text, _ in page.tables[0][0][4:]]
+    edits = ["unedited", *(f"1 component {edit}" for edit in ("edited", "x 0", "x 1"))]
+    assert titles == [f"joint: {edit}" for edit in edits]
+    shown = {text for table in page.tables for row in table[1:] for text, _ in row[4:]}
     assert shown == {"one\\u2028two\\x85three\nfour\\r"}
-    assert {row["reply"] for _, row in tracing.read_rows(tmp_path / "generations.jsonl")} == {reply}
 
 
 @pytest.mark.parametrize("name", ["main_run", "hostile"])
 def test_the_page_asks_the_network_for_nothing(name: str, request: Any) -> None:
     source = source_of(request.getfixturevalue(name))
     page = Page(source)
-    asking = ("src", "href", "srcset", "action", "poster", "background", "xlink:href")
+    assert all(link["href"].startswith("#") for link in page.all("a"))
+    asking = ("src", "srcset", "action", "poster", "background", "xlink:href")
     sources = [told[of] for _, told in page.tags for of in asking if of in told]
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
     styles = "".join(re.findall("<style.*?</style>", source, re.DOTALL))
@@ -869,7 +844,7 @@ def test_the_script_is_a_few_dozen_lines_and_the_page_small(main_run: Path) -> N
 # ----- when it is written
 
 
-@pytest.mark.parametrize("lacking", ["", "replies", "sweep"])  # of these the last loads the model
+@pytest.mark.parametrize("lacking", ["", "replies", "scores"])  # of these the last loads the model
 def test_the_same_data_give_the_same_page_whatever_is_computed_anew(
     lacking: str, confirmed: Path, llama: str, tmp_path: Path
 ) -> None:
@@ -881,12 +856,12 @@ def test_the_same_data_give_the_same_page_whatever_is_computed_anew(
         assert source_of(finish(llama, tmp_path, *CONFIRMED)) == whole
         return
     folder = shutil.copytree(confirmed, tmp_path / "run")
-    for path in (folder / ".parts").glob("joint-*.json"):
+    for path in (folder / ".parts").glob("kl-*.json"):
         path.write_text("spoilt")
     for path in (folder / ".parts").glob(f"{lacking}-*.json"):
         path.unlink()
     finish(llama, folder, *CONFIRMED)
-    assert "is not a part of this run" in (folder / "run.log").read_text()
+    assert "is not a part of this experiment" in (folder / "run.log").read_text()
     assert source_of(folder) == whole
 
 
@@ -895,10 +870,10 @@ def test_a_batch_that_is_halved_changes_nothing_in_the_page(
 ) -> None:
     said, calls = tracing.greedy_replies, itertools.count()
 
-    def fails_once(*arguments: Any) -> list[str]:
+    def fails_once(*arguments: Any, **options: Any) -> list[str]:
         if not next(calls):
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return said(*arguments)
+        return said(*arguments, **options)
 
     monkeypatch.setattr(tracing, "greedy_replies", fails_once)
     halved = finish(llama, tmp_path, *CONFIRMED)
@@ -906,76 +881,48 @@ def test_a_batch_that_is_halved_changes_nothing_in_the_page(
     assert source_of(halved) == source_of(confirmed)
 
 
-def test_no_page_of_an_earlier_command_outlives_a_failure(
-    few: Path, llama: str, tmp_path: Path, monkeypatch: Patch
-) -> None:
-    folder, n_handlers = shutil.copytree(few, tmp_path / "run"), len(tracing.log.handlers)
-    monkeypatch.setattr(tracing, "confirm", lambda *_: 1 / 0)
-    argv = ["--model_id", llama, "--output_dir", str(folder), *FEW, "--confirm", "2"]
-    assert tracing.main(argv) == 1
-    assert not (folder / REPORT).exists()
-    assert len(tracing.log.handlers) == n_handlers
-
-
-@pytest.mark.parametrize("flag", ["--dry_run", "--self_test"])
-def test_checks_write_none(flag: str, llama: str, tmp_path: Path) -> None:
-    finish(llama, tmp_path, *FEW, flag)
+@pytest.mark.parametrize("words", [[*FEW, "--dry_run"], ["check", "--num_samples", "2"]])
+def test_checks_write_none(words: list[str], llama: str, tmp_path: Path) -> None:
+    finish(llama, tmp_path, *words)
     assert not (tmp_path / REPORT).exists()
 
 
-def redraw(source: Path, folder: Path, *flags: str) -> str:
-    argv = ["--from_csv", str(source), "--output_dir", str(folder), *flags]
-    assert tracing.main(argv) == 0
+def redraw(source: Path, folder: Path) -> str:
+    """The page of a results table that is redrawn."""
+    assert tracing.main(["redraw", str(source), "--output_dir", str(folder)]) == 0
     return source_of(folder)
 
 
-def test_redrawing_tells_what_table_and_record_tell(main_run: Path, tmp_path: Path) -> None:
+def test_redrawing_a_table_tells_what_table_and_record_tell(main_run: Path, tmp_path: Path) -> None:
     source = redraw(main_run / "circuit_results.csv", tmp_path)
     check_cells(tmp_path)
-    page, of_run = Page(source), page_of(main_run)
-    assert facts_of(page) == facts_of(of_run)
-    assert hovers(page) == hovers(of_run)
+    page, page_of_run = Page(source), page_of(main_run)
+    assert page.of("h2") == ["Experiment", "redraw", "Samples"]
+    facts = facts_of(page)
+    assert facts.items() <= facts_of(page_of_run).items() and facts["task"] == "suppression"
     assert {*images(page)} == {path.read_bytes() for path in tmp_path.glob("*.png")}
     assert len(page.all("details")) == 16
-    assert "reply" not in {text for row in page.tables[2] for text, _ in row}
-    told = Page(section(source, "Findings")).of("p")
-    assert told and told == log_of(main_run)[: len(told)]
-    assert "redrawn" not in section(source, "Findings")
+    assert len(page.tables[1][0]) == 4, "replies are not redrawn"
+    findings = findings_of(tmp_path, "redraw")
+    assert findings and {*findings} <= {*findings_of(main_run, "trace")}
 
 
-def test_a_table_alone_names_no_model_and_no_samples(few: Path, tmp_path: Path) -> None:
+def test_a_table_alone_names_no_samples(few: Path, tmp_path: Path) -> None:
     shutil.copy(few / "circuit_results.csv", tmp_path / "t.csv")
     (tmp_path / "new").mkdir()
-    for name in ("circuit_confirm.png", "circuit_heatmap.png", "generations.jsonl"):
-        (tmp_path / "new" / name).write_bytes(b"of another")  # a folder that is not a run's
+    for name in ("circuit_confirm.png", "circuit_screen.png", "generations.jsonl"):
+        (tmp_path / "new" / name).write_bytes(b"of another")
     page = Page(redraw(tmp_path / "t.csv", tmp_path / "new"))
-    facts = facts_of(page)
-    assert not {"model", "run"} & {*facts}
-    assert facts["noise floor"] == "none known"
-    assert page.of("title") == ["suppression: removing each head"]
+    assert facts_of(page)["noise floor"] == "none known"
+    assert page.of("h2") == ["Experiment", "redraw"]
     assert not page.all("details") and len(images(page)) == 2
-    named = Page(redraw(tmp_path / "t.csv", tmp_path / "new", "--model_id", "mine", "--heatmap"))
-    assert facts_of(named)["model"] == "mine"
-    assert len(images(named)) == 3
 
 
 def test_redrawing_in_place_keeps_figures_and_replies(confirmed: Path, tmp_path: Path) -> None:
-    folder, before = shutil.copytree(confirmed, tmp_path / "run"), page_of(confirmed)
-    page = Page(redraw(folder / "circuit_results.csv", folder))
-    assert len(images(page)) == 3
-    assert [table[0] for table in page.tables] == [table[0] for table in before.tables]
-    said = "what later stages found is in run.log"
-    assert said in source_of(folder) and said not in source_of(confirmed)
-
-
-def test_samples_that_the_table_does_not_have_are_left_out(few: Path, tmp_path: Path) -> None:
-    table = read(few)
-    (tmp_path / "run").mkdir()
-    some = table[table["sample_id"].isin(["s0001", "s0003"])]
-    some.to_csv(tmp_path / "run" / "t.csv", index=False)
-    shutil.copy(few / "run.json", tmp_path / "run" / "run.json")
-    page = Page(redraw(tmp_path / "run" / "t.csv", tmp_path / "new"))
-    assert [text[:5] for text in page.of("summary")] == ["s0001", "s0003"]
+    folder, before = shutil.copytree(confirmed, tmp_path / "run"), source_of(confirmed)
+    (folder / REPORT).unlink()
+    assert tracing.main(["redraw", str(folder)]) == 0
+    assert source_of(folder) == before
 
 
 # ----- in a browser
@@ -989,7 +936,6 @@ const heads = [...table.tHead.rows[1].cells];
 const column = i => [...body.rows].map(row => row.cells[i].textContent);
 said.first = column(0)[0];
 said.cell = body.rows[0].cells[1].textContent;
-said.shown = getComputedStyle(document.querySelector(".grid span")).display;
 for (const [name, i, clicks] of [["up", 1, 1], ["down", 1, 1], ["labels", 0, 1], ["verdicts", 5, 1],
     ["median", heads.length - 6, 1]]) {
   const button = heads[i].querySelector("button");
@@ -1035,7 +981,6 @@ def test_it_opens_in_a_browser_and_sorts(width: int, main_run: Path, tmp_path: P
     said = json.loads(html.unescape(re.findall('<pre id="said">(.*?)</pre>', dom)[0]))
     heads = read(main_run, "circuit_heads.csv").set_index("label")
     assert (said["first"], said["cell"]) == ("L0H6", "+0.649")
-    assert said["shown"] == "block"
     order = heads["minus_other_mean"].sort_values().index.tolist()
     assert said["up"] == order and said["down"] == order[::-1]
     assert said["labels"] == heads.index.tolist()
@@ -1054,7 +999,7 @@ def test_it_opens_in_a_browser_and_sorts(width: int, main_run: Path, tmp_path: P
 def test_a_script_that_is_not_the_pages_does_not_run(main_run: Path, tmp_path: Path) -> None:
     other = '<script>document.title = "other"</script>'
     dom, console = browse(source_of(main_run).replace("</html>", f"{other}</html>"), tmp_path, 900)
-    assert "<title>other</title>" not in dom and "<title>suppression in tiny_llama" in dom
+    assert "<title>other</title>" not in dom and "<title>suppression in tiny_llama<" in dom
     assert any("Content Security Policy" in line for line in console)
 
 
@@ -1070,5 +1015,5 @@ def test_what_is_missing_is_an_empty_cell(llama: str, tmp_path: Path) -> None:
     rows = cells_of(page_of(folder)).values()
     missing = {name for row in rows for name, (text, _) in row.items() if not text}
     assert {"ci_low", "ci_high"} <= missing
-    assert not re.search(r"\bnan\b", source_of(folder).split("<h2>Figures")[0])
+    assert not re.search(r"\bnan\b", section(source_of(folder), "trace").split("<figure")[0])
     check_cells(folder)

@@ -26,64 +26,98 @@ from conftest import (
     ROOT,
     SCRIPT,
     Answer,
+    command_line,
     finish,
     read,
     record_of,
     refuses,
     write_samples,
 )
-from test_sweep import EQUAL, TWO, largest_difference, naive_results, parts_of
+from test_sweep import EQUAL, TWO, largest_difference, naive_results
 
-EXTRAS = "--confirm 2 --num_random 3 --max_new_tokens 2 --heatmap --screen 4 --multipliers 0"
-WITH_ALL_PARTS = [*TWO, "--layers", "0-1", "--controls", *EXTRAS.split(), "--graph", "s0000"]
-FIRST_LAYER = [*TWO, "--layers", "0"]
 RESULTS, HEADS = "circuit_results.csv", "circuit_heads.csv"
+FIRST_LAYER = [*TWO, "--layers", "0"]
+# in a folder of samples whose prompts are equally long; what follows the trace inherits its names
+COMMANDS = {
+    "trace": "--layers 0-1 --screen 4 --confirm 2 --num_random 3 --max_new_tokens 2 --heatmap",
+    "joint": "joint --num_random 3 --max_new_tokens 2 --multipliers 0",
+    "paths": "paths --layers 0",
+    "tokens": "tokens --kind attn --layers 0",
+    "directions": "directions --layers 1 --num_random 2 --max_new_tokens 1",
+    "graph": "graph --nodes 50",
+}
 
 
 def rows_run(patch: pytest.MonkeyPatch, limit: int = 1000) -> list[int]:
-    """How many rows each forward with edits was asked for; more than the limit do not fit."""
-    asked: list[int] = []
+    """How many rows each forward with edits was given; more than the limit do not fit."""
+    counts: list[int] = []
     run_rows = tracing.run_rows
 
     def limited(traced: Any, clean: Any, rows: Any, **reads: Any) -> Any:
-        asked.append(len(rows))
+        counts.append(len(rows))
         if len(rows) > limit:
             raise MemoryError
         return run_rows(traced, clean, rows, **reads)
 
     patch.setattr(tracing, "run_rows", limited)
-    patch.setattr(tracing, "self_test", lambda exp: [])
-    return asked
+    patch.setattr(tracing, "self_test", lambda experiment: [])
+    return counts
 
 
 def parts(folder: Path, kind: str = "") -> list[Path]:
     return sorted((folder / ".parts").glob(f"{kind}*.json"))
 
 
+def tables(folder: Path) -> dict[str, bytes]:
+    kinds = (".csv", ".jsonl", ".safetensors", ".json")
+    files = [*folder.iterdir(), *folder.glob("graphs/*")]
+    return {
+        path.name: path.read_bytes()
+        for path in files
+        if path.suffix in kinds and path.name != "run.json"
+    }
+
+
 @pytest.fixture(scope="module")
-def two_runs(llama: str, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A run with parts of every kind, and another such run of another seed."""
-    folders = [tmp_path_factory.mktemp(seed) for seed in ("one", "other")]
-    for i, folder in enumerate(folders):
-        finish(llama, folder, *WITH_ALL_PARTS, "--seed", str(i))
-    return folders
+def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of samples whose prompts are equally long, as the command tokens needs them."""
+    records = []
+    for word, target in {"fruit": "apple", "bird": "oak", "drink": "owl", "insect": "iron"}.items():
+        text_a, text_b = f"Do not name a {word} here.", f"Do please name a {word} here."
+        records.append({"prompt_a": text_a, "prompt_b": text_b, "targets": [target]})
+    return write_samples(tmp_path_factory.mktemp("samples") / "four.jsonl", *records)
+
+
+def finish_all(model: str, samples: str, folder: Path, *names: str) -> Path:
+    """All commands, or those of some names, in one folder."""
+    for name in names or COMMANDS:
+        finish(model, folder, *COMMANDS[name].split(), "--samples", samples)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def all_commands(
+    llama: str, samples: str, coarse_figures: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder in which every command has ended well."""
+    return finish_all(llama, samples, tmp_path_factory.mktemp("all"))
 
 
 @pytest.fixture()
-def whole(two_runs: list[Path], tmp_path: Path) -> Path:
-    """A copy of the first of them."""
-    return Path(shutil.copytree(two_runs[0], tmp_path / "whole"))
+def full(all_commands: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(all_commands, tmp_path / "full"))
 
 
 @pytest.fixture(scope="module")
-def of_first_layer(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def traced_first_layer(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(llama, tmp_path_factory.mktemp("begun"), *FIRST_LAYER)
 
 
 @pytest.fixture()
-def begun(of_first_layer: Path, tmp_path: Path) -> Path:
-    """A folder of one's own with a run of the first layer."""
-    return Path(shutil.copytree(of_first_layer, tmp_path / "begun"))
+def begun(traced_first_layer: Path, tmp_path: Path) -> Path:
+    """A folder with a trace of the first layer."""
+    return Path(shutil.copytree(traced_first_layer, tmp_path / "begun"))
 
 
 # ----- what a folder keeps
@@ -93,16 +127,22 @@ def test_more_layers_in_the_same_folder_compute_only_what_is_missing(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish(llama, tmp_path, *TWO, "--layers", "0,2", "--heads", "0-2")
-    asked = rows_run(monkeypatch)
+    counts = rows_run(monkeypatch)
     finish(llama, tmp_path, *TWO)
     n_jittered_in_layer_1 = 4
-    assert sum(asked) == 12 - 6 + n_jittered_in_layer_1
+    assert sum(counts) == 12 - 6 + n_jittered_in_layer_1
     assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL
 
 
 @pytest.fixture(scope="module")
 def at_once(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(llama, tmp_path_factory.mktemp("at_once"), *TWO, *ONE_BY_ONE)
+
+
+def chosen_labels(model: str, *flags: str) -> list[str]:
+    experiment = prepared(model, *flags)
+    components = tracing.choose_components(experiment.options, experiment.shape)
+    return [component.label for component in components]
 
 
 # so that a row's last bits do not depend on how many others are computed beside it
@@ -118,13 +158,11 @@ def test_a_folder_that_grew_bit_by_bit_holds_what_one_run_of_all_does(
     for line in lines.split("|"):
         flags = [*TWO, *ONE_BY_ONE, *line.split()]
         heads = read(finish(llama, tmp_path, *flags), HEADS)
-        assert heads["label"].tolist() == [c.label for c in prepared(llama, *flags).components]
+        assert heads["label"].tolist() == chosen_labels(llama, *flags)
         widest = max(widest, len(heads))
         assert set(heads["n_tests"]) == {widest}
     assert (tmp_path / RESULTS).read_bytes() == (at_once / RESULTS).read_bytes()
     assert record_of(tmp_path)["noise_floor"] == record_of(at_once)["noise_floor"]
-    jittered = pd.concat(parts_of(tmp_path)).query("draw >= 0")
-    assert not jittered.duplicated(["sample_id", "layer", "draw"]).any()
 
 
 # ----- a table holds what its command names, whatever else was measured before
@@ -170,21 +208,21 @@ def test_a_narrower_command_gives_the_table_of_a_folder_of_its_own(
 def test_a_narrower_table_is_corrected_for_the_widest_before_and_the_log_says_so(
     narrow: Path, narrowed: Path
 ) -> None:
-    own, heads = read(narrow, HEADS), read(narrowed, HEADS)
-    assert (set(own["n_tests"]), set(heads["n_tests"])) == ({4}, {12})
+    alone, heads = read(narrow, HEADS), read(narrowed, HEADS)
+    assert (set(alone["n_tests"]), set(heads["n_tests"])) == ({4}, {12})
     p = heads["p"].tolist()
-    assert own["q"].tolist() == pytest.approx(q_values(p))
+    assert alone["q"].tolist() == pytest.approx(q_values(p))
     assert heads["q"].tolist() == pytest.approx(q_values([*p, *[1.0] * 8])[:4])
-    assert own["q"].tolist() != heads["q"].tolist()
-    said = "q corrects for 12 components: this folder has tested them before"
-    assert said in (narrowed / "run.log").read_text()
+    assert alone["q"].tolist() != heads["q"].tolist()
+    sentence = "q corrects for 12 components: this folder has tested them before"
+    assert sentence in (narrowed / "run.log").read_text()
     assert "has tested them before" not in (narrow / "run.log").read_text()
 
 
 def test_redrawing_a_narrower_table_keeps_its_correction(narrowed: Path, tmp_path: Path) -> None:
     """Also where the table lies alone."""
     shutil.copy(narrowed / RESULTS, tmp_path)
-    argv = ["--from_csv", str(tmp_path / RESULTS), "--output_dir", str(tmp_path / "redrawn")]
+    argv = ["redraw", str(tmp_path / RESULTS), "--output_dir", str(tmp_path / "redrawn")]
     assert tracing.main(argv) == 0
     redrawn = read(tmp_path / "redrawn", HEADS)
     assert redrawn[["q", "n_tests"]].equals(read(narrowed, HEADS)[["q", "n_tests"]])
@@ -207,9 +245,9 @@ def test_the_wider_command_comes_back_without_computing(
                 assert (folder / name).read_bytes() == (wide / name).read_bytes()
 
 
-@pytest.mark.parametrize("way", ["--overwrite", "no parts", "the parts of another run"])
+@pytest.mark.parametrize("way", ["--overwrite", "no parts", "the part of another run"])
 def test_what_was_tested_is_forgotten_with_its_parts(
-    way: str, llama: str, wide: Path, two_runs: list[Path], tmp_path: Path
+    way: str, llama: str, wide: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(wide, tmp_path / "run"))
     flags = [*SIX, "--layers", "0"]
@@ -217,8 +255,11 @@ def test_what_was_tested_is_forgotten_with_its_parts(
         flags.append(way)
     if way == "no parts":
         shutil.rmtree(folder / ".parts")
-    if way == "the parts of another run":
-        shutil.copy(two_runs[1] / ".parts" / "tested.json", folder / ".parts")
+    if way == "the part of another run":
+        (part,) = parts(folder, "tested")
+        other = tracing.RunFolder(folder)
+        other.experiment_key = "another"
+        other.write_part(part.stem, 99)
     assert set(read(finish(llama, folder, *flags), HEADS)["n_tests"]) == {4}
 
 
@@ -228,27 +269,36 @@ def test_the_widest_table_counts_and_not_the_sum_of_all(
 ) -> None:
     """After a table of the four heads of layer 0."""
     heads = read(finish(llama, begun, *TWO, *line.split()), HEADS)
-    assert len(heads) == len(prepared(llama, *line.split()).components)
+    assert len(heads) == len(chosen_labels(llama, *line.split()))
     assert set(heads["n_tests"]) == {n}
 
 
 # ----- what a folder keeps, and what it refuses
 
 
-def test_outputs_of_options_no_longer_given_do_not_stay(llama: str, whole: Path) -> None:
-    """But for a circuit, which tells itself where it is from and may be an input."""
-    others = {"circuit_positions", "circuit_paths", "circuit_directions"}  # not with a screen
-    asked = {name for name in tracing.OUTPUTS if name.split(".")[0] not in others}
-    asked.remove("directions.safetensors")
-    kept = {name for name, always in tracing.OUTPUTS.items() if always} | {"circuit.json"}
-    for there in (asked, kept):
-        assert {name for name in tracing.OUTPUTS if (whole / name).exists()} == there
-        finish(llama, whole, *TWO, "--layers", "0-1", "--controls", "--seed", "0")
-    assert "behaviour" not in record_of(whole)
+@pytest.mark.usefixtures("no_weights")
+def test_outputs_of_options_no_longer_given_do_not_stay(
+    llama: str, samples: str, full: Path, all_commands: Path
+) -> None:
+    """But for a circuit, which says what it is of and may be an input, and what others wrote."""
+    (full / "circuit_summary.png").write_bytes(b"of before")
+    finish(llama, full, "--samples", samples, "--layers", "0-1", "--screen", "4")
+    names = {path.name for path in full.iterdir()}
+    gone = {"circuit_heatmap.png", "circuit_confirm.csv", "circuit_confirm.png"}
+    gone.add("generations.jsonl")
+    assert names == {path.name for path in all_commands.iterdir()} - gone
+    assert (full / "circuit_summary.png").read_bytes() != b"of before"
+    page = (full / "circuit_report.html").read_text()
+    assert "<th>reply</th>" not in page
 
 
 REFUSED = {  # with what the sentence says
-    "--seed 7 --op scale --factor 2": ["op: 'zero' there, 'scale' now", "seed: 42", "prompts:"],
+    "--seed 7 --op scale --factor 2": ["seed: 42 there, 7 now", "prompts:"],
+    "--num_samples 3": ["num_samples: 2 there, 3 now", "prompts:"],
+    "--op scale --factor 2": ["--op zero, not scale"],
+    "--given L2H0": ["--given , not L2H0"],
+    "joint L0H0 --seed 7": ["--seed 7", "holds 42"],
+    "joint L0H0 --num_samples 3": ["num_samples: 2 there, 3 now"],
     "--overwrite --layers 99": ["--layers 99"],
 }
 
@@ -257,10 +307,11 @@ REFUSED = {  # with what the sentence says
 def test_a_refused_command_names_what_differs_and_deletes_nothing(
     line: str, llama: str, begun: Path, answer: Answer
 ) -> None:
-    files = [begun / RESULTS, begun / "run.json", *parts(begun)]
+    files = [begun / RESULTS, *parts(begun)]
     before = [path.read_bytes() for path in files]
-    command = ["--model_id", llama, "--output_dir", str(begun), *TWO]
-    code, _, err = answer(*command, *line.split())
+    command = command_line(llama, begun, *line.split())
+    command += [] if "--num_samples" in line else TWO
+    code, _, err = answer(*command)
     assert code == 2
     assert all(text in err for text in REFUSED[line])
     assert "dtype" not in err and "layers:" not in err
@@ -281,80 +332,120 @@ def test_a_run_does_not_go_on_with_other_weights(
         save({name: factor * tensor for name, tensor in state.items()}, model / weights)
         found, _, err = answer(*command, "--layers", "0")
         assert found == code, err
-    assert "holds a run that differs in model: " in err
+    assert "holds another experiment, which differs in model: " in err
 
 
-def test_overwrite_starts_afresh_and_deletes_only_files_of_this_script(
-    llama: str, whole: Path
+def test_overwriting_another_experiment_throws_away_all_files_of_this_script_and_names_them(
+    llama: str, full: Path
 ) -> None:
-    mine = [whole / "notes.txt", whole / ".parts" / "notes.txt"]
+    mine = [full / "notes.txt", full / ".parts" / "notes.json", full / "graphs" / "mine.json"]
     for path in mine:
         path.write_text("mine")
-    finish(llama, whole, *TWO, "--layers", "1", "--seed", "7", "--overwrite")
-    assert set(read(whole)["layer"]) == {1}
-    assert all(path.exists() for path in mine)
-    assert [path.stem.split("-")[0] for path in parts(whole)] == ["base", "sweep", "tested"]
-    assert not (whole / "generations.jsonl").exists()
+    finish(llama, full, *TWO, "--layers", "1", "--seed", "7", "--overwrite")
+    assert set(read(full)["layer"]) == {1}
+    assert all(path.read_text() == "mine" for path in mine)
+    assert {path.stem.split("-")[0] for path in parts(full)} == {
+        "base",
+        "floor",
+        "scores",
+        "tested",
+        "notes",
+    }
+    left = {path.name for path in full.iterdir()}
+    assert not left & {"generations.jsonl", "circuit_joint.csv", "circuit.json"}
+    assert [path.name for path in (full / "graphs").iterdir()] == ["mine.json"]
+    log = (full / "run.log").read_text()
+    assert all(name in log for name in ("generations.jsonl", "circuit_joint.csv", "graphs/"))
+    assert set(record_of(full)["commands"]) == {"trace"}
 
 
-def test_a_finished_run_computes_nothing_again(
-    llama: str, whole: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", COMMANDS)
+def test_overwriting_a_command_throws_away_its_own_files_and_the_parts_that_it_uses(
+    command: str, llama: str, samples: str, full: Path, all_commands: Path
 ) -> None:
-    outputs = [p for p in whole.iterdir() if p.suffix in (".csv", ".png", ".jsonl")]
-    before = [path.read_bytes() for path in outputs]
-    assert len(outputs) == 15
+    """All else stays: other commands find their parts, and their tables are the same bytes."""
+    times = {path: path.stat().st_mtime_ns for path in parts(full)}
+    files = {path.name: path.stat().st_mtime_ns for path in full.iterdir() if path.is_file()}
+    finish(llama, full, *COMMANDS[command].split(), "--samples", samples, "--overwrite")
+    kept = [path for path in times if path.exists() and path.stat().st_mtime_ns == times[path]]
+    assert 0 < len(kept) < len(times)
+    for other in COMMANDS:
+        for name in files.keys() & tracing.COMMAND_FILES[other].keys():
+            is_new = (full / name).stat().st_mtime_ns != files[name]
+            assert is_new == (other == command)
+    for path in full.glob("*.csv"):  # other rows are side by side now
+        pd.testing.assert_frame_equal(
+            read(full, path.name), read(all_commands, path.name), rtol=1e-3
+        )
+    assert not record_of(full)["commands"][command]["parts_to_replace"]
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_finished_command_computes_nothing_again(
+    llama: str, samples: str, full: Path, all_commands: Path
+) -> None:
+    outputs = [path for path in full.iterdir() if path.suffix in (".csv", ".png", ".jsonl")]
+    assert len(outputs) == 25
     for path in outputs:
         path.unlink()
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    finish(llama, whole, *WITH_ALL_PARTS, "--seed", "0")
-    assert [path.read_bytes() for path in outputs] == before
+    finish_all(llama, samples, full)
+    assert tables(full) == tables(all_commands)
+    assert all(path.exists() for path in outputs)
 
 
 def seal_nonsense(path: Path, *_: bytes) -> None:
     """Nested without end, under the seal of a good part."""
     folder, text = tracing.RunFolder(path.parents[1]), "[" * 100_000
-    folder.key = tracing.digest(record_of(folder.path)["fingerprint"])
+    folder.experiment_key = tracing.digest(record_of(folder.path)["experiment"]["fingerprint"])
     path.write_text(f"{folder.seal(path.stem, text)}\n{text}")
 
 
-def change_a_digit(path: Path, own: bytes, *_: bytes) -> None:
-    path.write_bytes(re.sub(rb"\d(?=\D*$)", lambda n: b"1" if n[0] == b"0" else b"0", own))
+def change_a_digit(path: Path, content: bytes, *_: bytes) -> None:
+    changed = re.sub(rb"\d(?=\D*$)", lambda n: b"1" if n[0] == b"0" else b"0", content)
+    path.write_bytes(changed)
 
 
-# of the part's place: its content, another part's, and another run's
-SPOILT: dict[str, Callable[[Path, bytes, bytes, bytes], Any]] = {
-    "truncated": lambda path, own, neighbour, foreign: path.write_bytes(own[:-40]),
-    "empty": lambda path, own, neighbour, foreign: path.write_bytes(b""),
+def seal_of_another(path: Path, content: bytes, *_: bytes) -> None:
+    """The part of the same name of another experiment."""
+    folder = tracing.RunFolder(path.parents[1])
+    folder.experiment_key = "another"
+    text = content.decode().partition("\n")[2]
+    path.write_text(f"{folder.seal(path.stem, text)}\n{text}")
+
+
+# of the part's place: its content, and another part's
+SPOILT: dict[str, Callable[[Path, bytes, bytes], Any]] = {
+    "truncated": lambda path, content, neighbour: path.write_bytes(content[:-40]),
+    "empty": lambda path, content, neighbour: path.write_bytes(b""),
     "with another digit": change_a_digit,
-    "another part": lambda path, own, neighbour, foreign: path.write_bytes(neighbour),
-    "of another run": lambda path, own, neighbour, foreign: path.write_bytes(foreign),
-    "no text": lambda path, own, neighbour, foreign: path.write_bytes(b"\xff\xfe\x00[]"),
+    "another part": lambda path, content, neighbour: path.write_bytes(neighbour),
+    "of another experiment": seal_of_another,
+    "no text": lambda path, content, neighbour: path.write_bytes(b"\xff\xfe\x00[]"),
     "a folder": lambda path, *_: (path / "deeper").mkdir(parents=True),
     "a link to itself": lambda path, *_: path.symlink_to(path),
     "nonsense": seal_nonsense,
 }
-KINDS = ["sweep", "base", "joint", "replies"]
+KINDS = ["scores", "base", "kl", "replies", "graph", "estimate", "probe"]
 
 
 @pytest.mark.parametrize("turn", range(3))
 def test_a_spoilt_part_is_computed_again(
-    turn: int, llama: str, two_runs: list[Path], whole: Path
+    turn: int, llama: str, samples: str, full: Path, all_commands: Path
 ) -> None:
     """One of each kind, spoilt in another way each."""
-    neighbour = parts(whole, "sweep")[-1].read_bytes()
-    ways = [*SPOILT.values(), *SPOILT.values()][4 * turn :]
+    neighbour = parts(full, "scores")[-1].read_bytes()
+    ways = [*SPOILT.values(), *SPOILT.values()][3 * turn :]
     for kind, spoil in zip(KINDS, ways, strict=False):
-        path, foreign = (parts(folder, kind)[0] for folder in (whole, two_runs[1]))
-        own = path.read_bytes()
+        path = parts(full, kind)[0]
+        content = path.read_bytes()
         path.unlink()
-        spoil(path, own, neighbour, foreign.read_bytes())
-        assert not path.is_file() or path.read_bytes() != own
-    finish(llama, whole, *WITH_ALL_PARTS, "--seed", "0")
-    for name in (RESULTS, "circuit_confirm.csv", "generations.jsonl"):
-        assert (whole / name).read_bytes() == (two_runs[0] / name).read_bytes()
-    told = (whole / "run.log").read_text()
-    assert told.count("is not a part of this run; computing it again") == len(KINDS)
-    assert all(path.is_file() for path in parts(whole))
+        spoil(path, content, neighbour)
+        assert not path.is_file() or path.read_bytes() != content
+    finish_all(llama, samples, full)
+    assert tables(full) == tables(all_commands)
+    log = (full / "run.log").read_text()
+    assert log.count("is not a part of this experiment; computing it again") == len(KINDS)
+    assert all(path.is_file() for path in parts(full))
 
 
 # ----- interruption, as real processes
@@ -369,7 +460,7 @@ replace, written = os.replace, []
 
 def replace_and_wait(source, target):
     replace(source, target)
-    if os.path.basename(target).startswith("sweep-"):
+    if os.path.basename(target).startswith("scores-"):
         written.append(target)
         if len(written) == int(os.environ["WAITS_AFTER"]):
             print("waiting", os.getpid(), flush=True)
@@ -425,6 +516,10 @@ def uninterrupted(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def forwards(folder: Path) -> int:
+    return int(record_of(folder)["commands"]["trace"]["run"]["forwards"])
+
+
 @pytest.mark.parametrize(("stop", "code"), [("SIGKILL", -9), ("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_stopped_run_goes_on_where_it_was_and_ends_the_same(
     stop: str, code: int, llama: str, uninterrupted: Path, tmp_path: Path
@@ -434,12 +529,12 @@ def test_a_stopped_run_goes_on_where_it_was_and_ends_the_same(
     said = process.communicate(timeout=HANGS)[1]
     assert process.returncode == code, said
     assert "Traceback" not in said
-    done = len(parts(tmp_path, "sweep"))
-    assert done == 3 < len(parts(uninterrupted, "sweep"))
+    done = len(parts(tmp_path, "scores"))
+    assert done == 3 < len(parts(uninterrupted, "scores"))
     assert not (tmp_path / RESULTS).exists()
     assert tracing.main(many_jobs(llama, tmp_path)) == 0
     assert (tmp_path / RESULTS).read_bytes() == (uninterrupted / RESULTS).read_bytes()
-    again, before = (record_of(f)["run"]["forwards"] for f in (tmp_path, uninterrupted))
+    again, before = (forwards(folder) for folder in (tmp_path, uninterrupted))
     rows_of_a_job = 4 + 4  # heads and jittered rows, one per forward
     assert before - again >= done * rows_of_a_job
 
@@ -452,9 +547,10 @@ def test_two_processes_give_the_same_and_survive_a_death(
 ) -> None:
     process, waiting = start_and_wait(llama, tmp_path, 1, 2, *TWO_PROCESSES)
     os.kill(waiting[-1], signal.SIGKILL)
-    assert process.wait(timeout=HANGS) != 0  # `communicate` would close what the other waits for
+    process.wait(timeout=HANGS)  # the other one waits on, until the launcher ends it
     process.communicate()
-    assert len(parts(tmp_path, "sweep")) == 2
+    assert process.returncode != 0
+    assert len(parts(tmp_path, "scores")) == 2
     assert not (tmp_path / RESULTS).exists()
     again = start(llama, tmp_path, *TWO_PROCESSES)
     said = again.communicate(timeout=HANGS)[1]
@@ -462,7 +558,21 @@ def test_two_processes_give_the_same_and_survive_a_death(
     assert largest_difference(read(tmp_path), read(uninterrupted)) < EQUAL
 
 
-ALL_STAGES = [*TWO, "--layers", "0-1", *EXTRAS.split(), "--graph", "s0000"]
+def test_two_processes_give_every_commands_tables_byte_for_byte(
+    llama: str, samples: str, all_commands: Path, tmp_path: Path
+) -> None:
+    """Each command of one launch of two processes, in the same folder."""
+    for name, line in COMMANDS.items():
+        words = command_line(llama, tmp_path, *line.split(), "--samples", samples)
+        done = subprocess.run(
+            [sys.executable, *TWO_PROCESSES, str(SCRIPT), *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=HANGS,
+        )
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+    assert tables(tmp_path) == tables(all_commands)
 
 
 def stop_after(kind: str, patch: pytest.MonkeyPatch) -> None:
@@ -477,33 +587,49 @@ def stop_after(kind: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tracing.RunFolder, "write_part", write)
 
 
-def tables(folder: Path) -> dict[str, bytes]:
-    kinds = (".csv", ".jsonl", ".safetensors")
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in kinds}
-
-
-@pytest.fixture(scope="module")
-def all_stages(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(llama, tmp_path_factory.mktemp("all_stages"), *ALL_STAGES)
-
-
 @pytest.mark.parametrize("again", [["--overwrite"], []], ids=["with it", "without it"])
-@pytest.mark.parametrize("kind", ["base", "estimate", "sweep", "graph", "joint", "replies"])
-def test_an_overwriting_run_that_is_stopped_goes_on_where_it_was(
-    kind: str, again: list[str], llama: str, begun: Path, all_stages: Path
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [
+        ("trace", "base"),
+        ("trace", "estimate"),
+        ("trace", "scores"),
+        ("trace", "tested"),
+        ("trace", "kl"),
+        ("trace", "replies"),
+        ("joint", "kl"),
+        ("joint", "replies"),
+        ("paths", "scores"),
+        ("tokens", "scores"),
+        ("directions", "probe"),
+        ("directions", "scores"),
+        ("graph", "graph"),
+    ],
+)
+def test_an_overwriting_command_that_is_stopped_goes_on_where_it_was(
+    command: str,
+    kind: str,
+    again: list[str],
+    llama: str,
+    samples: str,
+    full: Path,
+    all_commands: Path,
 ) -> None:
-    """At whatever stage, and ends as if it had never stopped."""
-    argv = ["--model_id", llama, "--output_dir", str(begun), *ALL_STAGES]
-    before = {path: path.stat().st_mtime_ns for path in parts(begun)}
+    """At whatever stage, and the folder ends as if it had never stopped."""
+    words = command_line(llama, full, *COMMANDS[command].split(), "--samples", samples)
+    before = {path: path.stat().st_mtime_ns for path in parts(full)}
     with pytest.MonkeyPatch.context() as patch:
         stop_after(kind, patch)
-        assert tracing.main([*argv, "--overwrite"]) == 143
-    done = {path: path.stat().st_mtime_ns for path in parts(begun)}
-    assert parts(begun, kind)
-    assert not before.items() & done.items(), "it started afresh"
-    assert tracing.main([*argv, *again]) == 0
-    assert {path: path.stat().st_mtime_ns for path in done} == done, "and went on"
-    assert tables(begun) == tables(all_stages)
+        assert tracing.main([*words, "--overwrite"]) == 143
+    written = {
+        path: path.stat().st_mtime_ns
+        for path in parts(full)
+        if path.stat().st_mtime_ns != before.get(path)
+    }
+    assert any(path.name.startswith(kind) for path in written), "it started afresh"
+    assert tracing.main([*words, *again]) == 0
+    assert {path: path.stat().st_mtime_ns for path in written} == written, "and went on"
+    assert tables(full) == tables(all_commands)
 
 
 @pytest.mark.parametrize("then", [["--overwrite"], ["--overwrite", "--top_k", "3"]])
@@ -513,7 +639,7 @@ def test_overwriting_a_finished_run_or_one_of_other_options_starts_afresh(
     argv = ["--model_id", llama, "--output_dir", str(begun), *FIRST_LAYER]
     if len(then) > 1:  # unfinished, of the options without them
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tracing, "write_report", lambda *_: sys.exit(143))
+            patch.setattr(tracing, "write_heads", lambda *_: sys.exit(143))
             assert tracing.main(argv) == 143
     before = {path.name: path.stat().st_mtime_ns for path in parts(begun)}
     finish(llama, begun, *FIRST_LAYER, *then)
@@ -522,20 +648,33 @@ def test_overwriting_a_finished_run_or_one_of_other_options_starts_afresh(
     assert not before.items() & after.items()
 
 
+def test_overwriting_a_narrower_table_keeps_the_parts_of_others(llama: str, tmp_path: Path) -> None:
+    """A part is a layer's: those of layer 0 alone are measured anew."""
+    finish(llama, tmp_path, *TWO, "--layers", "0-1")
+    before = {path: path.stat().st_mtime_ns for path in parts(tmp_path, "scores")}
+    finish(llama, tmp_path, *FIRST_LAYER, "--overwrite")
+    kept = [path for path in before if path.exists() and path.stat().st_mtime_ns == before[path]]
+    assert len(before) == 2 and len(kept) == 1
+    assert set(read(tmp_path, HEADS)["n_tests"]) == {4}
+
+
 def test_going_on_with_overwrite_keeps_the_rows_per_forward(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that the folder's first command gave."""
+    """Those that the folder's first command gave; what starts afresh does not."""
     argv = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO]
     finish(llama, tmp_path, *FIRST_LAYER, "--rows_per_forward", "2")
     with pytest.MonkeyPatch.context() as patch:
-        stop_after("sweep", patch)
+        stop_after("scores", patch)
         assert tracing.main(argv) == 143
-    done = parts(tmp_path, "sweep")
-    asked = rows_run(monkeypatch)
+    done = parts(tmp_path, "scores")
+    counts = rows_run(monkeypatch)
     assert tracing.main([*argv, "--overwrite"]) == 0
-    assert max(asked) == 2
-    assert set(done) <= set(parts(tmp_path, "sweep"))
+    assert max(counts) == 2
+    assert set(done) <= set(parts(tmp_path, "scores"))
+    counts.clear()
+    assert tracing.main([*argv, "--overwrite"]) == 0
+    assert max(counts) == 8
 
 
 # ----- memory and disk
@@ -544,14 +683,14 @@ def test_going_on_with_overwrite_keeps_the_rows_per_forward(
 def test_rows_are_halved_when_memory_runs_out_and_a_resumed_run_remembers(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = rows_run(monkeypatch, 3)
+    counts = rows_run(monkeypatch, 3)
     flags = [*TWO, "--rows_per_forward", "8"]
     finish(llama, tmp_path, *flags, "--layers", "0")
-    assert max(asked) == 8
+    assert max(counts) == 8
     assert record_of(tmp_path)["rows_after_halving"] <= 3
-    asked.clear()
+    counts.clear()
     finish(llama, tmp_path, *flags)
-    assert max(asked) <= 3
+    assert max(counts) <= 3
     assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL
 
 
@@ -569,10 +708,10 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", full)
         code, _, err = answer(*command)
-    said = err.strip().splitlines()[-1]
+    message = err.strip().splitlines()[-1]
     assert code == 1
-    assert said.startswith("error: ") and "No space left on device" in said
-    assert "None" not in said
+    assert message.startswith("error: ") and "No space left on device" in message
+    assert "None" not in message
     assert not list(tmp_path.glob("**/*.tmp"))
     assert len(parts(tmp_path)) == 3
     assert answer(*command)[0] == 0
@@ -598,6 +737,9 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(
     finish(llama, tmp_path, *TWO)
 
 
+NEW_RECORD = '{"format": "run/2", "experiment": {"options": {}, "fingerprint": {}}, %s}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -605,17 +747,22 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_is_at_work(
         "[" * 100_000,
         '{"fingerprint": "mine"}',
         '{"fingerprint": {}, "files": [1]}',
-        '{"rows_after_halving": "many"}',
-        '{"config": 7}',
+        '{"fingerprint": {}, "config": 7}',
         '{"noise_floor": "loud"}',
         "{}",
         '{"learning_rate": 0.1, "config": {}}',
-        '{"written": "run.log"}',
-        '{"written": ["../notes.txt"]}',
-        '{"written": ["graphs/../../notes.json"]}',
-        '{"written": ["notes.txt"]}',
+        '{"format": "run/2", "commands": {}}',
+        NEW_RECORD % '"noise_floor": "loud", "commands": {}',
+        NEW_RECORD % '"commands": {"trace": 7}',
+        NEW_RECORD % '"commands": {"trace": {"files": "run.log"}}',
+        NEW_RECORD % '"commands": {"trace": {"files": ["../notes.txt"]}}',
+        NEW_RECORD % '"commands": {"graph": {"files": ["graphs/../../notes.json"]}}',
+        NEW_RECORD % '"commands": {"trace": {"files": ["notes.txt"]}}',
+        NEW_RECORD % '"commands": {"trace": {"files": [["run.log"]]}}',
+        NEW_RECORD % '"commands": {"trace": {"parts_to_replace": ["base-0/../../notes"]}}',
+        NEW_RECORD % '"commands": {"trace": {"parts_to_replace": [7]}}',
     ],
-    ids=lambda text: text[:20],
+    ids=lambda text: text[-30:],
 )
 def test_a_record_of_nonsense_is_refused_and_left_alone(
     text: str, llama: str, tmp_path: Path, answer: Answer
@@ -639,8 +786,7 @@ def test_a_record_with_an_impossible_number_of_rows_is_refused_and_left_alone(
     name: str, value: Any, llama: str, begun: Path, answer: Answer
 ) -> None:
     record = record_of(begun)
-    entries = record["fingerprint"] if name in record["fingerprint"] else record
-    entries[name] = value
+    record[name] = value
     (begun / "run.json").write_text(json.dumps(record))
     argv = ["--model_id", llama, *TWO, "--layers", "0-1", "--output_dir", str(begun)]
     refuses(answer, *argv, says=[f"{begun}/run.json"])
@@ -651,9 +797,10 @@ def test_a_file_of_the_model_whose_digest_the_record_lacks_is_read_again(
     llama: str, begun: Path
 ) -> None:
     record = record_of(begun)
-    lacking = {name: told[:2] for name, told in record["files"].items()}
-    (begun / "run.json").write_text(json.dumps({**record, "files": lacking}))
-    assert record_of(finish(llama, begun, *FIRST_LAYER))["files"] == record["files"]
+    lacking = {name: entry[:2] for name, entry in record["model_files"].items()}
+    (begun / "run.json").write_text(json.dumps({**record, "model_files": lacking}))
+    after = record_of(finish(llama, begun, *FIRST_LAYER))
+    assert after["model_files"] == record["model_files"]
 
 
 def test_looking_whether_a_folder_can_be_used_leaves_no_file_and_takes_none(tmp_path: Path) -> None:
@@ -719,6 +866,9 @@ MINE = {  # a user's files, with names that this script's may have
 }
 
 
+CAPTIONS = tracing.COMMAND_FILES["trace"]
+
+
 def put_mine(folder: Path) -> None:
     for name, text in MINE.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -738,30 +888,32 @@ def test_files_of_the_user_that_a_command_does_not_write_stay(
         finish(llama, tmp_path, *command, *flags)
         assert {name: (tmp_path / name).read_text() for name in MINE} == MINE
         page = (tmp_path / "circuit_report.html").read_text()
-        assert tracing.FIGURES["heads"] in page
-        assert tracing.FIGURES["confirm"] not in page and "<th>reply</th>" not in page
+        assert CAPTIONS["circuit_heads.png"] in page
+        assert CAPTIONS["circuit_confirm.png"] not in page and "<th>reply</th>" not in page
     assert (tmp_path / "circuit_heatmap.png").exists() == (not flags)
 
 
-TAKEN = {  # a user's file, and flags of a command that would write it
+TAKEN = {  # a user's file, and a command line that would write it
     "circuit_results.csv": "",
     "circuit_heads.csv": "",
     "circuit_report.html": "",
     "run.log": "",
     "circuit_heatmap.png": "--heatmap",
     "circuit_screen.csv": "--screen 2",
-    "circuit_confirm.csv": "--ablate L0H0",
     "circuit_confirm.png": "--confirm 1",
     "circuit.json": "--confirm 1",
-    "circuit_paths.png": "--via logits",
-    "circuit_positions.csv": "--task odd_one_out --positions each --num_samples 1",
-    "circuit_directions.png": "--along difference",
-    "directions.safetensors": "--along logistic",
     "generations.jsonl": "--max_new_tokens 1",
-    "circuit_steer.csv": "--max_new_tokens 1 --ablate L0H0 --multipliers 0",
-    "circuit_graph_edges.csv": "--graph s0000",
-    "graphs/s0000-a.json": "--graph s0000",
-    "graphs/graph-metadata.json": "--graph s0001:b",
+    "circuit_joint.csv": "joint L0H0",
+    "circuit_steer.csv": "joint L0H0 --max_new_tokens 1 --multipliers 0",
+    "joint_generations.jsonl": "joint L0H0 --max_new_tokens 1",
+    "circuit_paths.png": "paths",
+    "circuit_tokens.csv": "tokens --task odd_one_out --num_samples 1",
+    "circuit_directions.csv": "directions",
+    "directions.safetensors": "directions --fit logistic",
+    "directions_confirm.csv": "directions --confirm 1",
+    "circuit_graph_edges.csv": "graph",
+    "graphs/s0000-a.json": "graph",
+    "graphs/graph-metadata.json": "graph --sample s0001:b",
 }
 
 
@@ -772,7 +924,8 @@ def test_a_file_of_the_user_is_not_overwritten_but_named_before_anything_is_meas
     """With --overwrite neither: it is not this script's."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path), *TWO, *TAKEN[name].split()]
+    line = TAKEN[name].split()
+    argv = command_line(llama, tmp_path, *line, *([] if "--num_samples" in line else TWO))
     for more in ([], ["--overwrite"]):
         refuses(answer, *argv, *more, says=[f"{tmp_path / name} would be overwritten"])
         assert (tmp_path / name).read_text() == "mine"
@@ -791,90 +944,80 @@ def test_a_folder_or_a_link_of_the_user_is_not_overwritten_either(
     if (name, kind) == ("graphs", "folder"):
         (path / "s0000-a.json").mkdir()
         path /= "s0000-a.json"
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path / "run"), *TWO, "--graph", "s0000"]
+    command = ["graph"] if name == "graphs" else []
+    argv = command_line(llama, tmp_path / "run", *command, *TWO)
     refuses(answer, *argv, says=[f"{path} would be overwritten"])
     assert path.is_symlink() == (kind == "link") and path.is_dir() == (kind == "folder")
     assert target.read_text() == "mine"
 
 
-EVERYTHING = {
-    "screen, circuit, replies, graph": WITH_ALL_PARTS[len(TWO) :],
-    "directions": ["--along", "difference", "--num_samples", "4"],
-    "one direction": [
-        *["--along", "logistic", "--kind", "resid", "--num_samples", "4"],
-        *["--confirm", "all", "--max_new_tokens", "1"],
-    ],
-    "paths": ["--via", "logits", "--ablate", "L0H0"],
-    "positions": ["--task", "odd_one_out", "--positions", "each", "--num_samples", "1"],
-}
-
-
-@pytest.mark.parametrize("flags", EVERYTHING)
-def test_the_record_lists_each_file_that_is_written_and_each_is_planned(
-    flags: str, llama: str, tmp_path: Path
-) -> None:
-    argv = [*TWO, "--layers", "0-1", *EVERYTHING[flags]]
-    finish(llama, tmp_path, *argv)
-    there = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
-    names = {path.as_posix() for path in there if path.parts[0] != ".parts"} - {"run.json"}
-    assert set(record_of(tmp_path)["written"]) == names
-    planned = set(tracing.planned_files(tracing.parse_args(argv)))
-    # where --confirm all chooses nothing, it draws nothing
-    assert {name for name in names if not name.startswith("graphs/")} <= planned
-    if flags != "one direction":
-        assert planned <= names
+def test_the_record_lists_each_file_that_is_written_and_each_is_planned(all_commands: Path) -> None:
+    paths = [path.relative_to(all_commands) for path in all_commands.rglob("*") if path.is_file()]
+    names = {path.as_posix() for path in paths if path.parts[0] != ".parts"}
+    commands = record_of(all_commands)["commands"]
+    listed = {name for entry in commands.values() for name in entry["files"]}
+    assert listed == names - {"run.json", "run.log"}
+    for command, entry in commands.items():
+        line = COMMANDS[command].split()
+        options = tracing.parse_command_line(command_line("m", all_commands, *line)).options
+        planned = set(tracing.planned_files(command, options))
+        assert planned == {name for name in entry["files"] if not name.startswith("graphs/")}
 
 
 def test_a_file_is_listed_before_it_is_there_and_not_where_it_never_came(tmp_path: Path) -> None:
     """So that no death between the two makes a file foreign; what comes in a run is the user's."""
+
+    def listed() -> list[str]:
+        return list(record_of(tmp_path)["commands"]["joint"]["files"])
+
     for _ in range(2):
-        folder = tracing.RunFolder(tmp_path)
+        folder = tracing.RunFolder(tmp_path, command="joint")
         with folder.open():
-            assert "circuit_steer.csv" not in folder.written
-            path = folder.claim("circuit_steer.csv")
-            assert "circuit_steer.csv" in record_of(tmp_path)["written"] and not path.exists()
-    with folder.open():
+            assert "circuit_steer.csv" not in folder.written_files()
+            path = folder.path_of("circuit_steer.csv")
+            assert "circuit_steer.csv" in listed() and not path.exists()
+    with tracing.RunFolder(tmp_path, command="joint").open():
         path.write_text("the user's")
-        with pytest.raises(tracing.UsageError, match=r"circuit_steer\.csv would be overwritten"):
-            folder.claim("circuit_steer.csv")
-    path.unlink()
-    with folder.open():
-        folder.claim("circuit_steer.csv").write_text("the script's")
-    with folder.open():
-        assert folder.claim("circuit_steer.csv") == path
+        folder = tracing.RunFolder(tmp_path, command="joint")
+        folder.record = record_of(tmp_path)
+        folder.forget_missing_files()
+    with (
+        tracing.RunFolder(tmp_path, command="joint").open(),
+        pytest.raises(tracing.UsageError, match=r"circuit_joint\.csv would be overwritten"),
+    ):
+        (tmp_path / "circuit_joint.csv").write_text("the user's")
+        late = tracing.RunFolder(tmp_path, command="joint")
+        late.record = record_of(tmp_path)
+        late.path_of("circuit_joint.csv")
 
 
 def as_of_the_version_before(folder: Path) -> None:
     record = record_of(folder)
-    for name in ("written", "requested", "finished"):
-        del record[name]
-    (folder / "run.json").write_text(json.dumps(record))
+    entries = {name: record[name] for name in ("samples", "noise_floor")}
+    entries["fingerprint"] = record["experiment"]["fingerprint"]
+    entries["config"] = record["experiment"]["options"] | record["commands"]["trace"]["options"]
+    (folder / "run.json").write_text(json.dumps(entries))
 
 
-@pytest.mark.parametrize("flags", [[], ["--overwrite", "--seed", "7"]], ids=["plain", "overwrite"])
-def test_in_a_folder_of_the_version_before_files_with_this_scripts_names_are_its_own(
-    flags: list[str], llama: str, whole: Path
+@pytest.mark.parametrize("line", ["", "--overwrite", "--overwrite --seed 7", "joint L0H0", "graph"])
+def test_a_folder_of_the_version_before_is_refused_by_commands_that_measure(
+    line: str, llama: str, begun: Path, answer: Answer, no_weights: None
 ) -> None:
-    mine = [whole / name for name in ("notes.txt", "graphs/mine.json", ".mine.tmp")]
-    for path in mine:
-        path.write_text("mine")
-    as_of_the_version_before(whole)
-    finish(llama, whole, *TWO, "--layers", "0-1", "--controls", "--seed", "0", *flags)
-    assert all(path.read_text() == "mine" for path in mine)
-    kept = {name for name, always in tracing.OUTPUTS.items() if always}
-    kept |= set() if flags else {"circuit.json"}
-    assert {name for name in tracing.OUTPUTS if (whole / name).exists()} == kept
-    assert (whole / "graphs" / "s0000-a.json").exists() == (not flags)
+    as_of_the_version_before(begun)
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    argv = command_line(llama, begun, *line.split(), *TWO)
+    refuses(answer, *argv, says=["holds a run of an earlier version: redraw and compare read it"])
+    assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_folder_of_the_version_before_goes_on(
-    llama: str, whole: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_of_the_version_before_is_redrawn_elsewhere(
+    begun: Path, tmp_path: Path, answer: Answer
 ) -> None:
-    before = tables(whole)
-    as_of_the_version_before(whole)
-    monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    finish(llama, whole, *WITH_ALL_PARTS, "--seed", "0")
-    assert tables(whole) == before
+    as_of_the_version_before(begun)
+    before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
+    assert answer("redraw", str(begun), "--output_dir", str(tmp_path / "redrawn"))[0] == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert (tmp_path / "redrawn" / HEADS).read_bytes() == (begun / HEADS).read_bytes()
 
 
 @pytest.mark.parametrize("name", [".parts/lock", "run.log"])
@@ -920,10 +1063,35 @@ def test_a_run_that_measured_nothing_leaves_its_folder_to_any_other(
         refuses(answer, *argv, "--rows_per_forward", "1", says=[str(sentence)], code=1)
     for folder in ("run", "new"):
         finish(llama, tmp_path / folder, *FIRST_LAYER, "--seed", "7")
-    run, new = (record_of(tmp_path / folder)["fingerprint"] for folder in ("run", "new"))
+    records = [record_of(tmp_path / folder) for folder in ("run", "new")]
+    run, new = (record["experiment"]["fingerprint"] for record in records)
     assert run == new and run["seed"] == 7
+    assert records[0]["rows_per_forward"] == records[1]["rows_per_forward"] > 1
     assert tables(tmp_path / "run") == tables(tmp_path / "new")
     refuses(answer, *argv, says=["seed: 7 there, 42 now"])  # now there is something
+
+
+def test_a_trace_that_measured_nothing_leaves_the_folder_to_a_trace_with_another_edit(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    """Also where another command has measured by then."""
+    argv = ["--model_id", llama, *FIRST_LAYER, "--output_dir", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        sentence = tracing.RunError("the weights do not load")
+        patch.setattr(tracing, "load_model", lambda *_: (_ for _ in ()).throw(sentence))
+        refuses(answer, *argv, "--op", "mean", says=[str(sentence)], code=1)
+    finish(llama, tmp_path, "paths", *FIRST_LAYER, "--op", "zero")
+    finish(llama, tmp_path, *FIRST_LAYER)
+    refuses(answer, *argv, "--op", "mean", says=["--op zero, not mean"])
+
+
+def test_a_follow_up_of_a_run_that_measured_nothing_needs_a_model(
+    tmp_path: Path, answer: Answer
+) -> None:
+    folder = str(tmp_path / "run")
+    refuses(answer, "--model_id", str(tmp_path), "--output_dir", folder, says=[], code=1)
+    assert (tmp_path / "run" / "run.json").exists()
+    refuses(answer, "joint", "L0H0", "--output_dir", folder, says=["holds no experiment"])
 
 
 @pytest.mark.parametrize("left", ["parts", "results"])
@@ -938,6 +1106,54 @@ def test_what_was_measured_is_not_taken_for_nothing(
     refuses(answer, *argv, says=["seed: 42 there, 7 now"])
 
 
+# ----- what a follow-up takes from the folder, and what it replaces
+
+
+def test_a_follow_up_takes_experiment_and_edit_from_the_folder_and_says_so_first(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    edit = ["--op", "scale", "--factor", "0.5", "--positions", "last", "--given", "L2H0"]
+    finish(llama, tmp_path, *FIRST_LAYER, "--seed", "7", *edit)
+    code, out, _ = answer("paths", "--layers", "0", "--output_dir", str(tmp_path))
+    assert code == 0
+    options = record_of(tmp_path)["commands"]["paths"]["options"]
+    assert (options["op"], options["factor"], options["seed"]) == ("scale", 0.5, 7)
+    assert (options["positions"], options["given"]) == ("last", "L2H0")
+    first = out.splitlines()[0]
+    for flag in ("--seed 7", "--op scale", "--factor 0.5", "--positions last", "--given L2H0"):
+        assert flag in first
+    assert (
+        f"from the experiment in {tmp_path}" in first and f"from the trace in {tmp_path}" in first
+    )
+    # what the command line says wins, and with another op its factor goes
+    assert answer("paths", "--layers", "0", "--output_dir", str(tmp_path), "--op", "mean")[0] == 0
+    options = record_of(tmp_path)["commands"]["paths"]["options"]
+    assert (options["op"], options["factor"], options["positions"]) == ("mean", None, "last")
+
+
+def test_a_model_spelled_otherwise_is_no_other_model(
+    llama: str, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(llama).parent)
+    finish(f"./{Path(llama).name}", begun, "paths", *FIRST_LAYER, "--no_bf16", "--local_files_only")
+
+
+def test_a_command_says_what_it_replaces_and_comes_back_without_computing(
+    llama: str, tmp_path: Path
+) -> None:
+    tables_of_paths = []
+    for turn, through in enumerate(["logits", "each", "logits"]):
+        with pytest.MonkeyPatch.context() as patch:
+            if turn == 2:
+                patch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
+            finish(llama, tmp_path, "paths", *FIRST_LAYER, "--through", through)
+        tables_of_paths.append((tmp_path / "circuit_paths.csv").read_bytes())
+    assert tables_of_paths[0] == tables_of_paths[2] != tables_of_paths[1]
+    log = (tmp_path / "run.log").read_text()
+    assert log.count("this replaces the files of paths with --through logits") == 1
+    assert log.count("this replaces the files of paths with --through each") == 1
+
+
 # ----- inputs that lie in the output folder
 
 
@@ -947,17 +1163,15 @@ def with_circuit(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(llama, tmp_path_factory.mktemp("with_circuit"), *flags)
 
 
-INPUTS = {  # flags that name an output of the same folder, with what becomes of it
-    "--ablate {}/circuit.json --overwrite": "lies in the folder that --overwrite empties",
-    "--circuit {}/circuit.json --overwrite": "lies in the folder that --overwrite empties",
-    "--given {}/circuit.json --overwrite": "lies in the folder that --overwrite empties",
-    "--skip {}/circuit.json --confirm 1 --overwrite": "lies in the folder that --overwrite empties",
-    "--via {}/circuit.json --overwrite": "lies in the folder that --overwrite empties",
-    "--compare {}/circuit_results.csv --overwrite": "lies in the folder that --overwrite empties",
-    "--skip {}/link.json --confirm 1 --overwrite": "lies in the folder that --overwrite empties",
-    "--compare {}/circuit_results.csv": "would be replaced by this command",
-    "--skip {}/circuit.json --confirm 1": "would be replaced by this command",
-    "--ablate {}/circuit.json --confirm 1": "would be replaced by this command",
+EMPTIES = "lies in the folder that --overwrite empties"
+REPLACES = "would be replaced by this command"
+INPUTS = {  # words that name an output of the same folder, how it is named, and what becomes of it
+    "--given {}/circuit.json --overwrite": ("--given", EMPTIES),
+    "--skip {}/circuit.json --confirm 1 --overwrite": ("--skip", REPLACES),
+    "--skip {}/circuit.json --screen 1 --overwrite": ("--skip", EMPTIES),
+    "--skip {}/link.json --screen 1 --overwrite": ("--skip", EMPTIES),
+    "--skip {}/circuit.json --confirm 1": ("--skip", REPLACES),
+    "joint {}/circuit.json --seed 7": ("--seed", "holds 42"),
 }
 
 
@@ -966,51 +1180,67 @@ def test_an_input_that_would_be_lost_is_refused_and_stays(
     line: str, llama: str, with_circuit: Path, tmp_path: Path, answer: Answer
 ) -> None:
     folder = Path(shutil.copytree(with_circuit, tmp_path / "run"))
-    if "--via" in line:
-        circuit = json.loads((folder / "circuit.json").read_text())
-        circuit["components"] = [{"label": "L2H0"}]
-        (folder / "circuit.json").write_text(json.dumps(circuit))
     (folder / "link.json").symlink_to(folder / "circuit.json")
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    argv = ["--model_id", llama, "--output_dir", str(folder), *FIRST_LAYER]
-    option, path, *_ = line.format(folder).split()
-    option = option.replace("--circuit", "--ablate")
-    refuses(answer, *argv, *line.format(folder).split(), says=[f"{option} {path} {INPUTS[line]}"])
+    words = line.format(folder).split()
+    option, sentence = INPUTS[line]
+    argv = command_line(llama, folder, *words, *TWO)
+    argv += [] if words[0] == "joint" else ["--layers", "0"]
+    refuses(answer, *argv, says=[option, sentence])
     del before[folder / "run.log"]
+    del before[folder / "run.json"]
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_folder_that_is_compared_may_hold_the_comparison(
+    llama: str, begun: Path, tmp_path: Path, answer: Answer
+) -> None:
+    other = finish(llama, tmp_path / "other", *FIRST_LAYER)
+    assert answer("compare", str(begun), str(other), "--output_dir", str(begun))[0] == 0
+    finish(llama, begun, *FIRST_LAYER)  # and it is no other experiment
+    assert set(record_of(begun)["commands"]) == {"trace", "compare"}
+
+
+def test_a_trace_may_follow_in_a_folder_of_a_comparison(
+    llama: str, begun: Path, tmp_path: Path, answer: Answer
+) -> None:
+    folder = tmp_path / "compared"
+    other = finish(llama, tmp_path / "other", *FIRST_LAYER)
+    assert answer("compare", str(begun), str(other), "--output_dir", str(folder))[0] == 0
+    finish(llama, folder, *FIRST_LAYER)
+    assert set(record_of(folder)["commands"]) == {"trace", "compare"}
 
 
 def test_inputs_in_the_folder_that_no_command_touches_are_taken(
     llama: str, with_circuit: Path, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(with_circuit, tmp_path / "run"))
-    finish(llama, folder, *FIRST_LAYER, "--ablate", str(folder / "circuit.json"))
+    finish(llama, folder, "joint", str(folder / "circuit.json"), *TWO, "--num_random", "2")
     shutil.copy(folder / "circuit.json", folder / "mine.json")
-    samples = [{"sentence": f"Name a {x}.", "targets": ["apple"]} for x in ("fruit", "tree")]
-    own = write_samples(folder / "mine.jsonl", *samples)
-    flags = ["--layers", "0", "--samples", own, "--ablate", str(folder / "mine.json")]
+    records = [{"sentence": f"Name a {x}.", "targets": ["apple"]} for x in ("fruit", "tree")]
+    path = write_samples(folder / "mine.jsonl", *records)
+    flags = ["--layers", "1", "--samples", path, "--given", str(folder / "mine.json")]
     finish(llama, folder, *flags, "--overwrite")
-    assert (folder / "mine.json").exists() and Path(own).exists()
+    assert (folder / "mine.json").exists() and Path(path).exists()
 
 
 # ----- redrawing
 
 
-def test_redrawing_in_a_runs_folder_keeps_its_list_and_the_users_files(
+def test_redrawing_in_a_runs_folder_keeps_its_record_and_the_users_files(
     llama: str, begun: Path, answer: Answer
 ) -> None:
-    argv = ["--from_csv", str(begun / RESULTS), "--output_dir", str(begun)]
-    before = (begun / "run.json").read_bytes()
-    assert answer(*argv)[0] == 0
-    assert (begun / "run.json").read_bytes() == before
+    before = record_of(begun)
+    assert answer("redraw", str(begun))[0] == 0
+    assert record_of(begun) == before
     (begun / "circuit_heatmap.png").write_text("mine")
     says = [f"{begun}/circuit_heatmap.png would be overwritten"]
-    refuses(answer, *argv, "--heatmap", says=says)
+    refuses(answer, "redraw", str(begun), "--heatmap", says=says)
     assert (begun / "circuit_heatmap.png").read_text() == "mine"
     (begun / "circuit_heatmap.png").unlink()
-    assert answer(*argv, "--heatmap")[0] == 0
-    assert "circuit_heatmap.png" in record_of(begun)["written"]
-    assert record_of(begun)["samples"] == json.loads(before)["samples"]
+    assert answer("redraw", str(begun), "--heatmap")[0] == 0
+    assert "circuit_heatmap.png" in record_of(begun)["commands"]["trace"]["files"]
+    assert record_of(begun)["samples"] == before["samples"]
     finish(llama, begun, *FIRST_LAYER)
     assert not (begun / "circuit_heatmap.png").exists()
 
@@ -1018,10 +1248,15 @@ def test_redrawing_in_a_runs_folder_keeps_its_list_and_the_users_files(
 def test_redrawing_does_not_replace_the_table_that_it_draws(
     begun: Path, tmp_path: Path, answer: Answer
 ) -> None:
+    """A table of the user's in the output folder, and one that an earlier redraw has written."""
     folder = tmp_path / "theirs"
     folder.mkdir()
     source = Path(shutil.copy(begun / RESULTS, folder / "circuit_heads.csv"))
     before = source.read_bytes()
-    argv = ["--from_csv", str(source), "--output_dir", str(folder)]
-    refuses(answer, *argv, says=[f"--from_csv {source} would be replaced by this command"])
-    assert source.read_bytes() == before and len(list(folder.iterdir())) == 1
+    argv = ["redraw", str(source), "--output_dir", str(folder)]
+    refuses(answer, *argv, says=[f"{source} would be overwritten"])
+    assert source.read_bytes() == before
+    source.unlink()
+    assert answer("redraw", str(begun / RESULTS), "--output_dir", str(folder))[0] == 0
+    shutil.copy(begun / RESULTS, source)
+    refuses(answer, *argv, says=[f"FOLDER_OR_CSV {source} would be replaced by this command"])

@@ -1,4 +1,4 @@
-"""Runs: log-probabilities with and without edits, own logits, memory that runs out."""
+"""Runs: log-probabilities with and without edits, the model's own logits, memory that runs out."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ def traced(plain: Plain) -> TracedModel:
 def tree(plain: Plain) -> Tree:
     """Two samples with controls: eight prompts."""
     samples = tracing.SUPPRESSION.build(2, random.Random(0), len)
-    encoder, config = tracing.PromptEncoder(plain[1], "", "word"), tracing.Config(controls=True)
-    prompts = tracing.write_prompts(samples, encoder, config)
-    return tracing.plant_trees(prompts, encoder.bos, config)[0]
+    encoder = tracing.PromptEncoder(plain[1], "", "word")
+    options = tracing.TraceOptions(controls=True)
+    prompts = tracing.write_prompts(samples, encoder, options)
+    return tracing.plant_trees(prompts, encoder.bos, options)[0]
 
 
 # ----- log-probabilities
@@ -68,18 +69,20 @@ def test_every_word_of_every_prompt_has_its_plain_log_probability(
     """Without and with an edit, by the unembedding or by the model's own logits."""
     traced = changed(plain, traced, change)
     model = traced.model
-    assert traced.own_logits == bool(change)
+    assert traced.uses_model_logits == bool(change)
     clean = tracing.run_clean(traced, tree, (), [1, 2], [])
-    edited = tracing.run_rows(traced, clean, [tracing.zeroing([HEAD], traced.shape), ()])
+    edited = tracing.run_rows(traced, clean, [tracing.scaled_edits([HEAD], traced.shape), ()])
     assert (edited[1] - clean.log_probs).abs().max() < 5e-6
     assert (tracing.run_rows(traced, clean, [()]) - clean.log_probs).abs().max() < 5e-6
     for log_probs, off in ((clean.log_probs, []), (edited, [(1, "head", 2)])):
         words = tree.word_log_probs(log_probs)
         with naive.zeroed(model, off):
-            for prompt, found in zip(tree.prompts, words, strict=True):
-                told = (model, plain[1], user_text(prompt.text))
-                expected = [naive.word_log_prob(*told, word) for word in prompt.sample.words]
-                assert found[0].tolist() == pytest.approx(expected, abs=1e-5, rel=0)
+            for prompt, word_log_probs in zip(tree.prompts, words, strict=True):
+                user = user_text(prompt.text)
+                expected = [
+                    naive.word_log_prob(model, plain[1], user, word) for word in prompt.sample.words
+                ]
+                assert word_log_probs[0].tolist() == pytest.approx(expected, abs=1e-5, rel=0)
     assert (edited[0] - clean.log_probs).abs().max() > 1e-3
 
 
@@ -92,8 +95,8 @@ def test_the_unembedding_goes_by_blocks_of_the_vocabulary_in_float32(
     hidden = torch.randn(2, len(tree.scored), 48, generator=numbers).to(dtype)
     weight = torch.randn(2000, 48, generator=numbers).to(dtype)
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)
-    found = tracing.entry_log_probs(hidden, weight, tree)
-    assert (found - exact[:, tree.entry_node, tree.entry_token]).abs().max() < 3e-5
+    log_probs = tracing.entry_log_probs(hidden, weight, tree)
+    assert (log_probs - exact[:, tree.entry_node, tree.entry_token]).abs().max() < 3e-5
     rounded = (hidden @ weight.T).double().log_softmax(-1)
     assert dtype == torch.float32 or (rounded - exact).abs().max() > 1e-2
 
@@ -102,7 +105,7 @@ def test_the_unembedding_goes_by_blocks_of_the_vocabulary_in_float32(
 def test_logits_that_the_unembedding_does_not_give_are_refused(
     traced: TracedModel, tree: Tree, factor: float
 ) -> None:
-    hook = traced.head.register_forward_hook(lambda module, args, logits: factor * logits)
+    hook = traced.unembedding.register_forward_hook(lambda module, args, logits: factor * logits)
     with hook, pytest.raises(tracing.RunError, match=r"LlamaForCausalLM computes .* other way"):
         tracing.run_clean(traced, tree, (), [], [])
 
@@ -133,10 +136,10 @@ class Limited:
         return torch.tensor(rows)[:, None]
 
     def run(self) -> tuple[list[int], float]:
-        """What is found, and how much of it the bar was told."""
+        """The results, and how far the bar went."""
         with tqdm(total=len(ROWS), file=io.StringIO()) as bar:
-            found = tracing.run_batches(self.traced, ROWS, self, bar, "rows_per_forward")
-            return torch.stack(found).flatten().tolist(), bar.n
+            results = tracing.run_batches(self.traced, ROWS, self, bar, "rows_per_forward")
+            return torch.stack(results).flatten().tolist(), bar.n
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)

@@ -315,8 +315,8 @@ def test_scores_of_phrases_and_names_are_those_of_plain_forwards(
         base = score(user)
         with naive.zeroed(model, [(1, "head", 2)]):
             edited = score(user)
-        found = [row[f"score_{side}_base"], row[f"score_{side}_head"]]
-        assert found == pytest.approx([base, edited], abs=CLOSE)
+        scores = [row[f"score_{side}_base"], row[f"score_{side}_head"]]
+        assert scores == pytest.approx([base, edited], abs=CLOSE)
 
 
 # ----- replies
@@ -324,9 +324,9 @@ def test_scores_of_phrases_and_names_are_those_of_plain_forwards(
 
 def test_a_word_is_mentioned_where_it_stands_whole_in_any_case() -> None:
     for reply in ("An Apple, please", "Apple!", "APPLE", "apple-pie"):
-        assert tracing.mentioned(["apple"], reply) == ["apple"]
+        assert tracing.mentioned_words(["apple"], reply) == ["apple"]
     for reply in ("pineapple", "apples", "appl e", ""):
-        assert tracing.mentioned(["apple"], reply) == []
+        assert tracing.mentioned_words(["apple"], reply) == []
     words = ["Brad Pitt", "Tom Hanks", "Shaquille O'Neal", "C++", "a.b", "New York", "ant"]
     cases = {
         "It is brad pitt.": ["Brad Pitt"],
@@ -335,7 +335,7 @@ def test_a_word_is_mentioned_where_it_stands_whole_in_any_case() -> None:
         "c++, axb and new york": ["C++", "New York"],
         "An elephant": [],
     }
-    assert {reply: tracing.mentioned(words, reply) for reply in cases} == cases
+    assert {reply: tracing.mentioned_words(words, reply) for reply in cases} == cases
 
 
 def test_an_opening_is_how_a_reply_begins() -> None:
@@ -350,8 +350,8 @@ def test_an_opening_is_how_a_reply_begins() -> None:
         "Sure! Take a brush": ["Sure"],
         "": [],
     }
-    assert {reply: tracing.opening(openings, reply) for reply in cases} == cases
-    assert tracing.opening(["I can\u2019t"], "I can't help with that.") == ["I can\u2019t"]
+    assert {reply: tracing.opening_phrases(openings, reply) for reply in cases} == cases
+    assert tracing.opening_phrases(["I can\u2019t"], "I can't help with that.") == ["I can\u2019t"]
 
 
 def test_a_reply_shows_the_behaviour_of_a_task_or_answers_what_prompt_b_asks() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
@@ -56,10 +55,10 @@ def estimated(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_effects_of_the_measured_are_those_of_an_exact_sweep(
     screened: Path, exact: Path, estimated: Path
 ) -> None:
-    table, whole, estimates = (read(f).set_index(KEY) for f in (screened, exact, estimated))
+    table, sweep, estimates = (read(f).set_index(KEY) for f in (screened, exact, estimated))
     assert len(table) == 5 * 8 and set(table["method"]) == {"exact"}
     assert set(table["n_screened"]) == {12}
-    of_sweep = whole.loc[table.index]
+    of_sweep = sweep.loc[table.index]
     columns = [c for c in table if c not in ("estimate", "n_screened")]
     pd.testing.assert_frame_equal(table[columns], of_sweep[columns], check_exact=True)
     expected = estimates["head_effect"].loc[table.index]
@@ -68,9 +67,9 @@ def test_effects_of_the_measured_are_those_of_an_exact_sweep(
 
 
 def test_q_is_corrected_for_all_that_were_estimated(screened: Path, exact: Path) -> None:
-    heads, whole = read(screened, HEADS), read(exact, HEADS).set_index("label")
-    assert heads["n_tests"].tolist() == [12] * 5 and set(whole["n_tests"]) == {12}
-    assert heads["p"].tolist() == whole["p"][heads["label"]].tolist()
+    heads, sweep = read(screened, HEADS), read(exact, HEADS).set_index("label")
+    assert heads["n_tests"].tolist() == [12] * 5 and set(sweep["n_tests"]) == {12}
+    assert heads["p"].tolist() == sweep["p"][heads["label"]].tolist()
     assert heads["q"].tolist() == pytest.approx(q_values([*heads["p"], *[1.0] * 7])[:5])
     assert heads["q"].tolist() != pytest.approx(q_values([*heads["p"]]))
 
@@ -89,22 +88,24 @@ def test_the_screen_has_every_estimate_in_order(screened: Path, estimated: Path)
     assert (set(screen["measure"]), set(screen["n_samples"])) == ({"a - b"}, {8})
     assert screen["measured"].tolist()[:2] == ["top", "top"]
     assert screen["measured"].tolist()[2:].count("random") == 3
-    there = screen[screen["measured"] != "no"].set_index("label")
-    assert there[["mean", "verdict"]].equals(heads.loc[there.index, ["mean", "verdict"]])
+    measured_rows = screen[screen["measured"] != "no"].set_index("label")
+    assert measured_rows[["mean", "verdict"]].equals(
+        heads.loc[measured_rows.index, ["mean", "verdict"]]
+    )
     assert screen[screen["measured"] == "no"][["mean", "verdict"]].isna().all(axis=None)
 
 
 def test_the_record_says_what_the_table_gives(screened: Path) -> None:
-    screen, told = read(screened, SCREEN), record_of(screened)["screen"]
-    there = screen[screen["measured"] != "no"]
-    assert told["all"] == pytest.approx(tracing.agreement(there))
-    random_ones = there[there["measured"] == "random"]
-    assert told["random"] == pytest.approx(tracing.agreement(random_ones))
-    assert told["random"]["n"] == 3
+    screen, recorded = read(screened, SCREEN), record_of(screened)["commands"]["trace"]["screen"]
+    measured_rows = screen[screen["measured"] != "no"]
+    assert recorded["all"] == pytest.approx(tracing.agreement(measured_rows))
+    random_ones = measured_rows[measured_rows["measured"] == "random"]
+    assert recorded["random"] == pytest.approx(tracing.agreement(random_ones))
+    assert recorded["random"]["n"] == 3
 
 
 def test_a_redrawn_screen_has_the_same_findings(screened: Path, tmp_path: Path) -> None:
-    argv = ["--from_csv", str(screened / RESULTS), "--output_dir", str(tmp_path)]
+    argv = ["redraw", str(screened / RESULTS), "--output_dir", str(tmp_path)]
     assert tracing.main(argv) == 0
     assert (tmp_path / HEADS).read_bytes() == (screened / HEADS).read_bytes()
 
@@ -125,7 +126,7 @@ def test_a_table_of_two_screens_or_methods_is_refused(
     table = read(screened)
     table.loc[7, column] = value
     table.to_csv(tmp_path / RESULTS, index=False)
-    argv = ["--from_csv", str(tmp_path / RESULTS), "--output_dir", str(tmp_path / "out")]
+    argv = ["redraw", str(tmp_path / RESULTS), "--output_dir", str(tmp_path / "out")]
     refuses(answer, *argv, says=["line 9", repr(column), says])
 
 
@@ -143,7 +144,10 @@ def test_a_second_run_loads_no_weights_and_another_screen_needs_no_new_estimates
     finish(llama, tmp_path, *flags, "1")
     assert read(tmp_path, HEADS).shape[0] == 4, "none of the other screen"
     finish(llama, tmp_path, *flags[:2])
-    assert not (tmp_path / SCREEN).exists() and "screen" not in record_of(tmp_path)
+    assert (
+        not (tmp_path / SCREEN).exists()
+        and record_of(tmp_path)["commands"]["trace"]["screen"] is None
+    )
     assert len(read(tmp_path, HEADS)) == 12
 
 
@@ -151,9 +155,9 @@ def test_all_are_measured_where_there_are_no_more(llama: str, tmp_path: Path) ->
     flags = ["--num_samples", "2", "--layers", "1", "--screen", "9", "--method", "relp"]
     screen = read(finish(llama, tmp_path, *flags), SCREEN)
     assert screen["measured"].tolist() == ["top"] * 4
-    told = record_of(tmp_path)["screen"]
-    assert (told["missed"], told["missed_upper_95"]) == (0, None)
-    assert told["random"]["n"] == 0 and told["all"]["n"] == 4
+    recorded = record_of(tmp_path)["commands"]["trace"]["screen"]
+    assert (recorded["missed"], recorded["missed_upper_95"]) == (0, None)
+    assert recorded["random"]["n"] == 0 and recorded["all"]["n"] == 4
     assert set(read(tmp_path)["method"]) == {"exact"}
     assert (tmp_path / "circuit_screen.png").stat().st_size > 5000
 
@@ -174,8 +178,7 @@ def test_after_a_screen_a_narrower_command_is_corrected_for_all_that_it_estimate
     """And holds none that the older screen measured."""
     older = read(finish(llama, tmp_path, *NEURONS, "--screen", "4"), HEADS)
     heads = read(finish(llama, tmp_path, *NEURONS, *line.split()), HEADS)
-    of_screen = prepared(llama, *NEURONS, "--screen", "1").components
-    assert (set(heads["n_tests"]), set(older["n_tests"])) == ({len(of_screen)}, {240})
+    assert (set(heads["n_tests"]), set(older["n_tests"])) == ({240}, {240})
     if measured:
         assert " ".join(heads["label"]) == measured
     else:
@@ -202,67 +205,85 @@ def test_a_narrower_table_of_estimates_is_corrected_for_the_wider_one(
 # ----- the choice
 
 
-def with_estimates(model: str, flags: str, more: float = 0.0) -> tracing.Experiment:
+class Bench(NamedTuple):
+    """What a command line asks for, and estimates of it."""
+
+    experiment: tracing.Experiment[Any]
+    estimates: tracing.Estimates
+
+
+def with_estimates(model: str, flags: str) -> Bench:
     """What some flags ask for, with random estimates of every sample and side."""
-    exp = prepared(model, *flags.split())
+    experiment = prepared(model, *flags.split())
+    components = tracing.choose_components(experiment.options, experiment.shape)
+    ids = [prompts[0].sample.sample_id for prompts in experiment.prompts]
     torch.manual_seed(0)
-    exp.estimates = torch.randn(len(exp.prompts), len(exp.components), 4).double() + more
-    return exp
+    values = torch.randn(len(ids), len(components), 4).double()
+    return Bench(experiment, tracing.Estimates(components, ids, values))
 
 
-def chosen(exp: tracing.Experiment, name: str) -> list[Component]:
-    return [c for c, how in tracing.choose_screened(exp).items() if how == name]
+def chosen(bench: Bench, measured: str) -> list[Component]:
+    screened = tracing.choose_screened(bench.experiment, bench.estimates)
+    return [component for component, part in screened.items() if part == measured]
 
 
-def largest(exp: tracing.Experiment, less: int, which: list[bool], k: int) -> list[Component]:
+def largest(bench: Bench, side: int, which: list[bool], k: int) -> list[Component]:
     """By |mean| of prompt a's estimates less those of a side, over some samples."""
-    assert exp.estimates is not None
-    means = {
-        c: sum(float(of[i, 0] - of[i, less]) for of in itertools.compress(exp.estimates, which))
-        for i, c in enumerate(exp.components)
-    }
-    return sorted(means, key=lambda c: -abs(means[c]))[:k]
+    means = {}
+    for place, component in enumerate(bench.estimates.components):
+        values = bench.estimates.values[:, place]
+        of_samples = itertools.compress(values.tolist(), which)
+        means[component] = sum(sides[0] - sides[side] for sides in of_samples)
+    return sorted(means, key=lambda component: -abs(means[component]))[:k]
 
 
 def test_the_best_are_those_of_largest_mean_estimate_of_either_sign(llama: str) -> None:
-    exp = with_estimates(llama, "--num_samples 5 --screen 4")
-    assert chosen(exp, "top") == largest(exp, 1, [True] * 5, 4)
-    exp.estimates = -exp.estimates
-    assert chosen(exp, "top") == largest(exp, 1, [True] * 5, 4)
-    assert len(exp.measured) == 0
-    exp.screened = tracing.choose_screened(exp)
-    assert exp.measured == sorted(exp.screened)
+    bench = with_estimates(llama, "--num_samples 5 --screen 4")
+    best = largest(bench, 1, [True] * 5, 4)
+    assert chosen(bench, "top") == best
+    bench.estimates.values.neg_()
+    assert chosen(bench, "top") == best
+
+
+def test_skipped_components_are_neither_best_nor_drawn(llama: str) -> None:
+    flags = "--num_samples 5 --screen 4"
+    first, second, *rest = largest(with_estimates(llama, flags), 1, [True] * 5, 6)
+    bench = with_estimates(llama, f"{flags} --skip {first.label},{second.label}")
+    assert chosen(bench, "top") == rest
+    assert not {first, second} & {*chosen(bench, "random")}
 
 
 def test_the_contrast_with_other_words_chooses_where_most_have_one(llama: str) -> None:
-    exp = with_estimates(llama, "--num_samples 5 --screen 4 --controls")
-    assert {p.side for p in exp.prompts[0]} == {*tracing.SIDES}
-    assert chosen(exp, "top") == largest(exp, 2, [True] * 5, 4) != largest(exp, 1, [True] * 5, 4)
+    bench = with_estimates(llama, "--num_samples 5 --screen 4 --controls")
+    experiment, every = bench.experiment, [True] * 5
+    assert {prompt.side for prompt in experiment.prompts[0]} == {*tracing.SIDES}
+    assert chosen(bench, "top") == largest(bench, 2, every, 4) != largest(bench, 1, every, 4)
     for i in (0, 1):
-        exp.prompts[i] = exp.prompts[i][:2]
-        exp.estimates[i, :, 2:] = math.nan
+        experiment.prompts[i] = experiment.prompts[i][:2]
+        bench.estimates.values[i, :, 2:] = math.nan
     have = [False, False, True, True, True]
-    assert chosen(exp, "top") == largest(exp, 2, have, 4)
-    exp.prompts[2] = exp.prompts[2][:2]
-    assert chosen(exp, "top") == largest(exp, 1, [True] * 5, 4)
+    assert chosen(bench, "top") == largest(bench, 2, have, 4)
+    experiment.prompts[2] = experiment.prompts[2][:2]
+    assert chosen(bench, "top") == largest(bench, 1, every, 4)
 
 
 def test_negative_controls_have_no_say(tiny_llama: str) -> None:
-    exp = with_estimates(tiny_llama, "--task odd_one_out --num_samples 16 --screen 5")
-    real = [of[0].sample.group != tracing.NO_ODD_ONE for of in exp.prompts]
+    bench = with_estimates(tiny_llama, "--task odd_one_out --num_samples 16 --screen 5")
+    real = [pair[0].sample.group != tracing.NO_ODD_ONE for pair in bench.experiment.prompts]
     assert 0 < sum(real) < 16
-    assert chosen(exp, "top") == largest(exp, 1, real, 5) != largest(exp, 1, [True] * 16, 5)
+    best = chosen(bench, "top")
+    assert best == largest(bench, 1, real, 5) != largest(bench, 1, [True] * 16, 5)
 
 
 def test_with_confirm_the_choosing_half_alone_ranks(llama: str, tmp_path: Path, few: None) -> None:
     flags = "--num_samples 6 --screen 4 --confirm 2"
     folder = finish(llama, tmp_path, *flags.split())
     choosing, held_out = halves(folder)
-    exp = with_estimates(llama, flags)
-    ids = [of[0].sample.sample_id for of in exp.prompts]
+    bench = with_estimates(llama, flags)
+    ids = bench.estimates.sample_ids
     assert {*choosing, *held_out} == {*ids}
-    assert chosen(exp, "top") == largest(exp, 1, [i in choosing for i in ids], 4)
-    assert chosen(exp, "top") != largest(exp, 1, [True] * 6, 4)
+    assert chosen(bench, "top") == largest(bench, 1, [i in choosing for i in ids], 4)
+    assert chosen(bench, "top") != largest(bench, 1, [True] * 6, 4)
     real = read(folder).merge(read(folder, SCREEN)[["label", "layer", "index", "measured"]])
     means = real[real["sample_id"].isin(choosing)].groupby("label")["estimate"].mean().abs()
     top = set(real["label"][real["measured"] == "top"])
@@ -270,15 +291,16 @@ def test_with_confirm_the_choosing_half_alone_ranks(llama: str, tmp_path: Path, 
 
 
 def test_random_others_are_of_the_rest_and_drawn_by_the_seed(llama: str, few: None) -> None:
-    exp = with_estimates(llama, "--num_samples 3 --screen 6")
+    bench = with_estimates(llama, "--num_samples 3 --screen 6")
+    experiment = bench.experiment
     drawn = set()
     for seed in range(20):
-        exp.config = replace(exp.config, seed=seed)
-        top, others = chosen(exp, "top"), chosen(exp, "random")
+        experiment.options = replace(experiment.options, seed=seed)
+        top, others = chosen(bench, "top"), chosen(bench, "random")
         assert len(top) == 6 and len({*others}) == 3 and not {*top} & {*others}
-        assert chosen(exp, "random") == others
+        assert chosen(bench, "random") == others
         drawn |= {*others}
-    assert drawn == {*exp.components} - {*top}
+    assert drawn == {*bench.estimates.components} - {*top}
 
 
 # ----- what it is worth
@@ -286,13 +308,13 @@ def test_random_others_are_of_the_rest_and_drawn_by_the_seed(llama: str, few: No
 
 @pytest.mark.parametrize("n", [1, 5, 32])
 def test_the_bound_is_the_share_that_seldom_shows_so_few(n: int) -> None:
-    assert tracing.share_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), abs=1e-9)
-    assert tracing.share_bound(n, n) == pytest.approx(1.0)
-    for seen in range(n):
-        p = tracing.share_bound(seen, n)
+    assert tracing.share_upper_bound(0, n) == pytest.approx(1 - 0.05 ** (1 / n), abs=1e-9)
+    assert tracing.share_upper_bound(n, n) == pytest.approx(1.0)
+    for n_shown in range(n):
+        p = tracing.share_upper_bound(n_shown, n)
         at_most = torch.distributions.Binomial(n, torch.tensor(p).double())
-        found = at_most.log_prob(torch.arange(seen + 1).double()).exp().sum()
-        assert float(found) == pytest.approx(0.05, abs=1e-6)
+        chance = at_most.log_prob(torch.arange(n_shown + 1).double()).exp().sum()
+        assert float(chance) == pytest.approx(0.05, abs=1e-6)
 
 
 def pairs(estimate: list[float], exact: list[float]) -> pd.DataFrame:
@@ -300,14 +322,14 @@ def pairs(estimate: list[float], exact: list[float]) -> pd.DataFrame:
 
 
 def test_agreement_by_hand() -> None:
-    found = tracing.agreement(pairs([1, 2, 3], [2, 4, 6]))
-    assert found == pytest.approx({"n": 3, "r": 1, "rank": 1, "slope": 2})
-    found = tracing.agreement(pairs([1, 2, 3], [3, 2, 1]))
-    assert found == pytest.approx({"n": 3, "r": -1, "rank": -1, "slope": -1})
-    found = tracing.agreement(pairs([0, 1, 2, 3], [0, 1, 0, 1]))
-    assert found["r"] == pytest.approx(2 / math.sqrt(5 * 4))
-    assert found["slope"] == pytest.approx(0.2)
-    assert found["rank"] == pytest.approx(2 / math.sqrt(20))
+    numbers = tracing.agreement(pairs([1, 2, 3], [2, 4, 6]))
+    assert numbers == pytest.approx({"n": 3, "r": 1, "rank": 1, "slope": 2})
+    numbers = tracing.agreement(pairs([1, 2, 3], [3, 2, 1]))
+    assert numbers == pytest.approx({"n": 3, "r": -1, "rank": -1, "slope": -1})
+    numbers = tracing.agreement(pairs([0, 1, 2, 3], [0, 1, 0, 1]))
+    assert numbers["r"] == pytest.approx(2 / math.sqrt(5 * 4))
+    assert numbers["slope"] == pytest.approx(0.2)
+    assert numbers["rank"] == pytest.approx(2 / math.sqrt(20))
     for one in (pairs([], []), pairs([1], [2])):
         assert all(math.isnan(tracing.agreement(one)[name]) for name in ("r", "rank", "slope"))
 
@@ -325,30 +347,38 @@ def screen_of(top: str, drawn: str, n_left_out: int = 2, factor: float = 1.0) ->
 
 
 CASES: dict[str, tuple[pd.DataFrame, int, float | None, bool]] = {  # missed, bound, poor
-    "none": (screen_of("3! -2! 0.1", "0.5 -1"), 0, tracing.share_bound(0, 2), False),
-    "of either sign": (screen_of("3! -2!", "2.5 -2.1 2"), 2, tracing.share_bound(2, 3), True),
-    "no verdict": (screen_of("3 -2 1", "1.9 -2.1"), 1, tracing.share_bound(1, 2), True),
+    "none": (screen_of("3! -2! 0.1", "0.5 -1"), 0, tracing.share_upper_bound(0, 2), False),
+    "of either sign": (screen_of("3! -2!", "2.5 -2.1 2"), 2, tracing.share_upper_bound(2, 3), True),
+    "no verdict": (screen_of("3 -2 1", "1.9 -2.1"), 1, tracing.share_upper_bound(1, 2), True),
     "all measured": (screen_of("3! -2!", "2.5 -1 0 0", 0), 1, None, True),
     "no others": (screen_of("3! -2!", "", 0), 0, None, False),
-    "uncorrelated": (screen_of("3! -2!", "1 0.5", factor=-1), 0, tracing.share_bound(0, 2), True),
+    "skipped others": (screen_of("3! -2!", "", 2), 0, None, False),
+    "uncorrelated": (
+        screen_of("3! -2!", "1 0.5", factor=-1),
+        0,
+        tracing.share_upper_bound(0, 2),
+        True,
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_random_others_exceed_is_missed_and_warned_of(
-    case: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
+def test_what_random_others_exceed_is_missed_and_warned_of(case: str) -> None:
     table, missed, bound, poor = CASES[case]
-    found = tracing.report_screen(table, tracing.Config(screen=2))
-    assert (found["missed"], found["missed_upper_95"]) == (missed, pytest.approx(bound))
-    assert found["all"]["n"] == (table["measured"] != "no").sum()
-    warned = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    findings = tracing.Findings()
+    recorded = tracing.report_screen(findings, table, "atp")
+    assert (recorded["missed"], recorded["missed_upper_95"]) == (missed, pytest.approx(bound))
+    assert recorded["all"]["n"] == (table["measured"] != "no").sum()
+    warned = [entry["text"] for entry in findings.entries if entry["level"] == "warning"]
     assert warned == ["atp is a poor screen here: raise --screen or use another --method"] * poor
     n = (table["measured"] == "random").sum()
-    said = f"missed: {missed} of {n} random others exceed" if n else "all are measured"
-    assert said in caplog.text
-    assert ("at most" in caplog.text) == (bound is not None)
+    measured = "all but the skipped" if case.startswith("skipped") else "all"
+    sentence = f"nothing is missed: {measured} are measured"
+    if n:
+        sentence = f"missed: {missed} of {n} random others exceed"
+    text = " ".join(entry["text"] for entry in findings.entries)
+    assert sentence in text
+    assert ("at most" in text) == (bound is not None)
 
 
 def test_the_figure_has_a_point_for_each_measured_component(
@@ -358,12 +388,13 @@ def test_the_figure_has_a_point_for_each_measured_component(
     save: Callable[..., None] = tracing.save_figure
     monkeypatch.setattr(tracing, "save_figure", lambda f, path: (saved.append(f), save(f, path)))
     table, path = screen_of("3! -2! 1", "0.5 -1"), tmp_path / "screen.png"
-    tracing.draw_screen(table, tracing.Config(screen=3, method="relp"), path)
+    tracing.draw_screen(table, "relp", "a title", path)
     (axes,) = saved[0].axes
     dots = [line for line in axes.lines if line.get_marker() == "o"]
     assert [line.get_xydata().tolist() for line in dots] == [
         table[table["measured"] == name][["estimate_mean", "mean"]].to_numpy().tolist()
         for name in ("top", "random")
     ]
-    assert axes.get_xlabel().startswith("relp estimate") and "5" not in axes.get_title()[:1]
+    assert axes.get_xlabel() == "relp estimate, score a - b (nats)"
+    assert (axes.get_ylabel(), axes.get_title()) == ("measured, score a - b (nats)", "a title")
     assert path.stat().st_size > 5000

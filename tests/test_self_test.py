@@ -17,14 +17,14 @@ import torch
 import llama3_circuit_tracing as tracing
 from by_hand import prepared
 from conftest import Answer, finish, record_of
-from llama3_circuit_tracing import Component, Edit, ModelShape, Row, TracedModel, Tree
+from llama3_circuit_tracing import Component, Edit, Edits, ModelShape, TracedModel, Tree
 from random_models import ARCHITECTURES
 
 Models = Callable[[str], str]
 
 
-def self_test(model: str, *flags: str) -> list[str]:
-    return ["--model_id", model, "--self_test", "--num_samples", "2", *flags]
+def check(model: str, *flags: str) -> list[str]:
+    return ["check", "--model_id", model, "--num_samples", "2", *flags]
 
 
 DTYPES = ("--no-bf16", "--bf16")
@@ -40,15 +40,15 @@ def test_the_self_test_passes_writes_nothing_and_leaves_the_attention_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     answer: Answer,
 ) -> None:
-    implementations, check = [], tracing.check_tree
+    implementations, check_tree = [], tracing.check_tree
 
-    def watch(traced: TracedModel, clean: Any) -> Any:
+    def watch(traced: TracedModel, clean_run: Any) -> Any:
         implementations.append(traced.model.config._attn_implementation)
-        return check(traced, clean)
+        return check_tree(traced, clean_run)
 
     monkeypatch.setattr(tracing, "check_tree", watch)
     monkeypatch.chdir(tmp_path)
-    code, out, err = answer(*self_test(folder_of(model), "--check_attentions", dtype))
+    code, out, err = answer(*check(folder_of(model), "--attentions", dtype))
     assert (code, err) == (0, "")
     lines = [line for line in out.splitlines() if line.startswith("self-test:")]
     assert len(lines) >= 8
@@ -121,10 +121,13 @@ columns, run_clean, run_rows = ModelShape.columns, tracing.run_clean, tracing.ru
 
 
 @contextlib.contextmanager
-def editing_outputs(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
+def editing_outputs(traced: TracedModel, rows: Sequence[Edits]) -> Iterator[None]:
     """The wrong hook: the slice of o_proj's output is replaced."""
     with contextlib.ExitStack() as stack:
-        for i, edit in ((i, edit) for i, row in enumerate(rows) for edit in row if edit.site[1]):
+        edits = [(i, edit) for i, row in enumerate(rows) for edit in row]
+        for i, edit in edits:
+            if edit.site.place == "resid":
+                continue
 
             def hook(_: Any, __: Any, y: Any, i: int = i, edit: Edit = edit) -> Any:
                 y = y.expand(len(rows), -1, -1).clone()
@@ -136,7 +139,7 @@ def editing_outputs(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def leaving_a_hook(traced: TracedModel, rows: Sequence[Row]) -> Iterator[None]:
+def leaving_a_hook(traced: TracedModel, rows: Sequence[Edits]) -> Iterator[None]:
     with editing(traced, rows):
         traced.layers[-1].register_forward_pre_hook(lambda module, args: None)
         yield
@@ -175,15 +178,16 @@ def replacing_for_good(traced: TracedModel, layer: int, residual: Any) -> Iterat
 
 
 def residual_of_the_block_before(*arguments: Any) -> tracing.CleanRun:
-    clean = run_clean(*arguments)
-    for layer in sorted(clean.residuals, reverse=True):
-        clean.residuals[layer] = clean.residuals.get(layer - 1, clean.residuals[layer])
-    return clean
+    clean_run = run_clean(*arguments)
+    residuals = clean_run.residuals
+    for layer in sorted(residuals, reverse=True):
+        residuals[layer] = residuals.get(layer - 1, residuals[layer])
+    return clean_run
 
 
-def nan_from_a_later_block(traced: TracedModel, clean: Any, rows: Sequence[Row]) -> Any:
-    starts = min(edit.site[0] for row in rows for edit in row)
-    return run_rows(traced, clean, rows) * (math.nan if starts == 1 else 1.0)
+def nan_from_a_later_block(traced: TracedModel, clean_run: Any, rows: Sequence[Edits]) -> Any:
+    first_layer = min(edit.site.layer for row in rows for edit in row)
+    return run_rows(traced, clean_run, rows) * (math.nan if first_layer == 1 else 1.0)
 
 
 IN_THE_HOOKS: dict[str, Planted] = {
@@ -218,12 +222,12 @@ def test_a_planted_mistake_is_caught_with_a_number(
     answer: Answer,
 ) -> None:
     monkeypatch.setattr(*MISTAKES[mistake])
-    code, _, err = answer(*self_test(folder_of(model), dtype))
-    said = err.strip().splitlines()[-1]
+    code, _, err = answer(*check(folder_of(model), dtype))
+    message = err.strip().splitlines()[-1]
     assert code == 1, "the planted mistake was not caught"
     if mistake != "a block left replaced":  # with which the next forward may fail by itself
-        assert re.search(r"error: .*(\d|nan)\b.*\bbound \d", said), said
-    assert "tree" in said or mistake in IN_THE_HOOKS, said
+        assert re.search(r"error: .*(\d|nan)\b.*\bbound \d", message), message
+    assert "tree" in message or mistake in IN_THE_HOOKS, message
 
 
 def test_every_sweep_begins_with_the_self_test_and_a_failed_one_is_not_remembered(
@@ -234,7 +238,7 @@ def test_every_sweep_begins_with_the_self_test_and_a_failed_one_is_not_remembere
     assert code == 1
     assert "self-test failed" in err
     assert not (tmp_path / "circuit_results.csv").exists()
-    assert not list((tmp_path / ".parts").glob("sweep-*"))
+    assert not list((tmp_path / ".parts").glob("scores-*"))
     assert "self_test" not in record_of(tmp_path)
 
 
@@ -244,12 +248,13 @@ def test_a_passed_self_test_is_remembered_for_the_same_run(
     ran: list[str] = []
     self_test = tracing.self_test
 
-    def watch(exp: Any) -> Any:
+    def watch(experiment: Any) -> Any:
         ran.append("once")
-        return self_test(exp)
+        return self_test(experiment)
 
     monkeypatch.setattr(tracing, "self_test", watch)
-    for flags, n in (["--layers", "0"], 1), (["--layers", "0-1"], 1), (["--overwrite"], 2):
+    other_experiment = ["--seed", "1", "--overwrite"]
+    for flags, n in (["--layers", "0"], 1), (["--layers", "0-1"], 1), (other_experiment, 2):
         finish(llama, tmp_path, "--num_samples", "2", *flags)
         assert len(ran) == n
     checks = record_of(tmp_path)["self_test"]
@@ -257,22 +262,12 @@ def test_a_passed_self_test_is_remembered_for_the_same_run(
     assert len(checks) == 8
 
 
-def test_attentions_are_checked_where_nothing_else_is_left_to_do(
-    llama: str, tmp_path: Path
-) -> None:
-    flags = ["--num_samples", "2", "--layers", "0"]
-    for more in ([], ["--check_attentions"]):
-        finish(llama, tmp_path, *flags, *more)
-        told = (tmp_path / "run.log").read_text()
-        assert ("self-test: attention maps" in told) == bool(more)
-
-
 @pytest.mark.parametrize(("device_map", "n_gpus"), [("auto", 0), ("cpu", 2)])
 def test_a_self_test_on_other_devices_is_not_taken_up(
     device_map: str, n_gpus: int, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[Any] = []
-    monkeypatch.setattr(tracing, "self_test", lambda exp: ran.append(exp) or [])
+    monkeypatch.setattr(tracing, "self_test", lambda experiment: ran.append(experiment) or [])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"card {gpu}")
     flags = ["--num_samples", "2", "--device_map"]
@@ -294,9 +289,9 @@ def test_the_self_test_runs_on_the_two_shortest_samples(
         return run_clean(traced, tree, *more)
 
     monkeypatch.setattr(tracing, "run_clean", watch)
-    exp = prepared(llama, "--num_samples", "9", "--controls")
-    tracing.self_test(exp)
+    experiment = prepared(llama, "--num_samples", "9", "--controls")
+    tracing.self_test(experiment)
     (tree,) = trees
-    n_tokens = {of[0].sample.sample_id: len(of[0].ids) for of in exp.prompts}
+    n_tokens = {pair[0].sample.sample_id: len(pair[0].ids) for pair in experiment.prompts}
     names = [sample.sample_id for sample, _ in tree.samples]
     assert sorted(n_tokens[name] for name in names) == sorted(n_tokens.values())[:2]

@@ -27,8 +27,9 @@ SHOWN = r"\x1b[2J\x1b]0;title\x07\r\n\x85\u2028\u2029\x0b\u202e\x9b31m\x7f"
 
 
 def sentence_in(err: str) -> str:
-    """What follows `error: ` on stderr, behind what argparse tells of the usage."""
-    return err.partition("error: ")[2].removesuffix("\n")
+    """What follows `error: ` on stderr, without what is said of the help."""
+    sentence = err.partition("error: ")[2].removesuffix("\n")
+    return re.sub(r"; `\S+(?: \w+)? --help` lists the options$", "", sentence)
 
 
 # ----- values
@@ -54,7 +55,7 @@ def test_a_quoted_value_is_as_python_writes_it_and_no_longer() -> None:
 def test_the_path_of_a_file_that_exists_is_shown_in_full_and_any_other_is_cut(
     tmp_path: Path,
 ) -> None:
-    path = tmp_path / ("long" * 25) / ("name" * 25)
+    path = tmp_path / ("long" * 50) / ("name" * 50)
     assert len(tracing.shorten(path)) == 80
     path.parent.mkdir()
     path.write_text("")
@@ -63,9 +64,9 @@ def test_the_path_of_a_file_that_exists_is_shown_in_full_and_any_other_is_cut(
 
 
 def test_a_list_of_values_ends_in_dots_where_there_are_more() -> None:
-    assert tracing.listed("abc", 3) == "a, b, c"
-    assert tracing.listed("abcd", 3) == "a, b, c, ..."
-    assert tracing.listed([LONG, "b"], 3) == f"{tracing.shorten(LONG)}, b"
+    assert tracing.join_values("abc", 3) == "a, b, c"
+    assert tracing.join_values("abcd", 3) == "a, b, c, ..."
+    assert tracing.join_values([LONG, "b"], 3) == f"{tracing.shorten(LONG)}, b"
 
 
 def test_what_a_terminal_would_obey_is_escaped_and_all_else_stays() -> None:
@@ -83,7 +84,7 @@ def test_an_error_repeats_no_long_word_of_the_command_line_however_it_is_written
         assert line.isprintable() and len(line) < 300
         assert line.startswith("no ") and line.endswith(" is there")
     assert tracing.one_line("short is there", ["short"]) == "short is there"
-    assert len(tracing.one_line("a b " * 9999)) == tracing.LONGEST_ERROR
+    assert len(tracing.one_line("a b " * 9999)) == tracing.MAX_ERROR_LENGTH
 
 
 def test_what_a_library_says_of_its_error_is_one_line_without_long_words() -> None:
@@ -94,21 +95,27 @@ def test_what_a_library_says_of_its_error_is_one_line_without_long_words() -> No
 
 # ----- errors
 
-ACTIONS = [a for a in tracing.build_parser()._actions if a.option_strings and a.dest != "help"]
+COMMAND_OF: dict[str, str] = {}  # by option, the first command that has it
+for one_command, entry in tracing.COMMANDS.items():
+    for option_field in tracing.option_fields(entry.options):
+        COMMAND_OF.setdefault(option_field.name, one_command)
+WORDS = {"names": "joint", "runs": "compare", "source": "redraw"}  # that stand without a flag
 # what a command line may hold without a word: it is refused by other means or is no value at all
 FREE = {"revision", "device_map", "model_id"}
 
 
-@pytest.mark.parametrize("name", [a.dest for a in ACTIONS if a.dest not in FREE])
+@pytest.mark.parametrize("name", [name for name in COMMAND_OF if name not in FREE])
 @pytest.mark.parametrize("value", [LONG, "1" * 5000, "/no" * 2000, "a b " * 2000])
 @pytest.mark.usefixtures("no_weights")
 def test_no_option_has_its_long_value_repeated(
     name: str, value: str, answer: Answer, llama: str, tmp_path: Path
 ) -> None:
-    argv = ["--model_id", llama, "--output_dir", str(tmp_path / "out"), f"--{name}={value}"]
+    argv = [COMMAND_OF[name], "--output_dir", str(tmp_path / "out")]
+    argv += [value, "other"] if name == "runs" else [value] if name in WORDS else []
+    argv += ["--model_id", llama] if COMMAND_OF[name] not in ("compare", "redraw") else []
     argv += ["--op", "scale"] if name == "factor" else []
-    argv += ["--kind", "resid", "--op", "patch"] if name == "along" else []
-    argv += ["--max_new_tokens", "1", "--num_samples", "1"] if name == "graph" else []
+    argv += ["--num_samples", "1"] if name == "sample" else []
+    argv += [f"--{name}={value}"] if name not in WORDS else []
     code, _, err = answer(*argv)
     sentence = sentence_in(err)
     assert code in (1, 2) and sentence
@@ -117,25 +124,50 @@ def test_no_option_has_its_long_value_repeated(
 
 
 @pytest.mark.parametrize(
-    "argv", [["--nonsense", LONG], [f"--nonsense={LONG}"], [LONG], ["word"] * 5000]
+    ("argv", "says"),
+    [
+        (["--nonsense", LONG], "unknown option --nonsense"),
+        ([f"--nonsense={LONG}"], "unknown option --nonsense"),
+        ([f"--{LONG}"], "unknown option --qqq"),
+        ([LONG], "unknown command 'qqq"),
+        (["word"] * 5000, "unknown command 'word'"),
+        (["--seed", "1", LONG], "'qqq"),
+        (["--seed", "1", *["word"] * 5000], "'word' is no option"),
+        (["redraw", *["word"] * 5000], "redraw takes one source; word is too many"),
+    ],
 )
-def test_words_that_are_no_option_are_not_repeated_in_full(argv: list[str], answer: Answer) -> None:
+def test_words_that_are_no_option_are_not_repeated_in_full(
+    argv: list[str], says: str, answer: Answer
+) -> None:
     code, _, err = answer(*argv)
     sentence = sentence_in(err)
-    assert code == 2 and sentence.startswith("unrecognized arguments: ")
-    assert LONG[:81] not in sentence and len(sentence) <= tracing.LONGEST_ERROR
+    assert code == 2 and sentence.startswith(says)
+    assert LONG[:81] not in sentence and len(sentence) <= tracing.MAX_ERROR_LENGTH
 
 
-@pytest.mark.parametrize("flag", ["layers", "kind", "confirm", "num_samples", "factor", "ablate"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("--layers=", "--kind=", "--confirm=", "--num_samples=", "--factor="),
+        *("joint ", "paths --through=", "redraw ", "--given="),
+    ],
+)
 def test_control_characters_on_the_command_line_are_escaped_in_its_error(
-    flag: str, answer: Answer
+    words: str, answer: Answer
 ) -> None:
-    code, _, err = answer(f"--{flag}={CONTROLS}")
+    code, _, err = answer(*f"{words}|".replace("|", CONTROLS).split(" ", 1))
     sentence = sentence_in(err)
     assert code == 2
     assert sentence.isprintable() and r"\x1b[2J" in sentence
+
+
+def test_control_characters_in_unknown_words_are_escaped(answer: Answer) -> None:
     code, _, err = answer(CONTROLS)
-    assert code == 2 and sentence_in(err) == f"unrecognized arguments: {SHOWN}"
+    assert code == 2 and sentence_in(err).startswith(f"unknown command '{SHOWN}'")
+    code, _, err = answer("--dry_run", CONTROLS)
+    assert code == 2 and sentence_in(err).startswith(f"'{SHOWN}' is no option")
+    code, _, err = answer(f"--{CONTROLS}")
+    assert code == 2 and sentence_in(err).startswith(f"unknown option --{SHOWN}")
 
 
 @pytest.mark.parametrize("debug", [False, True])
@@ -188,8 +220,9 @@ def test_no_long_value_of_a_sample_is_repeated(
 
 def test_a_long_cell_of_a_results_table_is_cut(answer: Answer, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text(f"{','.join(tracing.SEVEN)}\ns0,1,{LONG},0,-1,-0.9,0.1\n")
-    refuses(answer, "--from_csv", str(path), says=[f"{path}, line 2: column 'layer'", "qqq...qqq"])
+    path.write_text(f"{','.join(tracing.REQUESTED_COLUMNS)}\ns0,1,{LONG},0,-1,-0.9,0.1\n")
+    argv = ["redraw", str(path), "--output_dir", str(tmp_path / "out")]
+    refuses(answer, *argv, says=[f"{path}, line 2: column 'layer'", "qqq...qqq"])
 
 
 # ----- the log and the figures
@@ -216,7 +249,9 @@ def test_a_dry_run_has_a_line_for_each_thing_and_none_for_the_line_ends_in_value
     assert all(line.isprintable() for line in lines)
     named = sorted(line for line in lines if line.startswith("id"))
     assert named == [f"id{i} {SHOWN}  targets apple" for i in range(4)]
-    plan = tracing.describe_plan(prepared(tiny_llama, "--samples", samples, "--num_samples", "16"))
+    experiment = prepared(tiny_llama, "--samples", samples, "--num_samples", "16")
+    components = tracing.choose_components(experiment.options, experiment.shape)
+    plan = tracing.describe_plan(experiment, components)
     assert lines[-len(plan) :] == list(map(tracing.visible, plan))
 
 
@@ -225,13 +260,14 @@ def test_no_control_character_of_a_sample_or_a_name_reaches_terminal_log_or_figu
 ) -> None:
     """Of any stage that names a sample, the model or a file."""
     model = str(shutil.copytree(tiny_llama, tmp_path / f"model {CONTROLS}"))
-    flags = "--layers 0 --heads 0-1 --confirm 1 --num_random 1 --graph_nodes 9 --graph"
+    flags = "--layers 0 --heads 0-1 --confirm 1 --num_random 1"
     records = Path(samples).read_text().splitlines()
     graphed = json.loads(records[0])["sample_id"]
     capsys.readouterr()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        folder = finish(model, tmp_path / "out", "--samples", samples, *flags.split(), graphed)
+        folder = finish(model, tmp_path / "out", "--samples", samples, *flags.split())
+        finish(model, folder, "graph", "--sample", graphed, "--nodes", "9")
     out, _ = capsys.readouterr()
     for text in (out, (folder / "run.log").read_text()):
         lines = text.removesuffix("\n").split("\n")

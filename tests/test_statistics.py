@@ -55,11 +55,11 @@ def test_without_skewness_p_is_that_of_students_t(n: int, mean: float) -> None:
 @pytest.mark.parametrize("n", [7, 16, 40])
 def test_p_and_interval_are_those_of_plain_loops_with_samples_of_any_number(n: int) -> None:
     sums, counts = any_counts(n, torch.Generator().manual_seed(n))
-    found = tracing.mean_test(sums, counts).tolist()
+    p_values = tracing.mean_test(sums, counts).tolist()
     ends = tracing.mean_interval(sums, counts).T.tolist()
     for i in range(sums.shape[1]):
         p, low, high = by_hand.mean_test(sums[:, i].tolist(), counts[:, i].tolist())
-        assert found[i] == pytest.approx(p, rel=1e-6)
+        assert p_values[i] == pytest.approx(p, rel=1e-6)
         assert ends[i] == pytest.approx([low, high], abs=0.02 * (high - low))
 
 
@@ -117,8 +117,8 @@ def test_every_column_has_what_it_has_alone_and_empty_sentences_do_not_count() -
     sums[2:4, 1] = counts[2:4, 1] = 0
     p, ends = tracing.mean_test(sums, counts), tracing.mean_interval(sums, counts)
     for i in range(3):
-        there = counts[:, i] > 0
-        alone = sums[there, i : i + 1], counts[there, i : i + 1]
+        has_samples = counts[:, i] > 0
+        alone = sums[has_samples, i : i + 1], counts[has_samples, i : i + 1]
         torch.testing.assert_close(tracing.mean_test(*alone), p[i : i + 1])
         torch.testing.assert_close(tracing.mean_interval(*alone), ends[:, i : i + 1])
 
@@ -136,18 +136,18 @@ SIMULATED = [(name, n) for name in ("normal", "t, 2 df", "exponential") for n in
 def test_few_tables_show_anything_where_nothing_is_there(name: str, n: int) -> None:
     """At most 8 %, and three standard errors of 1,000 tables."""
     values = simulation.draw(name, n, 32_000, torch.Generator().manual_seed(n))
-    shown = simulation.verdicts(simulation.test(values)).any(1).double().mean()
-    assert float(shown) < 0.08 + 3 * 0.0086
+    share_with_verdicts = simulation.verdicts(simulation.test(values)).any(1).double().mean()
+    assert float(share_with_verdicts) < 0.08 + 3 * 0.0086
 
 
 def test_an_effect_of_a_standard_deviation_is_found_nearly_as_often_as_by_sign_flips() -> None:
     values = simulation.draw("normal", 16, 32_000, torch.Generator().manual_seed(1))
     values.view(16, -1, 32)[..., :4] += 1
-    ours, flips = (
+    found_by_t, found_by_flips = (
         float(simulation.verdicts(p)[:, :4].double().mean())
         for p in (simulation.test(values), simulation.sign_flip_p(values))
     )
-    assert ours > 0.85 * flips - 0.02
+    assert found_by_t > 0.85 * found_by_flips - 0.02
 
 
 @pytest.mark.parametrize("n", [8, 16, 32, 64])
@@ -180,8 +180,8 @@ def test_the_interval_of_a_ratio_covers_it_with_few_sentences() -> None:
     ],
 )
 def test_q_values_by_hand(p: list[float], q: list[float]) -> None:
-    found = tracing.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
-    assert found.tolist() == pytest.approx(q)
+    computed = tracing.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
+    assert computed.tolist() == pytest.approx(q)
     assert by_hand.q_values(p) == pytest.approx(q)
 
 
@@ -189,5 +189,5 @@ def test_q_values_by_hand(p: list[float], q: list[float]) -> None:
 def test_q_values_agree_with_a_plain_loop_ties_included(n: int) -> None:
     rng = random.Random(n)
     p = [rng.choice([rng.random(), rng.random() ** 4, 0.25]) for _ in range(n)]
-    found = tracing.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
-    assert found.tolist() == pytest.approx(by_hand.q_values(p))
+    computed = tracing.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
+    assert computed.tolist() == pytest.approx(by_hand.q_values(p))

@@ -18,23 +18,26 @@ import torch
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
-from by_hand import halves, prepared
-from conftest import Answer, finish, generations, read, write_samples
+from by_hand import halves
+from conftest import Answer, finish, read, refuses, write_samples
 
 COLUMNS = "factor set components lent side mean_delta kl n n_sentences shown shown_low shown_high "
 COLUMNS += "answers repeating"
-REPLYING = "--num_samples 4 --max_new_tokens 4"
-CONFIRMED = f"{REPLYING} --confirm 2 --num_random 2 --multipliers 0,1,-6".split()
-NAMED = f"{REPLYING} --layers 0 --multipliers 1,-9 --ablate L1N5,L2H3,L1N40".split()
-PATCHED = f"{REPLYING} --layers 2 --op patch --positions last".split()
-PATCHED += ["--ablate", "L1H2,L2H0", "--multipliers", "-6"]
+REPLYING = "--num_samples 4 --max_new_tokens 4 --num_random 2"
+RUNS = {  # the words of joint; "confirmed" follows a trace in its folder
+    "confirmed": ["--max_new_tokens", "4", "--num_random", "2", "--multipliers", "0,1,-6"],
+    "named": f"L1N5,L2H3,L1N40 {REPLYING} --multipliers 1,-9".split(),
+    "patched": f"L1H2,L2H0 {REPLYING} --op patch --positions last --multipliers -6".split(),
+}
+CONFIRM = ["--num_samples", "4", "--confirm", "2", "--num_random", "2"]
 pytestmark = pytest.mark.usefixtures("coarse_figures")
-RUNS = {"confirmed": CONFIRMED, "named": NAMED, "patched": PATCHED}
 
 
 @pytest.fixture(scope="module")
 def runs(llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: finish(llama, tmp_path_factory.mktemp(name), *RUNS[name]) for name in RUNS}
+    folders = {name: tmp_path_factory.mktemp(name) for name in RUNS}
+    finish(llama, folders["confirmed"], *CONFIRM)
+    return {name: finish(llama, folders[name], "joint", *RUNS[name]) for name in RUNS}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,12 @@ def steered(folder: Path) -> pd.DataFrame:
     return read(folder, "circuit_steer.csv")
 
 
-def sentences(folder: Path) -> list[str]:
+def joint_replies(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "joint_generations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def sample_ids(folder: Path) -> list[str]:
     """The samples that are steered: held-out ones where the run chose its circuit."""
     return halves(folder)[1] if (folder / "circuit.json").exists() else [*by_hand.texts(folder)]
 
@@ -56,16 +64,17 @@ def scaled_reply(plain: Any, user: str, labels: Iterable[str], factor: float) ->
     model, tokenizer = plain
 
     def scaling(label: str) -> tuple[Any, naive.Replace]:
-        one = tracing.Component.parse(label)
-        module = naive.module_of(model, one.layer, one.kind)
+        component = tracing.Component.parse(label)
+        layer, kind = component.layer, component.kind
+        module = naive.module_of(model, layer, kind)
         scale = torch.ones(module.in_features)
-        scale[naive.span_of(model, one.layer, one.kind, one.index)] = factor
+        scale[naive.span_of(model, layer, kind, component.index)] = factor
         return module, lambda x: x * scale
 
     ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
     with naive.all_hooked(map(scaling, labels)):
-        said = naive.greedy(model, naive.prompt_ids(tokenizer, user), 4, ends)
-    return str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        tokens = naive.greedy(model, naive.prompt_ids(tokenizer, user), 4, ends)
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 # ----- replies
@@ -76,18 +85,20 @@ def test_steered_replies_are_those_of_a_plain_loop_with_multiplied_columns(
     name: str, runs: dict[str, Path], plain: Any
 ) -> None:
     folder, texts = runs[name], by_hand.texts(runs[name])
-    records = [r for r in generations(folder) if r["multiplier"] is not None]
-    of_set = steered(folder)[["components", "factor"]].drop_duplicates()
-    asked = itertools.product(of_set.itertuples(index=False, name=None), sentences(folder), "ab")
-    wanted = [(labels, factor, i, side) for (labels, factor), i, side in asked]
+    records = [r for r in joint_replies(folder) if r["multiplier"] is not None]
+    sets = steered(folder)[["components", "factor"]].drop_duplicates()
+    expected = []
+    for labels, factor in sets.itertuples(index=False, name=None):
+        for sample_id, side in itertools.product(sample_ids(folder), "ab"):
+            expected.append((labels, factor, sample_id, side))
     keys = ("ablated", "multiplier", "sample_id", "prompt")
-    assert sorted(tuple(r[key] for key in keys) for r in records) == sorted(wanted)
+    assert sorted(tuple(r[key] for key in keys) for r in records) == sorted(expected)
     for record in records:
         user, labels = texts[record["sample_id"]][record["prompt"]], record["ablated"].split()
         assert record["reply"] == scaled_reply(plain, user, labels, record["multiplier"])
         assert record["n_ablated"] == len(labels)
-    said = {(r["sample_id"], r["prompt"], r["reply"]) for r in generations(folder)}
-    assert len(said) > len({key[:2] for key in said}), "some reply is changed"
+    replies = {(r["sample_id"], r["prompt"], r["reply"]) for r in joint_replies(folder)}
+    assert len(replies) > len({reply[:2] for reply in replies}), "some reply is changed"
 
 
 # ----- circuit_steer.csv
@@ -95,24 +106,24 @@ def test_steered_replies_are_those_of_a_plain_loop_with_multiplied_columns(
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_table_has_a_row_per_factor_set_and_side(name: str, runs: dict[str, Path]) -> None:
-    rows, ids = steered(runs[name]), sentences(runs[name])
+    rows, ids = steered(runs[name]), sample_ids(runs[name])
     assert list(rows) == COLUMNS.split()
     flags = RUNS[name]
     factors = [float(f) for f in flags[flags.index("--multipliers") + 1].split(",")]
-    wanted = [(name, f, side) for name in ("circuit", "random") for f in factors for side in "ab"]
-    assert list(rows[["set", "factor", "side"]].itertuples(index=False, name=None)) == wanted
+    expected = list(itertools.product(("circuit", "random"), factors, "ab"))
+    assert list(rows[["set", "factor", "side"]].itertuples(index=False, name=None)) == expected
     assert len(ids) == (2 if name == "confirmed" else 4)
     assert (rows["n"] == len(ids)).all()
-    records = [r for r in generations(runs[name]) if r["multiplier"] is not None]
+    records = [r for r in joint_replies(runs[name]) if r["multiplier"] is not None]
     for row in rows.itertuples():
         key = (row.components, row.factor, row.side)
-        mine = [r for r in records if (r["ablated"], r["multiplier"], r["prompt"]) == key]
-        assert {r["sample_id"] for r in mine} == set(ids)
-        shown = sum(bool(r["mentions"]) for r in mine)
+        same = [r for r in records if (r["ablated"], r["multiplier"], r["prompt"]) == key]
+        assert {r["sample_id"] for r in same} == set(ids)
+        shown = sum(bool(r["mentions"]) for r in same)
         ends = tracing.share_interval(shown / len(ids), row.n_sentences)
         assert (row.shown, row.shown_low, row.shown_high) == (shown / len(ids), *ends)
-        assert row.answers == sum(r["answers"] for r in mine) / len(ids)
-        assert row.repeating == sum(tracing.repeats(r["reply"]) for r in mine) / len(ids)
+        assert row.answers == sum(r["answers"] for r in same) / len(ids)
+        assert row.repeating == sum(tracing.repeats_itself(r["reply"]) for r in same) / len(ids)
     if name != "patched":
         assert (rows[rows["factor"] == 1]["kl"] == 0).all()
     assert (rows[rows["factor"] < 0]["kl"] > 1e-4).all()
@@ -121,9 +132,9 @@ def test_the_table_has_a_row_per_factor_set_and_side(name: str, runs: dict[str, 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_random_set_is_of_the_same_layers_and_kinds(name: str, runs: dict[str, Path]) -> None:
     sets = steered(runs[name]).groupby("set")["components"].unique()
-    mine, drawn = ([*map(tracing.Component.parse, sets[s].item().split())] for s in sets.index)
-    assert len({*mine, *drawn}) == len(mine) + len(drawn)
-    assert Counter((c.layer, c.kind) for c in mine) == Counter((c.layer, c.kind) for c in drawn)
+    circuit, drawn = ([*map(tracing.Component.parse, sets[s].item().split())] for s in sets.index)
+    assert len({*circuit, *drawn}) == len(circuit) + len(drawn)
+    assert Counter((c.layer, c.kind) for c in circuit) == Counter((c.layer, c.kind) for c in drawn)
 
 
 @pytest.mark.parametrize("name", ["named", "patched"])
@@ -132,10 +143,10 @@ def test_mean_delta_is_that_of_a_run_that_scales_the_same_components(
 ) -> None:
     rows = steered(runs[name]).query("side == 'a' and factor < 0")
     for row in rows.itertuples():
-        flags = ["--num_samples", "4", "--layers", "0", "--heads", "0", "--op", "scale"]
-        flags += ["--factor", str(row.factor), "--ablate", row.components.replace(" ", ",")]
-        joint = read(finish(llama, tmp_path / row.set, *flags), "circuit_confirm.csv")
-        (same,) = joint[joint["set"] == "ablate"].itertuples()
+        flags = ["--num_samples", "4", "--num_random", "1", "--op", "scale"]
+        words = ["joint", row.components.replace(" ", ","), *flags, "--factor", str(row.factor)]
+        joint = read(finish(llama, tmp_path / row.set, *words), "circuit_joint.csv")
+        (same,) = joint[joint["set"] == "named"].itertuples()
         assert row.mean_delta == pytest.approx(same.mean_delta, abs=1e-5)
         both = steered(runs[name]).query("set == @row.set and factor == @row.factor")
         assert both["kl"].tolist() == pytest.approx([same.kl_a, same.kl_b], rel=1e-4)
@@ -188,7 +199,7 @@ def wilson_interval(share: float, n: int) -> list[float]:
 def test_the_interval_of_replies_is_over_sentences(n_shown: int, n: int, n_sentences: int) -> None:
     mentions = [["apple"]] * n_shown + [[]] * (n - n_shown)
     replies = pd.DataFrame({"mentions": mentions, "answers": True, "reply": "Well."})
-    judged = tracing.judged_replies(replies, n_sentences)
+    judged = tracing.judge_replies(replies, n_sentences)
     assert (judged["n"], judged["n_sentences"]) == (n, n_sentences)
     assert judged["shown"] == pytest.approx(n_shown / n)
     ends = [judged["shown_low"], judged["shown_high"]]
@@ -202,10 +213,8 @@ def test_samples_of_one_sentence_count_once_in_the_interval(llama: str, tmp_path
     for sentence in ("Name a fruit.", "Name a pet.", "Name a metal."):
         records += [{"sentence": sentence, "targets": [word]} for word in ("apple", "iron")]
     samples = write_samples(tmp_path / "samples.jsonl", *records)
-    flags = f"--samples {samples} --layers 0 --heads 0 --ablate L0H1 --multipliers 0"
-    folder = finish(llama, tmp_path / "run", *flags.split(), "--max_new_tokens", "2")
-    rows = steered(folder)
-    assert read(folder)["unit"].nunique() == 3
+    words = f"joint L0H1 --samples {samples} --multipliers 0 --max_new_tokens 2 --num_random 1"
+    rows = steered(finish(llama, tmp_path / "run", *words.split()))
     assert {*rows["n"]} == {6} and {*rows["n_sentences"]} == {3}
     for row in rows.itertuples():
         expected = wilson_interval(row.shown, 3)
@@ -216,12 +225,12 @@ def test_samples_of_one_sentence_count_once_in_the_interval(llama: str, tmp_path
 
 
 def test_the_figure_has_two_labelled_axes(
-    runs: dict[str, Path], llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Any] = []
     monkeypatch.setattr(tracing, "save_figure", lambda figure, path: figures.append(figure))
-    exp = prepared(llama, *NAMED)
-    tracing.draw_steer(steered(runs["named"]), exp, tmp_path / "steer.png")
+    path = tmp_path / "steer.png"
+    tracing.draw_steering(steered(runs["named"]), tracing.SUPPRESSION, path)
     left, right = figures[0].axes
     assert left.get_xlabel() == right.get_xlabel() == "factor"
     assert "mention a forbidden word" in left.get_ylabel()
@@ -235,32 +244,29 @@ def test_without_multipliers_none_is_left(
     runs: dict[str, Path], llama: str, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(runs["confirmed"], tmp_path / "run"))
-    finish(llama, folder, *CONFIRMED[:-2])
+    finish(llama, folder, "joint", *RUNS["confirmed"][:-2])
     assert not list(folder.glob("circuit_steer*"))
-    assert all(record["multiplier"] is None for record in generations(folder))
+    assert all(record["multiplier"] is None for record in joint_replies(folder))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    ["--confirm 2", "--ablate L0H0", "--max_new_tokens 2", "--confirm 0 --max_new_tokens 2", ""],
-)
-def test_multipliers_need_a_circuit_and_replies(flags: str, answer: Answer) -> None:
-    code, _, err = answer("--model_id", "nowhere", "--multipliers", "0,1", *flags.split())
-    assert code == 2
-    assert "--multipliers need a circuit" in err.splitlines()[-1]
+@pytest.mark.parametrize("flags", ["", "--max_new_tokens 0"])
+def test_multipliers_need_replies(flags: str, answer: Answer) -> None:
+    words = ["joint", "L0H0", "--model_id", "nowhere", "--multipliers", "0,1", *flags.split()]
+    refuses(answer, *words, says=["--multipliers scale components in replies"])
 
 
-def test_a_circuit_of_more_than_half_of_all_is_steered_alone(llama: str, tmp_path: Path) -> None:
+def test_a_set_of_more_than_half_of_all_is_scaled_alone(llama: str, tmp_path: Path) -> None:
     heads = [f"L{n}H{i}" for n in range(3) for i in range(4)][:7]
-    flags = "--num_samples 2 --layers 0 --heads 0 --max_new_tokens 1 --multipliers 0 --ablate"
-    folder = finish(llama, tmp_path, *flags.split(), ",".join(heads))
+    flags = "--num_samples 2 --max_new_tokens 1 --multipliers 0"
+    folder = finish(llama, tmp_path, "joint", ",".join(heads), *flags.split())
     assert steered(folder)["set"].tolist() == ["circuit"] * 2
-    assert "no random set is steered" in (folder / "run.log").read_text()
+    assert "no random set is scaled" in (folder / "run.log").read_text()
+    assert not read(folder, "circuit_joint.csv")["set"].str.startswith("random").any()
 
 
 def test_the_log_tells_each_row(runs: dict[str, Path]) -> None:
-    told = (runs["confirmed"] / "run.log").read_text()
+    log = (runs["confirmed"] / "run.log").read_text()
     for row in steered(runs["confirmed"]).itertuples():
         line = f"{row.set} x {row.factor:g}, prompt {row.side}: {row.shown:.0%} of 2 "
-        assert line in told
-        assert f"mean a - b {row.mean_delta:+.3f}, KL {row.kl:.2g}" in told[told.index(line) :]
+        assert line in log
+        assert f"mean a - b {row.mean_delta:+.3f}, KL {row.kl:.2g}" in log[log.index(line) :]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import random
-import shutil
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -83,12 +82,13 @@ def test_the_sweep_equals_the_naive_loop(
 ) -> None:
     model, flags, logits = WAYS[way]
     folder = folder_of(model)
-    table, record = read(finish(folder, tmp_path, *TWO, *flags)), record_of(tmp_path)
+    table = read(finish(folder, tmp_path, *TWO, *flags))
+    machine = record_of(tmp_path)["commands"]["trace"]["run"]
     assert table["head_effect"].abs().mean() > 0.01
     assert largest_difference(table, naive_results(folder)) < EQUAL
-    assert record["run"]["logits"] == logits
+    assert machine["logits"] == logits
     if way == "layers on disk":
-        assert record["run"]["device_map"]["model.layers.1"] == "disk"
+        assert machine["device_map"]["model.layers.1"] == "disk"
 
 
 def test_layers_offloaded_to_the_cpu_change_nothing_and_no_positions_are_picked_elsewhere(
@@ -172,30 +172,36 @@ def test_removing_a_head_that_suppresses_has_a_positive_effect_and_amplifying_a_
 # ----- rows, of heads and of noise
 
 
-def parts_of(folder: Path) -> list[pd.DataFrame]:
-    """The rows that every job left behind."""
-    run = tracing.RunFolder(folder)
-    with run.open():
-        run.enter(run.record["fingerprint"], overwrite=False)
-        return [pd.DataFrame(run.read_part(path.stem)) for path in run.parts.glob("sweep-*.json")]
+def swept_rows(model: str, folder: Path, *flags: str) -> pd.DataFrame:
+    """The rows of a sweep, of components and of noise, with the effect on delta_logit."""
+    tables: list[pd.DataFrame] = []
+    measure = tracing.measure_components
 
+    def watch(*arguments: Any) -> pd.DataFrame:
+        tables.append(measure(*arguments))
+        return tables[-1]
 
-def jittered_effects(folder: Path) -> pd.Series:
-    """The mean effect of every jittered row over all samples, by layer, index and draw."""
-    rows = pd.concat(parts_of(folder)).query("draw >= 0")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "measure_components", watch)
+        finish(model, folder, *flags)
+    (rows,) = tables
     base = read(folder).drop_duplicates("sample_id").set_index("sample_id")["delta_logit_base"]
-    effect = rows["score_a_head"] - rows["score_b_head"] - rows["sample_id"].map(base)
-    n_samples = rows.groupby(["layer", "index", "draw"])["sample_id"].nunique()
-    assert (n_samples == len(base)).all()  # a row of noise is measured on every sample
-    return effect.groupby([rows["layer"], rows["index"], rows["draw"]]).mean()
+    return rows.assign(effect=rows["score_a"] - rows["score_b"] - rows["sample_id"].map(base))
+
+
+def jittered_effects(model: str, folder: Path, *flags: str) -> pd.Series:
+    """The mean effect of every jittered row over all samples, by layer, index and draw."""
+    rows = swept_rows(model, folder, *flags).query("draw >= 0")
+    by_row = rows.groupby(["layer", "index", "draw"])
+    assert (by_row["sample_id"].nunique() == rows["sample_id"].nunique()).all()
+    return by_row["effect"].mean()
 
 
 def test_the_noise_floor_is_the_95th_percentile_of_the_mean_effects_of_jittered_rows(
     llama: str, tmp_path: Path
 ) -> None:
     """Over several trees."""
-    finish(llama, tmp_path, "--num_samples", "6", "--tree_tokens", "300")
-    effects = jittered_effects(tmp_path)
+    effects = jittered_effects(llama, tmp_path, "--num_samples", "6", "--tree_tokens", "300")
     assert len(effects) >= 12
     assert set(effects.index.get_level_values("layer")) == {0, 1, 2}
     floor = record_of(tmp_path)["noise_floor"]
@@ -210,15 +216,15 @@ def test_a_jittered_row_turns_each_element_by_one_eps_where_heads_are_edited(
 ) -> None:
     jittered, run_rows, eps = [], tracing.Experiment.run_rows, 2**-7
 
-    def watch(exp: Any, clean: Any, rows: Any, bar: Any) -> Any:
+    def watch(experiment: Any, clean: Any, rows: Any, *more: Any) -> Any:
         for (edit,) in rows:
-            assert edit.site[1] == "self_attn.o_proj"
+            assert edit.site.place == "attn"
             assert torch.equal(edit.where, clean.tree.where)
             if isinstance(edit.factor, torch.Tensor):
                 assert edit.factor.shape == (clean.tree.n_tokens, 16)
                 assert edit.columns.stop - edit.columns.start == 16
                 jittered.append(edit.factor.flatten())
-        return run_rows(exp, clean, rows, bar)
+        return run_rows(experiment, clean, rows, *more)
 
     monkeypatch.setattr(tracing.Experiment, "run_rows", watch)
     finish(llama, tmp_path, "--num_samples", "1", "--bf16", "--positions", "last")
@@ -248,39 +254,40 @@ def test_jitter_moves_the_mean_effect_several_times_less_than_a_common_factor(
 ) -> None:
     """Of a whole attention input. With the eps of bfloat16, that the rounding of the forward, which
     is in float32, does not hide."""
-    exp = prepared(tiny_llama, "--kind", "attn", "--no-bf16", "--num_samples", "12")
-    assert exp.traced.model.dtype == torch.float32
-    exp.shape = replace(exp.shape, dtype=torch.bfloat16)
-    found = []
-    for tree in exp.trees:
-        clean, of_tree = exp.run_clean(tree, range(exp.shape.n_layers)), []
-        for component in exp.components:
-            rows = [tracing.jitter(exp, tree, component, draw) for draw in range(4)]
+    experiment = prepared(tiny_llama, "--kind", "attn", "--no-bf16", "--num_samples", "12")
+    assert experiment.traced.model.dtype == torch.float32
+    experiment.shape = replace(experiment.shape, dtype=torch.bfloat16)
+    task, readers = experiment.task, [tracing.read_log_probs]
+    tables = []
+    for tree in experiment.trees:
+        clean_run = experiment.clean_run(tree, range(experiment.shape.n_layers))
+        before = tree.scores(clean_run.log_probs, task)
+        tree_effects = []
+        for component in experiment.shape.components("attn"):
+            rows = [tracing.jitter(experiment, tree, component, draw) for draw in range(4)]
             rows.append((replace(rows[0][0], factor=1 + 2**-6),))
-            scores = tree.scores(exp.run_rows(clean, rows, tqdm(disable=True)), exp.task)
-            moved = (scores - tree.scores(clean.log_probs, exp.task)).unflatten(1, (-1, 2))
-            of_tree.append(moved[..., 0] - moved[..., 1])
-        found.append(torch.stack(of_tree))  # [component, row, sample]
-    effects = torch.cat(found, -1).mean(-1).abs()
+            outputs = experiment.run_rows(clean_run, rows, tqdm(disable=True), readers)
+            moved = (tree.scores(outputs, task) - before).unflatten(1, (-1, 2))
+            tree_effects.append(moved[..., 0] - moved[..., 1])
+        tables.append(torch.stack(tree_effects))  # [component, row, sample]
+    effects = torch.cat(tables, -1).mean(-1).abs()
     assert (3 * effects[:, :-1].mean(1) < effects[:, -1]).all()
 
 
 # ----- which rows are jittered
 
-NOTHING = pd.DataFrame(columns=["sample_id", "layer", "index", "draw"], dtype=int)
-
 
 def drawn(model: str, line: str = "") -> dict[int, list[int]]:
-    """Per layer the index that each draw jitters, in every tree."""
-    exp = prepared(model, "--tree_tokens", "1", *line.split())
-    found = [
-        (job.layer, [component.index for component, draw in job.edits if draw >= 0])
-        for job in tracing.plan_jobs(exp, NOTHING)
-    ]
-    by_layer = dict(found)
-    assert len(exp.trees) == 2
-    assert found == 2 * list(by_layer.items())
-    return by_layer
+    """Per layer the index that each draw jitters."""
+    experiment = prepared(model, *line.split())
+    components = tracing.choose_components(experiment.options, experiment.shape)
+    layers = sorted({component.layer for component in components})
+    indices: dict[int, list[int]] = {layer: [] for layer in layers}
+    for variant in tracing.jitter_variants(experiment, layers):
+        component, draw = variant.subject
+        assert draw == len(indices[component.layer])
+        indices[component.layer].append(component.index)
+    return indices
 
 
 @pytest.mark.parametrize("line", ["--heads 2", "--layers 1", "--layers 0,2 --heads 1-2"])
@@ -323,7 +330,10 @@ def test_the_noise_floor_depends_on_the_seed_and_is_larger_in_bfloat16(
     for name, seed in flags.items():
         finish(llama, tmp_path / name, *samples, "--seed", *seed)
     floors = {name: record_of(tmp_path / name)["noise_floor"] for name in flags}
-    drawn = {name: set(jittered_effects(tmp_path / name).index) for name in flags}
+    drawn = {}
+    for name, seed in flags.items():
+        effects = jittered_effects(llama, tmp_path / name, *samples, "--seed", *seed)
+        drawn[name] = set(effects.index)
     assert floors["one"] == floors["again"] != floors["two"]
     assert drawn["one"] == drawn["bf16"] != drawn["two"]
     assert 1e-8 < floors["one"] < 2e-5
@@ -337,28 +347,42 @@ def test_the_noise_floor_depends_on_the_seed_and_is_larger_in_bfloat16(
 def test_a_part_that_vanishes_while_the_run_works_ends_it(
     llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = tracing.sweep
+    compute_parts = tracing.compute_parts
 
-    def careless(exp: Any, jobs: Any, folder: Any) -> None:
-        sweep(exp, jobs, folder)
-        folder.part_path(jobs[1].name).unlink()
+    def careless(experiment: Any, jobs: Any, description: str) -> None:
+        compute_parts(experiment, jobs, description)
+        if description == "sweep":
+            experiment.folder.part_path(jobs[1].name).unlink()
 
-    monkeypatch.setattr(tracing, "sweep", careless)
+    monkeypatch.setattr(tracing, "compute_parts", careless)
     argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
-    refuses(answer, *argv, says=["4 components lack rows or have some twice (L1H0 first)"], code=1)
+    refuses(answer, *argv, says=["the part scores-", "cannot be read back"], code=1)
     assert not (tmp_path / "circuit_results.csv").exists()
-    monkeypatch.setattr(tracing, "sweep", sweep)
+    monkeypatch.setattr(tracing, "compute_parts", compute_parts)
     assert largest_difference(read(finish(llama, tmp_path, *TWO)), naive_results(llama)) < EQUAL
 
 
 def test_waiting_for_the_parts_of_others_ends_when_one_vanishes(
     llama: str, tmp_path: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other process wrote one part and its folder was cleared then."""
-    monkeypatch.setattr(tracing, "share_jobs", lambda exp, jobs, *_: jobs[:2])
-    monkeypatch.setattr(tracing.time, "sleep", lambda _: shutil.rmtree(tmp_path / ".parts"))
-    argv = ["--model_id", llama, *TWO, "--output_dir", str(tmp_path)]
-    refuses(answer, *argv, says=["components lack rows or have some twice"], code=1)
+    """The other process writes its parts one by one, and each is gone when the next comes."""
+    finish(llama, tmp_path, *TWO)
+    folder = tracing.RunFolder(tmp_path)
+    names = sorted(path.stem for path in folder.list_parts() if path.stem.startswith("scores"))
+    texts = [folder.part_path(name).read_text() for name in names]
+    for name in names:
+        folder.part_path(name).unlink()
+    steps = iter(range(len(names)))
+
+    def meanwhile(_: float) -> None:
+        step = next(steps)
+        folder.part_path(names[step]).write_text(texts[step])
+        if step:
+            folder.part_path(names[step - 1]).unlink()
+
+    monkeypatch.setattr(tracing.time, "sleep", meanwhile)
+    tracing.wait_for_parts(folder, set(names))
+    assert [path.stem for path in folder.list_parts()][-1:] and next(steps, None) is None
 
 
 def test_components_of_an_interrupted_command_stay_out_of_another_commands_table(
@@ -366,9 +390,18 @@ def test_components_of_an_interrupted_command_stay_out_of_another_commands_table
 ) -> None:
     """A tree per sample; the first command measured layers 0 and 1 on the first of them only."""
     flags = [*TWO, "--tree_tokens", "1"]
+    write_part = tracing.RunFolder.write_part
+    written: list[str] = []
+
+    def write(folder: Any, name: str, payload: Any) -> None:
+        write_part(folder, name, payload)
+        if name.startswith("scores"):
+            written.append(name)
+        if len(written) == 2:
+            raise SystemExit(143)
+
     with monkeypatch.context() as patch:
-        patch.setattr(tracing, "share_jobs", lambda exp, jobs, *_: jobs[:2])
-        patch.setattr(tracing.time, "sleep", lambda _: tracing.sys.exit(143))
+        patch.setattr(tracing.RunFolder, "write_part", write)
         argv = ["--model_id", llama, "--output_dir", str(tmp_path), *flags, "--layers", "0,1"]
         assert tracing.main(argv) == 143
     table = read(finish(llama, tmp_path, *flags, "--layers", "2"))
@@ -378,22 +411,13 @@ def test_components_of_an_interrupted_command_stay_out_of_another_commands_table
     assert len(read(finish(llama, tmp_path, *flags))) == 2 * 12
 
 
-@pytest.mark.parametrize("where", ["the part itself", "another part"])
-def test_rows_that_stand_there_twice_are_mended_as_the_sentence_says(
-    where: str, llama: str, tmp_path: Path, answer: Answer
-) -> None:
+def test_a_part_that_is_there_twice_changes_nothing(llama: str, tmp_path: Path) -> None:
     before = read(finish(llama, tmp_path, *TWO))
     folder = tracing.RunFolder(tmp_path)
-    folder.key = tracing.digest(record_of(tmp_path)["fingerprint"])
-    name = min(path.stem for path in folder.parts.glob("sweep-*"))
-    rows, other = folder.read_part(name), f"{name}-copy"
-    if where == "the part itself":
-        rows, other = {column: 2 * values for column, values in rows.items()}, name
-    folder.write_part(other, rows)
-    said = answer("--model_id", llama, *TWO, "--output_dir", str(tmp_path))[2]
-    assert "Traceback" not in said
-    way_out = ["--overwrite"] if "--overwrite" in said else []
-    pd.testing.assert_frame_equal(read(finish(llama, tmp_path, *TWO, *way_out)), before)
+    folder.experiment_key = tracing.digest(record_of(tmp_path)["experiment"]["fingerprint"])
+    name = min(path.stem for path in folder.parts.glob("scores-*"))
+    folder.write_part(f"{name}0", folder.read_part(name))
+    pd.testing.assert_frame_equal(read(finish(llama, tmp_path, *TWO)), before)
 
 
 @pytest.mark.parametrize("factor", ["1e300", "1e38"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import random
 import statistics
@@ -18,16 +17,16 @@ import torch
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
-from by_hand import Effects, q_values, results, steps
-from conftest import Answer, finish, read, record_of, refuses, write_samples
+from by_hand import q_values, results, steps
+from conftest import finish, read, record_of, write_samples
 
-CONFIG = tracing.Config()
+OPTIONS = tracing.TraceOptions()
 SCORES = ["score_a_base", "score_b_base", "score_a_head", "score_b_head"]
 NUMBERS = ["delta_logit_base", "delta_logit_head", "head_effect", *SCORES]
 FIRST = ["sample_id", "n_constraints", "layer", "head", *NUMBERS]
 CONTROLS = ["score_other_base", "score_other_head", "score_affirm_base", "score_affirm_head"]
 CONTROLS += ["effect_minus_other", "effect_minus_affirm"]
-RUN = ["kind", "op", "positions", "task", "patch_into", "method", "factor", "along"]  # all rows
+RUN = ["kind", "op", "positions", "task", "patch_into", "method", "factor"]  # all rows
 LAST = ["unit", "group", "prompts", "index", *RUN, "estimate", "n_screened"]
 INTERVAL = ["mean", "ci_low", "ci_high", "p", "q"]
 STATISTICS = ["n_samples", "n_sentences", "mean", "median", "sd", "skewness", *INTERVAL[1:]]
@@ -48,15 +47,15 @@ def run_of(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def find(
-    table: pd.DataFrame, floor: float = math.nan, config: tracing.Config = CONFIG
+    table: pd.DataFrame, floor: float = math.nan, factor: float | None = None
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """The base's statistics and the findings per component."""
-    bases = tracing.bases_of(table)
-    return bases["b"], tracing.heads_table(table, bases, floor, config)
+    bases = tracing.find_bases(table)
+    return bases["b"], tracing.heads_table(table, bases, floor, factor)
 
 
 def of_effects(table: pd.DataFrame) -> pd.DataFrame:
-    return tracing.statistics_of(table, "head_effect")
+    return tracing.column_statistics(table, "head_effect")
 
 
 # ----- results per sample and component
@@ -64,21 +63,20 @@ def of_effects(table: pd.DataFrame) -> pd.DataFrame:
 
 def swept(*rows: tuple[str, int, int, float, float]) -> pd.DataFrame:
     """Rows of sample_id, layer, index and the scores of a and b with the edit."""
-    names = ["sample_id", "layer", "index", "score_a_head", "score_b_head"]
-    table = pd.DataFrame(rows, columns=names).assign(draw=-1)
-    return table.astype({"sample_id": pd.CategoricalDtype(sorted(set(table["sample_id"])))})
+    names = ["sample_id", "layer", "index", "score_a", "score_b"]
+    return pd.DataFrame(rows, columns=names).assign(draw=-1)
 
 
 def record(sample_id: str, a: float, b: float, **more: Any) -> dict[str, Any]:
     prompts = {"a": {"score": a}, "b": {"score": b}}
-    known = {"targets": ["x", "y"], "unit": "u", "group": "", "prompts": prompts}
-    known["prompts_id"] = f"id of {sample_id}"
-    return {"sample_id": sample_id, **known, **more}
+    values = {"targets": ["x", "y"], "unit": "u", "group": "", "prompts": prompts}
+    values["prompts_id"] = f"id of {sample_id}"
+    return {"sample_id": sample_id, **values, **more}
 
 
 def test_metric_and_role_by_hand() -> None:
     rows = swept(("s", 2, 5, -2.5, -1.5))
-    table = tracing.results_table(rows, [record("s", -5.0, -1.0)], CONFIG)
+    table = tracing.results_table(rows, [record("s", -5.0, -1.0)], OPTIONS)
     (row,) = table.to_dict("records")
     assert (row["delta_logit_base"], row["delta_logit_head"], row["head_effect"]) == (-4, -1, 3)
     assert (row["layer"], row["head"], row["n_constraints"]) == (2, 5, 2)
@@ -88,7 +86,7 @@ def test_metric_and_role_by_hand() -> None:
 def test_rows_meet_the_base_scores_of_their_sample_and_are_sorted() -> None:
     rows = swept(("t", 1, 0, -1, 0), ("s", 1, 10, -2, 0), ("s", 1, 9, -3, 0), ("s", 0, 11, -4, 0))
     records = [record("t", 5, 1, unit="v", group="g"), record("s", 7, 2)]
-    table = tracing.results_table(rows, records, CONFIG)
+    table = tracing.results_table(rows, records, OPTIONS)
     names = ["sample_id", "layer", "index", "score_a_head", *SCORES[:2], "unit", "group", "prompts"]
     assert table[names].to_numpy().tolist() == [
         ["s", 0, 11, -4, 7, 2, "u", "", "id of s"],
@@ -100,43 +98,44 @@ def test_rows_meet_the_base_scores_of_their_sample_and_are_sorted() -> None:
 
 def written(path: Path, index: int, **options: Any) -> list[list[str]]:
     """The header and the only row of results of a component with some options."""
-    config = tracing.Config(**options)
-    table = tracing.results_table(swept(("s", 1, index, 0, 0)), [record("s", 0, 0)], config)
+    rows = swept(("s", 1, index, 0, 0))
+    trace_options = tracing.TraceOptions(**options)
+    table = tracing.results_table(rows, [record("s", 0, 0)], trace_options)
     tracing.write_components(path, table.drop(columns="draw"))
     return [line.split(",") for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
-    ("kind", "index", "head", "shown"),
+    ("kind", "index", "head", "index_cell"),
     [("head", 3, "3", "3"), ("neuron", 70, "", "70")]
     + [(kind, -1, "", "") for kind in ("attn", "mlp", "resid")],
 )
 def test_the_columns_of_the_component_come_after_all_scores_and_head_is_for_heads_only(
-    kind: str, index: int, head: str, shown: str, tmp_path: Path
+    kind: str, index: int, head: str, index_cell: str, tmp_path: Path
 ) -> None:
     names, row = written(tmp_path / "t.csv", index, kind=kind)
     assert names == [*FIRST, *LAST]
     assert row[names.index("head")] == head
-    assert row[names.index("index")] == shown
+    assert row[names.index("index")] == index_cell
     assert row[names.index("kind")] == kind
 
 
 INTO_B = {"op": "patch", "patch_into": "b", "positions": "last", "task": "refusal"}
 OF_RUN: dict[str, dict[str, Any]] = {  # by the end of a row what is asked for
-    "zero,all,suppression,,exact,,": {},
-    "scale,all,suppression,,exact,0.5,": {"op": "scale", "factor": 0.5},
-    "patch,all,suppression,a,exact,,": {"op": "patch"},
-    "patch,last,refusal,b,exact,,": INTO_B,
-    "zero,all,suppression,,exact,,of.safetensors": {"along": "some/where/of.safetensors"},
+    "zero,all,suppression,,exact,": {},
+    "scale,all,suppression,,exact,0.5": {"op": "scale", "factor": 0.5},
+    "patch,all,suppression,a,exact,": {"op": "patch"},
+    "patch,last,refusal,b,exact,": INTO_B,
+    "zero,all,suppression,,relp,": {"method": "relp"},
 }
 
 
-@pytest.mark.parametrize("told", OF_RUN)
+@pytest.mark.parametrize("cells", OF_RUN)
 def test_the_last_columns_tell_what_was_done_and_leave_empty_what_does_not_apply(
-    told: str, tmp_path: Path
+    cells: str, tmp_path: Path
 ) -> None:
-    _, row = written(tmp_path / "t.csv", 3, **OF_RUN[told])
-    assert ",".join(row).endswith(f",head,{told},,")
+    _, row = written(tmp_path / "t.csv", 3, **OF_RUN[cells])
+    assert ",".join(row).endswith(f",head,{cells},,")
 
 
 def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
@@ -147,10 +146,10 @@ def test_prompts_name_the_two_texts_and_the_words_whatever_the_sample_is_called(
     again, words = {**GOLF, "sample_id": "again"}, {**GOLF, "targets": ["golf", "tennis"]}
     samples = write_samples(tmp_path / "mine.jsonl", GOLF, sport, again, words)
     folder = finish(llama, tmp_path / "out", "--samples", samples, "--layers", "0", "--heads", "0")
-    known = read(folder).set_index("sample_id")["prompts"].to_dict()
-    assert known["line00001"] == known["again"]
-    assert len({*known.values()}) == len(known) - 1 == 3
-    assert known == {of["sample_id"]: of["prompts_id"] for of in record_of(folder)["samples"]}
+    prompts_ids = read(folder).set_index("sample_id")["prompts"].to_dict()
+    assert prompts_ids["line00001"] == prompts_ids["again"]
+    assert len({*prompts_ids.values()}) == len(prompts_ids) - 1 == 3
+    assert prompts_ids == {s["sample_id"]: s["prompts_id"] for s in record_of(folder)["samples"]}
 
 
 @pytest.mark.parametrize("task", ["suppression", "refusal", "odd_one_out"])
@@ -198,12 +197,12 @@ def test_control_prompts_score_as_the_naive_oracle_says(run_of: Runs, llama: str
     heads = pd.DataFrame([(0, 2), (2, 1)], columns=["layer", "head"])
     for row in read(folder).merge(heads).query("sample_id < 's0002'").to_dict("records"):
         for side in ("other", "affirm"):
-            asked = tokenizer, texts[row["sample_id"]][side], targets[row["sample_id"]]
-            base = naive.suppression_score(model, *asked)
+            arguments = tokenizer, texts[row["sample_id"]][side], targets[row["sample_id"]]
+            base = naive.suppression_score(model, *arguments)
             with by_hand.ablated(model, [f"L{row['layer']}H{row['head']}"]):
-                edited = naive.suppression_score(model, *asked)
-            found = [row[f"score_{side}_{run}"] for run in ("base", "head")]
-            assert found == pytest.approx([base, edited], abs=2e-5)
+                edited = naive.suppression_score(model, *arguments)
+            scores = [row[f"score_{side}_{run}"] for run in ("base", "head")]
+            assert scores == pytest.approx([base, edited], abs=2e-5)
 
 
 def test_a_sample_without_controls_leaves_their_columns_empty(llama: str, tmp_path: Path) -> None:
@@ -278,9 +277,9 @@ def test_q_corrects_for_the_most_that_a_table_tells_of(
 
 def test_the_statistics_of_a_component_by_hand() -> None:
     table = results({"L0H0": [0.1, 0.2, 0.6, 0.3], "L0H1": [0.4, -0.4, 0.4, -0.4]})
-    found = of_effects(table)
-    assert list(found) == STATISTICS
-    first, second = found.to_dict("records")
+    computed = of_effects(table)
+    assert list(computed) == STATISTICS
+    first, second = computed.to_dict("records")
     assert (first["n_samples"], first["n_sentences"]) == (4, 4)
     assert first["mean"] == pytest.approx(0.3)
     assert first["median"] == pytest.approx(0.25)
@@ -312,15 +311,15 @@ def test_cells_that_a_table_lacks_are_left_out() -> None:
     effects = by_hand.noise(random.Random(2), 6, 3)
     table = results(effects)
     holes = table[(table["head"] != 1) | ~table["sample_id"].isin(["s001", "s004"])]
-    full, found = of_effects(table), of_effects(holes)
+    full, partial = of_effects(table), of_effects(holes)
     present = [effects["L0H1"][i] for i in (0, 2, 3, 5)]
-    row, alone = found.iloc[1], of_effects(results({"L0H1": present})).iloc[0]
+    row, alone = partial.iloc[1], of_effects(results({"L0H1": present})).iloc[0]
     assert (row["n_samples"], row["n_sentences"]) == (4, 4)
     assert row["mean"] == pytest.approx(statistics.fmean(present))
     assert row["sd"] == pytest.approx(statistics.stdev(present))
     names = ["skewness", *INTERVAL[:-1]]
     assert row[names].tolist() == pytest.approx(alone[names].tolist())
-    assert found.iloc[[0, 2]].drop(columns="q").equals(full.iloc[[0, 2]].drop(columns="q"))
+    assert partial.iloc[[0, 2]].drop(columns="q").equals(full.iloc[[0, 2]].drop(columns="q"))
     lone = of_effects(table[(table["head"] != 1) | (table["sample_id"] == "s003")]).iloc[1]
     assert (lone["n_sentences"], lone["p"]) == (1, 1.0)
     assert lone[["ci_low", "ci_high"]].isna().all()
@@ -410,8 +409,7 @@ def test_a_component_has_one_role_whatever_factor_it_is_scaled_by(
 ) -> None:
     """A head that writes half of the base, and one that writes as much against it."""
     moved = (factor - 1) * base / 2
-    config = tracing.Config(op="scale", factor=factor)
-    heads = find(results({"L0H0": [moved] * 8, "L0H1": [-moved] * 8}, base), config=config)[1]
+    heads = find(results({"L0H0": [moved] * 8, "L0H1": [-moved] * 8}, base), factor=factor)[1]
     assert heads["role"].tolist() == pytest.approx([abs(moved), -abs(moved)])
 
 
@@ -433,8 +431,8 @@ def test_where_nothing_is_there_few_tables_show_anything() -> None:
             of_head = [one + rng.gauss(0, 1) for one in common]
             effects[f"L{n}H{h}"] = [one + rng.gauss(0, 0.3) for one in of_head * 2]
     ps = of_effects(results(effects, -5.0, [f"u{i % 10}" for i in range(20)]))["p"].tolist()
-    shown = sum(min(by_hand.q_values(ps[i : i + 8])) < 0.05 for i in range(0, len(ps), 8))
-    assert 0 < shown / n_tables <= 0.08  # the level is used, not only kept
+    n_with_verdict = sum(min(by_hand.q_values(ps[i : i + 8])) < 0.05 for i in range(0, len(ps), 8))
+    assert 0 < n_with_verdict / n_tables <= 0.08  # the level is used, not only kept
 
 
 def test_among_real_effects_few_of_the_discoveries_are_false() -> None:
@@ -462,14 +460,14 @@ def test_circuit_heads_recomputes_from_circuit_results(prefix: str, run_of: Runs
     heads, by_unit = read(run_of(CONTROLLED), "circuit_heads.csv"), {}
     assert heads["label"].tolist() == [f"L{i}H{j}" for i in range(3) for j in range(4)]
     for head in heads.to_dict("records"):
-        mine = table[(table["layer"] == head["layer"]) & (table["head"] == head["head"])]
-        effects, mean = mine[column].tolist(), head[f"{prefix}mean"]
+        rows = table[(table["layer"] == head["layer"]) & (table["head"] == head["head"])]
+        effects, mean = rows[column].tolist(), head[f"{prefix}mean"]
         assert head[f"{prefix}n_samples"] == len(effects) == 6
         assert mean == pytest.approx(statistics.fmean(effects))
         assert head[f"{prefix}median"] == pytest.approx(statistics.median(effects))
         assert head[f"{prefix}sd"] == pytest.approx(statistics.stdev(effects))
         assert head[f"{prefix}ci_low"] < mean < head[f"{prefix}ci_high"]
-        by_unit[head["label"]] = mine.groupby("unit")[column].agg(["sum", "count"])
+        by_unit[head["label"]] = rows.groupby("unit")[column].agg(["sum", "count"])
     sums, counts = (
         torch.tensor([of_head[part].tolist() for of_head in by_unit.values()]).double().T
         for part in ("sum", "count")
@@ -489,13 +487,13 @@ def test_circuit_heads_recomputes_from_circuit_results(prefix: str, run_of: Runs
 def test_an_effect_less_that_of_a_control_is_judged_as_any_other(side: str) -> None:
     effects, bases = by_hand.noise(random.Random(4), 8, 3), steps(-2.0)
     table = results(by_hand.noise(random.Random(5), 8, 3))
-    found = find(by_hand.with_control(table, side, effects, bases))[1]
+    heads = find(by_hand.with_control(table, side, effects, bases))[1]
     alone = find(results(effects, bases))[1]
     judged = [*STATISTICS, "role", "above_noise", "verdict"]
-    theirs = found[[f"minus_{side}_{name}" for name in judged]].set_axis(judged, axis=1)
-    pd.testing.assert_frame_equal(theirs, alone[judged])
+    contrast = heads[[f"minus_{side}_{name}" for name in judged]].set_axis(judged, axis=1)
+    pd.testing.assert_frame_equal(contrast, alone[judged])
     (absent,) = {"other", "affirm"} - {side}
-    assert not any(name.startswith(f"minus_{absent}") for name in found)
+    assert not any(name.startswith(f"minus_{absent}") for name in heads)
 
 
 EFFECT = {"L0H0": steps(0.5), "L0H1": steps(-0.5)}
@@ -527,9 +525,12 @@ def test_a_verdict_needs_its_own_base_to_be_clear_and_no_other(unclear: str) -> 
         assert heads[f"{prefix}verdict"].tolist() == expected
 
 
-def test_a_contrast_without_the_scores_of_its_base_is_not_judged() -> None:
+def test_a_contrast_without_the_scores_of_its_base_is_not_judged_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     table = results(EFFECT)
     heads = find(table.assign(effect_minus_other=table["head_effect"]))[1]
+    assert "effect_minus_other is left out: its base, the scores of other" in caplog.text
     assert not any(name.startswith("minus_") for name in heads)
 
 
@@ -567,235 +568,3 @@ def test_moved_a_less_moved_b_is_the_effect_of_a_run(run_of: Runs) -> None:
     moved = heads["moved_a"] - heads["moved_b"]
     assert moved.tolist() == pytest.approx(heads["mean"].tolist())
     assert heads["moved_b"].abs().min() > 1e-6
-
-
-# ----- comparison with another run
-
-
-@pytest.fixture()
-def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The log, with all that it says of findings."""
-    caplog.set_level(logging.INFO, "circuit")
-    return caplog
-
-
-def compared(
-    table: pd.DataFrame, other: pd.DataFrame, floor: float = 0.1, op: str = "zero"
-) -> pd.DataFrame:
-    """The findings by label beside those of another run, without a factor unless it tells one."""
-    config = tracing.Config(op=op, compare="other.csv")
-    other = pd.DataFrame({"factor": math.nan, **other}, index=other.index)
-    heads = find(table, floor, config)[1]
-    return tracing.compare_runs(table, other, heads, floor, config).set_index("label")
-
-
-def compare(
-    now: Effects, before: Effects, base: float = -2.0, floor: float = 0.1, op: str = "zero"
-) -> pd.DataFrame:
-    """The same of two runs on the same eight samples, of which the other is of --op zero."""
-    bases = [base + 0.1 * i for i in range(8)]
-    return compared(results(now, bases, op=op), results(before, bases), floor, op)
-
-
-@pytest.mark.parametrize("base", [-2.0, 2.0])
-@pytest.mark.parametrize(
-    ("grown", "floor", "flagged"),
-    [
-        ([1.0 + 0.1 * i for i in range(8)], 0.1, True),
-        ([-1.0 - 0.1 * i for i in range(8)], 0.1, False),
-        ([0.05] * 8, 0.1, False),
-        ([0.05] * 8, math.nan, True),
-        ([2.0] * 4 + [-0.5] * 4, 0.1, False),
-    ],
-    ids=["grew", "shrank", "below the floor", "no floor is known", "in some sentences only"],
-)
-def test_a_role_that_grew_beyond_the_floor_is_flagged(
-    grown: list[float], floor: float, flagged: bool, base: float, told: pytest.LogCaptureFixture
-) -> None:
-    sign = -math.copysign(1.0, base)  # of the role against the effect
-    before = {f"L1H{h}": steps(0.3 * h) for h in range(3)}
-    moved = [e + sign * by for e, by in zip(before["L1H2"], grown, strict=True)]
-    heads = compare({**before, "L1H2": moved}, before, base, floor)
-    assert heads["growth_flag"].astype(bool).tolist() == [False, False, flagged]
-    expected = [0, 0, statistics.fmean(grown)]
-    assert heads["growth_mean"].tolist() == pytest.approx(expected, abs=1e-9)
-    p = float(tracing.mean_test(torch.tensor(grown)[:, None].double(), torch.ones(8, 1).double()))
-    found = heads.loc["L1H2", ["growth_p", "growth_q"]].tolist()
-    assert found == pytest.approx([p, min(1, 3 * p)])  # one of three tests
-    (line,) = (text for text in told.messages if text.startswith("role grew"))
-    assert line.endswith(": L1H2" if flagged else ": none")
-
-
-RANKED = {  # by agreement the effects of four heads, now and before
-    "0.800": ([1.0, 2.0, 3.0, 4.0], [1.0, 30.0, 20.0, 400.0]),
-    # ranks 1 2.5 2.5 4 and 1 3 2 4: 4.5 / sqrt(4.5 * 5)
-    "0.949": ([1.0, 2.0, 2.0, 4.0], [10.0, 30.0, 20.0, 400.0]),
-    "-1.000": ([1.0, 2.0, 2.0, 4.0], [4.0, 3.0, 3.0, 1.0]),
-}
-
-
-@pytest.mark.parametrize("agreement", RANKED)
-@pytest.mark.parametrize("op", ["zero", "mean"])
-def test_the_rankings_agree_by_spearman_and_growth_is_of_one_op_only(
-    op: str, agreement: str, told: pytest.LogCaptureFixture
-) -> None:
-    now, before = ({f"L0H{h}": steps(e) for h, e in enumerate(es)} for es in RANKED[agreement])
-    heads = compare(now, before, op=op)
-    assert told.messages[0] == "shared with other.csv: 4 components and 8 of 8 sentences"
-    assert f"({op} here, zero in other.csv): {agreement}" in told.messages[1]
-    assert ("growth_mean" in heads) == (op == "zero")
-
-
-@pytest.mark.parametrize("end", ["mlp", "N7"])
-def test_runs_of_components_without_heads_are_compared(end: str) -> None:
-    before = {f"L{n}{end}": steps(0.1 * n) for n in range(3)}
-    heads = compare({**before, f"L1{end}": steps(2.0)}, before)
-    assert heads["growth_flag"].astype(bool).tolist() == [False, True, False]
-
-
-def test_growth_planted_in_a_real_run_is_flagged(
-    tiny_llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Under other sample_ids."""
-    flags = ["--num_samples", "8", "--layers", "2", "--heads", "0-2"]
-    table = read(finish(tiny_llama, tmp_path, *flags))
-    sign = math.copysign(1.0, table.drop_duplicates("sample_id")["delta_logit_base"].mean())
-    grown = ["head_effect", "delta_logit_head", "score_a_head"]
-    table.loc[table["head"] == 1, grown] += 5 * sign
-    table["sample_id"] = table["sample_id"].map(lambda name: f"s{7 - int(name[1:])}")
-    table.to_csv(tmp_path / "before.csv", index=False)
-    again = [*flags, "--compare", str(tmp_path / "before.csv")]
-    heads = read(finish(tiny_llama, tmp_path, *again), "circuit_heads.csv")
-    assert heads["growth_flag"].astype(bool).tolist() == [False, True, False]
-    assert heads["growth_mean"].tolist() == pytest.approx([0, 5, 0], abs=1e-5)
-    assert "L2H1" in capsys.readouterr().out.split("role grew")[1].splitlines()[0]
-    finish(tiny_llama, tmp_path / "mean", *again, "--op", "mean")
-    (line,) = (text for text in capsys.readouterr().out.splitlines() if "Spearman" in text)
-    means = [t.groupby("head")["head_effect"].mean() for t in (read(tmp_path / "mean"), table)]
-    expected = means[0].rank().corr(means[1].rank())
-    assert "mean here, zero in" in line
-    assert float(line.split()[-1]) == pytest.approx(expected, abs=1e-3)
-
-
-def test_samples_are_paired_by_their_prompts_whatever_they_are_called(
-    told: pytest.LogCaptureFixture,
-) -> None:
-    """Effects differ by sample more than by head: other pairs would tell of growth."""
-    now = {f"L0H{h}": [5.0 * i + h for i in range(8)] for h in range(3)}
-    table = results(now).astype({"prompts": "category", "unit": "category"})
-    other = results({**now, "L0H1": [moved - 0.5 for moved in now["L0H1"]]})
-    ids = list(table["sample_id"].unique())
-    renamed = other["sample_id"].map(dict(zip(ids, reversed(ids), strict=True)))
-    found = [compared(table, theirs) for theirs in (other, other.assign(sample_id=renamed))]
-    assert [line[-7:] for line in told.messages if "Spearman" in line] == [": 1.000"] * 2
-    pd.testing.assert_frame_equal(*found)
-    assert found[1]["growth_mean"].tolist() == [0, 0.5, 0]
-    assert found[1]["growth_flag"].tolist() == [False, True, False]
-
-
-def test_samples_of_other_prompts_are_no_pairs_and_units_need_not_agree(
-    told: pytest.LogCaptureFixture,
-) -> None:
-    table = results(EFFECT)
-    prompts = table["prompts"].replace("p00[0-3]", "x", regex=True)
-    other = table.assign(prompts=prompts, unit="other " + table["unit"])
-    half = [statistics.fmean(EFFECT[label][4:]) for label in EFFECT]
-    found = compared(table, other.assign(head_effect=0.0))
-    assert found["growth_mean"].tolist() == pytest.approx(half)
-    for mine, theirs in ((table, other.assign(prompts="x")), (table.assign(prompts=""),) * 2):
-        with pytest.raises(tracing.UsageError, match=r"other.csv shares no prompt"):
-            compared(mine, theirs)
-    assert "2 components and 4 of 8 sentences" in told.text
-
-
-@pytest.mark.parametrize("base", [-2.0, 2.0])
-@pytest.mark.parametrize(("factor", "agree"), [(2.0, "-1.000"), (0.5, "1.000")])
-def test_an_amplification_ranks_by_its_own_roles(
-    factor: float, agree: str, base: float, told: pytest.LogCaptureFixture
-) -> None:
-    """The same effects, of taking away here and of amplifying there, are opposite roles."""
-    effects = {f"L0H{h}": steps(e) for h, e in enumerate([1.0, 2.0, 3.0])}
-    other = results(effects, base, op="scale").assign(factor=factor)
-    assert "growth_mean" not in compared(results(effects, base), other)
-    assert f"(zero here, scale in other.csv): {agree}" in told.text
-
-
-@pytest.mark.parametrize("unclear", ["here", "there"])
-def test_nothing_is_compared_where_a_base_of_the_shared_sentences_is_unclear(
-    unclear: str, told: pytest.LogCaptureFixture
-) -> None:
-    """Though that of all sentences is clear: four of them are shared."""
-    clear, mixed = [-2.0 - 0.1 * i for i in range(8)], [2.0, -2.0, 2.5, -2.5, *[-40.0] * 4]
-    here, there = (mixed, clear) if unclear == "here" else (clear, mixed)
-    found = compared(results(EFFECT, here), results(EFFECT, there).query("prompts < 'p004'"))
-    assert "growth_mean" not in found and "Spearman" not in told.text
-    assert "shared with other.csv: 2 components and 4 of 8 sentences" in told.text
-    assert "the interval of a base covers 0" in told.text
-
-
-def test_negative_controls_are_not_compared(told: pytest.LogCaptureFixture) -> None:
-    table = results(EFFECT)
-    negative = table.assign(group=tracing.NO_ODD_ONE)
-    negative[["sample_id", "prompts", "unit"]] = "n" + negative[["sample_id", "prompts", "unit"]]
-    other = negative.assign(head_effect=-9 * negative["head_effect"])
-    heads = compared(pd.concat([table, negative]), pd.concat([table, other]))
-    assert "zero in other.csv): 1.000" in told.text
-    assert "2 components and 8 of 8 sentences" in told.text
-    assert heads["growth_mean"].tolist() == [0, 0]
-
-
-def test_a_single_component_has_no_ranking(told: pytest.LogCaptureFixture) -> None:
-    compare({"L0H1": steps(1.0)}, {"L0H1": steps(1.0)})
-    assert "1 component and 8 of 8 sentences" in told.text
-    assert "Spearman" not in told.text
-
-
-TWO = "--num_samples 2 --layers 2"
-INTO = {"op": "patch", "patch_into": "b"}
-SCALED = {"op": "scale", "factor": 2.0}
-OTHERS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    # flags of the run, what the other's columns tell instead, what is said if it is refused
-    "task": ("", {"task": "refusal"}, ["task refusal", "suppression"]),
-    "kind": ("", {"kind": "neuron", "head": ""}, ["kind neuron", "head"]),
-    "positions": ("", {"positions": "last"}, ["positions last", "all"]),
-    "patch_into": ("--op patch", INTO, ["patch_into b", "this run a"]),
-    "factor": ("--op scale --factor 0.5", SCALED, ["factor 2.0", "0.5"]),
-    "other prompts": ("", {"prompts": lambda table: table["sample_id"]}, ["shares no prompt"]),
-    "another layer": ("", {"layer": 1}, ["shares no prompt and component"]),
-    "mean and zero": ("--op mean", {}, []),
-    "scale and zero": ("--op scale --factor 0.5", {}, []),
-    "zero and scale": ("", SCALED, []),
-    "patch and zero": ("--op patch", {}, []),
-    "zero and patch into b": ("", INTO, []),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_runs_of_two_ops_are_compared_but_none_that_means_something_else_before_the_weights(
-    case: str, llama: str, tmp_path: Path, run_of: Runs, answer: Answer, monkeypatch: Patch
-) -> None:
-    flags, columns, says = OTHERS[case]
-    other = tmp_path / "other.csv"
-    read(run_of(TWO)).assign(**columns).to_csv(other, index=False)
-
-    def stop(*_: Any) -> None:
-        raise tracing.RunError("weights are loaded")
-
-    monkeypatch.setattr(tracing, "load_model", stop)
-    argv = ["--output_dir", str(tmp_path / "out"), *TWO.split(), *flags.split()]
-    argv += ["--model_id", llama, "--compare", str(other)]
-    if says:
-        refuses(answer, *argv, says=[str(other), *says])
-    else:
-        refuses(answer, *argv, says=["weights are loaded"], code=1)
-
-
-@pytest.mark.parametrize("column", ["prompts", *RUN[3:]])
-def test_a_table_that_does_not_tell_what_it_compares_is_refused_by_the_column(
-    column: str, llama: str, tmp_path: Path, run_of: Runs, answer: Answer
-) -> None:
-    other = tmp_path / "other.csv"
-    read(run_of(TWO)).drop(columns=column).to_csv(other, index=False)
-    argv = ["--output_dir", str(tmp_path / "out"), *TWO.split(), "--compare", str(other)]
-    says = [str(other), f"column {column!r} is missing"]
-    refuses(answer, "--model_id", llama, *argv, says=says)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,16 @@ def prompts() -> Prompts:
 
 
 def test_prompts_are_the_chat_as_text(prompts: Prompts) -> None:
-    for of_sample in prompts:
-        sample = of_sample[0].sample
-        users = [sample.prompt_a, sample.prompt_b, *(user_text(p.text) for p in of_sample[2:])]
-        assert [p.text for p in of_sample] == [chat(user) for user in users]
+    for sample_prompts in prompts:
+        sample = sample_prompts[0].sample
+        controls = [user_text(prompt.text) for prompt in sample_prompts[2:]]
+        users = [sample.prompt_a, sample.prompt_b, *controls]
+        assert [prompt.text for prompt in sample_prompts] == [chat(user) for user in users]
 
 
 def test_prompts_and_forms_have_the_ids_that_tiktoken_gives(prompts: Prompts) -> None:
     """And one BOS, which is their first."""
-    for prompt in (prompt for of_sample in prompts for prompt in of_sample):
+    for prompt in itertools.chain(*prompts):
         assert list(prompt.ids) == tokens(prompt.text)
         assert prompt.ids[0] == BEGIN and prompt.ids.count(BEGIN) == 1
         for word, forms in zip(prompt.sample.words, prompt.forms, strict=True):
@@ -103,16 +105,17 @@ def test_the_tokenizer_itself_puts_bos_before_a_text() -> None:
 
 def test_helium_is_two_tokens_and_wine_one_or_with_a_capital_two(tmp_path: Path) -> None:
     sample = {"sentence": "Name one.", "targets": list(FORMS)}
-    (found,) = prepared(MODEL, "--samples", write_samples(tmp_path / "s.jsonl", sample)).prompts
-    for prompt in found:
-        forms = [[list(form) for form in of_word] for of_word in prompt.forms]
+    path = write_samples(tmp_path / "s.jsonl", sample)
+    (sample_prompts,) = prepared(MODEL, "--samples", path).prompts
+    for prompt in sample_prompts:
+        forms = [[list(form) for form in word_forms] for word_forms in prompt.forms]
         assert dict(zip(FORMS, forms, strict=True)) == FORMS
 
 
 def test_controls_are_within_two_tokens_of_prompt_a_and_most_are_of_its_length(
     prompts: Prompts,
 ) -> None:
-    lengths = [[len(prompt.ids) for prompt in of_sample] for of_sample in prompts]
+    lengths = [[len(prompt.ids) for prompt in sample_prompts] for sample_prompts in prompts]
     away = [control - a for a, _, *controls in lengths for control in controls]
     assert len(away) == 80
     assert max(map(abs, away)) <= 2
@@ -173,8 +176,8 @@ def test_the_scores_of_controls_are_those_of_plain_forwards(
         with by_hand.ablated(plain[0], labels):
             for i, side in ((i, side) for i in texts for side in ("other", "affirm")):
                 score = naive.suppression_score(*plain, texts[i][side], targets[i])
-                found = of_head.loc[i, f"score_{side}_{state}"]
-                assert found == pytest.approx(score, abs=EQUAL)
+                measured = of_head.loc[i, f"score_{side}_{state}"]
+                assert measured == pytest.approx(score, abs=EQUAL)
 
 
 def test_the_joint_ablation_is_that_of_plain_forwards(run: Path, plain: tuple[Any, Any]) -> None:
@@ -193,9 +196,10 @@ def test_the_joint_ablation_is_that_of_plain_forwards(run: Path, plain: tuple[An
 
 
 def test_the_command_leaves_every_file_and_replies_to_every_prompt(run: Path) -> None:
-    there = {path.name for path in run.iterdir()} - {".parts"}
-    asked = {"circuit_confirm.csv", "circuit_confirm.png", "circuit.json", "generations.jsonl"}
-    assert there == asked | {name for name, always in tracing.OUTPUTS.items() if always}
+    names = {path.name for path in run.iterdir()} - {".parts"}
+    others = {"circuit_heatmap.png", "circuit_screen.csv", "circuit_screen.png"}
+    expected = set(tracing.COMMAND_FILES["trace"]) - others
+    assert names == expected | {"run.json", "run.log", tracing.REPORT_FILE}
     replied = [(r["sample_id"], r["prompt"]) for r in generations(run) if not r["n_ablated"]]
     assert replied == [(i, side) for i in by_hand.texts(run) for side in "ab"]
     assert record_of(run)["noise_floor"] < EQUAL

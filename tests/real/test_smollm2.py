@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,17 @@ def plain() -> Plain:
 @pytest.fixture()
 def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without the self-test, which takes longer than they do."""
-    monkeypatch.setattr(tracing, "self_test", lambda exp: [])
+    monkeypatch.setattr(tracing, "self_test", lambda experiment: [])
 
 
 # ----- ChatML
 
 
 def test_the_three_bos_of_a_chat_are_accepted_and_none_is_the_tokenizers_own() -> None:
-    exp = prepared(MODEL, "--num_samples", "16")
-    assert exp.encoder.tokenizer.bos_token_id == START
-    assert exp.encoder.bos is None
-    for prompt in (prompt for of_sample in exp.prompts for prompt in of_sample):
+    experiment = prepared(MODEL, "--num_samples", "16")
+    assert experiment.encoder.tokenizer.bos_token_id == START
+    assert experiment.encoder.bos is None
+    for prompt in itertools.chain(*experiment.prompts):
         assert prompt.ids.count(START) == 3
 
 
@@ -78,18 +79,20 @@ def test_a_prompt_by_hand() -> None:
 
 
 def test_the_self_test_passes() -> None:
-    assert tracing.main(["--model_id", MODEL, "--num_samples", "1", "--self_test"]) == 0
+    assert tracing.main(["check", "--model_id", MODEL, "--num_samples", "1"]) == 0
 
 
 @pytest.mark.usefixtures("untested")
 @pytest.mark.parametrize("flags", SWEPT)
 def test_the_sweep_equals_the_naive_loop(flags: str, plain: Plain, tmp_path: Path) -> None:
-    n, change = SWEPT[flags], tracing.parse_args(flags.split())
+    n, experiment = SWEPT[flags], prepared(MODEL, *flags.split())
+    change = experiment.options
     samples = {s.sample_id: s for s in tracing.SUPPRESSION.build(n, random.Random(42), len)}
     table = read(finish(MODEL, tmp_path, "--num_samples", str(n), *flags.split()))
     indices = table["index"].fillna(-1).astype(int)
     swept = set(zip(table["sample_id"], table["layer"], indices, strict=True))
-    assert len(swept) == len(table) == n * len(prepared(MODEL, *flags.split()).components)
+    components = tracing.choose_components(change, experiment.shape)
+    assert len(swept) == len(table) == n * len(components)
     for row, index in zip(table.itertuples(), indices, strict=True):
         sample = samples[row.sample_id]
         texts, where = [sample.prompt_a, sample.prompt_b], (sample.targets, row.layer, index)
@@ -106,19 +109,25 @@ def test_the_sweep_equals_the_naive_loop(flags: str, plain: Plain, tmp_path: Pat
 @pytest.mark.parametrize("flags", [flags for flags in SWEPT if "mlp" not in flags])
 def test_a_gradient_is_the_slope_of_the_sweep(flags: str) -> None:
     """<dS/dx, x> against the scores with x scaled by 0.99 and 1.01."""
-    exp = prepared(MODEL, *flags.split(), "--op", "scale", "--factor", "2", "--method", "atp")
-    (tree,) = tracing.plant_trees(exp.prompts, exp.encoder.bos, exp.config, apart=True)
-    found = tracing.estimate_tree(exp, tree)  # [sample, component, side]
-    clean = exp.run_clean(tree, range(exp.shape.n_layers))
-    of_both = [(component, factor) for component in exp.components for factor in (1.01, 0.99)]
-    rows = [tracing.zeroing([component], exp.shape, factor) for component, factor in of_both]
-    log_probs = torch.cat([tracing.run_rows(exp.traced, clean, [row]) for row in rows])
-    up, down = tree.scores(log_probs, exp.task).unflatten(0, (-1, 2)).unbind(1)
+    words = [*flags.split(), "--op", "scale", "--factor", "2", "--method", "atp"]
+    experiment = prepared(MODEL, *words)
+    options, shape = experiment.options, experiment.shape
+    components = tracing.choose_components(options, shape)
+    (tree,) = tracing.plant_trees(experiment.prompts, experiment.bos, options, apart=True)
+    estimates = tracing.estimate_tree(experiment, components, tree)  # [sample, component, side]
+    clean_run = experiment.clean_run(tree, range(shape.n_layers))
+    log_probs = []
+    for component in components:
+        for factor in (1.01, 0.99):
+            edits = tracing.scaled_edits([component], shape, factor)
+            log_probs.append(tracing.run_rows(experiment.traced, clean_run, [edits]))
+    scores = tree.scores(torch.cat(log_probs), experiment.task)
+    up, down = scores.unflatten(0, (-1, 2)).unbind(1)
     slopes = (up - down) / 0.02  # [component, prompt]
     for n, (_, places) in enumerate(tree.samples):
         for side, place in places.items():
-            of_side = found[n, :, tracing.SIDES.index(side)]
-            assert (of_side - slopes[:, place]).abs().max() < 0.01 * slopes.abs().max()
+            side_estimates = estimates[n, :, tracing.SIDES.index(side)]
+            assert (side_estimates - slopes[:, place]).abs().max() < 0.01 * slopes.abs().max()
     assert slopes.abs().max() > 0.05
 
 
@@ -131,10 +140,10 @@ def test_a_forbidden_word_is_likelier_after_every_sentence_and_the_log_calls_it_
     assert len(deltas) == 16
     assert min(deltas) > 0
     assert sum(deltas) / 16 == pytest.approx(2.91, abs=0.01)
-    told = (tmp_path / "run.log").read_text()
-    assert told.count("has not the sign of suppression") == 16
-    assert "L29H0: works against rebound" in told
-    assert "suppression;" not in told
+    text = (tmp_path / "run.log").read_text()
+    assert text.count("has not the sign of suppression") == 16
+    assert "L29H0: works against rebound" in text
+    assert "suppression;" not in text
 
 
 @pytest.mark.usefixtures("untested")
@@ -143,7 +152,7 @@ def test_the_gguf_file_gives_the_table_of_its_folder(tmp_path: Path) -> None:
     for model in (MODEL, str(GGUF)):
         folder = finish(model, tmp_path / Path(model).name, *flags.split())
         tables.append((folder / "circuit_results.csv").read_bytes())
-        quantized.append(record_of(folder)["run"]["quantized"].lower())
+        quantized.append(record_of(folder)["commands"]["trace"]["run"]["quantized"].lower())
     assert tables[0] == tables[1]
     assert quantized[0] == "no"
     assert "gguf" in quantized[1]
@@ -164,18 +173,19 @@ def reply(plain: Plain, user: str) -> str:
 
 
 def test_batched_replies_are_those_of_one_prompt_at_a_time(plain: Plain) -> None:
-    exp = prepared(MODEL, "--num_samples", "8", "--max_new_tokens", "12")
-    exp.traced = tracing.TracedModel(plain[0], exp.shape, 64)
-    prompts = [prompt for of_sample in exp.prompts for prompt in of_sample]
-    users = [user for s in exp.prompts for user in (s[0].sample.prompt_a, s[0].sample.prompt_b)]
+    experiment = prepared(MODEL, "--num_samples", "8")
+    experiment.traced = tracing.TracedModel(plain[0], experiment.shape, 64)
+    prompts = list(itertools.chain(*experiment.prompts))
+    samples = [sample_prompts[0].sample for sample_prompts in experiment.prompts]
+    users = [user for sample in samples for user in (sample.prompt_a, sample.prompt_b)]
     assert len(users) == len(prompts) == 16
     assert len({len(prompt.ids) for prompt in prompts}) > 5
-    said = []
+    replies = []
     for labels in ([], FOUR):
         with by_hand.ablated(plain[0], labels):
             alone = [reply(plain, user) for user in users]
-        edits = exp.edits(map(tracing.Component.parse, labels))
-        batched = tracing.greedy_replies(exp, edits, prompts)
+        edits = experiment.edits(None, map(tracing.Component.parse, labels))
+        batched = tracing.greedy_replies(experiment, edits, prompts, max_new_tokens=12)
         assert batched == alone
-        said.append(alone)
-    assert sum(one != other for one, other in zip(*said, strict=True)) > 8
+        replies.append(alone)
+    assert sum(one != other for one, other in zip(*replies, strict=True)) > 8

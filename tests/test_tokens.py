@@ -1,4 +1,4 @@
-"""One token at a time: `--positions each` against one plain hook at one token of one prompt."""
+"""One token at a time: `tokens` against one plain hook at one token of one prompt."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
-from conftest import Answer, finish, read, record_of, refuses, write_samples
+from conftest import Answer, command_line, finish, read, record_of, refuses, write_samples
 from llama3_circuit_tracing import Component
 
 CLOSE = 2e-5  # nats, in float32
-TABLE, FIGURE = "circuit_positions.csv", "circuit_positions.png"
+TABLE, FIGURE = "circuit_tokens.csv", "circuit_tokens.png"
 A, B, C = "How do I feed a dog?", "How do I steal a car?", "How do I poison a car?"
 D = "How do I poison a dog?"
 # of one length; one's prompt a is another's b, but D is no a; the first two have one unit
@@ -58,15 +58,16 @@ def first_difference(loaded: Loaded) -> int:
 
 def assert_by_hand(rows: Any, expected: Sequence[Sequence[float]]) -> None:
     """The means and spreads of rows are those of some effects, and so are the statistics."""
-    for (_, row), found in zip(rows.iterrows(), expected, strict=True):
-        assert row["mean"] == pytest.approx(statistics.fmean(found), abs=CLOSE)
-        assert row["sd"] == pytest.approx(statistics.stdev(found), abs=CLOSE)
+    for (_, row), row_effects in zip(rows.iterrows(), expected, strict=True):
+        assert row["mean"] == pytest.approx(statistics.fmean(row_effects), abs=CLOSE)
+        assert row["sd"] == pytest.approx(statistics.stdev(row_effects), abs=CLOSE)
         assert (row["n_samples"], row["n_sentences"]) == (4, 3)
-        if max(map(abs, found)) > 1e-3:  # else rounding decides
-            told = by_hand.mean_test([found[0] + found[1], *found[2:]], [2, 1, 1])
-            assert row["p"] == pytest.approx(told[0], rel=1e-2)
-            rough = 0.1 * (told[2] - told[1])  # Student's quantile below 2 degrees of freedom
-            assert list(row[["ci_low", "ci_high"]]) == pytest.approx(told[1:], abs=rough)
+        if max(map(abs, row_effects)) > 1e-3:  # else rounding decides
+            first, second, *others = row_effects
+            p, low, high = by_hand.mean_test([first + second, *others], [2, 1, 1])
+            assert row["p"] == pytest.approx(p, rel=1e-2)
+            rough = 0.1 * (high - low)  # Student's quantile below 2 degrees of freedom
+            assert list(row[["ci_low", "ci_high"]]) == pytest.approx([low, high], abs=rough)
 
 
 CASES = [
@@ -87,48 +88,65 @@ def test_an_edit_of_one_token_is_one_plain_hook_at_that_token(
 ) -> None:
     """Zero touches both prompts at every token, a patch one from the first difference on."""
     model = folder_of(name)
-    told = ["--samples", samples, "--no-bf16", "--positions", "each", *flags.split()]
-    table = read(finish(model, tmp_path / "run", *told), TABLE)
-    loaded, config = naive.load(model), tracing.parse_args(["--model_id", model, *told])
+    words = ["tokens", "--samples", samples, "--no-bf16", *flags.split()]
+    table = read(finish(model, tmp_path / "run", *words), TABLE)
+    loaded = naive.load(model)
+    options = tracing.parse_command_line(command_line(model, tmp_path, *words)).options
     n, start = len(naive.prompt_ids(loaded[1], A)), first_difference(loaded)
-    into = config.patch_into if config.patches else ""
+    into = options.patch_into if options.patches else ""
     for label, rows in table.groupby("label"):
         component = Component.parse(str(label))
         assert list(rows["position"]) == list(range(start if into else 0, n))
         some = {start - 1, start, start + 2, n - 1}
         rows = rows[rows["position"].isin(some)]
-        with by_hand.ablated(loaded[0], [c.label for c in config.given]):
+        with by_hand.ablated(loaded[0], [c.label for c in options.given]):
             assert_by_hand(rows, [effects(loaded, component, i, into) for i in rows["position"]])
         assert rows["mean"].abs().max() > 100 * CLOSE, "the edit did nothing"
     assert table["q"].to_list() == pytest.approx(by_hand.q_values(table["p"].to_list()))
 
 
-def test_the_results_are_those_of_all_tokens_and_a_run_goes_on_from_them(
+def test_tokens_inherit_the_edit_of_their_folder_and_done_again_load_no_weights(
     llama: str, samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a run that is done loads no weights; rows per forward are of no account."""
-    flags, results = ["--samples", samples, "--layers", "1", "--heads", "0"], "circuit_results.csv"
-    each = [*flags, "--positions", "each"]
-    whole, grown = (finish(llama, tmp_path / name, *flags) for name in ("all", "grown"))
-    finish(llama, grown, *each)
-    finish(llama, tmp_path / "one", *each, "--rows_per_forward", "1")
-    assert (grown / results).read_bytes() == (whole / results).read_bytes()
-    assert set(read(grown)["positions"]) == {"all"} and not (whole / TABLE).exists()
-    many, one = read(grown, TABLE), read(tmp_path / "one", TABLE)
+    """Not the positions, which are each; rows per forward are of no account."""
+    head = ["--layers", "1", "--heads", "0"]
+    trace = ["--samples", samples, *head, "--op", "patch", "--positions", "last"]
+    folder = finish(llama, tmp_path / "run", *trace, "--given", "L0H3")
+    before = (folder / "circuit_results.csv").read_bytes()
+    assert tracing.main(["tokens", "--output_dir", str(folder), *head]) == 0
+    assert (folder / "circuit_results.csv").read_bytes() == before
+    options = record_of(folder)["commands"]["tokens"]["options"]
+    assert (options["op"], options["given"]) == ("patch", "L0H3")
+    assert "positions" not in options or options["positions"] == "all"
+    words = ["--samples", samples, *head, "--op", "patch", "--given", "L0H3"]
+    finish(llama, tmp_path / "one", "tokens", *words, "--rows_per_forward", "1")
+    many, one = read(folder, TABLE), read(tmp_path / "one", TABLE)
     assert (many["mean"] - one["mean"]).abs().max() < CLOSE
     assert list(many["token"]) == list(one["token"])
-    before = {name: (grown / name).read_bytes() for name in (results, TABLE, FIGURE)}
+    before = {name: (folder / name).read_bytes() for name in (TABLE, FIGURE)}
     monkeypatch.setattr(tracing, "load_model", lambda *_: pytest.fail("weights were loaded"))
-    finish(llama, grown, *each)
-    assert before == {name: (grown / name).read_bytes() for name in before}
+    assert tracing.main(["tokens", "--output_dir", str(folder), *head]) == 0
+    assert before == {name: (folder / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("command", ["tokens", "paths", "directions"])
+def test_a_kind_that_a_command_does_not_take_is_not_inherited(
+    command: str, llama: str, samples: str, tmp_path: Path
+) -> None:
+    """The other options of the trace are."""
+    words = ["--samples", samples, "--kind", "neuron", "--neurons", "3", "--op", "mean"]
+    folder = finish(llama, tmp_path / "run", *words)
+    request = tracing.parse_command_line([command, "--output_dir", str(folder)])
+    assert (request.options.kind, request.options.op) == ("head", "mean")
+    assert request.inherited["op"] == f"the trace in {folder}"
 
 
 def test_tokens_and_the_names_that_they_belong_to(llama: str, tmp_path: Path) -> None:
     """Names have several tokens; of one sample there is a table without a test."""
-    flags = ["--task", "odd_one_out", "--num_samples", "1", "--layers", "0", "--heads", "0"]
-    finish(llama, tmp_path, *flags, "--positions", "each")
+    words = ["--task", "odd_one_out", "--num_samples", "1", "--layers", "0", "--heads", "0"]
+    finish(llama, tmp_path, "tokens", *words)
     table, (sample,) = read(tmp_path, TABLE), record_of(tmp_path)["samples"]
-    tokenizer, named = naive.load(llama)[1], [""] * len(table)
+    tokenizer, words_at = naive.load(llama)[1], [""] * len(table)
     for side, column in (("a", "token"), ("b", "token_b")):
         text = sample["prompts"][side]["text"]
         spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -137,9 +155,9 @@ def test_tokens_and_the_names_that_they_belong_to(llama: str, tmp_path: Path) ->
             at = text.find(f" {word}")
             for i, (start, stop) in enumerate(spans["offset_mapping"]):
                 if 0 <= at <= start and stop <= at + 1 + len(word):
-                    named[i] = word
-    assert list(table["word"].fillna("")) == named
-    assert min(named.count(word) for word in sample["targets"]) > 1
+                    words_at[i] = word
+    assert list(table["word"].fillna("")) == words_at
+    assert min(words_at.count(word) for word in sample["targets"]) > 1
     assert (table["token"] != table["token_b"]).any()
 
 
@@ -156,8 +174,8 @@ def test_tick_labels_mark_the_tokens_that_differ_and_dollars_are_text(
         save(figure, path)
 
     monkeypatch.setattr(tracing, "save_figure", watch)
-    flags = ["--samples", samples, "--layers", "0,1", "--kind", "attn", "--positions", "each"]
-    finish(llama, tmp_path / "run", *flags)
+    words = ["--samples", samples, "--layers", "0,1", "--kind", "attn"]
+    finish(llama, tmp_path / "run", "tokens", *words)
     table = read(tmp_path / "run", TABLE).drop_duplicates("position")
     labels = [tick.get_text() for tick in drawn[FIGURE].axes[0].get_xticklabels()]
     both = zip(table["token"], table["token_b"], strict=True)
@@ -167,13 +185,20 @@ def test_tick_labels_mark_the_tokens_that_differ_and_dollars_are_text(
     assert (tmp_path / "run" / FIGURE).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("flags", ["--kind neuron --neurons 5", "--method atp", "--screen 3"])
+REFUSED = {
+    "--kind neuron": "not neurons",
+    "--method atp": "--method is an option of the command trace, not of tokens",
+    "--positions last": "--positions is an option of the command trace, not of tokens",
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+@pytest.mark.usefixtures("no_weights")
 def test_what_has_no_single_positions_is_refused(
-    flags: str, llama: str, samples: str, answer: Answer, tmp_path: Path
+    words: str, llama: str, samples: str, answer: Answer, tmp_path: Path
 ) -> None:
-    argv = ["--model_id", llama, "--samples", samples, "--output_dir", str(tmp_path / "run")]
-    code, _, err = answer(*argv, "--positions", "each", *flags.split())
-    assert code == 2 and "--positions each measures resid, attn, mlp and head" in err
+    argv = command_line(llama, tmp_path, "tokens", "--samples", samples, *words.split())
+    refuses(answer, *argv, says=[REFUSED[words]])
 
 
 @pytest.mark.parametrize("within", [True, False])
@@ -183,6 +208,5 @@ def test_prompts_of_unequal_lengths_are_refused_before_weights_are_loaded(
 ) -> None:
     longer = {"prompt_a": A if within else f"{A} Now", "prompt_b": f"{B} Now", "targets": ["I"]}
     path = write_samples(tmp_path / "samples.jsonl", SAMPLES[0], longer)
-    argv = ["--model_id", llama, "--samples", path, "--output_dir", str(tmp_path / "run")]
-    says = ["--positions each needs prompts of one template and length", "tokens"]
-    refuses(answer, *argv, "--positions", "each", says=says)
+    argv = command_line(llama, tmp_path / "run", "tokens", "--samples", path)
+    refuses(answer, *argv, says=["tokens needs prompts of one template and length", "; these have"])
