@@ -31,6 +31,8 @@ transformers.utils.logging.disable_progress_bar()
 
 SCRIPT = ROOT / "llama3_circuit_tracing.py"
 TINY = ROOT / "tests" / "tiny_llama"
+# of a process whose last bits must be those of this one, which computes with one thread
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 HANGS = 1800  # seconds after which a process hangs, however slow and busy the machine is
 Answer = Callable[..., tuple[int, str, str]]
 

@@ -33,6 +33,7 @@ import random_models
 from by_hand import prepared
 from conftest import (
     HANGS,
+    ONE_THREAD,
     ROOT,
     SCRIPT,
     Answer,
@@ -894,7 +895,9 @@ def test_two_processes_give_the_same_bytes(small: Path, llama: str, tmp_path: Pa
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = command_line(llama, tmp_path, "directions", *SMALL.split())
     command = [sys.executable, *launcher, str(SCRIPT), *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
+    done = subprocess.run(
+        command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=HANGS
+    )
     assert done.returncode == 0, done.stderr
     for name in EXACT:
         assert (tmp_path / name).read_bytes() == (small / name).read_bytes(), name

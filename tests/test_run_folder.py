@@ -23,6 +23,7 @@ import llama3_circuit_tracing as tracing
 from by_hand import prepared, q_values
 from conftest import (
     HANGS,
+    ONE_THREAD,
     ROOT,
     SCRIPT,
     Answer,
@@ -43,7 +44,7 @@ COMMANDS = {
     "joint": "joint --num_random 3 --max_new_tokens 2 --multipliers 0",
     "paths": "paths --layers 0",
     "tokens": "tokens --kind attn --layers 0",
-    "directions": "directions --layers 1 --num_random 2 --max_new_tokens 1",
+    "directions": "directions --layers 0-1 --confirm 1 --num_random 2 --max_new_tokens 1",
     "graph": "graph --nodes 50",
 }
 
@@ -567,6 +568,7 @@ def test_two_processes_give_every_commands_tables_byte_for_byte(
         done = subprocess.run(
             [sys.executable, *TWO_PROCESSES, str(SCRIPT), *words],
             cwd=ROOT,
+            env=ONE_THREAD,
             capture_output=True,
             text=True,
             timeout=HANGS,
