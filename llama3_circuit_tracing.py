@@ -1210,7 +1210,8 @@ def is_record(record: Any) -> bool:
     """Whether a run.json is one of this script, of this version or of the one before."""
     if not isinstance(record, dict) or not has_sound_entries(record, RECORD_TYPES):
         return False
-    if not all(is_row_count(record[name]) for name in ROW_COUNTS if name in record):
+    row_counts = [*record.get("rows_by_edit", {}).values(), record.get("rows_after_halving", 1)]
+    if not all(map(is_row_count, row_counts)):
         return False
     if record.get("format") != RECORD_FORMAT:
         return isinstance(record.get("fingerprint", record.get("written")), dict | list)
@@ -1227,6 +1228,7 @@ RECORD_TYPES: dict[str, Any] = {  # of entries that a record may have
     "config": dict,
     "files": dict,
     "model_files": dict,
+    "rows_by_edit": dict,
     "samples": list,
     "noise_floor": (int, float, type(None)),
 }
@@ -1236,7 +1238,6 @@ COMMAND_TYPES: dict[str, Any] = {
     "files": list,
     "parts_to_replace": list,
 }
-ROW_COUNTS = ("rows_per_forward", "rows_after_halving")
 
 
 def has_sound_entries(entries: Mapping[str, Any], types: Mapping[str, Any]) -> bool:
@@ -2866,6 +2867,16 @@ class Tree:
     def n_tokens(self) -> int:
         return self.ids.shape[1]
 
+    def reached_from(self, touched: Tensor) -> Tensor:
+        """[tok] bool: which nodes can change where some are edited: these, and all that attend to
+        one of them."""
+        return self.visible[:, touched].any(1)
+
+    @functools.cached_property
+    def n_reached(self) -> int:
+        """How many nodes can change where all nodes are edited that edits touch."""
+        return self.n_tokens if self.where is None else int(self.reached_from(self.where).sum())
+
     @functools.cached_property
     def ends(self) -> list[int]:
         """Per prompt the index into `scored` of its last token."""
@@ -3006,7 +3017,8 @@ def plant_sample(
 def plant_trees(
     samples: Prompts, bos: int | None, options: MeasuringOptions, apart: bool = False
 ) -> list[Tree]:
-    """Samples in order, as many per tree as --tree_tokens nodes hold, at least one.
+    """Samples in order, as many per tree as --tree_tokens nodes hold, at least one. Nodes that all
+    prompts of a tree share do not count.
 
     Edited nodes belong to one prompt only; with `apart` all nodes belong to one sample.
     """
@@ -3016,13 +3028,20 @@ def plant_trees(
     for prompts in samples:
         n_before = len(nodes)
         placed_sample = plant_sample(nodes, prompts, options, apart)
-        if placed and len(nodes) > options.tree_tokens:
+        n_shared = count_shared_nodes([*placed, *placed_sample])
+        if placed and len(nodes) - n_shared > options.tree_tokens:
             nodes_before = dict(itertools.islice(nodes.items(), n_before))
             trees.append(build_tree(nodes_before, placed, bos, options))
             nodes, placed = {}, []
             placed_sample = plant_sample(nodes, prompts, options, apart)
         placed += placed_sample
     return [*trees, build_tree(nodes, placed, bos, options)]
+
+
+def count_shared_nodes(placed: Sequence[PlacedPrompt]) -> int:
+    """How many nodes all prompts of a tree begin with."""
+    first_path = placed[0].path
+    return min(common_start(first_path, placed_prompt.path) for placed_prompt in placed)
 
 
 def build_tree(
@@ -3675,6 +3694,14 @@ class TracedModel:
         self.samples_per_backward = 2**31
         self.n_forwards = 0
         self.n_tokens = 0  # that passed through a block, counted block by block
+        self.runs_all_tokens = False  # True: also those that edits do not reach
+        self.warnings: set[str] = set()  # that the log has given
+
+    def warn_once(self, sentence: str) -> None:
+        """Log a warning of the model, unless it was given before."""
+        if sentence not in self.warnings:
+            self.warnings.add(sentence)
+            log.warning("%s: %s", self.shape.name, sentence)
 
     @property
     def device(self) -> torch.device:
@@ -4081,6 +4108,43 @@ def entry_log_probs_of_logits(logits: Tensor, tree: Tree) -> Tensor:
     return entry_log_probs.cpu().double()
 
 
+KeysAndValues = tuple[Tensor, Tensor]  # [row, kv head, tok, d_head] each, as attention uses them
+
+
+class KeyValueRecorder:
+    """Stands where the library expects a cache, and keeps the keys and values of each layer."""
+
+    def __init__(self) -> None:
+        self.by_layer: dict[int, KeysAndValues] = {}
+
+    def get_seq_length(self, *_: Any) -> int:
+        """The library asks how many tokens came before: none."""
+        return 0
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> KeysAndValues:
+        """Called by each attention with its keys and values; returns those it is to attend to."""
+        self.by_layer[layer] = keys, values
+        return keys, values
+
+
+class KeyValueProvider(KeyValueRecorder):
+    """The same for a run of some nodes only: puts the clean keys and values of the other nodes
+    that they attend to before their own."""
+
+    def __init__(self, clean: Mapping[int, KeysAndValues], other_nodes: Tensor) -> None:
+        super().__init__()
+        self.clean = clean
+        self.other_nodes = other_nodes  # [other]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> KeysAndValues:
+        clean_keys, clean_values = self.clean[layer]
+        return self.put_before(clean_keys, keys), self.put_before(clean_values, values)
+
+    def put_before(self, clean: Tensor, own: Tensor) -> Tensor:
+        others = clean[:, :, self.other_nodes.to(clean.device)]
+        return torch.cat([others.expand(len(own), -1, -1, -1), own], dim=2)
+
+
 @dataclass
 class CleanRun:
     """The unedited run of a tree, and what edited runs of it start from."""
@@ -4093,6 +4157,7 @@ class CleanRun:
     states: Tensor  # [1, node, ...], see `final_states`
     residuals: dict[int, Any]  # by layer [1, tok, d_model] entering it, as a block returns it
     activations: dict[Site, Tensor]  # [tok, width]
+    keys_and_values: dict[int, KeysAndValues]  # by layer; {} where edited runs compute them anew
 
 
 def tree_inputs(traced: TracedModel, tree: Tree) -> dict[str, Any]:
@@ -4119,6 +4184,7 @@ def run_clean(
     `RunError` where the unembedding in float32 does not give the model's own logits.
     """
     model_inputs = tree_inputs(traced, tree)
+    recorder = KeyValueRecorder()
     with (
         editing(traced, [background]),
         recording({layer: traced.layers[layer] for layer in layers}) as residuals,
@@ -4127,7 +4193,8 @@ def run_clean(
         recording({"states": traced.unembedding}) as final,
         recording({"output": traced.layers[0]}, outputs=True) as first_block,
     ):
-        logits = traced.model(**model_inputs).logits  # [1, node, vocab]
+        output = traced.model(**model_inputs, past_key_values=recorder)
+    logits = output.logits  # [1, node, vocab]
     traced.n_forwards += 1
     traced.n_tokens += tree.n_tokens * traced.shape.n_layers
     states = logits
@@ -4148,7 +4215,21 @@ def run_clean(
         states=states,
         residuals=residuals,
         activations={site: x[0] for site, x in activations.items()},
+        keys_and_values=whole_recording(traced, recorder, tree),
     )
+
+
+def whole_recording(
+    traced: TracedModel, recorder: KeyValueRecorder, tree: Tree
+) -> dict[int, KeysAndValues]:
+    """The keys and values of all layers; {} where the model's attention did not hand them over
+    token by token, so that edited runs have to compute all nodes."""
+    is_whole = recorder.by_layer.keys() == set(range(traced.shape.n_layers))
+    for keys, values in recorder.by_layer.values():
+        is_whole = is_whole and keys.shape[2] == values.shape[2] == tree.n_tokens
+    if not is_whole:
+        traced.warn_once("its attention hands over no keys and values: every row runs all tokens")
+    return recorder.by_layer if is_whole else {}
 
 
 def check_unembedding(
@@ -4172,24 +4253,47 @@ def with_background(edits: Edits, background: Edits, first_layer: int) -> Edits:
     return (*edits, *edits_behind)
 
 
+def lowest_layer(clean_run: CleanRun, rows: Sequence[Edits], n_layers: int) -> int:
+    """Where edited runs start: at the lowest edited layer, or at the nearest below it whose
+    residual stream the clean run keeps."""
+    lowest_edited = n_layers - 1
+    for edits in rows:
+        for edit in edits:
+            lowest_edited = min(lowest_edited, edit.site.layer)
+    kept_layers = [layer for layer in clean_run.residuals if layer <= lowest_edited]
+    return max(kept_layers, default=0)
+
+
 def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) -> Tensor:
     """The final states at the scoring nodes with the edits of rows[r] in row r of one batch.
 
     States [row, node, d_model] that are unembedded, or the model's own logits [row, node, vocab]
-    where those are used. The run starts at the lowest edited layer, or at the nearest below whose
-    residual stream the clean run keeps.
+    where those are used. Only the nodes that edits can change are run; the scoring nodes among the
+    others keep their states of the clean run.
     """
+    first_layer = lowest_layer(clean_run, rows, traced.shape.n_layers)
+    nodes = reached_nodes(traced, clean_run, rows)
+    if nodes is None:
+        return run_from_layer(traced, clean_run, rows, first_layer)
+    states = clean_run.states.repeat(len(rows), 1, 1)
+    is_reached = torch.isin(clean_run.tree.scored, nodes)
+    if not is_reached.any():
+        return states
+    rows = [narrow_edits(edits, nodes) for edits in rows]
+    narrow_run = narrow_clean_run(clean_run, nodes, first_layer)
+    reached_states = run_from_layer(traced, narrow_run, rows, first_layer)
+    places = is_reached.nonzero()[:, 0].to(states.device)
+    return states.index_copy(1, places, reached_states)
+
+
+def run_from_layer(
+    traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits], first_layer: int
+) -> Tensor:
+    """`final_states` of all nodes of a clean run, from a layer on."""
     tree = clean_run.tree
-    n_layers = traced.shape.n_layers
-    first_layer = n_layers - 1
-    for edits in rows:
-        for edit in edits:
-            first_layer = min(first_layer, edit.site.layer)
-    kept_layers = [layer for layer in clean_run.residuals if layer <= first_layer]
-    first_layer = max(kept_layers, default=0)
     rows = [with_background(edits, clean_run.background, first_layer) for edits in rows]
     traced.n_forwards += 1
-    traced.n_tokens += len(rows) * tree.n_tokens * (n_layers - first_layer)
+    traced.n_tokens += len(rows) * tree.n_tokens * (traced.shape.n_layers - first_layer)
     with (
         resuming_from(traced, first_layer, clean_run.residuals.get(first_layer)),
         editing(traced, rows),
@@ -4201,6 +4305,80 @@ def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]
         else:
             states = traced.body(**clean_run.model_inputs).last_hidden_state[:, tree.scored]
     return states.expand(len(rows), -1, -1)
+
+
+# -- runs of the nodes that edits can reach: a patch or an edit of some tokens changes later tokens
+# alone, and what these attend to besides is in the keys and values of the clean run
+
+
+def reached_nodes(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) -> Tensor | None:
+    """[node], the nodes that the edits of some rows can change, in order; None where these are all,
+    or where the clean run keeps no keys and values."""
+    if traced.runs_all_tokens or not clean_run.keys_and_values:
+        return None
+    masks = {id(edit.where): edit.where for edits in rows for edit in edits}
+    touched = torch.zeros(clean_run.tree.n_tokens, dtype=torch.bool)
+    for where in masks.values():
+        if where is None:
+            return None
+        touched |= where.cpu()
+    is_reached = clean_run.tree.reached_from(touched)
+    return None if is_reached.all() else is_reached.nonzero()[:, 0]
+
+
+def narrow_edits(edits: Edits, nodes: Tensor) -> Edits:
+    """The edits of a row in a run of some nodes only."""
+    return tuple(narrow_edit(edit, nodes) for edit in edits)
+
+
+def narrow_edit(edit: Edit, nodes: Tensor) -> Edit:
+    def at_nodes(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim == 2:  # [tok, column]
+            return value[nodes.to(value.device)]
+        return value
+
+    where = edit.where
+    if where is not None:
+        where = where[nodes.to(where.device)]
+    return replace(edit, factor=at_nodes(edit.factor), source=at_nodes(edit.source), where=where)
+
+
+def narrow_clean_run(clean_run: CleanRun, nodes: Tensor, first_layer: int) -> CleanRun:
+    """What edited runs of some nodes [node] start from, with the stream that enters one layer. They
+    attend to the other nodes by their clean keys and values."""
+    tree = clean_run.tree
+    is_reached = torch.zeros(tree.n_tokens, dtype=torch.bool)
+    is_reached[nodes] = True
+    is_attended = tree.visible[nodes].any(0)
+    other_nodes = (is_attended & ~is_reached).nonzero()[:, 0]
+    new_place = is_reached.cumsum(0) - 1  # [tok], of a node among those that are run
+    scored = new_place[tree.scored[is_reached[tree.scored]]]
+    mask = clean_run.model_inputs["attention_mask"]
+    attended = torch.cat([other_nodes, nodes]).to(mask.device)
+    ids, depth = tree.ids[:, nodes], tree.depth[:, nodes]
+    device = clean_run.model_inputs["input_ids"].device
+    residuals = {}
+    if first_layer in clean_run.residuals:
+        residuals[first_layer] = stream_at(clean_run.residuals[first_layer], nodes)
+    return replace(
+        clean_run,
+        tree=replace(tree, ids=ids, depth=depth, scored=scored),
+        model_inputs={
+            "input_ids": ids.to(device),
+            "position_ids": depth.to(device),
+            "attention_mask": mask[:, :, nodes.to(mask.device)][..., attended],
+            "past_key_values": KeyValueProvider(clean_run.keys_and_values, other_nodes),
+            "use_cache": False,
+        },
+        residuals=residuals,
+    )
+
+
+def stream_at(residual: Any, nodes: Tensor) -> Any:
+    """A residual stream at some nodes, in the form that a block returns it."""
+    if isinstance(residual, tuple):
+        return (stream_at(residual[0], nodes),)
+    return residual[:, nodes.to(residual.device)]
 
 
 # reads numbers [row, ...] off final states of edited runs
@@ -4793,6 +4971,7 @@ class Findings:
 # ----- Experiment ---------------------------------------------------------------------------------
 
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
+ATTENDED_COST = 1 / 12  # memory of a token's keys and values, as a share of what running it takes
 
 
 @dataclass(frozen=True)
@@ -4908,8 +5087,8 @@ class Experiment(Generic[OptionsT]):
         offload_folder = parts if parts.is_dir() else None
         with libraries_held_back(self.options):
             model = load_model(self.options, self.shape, self.processes.device, offload_folder)
-        recorded = self.folder.record.get("rows_after_halving")
-        traced = TracedModel(model, self.shape, recorded or self.rows_per_forward)
+        rows = self.folder.record.get("rows_after_halving", self.rows_per_forward)
+        traced = TracedModel(model, self.shape, min(rows, self.rows_per_forward))
         if traced.uses_model_logits:
             log.info("the model's own logits are used: they are scaled, biased or offloaded")
         self.seconds["loading"] = round(time.perf_counter() - started, 3)
@@ -5057,6 +5236,7 @@ def self_test(experiment: Experiment) -> list[Check]:
     checks.append(check_ablation(traced, clean_run, heads))
     checks += check_empty_edits(traced, clean_run)
     checks.append(check_rows(traced, clean_run, heads))
+    checks.append(check_reach(traced, clean_run, heads))
     checks.append(check_mask(clean_run))
     checks += check_tree(traced, clean_run)
     n_left_behind = count_hooks(traced) - n_hooks
@@ -5189,6 +5369,24 @@ def check_rows(traced: TracedModel, clean_run: CleanRun, heads: Sequence[Compone
     error = difference(beside_ablated, beside_kept)
     bound = LOG_PROB_BOUND[traced.shape.dtype] / 10
     return Check("a row is not touched by another's edits (nats)", error, bound)
+
+
+def check_reach(traced: TracedModel, clean_run: CleanRun, heads: Sequence[Component]) -> Check:
+    """An edit of one token gives the same where only the tokens that it can change are run."""
+    tree, path = clean_run.tree, clean_run.tree.paths[0]
+    where = torch.zeros(tree.n_tokens, dtype=torch.bool)
+    where[path[len(path) // 2]] = True
+    edits = tuple(replace(edit, where=where) for edit in scaled_edits(heads, traced.shape))
+    at_reached = run_rows(traced, clean_run, [edits])
+    runs_all_tokens = traced.runs_all_tokens
+    traced.runs_all_tokens = True
+    try:
+        at_all = run_rows(traced, clean_run, [edits])
+    finally:
+        traced.runs_all_tokens = runs_all_tokens
+    bound = LOG_PROB_BOUND[traced.shape.dtype]
+    name = "running only the tokens that an edit can change (nats)"
+    return Check(name, difference(at_reached, at_all), bound)
 
 
 def check_mask(clean_run: CleanRun) -> Check:
@@ -5729,16 +5927,23 @@ def load_encoder(options: MeasuringOptions, shape: ModelShape) -> PromptEncoder:
 
 
 def choose_rows_per_forward(experiment: Experiment) -> int:
-    """Edited runs side by side: those asked for, else those that the folder's experiment began
-    with, else as many as a budget of tokens holds."""
+    """Edited runs side by side: those asked for, else those that the folder began this edit with,
+    else as many as a budget of tokens holds."""
     options, folder = experiment.options, experiment.folder
     if options.rows_per_forward is not None:
         return options.rows_per_forward
-    recorded = folder.record.get("rows_per_forward")
+    recorded = folder.record.get("rows_by_edit", {}).get(experiment.edit_digest)
     if recorded is not None and (not options.overwrite or folder.is_continued(options)):
         return int(recorded)
-    largest = max(tree.n_tokens for tree in experiment.trees)
+    largest = max(tokens_per_row(tree) for tree in experiment.trees)
     return max(1, ROW_TOKENS[device_type(options)] // largest)
+
+
+def tokens_per_row(tree: Tree) -> int:
+    """How many tokens of a forward one edited run of a tree takes up: those that it can change, and
+    its share of those that it only attends to, whose keys and values are copied."""
+    n_attended = tree.n_tokens - tree.n_reached
+    return tree.n_reached + math.ceil(ATTENDED_COST * n_attended)
 
 
 def choose_components(options: Any, shape: ModelShape) -> list[Component]:
@@ -6000,7 +6205,8 @@ def estimate_memory(shape: ModelShape, tree: Tree, rows: int) -> MemoryEstimate:
     if shape.attn_implementation == "eager":
         bytes_per_token += 8 * shape.n_heads * n_tokens
     logit_bytes = 12 * len(tree.scored)  # per entry of the vocabulary
-    kept_per_token = shape.n_layers * shape.d_model + 2 * n_tokens
+    kept_per_layer = shape.d_model + 2 * shape.d_attn  # the stream, keys and values
+    kept_per_token = shape.n_layers * kept_per_layer + 2 * n_tokens
     vocabulary_block = min(VOCAB_BLOCK, shape.vocab)
     return MemoryEstimate(
         weights=float(bytes_per_number * shape.n_parameters),
@@ -7730,7 +7936,8 @@ def side_gradients(
     for point, share in enumerate(shares):
         edits = []
         for site, move in moves.items():
-            edits.append(Edit(site, slice(None), 1.0, share * move + leaves[site][point]))
+            source = share * move + leaves[site][point]
+            edits.append(Edit(site, slice(None), 1.0, source, clean_run.tree.where))
         rows.append(tuple(edits))
     rules = linearised(traced) if method == "relp" else contextlib.nullcontext()
     with rules, torch.enable_grad():
@@ -8492,7 +8699,7 @@ def heads_above(sender: Component, shape: ModelShape) -> list[Component]:
 def list_paths(
     experiment: Experiment[PathsOptions], senders: Sequence[Component]
 ) -> list[PathEdit]:
-    """The paths that --through asks for, sender by sender."""
+    """The paths that --through asks for, by layer of the receiver: runs start there."""
     through = experiment.options.through
     paths = []
     for sender in senders:
@@ -8501,7 +8708,7 @@ def list_paths(
             paths += [PathEdit(sender, (head,)) for head in heads]
         else:
             paths.append(PathEdit(sender, tuple(through.components)))
-    return paths
+    return sorted(paths, key=lambda path: [component.layer for component in path.receivers])
 
 
 def measure_paths(experiment: Experiment[PathsOptions], paths: Sequence[PathEdit]) -> pd.DataFrame:
@@ -8521,7 +8728,7 @@ def measure_paths(experiment: Experiment[PathsOptions], paths: Sequence[PathEdit
         key = f"{path.sender.label} to {path.receiver_text} past {freeze}"
         variants.append(Variant(labels, key, path, path.sender.layer, group))
         layers.update(receiver.layer for receiver in path.receivers)
-        sites.add(path.sender.site)
+        sites.update({path.sender.site, *(receiver.site for receiver in path.receivers)})
     reading = Reading(experiment.trees, frozenset(sites), frozenset(layers))
     edits_of = functools.partial(path_edits, experiment)
     return measure(experiment, variants, edits_of, reading, "paths")
@@ -8555,9 +8762,16 @@ def path_edits(
         for component in path.receivers:
             columns = experiment.shape.columns(component)
             activation = received[path.sender][component.site]
-            edits.append(Edit(component.site, columns, 0.0, activation[:, columns]))
+            where = reach_of_op(clean_run)
+            edits.append(Edit(component.site, columns, 0.0, activation[:, columns], where))
         rows.append(tuple(edits))
     return rows
+
+
+def reach_of_op(clean_run: CleanRun) -> Tensor | None:
+    """[tok] bool, the nodes that the op on a sender can change; None: all."""
+    tree = clean_run.tree
+    return None if tree.where is None else tree.reached_from(tree.where)
 
 
 def frozen_edits(
@@ -8569,14 +8783,15 @@ def frozen_edits(
     """The op on a sender, with everything above it that --freeze names at its clean activation; at
     sites of receivers nothing changes, so that they are computed at all tokens."""
     edits = list(experiment.edits(clean_run, [sender]))
+    where = reach_of_op(clean_run)
     frozen = set()
     for component in frozen_components(experiment):
         site = component.site
         if site.depth > sender.site.depth:
             frozen.add(site)
-            edits.append(Edit(site, slice(None), 0.0, clean_run.activations[site]))
+            edits.append(Edit(site, slice(None), 0.0, clean_run.activations[site], where))
     for site in set(receiver_sites) - frozen:
-        edits.append(Edit(site, slice(None), 1.0))
+        edits.append(Edit(site, slice(None), 1.0, where=where))
     return tuple(edits)
 
 
@@ -8594,11 +8809,22 @@ def record_received(
         rows = [frozen_edits(experiment, clean_run, sender, sites) for sender in some_senders]
         with recording({site: traced.module(site) for site in sites}) as recorded:
             final_states(traced, clean_run, rows)
-        return [{site: recorded[site][place] for site in sites} for place in range(len(rows))]
+        nodes = reached_nodes(traced, clean_run, rows)
+        whole = {site: at_all_nodes(clean_run, site, recorded[site], nodes) for site in sites}
+        return [{site: whole[site][place] for site in sites} for place in range(len(rows))]
 
     with tqdm(disable=True) as bar:
         activations = run_batches(traced, senders, run, bar, "rows_per_forward")
     return dict(zip(senders, activations, strict=True))
+
+
+def at_all_nodes(clean_run: CleanRun, site: Site, recorded: Tensor, nodes: Tensor | None) -> Tensor:
+    """Activations [row, tok, width] that were recorded at some nodes, with those of the clean run
+    at all others."""
+    if nodes is None:
+        return recorded
+    clean = clean_run.activations[site].expand(len(recorded), -1, -1)
+    return clean.index_copy(1, nodes.to(clean.device), recorded)
 
 
 def report_paths(experiment: Experiment, table: pd.DataFrame) -> None:
@@ -8626,6 +8852,9 @@ def draw_paths(experiment: Experiment, table: pd.DataFrame, senders: Sequence[Co
 
 
 # ----- Command: tokens ----------------------------------------------------------------------------
+
+
+TOKEN_GROUPS = 8  # into which the tokens of a prompt are divided, to be run apart
 
 
 class TokenEdit(NamedTuple):
@@ -8677,16 +8906,15 @@ def token_positions(experiment: Experiment) -> range:
 def measure_tokens(experiment: Experiment, components: Sequence[Component]) -> pd.DataFrame:
     """Rows of `measure` with the columns label and position."""
     variants = []
-    for component in components:
-        for position in token_positions(experiment):
-            variants.append(
-                Variant(
-                    labels={"label": component.label, "position": position},
-                    key=f"{component.label} at {position}",
-                    subject=TokenEdit(component, position),
-                    layer=component.layer,
-                )
-            )
+    positions = token_positions(experiment)
+    for place, position in enumerate(positions):
+        # later tokens apart from earlier ones: they reach fewer
+        group = place * TOKEN_GROUPS // len(positions)
+        for component in components:
+            labels = {"label": component.label, "position": position}
+            key = f"{component.label} at {position}"
+            subject = TokenEdit(component, position)
+            variants.append(Variant(labels, key, subject, component.layer, group))
     reading = Reading(experiment.trees, experiment.patched_sites(components))
     edits_of = functools.partial(token_edits, experiment)
     return measure(experiment, variants, edits_of, reading, "tokens")
@@ -11397,12 +11625,13 @@ def take_up(experiment: Experiment) -> None:
         digests = file_digests(experiment.options, folder.record.get("model_files", {}))
         fingerprint = fingerprint_of(experiment, digests)
         check_models_of_files(experiment.options, fingerprint["model"])
+        rows_by_edit = folder.record.get("rows_by_edit", {})
         folder.take_up(
             experiment.options,
             fingerprint,
             experiment.edit_digest,
             model_files=digests,
-            rows_per_forward=experiment.rows_per_forward,
+            rows_by_edit=rows_by_edit | {experiment.edit_digest: experiment.rows_per_forward},
         )
     shared = (folder.experiment_key, folder.record.get("rows_after_halving"))
     folder.experiment_key, rows_after_halving = processes.share(shared)

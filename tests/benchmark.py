@@ -7,6 +7,7 @@
   python tests/benchmark.py scale                  (5,000 samples: planning, table, statistics)
   python tests/benchmark.py job                    (the README's job: seconds by stage)
   python tests/benchmark.py screen --pairs 8       (estimates against the exact sweep of mid)
+  python tests/benchmark.py reach                  (edits of some tokens, and of long prefixes)
   python tests/benchmark.py mid --smoke            (any of them in its smallest shape, on the CPU)
 
 The naive loop runs as the protocol reads (one pre-hook, two full forwards per head and sample,
@@ -174,7 +175,8 @@ def build_experiment(shape: Shape, pairs: int, options: argparse.Namespace) -> A
     """On a random model and random prompts."""
     model = random_model(shape, options.seed).requires_grad_(False)
     prompts = random_prompts(options, pairs, shape["vocab_size"])
-    options_of_run = tracing.TraceOptions(rows_per_forward=options.rows_per_forward)
+    edit = {name: getattr(options, name) for name in ("op", "positions", "tree_tokens")}
+    options_of_run = tracing.TraceOptions(rows_per_forward=options.rows_per_forward, **edit)
     model_shape = tracing.shape_of(model, model.dtype)
     experiment = tracing.Experiment(
         options=options_of_run,
@@ -362,6 +364,59 @@ def growth(options: argparse.Namespace) -> None:
         require(difference, BOUNDS[torch.float32])
 
 
+# ----- edits that reach some tokens only
+
+# by what is swept: options of the run, and pairs
+REACHES: dict[str, tuple[dict[str, Any], int]] = {
+    "60 tokens, patch": ({"shared": 25, "op": "patch"}, 4),
+    "60 tokens, patch at the last": ({"shared": 25, "op": "patch", "positions": "last"}, 4),
+    "556 tokens, patch": ({"shared": 521, "op": "patch"}, 2),
+    "556 tokens, patch at the last": ({"shared": 521, "op": "patch", "positions": "last"}, 2),
+    "556 tokens, zero": ({"shared": 521}, 16),
+}
+
+
+def reach(options: argparse.Namespace) -> None:
+    """CPU seconds of a sweep in which every token is taken as reached by the edits, in trees that
+    count the tokens that all prompts share; against those of the sweep as it is."""
+    shape = of_sizes(8, 8, 2, 512, 1408, 32000, torch.float32)
+    differences = []
+    print("what, CPU seconds per row and pair before, after, ratio, ratio of tokens run")
+    for name, (changes, pairs) in REACHES.items():
+        settings = argparse.Namespace(**{**vars(options), **changes})
+        if options.smoke:
+            shape, settings.shared, pairs = preset("mid", options), settings.shared // 20, 2
+        seconds, tokens, effects = [], [], []
+        for before in (True, False):
+            experiment = build_experiment(shape, pairs, settings)
+            if before:
+                split_trees(experiment)
+            experiment.traced.runs_all_tokens = before
+            with timed() as clock:
+                effects.append(our_sweep(experiment))
+            seconds.append(clock.cpu / len(effects[0]))
+            tokens.append(experiment.traced.n_tokens)
+        differences.append(largest_difference(*effects))
+        ratios = f"{seconds[0] / seconds[1]:.1f}, {tokens[0] / tokens[1]:.1f}"
+        print(f"{name}, {seconds[0]:.4f}, {seconds[1]:.4f}, {ratios}", flush=True)
+    largest = max(differences)
+    print(f"largest difference {largest:.2e}")
+    for difference in differences:
+        require(difference, BOUNDS[torch.float32])
+
+
+def split_trees(experiment: Any) -> None:
+    """Plant trees of which each holds --tree_tokens tokens, those that all prompts share too."""
+    trees, prompts = [], []
+    for sample_prompts in experiment.prompts:
+        grown = experiment.plant_trees([*prompts, sample_prompts])[0]
+        if prompts and grown.n_tokens > experiment.options.tree_tokens:
+            trees += experiment.plant_trees(prompts)
+            prompts = []
+        prompts.append(sample_prompts)
+    experiment.trees = [*trees, *experiment.plant_trees(prompts)]
+
+
 # ----- estimates
 
 
@@ -546,7 +601,7 @@ def job(options: argparse.Namespace) -> None:
             require(error, bound)
 
 
-MODES = {"growth": growth, "scale": scale, "job": job, "screen": screen}
+MODES = {"growth": growth, "scale": scale, "job": job, "screen": screen, "reach": reach}
 MODES |= {name: functools.partial(compare, name) for name in PRESETS}
 
 
@@ -563,6 +618,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--naive_layers", type=int, default=6, help="layers of the naive subset")
     parser.add_argument("--naive_per_layer", type=int, default=2, help="heads of each of them")
     parser.add_argument("--rows_per_forward", type=int, default=None)
+    parser.add_argument("--tree_tokens", type=int, default=512)
+    parser.add_argument("--op", default="zero")
+    parser.add_argument("--positions", default="all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=5000, help="of scale")
     parser.add_argument("--smoke", action="store_true", help="the smallest shape, on the CPU")

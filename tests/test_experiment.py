@@ -111,7 +111,8 @@ def test_a_kind_that_the_model_lacks_is_refused_with_the_option_that_asks_for_it
 def test_rows_per_forward_are_those_given_or_recorded_or_what_a_budget_of_tokens_holds(
     line: str, recorded: int | None, rows: int | None, llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = {"rows_per_forward": recorded} if recorded else {}
+    edit = planned(llama, line).edit_digest
+    record = {"rows_by_edit": {edit: recorded, "another": 7}} if recorded else {}
     for budget in (8000, 1):
         monkeypatch.setattr(tracing, "ROW_TOKENS", {"cpu": budget, "cuda": budget})
         experiment = planned(llama, line, record)

@@ -532,8 +532,9 @@ def test_a_row_alone_leaves_the_clean_run_as_it_was(plain: Bench, kind: str) -> 
 def test_rows_pass_through_no_more_than_they_change(
     plain: Bench, monkeypatch: Patch, flags: str, layer: int, grows_at: int
 ) -> None:
-    """Blocks below are skipped; the batch grows at the edited module; after the last attention
-    only the scoring nodes go on, but for an MLP that is edited itself."""
+    """Blocks below are skipped, and nodes that the edits do not reach; the batch grows at the edited
+    module; after the last attention only the scoring nodes go on, but for an MLP that is edited
+    itself."""
     experiment = plain.experiment(f"{flags} --layers {layer}")
     tree, traced = experiment.trees[0], experiment.traced
     clean = experiment.clean_run(tree, [layer], experiment.patched_sites(swept(experiment)))
@@ -550,7 +551,11 @@ def test_rows_pass_through_no_more_than_they_change(
         monkeypatch.setattr(module, "forward", functools.partial(spy, i, name, module.forward))
     before = traced.n_forwards, traced.n_tokens
     tracing.run_rows(traced, clean, rows)
-    n, tok, few = len(rows), tree.n_tokens, len(tree.scored)
+    is_reached = torch.ones(tree.n_tokens, dtype=torch.bool)
+    if tree.where is not None:
+        is_reached = tree.reached_from(tree.where)
+        assert not is_reached.all()
+    n, tok, few = len(rows), tree.n_reached, int(is_reached[tree.scored].sum())
     passed = traced.n_forwards - before[0], traced.n_tokens - before[1]
     assert passed == (1, n * tok * (3 - layer))
     assert {i for i, _ in read} == set(range(layer, 3))

@@ -781,7 +781,8 @@ def test_a_record_of_nonsense_is_refused_and_left_alone(
         ("rows_after_halving", -5),
         ("rows_after_halving", 0),
         ("rows_after_halving", True),
-        ("rows_per_forward", "many"),
+        ("rows_by_edit", {"an edit": "many"}),
+        ("rows_by_edit", 3),
     ],
 )
 def test_a_record_with_an_impossible_number_of_rows_is_refused_and_left_alone(
@@ -1068,7 +1069,8 @@ def test_a_run_that_measured_nothing_leaves_its_folder_to_any_other(
     records = [record_of(tmp_path / folder) for folder in ("run", "new")]
     run, new = (record["experiment"]["fingerprint"] for record in records)
     assert run == new and run["seed"] == 7
-    assert records[0]["rows_per_forward"] == records[1]["rows_per_forward"] > 1
+    assert records[0]["rows_by_edit"] == records[1]["rows_by_edit"]
+    assert min(records[0]["rows_by_edit"].values()) > 1
     assert tables(tmp_path / "run") == tables(tmp_path / "new")
     refuses(answer, *argv, says=["seed: 7 there, 42 now"])  # now there is something
 
