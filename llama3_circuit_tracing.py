@@ -170,8 +170,22 @@ def visible(text: str, keep: str = "") -> str:
 
 def first_line(error: BaseException) -> str:
     """Of an exception's message, its long words shortened; its type where it has none."""
-    line = next(iter(str(error).splitlines()), type(error).__name__)
+    lines = filter(str.strip, str(error).splitlines())
+    line = next(lines, type(error).__name__)
     return re.sub(rf"\S{{{MAX_VALUE_LENGTH + 1},}}", lambda word: shorten(word[0]), line)
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be used: in the system's own words where it was the system that refused."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def causes_of(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions from which one came, the nearest first."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def one_line(sentence: str, words: Iterable[str] = ()) -> str:
@@ -202,9 +216,8 @@ class Place(NamedTuple):
     width: str  # the field of `ModelShape` with the size of the activation's last axis
     depth: int  # order along the residual stream within a block
     side: str = "input"
-    batch_may_grow: bool = (
-        True  # False: what comes next in the module takes its batch from another input
-    )
+    # False: what comes next in the module takes its batch from another input
+    batch_may_grow: bool = True
 
 
 # the only table that knows the names of modules
@@ -235,9 +248,8 @@ class Kind(NamedTuple):
 
     tag: str  # what stands for it in a component's label
     place: str
-    slices: str = (
-        ""  # the field of `ModelShape` with the number of slices; "" is the whole activation
-    )
+    # the field of `ModelShape` with the number of slices; "" is the whole activation
+    slices: str = ""
 
 
 KINDS = {
@@ -580,8 +592,8 @@ class ComponentList:
                 raise ValueError(f"it has {size:,} bytes, more than {MAX_COMPONENT_BYTES:,}")
             return cls.from_text(decode(path.read_bytes()), path)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{shorten(path)} is no file of components: {reason}") from error
+            name = shorten(path)
+            raise ValueError(f"{name} is no file of components: {reason_of(error)}") from error
 
     @classmethod
     def from_text(cls, content: str, path: Path) -> ComponentList:
@@ -666,7 +678,7 @@ class Senders:
 # ----- Options of all commands --------------------------------------------------------------------
 
 SYSTEM_PROMPT = "You are an assistant."
-WHOLE_OPS = tuple(name for name, op in OPS.items() if op.source != "direction")
+OPS_WITHOUT_DIRECTION = tuple(name for name, op in OPS.items() if op.source != "direction")
 METHODS = ("exact", "atp", "ig", "relp")  # how effects are found: measured, or from gradients
 TASK_NAMES = ("suppression", "refusal", "odd_one_out", "contrast")
 FITS = ("difference", "logistic")  # how a direction is found
@@ -770,7 +782,7 @@ class EditOptions:
 
     title: ClassVar = "edit"
     kind: str = option("head", "what is edited", choices=KINDS)
-    op: str = option("zero", "what the edited activation becomes", choices=WHOLE_OPS)
+    op: str = option("zero", "what the edited activation becomes", choices=OPS_WITHOUT_DIRECTION)
     factor: float | None = option(None, "factor of --op scale", parse_number)
     positions: str = option("all", "edited tokens", choices=("all", "last", "differing"))
     patch_into: str = option("a", "the prompt that --op patch edits", choices=("a", "b"))
@@ -932,6 +944,9 @@ class JointOptions(MeasuringOptions):
     def usage_errors(self) -> Iterator[str]:
         if not self.names:
             yield f"joint needs NAMES, or a circuit.json in {self.output_dir}"
+        zeroed = join_labels(component for component in self.names if component in self.given)
+        if zeroed:
+            yield f"{shorten(zeroed)}: --given zeroes these in every run"
         if self.multipliers and not self.max_new_tokens:
             yield "--multipliers scale components in replies: give --max_new_tokens"
         streams = join_labels(component for component in self.names if component.kind == "resid")
@@ -961,7 +976,7 @@ class PathsOptions(ComponentOptions, MeasuringOptions):
 
     def usage_errors(self) -> Iterator[str]:
         kinds = {component.kind for component in self.senders.components} or {self.kind}
-        if self.kind == "neuron":
+        if self.kind == "neuron" or "neuron" in kinds:
             yield "paths start from heads, attention, MLPs or the residual stream, not from neurons"
         if "resid" in kinds and self.removes_input:
             yield f"a residual stream with --op {self.op} at all positions loses the input itself"
@@ -1082,6 +1097,16 @@ class RedrawOptions(OutputOptions):
             yield f"redraw {shorten(self.source)} needs --output_dir, where its files go"
 
 
+def component_lists(options: Any) -> Iterator[tuple[str, ComponentList]]:
+    """The lists of components in some options, and what the command line has before each."""
+    for entry in fields(options):
+        value = getattr(options, entry.name)
+        if isinstance(value, Receivers | Senders):
+            value = value.components
+        if isinstance(value, ComponentList):
+            yield "" if "words" in entry.metadata else f"--{entry.name} ", value
+
+
 # ----- Record of a run folder ---------------------------------------------------------------------
 
 RECORD_FORMAT = "run/2"
@@ -1144,7 +1169,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
     "check": {},
 }
 REPORT_FILE = "circuit_report.html"
-GRAPH_LIST = "graphs/graph-metadata.json"
+GRAPH_LIST = "graphs/graph-metadata.json"  # lists the graphs of a folder for the viewer
 GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
 PART_FILE = r"(base|estimate|floor|graph|kl|probe|replies|scores|tested)-[a-z0-9-]+\.json"
 # files that only some command lines write, by the option that asks for them
@@ -1164,10 +1189,7 @@ OPTION_OF_FILE = {
     "directions_confirm.png": "confirm",
     "directions_generations.jsonl": "max_new_tokens",
 }
-KEPT_FILES = (
-    "circuit.json",
-    "directions.safetensors",
-)  # they say what they are of; others read them
+KEPT_FILES = ("circuit.json", "directions.safetensors")  # say what they are of; others read them
 
 
 def planned_files(command: str, options: Any) -> list[str]:
@@ -1425,7 +1447,7 @@ class Request(NamedTuple):
 
     command: str
     options: Any  # those of the command
-    inherited: dict[str, str]  # by option that was not given, where its value is from
+    origins: dict[str, str]  # by option that was not given, where its value is from
 
 
 class Parser(argparse.ArgumentParser):
@@ -1492,6 +1514,19 @@ def normal_spelling(text: str) -> str:
     return f"--{SAME_OPTION.get(name, name)}{equals}{value}"
 
 
+def join_negative_values(words: Sequence[str]) -> list[str]:
+    """--multipliers -1,0 as --multipliers=-1,0: argparse takes a value that begins with a minus
+    for an option, unless it is one plain number."""
+    joined: list[str] = []
+    for word in words:
+        is_value = re.match(r"-[0-9.]", word) is not None
+        if is_value and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def explain_unknown(parser: Parser, command: str, unknown: str) -> str:
     """One sentence for a word or an option that the command does not know."""
     if not unknown.startswith("-"):
@@ -1527,15 +1562,16 @@ def inherited_values(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Values of options that are not given, and where each is from. `sources` holds recorded values
     by the name of their source, the first source of an option wins; what the command cannot take is
-    left out, and so is what goes with another op than the one that is given."""
+    left out, and so is what goes with another op where the one that is given differs."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     refused = getattr(options_type, "refused", {})
-    of_op = {"factor", "patch_into"} if "op" in given else set()
     for entry in option_fields(options_type):
         for source, recorded in sources.items():
-            is_missing = entry.name not in recorded or entry.name in values
-            if is_missing or entry.name in given or entry.name in of_op:
+            has_other_op = given.get("op", recorded.get("op")) != recorded.get("op")
+            if has_other_op and entry.name in ("factor", "patch_into"):
+                continue
+            if entry.name not in recorded or entry.name in values or entry.name in given:
                 continue
             with contextlib.suppress(argparse.ArgumentTypeError):
                 value = recorded_value(entry, recorded[entry.name])
@@ -1570,7 +1606,7 @@ PROMPT_OPTIONS = (  # in which every difference is one of prompts
 
 def contradictions(options_type: type, given: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """What a command line says of the prompts in another way than the folder's record does. Whether
-    it means another model is told by the fingerprint: a model may be spelled in several ways."""
+    it means another model is found later, by fingerprint: a model may be spelled in several ways."""
     record = read_record(folder / "run.json")
     recorded = record.get("experiment", {}).get("options", {})
     for entry in option_fields(options_type):
@@ -1584,7 +1620,7 @@ def contradictions(options_type: type, given: Mapping[str, Any], folder: Path) -
 def parse_command_line(arguments: Sequence[str]) -> Request:
     """What a command line asks for; exits with 0 after help, and with 2 and one sentence where it
     makes no sense."""
-    words = [normal_spelling(text) for text in arguments]
+    words = join_negative_values([normal_spelling(text) for text in arguments])
     command = "trace"
     if words and not words[0].startswith("-"):
         command = words.pop(0)
@@ -1638,15 +1674,12 @@ def complete_request(command: str, given: dict[str, Any]) -> Request:
         sources = inheritance_sources(given, folder)
         inherited, origins = inherited_values(options_type, given, sources)
         record = read_record(folder / "run.json")
-        has_experiment = bool(record.get("experiment", {}).get("options"))
+        has_experiment = bool(record.get("experiment", {}).get("fingerprint"))
         if "model_id" not in given and not has_experiment:
             raise UsageError(f"{folder} holds no experiment: run trace there, or give --model_id")
     options = options_type(**inherited | given)
     for sentence in usage_errors(options):
         raise UsageError(sentence)
-    needs_output = command == "compare" or Path(given.get("source", "")).suffix == ".csv"
-    if needs_output and "output_dir" not in given:
-        raise UsageError(f"{command} needs --output_dir, where its files go")
     return Request(command, options, origins)
 
 
@@ -1835,7 +1868,7 @@ class Sample:
         return f"{self.origin or 'sample'} ({shorten(self.sample_id)})"
 
     @property
-    def counts(self) -> bool:
+    def is_evidence(self) -> bool:
         """Whether statistics take it in: it is no negative control."""
         return self.group != NO_ODD_ONE
 
@@ -2499,6 +2532,25 @@ class Prompt:
 
 Prompts = list[list[Prompt]]  # of each sample: a, b, and those of its controls
 
+
+def samples_of(prompts: Prompts) -> list[Sample]:
+    return [sample_prompts[0].sample for sample_prompts in prompts]
+
+
+def units_of(prompts: Prompts) -> set[str]:
+    """The sentences, which are statistically independent, without those of negative controls."""
+    return {sample.unit for sample in samples_of(prompts) if sample.is_evidence}
+
+
+def without_negative_controls(prompts: Prompts) -> Prompts:
+    return [sample_prompts for sample_prompts in prompts if sample_prompts[0].sample.is_evidence]
+
+
+def of_units(prompts: Prompts, units: set[str]) -> Prompts:
+    """Those of the samples of some sentences."""
+    return [sample_prompts for sample_prompts in prompts if sample_prompts[0].sample.unit in units]
+
+
 # before a template: today is DATE, in whatever format it is asked for
 FIXED_DATE_MACRO = """{% macro strftime_now(format) %}{% set date = namespace(text=format) %}
 {% for code, value in codes.items() %}{% set date.text = date.text.replace(code, value) %}
@@ -2897,11 +2949,6 @@ class Tree:
         hidden = hidden.masked_fill(~self.visible, torch.finfo(dtype).min)
         return hidden[None, None].to(device)
 
-    def deltas(self, scores: Tensor) -> Tensor:
-        """Score of prompt a less that of b: [row, prompt] -> [row, sample]."""
-        deltas = [scores[:, places["a"]] - scores[:, places["b"]] for _, places in self.samples]
-        return torch.stack(deltas, -1)
-
     def word_log_probs(self, log_probs: Tensor) -> list[Tensor]:
         """Log P of each scored word: [row, entry] -> per prompt [row, word].
 
@@ -3273,11 +3320,7 @@ def load_error(error: Exception, options: ModelOptions, hub_problem: str) -> Usa
     transformers raises `OSError` for whatever the hub answers; the exceptions that it came from
     tell more. A type of model that transformers does not know is a `UsageError`.
     """
-    causes = set()
-    cause = error.__cause__ or error.__context__
-    while cause is not None:
-        causes.add(type(cause).__name__)
-        cause = cause.__cause__ or cause.__context__
+    causes = {type(cause).__name__ for cause in causes_of(error)}
     sentence = OTHER_LOAD_ERROR
     for name, explanation in LOAD_ERRORS.items():
         if name in causes:
@@ -3339,9 +3382,7 @@ def why_hub_is_unreachable() -> str:
             get_session().head(hub_constants.ENDPOINT, timeout=seconds)
             reasons.append("")
         except Exception as error:  # of whichever client the library uses
-            innermost: BaseException = error
-            while cause := innermost.__cause__ or innermost.__context__:
-                innermost = cause
+            innermost = [error, *causes_of(error)][-1]
             reasons.append(first_line(innermost))
 
     # in a thread, since the system looks up names and tries addresses for as long as it likes
@@ -3630,12 +3671,12 @@ def load_model(
         ignore_mismatched_sizes=True,  # they are refused below, by name
     )
     model.offload_folder = offload_folder  # the folder lives as long as the model
-    check_weights(options, shape, loading_info)
+    check_weight_names(options, shape, loading_info)
     warn_of_offloading(model)
     return model.eval().requires_grad_(False)
 
 
-def check_weights(
+def check_weight_names(
     options: ModelOptions, shape: ModelShape, loading_info: Mapping[str, Any]
 ) -> None:
     """`RunError` names weights that are not in the files, or in the files alone."""
@@ -3854,7 +3895,8 @@ class BatchEdit(NamedTuple):
 
 
 def edits_by_site(rows: Sequence[Edits]) -> dict[Site, list[BatchEdit]]:
-    """The edits of a batch by site. Neighbouring rows that are one object are edited at once."""
+    """The edits of a batch by site. Neighbouring rows that are one object, as in replies, are edited
+    at once."""
     by_site: dict[Site, list[BatchEdit]] = defaultdict(list)
     start = 0
     while start < len(rows):
@@ -4573,8 +4615,9 @@ class RunFolder:
         self.fingerprint: dict[str, Any] = {}  # of the command at work, once it is taken up
         self.experiment_key = ""  # digest of it; parts are sealed with it
         self.files: list[str] = []  # that the command at work has written
+        self.is_open = False  # whether this process may write into it
         # what `begin` throws away, and notes in the record and of the command
-        self.waiting: tuple[Callable[[], None], dict[str, Any], dict[str, Any]] | None = None
+        self.pending: tuple[Callable[[], None], dict[str, Any], dict[str, Any]] | None = None
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -4596,6 +4639,7 @@ class RunFolder:
             self.forget_missing_files()
             if not self.has_measured():
                 self.forget_experiment()
+            self.is_open = True
             yield
 
     # -- the record
@@ -4636,8 +4680,10 @@ class RunFolder:
 
     def forget_experiment(self) -> None:
         """Keep of the record only which files are this script's."""
-        commands = self.record["commands"]
-        files = {name: {"files": commands[name].get("files", [])} for name in commands}
+        files = {}
+        for name, entry in self.record["commands"].items():
+            if entry.get("files"):
+                files[name] = {"options": {}, "files": entry["files"]}
         self.record = {
             "format": RECORD_FORMAT,
             "experiment": {"options": {}, "fingerprint": {}},
@@ -4662,6 +4708,8 @@ class RunFolder:
         planned = planned_files(self.command, options)
         self.check_foreign_files(planned)
         self.check_inputs(options, planned, "would be replaced by this command")
+        if "redraw" in self.record["commands"]:
+            raise UsageError(f"{self.path} holds redrawn results; give another --output_dir")
         discard_earlier: Callable[[], None] = self.discard_drafts
         if recorded != fingerprint:
             if not (is_trace and options.overwrite):
@@ -4681,18 +4729,28 @@ class RunFolder:
         experiment = {name: settings[name] for name in settings if name in EXPERIMENT_OPTIONS}
         entries["experiment"] = {"options": experiment, "fingerprint": fingerprint}
         command_entries = {"options": settings, "edit_digest": edit_digest, "finished": False}
-        self.waiting = (discard_earlier, entries, command_entries)
+        self.pending = (discard_earlier, entries, command_entries)
 
     def begin(self) -> None:
         """Throw away what --overwrite is to throw away, and record the command: once, when its
         first part is asked for, since it has checked its options by then."""
-        if self.waiting is not None:
-            discard_earlier, entries, command_entries = self.waiting
-            self.waiting = None
+        if self.pending is not None:
+            discard_earlier, entries, command_entries = self.pending
+            self.pending = None
             discard_earlier()
             self.discard_drafts()
             self.record |= entries
-            self.note_command(**command_entries)
+            before = self.command_record(self.command)
+            for name in ("files", "parts_to_replace"):
+                if name in before:
+                    command_entries[name] = before[name]
+            self.record["commands"][self.command] = command_entries
+            self.note()
+
+    def starts_afresh(self, options: Any) -> bool:
+        """Whether the command at work is a trace that throws away what the folder holds of it."""
+        is_trace = self.command == "trace"
+        return is_trace and options.overwrite and not self.is_continued(options)
 
     def is_continued(self, options: Any) -> bool:
         """Whether the command at work is one that was interrupted in this folder."""
@@ -4735,7 +4793,7 @@ class RunFolder:
             for name in names:
                 output = self.path / name
                 if output.is_file() and output.samefile(source):
-                    raise UsageError(f"{label} {source} {fate}; copy it to another folder")
+                    raise UsageError(f"{label}{source} {fate}; copy it to another folder")
 
     def describe_other_experiment(self, options: Any, fingerprint: Mapping[str, Any]) -> str:
         """The sentence that refuses another experiment: what differs, there and now."""
@@ -4855,6 +4913,9 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         write_text(self.path_of(name), text)
 
+    def write_json(self, name: str, content: Any) -> None:
+        self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
     def write_table(self, name: str, table: pd.DataFrame) -> None:
         self.write_text(name, table.to_csv(index=False))
 
@@ -4926,23 +4987,17 @@ def check_same_edit(path: Path, recorded: Mapping[str, Any], settings: Mapping[s
 
 
 def input_files(options: Any) -> Iterator[tuple[str, Path]]:
-    """The files that a command line names as inputs, and how it names them."""
-    for entry in fields(options):
-        value = getattr(options, entry.name)
-        label = f"--{entry.name}"
-        if "words" in entry.metadata:
-            label = entry.metadata["value_name"]
-        paths: list[str] = []
-        if entry.name in ("samples", "fit", "model_id", "source"):
-            paths.append(value)
-        elif entry.name == "runs":
-            paths += value
-        for component_list in (value, getattr(value, "components", None)):
-            if isinstance(component_list, ComponentList):
-                paths.append(component_list.file)
-        for path in paths:
-            if path and os.path.isfile(path):
-                yield label, Path(path)
+    """The files that a command line names as inputs, and what it has before each."""
+    named = []
+    for name in ("samples", "fit", "model_id"):
+        named.append((f"--{name} ", getattr(options, name, None)))
+    named += [
+        ("", path) for path in (getattr(options, "source", None), *getattr(options, "runs", ()))
+    ]
+    named += [(label, components.file) for label, components in component_lists(options)]
+    for label, path in named:
+        if path and os.path.isfile(path):
+            yield label, Path(path)
 
 
 # ----- Findings -----------------------------------------------------------------------------------
@@ -5016,6 +5071,7 @@ class Experiment(Generic[OptionsT]):
     findings: Findings = field(default_factory=Findings)
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
     recent_clean_run: tuple[Any, CleanRun] | None = None  # the last, by what it was asked for
+    means: dict[str, dict[Site, Tensor]] = field(default_factory=dict)  # see `mean_activation`
 
     @property
     def task(self) -> Task:
@@ -5032,21 +5088,20 @@ class Experiment(Generic[OptionsT]):
 
     @property
     def units(self) -> set[str]:
-        """The sentences, which are statistically independent, without negative controls."""
-        samples = [sample_prompts[0].sample for sample_prompts in self.prompts]
-        return {sample.unit for sample in samples if sample.counts}
+        return units_of(self.prompts)
 
     def prompts_of(self, units: set[str]) -> Prompts:
         """Those of the samples of some sentences, without negative controls."""
-        selected = []
-        for sample_prompts in self.prompts:
-            sample = sample_prompts[0].sample
-            if sample.counts and sample.unit in units:
-                selected.append(sample_prompts)
-        return selected
+        return of_units(without_negative_controls(self.prompts), units)
 
     def plant_trees(self, prompts: Prompts) -> list[Tree]:
         return plant_trees(prompts, self.bos, self.options)
+
+    def free_components(self, layer: int | None = None) -> list[Component]:
+        """The components of --kind, of one layer or of all, without those of --given."""
+        given = set(self.options.given)
+        components = self.shape.components(self.options.kind, layer)
+        return [component for component in components if component not in given]
 
     @functools.cached_property
     def edit_digest(self) -> str:
@@ -5057,7 +5112,7 @@ class Experiment(Generic[OptionsT]):
         return digest([*values, str(options.given)])[:10]
 
     @property
-    def setting(self) -> str:
+    def part_key(self) -> str:
         """A digest of the edit options and of batch sizes, on which last bits depend; names of
         parts hold it."""
         return f"{self.edit_digest}-{self.rows_per_forward}-{self.options.tree_tokens}"
@@ -5083,8 +5138,7 @@ class Experiment(Generic[OptionsT]):
         """The loaded model; takes seconds to minutes the first time."""
         log.info("loading %s, %s parameters", self.options.model_id, f"{self.shape.n_parameters:,}")
         started = time.perf_counter()
-        parts = self.folder.parts
-        offload_folder = parts if parts.is_dir() else None
+        offload_folder = self.folder.parts if self.folder.is_open else None
         with libraries_held_back(self.options):
             model = load_model(self.options, self.shape, self.processes.device, offload_folder)
         rows = self.folder.record.get("rows_after_halving", self.rows_per_forward)
@@ -5098,7 +5152,7 @@ class Experiment(Generic[OptionsT]):
     def is_loaded(self) -> bool:
         return "traced" in vars(self)
 
-    def check_weights(self, purpose: str) -> None:
+    def require_weights_at_hand(self, purpose: str) -> None:
         """`UsageError` where weights are offloaded, so that no gradient can be had."""
         if any(weight.is_meta for weight in self.traced.model.parameters()):
             raise UsageError(f"{purpose} needs weights at hand; some are offloaded")
@@ -5138,13 +5192,8 @@ class Experiment(Generic[OptionsT]):
     def mean_activation(self, place: str) -> dict[Site, Tensor]:
         """Mean activation [width] of a place in each layer over the tokens of all prompts b, BOS
         left out; tokens that prompts share count once per prompt."""
-        if place not in self.means:
-            self.means[place] = self.compute_means(place)
-        return self.means[place]
-
-    means: dict[str, dict[Site, Tensor]] = field(default_factory=dict)  # by place
-
-    def compute_means(self, place: str) -> dict[Site, Tensor]:
+        if place in self.means:
+            return self.means[place]
         sites = [Site(layer, place) for layer in range(self.shape.n_layers)]
         sums: dict[Site, Any] = dict.fromkeys(sites, 0.0)
         for tree in self.trees:
@@ -5153,7 +5202,8 @@ class Experiment(Generic[OptionsT]):
                 activation = widen(activation)  # [tok, width]
                 sums[site] += tree.b_weight.to(activation) @ activation
         count = sum(float(tree.b_weight.sum()) for tree in self.trees)
-        return {site: total / count for site, total in sums.items()}
+        self.means[place] = {site: total / count for site, total in sums.items()}
+        return self.means[place]
 
     # -- edits
 
@@ -5265,10 +5315,9 @@ def run_shortest_samples(experiment: Experiment) -> CleanRun:
 
 def report_checks(checks: Sequence[Check]) -> None:
     """Log the checks; `RunError` names those that failed."""
-    for check in checks:
-        log.info("self-test: %-72s %.2e (bound %.0e)", check.name, check.error, check.bound)
     failures = []
     for check in checks:
+        log.info("self-test: %-72s %.2e (bound %.0e)", check.name, check.error, check.bound)
         if not check.passed:
             failures.append(f"{check.name}: {check.error:.3g}, bound {check.bound:.3g}")
     if failures:
@@ -5345,11 +5394,10 @@ def check_empty_edits(traced: TracedModel, clean_run: CleanRun) -> list[Check]:
     n_layers = traced.shape.n_layers
     bound = LOG_PROB_BOUND[traced.shape.dtype]
     layers = {min(1, n_layers - 1), n_layers // 2, n_layers - 1}
-    for layer in layers:  # a row alone must not edit what the clean run keeps
-        removed = Edit(Site(layer, "resid"), slice(None))
-        run_rows(traced, clean_run, [(removed,)])
     errors = []
     for layer in layers:
+        removed = Edit(Site(layer, "resid"), slice(None))
+        run_rows(traced, clean_run, [(removed,)])  # must not edit what the clean run keeps
         log_probs = run_unedited_from(traced, clean_run, layer)
         errors.append(difference(log_probs, clean_run.log_probs))
     log_probs = run_unedited_from(traced, clean_run, 0)
@@ -5626,7 +5674,7 @@ class Variant(NamedTuple):
     group: int = 0  # variants of one layer and group are computed together
 
 
-EditsOf = Callable[[Any, Sequence[Any]], list[Edits]]  # of a clean run, and subjects
+MakeEdits = Callable[[Any, Sequence[Any]], list[Edits]]  # of a clean run, and subjects
 
 
 @dataclass(frozen=True)
@@ -5643,11 +5691,11 @@ class Reading:
 def measure(
     experiment: Experiment,
     variants: Sequence[Variant],
-    edits_of: EditsOf,
+    make_edits: MakeEdits,
     reading: Reading,
     description: str,
 ) -> pd.DataFrame:
-    """Run every prompt once per variant, with the edits that `edits_of` makes of a clean run and
+    """Run every prompt once per variant, with the edits that `make_edits` makes of a clean run and
     the variants' subjects.
 
     Returns a row per variant and sample: the variant's labels, `sample_id`, and by side
@@ -5668,7 +5716,7 @@ def measure(
     jobs: list[PartJob] = []
     for number, group in itertools.groupby(missing, key=lambda pair: pair[0]):
         subset = [variants[place] for _, place in group]
-        jobs += score_jobs(experiment, number, subset, edits_of, reading)
+        jobs += score_jobs(experiment, number, subset, make_edits, reading)
     for job, part in zip(jobs, read_parts(experiment, jobs, description), strict=True):
         values |= values_of_part(part, job.tree)
     frames = []
@@ -5686,7 +5734,7 @@ def tree_digest(tree: Tree) -> str:
 def scores_prefix(experiment: Experiment, tree: Tree, with_kl: bool) -> str:
     """How the names of parts begin that hold scores of a tree."""
     name = "kl" if with_kl else "scores"
-    return f"{name}-{experiment.setting}-{tree_digest(tree)}"
+    return f"{name}-{experiment.part_key}-{tree_digest(tree)}"
 
 
 Scores = dict[tuple[int, str], list[float]]  # of each prompt, then its KL; by tree and variant
@@ -5699,7 +5747,7 @@ def read_scores(experiment: Experiment, variants: Sequence[Variant], reading: Re
     to_replace = folder.parts_to_replace()
     keys = {variant.key for variant in variants}
     names_of_tree = defaultdict(list)
-    for path in sorted(folder.list_parts(experiment.setting)):
+    for path in sorted(folder.list_parts(experiment.part_key)):
         names_of_tree[path.stem.rsplit("-", 2)[0]].append(path.stem)
     values: Scores = {}
     for number, tree in enumerate(reading.trees):
@@ -5732,7 +5780,7 @@ def score_jobs(
     experiment: Experiment,
     number: int,
     variants: Sequence[Variant],
-    edits_of: EditsOf,
+    make_edits: MakeEdits,
     reading: Reading,
 ) -> Iterator[PartJob]:
     """One job per layer that edits start at, and group: its variants are the rows of batches."""
@@ -5743,7 +5791,7 @@ def score_jobs(
     for (layer, _), subset in sorted(by_job.items()):
         keys = [variant.key for variant in subset]
         prefix = scores_prefix(experiment, tree, reading.with_kl)
-        compute = functools.partial(run_variants, experiment, tree, subset, edits_of, reading)
+        compute = functools.partial(run_variants, experiment, tree, subset, make_edits, reading)
         n_blocks = experiment.shape.n_layers - layer
         yield PartJob(
             name=f"{prefix}-{layer:03d}-{digest(keys)[:10]}",
@@ -5758,13 +5806,13 @@ def run_variants(
     experiment: Experiment,
     tree: Tree,
     variants: Sequence[Variant],
-    edits_of: EditsOf,
+    make_edits: MakeEdits,
     reading: Reading,
     bar: tqdm[Any],
 ) -> dict[str, Any]:
     """The content of a part of scores: the keys of variants and the values of each."""
     clean_run = experiment.clean_run(tree, reading.layers, reading.sites)
-    rows = edits_of(clean_run, [variant.subject for variant in variants])
+    rows = make_edits(clean_run, [variant.subject for variant in variants])
     readers = [read_log_probs, read_divergence] if reading.with_kl else [read_log_probs]
     outputs = experiment.run_rows(clean_run, rows, bar, readers)
     n_prompts = len(tree.prompts)
@@ -5796,11 +5844,6 @@ def scores_table(
 # -- single components
 
 
-def edit_key(options: EditOptions, components: Iterable[Component], extra: str = "") -> str:
-    """The key of a variant whose components the op edits."""
-    return " ".join(filter(None, [join_labels(components), extra]))
-
-
 def component_variant(component: Component) -> Variant:
     """The op on one component."""
     labels = {"layer": component.layer, "kind": component.kind, "index": component.index}
@@ -5814,11 +5857,7 @@ def jitter_variants(experiment: Experiment, layers: Sequence[int]) -> list[Varia
     n_draws = math.ceil(NOISE_ROWS / len(layers))
     kind = experiment.options.kind
     for layer in layers:
-        components = [
-            component
-            for component in experiment.shape.components(kind, layer)
-            if component not in experiment.options.given
-        ]
+        components = experiment.free_components(layer)
         random.Random(f"{experiment.options.seed} {layer}").shuffle(components)
         drawn = itertools.islice(itertools.cycle(components), n_draws)
         for draw, component in enumerate(drawn):
@@ -5875,8 +5914,8 @@ def measure_components(
         variants += jitter_variants(experiment, layers)
     sites = experiment.patched_sites(components)
     reading = Reading(experiment.trees, sites)
-    edits_of = functools.partial(component_edits, experiment)
-    return measure(experiment, variants, edits_of, reading, description)
+    make_edits = functools.partial(component_edits, experiment)
+    return measure(experiment, variants, make_edits, reading, description)
 
 
 # ----- Preparation --------------------------------------------------------------------------------
@@ -5933,7 +5972,7 @@ def choose_rows_per_forward(experiment: Experiment) -> int:
     if options.rows_per_forward is not None:
         return options.rows_per_forward
     recorded = folder.record.get("rows_by_edit", {}).get(experiment.edit_digest)
-    if recorded is not None and (not options.overwrite or folder.is_continued(options)):
+    if recorded is not None and not folder.starts_afresh(options):
         return int(recorded)
     largest = max(tokens_per_row(tree) for tree in experiment.trees)
     return max(1, ROW_TOKENS[device_type(options)] // largest)
@@ -5956,15 +5995,15 @@ def choose_components(options: Any, shape: ModelShape) -> list[Component]:
         indices = options.heads.indices(shape.n_heads, "heads")
     elif kind == "neuron" and options.neurons is not None:
         indices = options.neurons.indices(shape.d_mlp, "neurons")
+    given = set(options.given)
     components = []
     for layer in layers:
         for index in indices:
             component = Component(layer, kind, index)
-            if component not in options.given:
+            if component not in given:
                 components.append(component)
     if not components:
-        given = shorten(str(options.given))
-        raise UsageError(f"nothing is left to sweep beside --given {given}")
+        raise UsageError(f"nothing is left to sweep beside --given {shorten(options.given)}")
     return components
 
 
@@ -5973,16 +6012,11 @@ def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
     check_kind(options.kind, f"--kind {options.kind}", shape)
     if getattr(options, "freeze", "heads") == "all":
         check_kind("mlp", "--freeze all", shape)
-    for entry in fields(options):
-        value = getattr(options, entry.name)
-        if isinstance(value, Receivers | Senders):
-            value = value.components
-        if isinstance(value, ComponentList):
-            if value.warning:
-                log.warning(value.warning)
-            flag = "" if "words" in entry.metadata else f"--{entry.name} "
-            for component in value:
-                check_component(component, f"{flag}{component.label}", shape)
+    for label, component_list in component_lists(options):
+        if component_list.warning:
+            log.warning(component_list.warning)
+        for component in component_list:
+            check_component(component, f"{label}{component.label}", shape)
     if isinstance(options, ComponentOptions):
         choose_components(options, shape)
 
@@ -6026,7 +6060,7 @@ def choose_samples(
         samples = TASKS[options.task].build(count, rng, encoder.count)
     for sample in samples:
         check_control_tokens(sample, encoder)
-    if not any(sample.counts for sample in samples):
+    if not any(sample.is_evidence for sample in samples):
         raise UsageError(f"all {len(samples)} samples are negative controls ({NO_ODD_ONE!r})")
     return samples
 
@@ -6056,9 +6090,24 @@ def check_prompts(prompts: Prompts, shape: ModelShape, options: MeasuringOptions
                 f"{name}: --op {options.op} at --positions {options.positions} touches no token"
                 " of its prompts"
             )
+        if options.patches and options.positions == "all":
+            check_equal_forms(prompt_a, prompt_b)
         for prompt in sample_prompts:
             check_forms(prompt, TASKS[options.task].margin)
             check_lengths(prompt, name, shape)
+
+
+def check_equal_forms(prompt_a: Prompt, prompt_b: Prompt) -> None:
+    """`UsageError` where a word has other numbers of tokens after prompt a than after b, such as
+    behind a line end: a patch takes each token's value from its counterpart."""
+    words = zip(prompt_a.sample.words, prompt_a.forms, prompt_b.forms, strict=True)
+    for word, forms_a, forms_b in words:
+        lengths = [[len(form) for form in forms] for forms in (forms_a, forms_b)]
+        if lengths[0] != lengths[1]:
+            raise UsageError(
+                f"{prompt_a.sample.name}: {quote(word)} has {lengths[0]} tokens after prompt a and"
+                f" {lengths[1]} after b, so that no patch aligns them; let both prompts end alike"
+            )
 
 
 def check_lengths(prompt: Prompt, name: str, shape: ModelShape) -> None:
@@ -6215,29 +6264,36 @@ def estimate_memory(shape: ModelShape, tree: Tree, rows: int) -> MemoryEstimate:
     )
 
 
-def planned_components(experiment: Experiment) -> list[Component]:
-    """What a command sweeps; nothing where it sweeps no components of its own."""
-    if isinstance(experiment.options, ComponentOptions):
-        return choose_components(experiment.options, experiment.shape)
-    return []
+class PlannedRuns(NamedTuple):
+    """Edited runs of every prompt that a command makes, as far as its options tell."""
+
+    what: str
+    counts: Counter[int]  # of runs by the layer that they start at
 
 
-def describe_plan(experiment: Experiment, components: Sequence[Component]) -> list[str]:
+def component_runs(components: Sequence[Component]) -> PlannedRuns:
+    """A run per component."""
+    names = f"{components[0].label} to {components[-1].label}"
+    what = f"{count_noun(len(components), 'component')} ({names})"
+    return PlannedRuns(what, Counter(component.layer for component in components))
+
+
+def describe_plan(experiment: Experiment, planned: Sequence[PlannedRuns]) -> list[str]:
     """What --dry_run prints: prompts, forms, forwards and memory."""
     shape, trees = experiment.shape, experiment.trees
     lines = []
     for prompts in experiment.prompts:
         lines += describe_prompts(prompts, experiment.encoder)
     lines.append(f"{shape.name}: {shape.n_layers} layers, {shape.n_heads} heads of {shape.d_head}")
-    if components:
-        lines += describe_sweep(experiment, components)
+    lines += [describe_runs(experiment, runs) for runs in planned]
     largest = max(trees, key=lambda tree: tree.n_tokens)
     n_samples, n_trees = len(experiment.prompts), len(trees)
     lines.append(
         f"{count_noun(n_samples, 'sample')} in {count_noun(n_trees, 'tree')}"
         f" of up to {largest.n_tokens} tokens"
     )
-    rows = min(experiment.rows_per_forward, max(1, len(components)))
+    largest_count = max((max(runs.counts.values()) for runs in planned), default=1)
+    rows = min(experiment.rows_per_forward, largest_count)
     memory = estimate_memory(shape, largest, rows)
     sizes = []
     for name, size in memory._asdict().items():
@@ -6261,17 +6317,16 @@ def describe_prompts(prompts: Sequence[Prompt], encoder: PromptEncoder) -> list[
     return lines
 
 
-def describe_sweep(experiment: Experiment, components: Sequence[Component]) -> list[str]:
-    """How many components are swept, and in how many forwards."""
+def describe_runs(experiment: Experiment, planned: PlannedRuns) -> str:
+    """In how many forwards some edited runs are made, and in how many one by one."""
     rows = experiment.rows_per_forward
-    counts = Counter(component.layer for component in components).values()
+    counts = planned.counts.values()
     forwards = len(experiment.trees) * sum(math.ceil(count / rows) for count in counts)
-    one_by_one = 2 * len(experiment.prompts) * len(components)
-    first, last = components[0].label, components[-1].label
-    return [
-        f"{count_noun(len(components), 'component')} ({first} to {last})",
-        f"about {forwards} forwards of {rows} rows; one component at a time takes {one_by_one}",
-    ]
+    one_by_one = 2 * len(experiment.prompts) * sum(counts)
+    return (
+        f"{planned.what}: about {forwards} forwards of up to {rows} rows;"
+        f" one by one they take {one_by_one}"
+    )
 
 
 # ----- Unedited model -----------------------------------------------------------------------------
@@ -6288,12 +6343,12 @@ def unedited_samples(experiment: Experiment) -> list[dict[str, Any]]:
     jobs = []
     for number, tree in enumerate(experiment.trees):
         compute = functools.partial(sample_records, experiment, tree)
-        name = f"base-{experiment.setting}-{tree_digest(tree)}"
+        name = f"base-{experiment.part_key}-{tree_digest(tree)}"
         jobs.append(PartJob(name, number, tree.n_tokens, 1, compute))
     records = []
     for tree_records in read_parts(experiment, jobs, "unedited model"):
         records += tree_records
-    samples = {prompts[0].sample.sample_id: prompts[0].sample for prompts in experiment.prompts}
+    samples = {sample.sample_id: sample for sample in samples_of(experiment.prompts)}
     for record in records:  # a samples file may name other units than when the part was made
         sample = samples[record["sample_id"]]
         record["unit"] = sample.unit
@@ -6359,7 +6414,7 @@ def sample_record(
             f"P(target) is {p_target:.2g} after prompt {task.natural}:"
             " the targets are no natural reply"
         )
-    if task.sign and delta * task.sign <= 0 and sample.counts:
+    if task.sign and delta * task.sign <= 0 and sample.is_evidence:
         flags.append(f"delta {delta:+.3f} has not the sign of {task.name}")
     return {
         "sample_id": sample.sample_id,
@@ -6564,7 +6619,7 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
 # ----- Tables -------------------------------------------------------------------------------------
 
 Bases = dict[str, dict[str, Any]]  # by side, see `base_statistics`
-RUNS = ("base", "head")  # how columns call the unedited and the edited run
+SCORE_SUFFIXES = ("base", "head")  # how columns call the unedited and the edited run
 
 
 def unedited_scores(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -6586,7 +6641,7 @@ def results_columns(control_sides: Sequence[str]) -> list[str]:
     """The columns of circuit_results.csv in order, and `draw` of jittered rows."""
     columns = [*REQUESTED_COLUMNS, "score_a_base", "score_b_base", "score_a_head", "score_b_head"]
     for side in control_sides:
-        columns += [f"score_{side}_{run}" for run in RUNS]
+        columns += [f"score_{side}_{run}" for run in SCORE_SUFFIXES]
     columns += [f"effect_minus_{side}" for side in control_sides]
     columns += ["unit", "group", "prompts", "index", *RUN_COLUMNS]
     return [*columns, "estimate", "n_screened", "draw"]
@@ -6699,6 +6754,11 @@ def column_statistics(
     )
 
 
+def labels_of(components: pd.Index) -> list[str]:
+    """The labels of components that index a table by layer, kind and index."""
+    return [Component(*key).label for key in components]
+
+
 def effect_rows(rows: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
     """Rows of `measure` with their samples' unit, group and unedited delta, and `head_effect`: by
     how much the score of prompt a less that of b differs from the unedited one (nats)."""
@@ -6752,12 +6812,12 @@ def find_bases(table: pd.DataFrame) -> Bases:
 
 
 def quoted_side(prompts: Prompts, groups: Iterable[set[str]]) -> str:
-    """The side whose score is subtracted from prompt a's in what is quoted: `other` where most
-    sentences of each group have that control, else `b`."""
+    """Whether effects are reported against prompt b or against the control `other`: this where most
+    sentences of each group have it."""
     units_with_other = set()
     for sample_prompts in prompts:
         for prompt in sample_prompts:
-            if prompt.side == "other" and prompt.sample.counts:
+            if prompt.side == "other" and prompt.sample.is_evidence:
                 units_with_other.add(prompt.sample.unit)
     for units in groups:
         if 2 * len(units_with_other & units) <= len(units):
@@ -6829,7 +6889,7 @@ def heads_table(
             continue
         contrast = judge_effects(table, column, bases[side], floor, factor)
         heads = heads.join(contrast.add_prefix(f"minus_{side}_"))
-    labels = [Component(*key).label for key in heads.index]
+    labels = labels_of(heads.index)
     heads = heads.reset_index().assign(n_tests=count_tests(table))
     heads.insert(0, "label", labels)
     heads.insert(2, "head", heads["index"])
@@ -6911,6 +6971,14 @@ def draw_forest(table: pd.DataFrame, title: str, path: Path) -> None:
     save_figure(figure, path)
 
 
+def forest_rows(top: pd.DataFrame, panel: str, prefix: str, verdict: pd.Series) -> pd.DataFrame:
+    """A panel of `draw_forest`, from columns that begin with a prefix."""
+    rows = top[["label"]].assign(panel=panel, verdict=verdict)
+    for name in ("mean", "ci_low", "ci_high"):
+        rows[name] = top[f"{prefix}{name}"]
+    return rows
+
+
 def label_ticks(axis: Any, names: Sequence[Any], max_ticks: int) -> None:
     """Name the cells of one axis of a grid, at even steps where there are too many."""
     step = math.ceil(len(names) / max_ticks)
@@ -6988,10 +7056,7 @@ def draw_heads(heads: pd.DataFrame, top_k: int, title: str, path: Path) -> None:
         panels["minus_other_"] = "less forbidding other words"
     frames = []
     for prefix, panel in panels.items():
-        frame = top[["label"]].assign(panel=panel)
-        for name in ("mean", "ci_low", "ci_high", "verdict"):
-            frame[name] = top[f"{prefix}{name}"]
-        frames.append(frame)
+        frames.append(forest_rows(top, panel, prefix, top[f"{prefix}verdict"]))
     draw_forest(pd.concat(frames, ignore_index=True), title, path)
 
 
@@ -7197,7 +7262,7 @@ def measure_sets(
     experiment: Experiment,
     joint_sets: Sequence[JointSet],
     prompts: Prompts,
-    edits_of: EditsOf | None = None,
+    make_edits: MakeEdits | None = None,
 ) -> pd.DataFrame:
     """Edit each set jointly in every prompt of some samples.
 
@@ -7221,8 +7286,8 @@ def measure_sets(
         scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
     sites = experiment.patched_sites(components)
     reading = Reading(experiment.plant_trees(scored), sites, with_kl=True)
-    edits_of = edits_of or functools.partial(set_edits, experiment)
-    rows = measure(experiment, variants, edits_of, reading, "joint sets")
+    make_edits = make_edits or functools.partial(set_edits, experiment)
+    rows = measure(experiment, variants, make_edits, reading, "joint sets")
     return rows.assign(unit=rows["sample_id"].map(units))
 
 
@@ -7287,8 +7352,8 @@ def sets_of_sizes(
     sizes: Iterable[int],
     skip: Iterable[Component],
 ) -> list[JointSet]:
-    """Nothing; the first so many components, for each size, and random sets of that size; all of
-    their kinds, and all but the components or but a random set as large."""
+    """The empty set; for each size the first components and random sets; all of their kinds; all
+    but the components, and all but a random set as large."""
     kinds = tuple(sorted({component.kind for component in components}))
     joint_sets = [JointSet("none"), JointSet("all", others_of=kinds)]
     for size in sizes:
@@ -7310,15 +7375,16 @@ def random_sets(
     count = experiment.options.num_random
     distinct: dict[tuple[Component, ...], JointSet] = {}
     for draw in range(10 * count):
-        joint_set = draw_random_set(experiment, components, size, skip, draw)
-        if joint_set is not None:
-            distinct.setdefault(joint_set.components, replace(joint_set, draw=len(distinct)))
+        joint_set = sample_random_set(experiment, components, size, skip, draw)
+        if joint_set is None:  # for any draw: too few components are left
+            break
+        distinct.setdefault(joint_set.components, replace(joint_set, draw=len(distinct)))
         if len(distinct) == count:
             break
     return list(distinct.values())
 
 
-def draw_random_set(
+def sample_random_set(
     experiment: Experiment,
     components: Sequence[Component],
     size: int,
@@ -7350,12 +7416,12 @@ def nearest_free_components(
     """The components of one's kind with all columns free in the nearest layer that has any."""
     layers = sorted(range(shape.n_layers), key=lambda layer: abs(layer - component.layer))
     for layer in layers:
-        candidates = []
-        for other in shape.components(component.kind, layer):
-            if bool(free[other.site][shape.columns(other)].all()):
-                candidates.append(other)
-        if candidates:
-            return candidates
+        site = replace(component, layer=layer).site
+        slices = free[site].unflatten(0, (len(shape.indices(component.kind)), -1))
+        free_places = slices.all(1).nonzero()[:, 0].tolist()
+        if free_places:
+            components = shape.components(component.kind, layer)
+            return [components[place] for place in free_places]
     return []
 
 
@@ -7378,7 +7444,7 @@ def judge_sets(
     prompts: Prompts,
     samples: str,
     side: str,
-    edits_of: EditsOf | None = None,
+    make_edits: MakeEdits | None = None,
 ) -> pd.DataFrame:
     """Measure sets, the first of which is the empty one, on some samples, and say what they do.
 
@@ -7386,7 +7452,7 @@ def judge_sets(
     that of `side`, which is what sentences and figures are of.
     """
     warn_of_lent(experiment.findings, joint_sets)
-    rows = measure_sets(experiment, joint_sets, prompts, edits_of)
+    rows = measure_sets(experiment, joint_sets, prompts, make_edits)
     table = set_table(experiment, joint_sets, samples, rows)
     table = judge_damage(table, experiment.options)
     table["quoted"] = table["measure"] == f"a - {side}"
@@ -7513,8 +7579,9 @@ def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
     return table.assign(damaged=damaged.where(is_judged))
 
 
-# -- what is said of sets
+# -- what is said and written of sets
 
+RANDOM_SETS = "random sets, same layers"
 SET_LABELS = {
     "chosen": "chosen on the other half (95 % interval)",
     "named": "named set (95 % interval)",
@@ -7613,9 +7680,7 @@ def draw_measured_sets(axes: Any, rows: pd.DataFrame) -> None:
         axes.plot(x, y, "x", color="red", markersize=12, label=label)
 
 
-def draw_sets(
-    table: pd.DataFrame, title: str, path: Path, random_label: str = "random sets, same layers"
-) -> None:
+def draw_sets(table: pd.DataFrame, title: str, path: Path, random_label: str) -> None:
     """Mean score that is left with chosen or named sets edited jointly, and with random ones,
     against the number of components; the table has the rows of the quoted measure."""
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
@@ -7628,6 +7693,20 @@ def draw_sets(
     axes.set(xlabel="components edited jointly", ylabel=measure, title=title)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8)
     save_figure(figure, path)
+
+
+def write_sets(
+    experiment: Experiment,
+    table: pd.DataFrame,
+    name: str,
+    title: str,
+    random_label: str = RANDOM_SETS,
+) -> None:
+    """NAME.csv, and NAME.png of the quoted measure."""
+    folder = experiment.folder
+    if folder.leads:
+        folder.write_table(f"{name}.csv", table)
+        draw_sets(table[table["quoted"]], title, folder.path_of(f"{name}.png"), random_label)
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -7688,18 +7767,18 @@ def measure_replies(
     experiment: Experiment,
     requests: Sequence[ReplyRequest],
     file_name: str,
-    edits_of: EditsOf | None = None,
+    make_edits: MakeEdits | None = None,
 ) -> list[list[dict[str, Any]]]:
     """The records of each request, which are written to a file; says how often the replies of the
     first request, which is of unedited ones, and of each edited set show the behaviour."""
-    edits_of = edits_of or functools.partial(set_edits, experiment)
+    make_edits = make_edits or functools.partial(set_edits, experiment)
     jobs = []
     for number, request in enumerate(requests):
-        ids = [sample_prompts[0].sample.sample_id for sample_prompts in request.prompts]
+        ids = [sample.sample_id for sample in samples_of(request.prompts)]
         key = digest([request.joint_set.key, ids, experiment.options.max_new_tokens])[:16]
         n_replies = 2 * len(ids)
-        compute = functools.partial(reply_records, experiment, request, edits_of)
-        name = f"replies-{experiment.setting}-{key}"
+        compute = functools.partial(reply_records, experiment, request, make_edits)
+        name = f"replies-{experiment.part_key}-{key}"
         jobs.append(PartJob(name, number, n_replies, n_replies, compute))
     records: list[list[dict[str, Any]]] = read_parts(experiment, jobs, "replies")
     report_replies(experiment, requests, records)
@@ -7708,12 +7787,28 @@ def measure_replies(
     return records
 
 
+def measure_replies_to_sets(
+    experiment: Experiment,
+    prompts: Prompts,
+    chosen: Sequence[JointSet],
+    held_out: Prompts,
+    file_name: str,
+    make_edits: MakeEdits | None = None,
+) -> None:
+    """Unedited replies to some prompts, and to the held-out ones with each chosen set edited."""
+    requests = [ReplyRequest(JointSet("none"), prompts)]
+    if chosen and check_edits_replies(experiment):
+        for joint_set in chosen:
+            requests.append(ReplyRequest(joint_set, held_out, "held-out"))
+    measure_replies(experiment, requests, file_name, make_edits)
+
+
 def reply_records(
-    experiment: Experiment, request: ReplyRequest, edits_of: EditsOf, bar: tqdm[Any]
+    experiment: Experiment, request: ReplyRequest, make_edits: MakeEdits, bar: tqdm[Any]
 ) -> list[dict[str, Any]]:
     """A record per reply, as in generations.jsonl."""
     joint_set, task = request.joint_set, experiment.task
-    (edits,) = edits_of(None, [joint_set])
+    (edits,) = make_edits(None, [joint_set])
     prompts = []
     for sample_prompts in request.prompts:
         prompts += sample_prompts[:2]
@@ -7815,7 +7910,7 @@ def behaviour_rates(replies: pd.DataFrame) -> list[dict[str, Any]]:
 # ----- Estimates ----------------------------------------------------------------------------------
 
 SIDES = ("a", "b", *CONTROL_SIDES)
-WHOLE_KINDS = {kind.place: name for name, kind in KINDS.items() if not kind.slices}
+WHOLE_KIND_OF_PLACE = {kind.place: name for name, kind in KINDS.items() if not kind.slices}
 # at which shares of an edit's displacement gradients are taken
 GRADIENT_POINTS = {"atp": (0.0,), "ig": (0.1, 0.3, 0.5, 0.7, 0.9), "relp": (0.0,)}
 
@@ -7839,16 +7934,16 @@ def estimate(experiment: Experiment, components: Sequence[Component]) -> Estimat
     method, folder = experiment.options.estimator, experiment.folder
     jobs = []
     for number, prompts in enumerate(estimate_batches(experiment)):
-        ids = [sample_prompts[0].sample.sample_id for sample_prompts in prompts]
+        ids = [sample.sample_id for sample in samples_of(prompts)]
         key = digest([method, join_labels(components), ids])[:16]
         compute = functools.partial(estimate_samples, experiment, components, prompts)
-        name = f"estimate-{experiment.setting}-{key}"
+        name = f"estimate-{experiment.part_key}-{key}"
         jobs.append(PartJob(name, number, len(ids), len(ids), compute))
     if any(folder.read_part(job.name) is None for job in jobs):
         k = experiment.options.screen
-        experiment.check_weights(f"--screen {k}" if k else f"--method {method}")
+        experiment.require_weights_at_hand(f"--screen {k}" if k else f"--method {method}")
     batches = read_parts(experiment, jobs, "estimates")
-    sample_ids = [prompts[0].sample.sample_id for prompts in experiment.prompts]
+    sample_ids = [sample.sample_id for sample in samples_of(experiment.prompts)]
     values = torch.tensor(list(itertools.chain(*batches)), dtype=torch.float64)
     return Estimates(components, sample_ids, values)
 
@@ -7877,7 +7972,7 @@ def estimate_samples(
 
 def displacements(experiment: Experiment, clean_run: CleanRun) -> dict[Site, Tensor]:
     """The op's displacement D [tok, width] of each activation that the clean run holds."""
-    whole_kind = WHOLE_KINDS[KINDS[experiment.options.kind].place]
+    whole_kind = WHOLE_KIND_OF_PLACE[KINDS[experiment.options.kind].place]
     components = [Component(site.layer, whole_kind) for site in clean_run.activations]
     moves = {}
     for edit in experiment.edits(clean_run, components):
@@ -7999,14 +8094,14 @@ def quote_estimates(experiment: Experiment, estimates: Estimates) -> QuotedEstim
     With --confirm they are ranked over the sentences of its choosing half, so that the other half
     is held out.
     """
-    samples = [sample_prompts[0].sample for sample_prompts in experiment.prompts]
+    samples = samples_of(experiment.prompts)
     units = experiment.units
     groups: tuple[set[str], ...] = (units,)
     if experiment.options.confirm:
         groups = halves(units, experiment.options.seed)
     side = quoted_side(experiment.prompts, groups)
     effects = estimates.effects(side)
-    effects[[not sample.counts for sample in samples]] = math.nan
+    effects[[not sample.is_evidence for sample in samples]] = math.nan
     is_ranked_by = [sample.unit in groups[0] for sample in samples]
     means = effects[is_ranked_by].nanmean(0).nan_to_num()
     order = means.abs().argsort(descending=True, stable=True)
@@ -8017,10 +8112,11 @@ def choose_screened(experiment: Experiment, estimates: Estimates) -> dict[Compon
     """The components to measure: the --screen K of the largest estimates as `top`, and others as
     `random`, drawn by the seed."""
     options = experiment.options
+    skipped = set(options.skip)
     candidates = []
     for place in quote_estimates(experiment, estimates).order:
         component = estimates.components[place]
-        if component not in options.skip:
+        if component not in skipped:
             candidates.append(component)
     top, others = candidates[: options.screen], candidates[options.screen :]
     rng = random.Random(f"{options.seed} screen")
@@ -8188,7 +8284,6 @@ def run_trace(experiment: Experiment) -> None:
     circuit_confirm.*, circuit.json and generations.jsonl where they are asked for."""
     options = experiment.options
     components = choose_components(options, experiment.shape)
-    experiment.folder.note_command(screen=None, behaviour=None)  # those of an earlier command line
     estimates: Estimates | None = None
     screened: dict[Component, str] = {}
     if options.estimator:
@@ -8213,12 +8308,29 @@ def run_trace(experiment: Experiment) -> None:
             run_trace_replies(experiment, table, chosen)
 
 
+def plan_trace(experiment: Experiment) -> Iterator[PlannedRuns]:
+    options = experiment.options
+    components = choose_components(options, experiment.shape)
+    if options.estimator:
+        points = len(GRADIENT_POINTS[options.estimator])
+        what = f"{options.estimator} of {count_noun(len(components), 'component')}, with gradients"
+        yield PlannedRuns(what, Counter({0: points}))
+    if options.screen:
+        n_measured = min(options.screen + SCREEN_RANDOM, len(components))
+        what = f"{n_measured} screened components, from layer 0 at worst"
+        yield PlannedRuns(what, Counter({0: n_measured}))
+    elif not options.estimator:
+        yield component_runs(components)
+
+
 def check_trace(experiment: Experiment) -> None:
     """`UsageError` where --confirm or --method cannot be had with this model and these samples."""
     options, shape = experiment.options, experiment.shape
     components = choose_components(options, shape)
     if options.estimator == "relp" and shape.relp_obstacles:
         raise UsageError(f"--method relp has no rule for {shape.relp_obstacles} of {shape.name}")
+    if options.screen and set(components) <= set(options.skip):
+        raise UsageError(f"nothing is left to screen beside --skip {shorten(options.skip)}")
     if not options.confirm:
         return
     if len(experiment.units) < 2:
@@ -8237,9 +8349,7 @@ def check_trace(experiment: Experiment) -> None:
 
 def count_free(experiment: Experiment) -> int:
     """The model's components of the swept kind that circuits may have."""
-    options = experiment.options
-    components = set(experiment.shape.components(options.kind))
-    return len(components - set(options.given) - set(options.skip))
+    return len(set(experiment.free_components()) - set(experiment.options.skip))
 
 
 def trace_rows(
@@ -8289,7 +8399,7 @@ def write_results(
 
 def floor_name(experiment: Experiment) -> str:
     """The part that keeps the noise floor of a trace with these edits for other commands."""
-    return f"floor-{experiment.setting}-trace"
+    return f"floor-{experiment.part_key}-trace"
 
 
 def count_tested(experiment: Experiment, n_components: int) -> int:
@@ -8368,13 +8478,11 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
     joint_sets = sets_of_sizes(experiment, "chosen", components, sizes, options.skip)
     prompts = experiment.prompts_of(held_out)
     confirmed = judge_sets(experiment, joint_sets, prompts, "held-out", side)
-    if folder.leads:
-        n_components = len(table[COMPONENT_KEY].drop_duplicates())
-        effects = f"{n_components} {options.row_method} effects"
-        confirmed["selection"] = f"{options.confirm} by role of {effects}"
-        folder.write_table("circuit_confirm.csv", confirmed)
-        title = f"Held-out {experiment.task.name}: joint op {options.op_text}"
-        draw_sets(confirmed[confirmed["quoted"]], title, folder.path_of("circuit_confirm.png"))
+    n_components = len(table[COMPONENT_KEY].drop_duplicates())
+    effects = f"{n_components} {options.row_method} effects"
+    confirmed["selection"] = f"{options.confirm} by role of {effects}"
+    title = f"Held-out {experiment.task.name}: joint op {options.op_text}"
+    write_sets(experiment, confirmed, "circuit_confirm", title)
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
 
 
@@ -8403,8 +8511,7 @@ def write_circuit(
         "skip": [component.label for component in options.skip],
         "components": components,
     }
-    text = json.dumps(circuit, indent=1, ensure_ascii=False)
-    experiment.folder.write_text("circuit.json", text + "\n")
+    experiment.folder.write_json("circuit.json", circuit)
 
 
 def run_trace_replies(
@@ -8412,13 +8519,8 @@ def run_trace_replies(
 ) -> None:
     """generations.jsonl: unedited replies to all samples, and to the held-out ones with each chosen
     set edited."""
-    held_out = split_units(table, experiment.options.seed)[1]
-    prompts = [pair for pair in experiment.prompts if pair[0].sample.unit in held_out]
-    requests = [ReplyRequest(JointSet("none"), experiment.prompts)]
-    if chosen and check_edits_replies(experiment):
-        for joint_set in chosen:
-            requests.append(ReplyRequest(joint_set, prompts, "held-out"))
-    measure_replies(experiment, requests, "generations.jsonl")
+    held_out = of_units(experiment.prompts, split_units(table, experiment.options.seed)[1])
+    measure_replies_to_sets(experiment, experiment.prompts, chosen, held_out, "generations.jsonl")
 
 
 # ----- Command: joint -----------------------------------------------------------------------------
@@ -8430,18 +8532,31 @@ def run_joint(experiment: Experiment) -> None:
     units = choose_sentences(experiment)
     samples = "all" if units == experiment.units else "held-out"
     prompts = experiment.prompts_of(units)
-    unedited_samples(experiment)
+    samples_table = unedited_scores(unedited_samples(experiment))
     names = experiment.options.names
     with experiment.stage("joint", f" edits of {count_noun(len(names), 'component')}"):
         side = quoted_side(prompts, [units])
-        sizes = [len(names)]
-        joint_sets = sets_of_sizes(experiment, "named", names.components, sizes, names.skip)
-        table = judge_sets(experiment, joint_sets, prompts, samples, side)
+        measured = samples_table[samples_table["unit"].isin(units)]
+        base = base_statistics(measured.reset_index().assign(kind="set"), side)
+        warn_of_unclear_base(experiment.findings, base)
+        table = judge_sets(experiment, named_sets(experiment), prompts, samples, side)
         if experiment.folder.leads:
             write_joint(experiment, table)
     if experiment.options.max_new_tokens:
         with experiment.stage("replies"):
             run_joint_replies(experiment, prompts, samples)
+
+
+def plan_joint(experiment: Experiment) -> Iterator[PlannedRuns]:
+    joint_sets = named_sets(experiment)
+    what = count_noun(len(joint_sets), "joint set")
+    yield PlannedRuns(what, Counter(joint_set.first_layer for joint_set in joint_sets))
+
+
+def named_sets(experiment: Experiment) -> list[JointSet]:
+    """The named components, random sets as large, all of their kinds, and the complements."""
+    names = experiment.options.names
+    return sets_of_sizes(experiment, "named", names.components, [len(names)], names.skip)
 
 
 def choose_sentences(experiment: Experiment) -> set[str]:
@@ -8457,19 +8572,26 @@ def choose_sentences(experiment: Experiment) -> set[str]:
 
 
 def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
-    """circuit_joint.csv, in which a block of rows per named set and op stays, and its figure."""
+    """circuit_joint.csv, in which a block of rows per named set and edit stays, and its figure."""
     options, folder = experiment.options, experiment.folder
-    table.insert(0, "op", options.op_text)
-    table.insert(0, "named", str(options.names))
+    edit = {
+        "named": str(options.names),
+        "op": options.op_text,
+        "positions": options.positions,
+        "given": str(options.given),
+    }
+    for place, (name, value) in enumerate(edit.items()):
+        table.insert(place, name, value)
     tables = [table]
     path = folder.path / "circuit_joint.csv"
     if path.exists():
         before = pd.read_csv(path, dtype=str, keep_default_na=False)  # as it is written
-        is_same = (before["named"] == str(options.names)) & (before["op"] == options.op_text)
+        is_same = (before[[*edit]] == pd.Series(edit)).all(axis=1)
         tables.insert(0, before[~is_same])
     folder.write_table("circuit_joint.csv", pd.concat(tables, ignore_index=True))
     title = f"{experiment.task.name}: joint op {options.op_text}"
-    draw_sets(table[table["quoted"]], title, folder.path_of("circuit_joint.png"))
+    path = folder.path_of("circuit_joint.png")
+    draw_sets(table[table["quoted"]], title, path, RANDOM_SETS)
 
 
 # -- replies and multipliers
@@ -8498,7 +8620,7 @@ def choose_scaled_sets(experiment: Experiment) -> list[JointSet]:
     if not multipliers:
         return []
     unscaled = [JointSet("circuit", names.components)]
-    random_set = draw_random_set(experiment, names.components, len(names), names.skip, draw=0)
+    random_set = sample_random_set(experiment, names.components, len(names), names.skip, draw=0)
     if random_set is None:
         experiment.findings.warn(
             "no random set is scaled: the named components leave too few others"
@@ -8634,6 +8756,18 @@ def run_paths(experiment: Experiment[PathsOptions]) -> None:
             draw_paths(experiment, table, senders)
 
 
+def plan_paths(experiment: Experiment[PathsOptions]) -> Iterator[PlannedRuns]:
+    senders = choose_senders(experiment)
+    yield component_runs(senders)
+    paths = list_paths(experiment, senders)
+    counts = Counter(path.sender.layer for path in paths)
+    what = count_noun(len(paths), "path")
+    if paths[0].receivers:
+        counts = Counter(min(receiver.layer for receiver in path.receivers) for path in paths)
+        what += ", beside one run per sender for what receivers get"
+    yield PlannedRuns(what, counts)
+
+
 def single_effects(
     experiment: Experiment, senders: Sequence[Component], samples: pd.DataFrame
 ) -> tuple[pd.Series, float]:
@@ -8646,19 +8780,13 @@ def single_effects(
         floor = noise_floor(effects[effects["draw"] >= 0])
     real = drop_negative_controls(effects[effects["draw"] < 0])
     totals = real.groupby(COMPONENT_KEY)["head_effect"].mean()
-    labels = [Component(*key).label for key in totals.index]
-    return totals.set_axis(labels), floor
+    return totals.set_axis(labels_of(totals.index)), floor
 
 
 def choose_senders(experiment: Experiment[PathsOptions]) -> list[Component]:
     """The components that --senders names, or of the folder's trace the top so many by |role|, or
     those of --kind, --layers and --heads; `UsageError` where a receiver is not above them."""
     options, shape = experiment.options, experiment.shape
-    if options.freeze == "all" and not shape.d_mlp:
-        raise UsageError(
-            f"--freeze all: {shape.name} has blocks without mlp.down_proj, such as a mixture of"
-            " experts"
-        )
     if options.senders.components:
         senders = sorted(options.senders.components)
     elif options.senders.top:
@@ -8730,8 +8858,8 @@ def measure_paths(experiment: Experiment[PathsOptions], paths: Sequence[PathEdit
         layers.update(receiver.layer for receiver in path.receivers)
         sites.update({path.sender.site, *(receiver.site for receiver in path.receivers)})
     reading = Reading(experiment.trees, frozenset(sites), frozenset(layers))
-    edits_of = functools.partial(path_edits, experiment)
-    return measure(experiment, variants, edits_of, reading, "paths")
+    make_edits = functools.partial(path_edits, experiment)
+    return measure(experiment, variants, make_edits, reading, "paths")
 
 
 def frozen_components(experiment: Experiment[PathsOptions]) -> list[Component]:
@@ -8881,6 +9009,14 @@ def run_tokens(experiment: Experiment) -> None:
             draw_tokens(experiment, table, components, tokens)
 
 
+def plan_tokens(experiment: Experiment) -> Iterator[PlannedRuns]:
+    components = choose_components(experiment.options, experiment.shape)
+    n_positions = len(token_positions(experiment))
+    planned = component_runs(components)
+    counts = Counter({layer: count * n_positions for layer, count in planned.counts.items()})
+    yield PlannedRuns(f"{planned.what} at each of {n_positions} tokens", counts)
+
+
 def check_equal_lengths(experiment: Experiment) -> None:
     """`UsageError` where prompts differ in length: a position would mean different tokens."""
     lengths: set[int] = set()
@@ -8916,8 +9052,8 @@ def measure_tokens(experiment: Experiment, components: Sequence[Component]) -> p
             subject = TokenEdit(component, position)
             variants.append(Variant(labels, key, subject, component.layer, group))
     reading = Reading(experiment.trees, experiment.patched_sites(components))
-    edits_of = functools.partial(token_edits, experiment)
-    return measure(experiment, variants, edits_of, reading, "tokens")
+    make_edits = functools.partial(token_edits, experiment)
+    return measure(experiment, variants, make_edits, reading, "tokens")
 
 
 def token_edits(
@@ -9020,7 +9156,7 @@ class DirectionData:
 
     experiment: Experiment[DirectionsOptions]
     components: list[Component]  # that are swept
-    name: str  # what tables say of the fit: difference, logistic, or a file's name and hash
+    fit_name: str  # difference, logistic, or a file's name and hash, as tables say it
     vectors: dict[Component, Tensor]  # [width], raw, toward prompt a
     fitting: Prompts  # samples that give directions, or choose one of a file's
     measured: Prompts  # the others
@@ -9036,7 +9172,7 @@ class DirectionData:
     @property
     def tested(self) -> Prompts:
         """The measured samples without negative controls."""
-        return [prompts for prompts in self.measured if prompts[0].sample.counts]
+        return without_negative_controls(self.measured)
 
 
 def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
@@ -9046,7 +9182,7 @@ def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
     options = experiment.options
     data = prepare_directions(experiment)
     records = unedited_samples(experiment)
-    with experiment.stage("directions", f" by {data.name}"):
+    with experiment.stage("directions", f" by {data.fit_name}"):
         probes = find_directions(data)
     with experiment.stage("effects", f" along {count_noun(len(data.components), 'direction')}"):
         rows = measure_along(data)
@@ -9056,7 +9192,7 @@ def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
         floor = noise_floor(effect_rows(rows[rows["way"] == "jitter"], samples))
         bases = find_bases(results)
         heads = heads_table(results, bases, floor, options.factor)
-        phrases = EditPhrases(experiment.task, OPS[options.op].verb, f" along {data.name}")
+        phrases = EditPhrases(experiment.task, OPS[options.op].verb, f" along {data.fit_name}")
         report_effects(experiment.findings, heads, bases, floor, phrases)
         table = directions_table(data, probes, effect_rows(rows, samples), bases["b"])
         report_directions(experiment.findings, table)
@@ -9072,6 +9208,14 @@ def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
     if options.max_new_tokens:
         with experiment.stage("replies"):
             run_direction_replies(data, chosen)
+
+
+def plan_directions(experiment: Experiment[DirectionsOptions]) -> Iterator[PlannedRuns]:
+    components = choose_components(experiment.options, experiment.shape)
+    planned = component_runs(components)
+    n_ways = 3 if has_whole_effect(experiment.options) else 2
+    counts = Counter({layer: count * n_ways for layer, count in planned.counts.items()})
+    yield PlannedRuns(f"{planned.what} in {n_ways} ways", counts)
 
 
 # -- directions of a file, and which samples give or choose directions
@@ -9122,7 +9266,7 @@ def read_directions(path: Path) -> tuple[dict[Component, Tensor], dict[str, Any]
         line = first_line(error).removeprefix("Error while deserializing header: ")
         reason = f"it is no whole safetensors file ({line})"
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = reason_of(error)
     raise UsageError(f"--fit {shorten(path)} is no file of directions: {reason}")
 
 
@@ -9185,14 +9329,15 @@ def set_apart(
     for prompts in experiment.prompts:
         if not file_texts.isdisjoint(prompts[0].text_ids):
             file_units.add(prompts[0].sample.unit)
-    usable = [prompts for prompts in experiment.prompts if prompts[0].sample.unit not in file_units]
+    other_units = {sample.unit for sample in samples_of(experiment.prompts)} - file_units
+    usable = of_units(experiment.prompts, other_units)
     n_left_out = len(experiment.prompts) - len(usable)
     if n_left_out:
         experiment.findings.say(
             f"{count_noun(n_left_out, 'sample')} left out: the directions of {options.fit}"
             " are of their sentences"
         )
-    units = {prompts[0].sample.unit for prompts in usable if prompts[0].sample.counts}
+    units = units_of(usable)
     fitting_units: set[str] = set()
     measured_units = units
     if options.finds_directions or options.everywhere:
@@ -9207,7 +9352,7 @@ def set_apart(
     measured: Prompts = []
     for prompts in usable:
         sample = prompts[0].sample
-        is_fitting = sample.counts and sample.unit in fitting_units
+        is_fitting = sample.is_evidence and sample.unit in fitting_units
         (fitting if is_fitting else measured).append(prompts)
     return fitting, measured
 
@@ -9233,10 +9378,10 @@ def find_directions(data: DirectionData) -> pd.DataFrame:
     if not data.vectors:
         every = [Component(0, "resid"), *experiment.shape.components(kind)]
         probed = list(dict.fromkeys(every))
-    ids = [prompts[0].sample.sample_id for prompts in (*data.fitting, *data.measured)]
-    key = digest([data.name, join_labels(probed), len(data.fitting), ids])[:16]
+    ids = [sample.sample_id for sample in samples_of([*data.fitting, *data.measured])]
+    key = digest([data.fit_name, join_labels(probed), len(data.fitting), ids])[:16]
     compute = functools.partial(probe, data, probed)
-    job = PartJob(f"probe-{experiment.setting}-{key}", 0, 1.0, 1, compute)
+    job = PartJob(f"probe-{experiment.part_key}-{key}", 0, 1.0, 1, compute)
     (rows,) = read_parts(experiment, [job], "directions")
     table = pd.DataFrame(rows)
     for component, vector in zip(probed, table.pop("vector"), strict=True):
@@ -9273,8 +9418,8 @@ def fit_directions(
 ) -> tuple[Tensor, Tensor]:
     """Directions [component, width] from inputs [component, sample, side, width], and accuracies
     [3, component]: in those inputs, in the tested ones, and in these by chance."""
-    find = difference_of_means if data.name == "difference" else logistic_normal
-    units = [prompts[0].sample.unit for prompts in data.fitting]
+    find = difference_of_means if data.fit_name == "difference" else logistic_normal
+    units = [sample.unit for sample in samples_of(data.fitting)]
     fit = find(fitting_input)
     accuracies = [
         accuracy_of(fit, fitting_input),
@@ -9292,7 +9437,7 @@ def probe_rows(
     tested_input: Tensor,
 ) -> list[dict[str, Any]]:
     """Rows of circuit_directions.csv; see `fit_directions`."""
-    n_sentences = len({prompts[0].sample.unit for prompts in data.tested})
+    n_sentences = len(units_of(data.tested))
     areas = roc_area(directions, tested_input)
     rows = []
     for place, component in enumerate(components):
@@ -9410,8 +9555,8 @@ def chance_accuracy(
     units: Sequence[str],
     seed: int,
 ) -> Tensor:
-    """[component], the 95th percentile of the accuracy over fits in which the two sides of a
-    sentence change places, or do not, at random. Inputs are [component, sample, side, width]."""
+    """[component], the 95th percentile of the accuracy over fits in which labels a and b are swapped
+    at random, sentence by sentence. Inputs are [component, sample, side, width]."""
     accuracies = []
     for draw in range(N_SHUFFLES):
         rng = random.Random(f"{seed} shuffle {draw}")
@@ -9468,19 +9613,22 @@ def along_edits(
     return rows
 
 
+def has_whole_effect(options: DirectionsOptions) -> bool:
+    """Whether the op on the whole component means anything."""
+    source = OPS[options.op].source
+    return source in ("means", "partner") or (options.kind != "resid" and source != "direction")
+
+
 def measure_along(data: DirectionData) -> pd.DataFrame:
     """Rows of `measure` with the columns label, layer, kind, index, draw and way: `along` its
     direction, as far in a `random` one, the `whole` component where that means anything,
     `jitter`."""
-    experiment, op = data.experiment, OPS[data.experiment.options.op]
-    has_whole = op.source in ("means", "partner") or (
-        experiment.options.kind != "resid" and op.source != "direction"
-    )
+    experiment = data.experiment
     variants = []
     for component in data.components:
         whole = component_variant(component)
         subjects = {"along": AlongEdit(component), "random": AlongEdit(component, 0)}
-        if has_whole:
+        if has_whole_effect(experiment.options):
             subjects["whole"] = whole.subject
         for way, subject in subjects.items():
             labels = {"label": component.label, **whole.labels, "way": way}
@@ -9493,8 +9641,8 @@ def measure_along(data: DirectionData) -> pd.DataFrame:
         variants.append(variant._replace(labels={**variant.labels, "way": "jitter"}))
     trees = experiment.plant_trees(data.measured)
     reading = Reading(trees, experiment.patched_sites(data.components))
-    edits_of = functools.partial(along_edits, data)
-    return measure(experiment, variants, edits_of, reading, "along directions")
+    make_edits = functools.partial(along_edits, data)
+    return measure(experiment, variants, make_edits, reading, "along directions")
 
 
 # -- table, sentences and file
@@ -9517,9 +9665,9 @@ def directions_table(
             columns = columns.assign(share_moved=columns["mean"] * share_per_nat)
             table = table.join(columns.add_prefix(f"{way}_"), on="label")
     return table.sort_values(["layer", "index"]).assign(
-        method=data.name,
-        op=f"{data.options.op_text} along {data.name}",
-        n_fit=len({prompts[0].sample.unit for prompts in data.fitting}),
+        method=data.fit_name,
+        op=f"{data.options.op_text} along {data.fit_name}",
+        n_fit=len(units_of(data.fitting)),
     )
 
 
@@ -9618,11 +9766,14 @@ def with_random_directions(data: DirectionData, joint_set: DirectionSet) -> list
 
 
 def direction_set_edits(
-    data: DirectionData, clean_run: CleanRun | None, joint_sets: Sequence[DirectionSet]
+    data: DirectionData, clean_run: CleanRun | None, joint_sets: Sequence[JointSet]
 ) -> list[Edits]:
     """The edits of each set; without a clean run, at every token."""
     rows: list[Edits] = []
     for joint_set in joint_sets:
+        if not isinstance(joint_set, DirectionSet):  # the empty set
+            rows.append(())
+            continue
         if joint_set.everywhere:
             rows.append(everywhere_edits(data, clean_run, joint_set))
             continue
@@ -9673,7 +9824,9 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
     choose them, beside random directions; returns the chosen sets."""
     experiment, options = data.experiment, data.options
     choosing, held_out = split_units(results, options.seed)
-    side = quoted_side(data.measured, [choosing, held_out])
+    if options.everywhere:
+        choosing = units_of(data.fitting)
+    side = quoted_side(experiment.prompts, [choosing, held_out])
     warn_of_unclear_base(experiment.findings, base_statistics(results, side))
     prompts = confirming_prompts(data)
     n_components = len(data.components)
@@ -9688,14 +9841,11 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
     if not joint_sets:
         experiment.findings.warn(f"--confirm {options.confirm} chooses no direction")
         return []
-    edits_of = functools.partial(direction_set_edits, data)
-    table = judge_sets(experiment, joint_sets, prompts, "held-out", side, edits_of)
+    make_edits = functools.partial(direction_set_edits, data)
+    table = judge_sets(experiment, joint_sets, prompts, "held-out", side, make_edits)
     table["selection"] = selection
-    if experiment.folder.leads:
-        experiment.folder.write_table("directions_confirm.csv", table)
-        title = f"Held-out {experiment.task.name}: joint op {options.op_text} along {data.name}"
-        path = experiment.folder.path_of("directions_confirm.png")
-        draw_sets(table[table["quoted"]], title, path, "random directions, as far")
+    title = f"Held-out {experiment.task.name}: joint op {options.op_text} along {data.fit_name}"
+    write_sets(experiment, table, "directions_confirm", title, "random directions, as far")
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
 
 
@@ -9704,14 +9854,13 @@ def confirming_prompts(data: DirectionData) -> Prompts:
     others were set apart to choose one."""
     if data.options.everywhere:
         return data.tested
-    units = {prompts[0].sample.unit for prompts in data.tested}
-    held_out = halves(units, data.options.seed)[1]
-    return [prompts for prompts in data.tested if prompts[0].sample.unit in held_out]
+    held_out = halves(units_of(data.tested), data.options.seed)[1]
+    return of_units(data.tested, held_out)
 
 
 def sets_of_directions(data: DirectionData, chosen: tuple[Component, ...]) -> list[DirectionSet]:
-    """Nothing, the top 1, 2, 4, ... of the chosen, random directions for each; all of the kind, and
-    all but the chosen."""
+    """The empty set; the top 1, 2, 4, ... of the chosen, with random directions for each; all of the
+    kind; all but the chosen."""
     if not chosen:
         return []
     kind = data.options.kind
@@ -9742,8 +9891,9 @@ def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
     if not candidates:
         return []
     joint_sets = [DirectionSet("none"), *candidates]
-    edits_of = functools.partial(direction_set_edits, data)
-    rows = measure_sets(experiment, joint_sets, data.fitting, edits_of)
+    make_edits = functools.partial(direction_set_edits, data)
+    rows = measure_sets(experiment, joint_sets, data.fitting, make_edits)
+    rows = rows[rows[f"score_{side}"].notna()]
     means = rows.groupby("place")[["score_a", f"score_{side}", "kl_b"]].mean()
     deltas = means["score_a"] - means[f"score_{side}"]
     base = float(deltas[0])
@@ -9767,14 +9917,14 @@ def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
 
 def run_direction_replies(data: DirectionData, chosen: Sequence[DirectionSet]) -> None:
     """directions_generations.jsonl: replies without edits and with each chosen set edited."""
-    experiment, held_out = data.experiment, data.measured
-    requests = [ReplyRequest(DirectionSet("none"), data.measured)]
-    if chosen and check_edits_replies(experiment):
-        held_out = confirming_prompts(data)
-        for joint_set in chosen:
-            requests.append(ReplyRequest(joint_set, held_out, "held-out"))
-    edits_of = functools.partial(direction_set_edits, data)
-    measure_replies(experiment, requests, "directions_generations.jsonl", edits_of)
+    measure_replies_to_sets(
+        data.experiment,
+        data.measured,
+        chosen,
+        confirming_prompts(data),
+        "directions_generations.jsonl",
+        functools.partial(direction_set_edits, data),
+    )
 
 
 # ----- Command: graph -----------------------------------------------------------------------------
@@ -9783,7 +9933,6 @@ MAX_NODES = 10_000  # of a graph, whose edges are a matrix
 N_MEASURED = 10  # heads, and edges between heads, whose exact effect is measured
 MAX_NAMED_NODES = 60  # of the figure
 MAX_DRAWN_EDGES = 300
-GRAPH_LIST = "graphs/graph-metadata.json"  # lists the graphs of a folder for the viewer
 
 
 class NodeKind(NamedTuple):
@@ -9824,10 +9973,11 @@ def run_graph(experiment: Experiment) -> None:
     if obstacles:
         raise UsageError(f"graph: contributions do not add up in {shape.name}: it has {obstacles}")
     prompt = choose_graph_prompt(experiment)
-    folder.check_foreign_files([GRAPH_LIST, viewer_file(prompt)])
+    if folder.leads:
+        folder.check_foreign_files([GRAPH_LIST, viewer_file(prompt)])
     job = graph_job(experiment, prompt)
     if folder.read_part(job.name) is None:
-        experiment.check_weights("graph")
+        experiment.require_weights_at_hand("graph")
     with experiment.stage("attribution graph", f" of {describe_prompt(prompt)}"):
         (content,) = read_parts(experiment, [job], "graph")
         graph = Graph(
@@ -9876,7 +10026,7 @@ def graph_job(experiment: Experiment, prompt: Prompt) -> PartJob:
     thresholds = [options.node_threshold, options.edge_threshold]
     key = [prompt.sample.sample_id, prompt.side, options.goal, options.nodes, *thresholds]
     compute = functools.partial(make_graph, experiment, prompt)
-    name = f"graph-{experiment.setting}-{digest(key)[:16]}"
+    name = f"graph-{experiment.part_key}-{digest(key)[:16]}"
     return PartJob(name, tree=0, cost=1.0, n_rows=1, compute=compute)
 
 
@@ -9886,12 +10036,12 @@ def make_graph(experiment: Experiment, prompt: Prompt, bar: tqdm[Any]) -> dict[s
     traced = experiment.traced
     options = experiment.options
     shape = experiment.shape
-    halves = run_halves(traced, prompt.ids)
+    half_blocks = run_half_blocks(traced, prompt.ids)
     matrix = traced.unembedding.weight
-    last_state = halves[Site(shape.n_layers, "final")].made[0, -1:].detach()
+    last_state = half_blocks[Site(shape.n_layers, "final")].made[0, -1:].detach()
     logits = torch.cat([*unembed(last_state.to(matrix.device), matrix)], -1)[0]
     goal = goal_weights(experiment, prompt, logits)
-    run = LinearRun(traced, prompt.ids, halves, goal_direction(traced, goal))
+    run = LinearRun(traced, prompt.ids, half_blocks, goal_direction(traced, goal))
     nodes, weights = attribute(run, options.nodes)
     error = conservation_error(nodes, weights)
     bound = CONSERVATION_BOUND[shape.dtype]
@@ -9938,11 +10088,11 @@ class LinearRun:
 
     traced: TracedModel
     ids: Sequence[int]
-    halves: dict[Site, HalfBlock]  # in order; the embeddings come first, the final norm last
+    half_blocks: dict[Site, HalfBlock]  # in order; the embeddings come first, the final norm last
     direction: Tensor  # [d_model], whose product with the last final state is the goal
 
 
-def run_halves(traced: TracedModel, ids: Sequence[int]) -> dict[Site, HalfBlock]:
+def run_half_blocks(traced: TracedModel, ids: Sequence[int]) -> dict[Site, HalfBlock]:
     """One linearised forward, cut where half-blocks read the residual stream: by the site of what
     each makes, in order. The embeddings come first, the final norm last."""
     reading_sites = {}
@@ -9958,11 +10108,11 @@ def run_halves(traced: TracedModel, ids: Sequence[int]) -> dict[Site, HalfBlock]
     ):
         last_states = run_body(traced, ids)
     embeddings = streams[Site(0, READING_PLACES["attn"])]
-    halves = {Site(0, "resid"): HalfBlock(embeddings, embeddings)}
+    half_blocks = {Site(0, "resid"): HalfBlock(embeddings, embeddings)}
     for site, reading_site in reading_sites.items():
-        halves[site] = HalfBlock(streams[reading_site], made[site])
-    halves[final] = HalfBlock(streams[final], last_states)
-    return halves
+        half_blocks[site] = HalfBlock(streams[reading_site], made[site])
+    half_blocks[final] = HalfBlock(streams[final], last_states)
+    return half_blocks
 
 
 def run_body(traced: TracedModel, ids: Sequence[int], n_rows: int = 1) -> Tensor:
@@ -10051,16 +10201,16 @@ def output_matrix(traced: TracedModel, site: Site) -> Tensor:
 
 def total_gradients(run: LinearRun) -> dict[Site, Tensor]:
     """The goal's gradient [tok, width], by all paths, by what each half-block makes."""
-    embedding, *inner, final = run.halves
+    embedding, *inner, final = run.half_blocks
     final_gradient = torch.zeros_like(
-        run.halves[final].made[0], dtype=torch.float32, device=run.traced.device
+        run.half_blocks[final].made[0], dtype=torch.float32, device=run.traced.device
     )
     final_gradient[-1] = run.direction
     gradients = {final: final_gradient}
-    stream_gradient = pull_back(run.halves[final], final_gradient)  # [tok, d_model]
+    stream_gradient = pull_back(run.half_blocks[final], final_gradient)  # [tok, d_model]
     for site in reversed(inner):
         gradients[site] = stream_gradient @ output_matrix(run.traced, site)
-        stream_gradient = stream_gradient + pull_back(run.halves[site], gradients[site])
+        stream_gradient = stream_gradient + pull_back(run.half_blocks[site], gradients[site])
     gradients[embedding] = stream_gradient
     return gradients
 
@@ -10076,7 +10226,7 @@ def choose_nodes(run: LinearRun, gradients: Mapping[Site, Tensor], n_best: int) 
     for kind, layer in itertools.product(("head", "neuron"), range(shape.n_layers)):
         site = Site(layer, KINDS[kind].place)
         n_slices = len(shape.indices(kind))
-        value = run.halves[site].made[0].detach().to(gradients[site])
+        value = run.half_blocks[site].made[0].detach().to(gradients[site])
         attributions = (value * gradients[site]).unflatten(-1, (n_slices, -1)).sum(-1)
         sizes, places = attributions.flatten().abs().topk(min(n_best, attributions.numel()))
         frame = pd.DataFrame({"kind": kind, "layer": layer, "size": sizes.cpu().numpy()})
@@ -10131,7 +10281,7 @@ def attribute(run: LinearRun, n_best: int) -> tuple[pd.DataFrame, Tensor]:
     written = torch.zeros(len(nodes), traced.shape.d_model, device=traced.device)
     attributions = []
     by_site = nodes.groupby(["layer", "depth"])
-    for (site, half), (_, site_nodes) in zip(run.halves.items(), by_site, strict=True):
+    for (site, half), (_, site_nodes) in zip(run.half_blocks.items(), by_site, strict=True):
         first = int(site_nodes.index[0])  # nodes before it may be sources
         rows = slice(first, first + len(site_nodes))
         elements = node_elements(site_nodes, site.place, traced.shape).to(traced.device)
@@ -10300,8 +10450,8 @@ def patch_edges(run: LinearRun, senders: Sequence[Edit], receivers: Sequence[Edi
     """What zeroing a head at its token takes from the goal through another head at its token alone,
     exactly, by the edits that zero the two: path patching as of `run_paths`, with all heads and
     MLPs between at their clean inputs."""
-    _, *sites, _ = run.halves
-    held = [Edit(site, slice(None), 0.0, run.halves[site].made[0].detach()) for site in sites]
+    _, *sites, _ = run.half_blocks
+    held = [Edit(site, slice(None), 0.0, run.half_blocks[site].made[0].detach()) for site in sites]
     rows = [(sender, *held[sites.index(sender.site) + 1 :]) for sender in senders]
     with recording_activations(run.traced, {edit.site for edit in receivers}) as activations:
         goal_losses(run, rows)
@@ -10373,7 +10523,7 @@ def write_graph(experiment: Experiment, prompt: Prompt, graph: Graph) -> None:
         "scan": f"{experiment.shape.name} {model}",
         "prompt_tokens": [decode([token]) for token in prompt.ids],
     }
-    write_viewer(graph, metadata, folder)
+    write_viewer(graph, metadata, viewer_file(prompt), folder)
     title = (
         f"{shorten(summary['goal'], 60)}: {summary['goal_value']:.2f}\n{experiment.task.name},"
         f" {model}, {describe_prompt(prompt)}\nblue adds, red takes away"
@@ -10399,8 +10549,8 @@ def slug_of(prompt: Prompt) -> str:
     return f"{slug}-{prompt.side}"
 
 
-def write_viewer(graph: Graph, metadata: dict[str, Any], folder: RunFolder) -> None:
-    """graphs/SLUG.json of the kept nodes and edges, with what was saved in it before, and the list
+def write_viewer(graph: Graph, metadata: dict[str, Any], name: str, folder: RunFolder) -> None:
+    """A file, graphs/SLUG.json, of the kept nodes and edges, with what was saved in it before, and the list
     of all graphs in the folder.
 
     The viewer shows nodes up to a threshold: here the largest cumulative influence of those kept.
@@ -10414,7 +10564,6 @@ def write_viewer(graph: Graph, metadata: dict[str, Any], folder: RunFolder) -> N
         "schema_version": 1,
     }
     view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    name = f"graphs/{metadata['slug']}.json"
     path = folder.path_of(name)
     path.parent.mkdir(exist_ok=True)
     content = {
@@ -10423,12 +10572,8 @@ def write_viewer(graph: Graph, metadata: dict[str, Any], folder: RunFolder) -> N
         "nodes": [viewer_node(node, graph.summary) for node in kept.itertuples()],
         "links": graph.edges[["source", "target", "weight"]].to_dict("records"),
     }
-    write_json(folder, name, content)
-    write_json(folder, GRAPH_LIST, {"graphs": list_graphs(path.parent)})
-
-
-def write_json(folder: RunFolder, name: str, content: Any) -> None:
-    folder.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    folder.write_json(name, content)
+    folder.write_json(GRAPH_LIST, {"graphs": list_graphs(path.parent)})
 
 
 def viewer_node(node: Any, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -10662,11 +10807,9 @@ def report_cost(experiment: Experiment) -> None:
     """The seconds of one batch of edited runs in the middle of the model, and with them of a sweep
     of the kind."""
     options, shape = experiment.options, experiment.shape
-    components = [
-        component for component in shape.components(options.kind) if component not in options.given
-    ]
+    components = experiment.free_components()
     if not components:
-        raise UsageError(f"nothing is left to sweep beside --given {options.given}")
+        raise UsageError(f"nothing is left to sweep beside --given {shorten(options.given)}")
     tree = experiment.trees[0]
     layer = components[len(components) // 2].layer
     in_layer = [component for component in components if component.layer == layer]
@@ -11187,13 +11330,9 @@ def component_columns(heads: pd.DataFrame) -> dict[str, list[Column]]:
     """By group the columns that circuit_heads.csv has."""
     groups = {"": [Column("label", "component")]}
     for prefix, title in MEASURES.items():
-        measure = [
-            Column(f"{prefix}{name}", name, MEASURE_COLUMNS[name]) for name in MEASURE_COLUMNS
-        ]
-        groups[title] = measure
-    groups["details of the effect"] = [
-        Column(name, name, DETAIL_COLUMNS[name]) for name in DETAIL_COLUMNS
-    ]
+        groups[title] = [Column(prefix + name, name, fmt) for name, fmt in MEASURE_COLUMNS.items()]
+    details = [Column(name, name, fmt) for name, fmt in DETAIL_COLUMNS.items()]
+    groups["details of the effect"] = details
     present = {}
     for title, columns in groups.items():
         columns = [column for column in columns if column.name in heads]
@@ -11259,7 +11398,7 @@ class FinishedRun(NamedTuple):
     source: str
     table: pd.DataFrame  # circuit_results.csv
     floor: float  # NaN where it is not known
-    options: TraceOptions  # with what the record and the table tell of the run
+    options: TraceOptions  # as the record and the table tell them, defaults where they do not
     record: dict[str, Any]
 
 
@@ -11269,13 +11408,16 @@ def read_run(source: str) -> FinishedRun:
     path = Path(source)
     csv_path = path / "circuit_results.csv" if os.path.isdir(path) else path
     table = read_results(csv_path)
-    record_path = csv_path.parent / "run.json"
-    record = read_record(record_path)
+    record: dict[str, Any] = {}
+    try:
+        record = read_record(csv_path.parent / "run.json")
+    except UsageError:
+        if (
+            csv_path != path
+        ):  # a folder was named; beside a CSV lies what belongs to another program
+            raise
     floor = record.get("noise_floor")
-    if floor is None:
-        floor = math.nan
-    elif not isinstance(floor, int | float):
-        raise UsageError(f"{record_path}: noise_floor is no number but {shorten(floor)}")
+    floor = math.nan if floor is None else floor
     return FinishedRun(source, table, floor, options_of_run(record, table), record)
 
 
@@ -11429,9 +11571,9 @@ def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> 
     if new.options.op != old.options.op:
         return None
     growth = growth_statistics(pairs, new.floor)
-    flagged = [Component(*key).label for key in growth.index[growth["flag"]]]
+    flagged = labels_of(growth.index[growth["flag"]])
     findings.say(f"role grew beyond the floor (possible backups): {', '.join(flagged) or 'none'}")
-    labels = [Component(*key).label for key in growth.index]
+    labels = labels_of(growth.index)
     growth = growth.add_prefix("growth_").reset_index()
     growth.insert(0, "label", labels)
     growth.insert(1, "old", old.source)
@@ -11514,24 +11656,32 @@ def draw_growth(table: pd.DataFrame, top_k: int, path: Path) -> None:
     frames = []
     for old, rows in table.groupby("old", sort=False):
         top = largest_rows(rows, "growth_mean", top_k)[::-1]
-        frame = top[["label"]].assign(panel=f"since {old}")
-        for name in ("mean", "ci_low", "ci_high"):
-            frame[name] = top[f"growth_{name}"]
-        frame["verdict"] = top["growth_flag"].map({True: "grew", False: "unclear"})
-        frames.append(frame)
+        verdict = top["growth_flag"].map({True: "grew", False: "unclear"})
+        frames.append(forest_rows(top, f"since {old}", "growth_", verdict))
     draw_forest(pd.concat(frames, ignore_index=True), "Growth of roles", path)
 
 
 # ----- Main ---------------------------------------------------------------------------------------
 
-MEASURING: dict[str, Callable[[Experiment], None]] = {  # the commands that run a model
-    "trace": run_trace,
-    "joint": run_joint,
-    "paths": run_paths,
-    "tokens": run_tokens,
-    "directions": run_directions,
-    "graph": run_graph,
-    "check": run_check,
+
+class MeasuringCommand(NamedTuple):
+    """What a command that runs a model does, by stage."""
+
+    run: Callable[[Experiment], None]
+    # what is known of its options before the weights; raises UsageError
+    check: Callable[[Experiment], Any] = lambda experiment: None
+    # the edited runs that --dry_run tells of
+    plan: Callable[[Experiment], Iterable[PlannedRuns]] = lambda experiment: ()
+
+
+MEASURING = {
+    "trace": MeasuringCommand(run_trace, check_trace, plan_trace),
+    "joint": MeasuringCommand(run_joint, plan=plan_joint),
+    "paths": MeasuringCommand(run_paths, choose_senders, plan_paths),
+    "tokens": MeasuringCommand(run_tokens, check_equal_lengths, plan_tokens),
+    "directions": MeasuringCommand(run_directions, plan=plan_directions),
+    "graph": MeasuringCommand(run_graph, choose_graph_prompt),
+    "check": MeasuringCommand(run_check),
 }
 
 
@@ -11540,15 +11690,6 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
-
-
-# what is known of a command's options before the weights; each raises UsageError
-CHECKS: dict[str, Callable[[Experiment], Any]] = {
-    "trace": check_trace,
-    "paths": choose_senders,
-    "tokens": check_equal_lengths,
-    "graph": choose_graph_prompt,
-}
 
 
 def start_log(path: Path | None, speaks: bool) -> None:
@@ -11580,7 +11721,7 @@ def run_request(request: Request) -> None:
 def run_measuring(request: Request) -> None:
     """A command that runs a model: prepare, take up the folder, measure, write record and page."""
     started = time.time()
-    options = request.options
+    command, options = MEASURING[request.command], request.options
     torch.manual_seed(options.seed)
     processes = Processes.launched()
     folder = RunFolder(Path(options.output_dir), processes.leads, request.command)
@@ -11593,23 +11734,22 @@ def run_measuring(request: Request) -> None:
             report_inheritance(request)
             with libraries_held_back(options):
                 experiment = prepare(options, folder, processes)
-                if request.command in CHECKS:
-                    CHECKS[request.command](experiment)
+                command.check(experiment)
             if options.dry_run:
-                for line in describe_plan(experiment, planned_components(experiment)):
+                for line in describe_plan(experiment, list(command.plan(experiment))):
                     log.info("%s", line)
                 return
             if request.command != "check":
-                take_up(experiment)
-            MEASURING[request.command](experiment)
+                fix_experiment(experiment)
+            command.run(experiment)
             if writes:
-                finish(experiment, started)
+                finish_command(experiment, started)
 
 
 def report_inheritance(request: Request) -> None:
     """Say which options were taken from where."""
     by_source: dict[str, list[str]] = defaultdict(list)
-    for name, source in request.inherited.items():
+    for name, source in request.origins.items():
         value = shorten(recorded_text(getattr(request.options, name)))
         by_source[source].append(f"--{name} {value}")
     texts = [f"{', '.join(flags)} from {source}" for source, flags in by_source.items()]
@@ -11617,7 +11757,7 @@ def report_inheritance(request: Request) -> None:
         log.info("%s", "; ".join(texts))
 
 
-def take_up(experiment: Experiment) -> None:
+def fix_experiment(experiment: Experiment) -> None:
     """Fix the folder's experiment or go on with it; other processes learn what depends on it."""
     folder, processes = experiment.folder, experiment.processes
     experiment.rows_per_forward = processes.share(experiment.rows_per_forward)
@@ -11625,13 +11765,17 @@ def take_up(experiment: Experiment) -> None:
         digests = file_digests(experiment.options, folder.record.get("model_files", {}))
         fingerprint = fingerprint_of(experiment, digests)
         check_models_of_files(experiment.options, fingerprint["model"])
-        rows_by_edit = folder.record.get("rows_by_edit", {})
+        rows_by_edit = dict(folder.record.get("rows_by_edit", {}))
+        if folder.starts_afresh(experiment.options):
+            rows_by_edit.clear()
+        # the first command with an edit decides: parts are named by it
+        rows_by_edit.setdefault(experiment.edit_digest, experiment.rows_per_forward)
         folder.take_up(
             experiment.options,
             fingerprint,
             experiment.edit_digest,
             model_files=digests,
-            rows_by_edit=rows_by_edit | {experiment.edit_digest: experiment.rows_per_forward},
+            rows_by_edit=rows_by_edit,
         )
     shared = (folder.experiment_key, folder.record.get("rows_after_halving"))
     folder.experiment_key, rows_after_halving = processes.share(shared)
@@ -11641,15 +11785,14 @@ def take_up(experiment: Experiment) -> None:
 
 def check_models_of_files(options: MeasuringOptions, model: str) -> None:
     """`UsageError` where a circuit.json or a file of directions is of another model."""
-    for entry in fields(options):
-        value = getattr(options, entry.name)
-        if isinstance(value, ComponentList) and value.model not in ("", model):
+    for label, components in component_lists(options):
+        if components.model not in ("", model):
             raise UsageError(
-                f"--{entry.name} {value.file} is of model {shorten(value.model)}, not {model}"
+                f"{label}{components.file} is of model {shorten(components.model)}, not {model}"
             )
 
 
-def finish(experiment: Experiment, started: float) -> None:
+def finish_command(experiment: Experiment, started: float) -> None:
     """Write the record and the page of a command that is done."""
     folder = experiment.folder
     seconds = {**experiment.seconds, "all": round(time.time() - started, 3)}

@@ -66,7 +66,7 @@ def explained(bench: Bench, n_best: int = 60, n_tokens: int = 100) -> Explained:
     """The graph of one token's logit less the mean, after the first tokens of a prompt."""
     direction = tracing.goal_direction(bench.traced, {7: 1.0})
     ids = prompt_ids(bench)[:n_tokens]
-    halves = tracing.run_halves(bench.traced, ids)
+    halves = tracing.run_half_blocks(bench.traced, ids)
     run = tracing.LinearRun(bench.traced, ids, halves, direction)
     return *tracing.attribute(run, n_best), direction
 
@@ -910,7 +910,7 @@ def test_offloaded_weights_are_refused(
 ) -> None:
     load, cpu = tracing.load_model, torch.device("cpu")
     monkeypatch.setattr(tracing, "load_model", lambda *a: cpu_offload(load(*a), cpu))
-    for stage in ("self_test", "run_halves"):  # it is known before any of them
+    for stage in ("self_test", "run_half_blocks"):  # it is known before any of them
         monkeypatch.setattr(tracing, stage, lambda *_: pytest.fail("something was measured"))
     argv = ["graph", "--model_id", llama, "--output_dir", str(tmp_path), *FAST]
     refuses(answer, *argv, says=["graph needs weights at hand; some are offloaded"])
@@ -923,7 +923,7 @@ def test_no_hook_is_left_behind(plain: Bench, monkeypatch: Patch) -> None:
     assert hooks_of(plain.loaded[0]) == before
     monkeypatch.setattr(tracing, "run_body", lambda *_: (_ for _ in ()).throw(RuntimeError("x")))
     with pytest.raises(RuntimeError):
-        tracing.run_halves(plain.traced, [1, 2])
+        tracing.run_half_blocks(plain.traced, [1, 2])
     assert hooks_of(plain.loaded[0]) == before
 
 

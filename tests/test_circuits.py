@@ -347,7 +347,8 @@ def test_a_circuit_of_another_model_is_refused_and_the_folder_stays(
     words = [*OPTIONS[name], str(other), "--model_id", model, "--output_dir", str(folder)]
     words += ["--num_samples", "6", "--controls"]
     for more in ([], ["--overwrite"]):
-        says = [f"{name} {other} is of model 0123456789abcdef, not {model_identity(folder)}"]
+        label = "" if name == "names" else f"{name} "
+        says = [f"error: {label}{other} is of model 0123456789abcdef, not {model_identity(folder)}"]
         refuses(answer, *words, *more, says=says)
     assert files() == before
 
@@ -654,7 +655,7 @@ def test_random_sets_share_no_column_with_the_circuit_nor_with_themselves(
     experiment = prepared(llama)
     circuit, shape = tracing.ComponentList.parse(names).components, experiment.shape
     for draw in range(30):
-        random_set = tracing.draw_random_set(experiment, circuit, len(circuit), (), draw)
+        random_set = tracing.sample_random_set(experiment, circuit, len(circuit), (), draw)
         if random_set:
             taken = []
             for component in (*circuit, *random_set.components):

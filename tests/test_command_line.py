@@ -388,9 +388,9 @@ def test_a_follow_up_takes_the_experiment_and_the_edit_from_the_folder(tmp_path:
     assert (options.kind, options.op, options.factor) == ("attn", "scale", -0.5)
     assert (options.positions, str(options.given)) == ("last", "L0H0")
     assert str(options.layers) == "all"  # it is no part of the edit
-    sources = {name: source.split()[1] for name, source in request.inherited.items()}
+    sources = {name: source.split()[1] for name, source in request.origins.items()}
     assert sources["model_id"] == "experiment" and sources["op"] == "trace"
-    assert all(source.endswith(str(folder)) for source in request.inherited.values())
+    assert all(source.endswith(str(folder)) for source in request.origins.values())
 
 
 def test_the_command_line_wins_over_the_recorded_edit(tmp_path: Path) -> None:
@@ -609,10 +609,9 @@ def test_a_dry_run_without_weights_prints_all_that_would_be_done_and_writes_noth
                 assert f"{form!r} {ids}" in out
     n_layers, n_heads, _ = model_size(without_weights)
     assert f"{n_layers} layers, {n_heads} heads" in out
-    assert "4 components (L1H0 to L2H1)" in out
+    planned = "4 components (L1H0 to L2H1): about 4 forwards of up to 1 rows"
+    assert f"{planned}; one by one they take {2 * 3 * 4}" in out
     assert "3 samples in 1 tree" in out
-    assert "about 4 forwards of 1 rows" in out
-    assert f"one component at a time takes {2 * 3 * 4}" in out
     assert re.search(r"memory in GB: weights \d.*rows \d", out)
 
 

@@ -500,7 +500,7 @@ def test_the_layer_is_chosen_on_the_samples_that_are_set_apart(
     set_apart: Any = ["those set apart"]
     data = DirectionData(experiment, components, "difference", vectors, set_apart, [])
 
-    def scores(_: Any, sets: Sequence[DirectionSet], prompts: Any, edits_of: Any) -> pd.DataFrame:
+    def scores(_: Any, sets: Sequence[DirectionSet], prompts: Any, make_edits: Any) -> pd.DataFrame:
         assert prompts is set_apart
         rows = []
         for place, joint_set in enumerate(sets):
@@ -948,7 +948,8 @@ def test_with_other_options_nothing_is_missing(words: str, llama: str, tmp_path:
     lexical = table.set_index("label").loc["L0resid", ["accuracy", "auc", "norm"]]
     assert lexical.tolist() == [0.5, 0.5, 0]
     still = swept.loc[swept["norm"] == 0, ["along_mean", "random_mean"]]
-    assert (still.abs() < CLOSE).all(axis=None)
+    rounding = 0.01 if "--bf16" in words else CLOSE
+    assert (still.abs() < rounding).all(axis=None)
     directions = load_file(folder / FILE)
     assert all(d.isfinite().all() for d in directions.values())
     assert len(directions) == 3 * (4 if "--kind head" in words else 1)
@@ -967,7 +968,7 @@ def test_with_other_options_nothing_is_missing(words: str, llama: str, tmp_path:
 def test_negative_controls_give_no_direction(tiny_llama: str, tmp_path: Path) -> None:
     words = "--task odd_one_out --num_samples 20 --no-bf16 --kind attn --op patch --layers 0-1"
     data = data_of(tiny_llama, *words.split())
-    assert all(pair[0].sample.counts for pair in data.fitting)
+    assert all(pair[0].sample.is_evidence for pair in data.fitting)
     assert len(data.measured) - len(data.tested) == 4
     folder = finish(tiny_llama, tmp_path, "directions", *words.split())
     table, effects = read(folder, TABLE).set_index("label"), read(folder, EFFECTS)

@@ -56,12 +56,12 @@ def estimated(experiment: Experiment) -> Tensor:
 
 def moved(experiment: Experiment, share: float) -> Tensor:
     """[component, sample, side] with x + share * D, by the rows of an exact sweep."""
-    edits_of = tracing.Experiment.edits
+    make_edits = tracing.Experiment.edits
 
     def part_way(self: Experiment, *args: Any) -> Edits:
         return tuple(
             replace(edit, factor=1 + share * (edit.factor - 1), source=share * edit.source)
-            for edit in edits_of(self, *args)
+            for edit in make_edits(self, *args)
         )
 
     with pytest.MonkeyPatch.context() as patch:

@@ -190,10 +190,10 @@ def test_the_fingerprint_tells_all_that_results_depend_on_and_nothing_else(
 
 def test_the_names_of_parts_tell_all_edits_and_batches_apart_and_nothing_else(llama: str) -> None:
     common = "--rows_per_forward 3"
-    settings = {planned(llama, f"{common} {line}").setting for line in ("", *EDITS)}
+    settings = {planned(llama, f"{common} {line}").part_key for line in ("", *EDITS)}
     assert len(settings) == 1 + len(EDITS)
     for line in ("--layers 0 --confirm 2", "--seed 7 --controls", "--positions all --top_k 3"):
-        settings.add(planned(llama, f"{common} {line}").setting)
+        settings.add(planned(llama, f"{common} {line}").part_key)
     assert len(settings) == 1 + len(EDITS)
 
 

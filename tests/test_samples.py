@@ -61,7 +61,7 @@ def in_common(sample: Sample) -> set[str]:
 def test_the_two_halves_of_a_split_have_nothing_in_common(
     task: str, tokens_in: CountTokens
 ) -> None:
-    real = [sample for sample in build(task, 60, tokens_in=tokens_in) if sample.counts]
+    real = [sample for sample in build(task, 60, tokens_in=tokens_in) if sample.is_evidence]
     table = pd.DataFrame({"unit": sample.unit, "group": sample.group} for sample in real)
     for seed in range(5):
         halves = [
@@ -101,7 +101,7 @@ def test_a_suppression_sample_forbids_one_two_or_three_answers_of_its_question()
         forbidden = " or ".join(sample.targets)
         assert sample.prompt_a == f"Don't mention {forbidden}. {sample.prompt_b}"
         assert sample.foils == ()
-        assert sample.counts
+        assert sample.is_evidence
     assert [len(sample.targets) for sample in samples[:8]] == [1, 2, 3, 1, 2, 3, 1, 2]
 
 
@@ -220,7 +220,7 @@ def test_clean_and_corrupt_triples_differ_in_one_name_of_equal_token_length(
 
 
 def test_the_odd_one_is_of_another_class_and_changes_with_the_name(triples: list[Sample]) -> None:
-    real = [sample for sample in triples if sample.counts]
+    real = [sample for sample in triples if sample.is_evidence]
     assert len(real) == 48
     for sample in real:
         clean, corrupt = names_in(sample.prompt_a), names_in(sample.prompt_b)
@@ -237,7 +237,7 @@ def test_every_fifth_triple_is_a_negative_control_in_which_no_name_is_odd(
 ) -> None:
     assert [i for i, s in enumerate(triples) if s.group == NO_ODD_ONE] == list(range(4, 60, 5))
     for sample in triples[4::5]:
-        assert not sample.counts
+        assert not sample.is_evidence
         people = {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}
         assert len({JOB[name] for name in people}) == 1
         assert sorted(sample.words) == sorted(names_in(sample.prompt_a))
@@ -246,7 +246,7 @@ def test_every_fifth_triple_is_a_negative_control_in_which_no_name_is_odd(
 def test_the_grid_spans_all_professions_as_odd_and_as_majority_and_all_places(
     tokens_in: CountTokens,
 ) -> None:
-    real = [s for s in build("odd_one_out", 150, tokens_in=tokens_in) if s.counts]
+    real = [s for s in build("odd_one_out", 150, tokens_in=tokens_in) if s.is_evidence]
     assert len({JOB[sample.targets[0]] for sample in real}) >= 10
     assert len({JOB[foil] for sample in real for foil in sample.foils}) >= 10
     assert {sample.group for sample in real} == set(CLASS.values())
@@ -255,7 +255,7 @@ def test_the_grid_spans_all_professions_as_odd_and_as_majority_and_all_places(
 
 def test_no_name_is_in_two_units(triples: list[Sample]) -> None:
     units: dict[str, set[str]] = defaultdict(set)
-    for sample in (sample for sample in triples if sample.counts):
+    for sample in (sample for sample in triples if sample.is_evidence):
         for name in {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}:
             units[name].add(sample.unit)
     assert {len(of_name) for of_name in units.values()} == {1}

@@ -250,8 +250,7 @@ def test_a_dry_run_has_a_line_for_each_thing_and_none_for_the_line_ends_in_value
     named = sorted(line for line in lines if line.startswith("id"))
     assert named == [f"id{i} {SHOWN}  targets apple" for i in range(4)]
     experiment = prepared(tiny_llama, "--samples", samples, "--num_samples", "16")
-    components = tracing.choose_components(experiment.options, experiment.shape)
-    plan = tracing.describe_plan(experiment, components)
+    plan = tracing.describe_plan(experiment, list(tracing.plan_trace(experiment)))
     assert lines[-len(plan) :] == list(map(tracing.visible, plan))
 
 

@@ -214,7 +214,7 @@ def test_random_sets_are_drawn_by_seed_for_each_size_anew(llama: str) -> None:
 def test_where_a_layer_has_no_component_left_the_nearest_lends_one(llama: str) -> None:
     experiment, chosen = prepared(llama), parsed("L1H0 L1H1 L1H2")
     for draw in range(20):
-        drawn = tracing.draw_random_set(experiment, chosen, 3, (), draw)
+        drawn = tracing.sample_random_set(experiment, chosen, 3, (), draw)
         assert drawn is not None
         first, *others = sorted(drawn.components, key=lambda c: abs(c.layer - 1))
         assert drawn.lent == 2
@@ -222,7 +222,7 @@ def test_where_a_layer_has_no_component_left_the_nearest_lends_one(llama: str) -
         assert {component.layer for component in others} <= {0, 2}
         assert len(set(others)) == 2
     crowded = prepared(llama, "--given", "L0H1,L0H2,L0H3,L1H0,L1H1,L1H2,L1H3")
-    far = tracing.draw_random_set(crowded, parsed("L0H0"), 1, (), 0)
+    far = tracing.sample_random_set(crowded, parsed("L0H0"), 1, (), 0)
     assert far is not None
     assert (far.components[0].layer, far.lent) == (2, 1)
 

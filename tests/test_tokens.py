@@ -138,7 +138,7 @@ def test_a_kind_that_a_command_does_not_take_is_not_inherited(
     folder = finish(llama, tmp_path / "run", *words)
     request = tracing.parse_command_line([command, "--output_dir", str(folder)])
     assert (request.options.kind, request.options.op) == ("head", "mean")
-    assert request.inherited["op"] == f"the trace in {folder}"
+    assert request.origins["op"] == f"the trace in {folder}"
 
 
 def test_tokens_and_the_names_that_they_belong_to(llama: str, tmp_path: Path) -> None:
