@@ -2320,6 +2320,8 @@ CONTROL_SIDES = ("other", "affirm")
 REQUESTED_COLUMNS = ["sample_id", "n_constraints", "layer", "head"]
 REQUESTED_COLUMNS += ["delta_logit_base", "delta_logit_head", "head_effect"]
 COMPONENT_KEY = ["layer", "kind", "index"]
+# kinds of several components in a layer whose number is not in the column `head`
+INDEXED_KINDS = [name for name, kind in KINDS.items() if kind.slices and name != "head"]
 TESTED_COLUMNS = ("n_screened", "n_tests")  # how many components were estimated, and tested
 INTEGER_COLUMNS = ("n_constraints", "layer", "head", "index", *TESTED_COLUMNS)
 NUMBER_COLUMNS = (*REQUESTED_COLUMNS[1:], "index", "factor", "estimate", *TESTED_COLUMNS)
@@ -2382,7 +2384,7 @@ def must_have_number(column: str, kinds: pd.Series) -> pd.Series:
     if column == "head":
         return kinds == "head"
     if column == "index":
-        return kinds == "neuron"
+        return kinds.isin(INDEXED_KINDS)
     return pd.Series(column in REQUESTED_COLUMNS, index=kinds.index)
 
 
@@ -2402,9 +2404,9 @@ def parse_numbers(path: Path, cells: pd.Series, kinds: pd.Series) -> pd.Series:
 
 
 def component_indices(table: pd.DataFrame) -> pd.Series:
-    """The head or the neuron of each row; -1 for components that are a whole input."""
+    """The number within its layer of each row's component; -1 for a whole activation."""
     is_head = table["kind"] == "head"
-    is_sliced = is_head | (table["kind"] == "neuron")
+    is_sliced = is_head | table["kind"].isin(INDEXED_KINDS)
     index = table["head"].where(is_head, table["index"])
     return index.where(is_sliced, -1).astype(int)
 
@@ -6023,11 +6025,11 @@ def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
 
 def check_kind(kind: str, option_text: str, shape: ModelShape) -> None:
     """`UsageError` where the model has no components of the kind that an option asks for."""
-    if not shape.width(KINDS[kind].place):
-        raise UsageError(
-            f"{option_text}: {shape.name} has blocks without mlp.down_proj, such as a mixture of"
-            " experts"
-        )
+    place = KINDS[kind].place
+    if not shape.width(place):
+        example = ", such as a mixture of experts" if place == "mlp" else ""
+        module = PLACES[place].module
+        raise UsageError(f"{option_text}: {shape.name} has blocks without {module}{example}")
 
 
 def check_component(component: Component, option_text: str, shape: ModelShape) -> None:
@@ -7910,7 +7912,6 @@ def behaviour_rates(replies: pd.DataFrame) -> list[dict[str, Any]]:
 # ----- Estimates ----------------------------------------------------------------------------------
 
 SIDES = ("a", "b", *CONTROL_SIDES)
-WHOLE_KIND_OF_PLACE = {kind.place: name for name, kind in KINDS.items() if not kind.slices}
 # at which shares of an edit's displacement gradients are taken
 GRADIENT_POINTS = {"atp": (0.0,), "ig": (0.1, 0.3, 0.5, 0.7, 0.9), "relp": (0.0,)}
 
@@ -7972,12 +7973,11 @@ def estimate_samples(
 
 def displacements(experiment: Experiment, clean_run: CleanRun) -> dict[Site, Tensor]:
     """The op's displacement D [tok, width] of each activation that the clean run holds."""
-    whole_kind = WHOLE_KIND_OF_PLACE[KINDS[experiment.options.kind].place]
-    components = [Component(site.layer, whole_kind) for site in clean_run.activations]
     moves = {}
-    for edit in experiment.edits(clean_run, components):
-        activation = clean_run.activations[edit.site][None]
-        moves[edit.site] = displacement(edit, activation)[0]
+    for site, activation in clean_run.activations.items():
+        source = experiment.edit_source(clean_run, site, slice(None))
+        edit = Edit(site, slice(None), experiment.edit_factor, source, clean_run.tree.where)
+        moves[site] = displacement(edit, activation[None])[0]
     return moves
 
 
