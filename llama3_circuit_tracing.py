@@ -224,6 +224,8 @@ class Place(NamedTuple):
 PLACES = {
     "resid": Place("", "d_model", 0),  # the residual stream that enters the block
     "attn_norm": Place("input_layernorm", "d_model", 1),
+    # what tokens offer to be read; as deep as the heads of its layer, through which all of it goes
+    "value": Place("self_attn.v_proj", "d_values", 2, side="output", batch_may_grow=False),
     "attn": Place("self_attn.o_proj", "d_attn", 2),  # what the heads give, side by side
     "mlp_norm": Place("post_attention_layernorm", "d_model", 3),
     "mlp": Place("mlp.down_proj", "d_mlp", 4),  # the activations of the neurons
@@ -258,6 +260,7 @@ KINDS = {
     "mlp": Kind("mlp", "mlp"),
     "resid": Kind("resid", "resid"),
     "neuron": Kind("N", "mlp", "d_mlp"),
+    "value": Kind("V", "value", "n_value_heads"),  # which several query heads may read
 }
 
 
@@ -280,7 +283,7 @@ OPS = {
 
 @dataclass(frozen=True, order=True)
 class Component:
-    """A head, a neuron, or a whole activation of a layer; `index` is -1 for a whole one."""
+    """A head, a neuron, a value head, or a whole activation of a layer, whose `index` is -1."""
 
     layer: int
     kind: str
@@ -293,7 +296,7 @@ class Component:
 
     @property
     def label(self) -> str:
-        """L2H5, L3N120, L4attn, L4mlp, L4resid"""
+        """L2H5, L3N120, L2V1, L4attn, L4mlp, L4resid"""
         tag = KINDS[self.kind].tag
         index = str(self.index) if self.index >= 0 else ""
         return f"L{self.layer}{tag}{index}"
@@ -307,7 +310,7 @@ class Component:
             if match is not None:
                 layer, digits = match.groups()
                 return cls(int(layer), name, int(digits or -1))
-        forms = "write L2H5, L3N120, L4attn, L4mlp, L4resid"
+        forms = "write L2H5, L3N120, L2V1, L4attn, L4mlp, L4resid"
         raise ValueError(f"{quote(label)} is no component: {forms}")
 
 
@@ -3215,7 +3218,7 @@ OUTPUT_PROJECTION = PLACES["attn"].module
 ATTENTION = parent_path(OUTPUT_PROJECTION)
 QUERY_PROJECTION = f"{ATTENTION}.q_proj"
 KEY_PROJECTION = f"{ATTENTION}.k_proj"
-VALUE_PROJECTION = f"{ATTENTION}.v_proj"
+VALUE_PROJECTION = PLACES["value"].module
 DOWN_PROJECTION = PLACES["mlp"].module
 MLP = parent_path(DOWN_PROJECTION)
 GATE_PROJECTION = f"{MLP}.gate_proj"
@@ -3240,6 +3243,7 @@ class ModelShape:
     layers_path: str
     n_layers: int
     n_heads: int  # query heads
+    n_value_heads: int  # which query heads share; 0 where a block has no value projection
     d_head: int
     d_model: int
     d_mlp: int  # 0 where a block has no MLP with a down projection
@@ -3256,6 +3260,11 @@ class ModelShape:
     def d_attn(self) -> int:
         """The size of what all heads of a layer give, side by side."""
         return self.n_heads * self.d_head
+
+    @property
+    def d_values(self) -> int:
+        """The size of what all value heads of a layer give, side by side."""
+        return self.n_value_heads * self.d_head
 
     def width(self, place: str) -> int:
         """The size of the last axis of a place's activation."""
@@ -3549,6 +3558,16 @@ def mlp_width(blocks: Iterable[nn.Module]) -> int:
     return min(widths)
 
 
+def count_value_heads(blocks: Iterable[nn.Module], d_head: int) -> int:
+    """The number of value heads of a block; 0 unless all blocks have as many."""
+    widths = set()
+    for block in blocks:
+        value_projection = dict(block.named_modules()).get(VALUE_PROJECTION)
+        widths.add(getattr(value_projection, "out_features", 0))
+    width = widths.pop()
+    return 0 if widths or width % d_head else width // d_head
+
+
 def has_pre_norms_alone(body: nn.Module, blocks: Iterable[nn.Module]) -> bool:
     """Whether the norms are those of Llama: before attention, before MLP, before unembedding."""
     norms = set()
@@ -3567,12 +3586,14 @@ def shape_of(model: Any, dtype: torch.dtype) -> ModelShape:
     blocks = model.get_submodule(layers_path)
     body = model.get_submodule(parent_path(layers_path))
     n_heads = text_config.num_attention_heads
+    d_head = d_attn // n_heads
     return ModelShape(
         name=type(model).__name__,
         layers_path=layers_path,
         n_layers=text_config.num_hidden_layers,
         n_heads=n_heads,
-        d_head=d_attn // n_heads,
+        n_value_heads=count_value_heads(blocks, d_head),
+        d_head=d_head,
         d_model=text_config.hidden_size,
         d_mlp=mlp_width(blocks),
         vocab=text_config.vocab_size,

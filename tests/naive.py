@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,12 +40,25 @@ def form_ids(tokenizer: Any, word: str) -> list[list[int]]:
 # ----- hooks
 
 
+class Output(NamedTuple):
+    """A module that is hooked at its output; any other is hooked at its input."""
+
+    module: Any
+
+
 @contextmanager
 def hooked(module: Any, replace: Replace | None) -> Iterator[None]:
     def hook(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (replace(args[0]) if replace else args[0], *args[1:])
 
-    with module.register_forward_pre_hook(hook):
+    def output_hook(_: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return replace(output) if replace else output
+
+    if isinstance(module, Output):
+        handle = module.module.register_forward_hook(output_hook)
+    else:
+        handle = module.register_forward_pre_hook(hook)
+    with handle:
         yield
 
 
@@ -72,15 +85,20 @@ def layers_of(model: Any) -> Any:
 
 
 def module_of(model: Any, layer: int, kind: str) -> Any:
-    """The module whose input a kind of component is a slice of."""
+    """The module whose input, or with `Output` whose output, a kind of component is a slice of."""
     block = layers_of(model)[layer]
+    if kind == "value":
+        return Output(block.self_attn.v_proj)
     if kind == "resid":
         return block
     return block.self_attn.o_proj if kind in ("head", "attn") else block.mlp.down_proj
 
 
 def span_of(model: Any, layer: int, kind: str, index: int) -> slice:
-    """The columns of that input; all where the kind has no index."""
+    """The columns of that input or output; all where the kind has no index."""
+    if kind == "value":
+        step = model.config.head_dim
+        return slice(index * step, (index + 1) * step)
     if kind not in ("head", "neuron"):
         return slice(0, None)
     n_heads = model.config.num_attention_heads
@@ -157,7 +175,7 @@ def sweep(
 
 @torch.no_grad()
 def input_of(model: Any, ids: list[int], layer: int, kind: str) -> Tensor:
-    """[tok, width], what the component's module reads in an unedited run."""
+    """[tok, width], what the component's module reads (or gives) in an unedited run."""
     seen: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:

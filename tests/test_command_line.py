@@ -59,6 +59,7 @@ def without_weights(tiny_llama: str, tmp_path: Path) -> Path:
 LABELS = {
     "L3H5": Component(3, "head", 5),
     "L3N120": Component(3, "neuron", 120),
+    "L2V1": Component(2, "value", 1),
     "L0attn": Component(0, "attn"),
     "L12mlp": Component(12, "mlp"),
     "L3resid": Component(3, "resid"),
