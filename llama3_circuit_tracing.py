@@ -68,6 +68,10 @@ P(apple | second prompt), in nats. The sweep is exact, batched and resumable.
 #   Page                         one page of all that a folder holds
 #   Commands: redraw and compare  finished results again, and beside others
 #   Main                         commands, log, exit codes
+#
+# To add: a kind, rows of PLACES and KINDS (Components) and its sizes (ModelShape); an op, a row of
+# OPS and its source (Experiment.edit_source); a task, its samples (Samples) and a row of TASKS and
+# TASK_NAMES; a file or a figure, a row of COMMAND_FILES and a line in its command's section.
 
 from __future__ import annotations
 
@@ -214,17 +218,19 @@ class Place(NamedTuple):
 
     module: str  # its path within a block, or within the model's body for `final`; "" is the block
     width: str  # the field of `ModelShape` with the size of the activation's last axis
-    depth: int  # order along the residual stream within a block
+    # order along the residual stream within a block: what is deeper can receive from it, and is
+    # held at its clean activation by `paths`; what feeds the heads alone is as deep as they are
+    depth: int
     side: str = "input"
-    # False: what comes next in the module takes its batch from another input
+    # False: what comes next takes its batch from another input, as attention does from its queries
     batch_may_grow: bool = True
 
 
-# the only table that knows the names of modules
+# where components are edited; the section Model names the other modules of a block
 PLACES = {
     "resid": Place("", "d_model", 0),  # the residual stream that enters the block
     "attn_norm": Place("input_layernorm", "d_model", 1),
-    # what tokens offer to be read; as deep as the heads of its layer, through which all of it goes
+    # what tokens offer to be read; all of it goes through the heads of its layer
     "value": Place("self_attn.v_proj", "d_values", 2, side="output", batch_may_grow=False),
     "attn": Place("self_attn.o_proj", "d_attn", 2),  # what the heads give, side by side
     "mlp_norm": Place("post_attention_layernorm", "d_model", 3),
@@ -683,7 +689,7 @@ class Senders:
 SYSTEM_PROMPT = "You are an assistant."
 OPS_WITHOUT_DIRECTION = tuple(name for name, op in OPS.items() if op.source != "direction")
 METHODS = ("exact", "atp", "ig", "relp")  # how effects are found: measured, or from gradients
-TASK_NAMES = ("suppression", "refusal", "odd_one_out", "contrast")
+TASK_NAMES = ("suppression", "refusal", "odd_one_out", "contrast")  # those of TASKS
 FITS = ("difference", "logistic")  # how a direction is found
 GOALS = ("words", "top")  # what an attribution graph explains
 
@@ -1114,8 +1120,8 @@ def component_lists(options: Any) -> Iterator[tuple[str, ComponentList]]:
 
 RECORD_FORMAT = "run/2"
 
-# what each command may write, and what the page says below a figure; run.json, run.log and
-# circuit_report.html are of all commands
+# what each command writes (files of OPTION_OF_FILE where that option asks for them), and what the
+# page says below a figure; run.json, run.log and circuit_report.html are of all commands
 COMMAND_FILES: dict[str, dict[str, str]] = {
     "trace": {
         "circuit_results.csv": "",
@@ -2101,7 +2107,8 @@ class Task:
     foils: tuple[str, ...] = ()
 
     def build(self, count: int, rng: random.Random, count_tokens: CountTokens) -> list[Sample]:
-        """Built-in samples, numbered; `UsageError` where more are asked for than there are."""
+        """Built-in samples, numbered. Where more are asked for than there are: a warning and fewer, or
+        `UsageError` where fewer would not do."""
         samples = []
         for number, sample in enumerate(self.built_in(count, rng, count_tokens)):
             samples.append(replace(sample, sample_id=f"s{number:04d}"))
@@ -4912,7 +4919,7 @@ class RunFolder:
     def finish(self, **entries: Any) -> None:
         """Note that the command is done; its files of an earlier time that it did not write now are
         removed, but for graphs and for files that others may read."""
-        self.path_of(REPORT_FILE)
+        self.claim_path(REPORT_FILE)
         files = set(self.files)
         for name in self.command_record(self.command)["files"]:
             if name.startswith("graphs/") or name in KEPT_FILES:
@@ -4923,7 +4930,7 @@ class RunFolder:
 
     # -- files
 
-    def path_of(self, name: str) -> Path:
+    def claim_path(self, name: str) -> Path:
         """The path of a file that is about to be written; the record lists it from now on.
         `UsageError` where the file is there and not this script's."""
         if name not in self.files:
@@ -4934,7 +4941,7 @@ class RunFolder:
         return self.path / name
 
     def write_text(self, name: str, text: str) -> None:
-        write_text(self.path_of(name), text)
+        write_text(self.claim_path(name), text)
 
     def write_json(self, name: str, content: Any) -> None:
         self.write_text(name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -7729,7 +7736,7 @@ def write_sets(
     folder = experiment.folder
     if folder.leads:
         folder.write_table(f"{name}.csv", table)
-        draw_sets(table[table["quoted"]], title, folder.path_of(f"{name}.png"), random_label)
+        draw_sets(table[table["quoted"]], title, folder.claim_path(f"{name}.png"), random_label)
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -8215,9 +8222,9 @@ def write_screen(
     quality = report_screen(experiment.findings, table, options.estimator)
     folder.note_command(screen=quality)
     if folder.leads:
-        write_components(folder.path_of("circuit_screen.csv"), table)
+        write_components(folder.claim_path("circuit_screen.csv"), table)
         title = f"{len(table)} {options.kind}s of {options.task}, {options.op_text}"
-        path = folder.path_of("circuit_screen.png")
+        path = folder.claim_path("circuit_screen.png")
         draw_screen(table, options.estimator, title, path)
 
 
@@ -8414,7 +8421,7 @@ def write_results(
         if folder.read_part(name) != floor:
             folder.write_part(name, floor)
     if folder.leads:
-        write_components(folder.path_of("circuit_results.csv"), table)
+        write_components(folder.claim_path("circuit_results.csv"), table)
     return table, floor
 
 
@@ -8460,17 +8467,17 @@ def draw_effects(
     heads: pd.DataFrame, n_sentences: int, options: TraceOptions, folder: RunFolder
 ) -> None:
     """circuit_heads.csv and .png, circuit_summary.png and, where it is asked for, the heat map."""
-    write_components(folder.path_of("circuit_heads.csv"), heads)
+    write_components(folder.claim_path("circuit_heads.csv"), heads)
     qualifier = options.estimated.strip()
-    path = folder.path_of("circuit_summary.png")
+    path = folder.claim_path("circuit_summary.png")
     draw_summary(heads, options.top_k, qualifier, path)
     title = (
         f"{options.task}, {Path(options.model_id).name}, {options.op_text}\nmeans"
         f"{options.estimated}, 95 % intervals over {count_noun(n_sentences, 'sentence')}"
     )
-    draw_heads(heads, options.top_k, title, folder.path_of("circuit_heads.png"))
+    draw_heads(heads, options.top_k, title, folder.claim_path("circuit_heads.png"))
     if options.heatmap:
-        draw_heatmap(heads, qualifier, folder.path_of("circuit_heatmap.png"))
+        draw_heatmap(heads, qualifier, folder.claim_path("circuit_heatmap.png"))
 
 
 # -- confirmation on held-out sentences
@@ -8611,7 +8618,7 @@ def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
         tables.insert(0, before[~is_same])
     folder.write_table("circuit_joint.csv", pd.concat(tables, ignore_index=True))
     title = f"{experiment.task.name}: joint op {options.op_text}"
-    path = folder.path_of("circuit_joint.png")
+    path = folder.claim_path("circuit_joint.png")
     draw_sets(table[table["quoted"]], title, path, RANDOM_SETS)
 
 
@@ -8683,7 +8690,7 @@ def run_steering(
     report_steering(experiment, table)
     if experiment.folder.leads:
         experiment.folder.write_table("circuit_steer.csv", table)
-        draw_steering(table, experiment.task, experiment.folder.path_of("circuit_steer.png"))
+        draw_steering(table, experiment.task, experiment.folder.claim_path("circuit_steer.png"))
 
 
 def judge_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]:
@@ -8996,7 +9003,7 @@ def draw_paths(experiment: Experiment, table: pd.DataFrame, senders: Sequence[Co
     grid = grid.loc[[sender.label for sender in senders]][receivers]
     op_text = experiment.options.op_text
     title = f"What of {op_text} of a sender\nreaches delta_logit through a receiver"
-    path = experiment.folder.path_of("circuit_paths.png")
+    path = experiment.folder.claim_path("circuit_paths.png")
     draw_grid(grid, grid.notna(), "mean effect (nats)", title, path)
 
 
@@ -9159,7 +9166,7 @@ def draw_tokens(
         f"{experiment.task.name}, {count_noun(len(experiment.prompts), 'sample')};"
         " * differs between a and b"
     )
-    path = experiment.folder.path_of("circuit_tokens.png")
+    path = experiment.folder.claim_path("circuit_tokens.png")
     draw_grid(grid, grid.notna(), "mean effect on delta (nats)", title, path, max_ticks=80)
 
 
@@ -9218,8 +9225,8 @@ def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
         table = directions_table(data, probes, effect_rows(rows, samples), bases["b"])
         report_directions(experiment.findings, table)
         if experiment.folder.leads:
-            write_components(experiment.folder.path_of("circuit_directions.csv"), table)
-            write_components(experiment.folder.path_of("direction_effects.csv"), heads)
+            write_components(experiment.folder.claim_path("circuit_directions.csv"), table)
+            write_components(experiment.folder.claim_path("direction_effects.csv"), heads)
             if options.finds_directions:
                 write_directions(data)
     chosen = []
@@ -9707,7 +9714,7 @@ def write_directions(data: DirectionData) -> None:
     }
     tensors = {component.label: vector for component, vector in data.vectors.items()}
     content = save_tensors(tensors, metadata={"told": json.dumps(metadata)})
-    path = folder.path_of("directions.safetensors")
+    path = folder.claim_path("directions.safetensors")
     write_atomically(path, lambda draft: draft.write_bytes(content))
 
 
@@ -10549,7 +10556,7 @@ def write_graph(experiment: Experiment, prompt: Prompt, graph: Graph) -> None:
         f"{shorten(summary['goal'], 60)}: {summary['goal_value']:.2f}\n{experiment.task.name},"
         f" {model}, {describe_prompt(prompt)}\nblue adds, red takes away"
     )
-    draw_graph(graph, title, folder.path_of("circuit_graph.png"))
+    draw_graph(graph, title, folder.claim_path("circuit_graph.png"))
     log.info(
         "to look at it: circuit-tracer start-server --graph_file_dir %s --port 8032",
         folder.path / "graphs",
@@ -10585,7 +10592,7 @@ def write_viewer(graph: Graph, metadata: dict[str, Any], name: str, folder: RunF
         "schema_version": 1,
     }
     view = {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": "", "sg_pos": ""}
-    path = folder.path_of(name)
+    path = folder.claim_path(name)
     path.parent.mkdir(exist_ok=True)
     content = {
         "metadata": metadata,
@@ -11481,7 +11488,7 @@ def run_redraw(options: RedrawOptions) -> None:
         if not is_in_place:
             begin_redrawn_run(folder, run, trace_options)
         redraw_effects(run, trace_options, findings, folder)
-        folder.path_of(REPORT_FILE)
+        folder.claim_path(REPORT_FILE)
         if not is_in_place:
             folder.finish(findings=findings.entries)
         write_page(folder.path)
@@ -11565,8 +11572,8 @@ def run_compare(options: CompareOptions) -> None:
         folder.note_command(options=command_settings(options), finished=False)
         if tables:
             table = pd.concat(tables, ignore_index=True)
-            write_components(folder.path_of("circuit_compare.csv"), table)
-            draw_growth(table, options.top_k, folder.path_of("circuit_compare.png"))
+            write_components(folder.claim_path("circuit_compare.csv"), table)
+            draw_growth(table, options.top_k, folder.claim_path("circuit_compare.png"))
         folder.finish(findings=findings.entries)
         write_page(folder.path)
     log.info("compared in %s", folder.path)

@@ -28,6 +28,7 @@ CASES: dict[str, tuple[str, str]] = {
     "with controls": ("llama", "--op patch --controls --layers 1"),
     "whole attention": ("llama", "--kind attn --op patch"),
     "whole MLPs": ("llama", "--kind mlp --op patch"),
+    "value heads": ("llama", "--kind value --op patch --layers 0-1"),
     "the residual stream": ("llama", "--kind resid --op patch"),
     "neurons": ("llama", "--kind neuron --neurons 0-5 --op patch --layers 0,2"),
     "beside components that are gone": ("llama", "--op patch --given L0H1,L1mlp --layers 1-2"),

@@ -979,7 +979,7 @@ def test_a_file_is_listed_before_it_is_there_and_not_where_it_never_came(tmp_pat
         folder = tracing.RunFolder(tmp_path, command="joint")
         with folder.open():
             assert "circuit_steer.csv" not in folder.written_files()
-            path = folder.path_of("circuit_steer.csv")
+            path = folder.claim_path("circuit_steer.csv")
             assert "circuit_steer.csv" in listed() and not path.exists()
     with tracing.RunFolder(tmp_path, command="joint").open():
         path.write_text("the user's")
@@ -993,7 +993,7 @@ def test_a_file_is_listed_before_it_is_there_and_not_where_it_never_came(tmp_pat
         (tmp_path / "circuit_joint.csv").write_text("the user's")
         late = tracing.RunFolder(tmp_path, command="joint")
         late.record = record_of(tmp_path)
-        late.path_of("circuit_joint.csv")
+        late.claim_path("circuit_joint.csv")
 
 
 def as_of_the_version_before(folder: Path) -> None:

@@ -381,3 +381,7 @@ def test_a_reply_shows_the_behaviour_of_a_task_or_answers_what_prompt_b_asks() -
     for name, sample, reply, shows, answers in cases:
         task = TASKS[name]
         assert (task.shows(sample, reply), task.answers(sample, reply)) == (shows, answers)
+
+
+def test_the_options_know_the_tasks_that_there_are() -> None:
+    assert tracing.TASK_NAMES == tuple(tracing.TASKS)

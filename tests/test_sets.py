@@ -101,7 +101,7 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
         monkeypatch.setattr(tracing, name, function)
     monkeypatch.setattr(experiment.folder, "write_table", lambda *_: None)
     monkeypatch.setattr(tracing, "draw_sets", lambda *_: None)
-    monkeypatch.setattr(experiment.folder, "path_of", lambda name: Path(name))
+    monkeypatch.setattr(experiment.folder, "claim_path", lambda name: Path(name))
     tracing.confirm_circuit(experiment, table)
     assert (quoted, sides) == (["a - b"], ["b"])
 
