@@ -1689,7 +1689,34 @@ def complete_request(command: str, given: dict[str, Any]) -> Request:
     options = options_type(**inherited | given)
     for sentence in usage_errors(options):
         raise UsageError(sentence)
+    check_layers_early(options)
     return Request(command, options, origins)
+
+
+def check_layers_early(options: Any) -> None:
+    """`UsageError` where --layers or --heads names what a local model's config does not have: the
+    same sentence as from the model's shape, without the seconds that the libraries take to load."""
+    if not isinstance(options, MeasuringOptions):
+        return
+    config_path = Path(options.model_id).expanduser() / "config.json"
+    config = json_field(config_path, "text_config")
+    for name, size_name in {"layers": "num_hidden_layers", "heads": "num_attention_heads"}.items():
+        size = json_field(config_path, size_name)
+        if isinstance(config, dict):
+            size = config.get(size_name, size)
+        ranges = getattr(options, name, None)
+        if ranges is not None and isinstance(size, int):
+            ranges.indices(size, name)
+
+
+def json_field(path: Path, name: str) -> Any:
+    """A field of a JSON file; None where there is none, or no such file: the library tells of that
+    when it loads the model."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content.get(name) if isinstance(content, dict) else None
 
 
 def end_when_stopped(end: Callable[[int], Any]) -> None:
@@ -3459,6 +3486,15 @@ def choose_dtype(options: ModelOptions) -> torch.dtype:
             including_emulation=False
         )
     return torch.bfloat16 if use_bfloat16 else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies matrices in bfloat16 by instructions of its own."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        is_supported = getattr(torch.cpu, name, None)  # private, and not in every torch
+        if is_supported is not None and is_supported():
+            return True
+    return False
 
 
 def why_unusable(device: Any) -> str:
@@ -5664,13 +5700,46 @@ def compute_parts(experiment: Experiment, jobs: Sequence[PartJob], description: 
     costliest_first = sorted((job for job in jobs if job.name in names), key=lambda job: -job.cost)
     dealt = costliest_first[processes.rank :: processes.count]
     total = sum(job.n_rows for job in dealt)
-    is_quiet = None if folder.leads else True  # None: quiet where there is no terminal
-    with tqdm(total=total, unit="row", desc=description, disable=is_quiet) as bar:
+    with progress_bar(total, description, folder.leads) as bar:
         for job in sorted(dealt, key=lambda job: (job.tree, job.name)):
             folder.write_part(job.name, job.compute(bar))
             experiment.note_halving()
             names.discard(job.name)
     wait_for_parts(folder, names)
+
+
+class LogStream:
+    """A file whose lines go to the log."""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line:
+            log.info("%s", line)
+
+    def flush(self) -> None:
+        pass
+
+
+SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal to show a bar
+
+
+def progress_bar(total: int, description: str, speaks: bool) -> tqdm[Any]:
+    """A bar of edited runs on a terminal; elsewhere a line of the log now and then, the first after
+    as long."""
+    if not speaks:
+        return tqdm(disable=True)
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit="row", desc=description)
+    return tqdm(
+        total=total,
+        desc=description,
+        file=LogStream(),
+        leave=False,
+        delay=SECONDS_BETWEEN_LINES,
+        mininterval=SECONDS_BETWEEN_LINES,
+        maxinterval=SECONDS_BETWEEN_LINES,
+        bar_format="{desc}: {n_fmt} of {total_fmt} rows, {elapsed} so far, {remaining} left",
+    )
 
 
 def wait_for_parts(folder: RunFolder, names: set[str]) -> None:
@@ -5959,9 +6028,14 @@ def prepare(options: MeasuringOptions, folder: RunFolder, processes: Processes) 
     shape = read_shape(options)
     if options.bf16 is None and shape.dtype == torch.float32:
         gigabytes = 4 * shape.n_parameters / 1e9
+        remedy = ""
+        if cpu_has_bfloat16():
+            remedy = (
+                "; this CPU has bfloat16 too: --bf16 is faster, and rounds effects to hundredths"
+            )
         log.warning(
             f"no GPU with native bfloat16: float32 weights, {gigabytes:.3g} GB here;"
-            " an 8B model needs 32 GB"
+            f" an 8B model needs 32 GB{remedy}"
         )
     check_components(options, shape)
     encoder = load_encoder(options, shape)
@@ -6172,16 +6246,6 @@ def sha256_of(file: Path) -> str:
         while block := source.read(1 << 24):
             sha.update(block)
     return sha.hexdigest()
-
-
-def json_field(path: Path, name: str) -> Any:
-    """A field of a JSON file; None where there is none, or no such file: the library tells of that
-    when it loads the model."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return content.get(name) if isinstance(content, dict) else None
 
 
 def named_weights(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -652,3 +653,61 @@ def test_the_log_begins_with_what_was_taken_from_the_folder(
     assert experiment.endswith(f"--num_samples 2 from the experiment in {folder}")
     assert experiment.startswith(f"--model_id {llama}, ")
     assert edit == f"--op mean from the trace in {folder}"
+
+
+@pytest.mark.parametrize("words", [["--layers", "7"], ["--heads", "0,9"]], ids=" ".join)
+def test_layers_and_heads_of_a_local_model_are_checked_before_the_libraries_are_loaded(
+    words: list[str], script: Callable[..., Any], tiny_llama: str, tmp_path: Path
+) -> None:
+    """A model that is no folder here, or says nothing of its size, is left to the libraries."""
+    blocked = tmp_path / "torch.py"
+    blocked.write_text("raise SystemExit('torch was loaded')")
+    done = script("--model_id", tiny_llama, *words, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {' '.join(words)}: this model has ".replace("0,9", "9"))
+    (tmp_path / "config.json").write_text("{}")
+    options = tracing.parse_command_line(["--model_id", str(tmp_path), *words]).options
+    assert options.model_id == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--multipliers", "-1,0"], ["--multipliers=-1,0"]),
+        (["--factor", "-1e-3", "--op", "scale"], ["--factor=-1e-3", "--op", "scale"]),
+        (["joint", "L0H1", "--factor=-2"], ["joint", "L0H1", "--factor=-2"]),
+        (["--no_bf16", "-h"], ["--no_bf16", "-h"]),
+    ],
+)
+def test_a_value_that_begins_with_a_minus_is_no_option(
+    words: list[str], expected: list[str]
+) -> None:
+    assert tracing.join_negative_values(words) == expected
+
+
+def test_negative_multipliers_are_numbers(tmp_path: Path) -> None:
+    words = ["joint", "L0H1", "--model_id", "m", "--output_dir", str(tmp_path)]
+    words += ["--max_new_tokens", "1", "--multipliers", "-1,0.5"]
+    assert tracing.parse_command_line(words).options.multipliers == (-1.0, 0.5)
+
+
+def test_an_op_that_is_said_again_keeps_what_goes_with_it(tmp_path: Path) -> None:
+    """Another op does not."""
+    recorded = {"op": "patch", "patch_into": "b"}
+    sources = {"the trace": recorded}
+    for given, values in (
+        ({}, recorded),
+        ({"op": "patch"}, {"patch_into": "b"}),
+        ({"op": "mean"}, {}),
+    ):
+        found = tracing.inherited_values(tracing.JointOptions, given, sources)[0]
+        assert found == values
+
+
+def test_components_that_are_zeroed_in_every_run_are_no_joint_set(answer: Answer) -> None:
+    words = ["joint", "L0H1,L1H0", "--model_id", "m", "--given", "L0H1"]
+    refuses(answer, *words, says=["L0H1: --given zeroes these in every run"])
+
+
+def test_neurons_are_no_senders_by_name_either(answer: Answer) -> None:
+    refuses(answer, "paths", "--model_id", "m", "--senders", "L0N3", says=["not from neurons"])

@@ -384,4 +384,4 @@ def test_a_reply_shows_the_behaviour_of_a_task_or_answers_what_prompt_b_asks() -
 
 
 def test_the_options_know_the_tasks_that_there_are() -> None:
-    assert tracing.TASK_NAMES == tuple(tracing.TASKS)
+    assert tuple(tracing.TASKS) == tracing.TASK_NAMES
