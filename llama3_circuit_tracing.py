@@ -5337,11 +5337,18 @@ class Check(NamedTuple):
         return self.error <= self.bound  # a NaN does not pass
 
 
-@torch.inference_mode()
 def self_test(experiment: Experiment) -> list[Check]:
     """Check the loaded model through the context managers of the sweep, on a tree of the two
     shortest samples; `RunError` if a check fails."""
-    traced = experiment.traced
+    traced = experiment.traced  # loaded here if it is not yet: gradients are taken of its weights
+    with torch.inference_mode():
+        checks = check_all(experiment, traced)
+    report_checks(checks)
+    return checks
+
+
+def check_all(experiment: Experiment, traced: TracedModel) -> list[Check]:
+    """The results of all checks."""
     checks: list[Check] = []
     if getattr(experiment.options, "attentions", False):
         # first: the library leaves hooks of its own behind when it returns attentions
@@ -5357,7 +5364,6 @@ def self_test(experiment: Experiment) -> list[Check]:
     checks += check_tree(traced, clean_run)
     n_left_behind = count_hooks(traced) - n_hooks
     checks.append(Check("hooks and replaced forwards left behind", n_left_behind, 0))
-    report_checks(checks)
     return checks
 
 
@@ -5404,7 +5410,7 @@ def count_hooks(traced: TracedModel) -> int:
 
 def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest difference between elements of two tensors."""
-    differences = actual.double().cpu() - expected.double().cpu()
+    differences = actual.cpu().double() - expected.cpu().double()
     return float(differences.abs().max())
 
 
