@@ -1748,6 +1748,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -3887,6 +3888,21 @@ def scaled_edits(components: Iterable[Component], shape: ModelShape, factor: flo
     return tuple(Edit(site, columns[site], factor) for site in columns)
 
 
+DEVICE_COPIES = WeakTensorKeyDictionary()  # by tensor, its copies by device
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A mask or some indices of a tree on a device. A copy is kept as long as the tensor, so that
+    each is copied once and not for each edit."""
+    if tensor.device == device:
+        return tensor
+    copies = DEVICE_COPIES.setdefault(tensor, {})
+    if device not in copies:
+        copies[device] = tensor.to(device)
+    copy: Tensor = copies[device]
+    return copy
+
+
 def widen(x: Tensor) -> Tensor:
     """x in the dtype that edits are computed in: float64, but float32 on an accelerator."""
     is_accelerator = x.device.type != "cpu"
@@ -3912,7 +3928,7 @@ def displacement(edit: Edit, x: Tensor) -> Tensor:
         reads, writes = edit.along.to(moved)
         moved = (moved @ reads)[..., None] * writes
     if edit.where is not None:
-        is_edited = edit.where.to(x.device)[:, None]  # [tok, 1]
+        is_edited = on_device(edit.where, x.device)[:, None]  # [tok, 1]
         moved = moved * is_edited
     return moved
 
@@ -3928,7 +3944,7 @@ def edited_columns(edit: Edit, x: Tensor) -> Tensor:
     value = new_value(edit, columns).to(x.dtype)
     if edit.where is None:
         return value
-    is_edited = edit.where.to(x.device)[:, None]  # [tok, 1]
+    is_edited = on_device(edit.where, x.device)[:, None]  # [tok, 1]
     return torch.where(is_edited, value, columns)
 
 
@@ -4132,7 +4148,9 @@ def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[No
 
 def gathering(module: nn.Module, nodes: Tensor) -> RemovableHandle:
     """Give a module that works token by token the states of some nodes only; a context manager."""
-    return hook_activation(module, "input", lambda states: states[:, nodes])
+    return hook_activation(
+        module, "input", lambda states: states[:, on_device(nodes, states.device)]
+    )
 
 
 def needs_all_nodes(path: str, sites: Iterable[Site]) -> bool:
@@ -4164,7 +4182,7 @@ def last_block_at_scored(traced: TracedModel, tree: Tree, rows: Sequence[Edits])
     def scatter(output: Tensor) -> Tensor:
         n_rows, _, width = output.shape
         spread = output.new_zeros(n_rows, tree.n_tokens, width)
-        return spread.index_copy(1, tree.scored.to(output.device), output)
+        return spread.index_copy(1, on_device(tree.scored, output.device), output)
 
     with contextlib.ExitStack() as stack:
         for path in paths:
@@ -4200,8 +4218,8 @@ def entry_log_probs(hidden: Tensor, weight: Tensor, tree: Tree) -> Tensor:
     log_sum = states.new_full([len(states)], -math.inf, dtype=torch.float32)
     for block_logits in unembed(states, weight):
         log_sum = torch.logaddexp(log_sum, block_logits.logsumexp(-1))
-    node = tree.entry_node.to(weight.device)
-    token = tree.entry_token.to(weight.device)
+    node = on_device(tree.entry_node, weight.device)
+    token = on_device(tree.entry_token, weight.device)
     entry_states = hidden[:, node].float()  # [row, entry, d_model]
     entry_logits = (entry_states * weight[token].float()).sum(-1)
     entry_log_sums = log_sum.view(hidden.shape[:2])[:, node]
@@ -4249,7 +4267,7 @@ class KeyValueProvider(KeyValueRecorder):
         return self.put_before(clean_keys, keys), self.put_before(clean_values, values)
 
     def put_before(self, clean: Tensor, own: Tensor) -> Tensor:
-        others = clean[:, :, self.other_nodes.to(clean.device)]
+        others = clean[:, :, on_device(self.other_nodes, clean.device)]
         return torch.cat([others.expand(len(own), -1, -1, -1), own], dim=2)
 
 
@@ -4387,7 +4405,8 @@ def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]
     is_reached = torch.isin(clean_run.tree.scored, nodes)
     if not is_reached.any():
         return states
-    rows = [narrow_edits(edits, nodes) for edits in rows]
+    masks: dict[int, Tensor] = {}
+    rows = [narrow_edits(edits, nodes, masks) for edits in rows]
     narrow_run = narrow_clean_run(clean_run, nodes, first_layer)
     reached_states = run_from_layer(traced, narrow_run, rows, first_layer)
     places = is_reached.nonzero()[:, 0].to(states.device)
@@ -4411,7 +4430,8 @@ def run_from_layer(
             with gathering(traced.unembedding, tree.scored):
                 states = traced.model(**clean_run.model_inputs).logits
         else:
-            states = traced.body(**clean_run.model_inputs).last_hidden_state[:, tree.scored]
+            last_states = traced.body(**clean_run.model_inputs).last_hidden_state
+            states = last_states[:, on_device(tree.scored, last_states.device)]
     return states.expand(len(rows), -1, -1)
 
 
@@ -4434,20 +4454,23 @@ def reached_nodes(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits
     return None if is_reached.all() else is_reached.nonzero()[:, 0]
 
 
-def narrow_edits(edits: Edits, nodes: Tensor) -> Edits:
-    """The edits of a row in a run of some nodes only."""
-    return tuple(narrow_edit(edit, nodes) for edit in edits)
+def narrow_edits(edits: Edits, nodes: Tensor, masks: dict[int, Tensor]) -> Edits:
+    """The edits of a row in a run of some nodes only. `masks` keeps what becomes of each mask of
+    edited tokens, which many edits share, by its id."""
+    return tuple(narrow_edit(edit, nodes, masks) for edit in edits)
 
 
-def narrow_edit(edit: Edit, nodes: Tensor) -> Edit:
+def narrow_edit(edit: Edit, nodes: Tensor, masks: dict[int, Tensor]) -> Edit:
     def at_nodes(value: Any) -> Any:
         if isinstance(value, Tensor) and value.ndim == 2:  # [tok, column]
-            return value[nodes.to(value.device)]
+            return value[on_device(nodes, value.device)]
         return value
 
     where = edit.where
     if where is not None:
-        where = where[nodes.to(where.device)]
+        if id(where) not in masks:
+            masks[id(where)] = where[on_device(nodes, where.device)]
+        where = masks[id(where)]
     return replace(edit, factor=at_nodes(edit.factor), source=at_nodes(edit.source), where=where)
 
 
@@ -4486,7 +4509,7 @@ def stream_at(residual: Any, nodes: Tensor) -> Any:
     """A residual stream at some nodes, in the form that a block returns it."""
     if isinstance(residual, tuple):
         return (stream_at(residual[0], nodes),)
-    return residual[:, nodes.to(residual.device)]
+    return residual[:, on_device(nodes, residual.device)]
 
 
 # reads numbers [row, ...] off final states of edited runs
@@ -4807,7 +4830,7 @@ class RunFolder:
             self.discard_drafts()
             self.record |= entries
             before = self.command_record(self.command)
-            for name in ("files", "parts_to_replace"):
+            for name in ("files", "parts_to_replace", "run"):
                 if name in before:
                     command_entries[name] = before[name]
             self.record["commands"][self.command] = command_entries
@@ -5314,7 +5337,8 @@ class Experiment(Generic[OptionsT]):
             return self.mean_activation(site.place)[site][columns]
         if source == "partner":
             assert clean_run is not None
-            return clean_run.activations[site][:, columns][clean_run.tree.partner]
+            activation = clean_run.activations[site][:, columns]
+            return activation[on_device(clean_run.tree.partner, activation.device)]
         return 0.0
 
 
@@ -9050,7 +9074,7 @@ def at_all_nodes(clean_run: CleanRun, site: Site, recorded: Tensor, nodes: Tenso
     if nodes is None:
         return recorded
     clean = clean_run.activations[site].expand(len(recorded), -1, -1)
-    return clean.index_copy(1, nodes.to(clean.device), recorded)
+    return clean.index_copy(1, on_device(nodes, clean.device), recorded)
 
 
 def report_paths(experiment: Experiment, table: pd.DataFrame) -> None:

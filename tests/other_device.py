@@ -54,6 +54,7 @@ class Accelerators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.n_operations = 0
+        self.n_copies = 0  # of tensors from the CPU
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -64,6 +65,7 @@ class Accelerators(TorchDispatchMode):
         if not elsewhere and all(target.type == "cpu" for target in targets):
             return func(*args, **kwargs)
         self.n_operations += 1
+        self.n_copies += not elsewhere and bool(tensors)
         check_devices(func, tensors, elsewhere)
         device = targets[0] if targets else elsewhere[0].device
         wrappers = {id(x.here): x for x in elsewhere}

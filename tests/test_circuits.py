@@ -347,7 +347,7 @@ def test_a_circuit_of_another_model_is_refused_and_the_folder_stays(
     words = [*OPTIONS[name], str(other), "--model_id", model, "--output_dir", str(folder)]
     words += ["--num_samples", "6", "--controls"]
     for more in ([], ["--overwrite"]):
-        label = "" if name == "names" else f"{name} "
+        label = "" if name == "names" else f"--{name} "
         says = [f"error: {label}{other} is of model 0123456789abcdef, not {model_identity(folder)}"]
         refuses(answer, *words, *more, says=says)
     assert files() == before
@@ -733,3 +733,40 @@ def test_joint_needs_names_or_the_circuit_of_a_folder(
 ) -> None:
     says = ["joint needs NAMES, or a circuit.json in " if words else "holds no experiment"]
     refuses(answer, "joint", "--output_dir", str(tmp_path), *words, says=says)
+
+
+# ----- the table of joint
+
+
+def test_the_table_keeps_a_block_for_each_set_op_positions_and_given(
+    llama: str, tmp_path: Path
+) -> None:
+    """The same again replaces its own, and leaves the others to the last digit."""
+
+    def lines(*words: str) -> list[str]:
+        finish(llama, tmp_path, "joint", "L0H1", "--num_samples", "2", "--num_random", "1", *words)
+        return (tmp_path / "circuit_joint.csv").read_text().splitlines()[1:]
+
+    last = lines("--positions", "last")
+    both = lines()
+    assert both[: len(last)] == last and len(both) == 2 * len(last)
+    three = lines("--given", "L2H0")
+    assert three[: len(both)] == both and len(three) == 3 * len(last)
+    assert lines("--positions", "last") == [*three[len(last) :], *last]
+    edit = ["named", "op", "positions", "given"]
+    table = read(tmp_path, "circuit_joint.csv").fillna({"given": ""})
+    assert list(table)[:4] == edit
+    assert table[edit].drop_duplicates().to_numpy().tolist() == [
+        ["L0H1", "zero", "all", ""],
+        ["L0H1", "zero", "all", "L2H0"],
+        ["L0H1", "zero", "last", ""],
+    ]
+
+
+def test_shares_of_a_base_without_an_interval_are_warned_of(llama: str, tmp_path: Path) -> None:
+    """That of one sentence has none."""
+    flags = ["--num_samples", "1", "--num_random", "1"]
+    folder = finish(llama, tmp_path, "joint", "L0H1", *flags)
+    findings = record_of(folder)["commands"]["joint"]["findings"]
+    warned = [entry["text"] for entry in findings if entry["level"] == "warning"]
+    assert [text for text in warned if text.endswith("or it has none: shares of it say nothing")]

@@ -180,6 +180,18 @@ def test_sentences_without_a_chat_are_patched_as_by_plain_hooks(
     assert table["head_effect"].abs().max() > 100 * CLOSE
 
 
+def test_a_word_of_other_tokens_after_prompt_a_than_after_b_is_not_patched(
+    tiny_llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    """As behind a line end; the last tokens of the prompts alone can be aligned."""
+    sample = {"prompt_a": "Now name it\n", "prompt_b": "Now name it!", "sample_id": "line end"}
+    path = write_samples(tmp_path / "s.jsonl", {**sample, "targets": ["apple"], "foils": ["dog"]})
+    argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    argv += [*CONTRAST, path, "--no_chat", "--op", "patch"]
+    refuses(answer, *argv, says=["(line end): 'dog' has ", "so that no patch aligns them"])
+    assert answer(*argv, "--positions", "last")[0] == 0
+
+
 def test_a_text_without_a_chat_is_the_bos_the_text_and_the_stem(tiny_llama: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     sample = Sample("s", *IOI, ("Mary", "apple"), ("John",))

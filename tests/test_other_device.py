@@ -15,6 +15,7 @@ import torch
 
 import llama3_circuit_tracing as tracing
 import other_device
+from by_hand import prepared
 from conftest import finish, read, write_samples
 from other_device import FIRST, SECOND, Elsewhere
 
@@ -80,6 +81,23 @@ def test_an_accelerator_gives_the_tables_of_the_cpu(
         differences = np.abs((read(found, table)[list(columns)] - columns).to_numpy(float))
         bound = 0.1 if "--bf16" in words else CLOSE
         assert np.nanmax(differences, initial=0.0) < bound, table
+
+
+def test_masks_and_indices_are_copied_once_and_not_for_each_edit(llama: str) -> None:
+    experiment = prepared(llama, "--op", "mean", "--positions", "last")
+    model = tracing.load_model(experiment.options, experiment.shape)
+    tree = experiment.trees[0]
+    n_copies = []
+    with other_device.accelerators() as mode:
+        experiment.traced = tracing.TracedModel(other_device.place(model), experiment.shape, 8)
+        clean_run = experiment.clean_run(tree, [0])
+        for n_rows in (1, 4):
+            heads = [tracing.Component(0, "head", index) for index in range(n_rows)]
+            rows = [experiment.edits(clean_run, [head]) for head in heads]
+            before = mode.n_copies
+            tracing.run_rows(experiment.traced, clean_run, rows)
+            n_copies.append(mode.n_copies - before)
+    assert 0 < n_copies[1] <= n_copies[0] < 20
 
 
 # ----- that such a device is as strict as a real one

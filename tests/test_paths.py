@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -339,6 +340,17 @@ def test_what_is_no_path_is_refused_before_weights_are_loaded(
 ) -> None:
     argv = command_line(llama, tmp_path, "paths", *FOUR, *words.split())
     refuses(answer, *argv, says=[REFUSED[words]])
+
+
+@pytest.mark.parametrize("words", ["--senders", "--layers 0 --through"])
+@pytest.mark.usefixtures("no_weights")
+def test_a_circuit_of_another_model_neither_sends_nor_receives(
+    words: str, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    file, option = tmp_path / "circuit.json", words.split()[-1]
+    file.write_text(json.dumps({"model": "another", "components": [{"label": "L1H1"}]}))
+    argv = command_line(llama, tmp_path / "run", "paths", *FOUR, *words.split(), str(file))
+    refuses(answer, *argv, says=[f"{option} {file} is of model another, not "])
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 import llama3_circuit_tracing as tracing
 from by_hand import results
-from conftest import ROOT, Answer, finish, read, record_of, refuses
+from conftest import ROOT, Answer, command_line, finish, read, record_of, refuses
 from llama3_circuit_tracing import TraceOptions
 
 pytestmark = pytest.mark.usefixtures("coarse_figures")
@@ -261,18 +261,40 @@ def test_anything_but_a_run_folder_needs_a_folder_to_be_drawn_in(
     assert set(record_of(source.parent)["commands"]) == {"redraw"}
 
 
-@pytest.mark.parametrize("spoilt", ["record", "noise floor", "another run", "a file"])
+def test_nothing_is_measured_in_a_folder_of_redrawn_results(
+    llama: str, tmp_path: Path, answer: Answer, no_weights: None
+) -> None:
+    source, folder = write_run(tmp_path / "run"), tmp_path / "redrawn"
+    assert tracing.main(["redraw", str(source), "--output_dir", str(folder)]) == 0
+    before = {name: text for name, text in files_in(folder).items() if name != "run.json"}
+    argv = command_line(llama, folder, "--num_samples", "2")
+    for more in ([], ["--overwrite"]):
+        refuses(answer, *argv, *more, says=[f"{folder} holds redrawn results"])
+    refuses(answer, "joint", "L0H1", "--output_dir", str(folder), says=["holds no experiment"])
+    after = files_in(folder)
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("text", ["[]", '{"noise_floor": "low", "fingerprint": {}}'])
+def test_a_csv_is_redrawn_beside_another_programs_record_and_a_folder_with_it_is_not(
+    text: str, tmp_path: Path, answer: Answer, redraw: Redraw
+) -> None:
+    source = write_run(tmp_path / "run")
+    record = source.with_name("run.json")
+    record.write_text(text)
+    redraw(source, tmp_path / "new")
+    argv = ["redraw", str(source.parent), "--output_dir", str(tmp_path / "other")]
+    refuses(answer, *argv, says=[f"{record} is not a record of this script"])
+    assert record.read_text() == text
+
+
+@pytest.mark.parametrize("spoilt", ["another run", "a file"])
 def test_what_redrawing_cannot_use_is_refused_by_name(
     spoilt: str, tmp_path: Path, answer: Answer, llama: str
 ) -> None:
     source, other = write_run(tmp_path / "one"), tmp_path / "other"
     other.mkdir()
-    culprit = source.with_name("run.json")
-    if spoilt == "record":
-        culprit.write_text("[]")
-    elif spoilt == "noise floor":
-        culprit.write_text(json.dumps({"noise_floor": "low", "fingerprint": {}}))
-    elif spoilt == "another run":
+    if spoilt == "another run":
         finish(llama, other, "--num_samples", "2", "--layers", "0")
         culprit = other
     else:

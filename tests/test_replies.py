@@ -270,6 +270,16 @@ def test_the_circuit_of_a_folder_answers_the_held_out_samples_alone(
     assert len(expected) == 2
 
 
+def test_a_named_set_without_replies_has_no_rates_of_the_set_before(
+    llama: str, tmp_path: Path
+) -> None:
+    flags = ["--num_samples", "2", "--num_random", "1"]
+    finish(llama, tmp_path, "joint", "L0H1", *flags, "--max_new_tokens", "1")
+    assert rates_of(tmp_path, "joint")
+    finish(llama, tmp_path, "joint", "L1H2", *flags)
+    assert "behaviour" not in record_of(tmp_path)["commands"]["joint"]
+
+
 @pytest.mark.parametrize("flags", ["--op patch", "--positions last"])
 def test_a_named_set_that_applies_at_some_tokens_is_warned_of(
     flags: str, llama: str, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -564,8 +565,9 @@ def test_two_processes_give_the_same_and_survive_a_death(
 def test_two_processes_give_every_commands_tables_byte_for_byte(
     llama: str, samples: str, all_commands: Path, tmp_path: Path
 ) -> None:
-    """Each command of one launch of two processes, in the same folder."""
-    for name, line in COMMANDS.items():
+    """Each command of one launch of two processes, in the same folder; the graph a second time,
+    when its files are there."""
+    for name, line in [*COMMANDS.items(), ("graph", COMMANDS["graph"])]:
         words = command_line(llama, tmp_path, *line.split(), "--samples", samples)
         done = subprocess.run(
             [sys.executable, *TWO_PROCESSES, str(SCRIPT), *words],
@@ -681,6 +683,20 @@ def test_going_on_with_overwrite_keeps_the_rows_per_forward(
     assert max(counts) == 8
 
 
+def test_a_follow_up_with_other_rows_per_forward_changes_only_itself(
+    llama: str, begun: Path
+) -> None:
+    """The trace goes on with its own, and has all that it measured, unless it starts afresh."""
+    rows = record_of(begun)["rows_by_edit"]
+    finish(llama, begun, "joint", "L0H1", "--num_random", "1", "--rows_per_forward", "1")
+    before = {path: path.stat().st_mtime_ns for path in parts(begun)}
+    finish(llama, begun, *FIRST_LAYER)
+    assert {path: path.stat().st_mtime_ns for path in parts(begun)} == before
+    assert record_of(begun)["rows_by_edit"] == rows
+    finish(llama, begun, *FIRST_LAYER, "--overwrite", "--rows_per_forward", "3")
+    assert record_of(begun)["rows_by_edit"] == dict.fromkeys(rows, 3)
+
+
 # ----- memory and disk
 
 
@@ -720,6 +736,23 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_loses_nothing(
     assert len(parts(tmp_path)) == 3
     assert answer(*command)[0] == 0
     assert largest_difference(read(tmp_path), naive_results(llama)) < EQUAL
+
+
+# ----- progress
+
+
+@pytest.mark.parametrize("seconds", [None, 0], ids=["short", "long"])
+def test_without_a_terminal_progress_is_a_line_of_the_log_now_and_then(
+    seconds: int | None, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    if seconds is not None:
+        monkeypatch.setattr(tracing, "SECONDS_BETWEEN_LINES", seconds)
+    finish(llama, tmp_path, *FIRST_LAYER, "--rows_per_forward", "4")
+    log = (tmp_path / "run.log").read_text()
+    told = re.findall(r"^sweep: (\d+) of 16 rows, \d\d:\d\d so far, \S+ left$", log, re.MULTILINE)
+    assert told == ([] if seconds is None else ["0", "4", "8", "12", "16"])
+    assert (" so far, " in log) == (seconds is not None)
 
 
 # ----- what else may be found in a folder
@@ -843,6 +876,22 @@ def test_weights_offloaded_to_disk_lie_in_the_run_folder_while_it_works(
     monkeypatch.setattr(tracing, "load_model", watch)
     finish(llama, tmp_path, *FIRST_LAYER)
     assert seen == [tmp_path / ".parts"]
+
+
+def test_check_has_no_folder_for_offloaded_weights_even_where_a_run_is(
+    llama: str, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps no other command out, which would take what lies there for a dead one's."""
+    seen: list[Any] = []
+    load_model = tracing.load_model
+
+    def watch(*arguments: Any) -> Any:
+        seen.append(arguments[3])
+        return load_model(*arguments)
+
+    monkeypatch.setattr(tracing, "load_model", watch)
+    finish(llama, begun, "check", *TWO)
+    assert seen == [None]
 
 
 def test_a_full_disk_names_the_file(
@@ -1089,6 +1138,17 @@ def test_a_trace_that_measured_nothing_leaves_the_folder_to_a_trace_with_another
     finish(llama, tmp_path, "paths", *FIRST_LAYER, "--op", "zero")
     finish(llama, tmp_path, *FIRST_LAYER)
     refuses(answer, *argv, "--op", "mean", says=["--op zero, not mean"])
+
+
+def test_a_command_that_measured_nothing_is_not_recorded_once_another_has_run(
+    llama: str, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracing, "load_model", lambda *_: sys.exit(143))
+        assert tracing.main(command_line(llama, tmp_path, *FIRST_LAYER)) == 143
+    assert set(record_of(tmp_path)["commands"]) == {"trace"}
+    finish(llama, tmp_path, "paths", *FIRST_LAYER)
+    assert set(record_of(tmp_path)["commands"]) == {"paths"}
 
 
 def test_a_follow_up_of_a_run_that_measured_nothing_needs_a_model(

@@ -16,7 +16,7 @@ import torch
 
 import llama3_circuit_tracing as tracing
 from by_hand import halves, prepared, q_values
-from conftest import Answer, finish, read, record_of, refuses
+from conftest import Answer, command_line, finish, read, record_of, refuses
 from llama3_circuit_tracing import Component
 
 RESULTS, HEADS, SCREEN = (f"circuit_{name}.csv" for name in ("results", "heads", "screen"))
@@ -251,6 +251,15 @@ def test_skipped_components_are_neither_best_nor_drawn(llama: str) -> None:
     bench = with_estimates(llama, f"{flags} --skip {first.label},{second.label}")
     assert chosen(bench, "top") == rest
     assert not {first, second} & {*chosen(bench, "random")}
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_screen_of_skipped_components_alone_is_refused(
+    llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    words = "--screen 1 --layers 0 --heads 0 --skip L0H0"
+    argv = command_line(llama, tmp_path, "--num_samples", "2", *words.split())
+    refuses(answer, *argv, says=["nothing is left to screen beside --skip L0H0"])
 
 
 def test_the_contrast_with_other_words_chooses_where_most_have_one(llama: str) -> None:

@@ -93,6 +93,12 @@ def test_what_a_library_says_of_its_error_is_one_line_without_long_words() -> No
     assert tracing.first_line(KeyError()) == "KeyError"
 
 
+def test_what_a_library_says_of_its_error_may_begin_with_an_empty_line() -> None:
+    error = ImportError("\nX requires the Y library\nwhich is not here")
+    assert tracing.first_line(error) == "X requires the Y library"
+    assert tracing.first_line(ValueError(" \n")) == "ValueError"
+
+
 # ----- errors
 
 COMMAND_OF: dict[str, str] = {}  # by option, the first command that has it

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -225,6 +227,43 @@ def test_where_a_layer_has_no_component_left_the_nearest_lends_one(llama: str) -
     far = tracing.sample_random_set(crowded, parsed("L0H0"), 1, (), 0)
     assert far is not None
     assert (far.components[0].layer, far.lent) == (2, 1)
+
+
+def test_nothing_more_is_drawn_once_too_few_components_are_left(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 heads; with one less chosen each draw finds the same set."""
+    experiment, sample, draws = prepared(llama, "--confirm", "1"), tracing.sample_random_set, []
+    monkeypatch.setattr(tracing, "sample_random_set", lambda *a: draws.append(a) or sample(*a))
+    n_draws = []
+    for size in (6, 7):
+        draws.clear()
+        heads = experiment.shape.components("head")[:size]
+        assert len(tracing.random_sets(experiment, heads, size, ())) == (size == 6)
+        n_draws.append(len(draws))
+    assert n_draws == [10 * experiment.options.num_random, 1]
+
+
+@pytest.mark.parametrize("kind", ["head", "neuron", "mlp"])
+def test_the_nearest_free_components_are_those_that_a_plain_loop_finds(
+    kind: str, llama: str
+) -> None:
+    shape, rng, distances = prepared(llama).shape, random.Random(0), set()
+    torch.manual_seed(0)
+    for _ in range(60):
+        component = Component(rng.randrange(3), kind, -1 if kind == "mlp" else 0)
+        sites = [replace(component, layer=layer).site for layer in range(3)]
+        free = {}
+        for site in sites:
+            free[site] = torch.rand(shape.width(site.place)) < rng.choice([1.0, 0.9, 0.0, 0.0])
+        expected: list[Component] = []
+        for layer in sorted(range(3), key=lambda layer: abs(layer - component.layer)):
+            for other in shape.components(kind, layer):
+                if not expected or other.layer == expected[0].layer:
+                    expected += [other] * bool(free[other.site][shape.columns(other)].all())
+        assert tracing.nearest_free_components(component, free, shape) == expected
+        distances.add(abs(expected[0].layer - component.layer) if expected else None)
+    assert distances == {0, 1, 2, None}
 
 
 def test_sizes_are_powers_of_two_and_beyond_half_of_all_nothing_is_left_to_draw(llama: str) -> None:
@@ -519,11 +558,12 @@ def test_the_table_keeps_a_block_of_rows_for_each_named_set_and_op(
     scaled = lines("L0H1", "--num_random", "1", "--op", "scale", "--factor", "2")
     assert scaled[: len(other)] == other
     fewer = lines("L0H1", "--num_random", "1")
-    first = [line for line in one if line.split(",")[3] == "0"]  # draw
+    first = [line for line in one if line.split(",")[5] == "0"]  # draw
     assert fewer == [*scaled[len(one) :], *first]
     table = read(tmp_path, "circuit_joint.csv")
-    assert list(table)[:2] == ["named", "op"]
-    assert sorted(table) == sorted(["named", "op", *COLUMNS.replace(" selection", "").split()])
+    edit = ["named", "op", "positions", "given"]
+    assert list(table)[:4] == edit
+    assert sorted(table) == sorted([*edit, *COLUMNS.replace(" selection", "").split()])
     blocks = table[["named", "op"]].drop_duplicates().to_numpy().tolist()
     assert blocks == [["L1H2,L2mlp", "zero"], ["L0H1", "scale 2"], ["L0H1", "zero"]]
 
