@@ -11531,13 +11531,13 @@ def read_run(source: str) -> FinishedRun:
     csv_path = path / "circuit_results.csv" if os.path.isdir(path) else path
     table = read_results(csv_path)
     record: dict[str, Any] = {}
+    record_path = csv_path.parent / "run.json"
     try:
-        record = read_record(csv_path.parent / "run.json")
+        record = read_record(record_path)
     except UsageError:
-        if (
-            csv_path != path
-        ):  # a folder was named; beside a CSV lies what belongs to another program
+        if csv_path != path:  # a folder was named
             raise
+        log.warning("%s is not a record of this script, and is left aside", record_path)
     floor = record.get("noise_floor")
     floor = math.nan if floor is None else floor
     return FinishedRun(source, table, floor, options_of_run(record, table), record)
