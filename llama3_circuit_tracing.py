@@ -4280,7 +4280,7 @@ class CleanRun:
     background: Edits  # made in this run and in every edited run
     log_probs: Tensor  # [1, entry]
     logits: Tensor  # [node, vocab], the model's own
-    states: Tensor  # [1, node, ...], see `final_states`
+    states: Tensor  # [1, node, ...], see `EditedRows`
     residuals: dict[int, Any]  # by layer [1, tok, d_model] entering it, as a block returns it
     activations: dict[Site, Tensor]  # [tok, width]
     keys_and_values: dict[int, KeysAndValues]  # by layer; {} where edited runs compute them anew
@@ -4390,33 +4390,41 @@ def lowest_layer(clean_run: CleanRun, rows: Sequence[Edits], n_layers: int) -> i
     return max(kept_layers, default=0)
 
 
-def final_states(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) -> Tensor:
-    """The final states at the scoring nodes with the edits of rows[r] in row r of one batch.
+class EditedRows(NamedTuple):
+    """What edited runs of a tree end in, at the scoring nodes that their edits can change."""
 
-    States [row, node, d_model] that are unembedded, or the model's own logits [row, node, vocab]
-    where those are used. Only the nodes that edits can change are run; the scoring nodes among the
-    others keep their states of the clean run.
-    """
+    # [row, node, d_model] that are unembedded, or the model's own logits [row, node, vocab] where
+    # those are used
+    states: Tensor
+    tree: Tree  # the tree, or the part of it that was run
+    nodes: Tensor | None = None  # [node], their places among all scoring nodes; None: they are all
+    entries: Tensor | None = None  # [entry], those of the part's entries among all; None: all
+
+
+def run_edited(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) -> EditedRows:
+    """Run a tree with the edits of rows[r] in row r of one batch: only the nodes that these can
+    change."""
+    tree = clean_run.tree
     first_layer = lowest_layer(clean_run, rows, traced.shape.n_layers)
     nodes = reached_nodes(traced, clean_run, rows)
     if nodes is None:
-        return run_from_layer(traced, clean_run, rows, first_layer)
-    states = clean_run.states.repeat(len(rows), 1, 1)
-    is_reached = torch.isin(clean_run.tree.scored, nodes)
-    if not is_reached.any():
-        return states
+        return EditedRows(run_from_layer(traced, clean_run, rows, first_layer), tree)
+    scored_places = torch.isin(tree.scored, nodes).nonzero()[:, 0]
+    entries = torch.isin(tree.entry_node, scored_places).nonzero()[:, 0]
+    narrow_run = narrow_clean_run(clean_run, nodes, first_layer)
+    if len(scored_places) == 0:
+        states = clean_run.states[:, :0].expand(len(rows), -1, -1)
+        return EditedRows(states, narrow_run.tree, scored_places, entries)
     masks: dict[int, Tensor] = {}
     rows = [narrow_edits(edits, nodes, masks) for edits in rows]
-    narrow_run = narrow_clean_run(clean_run, nodes, first_layer)
-    reached_states = run_from_layer(traced, narrow_run, rows, first_layer)
-    places = is_reached.nonzero()[:, 0].to(states.device)
-    return states.index_copy(1, places, reached_states)
+    states = run_from_layer(traced, narrow_run, rows, first_layer)
+    return EditedRows(states, narrow_run.tree, scored_places, entries)
 
 
 def run_from_layer(
     traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits], first_layer: int
 ) -> Tensor:
-    """`final_states` of all nodes of a clean run, from a layer on."""
+    """The final states [row, node, ...] of `EditedRows`, of all nodes of a clean run."""
     tree = clean_run.tree
     rows = [with_background(edits, clean_run.background, first_layer) for edits in rows]
     traced.n_forwards += 1
@@ -4483,7 +4491,9 @@ def narrow_clean_run(clean_run: CleanRun, nodes: Tensor, first_layer: int) -> Cl
     is_attended = tree.visible[nodes].any(0)
     other_nodes = (is_attended & ~is_reached).nonzero()[:, 0]
     new_place = is_reached.cumsum(0) - 1  # [tok], of a node among those that are run
-    scored = new_place[tree.scored[is_reached[tree.scored]]]
+    is_run = is_reached[tree.scored]  # [scored node]
+    is_run_entry = is_run[tree.entry_node]
+    entry_node = (is_run.cumsum(0) - 1)[tree.entry_node[is_run_entry]]
     mask = clean_run.model_inputs["attention_mask"]
     attended = torch.cat([other_nodes, nodes]).to(mask.device)
     ids, depth = tree.ids[:, nodes], tree.depth[:, nodes]
@@ -4493,7 +4503,14 @@ def narrow_clean_run(clean_run: CleanRun, nodes: Tensor, first_layer: int) -> Cl
         residuals[first_layer] = stream_at(clean_run.residuals[first_layer], nodes)
     return replace(
         clean_run,
-        tree=replace(tree, ids=ids, depth=depth, scored=scored),
+        tree=replace(
+            tree,
+            ids=ids,
+            depth=depth,
+            scored=new_place[tree.scored[is_run]],
+            entry_node=entry_node,
+            entry_token=tree.entry_token[is_run_entry],
+        ),
         model_inputs={
             "input_ids": ids.to(device),
             "position_ids": depth.to(device),
@@ -4512,15 +4529,20 @@ def stream_at(residual: Any, nodes: Tensor) -> Any:
     return residual[:, on_device(nodes, residual.device)]
 
 
-# reads numbers [row, ...] off final states of edited runs
-StateReader = Callable[[TracedModel, CleanRun, Tensor], Tensor]
+# reads numbers [row, ...] off edited runs
+StateReader = Callable[[TracedModel, CleanRun, EditedRows], Tensor]
 
 
-def read_log_probs(traced: TracedModel, clean_run: CleanRun, states: Tensor) -> Tensor:
-    """Log-probabilities [row, entry] of `final_states`."""
+def read_log_probs(traced: TracedModel, clean_run: CleanRun, edited: EditedRows) -> Tensor:
+    """Log-probabilities [row, entry]: those of the clean run where no edit reaches."""
     if traced.uses_model_logits:
-        return entry_log_probs_of_logits(states, clean_run.tree)
-    return entry_log_probs(states, traced.unembedding.weight, clean_run.tree)
+        log_probs = entry_log_probs_of_logits(edited.states, edited.tree)
+    else:
+        log_probs = entry_log_probs(edited.states, traced.unembedding.weight, edited.tree)
+    if edited.entries is None:
+        return log_probs
+    unedited = clean_run.log_probs.repeat(len(log_probs), 1)
+    return unedited.index_copy(1, edited.entries, log_probs)
 
 
 def first_token_log_probs(traced: TracedModel, tree: Tree, states: Tensor) -> Tensor:
@@ -4533,8 +4555,12 @@ def first_token_log_probs(traced: TracedModel, tree: Tree, states: Tensor) -> Te
     return logits.float().log_softmax(-1)
 
 
-def read_divergence(traced: TracedModel, clean_run: CleanRun, states: Tensor) -> Tensor:
+def read_divergence(traced: TracedModel, clean_run: CleanRun, edited_rows: EditedRows) -> Tensor:
     """KL(unedited || edited) [row, prompt] of the first reply token, in nats."""
+    states = edited_rows.states
+    if edited_rows.nodes is not None:
+        places = on_device(edited_rows.nodes, states.device)
+        states = clean_run.states.repeat(len(states), 1, 1).index_copy(1, places, states)
     unedited = first_token_log_probs(traced, clean_run.tree, clean_run.states[0])
     divergences = []
     for row_states in states:
@@ -4556,8 +4582,8 @@ def run_rows(
 
     Without readers: log-probabilities [row, entry].
     """
-    states = final_states(traced, clean_run, rows)
-    numbers = [read(traced, clean_run, states) for read in reads or [read_log_probs]]
+    edited = run_edited(traced, clean_run, rows)
+    numbers = [read(traced, clean_run, edited) for read in reads or [read_log_probs]]
     return torch.cat(numbers, -1)
 
 
@@ -8158,7 +8184,7 @@ def side_gradients(
         rows.append(tuple(edits))
     rules = linearised(traced) if method == "relp" else contextlib.nullcontext()
     with rules, torch.enable_grad():
-        log_probs = read_log_probs(traced, clean_run, final_states(traced, clean_run, rows))
+        log_probs = read_log_probs(traced, clean_run, run_edited(traced, clean_run, rows))
         scores = clean_run.tree.scores(log_probs, experiment.task).sum(0)  # [prompt]
     sides = [prompt.side for prompt in clean_run.tree.prompts]
     for side in dict.fromkeys(sides):
@@ -9058,7 +9084,7 @@ def record_received(
     def run(some_senders: Sequence[Component]) -> list[dict[Site, Tensor]]:
         rows = [frozen_edits(experiment, clean_run, sender, sites) for sender in some_senders]
         with recording({site: traced.module(site) for site in sites}) as recorded:
-            final_states(traced, clean_run, rows)
+            run_edited(traced, clean_run, rows)
         nodes = reached_nodes(traced, clean_run, rows)
         whole = {site: at_all_nodes(clean_run, site, recorded[site], nodes) for site in sites}
         return [{site: whole[site][place] for site in sites} for place in range(len(rows))]
@@ -9928,7 +9954,7 @@ def everywhere_edits(
         return zeroed
     assert clean_run is not None
     with recording({site: experiment.traced.module(site) for site in sites}) as recorded:
-        final_states(experiment.traced, clean_run, [zeroed])
+        run_edited(experiment.traced, clean_run, [zeroed])
     writes = random_direction(experiment, component, joint_set.random_draw)
     # read as a constant: the source is the distance that the direction's ablation moved
     reads = torch.full((d_model,), 1 / d_model, dtype=torch.float64)

@@ -2,7 +2,7 @@
 
   python tests/benchmark.py mid --pairs 2
   python tests/benchmark.py mid --pairs 8
-  python tests/benchmark.py 8b --pairs 16          (one large GPU)
+  python tests/benchmark.py 8b                     (one GPU of 80 GB: 16 pairs with controls)
   python tests/benchmark.py growth                 (layers, heads or samples doubled)
   python tests/benchmark.py scale                  (5,000 samples: planning, table, statistics)
   python tests/benchmark.py job                    (the README's job: seconds by stage)
@@ -14,7 +14,8 @@ The naive loop runs as the protocol reads (one pre-hook, two full forwards per h
 `model(ids).logits`) on a stated subset of heads spread over the layers, and is scaled to all of
 them. The sweep runs whole, with its jittered rows, its parts on disk, and no self-test. Ratios of
 CPU seconds are what holds on a busy machine. Where both ways are run, their effects are held
-against each other, and a difference beyond the bound ends with exit code 1.
+against each other, and a difference beyond the bound ends with exit code 1. `mid` and `8b` print all
+figures once more as one JSON object in the last line.
 """
 
 from __future__ import annotations
@@ -154,6 +155,9 @@ def random_prompts(options: argparse.Namespace, pairs: int, vocab: int) -> list[
         sentence, form = tokens(options.sentence - 5), ((tokens(1),),)
         forbidding = tokens(rng.randint(12, 17))
         texts = {"a": (*start, *forbidding, *sentence, *end), "b": (*start, *sentence, *end)}
+        if options.controls:
+            for side in tracing.CONTROL_SIDES:
+                texts[side] = (*start, *tokens(len(forbidding)), *sentence, *end)
         prompts.append([tracing.Prompt(sample, s, "", ids, form) for s, ids in texts.items()])
     return prompts
 
@@ -176,7 +180,8 @@ def build_experiment(shape: Shape, pairs: int, options: argparse.Namespace) -> A
     model = random_model(shape, options.seed).requires_grad_(False)
     prompts = random_prompts(options, pairs, shape["vocab_size"])
     edit = {name: getattr(options, name) for name in ("op", "positions", "tree_tokens")}
-    options_of_run = tracing.TraceOptions(rows_per_forward=options.rows_per_forward, **edit)
+    edit |= {"rows_per_forward": options.rows_per_forward, "controls": options.controls}
+    options_of_run = tracing.TraceOptions(**edit)
     model_shape = tracing.shape_of(model, model.dtype)
     experiment = tracing.Experiment(
         options=options_of_run,
@@ -209,7 +214,7 @@ def naive_loop(model: Any, prompts: Sequence[Any], heads: list[tuple[int, int]])
         return float(logits[0, -1].float().log_softmax(-1)[prompt.forms[0][0][0]])
 
     def deltas() -> dict[str, float]:
-        return {a.sample.sample_id: score(a) - score(b) for a, b in prompts}
+        return {a.sample.sample_id: score(a) - score(b) for a, b, *_ in prompts}
 
     base, effects = deltas(), {}
     for layer, head in heads:
@@ -287,8 +292,11 @@ def spread_heads(shape: Shape, per_layer: int, n_layers: int) -> list[tuple[int,
 
 
 def compare(name: str, options: argparse.Namespace) -> None:
-    """Print everything, and last the line `ratio R, cpu ratio C, largest difference D`."""
+    """Print everything, then the line `ratio R, cpu ratio C, largest difference D`, then JSON. The
+    loop runs prompts a and b alone, the sweep the controls too where there are any."""
     shape = preset(name, options)
+    if name == "8b" and not options.smoke:
+        options.pairs, options.controls = max(options.pairs, 16), True
     experiment = build_experiment(shape, options.pairs, options)
     prompts, tree, traced = experiment.prompts, experiment.trees[0], experiment.traced
     n_heads = shape["num_hidden_layers"] * shape["num_attention_heads"]
@@ -330,10 +338,29 @@ def compare(name: str, options: argparse.Namespace) -> None:
         f"matrix product of {n_rows} rows; peak memory {peak_memory() / 1e9:.2f} GB",
     )
     largest = largest_difference(expected, found)
+    ratios = {"wall": slow.wall * scale / fast.wall, "cpu": slow.cpu * scale / fast.cpu}
     print(
-        f"ratio {slow.wall * scale / fast.wall:.2f}, cpu ratio {slow.cpu * scale / fast.cpu:.2f},",
+        f"ratio {ratios['wall']:.2f}, cpu ratio {ratios['cpu']:.2f},",
         f"largest difference {largest:.2e}",
     )
+    figures = {
+        "device": tracing.device_names()[0],
+        "torch": torch.__version__,
+        "shape": {**shape, "dtype": str(shape["dtype"])},
+        "pairs": len(prompts),
+        "controls": options.controls,
+        "tree_tokens": [tree.n_tokens for tree in experiment.trees],
+        "rows_per_forward": experiment.rows_per_forward,
+        "sweep_seconds": fast.wall,
+        "loop_seconds": slow.wall * scale,
+        "loop_share_timed": 1 / scale,
+        "ratio": ratios,
+        "flops_per_second": rate,
+        "matrix_flops_per_second": matrix_rate(shape, n_rows),
+        "peak_memory_bytes": peak_memory(),
+        "largest_difference": largest,
+    }
+    print(json.dumps(figures))
     require(largest, BOUNDS[shape["dtype"]])
 
 
@@ -619,6 +646,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--naive_per_layer", type=int, default=2, help="heads of each of them")
     parser.add_argument("--rows_per_forward", type=int, default=None)
     parser.add_argument("--tree_tokens", type=int, default=512)
+    parser.add_argument("--controls", action="store_true", help="two control prompts a pair")
     parser.add_argument("--op", default="zero")
     parser.add_argument("--positions", default="all")
     parser.add_argument("--seed", type=int, default=0)

@@ -449,7 +449,7 @@ def test_random_directions_go_as_far_at_each_token_and_reading_point(pre_norm: B
     for row in tracing.direction_set_edits(data, clean_run, sets):
         modules = {edit.site: experiment.traced.module(edit.site) for edit in row}
         with torch.no_grad(), tracing.recording(modules) as recorded:
-            tracing.final_states(experiment.traced, clean_run, [row])
+            tracing.run_edited(experiment.traced, clean_run, [row])
         moved_by_set.append({e.site: tracing.displacement(e, recorded[e.site])[0] for e in row})
     zeroed, *random_moves = moved_by_set
     assert len(zeroed) == 2 * experiment.shape.n_layers + 1
