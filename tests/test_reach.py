@@ -39,6 +39,10 @@ CASES: dict[str, tuple[str, str]] = {
     "direct paths": ("llama", "paths --op patch --layers 0-1"),
     "paths past all": ("llama", "paths --op patch --freeze all --layers 0 --through each"),
     "paths through two": ("llama", "paths --op patch --kind mlp --layers 0 --through L2H1,L1mlp"),
+    "paths of some tokens": (
+        "llama",
+        "paths --op mean --positions differing --layers 0 --through each",
+    ),
     "tokens": ("llama", "tokens --kind attn --layers 0,2"),
     "patched tokens": ("llama", "tokens --kind resid --op patch --layers 1"),
     "directions": ("llama", "directions --kind resid --op patch"),
@@ -67,7 +71,7 @@ def numbers(folder: Path) -> dict[str, pd.DataFrame]:
     tables = {}
     for path in sorted(folder.glob("*.csv")):
         table = read(folder, path.name).select_dtypes("number")
-        is_scored = table.columns.str.contains("score|effect|mean|estimate|delta")
+        is_scored = table.columns.str.contains("score|effect|mean|estimate|delta|kl_")
         tables[path.name] = table.loc[:, is_scored]
     return tables
 
@@ -172,7 +176,7 @@ def test_more_rows_fit_where_edits_reach_fewer_tokens(llama: str) -> None:
     assert last.rows_per_forward == int(8192 // np.ceil(cost))
 
 
-@pytest.mark.parametrize("limit", [10, 60])
+@pytest.mark.parametrize("limit", [10, 170, 250])
 def test_tokens_that_all_prompts_share_do_not_count_in_a_tree(limit: int, llama: str) -> None:
     """A long beginning leaves as many samples in a tree as a short one does."""
     system = "Be brief. " * 30
@@ -180,7 +184,8 @@ def test_tokens_that_all_prompts_share_do_not_count_in_a_tree(limit: int, llama:
     long = prepared(
         llama, "--tree_tokens", str(limit), "--num_samples", "6", "--system_prompt", system
     )
-    assert len(long.trees) == len(plain.trees) > 1
+    assert [len(tree.samples) for tree in long.trees] == [len(t.samples) for t in plain.trees]
+    assert len(plain.trees) > 1
     assert long.trees[0].n_tokens > 60 + plain.trees[0].n_tokens
     for tree in plain.trees:
         paths = [set(path) for path in tree.paths]
