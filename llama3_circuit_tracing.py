@@ -985,8 +985,11 @@ class PathsOptions(ComponentOptions, MeasuringOptions):
 
     def usage_errors(self) -> Iterator[str]:
         kinds = {component.kind for component in self.senders.components} or {self.kind}
-        if self.kind == "neuron" or "neuron" in kinds:
-            yield "paths start from heads, attention, MLPs or the residual stream, not from neurons"
+        if self.kind == "neuron":
+            yield (
+                "paths start from heads, attention, MLPs or the residual stream; neurons are named"
+                " by --senders"
+            )
         if "resid" in kinds and self.removes_input:
             yield f"a residual stream with --op {self.op} at all positions loses the input itself"
         if self.senders and (self.layers.text, self.heads.text) != ("all", "all"):

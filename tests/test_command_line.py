@@ -282,7 +282,7 @@ REFUSED = {
     "--revision v7 --model_id tests/tiny_llama": "--revision v7",
     "--method atp --kind resid --positions last": "--method atp",
     "joint L0H0 --multipliers 0,2 --model a/b": "--max_new_tokens",
-    "paths --kind neuron --model a/b": "not from neurons",
+    "paths --kind neuron --model a/b": "neurons are named by --senders",
     "paths --senders L0H0 --layers 1 --model a/b": "--senders",
     "paths --through L0N3 --model a/b": "receivers are heads and MLPs",
     "tokens --kind neuron --model a/b": "not neurons",
@@ -707,7 +707,3 @@ def test_an_op_that_is_said_again_keeps_what_goes_with_it(tmp_path: Path) -> Non
 def test_components_that_are_zeroed_in_every_run_are_no_joint_set(answer: Answer) -> None:
     words = ["joint", "L0H1,L1H0", "--model_id", "m", "--given", "L0H1"]
     refuses(answer, *words, says=["L0H1: --given zeroes these in every run"])
-
-
-def test_neurons_are_no_senders_by_name_either(answer: Answer) -> None:
-    refuses(answer, "paths", "--model_id", "m", "--senders", "L0N3", says=["not from neurons"])

@@ -324,7 +324,7 @@ REFUSED = {
     "--through L9H0 --layers 0": "this model has",
     "--through nonsense": "nonsense",
     "--freeze mlps": "freeze",
-    "--kind neuron": "not from neurons",
+    "--kind neuron": "neurons are named by --senders",
     "--kind resid": "loses the input itself",
     "--senders L1resid,L0H1": "loses the input itself",
     "--senders L0H1 --layers 0": "names the senders",
