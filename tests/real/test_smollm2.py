@@ -53,6 +53,24 @@ def untested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing, "self_test", lambda experiment: [])
 
 
+# ----- runs of the tokens that edits can change
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+@pytest.mark.usefixtures("untested")
+def test_patches_of_the_reached_tokens_alone_are_those_of_all_tokens(
+    positions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--op", "patch", "--positions", positions, "--num_samples", "2"]
+    words += ["--layers", "0,15,29", "--heads", "0-2"]
+    reached = read(finish(MODEL, tmp_path / "reached", *words))
+    monkeypatch.setattr(tracing, "reached_nodes", lambda *_: None)
+    everything = read(finish(MODEL, tmp_path / "all", *words))
+    difference = (reached["head_effect"] - everything["head_effect"]).abs().max()
+    assert difference < EQUAL
+    assert reached["head_effect"].abs().max() > 0.01
+
+
 # ----- ChatML
 
 
