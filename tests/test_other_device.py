@@ -5,7 +5,8 @@ Estimates and graphs are left out: torch takes no gradients on a device that onl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,18 +53,38 @@ def words_of(line: str, samples: str) -> list[str]:
     return line.split() if "--controls" in line else [*line.split(), "--samples", samples]
 
 
-@pytest.mark.parametrize("second_from", [None, 2], ids=["one device", "two devices"])
-@pytest.mark.parametrize("name", LINES)
+# on two devices those in which something goes from one to the other in a way of its own
+ON_TWO = ["zero", "patch", "joint", "paths", "directions", "everywhere"]
+CASES = [pytest.param(name, None, id=f"{name}, one device") for name in LINES]
+CASES += [pytest.param(name, 2, id=f"{name}, two devices") for name in ON_TWO]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(
+    llama: str, samples: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of a command line that was run on the CPU."""
+
+    @functools.cache
+    def run(name: str) -> Path:
+        folder = tmp_path_factory.mktemp("cpu")
+        return finish(llama, folder, *words_of(LINES[name], samples))
+
+    return run
+
+
+@pytest.mark.parametrize(("name", "second_from"), CASES)
 def test_an_accelerator_gives_the_tables_of_the_cpu(
     name: str,
     second_from: int | None,
+    on_cpu: Callable[[str], Path],
     llama: str,
     samples: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = words_of(LINES[name], samples)
-    expected = finish(llama, tmp_path / "cpu", *words)
+    expected = on_cpu(name)
     load_model = tracing.load_model
 
     def load_elsewhere(*arguments: Any) -> Any:
