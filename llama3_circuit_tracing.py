@@ -219,7 +219,8 @@ class Place(NamedTuple):
     module: str  # its path within a block, or within the model's body for `final`; "" is the block
     width: str  # the field of `ModelShape` with the size of the activation's last axis
     # order along the residual stream within a block: what is deeper can receive from it, and is
-    # held at its clean activation by `paths`; what feeds the heads alone is as deep as they are
+    # held at its clean activation by `paths`; value heads are as deep as the heads that read them,
+    # so that a path from one starts in the next layer
     depth: int
     side: str = "input"
     # False: what comes next takes its batch from another input, as attention does from its queries
@@ -724,7 +725,7 @@ def switch(help: str, default: bool | None = False, default_text: str = "") -> A
 
 def is_local(model_id: str) -> bool:
     """Whether a model id names a folder or a .gguf file here, and no repository on the hub."""
-    path = Path(model_id).expanduser()
+    path = Path(os.path.expanduser(model_id))
     folder = path.parent if path.suffix == ".gguf" else path
     return model_id.startswith(("/", "./", "../", "~")) or folder.exists()
 
@@ -987,8 +988,8 @@ class PathsOptions(ComponentOptions, MeasuringOptions):
         kinds = {component.kind for component in self.senders.components} or {self.kind}
         if self.kind == "neuron":
             yield (
-                "paths start from heads, attention, MLPs or the residual stream; neurons are named"
-                " by --senders"
+                "paths start from heads, values, attention, MLPs or the residual stream; neurons"
+                " are named by --senders"
             )
         if "resid" in kinds and self.removes_input:
             yield f"a residual stream with --op {self.op} at all positions loses the input itself"
@@ -1006,7 +1007,7 @@ class TokensOptions(ComponentOptions, MeasuringOptions):
 
     def usage_errors(self) -> Iterator[str]:
         if self.kind == "neuron":
-            yield "tokens measures heads, attention, MLPs and the residual stream, not neurons"
+            yield "tokens measures all kinds but neurons: --screen of trace finds those"
 
 
 @dataclass(frozen=True)
@@ -1040,7 +1041,7 @@ class DirectionsOptions(ComponentOptions, MeasuringOptions):
 
     def usage_errors(self) -> Iterator[str]:
         if self.kind == "neuron":
-            yield "directions are of heads, attn, mlp and resid; a neuron has one only"
+            yield "directions are of all kinds but neurons, each of which has one only"
         if self.everywhere and (self.kind, self.op, self.positions) != ("resid", "zero", "all"):
             yield "--confirm all is for --kind resid --op zero at all positions"
 
@@ -1532,7 +1533,7 @@ def join_negative_values(words: Sequence[str]) -> list[str]:
     joined: list[str] = []
     for word in words:
         is_value = re.match(r"-[0-9.]", word) is not None
-        if is_value and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+        if is_value and joined and re.fullmatch("--[^=]+", joined[-1]):
             joined[-1] += f"={word}"
         else:
             joined.append(word)
@@ -1618,7 +1619,7 @@ PROMPT_OPTIONS = (  # in which every difference is one of prompts
 
 def contradictions(options_type: type, given: Mapping[str, Any], folder: Path) -> Iterator[str]:
     """What a command line says of the prompts in another way than the folder's record does. Whether
-    it means another model is found later, by fingerprint: a model may be spelled in several ways."""
+    it means another model is found later, by fingerprint: there are several ways to spell one."""
     record = read_record(folder / "run.json")
     recorded = record.get("experiment", {}).get("options", {})
     for entry in option_fields(options_type):
@@ -1701,14 +1702,14 @@ def check_layers_early(options: Any) -> None:
     same sentence as from the model's shape, without the seconds that the libraries take to load."""
     if not isinstance(options, MeasuringOptions):
         return
-    config_path = Path(options.model_id).expanduser() / "config.json"
+    config_path = Path(os.path.expanduser(options.model_id)) / "config.json"
     config = json_field(config_path, "text_config")
     for name, size_name in {"layers": "num_hidden_layers", "heads": "num_attention_heads"}.items():
         size = json_field(config_path, size_name)
         if isinstance(config, dict):
             size = config.get(size_name, size)
         ranges = getattr(options, name, None)
-        if ranges is not None and isinstance(size, int):
+        if isinstance(ranges, IndexRanges) and ranges.text != "all" and isinstance(size, int):
             ranges.indices(size, name)
 
 
@@ -2138,8 +2139,8 @@ class Task:
     foils: tuple[str, ...] = ()
 
     def build(self, count: int, rng: random.Random, count_tokens: CountTokens) -> list[Sample]:
-        """Built-in samples, numbered. Where more are asked for than there are: a warning and fewer, or
-        `UsageError` where fewer would not do."""
+        """Built-in samples, numbered. Where more are asked for than there are: a warning and fewer,
+        or `UsageError` where fewer would not do."""
         samples = []
         for number, sample in enumerate(self.built_in(count, rng, count_tokens)):
             samples.append(replace(sample, sample_id=f"s{number:04d}"))
@@ -3446,7 +3447,7 @@ def locate_model(model_id: str) -> tuple[Path, str]:
 
     `RunError` where a local folder or file is missing, or the package that reads .gguf files.
     """
-    path = Path(model_id).expanduser()
+    path = Path(os.path.expanduser(model_id))
     folder, file_name, gguf_file = path, "config.json", ""
     missing = f"{model_id} is not a model folder: it has no {file_name}"
     if path.suffix == ".gguf":
@@ -3980,8 +3981,8 @@ class BatchEdit(NamedTuple):
 
 
 def edits_by_site(rows: Sequence[Edits]) -> dict[Site, list[BatchEdit]]:
-    """The edits of a batch by site. Neighbouring rows that are one object, as in replies, are edited
-    at once."""
+    """The edits of a batch by site. Neighbouring rows that are one object, as in replies, are
+    edited at once."""
     by_site: dict[Site, list[BatchEdit]] = defaultdict(list)
     start = 0
     while start < len(rows):
@@ -4257,8 +4258,8 @@ class KeyValueRecorder:
 
 
 class KeyValueProvider(KeyValueRecorder):
-    """The same for a run of some nodes only: puts the clean keys and values of the other nodes
-    that they attend to before their own."""
+    """Stands there in a run of some nodes only: before the keys and values of each layer it puts
+    the clean ones of the other nodes that these nodes attend to."""
 
     def __init__(self, clean: Mapping[int, KeysAndValues], other_nodes: Tensor) -> None:
         super().__init__()
@@ -4322,8 +4323,7 @@ def run_clean(
         recording({"states": traced.unembedding}) as final,
         recording({"output": traced.layers[0]}, outputs=True) as first_block,
     ):
-        output = traced.model(**model_inputs, past_key_values=recorder)
-    logits = output.logits  # [1, node, vocab]
+        logits = run_recording_keys(traced, model_inputs, recorder)  # [1, node, vocab]
     traced.n_forwards += 1
     traced.n_tokens += tree.n_tokens * traced.shape.n_layers
     states = logits
@@ -4346,6 +4346,20 @@ def run_clean(
         activations={site: x[0] for site, x in activations.items()},
         keys_and_values=whole_recording(traced, recorder, tree),
     )
+
+
+def run_recording_keys(
+    traced: TracedModel, model_inputs: Mapping[str, Any], recorder: KeyValueRecorder
+) -> Tensor:
+    """The logits of a forward that hands its keys and values to a recorder; of a plain forward
+    where the model asks more of a cache than the recorder knows."""
+    try:
+        output = traced.model(**model_inputs, past_key_values=recorder)
+    except (AttributeError, NotImplementedError, TypeError):
+        recorder.by_layer.clear()
+        output = traced.model(**model_inputs)
+    logits: Tensor = output.logits
+    return logits
 
 
 def whole_recording(
@@ -4400,8 +4414,8 @@ class EditedRows(NamedTuple):
     # those are used
     states: Tensor
     tree: Tree  # the tree, or the part of it that was run
-    nodes: Tensor | None = None  # [node], their places among all scoring nodes; None: they are all
-    entries: Tensor | None = None  # [entry], those of the part's entries among all; None: all
+    scored_places: Tensor | None = None  # [node], theirs among all scoring nodes; None: all
+    entry_places: Tensor | None = None  # [entry], those of their entries among all; None: all
 
 
 def run_edited(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) -> EditedRows:
@@ -4413,15 +4427,15 @@ def run_edited(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) 
     if nodes is None:
         return EditedRows(run_from_layer(traced, clean_run, rows, first_layer), tree)
     scored_places = torch.isin(tree.scored, nodes).nonzero()[:, 0]
-    entries = torch.isin(tree.entry_node, scored_places).nonzero()[:, 0]
+    entry_places = torch.isin(tree.entry_node, scored_places).nonzero()[:, 0]
     narrow_run = narrow_clean_run(clean_run, nodes, first_layer)
     if len(scored_places) == 0:
         states = clean_run.states[:, :0].expand(len(rows), -1, -1)
-        return EditedRows(states, narrow_run.tree, scored_places, entries)
+        return EditedRows(states, narrow_run.tree, scored_places, entry_places)
     masks: dict[int, Tensor] = {}
     rows = [narrow_edits(edits, nodes, masks) for edits in rows]
     states = run_from_layer(traced, narrow_run, rows, first_layer)
-    return EditedRows(states, narrow_run.tree, scored_places, entries)
+    return EditedRows(states, narrow_run.tree, scored_places, entry_places)
 
 
 def run_from_layer(
@@ -4487,7 +4501,11 @@ def narrow_edit(edit: Edit, nodes: Tensor, masks: dict[int, Tensor]) -> Edit:
 
 def narrow_clean_run(clean_run: CleanRun, nodes: Tensor, first_layer: int) -> CleanRun:
     """What edited runs of some nodes [node] start from, with the stream that enters one layer. They
-    attend to the other nodes by their clean keys and values."""
+    attend to the other nodes by their clean keys and values.
+
+    Of the tree only what a forward and its reading need is that of these nodes: ids, depth, scored
+    and the nodes and tokens of entries; all else is of the whole tree.
+    """
     tree = clean_run.tree
     is_reached = torch.zeros(tree.n_tokens, dtype=torch.bool)
     is_reached[nodes] = True
@@ -4542,10 +4560,10 @@ def read_log_probs(traced: TracedModel, clean_run: CleanRun, edited: EditedRows)
         log_probs = entry_log_probs_of_logits(edited.states, edited.tree)
     else:
         log_probs = entry_log_probs(edited.states, traced.unembedding.weight, edited.tree)
-    if edited.entries is None:
+    if edited.entry_places is None:
         return log_probs
     unedited = clean_run.log_probs.repeat(len(log_probs), 1)
-    return unedited.index_copy(1, edited.entries, log_probs)
+    return unedited.index_copy(1, edited.entry_places, log_probs)
 
 
 def first_token_log_probs(traced: TracedModel, tree: Tree, states: Tensor) -> Tensor:
@@ -4561,8 +4579,8 @@ def first_token_log_probs(traced: TracedModel, tree: Tree, states: Tensor) -> Te
 def read_divergence(traced: TracedModel, clean_run: CleanRun, edited_rows: EditedRows) -> Tensor:
     """KL(unedited || edited) [row, prompt] of the first reply token, in nats."""
     states = edited_rows.states
-    if edited_rows.nodes is not None:
-        places = on_device(edited_rows.nodes, states.device)
+    if edited_rows.scored_places is not None:
+        places = on_device(edited_rows.scored_places, states.device)
         states = clean_run.states.repeat(len(states), 1, 1).index_copy(1, places, states)
     unedited = first_token_log_probs(traced, clean_run.tree, clean_run.states[0])
     divergences = []
@@ -4733,7 +4751,6 @@ class RunFolder:
         self.fingerprint: dict[str, Any] = {}  # of the command at work, once it is taken up
         self.experiment_key = ""  # digest of it; parts are sealed with it
         self.files: list[str] = []  # that the command at work has written
-        self.is_open = False  # whether this process may write into it
         # what `begin` throws away, and notes in the record and of the command
         self.pending: tuple[Callable[[], None], dict[str, Any], dict[str, Any]] | None = None
 
@@ -4757,7 +4774,6 @@ class RunFolder:
             self.forget_missing_files()
             if not self.has_measured():
                 self.forget_experiment()
-            self.is_open = True
             yield
 
     # -- the record
@@ -4859,7 +4875,7 @@ class RunFolder:
             self.discard_drafts()
             self.record |= entries
             before = self.command_record(self.command)
-            for name in ("files", "parts_to_replace", "run"):
+            for name in ("files", "parts_to_replace", "run"):  # run: where all parts are there
                 if name in before:
                     command_entries[name] = before[name]
             self.record["commands"][self.command] = command_entries
@@ -5144,7 +5160,10 @@ class Findings:
 # ----- Experiment ---------------------------------------------------------------------------------
 
 ROW_TOKENS = {"cpu": 8192, "cuda": 32768}  # tokens per forward beyond which batching gains nothing
-ATTENDED_COST = 1 / 12  # memory of a token's keys and values, as a share of what running it takes
+# memory as a share of what running a token takes: of its keys and values, which are twice d_model
+# of about 25 times that; of its logits by blocks of the vocabulary
+ATTENDED_COST = 1 / 12
+SCORED_COST = 4
 
 
 @dataclass(frozen=True)
@@ -5256,7 +5275,9 @@ class Experiment(Generic[OptionsT]):
         """The loaded model; takes seconds to minutes the first time."""
         log.info("loading %s, %s parameters", self.options.model_id, f"{self.shape.n_parameters:,}")
         started = time.perf_counter()
-        offload_folder = self.folder.parts if self.folder.is_open else None
+        parts = self.folder.parts
+        is_own = self.folder.command != "check"  # which leaves the folder to others meanwhile
+        offload_folder = parts if is_own and parts.is_dir() else None
         with libraries_held_back(self.options):
             model = load_model(self.options, self.shape, self.processes.device, offload_folder)
         rows = self.folder.record.get("rows_after_halving", self.rows_per_forward)
@@ -5412,9 +5433,10 @@ def check_all(experiment: Experiment, traced: TracedModel) -> list[Check]:
     checks.append(check_ablation(traced, clean_run, heads))
     checks += check_empty_edits(traced, clean_run)
     checks.append(check_rows(traced, clean_run, heads))
-    checks.append(check_reach(traced, clean_run, heads))
     checks.append(check_mask(clean_run))
     checks += check_tree(traced, clean_run)
+    if all(check.passed for check in checks):  # else it may not even run
+        checks.append(check_reach(traced, clean_run, heads))
     n_left_behind = count_hooks(traced) - n_hooks
     checks.append(Check("hooks and replaced forwards left behind", n_left_behind, 0))
     return checks
@@ -5768,7 +5790,7 @@ def compute_parts(experiment: Experiment, jobs: Sequence[PartJob], description: 
 
 
 class LogStream:
-    """A file whose lines go to the log."""
+    """A file for a progress bar, whose lines go to the log."""
 
     def write(self, text: str) -> None:
         line = text.strip()
@@ -5796,7 +5818,7 @@ def progress_bar(total: int, description: str, speaks: bool) -> tqdm[Any]:
         leave=False,
         delay=SECONDS_BETWEEN_LINES,
         mininterval=SECONDS_BETWEEN_LINES,
-        maxinterval=SECONDS_BETWEEN_LINES,
+        miniters=1,  # else a thread of the library's writes too, and may wait for the log for ever
         bar_format="{desc}: {n_fmt} of {total_fmt} rows, {elapsed} so far, {remaining} left",
     )
 
@@ -6090,7 +6112,7 @@ def prepare(options: MeasuringOptions, folder: RunFolder, processes: Processes) 
         remedy = ""
         if cpu_has_bfloat16():
             remedy = (
-                "; this CPU has bfloat16 too: --bf16 is faster, and rounds effects to hundredths"
+                "; but this CPU multiplies in bfloat16: --bf16 is faster, and rounds to hundredths"
             )
         log.warning(
             f"no GPU with native bfloat16: float32 weights, {gigabytes:.3g} GB here;"
@@ -6142,10 +6164,14 @@ def choose_rows_per_forward(experiment: Experiment) -> int:
 
 
 def tokens_per_row(tree: Tree) -> int:
-    """How many tokens of a forward one edited run of a tree takes up: those that it can change, and
-    its share of those that it only attends to, whose keys and values are copied."""
+    """How many tokens of a forward one edited run of a tree takes up: those that it can change, a
+    share of those that it only attends to, whose keys and values are copied, and as much as several
+    for each that is unembedded, since of few tokens most may be."""
+    if tree.where is None:
+        return tree.n_tokens
     n_attended = tree.n_tokens - tree.n_reached
-    return tree.n_reached + math.ceil(ATTENDED_COST * n_attended)
+    n_scored = int(tree.reached_from(tree.where)[tree.scored].sum())
+    return tree.n_reached + math.ceil(ATTENDED_COST * n_attended + SCORED_COST * n_scored)
 
 
 def choose_components(options: Any, shape: ModelShape) -> list[Component]:
@@ -6268,8 +6294,9 @@ def check_equal_forms(prompt_a: Prompt, prompt_b: Prompt) -> None:
         lengths = [[len(form) for form in forms] for forms in (forms_a, forms_b)]
         if lengths[0] != lengths[1]:
             raise UsageError(
-                f"{prompt_a.sample.name}: {quote(word)} has {lengths[0]} tokens after prompt a and"
-                f" {lengths[1]} after b, so that no patch aligns them; let both prompts end alike"
+                f"{prompt_a.sample.name}: {quote(word)} is spelled in {join_values(lengths[0])}"
+                f" tokens after prompt a, in {join_values(lengths[1])} after b, and no patch aligns"
+                " them: let both prompts end alike"
             )
 
 
@@ -6340,7 +6367,7 @@ def file_digests(options: ModelOptions, recorded: Mapping[str, Any]) -> dict[str
     place.
     """
     digests = {}
-    for name, file in model_files(Path(options.model_id).expanduser()).items():
+    for name, file in model_files(Path(os.path.expanduser(options.model_id))).items():
         status, entry = file.stat(), recorded.get(name)
         state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         if isinstance(entry, list) and entry[:-1] == state and isinstance(entry[-1], str):
@@ -6413,7 +6440,9 @@ def estimate_memory(shape: ModelShape, tree: Tree, rows: int) -> MemoryEstimate:
     return MemoryEstimate(
         weights=float(bytes_per_number * shape.n_parameters),
         tree=float(bytes_per_number * n_tokens * kept_per_token + logit_bytes * shape.vocab),
-        rows=float(rows * (n_tokens * bytes_per_token + logit_bytes * vocabulary_block)),
+        rows=float(
+            rows * (tokens_per_row(tree) * bytes_per_token + logit_bytes * vocabulary_block)
+        ),
     )
 
 
@@ -7833,7 +7862,7 @@ def draw_measured_sets(axes: Any, rows: pd.DataFrame) -> None:
         axes.plot(x, y, "x", color="red", markersize=12, label=label)
 
 
-def draw_sets(table: pd.DataFrame, title: str, path: Path, random_label: str) -> None:
+def draw_sets(table: pd.DataFrame, title: str, path: Path, random_label: str = RANDOM_SETS) -> None:
     """Mean score that is left with chosen or named sets edited jointly, and with random ones,
     against the number of components; the table has the rows of the quoted measure."""
     figure = Figure(figsize=(5.5, 4.2), layout="constrained")
@@ -8737,6 +8766,7 @@ def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
     path = folder.path / "circuit_joint.csv"
     if path.exists():
         before = pd.read_csv(path, dtype=str, keep_default_na=False)  # as it is written
+        before = before.reindex(columns=list(table), fill_value="")
         is_same = (before[[*edit]] == pd.Series(edit)).all(axis=1)
         tables.insert(0, before[~is_same])
     folder.write_table("circuit_joint.csv", pd.concat(tables, ignore_index=True))
@@ -9706,8 +9736,8 @@ def chance_accuracy(
     units: Sequence[str],
     seed: int,
 ) -> Tensor:
-    """[component], the 95th percentile of the accuracy over fits in which labels a and b are swapped
-    at random, sentence by sentence. Inputs are [component, sample, side, width]."""
+    """[component], the 95th percentile of the accuracy over fits in which labels a and b are
+    swapped at random, sentence by sentence. Inputs are [component, sample, side, width]."""
     accuracies = []
     for draw in range(N_SHUFFLES):
         rng = random.Random(f"{seed} shuffle {draw}")
@@ -10010,8 +10040,8 @@ def confirming_prompts(data: DirectionData) -> Prompts:
 
 
 def sets_of_directions(data: DirectionData, chosen: tuple[Component, ...]) -> list[DirectionSet]:
-    """The empty set; the top 1, 2, 4, ... of the chosen, with random directions for each; all of the
-    kind; all but the chosen."""
+    """The empty set; the top 1, 2, 4, ... of the chosen, with random directions for each; all of
+    the kind; all but the chosen."""
     if not chosen:
         return []
     kind = data.options.kind
@@ -10701,8 +10731,8 @@ def slug_of(prompt: Prompt) -> str:
 
 
 def write_viewer(graph: Graph, metadata: dict[str, Any], name: str, folder: RunFolder) -> None:
-    """A file, graphs/SLUG.json, of the kept nodes and edges, with what was saved in it before, and the list
-    of all graphs in the folder.
+    """A file, graphs/SLUG.json, of the kept nodes and edges, with what was saved in it before, and
+    the list of all graphs in the folder.
 
     The viewer shows nodes up to a threshold: here the largest cumulative influence of those kept.
     """
@@ -11881,7 +11911,9 @@ def run_measuring(request: Request) -> None:
         if writes:
             folder.note()  # before run.log is there, so that it is known as this script's
         start_log(folder.path / "run.log" if writes else None, folder.leads)
-        with logging_redirect_tqdm():
+        # log lines go above a bar where a terminal shows one
+        shows_bars = sys.stderr.isatty()
+        with logging_redirect_tqdm() if shows_bars else contextlib.nullcontext():
             report_inheritance(request)
             with libraries_held_back(options):
                 experiment = prepare(options, folder, processes)
@@ -11918,7 +11950,7 @@ def fix_experiment(experiment: Experiment) -> None:
         check_models_of_files(experiment.options, fingerprint["model"])
         rows_by_edit = dict(folder.record.get("rows_by_edit", {}))
         if folder.starts_afresh(experiment.options):
-            rows_by_edit.clear()
+            rows_by_edit.pop(experiment.edit_digest, None)
         # the first command with an edit decides: parts are named by it
         rows_by_edit.setdefault(experiment.edit_digest, experiment.rows_per_forward)
         folder.take_up(

@@ -100,10 +100,10 @@ def prepared(
     arguments = command_line(model, Path("nowhere"), *words)
     if "--num_samples" not in words:
         arguments += ["--num_samples", "2"]
-    folder = tracing.RunFolder(Path("nowhere"))
+    request = tracing.parse_command_line(arguments)
+    folder = tracing.RunFolder(Path("nowhere"), command=request.command)
     folder.record = record or {}
-    options = tracing.parse_command_line(arguments).options
-    return tracing.prepare(options, folder, tracing.Processes())
+    return tracing.prepare(request.options, folder, tracing.Processes())
 
 
 def texts(folder: Path) -> dict[str, dict[str, str]]:

@@ -188,7 +188,7 @@ def test_a_word_of_other_tokens_after_prompt_a_than_after_b_is_not_patched(
     path = write_samples(tmp_path / "s.jsonl", {**sample, "targets": ["apple"], "foils": ["dog"]})
     argv = ["--model_id", tiny_llama, "--output_dir", str(tmp_path / "run"), "--dry_run"]
     argv += [*CONTRAST, path, "--no_chat", "--op", "patch"]
-    refuses(answer, *argv, says=["(line end): 'dog' has ", "so that no patch aligns them"])
+    refuses(answer, *argv, says=["(line end): 'dog' is spelled in ", "no patch aligns them"])
     assert answer(*argv, "--positions", "last")[0] == 0
 
 

@@ -813,7 +813,7 @@ def test_what_no_component_needs_of_a_file_does_not_matter(llama: str, tmp_path:
 ALL_IS_FOR = "--confirm all is for --kind resid --op zero at all positions"
 ALL = "--kind resid --confirm all"
 MEANINGLESS = {
-    "--kind neuron": "a neuron has one only",
+    "--kind neuron": "each of which has one only",
     "--method atp": "--method is an option of the command trace, not of directions",
     "--multipliers 0,1": "--multipliers is an option of the command joint, not of directions",
     "--confirm all": ALL_IS_FOR,

@@ -27,12 +27,12 @@ def test_an_error_is_one_sentence_and_no_traceback(
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(answer: Answer, tiny_llama: str) -> None:
-    argv = ["--model_id", tiny_llama, "--layers", "99", "--dry_run"]
-    refuses(answer, *argv, says=["--layers 99"])
+    argv = ["--model_id", tiny_llama, "--given", "L99H0", "--dry_run"]
+    refuses(answer, *argv, says=["--given L99H0"])
     code, _, err = answer(*argv, "--debug")
     assert code == 2
     assert "Traceback (most recent call last)" in err
-    assert "--layers 99" in err.splitlines()[-1]
+    assert "--given L99H0" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -480,7 +480,7 @@ def start(model: str, folder: Path, *launcher: str, **environment: str) -> subpr
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**ONE_THREAD, **environment},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -259,7 +259,7 @@ def test_a_passed_self_test_is_remembered_for_the_same_run(
         assert len(ran) == n
     checks = record_of(tmp_path)["self_test"]
     assert all(error <= bound for _, error, bound in checks)
-    assert len(checks) == 8
+    assert len(checks) == 9
 
 
 @pytest.mark.parametrize(("device_map", "n_gpus"), [("auto", 0), ("cpu", 2)])

@@ -186,7 +186,7 @@ def test_tick_labels_mark_the_tokens_that_differ_and_dollars_are_text(
 
 
 REFUSED = {
-    "--kind neuron": "not neurons",
+    "--kind neuron": "all kinds but neurons",
     "--method atp": "--method is an option of the command trace, not of tokens",
     "--positions last": "--positions is an option of the command trace, not of tokens",
 }
