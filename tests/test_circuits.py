@@ -770,3 +770,15 @@ def test_shares_of_a_base_without_an_interval_are_warned_of(llama: str, tmp_path
     findings = record_of(folder)["commands"]["joint"]["findings"]
     warned = [entry["text"] for entry in findings if entry["level"] == "warning"]
     assert [text for text in warned if text.endswith("or it has none: shares of it say nothing")]
+
+
+def test_a_table_of_fewer_columns_is_added_to(llama: str, tmp_path: Path) -> None:
+    """As the version before wrote it; what it does not tell is empty."""
+    words = ["--num_samples", "2", "--num_random", "1"]
+    finish(llama, tmp_path, "joint", "L0H1", *words)
+    path = tmp_path / "circuit_joint.csv"
+    read(tmp_path, path.name).drop(columns=["positions", "given"]).to_csv(path, index=False)
+    finish(llama, tmp_path, "joint", "L0H2", "--num_random", "1")
+    table = read(tmp_path, path.name)
+    assert table["named"].drop_duplicates().tolist() == ["L0H1", "L0H2"]
+    assert table.groupby("named")["positions"].count().tolist()[0] == 0

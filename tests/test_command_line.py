@@ -707,3 +707,8 @@ def test_an_op_that_is_said_again_keeps_what_goes_with_it(tmp_path: Path) -> Non
 def test_components_that_are_zeroed_in_every_run_are_no_joint_set(answer: Answer) -> None:
     words = ["joint", "L0H1,L1H0", "--model_id", "m", "--given", "L0H1"]
     refuses(answer, *words, says=["L0H1: --given zeroes these in every run"])
+
+
+def test_the_home_of_nobody_is_no_model(answer: Answer, tmp_path: Path) -> None:
+    words = ["--model_id", "~nosuchuser/model", "--layers", "1", "--output_dir", str(tmp_path)]
+    refuses(answer, *words, says=["~nosuchuser/model is not a model folder"], code=1)

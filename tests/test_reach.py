@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import llama3_circuit_tracing as tracing
 from by_hand import prepared
@@ -191,3 +192,21 @@ def test_tokens_that_all_prompts_share_do_not_count_in_a_tree(limit: int, llama:
         paths = [set(path) for path in tree.paths]
         n_shared = len(set.intersection(*paths))
         assert len(tree.samples) == 1 or tree.n_tokens - n_shared <= limit
+
+
+def test_a_model_that_asks_more_of_a_cache_is_run_without_one(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--op", "patch", "--num_samples", "2", "--layers", "1"]
+    expected = read(finish(llama, tmp_path / "reached", *words))
+    forward = LlamaAttention.forward
+
+    def indexing(self: Any, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if past_key_values is not None:
+            past_key_values.update_indexer(self.layer_idx)
+        return forward(self, *args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", indexing)
+    table = read(finish(llama, tmp_path / "all", *words))
+    assert (table["head_effect"] - expected["head_effect"]).abs().max() < EQUAL
+    assert (tmp_path / "all" / "run.log").read_text().count("hands over no keys and values") == 1

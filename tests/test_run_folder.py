@@ -1326,3 +1326,9 @@ def test_redrawing_does_not_replace_the_table_that_it_draws(
     assert answer("redraw", str(begun / RESULTS), "--output_dir", str(folder))[0] == 0
     shutil.copy(begun / RESULTS, source)
     refuses(answer, *argv, says=[f"{source} would be replaced by this command"])
+
+
+def test_no_thread_of_the_librarys_writes_lines_of_progress() -> None:
+    """It would hold the bar's lock and wait for the log's, while a warning does the reverse."""
+    with tracing.progress_bar(10, "rows", speaks=True) as bar:
+        assert bar.miniters == 1 and not bar.dynamic_miniters
