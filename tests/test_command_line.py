@@ -286,7 +286,7 @@ REFUSED = {
     "paths --senders L0H0 --layers 1 --model a/b": "--senders",
     "paths --through L0N3 --model a/b": "receivers are heads and MLPs",
     "tokens --kind neuron --model a/b": "all kinds but neurons",
-    "directions --kind neuron --model a/b": "directions are of heads",
+    "directions --kind neuron --model a/b": "directions are of all kinds but neurons",
     "directions --confirm all --model a/b": "--confirm all is for --kind resid",
     "compare here": "compare needs at least two runs",
     "redraw": "redraw needs a run folder",

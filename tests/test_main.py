@@ -62,8 +62,10 @@ def test_every_error_is_one_sentence_and_bad_usage_alone_is_exit_code_2(
 def test_log_lines_are_written_above_a_progress_bar(
     llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where there is a terminal to show one."""
     lines: list[str] = []
     monkeypatch.setattr(tracing.tqdm, "write", lambda line, **_: lines.append(line))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     measure = tracing.measure
 
     def tell(*arguments: Any) -> Any:

@@ -173,8 +173,10 @@ def test_more_rows_fit_where_edits_reach_fewer_tokens(llama: str) -> None:
     assert everywhere.rows_per_forward == 8192 // n_tokens
     tree = last.trees[0]
     assert tree.n_reached < tree.n_tokens / 5
-    cost = tree.n_reached + (tree.n_tokens - tree.n_reached) / 12
-    assert last.rows_per_forward == int(8192 // np.ceil(cost))
+    ends = [p[-1] for q, p in zip(tree.prompts, tree.paths, strict=True) if q.side == "a"]
+    n_scored = sum(any(tree.visible[node, end] for end in ends) for node in tree.scored.tolist())
+    cost = tree.n_reached + np.ceil((tree.n_tokens - tree.n_reached) / 12 + 4 * n_scored)
+    assert last.rows_per_forward == int(8192 // cost)
 
 
 @pytest.mark.parametrize("limit", [10, 170, 250])
