@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 aten = torch.ops.aten
 # which take tensors of several devices: copies, and indices on the CPU
@@ -128,6 +131,13 @@ def check_devices(func: Any, tensors: list[Tensor], elsewhere: list[Elsewhere]) 
         raise RuntimeError(f"{func}: tensors on {sorted({str(x.device) for x in tensors})}")
 
 
+class Backend(_DummyBackendModule):
+    """What torch asks of a device's module."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
 _is_set_up: list[bool] = []
 
 
@@ -135,7 +145,7 @@ _is_set_up: list[bool] = []
 def accelerators() -> Iterator[Accelerators]:
     """Devices elsewhere:0 and :1 exist meanwhile."""
     if not _is_set_up:
-        _setup_privateuseone_for_python_backend("elsewhere")
+        _setup_privateuseone_for_python_backend("elsewhere", backend_module=Backend())
         _is_set_up.append(True)
     with NewTensors(), Accelerators() as mode:
         yield mode
