@@ -75,6 +75,7 @@ def experiment(bench: Bench, flags: str = "", records: Sequence[Any] = SAMPLES) 
     """That of the command graph, around a model that is loaded."""
     samples = write_samples(Path(bench.folder, "graph_samples.jsonl"), *records)
     argv = ["graph", "--model_id", bench.folder, "--no-bf16", "--samples", samples]
+    argv += ["--output_dir", "nowhere"]  # outputs/run may hold another experiment
     options = tracing.parse_command_line([*argv, *flags.split()]).options
     folder = tracing.RunFolder(Path(bench.folder))
     exp = tracing.prepare(options, folder, tracing.Processes())
