@@ -1702,25 +1702,24 @@ def check_layers_early(options: Any) -> None:
     same sentence as from the model's shape, without the seconds that the libraries take to load."""
     if not isinstance(options, MeasuringOptions):
         return
-    config_path = Path(os.path.expanduser(options.model_id)) / "config.json"
-    config = json_field(config_path, "text_config")
+    config = json_object(Path(os.path.expanduser(options.model_id)) / "config.json")
+    if isinstance(config.get("text_config"), dict):
+        config |= config["text_config"]
     for name, size_name in {"layers": "num_hidden_layers", "heads": "num_attention_heads"}.items():
-        size = json_field(config_path, size_name)
-        if isinstance(config, dict):
-            size = config.get(size_name, size)
+        size = config.get(size_name)
         ranges = getattr(options, name, None)
         if isinstance(ranges, IndexRanges) and ranges.text != "all" and isinstance(size, int):
             ranges.indices(size, name)
 
 
-def json_field(path: Path, name: str) -> Any:
-    """A field of a JSON file; None where there is none, or no such file: the library tells of that
+def json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none, or no such file: the library tells of that
     when it loads the model."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    return content.get(name) if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def end_when_stopped(end: Callable[[int], Any]) -> None:
@@ -4241,15 +4240,18 @@ def entry_log_probs_of_logits(logits: Tensor, tree: Tree) -> Tensor:
 KeysAndValues = tuple[Tensor, Tensor]  # [row, kv head, tok, d_head] each, as attention uses them
 
 
-class KeyValueRecorder:
-    """Stands where the library expects a cache, and keeps the keys and values of each layer."""
+class EmptyCache:
+    """Stands where the library expects a cache of keys and values: no token came before."""
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+
+class KeyValueRecorder(EmptyCache):
+    """Keeps the keys and values of each layer."""
 
     def __init__(self) -> None:
         self.by_layer: dict[int, KeysAndValues] = {}
-
-    def get_seq_length(self, *_: Any) -> int:
-        """The library asks how many tokens came before: none."""
-        return 0
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> KeysAndValues:
         """Called by each attention with its keys and values; returns those it is to attend to."""
@@ -4257,12 +4259,11 @@ class KeyValueRecorder:
         return keys, values
 
 
-class KeyValueProvider(KeyValueRecorder):
-    """Stands there in a run of some nodes only: before the keys and values of each layer it puts
-    the clean ones of the other nodes that these nodes attend to."""
+class KeyValueProvider(EmptyCache):
+    """In a run of some nodes only, puts before the keys and values of each layer the clean ones of
+    the other nodes that these nodes attend to."""
 
     def __init__(self, clean: Mapping[int, KeysAndValues], other_nodes: Tensor) -> None:
-        super().__init__()
         self.clean = clean
         self.other_nodes = other_nodes  # [other]
 
@@ -4428,14 +4429,15 @@ def run_edited(traced: TracedModel, clean_run: CleanRun, rows: Sequence[Edits]) 
         return EditedRows(run_from_layer(traced, clean_run, rows, first_layer), tree)
     scored_places = torch.isin(tree.scored, nodes).nonzero()[:, 0]
     entry_places = torch.isin(tree.entry_node, scored_places).nonzero()[:, 0]
-    narrow_run = narrow_clean_run(clean_run, nodes, first_layer)
+    part = narrow_tree(tree, nodes, scored_places, entry_places)
     if len(scored_places) == 0:
         states = clean_run.states[:, :0].expand(len(rows), -1, -1)
-        return EditedRows(states, narrow_run.tree, scored_places, entry_places)
+        return EditedRows(states, part, scored_places, entry_places)
     masks: dict[int, Tensor] = {}
     rows = [narrow_edits(edits, nodes, masks) for edits in rows]
+    narrow_run = narrow_clean_run(clean_run, part, nodes, first_layer)
     states = run_from_layer(traced, narrow_run, rows, first_layer)
-    return EditedRows(states, narrow_run.tree, scored_places, entry_places)
+    return EditedRows(states, part, scored_places, entry_places)
 
 
 def run_from_layer(
@@ -4499,42 +4501,40 @@ def narrow_edit(edit: Edit, nodes: Tensor, masks: dict[int, Tensor]) -> Edit:
     return replace(edit, factor=at_nodes(edit.factor), source=at_nodes(edit.source), where=where)
 
 
-def narrow_clean_run(clean_run: CleanRun, nodes: Tensor, first_layer: int) -> CleanRun:
-    """What edited runs of some nodes [node] start from, with the stream that enters one layer. They
-    attend to the other nodes by their clean keys and values.
+def narrow_tree(tree: Tree, nodes: Tensor, scored_places: Tensor, entry_places: Tensor) -> Tree:
+    """The tree of some nodes [node], of these scoring nodes and entries among all.
 
-    Of the tree only what a forward and its reading need is that of these nodes: ids, depth, scored
-    and the nodes and tokens of entries; all else is of the whole tree.
+    Only what a forward and its reading need is narrowed: ids, depth, scored and the nodes and
+    tokens of entries; all else is of the whole tree.
     """
-    tree = clean_run.tree
-    is_reached = torch.zeros(tree.n_tokens, dtype=torch.bool)
-    is_reached[nodes] = True
-    is_attended = tree.visible[nodes].any(0)
-    other_nodes = (is_attended & ~is_reached).nonzero()[:, 0]
-    new_place = is_reached.cumsum(0) - 1  # [tok], of a node among those that are run
-    is_run = is_reached[tree.scored]  # [scored node]
-    is_run_entry = is_run[tree.entry_node]
-    entry_node = (is_run.cumsum(0) - 1)[tree.entry_node[is_run_entry]]
+    return replace(
+        tree,
+        ids=tree.ids[:, nodes],
+        depth=tree.depth[:, nodes],
+        scored=torch.searchsorted(nodes, tree.scored[scored_places]),
+        entry_node=torch.searchsorted(scored_places, tree.entry_node[entry_places]),
+        entry_token=tree.entry_token[entry_places],
+    )
+
+
+def narrow_clean_run(clean_run: CleanRun, part: Tree, nodes: Tensor, first_layer: int) -> CleanRun:
+    """What edited runs of some nodes [node] start from, with the stream that enters one layer. They
+    attend to the other nodes by their clean keys and values; `part` is the tree of these nodes."""
+    is_other = clean_run.tree.visible[nodes].any(0)
+    is_other[nodes] = False
+    other_nodes = is_other.nonzero()[:, 0]
     mask = clean_run.model_inputs["attention_mask"]
     attended = torch.cat([other_nodes, nodes]).to(mask.device)
-    ids, depth = tree.ids[:, nodes], tree.depth[:, nodes]
     device = clean_run.model_inputs["input_ids"].device
     residuals = {}
     if first_layer in clean_run.residuals:
         residuals[first_layer] = stream_at(clean_run.residuals[first_layer], nodes)
     return replace(
         clean_run,
-        tree=replace(
-            tree,
-            ids=ids,
-            depth=depth,
-            scored=new_place[tree.scored[is_run]],
-            entry_node=entry_node,
-            entry_token=tree.entry_token[is_run_entry],
-        ),
+        tree=part,
         model_inputs={
-            "input_ids": ids.to(device),
-            "position_ids": depth.to(device),
+            "input_ids": part.ids.to(device),
+            "position_ids": part.depth.to(device),
             "attention_mask": mask[:, :, nodes.to(mask.device)][..., attended],
             "past_key_values": KeyValueProvider(clean_run.keys_and_values, other_nodes),
             "use_cache": False,
@@ -6336,12 +6336,12 @@ def sha256_of(file: Path) -> str:
 
 def named_weights(folder: Path) -> list[str]:
     """The weight files that a model's config and its indices name, relative to its folder."""
-    names = [json_field(folder / "config.json", "transformers_weights")]
+    names = [json_object(folder / "config.json").get("transformers_weights")]
     indices = list(folder.glob("*.index.json"))
     if isinstance(names[0], str) and names[0].endswith(".index.json"):
         indices.append(folder / names[0])
     for index in indices:
-        weight_map = json_field(index, "weight_map")
+        weight_map = json_object(index).get("weight_map")
         if isinstance(weight_map, dict):
             names += weight_map.values()
     return [name for name in names if isinstance(name, str)]
@@ -6451,6 +6451,11 @@ class PlannedRuns(NamedTuple):
 
     what: str
     counts: Counter[int]  # of runs by the layer that they start at
+
+    def times(self, number: int, how: str) -> PlannedRuns:
+        """So many runs in place of each, and how they differ."""
+        counts = Counter({layer: number * count for layer, count in self.counts.items()})
+        return PlannedRuns(f"{self.what} {how}", counts)
 
 
 def component_runs(components: Sequence[Component]) -> PlannedRuns:
@@ -6974,10 +6979,10 @@ def base_statistics(table: pd.DataFrame, side: str = "b") -> dict[str, Any]:
     `is_clear` says whether its interval excludes 0. {} where the table lacks the scores.
     """
     deltas = base_deltas(table, side)
-    samples = table.assign(base=deltas).drop_duplicates("sample_id")
+    samples = table.assign(base=deltas, measure="base").drop_duplicates("sample_id")
     if samples["base"].isna().all():
         return {}
-    statistics = column_statistics(samples, "base", ["kind"])
+    statistics = column_statistics(samples, "base", ["measure"])
     base = dict(statistics.iloc[0])
     base["is_clear"] = bool(base["ci_low"] > 0 or base["ci_high"] < 0)
     return base
@@ -8717,7 +8722,7 @@ def run_joint(experiment: Experiment) -> None:
     with experiment.stage("joint", f" edits of {count_noun(len(names), 'component')}"):
         side = quoted_side(prompts, [units])
         measured = samples_table[samples_table["unit"].isin(units)]
-        base = base_statistics(measured.reset_index().assign(kind="set"), side)
+        base = base_statistics(measured.reset_index(), side)
         warn_of_unclear_base(experiment.findings, base)
         table = judge_sets(experiment, named_sets(experiment), prompts, samples, side)
         if experiment.folder.leads:
@@ -9193,9 +9198,7 @@ def run_tokens(experiment: Experiment) -> None:
 def plan_tokens(experiment: Experiment) -> Iterator[PlannedRuns]:
     components = choose_components(experiment.options, experiment.shape)
     n_positions = len(token_positions(experiment))
-    planned = component_runs(components)
-    counts = Counter({layer: count * n_positions for layer, count in planned.counts.items()})
-    yield PlannedRuns(f"{planned.what} at each of {n_positions} tokens", counts)
+    yield component_runs(components).times(n_positions, f"at each of {n_positions} tokens")
 
 
 def check_equal_lengths(experiment: Experiment) -> None:
@@ -9393,10 +9396,8 @@ def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
 
 def plan_directions(experiment: Experiment[DirectionsOptions]) -> Iterator[PlannedRuns]:
     components = choose_components(experiment.options, experiment.shape)
-    planned = component_runs(components)
     n_ways = 3 if has_whole_effect(experiment.options) else 2
-    counts = Counter({layer: count * n_ways for layer, count in planned.counts.items()})
-    yield PlannedRuns(f"{planned.what} in {n_ways} ways", counts)
+    yield component_runs(components).times(n_ways, f"in {n_ways} ways")
 
 
 # -- directions of a file, and which samples give or choose directions

@@ -147,6 +147,16 @@ def write_samples(path: Path, *records: dict[str, Any]) -> str:
 
 
 @pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of samples whose prompts are equally long, as the command tokens needs them."""
+    records = []
+    for word, target in {"fruit": "apple", "bird": "oak", "drink": "owl", "insect": "iron"}.items():
+        text_a, text_b = f"Do not name a {word} here.", f"Do please name a {word} here."
+        records.append({"prompt_a": text_a, "prompt_b": text_b, "targets": [target]})
+    return write_samples(tmp_path_factory.mktemp("samples") / "four.jsonl", *records)
+
+
+@pytest.fixture(scope="session")
 def folder_of(
     random_model: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], str]:

@@ -17,7 +17,7 @@ import torch
 import llama3_circuit_tracing as tracing
 import other_device
 from by_hand import prepared
-from conftest import finish, read, write_samples
+from conftest import finish, read
 from other_device import FIRST, SECOND, Elsewhere
 
 CLOSE = 1e-4  # nats, between edits computed in float32 and in float64
@@ -38,15 +38,6 @@ LINES = {
     "added": "directions --op add --kind attn --layers 1",
 }
 pytestmark = pytest.mark.usefixtures("coarse_figures")
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    records = []
-    for word, target in {"fruit": "apple", "bird": "oak", "drink": "owl", "insect": "iron"}.items():
-        text_a, text_b = f"Do not name a {word} here.", f"Do please name a {word} here."
-        records.append({"prompt_a": text_a, "prompt_b": text_b, "targets": [target]})
-    return write_samples(tmp_path_factory.mktemp("samples") / "four.jsonl", *records)
 
 
 def words_of(line: str, samples: str) -> list[str]:

@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import llama3_circuit_tracing as tracing
 from by_hand import prepared
-from conftest import finish, read, record_of, write_samples
+from conftest import finish, read, record_of
 from test_sweep import EQUAL, PLACES
 
 pytestmark = pytest.mark.usefixtures("coarse_figures")
@@ -56,15 +56,6 @@ CASES: dict[str, tuple[str, str]] = {
     "experts": ("mixtral", "--op patch"),
     "the bundled model": ("tiny", "--op patch --layers 0,3"),
 }
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    records = []
-    for word, target in {"fruit": "apple", "bird": "oak", "drink": "owl", "insect": "iron"}.items():
-        text_a, text_b = f"Do not name a {word} here.", f"Do please name a {word} here."
-        records.append({"prompt_a": text_a, "prompt_b": text_b, "targets": [target]})
-    return write_samples(tmp_path_factory.mktemp("samples") / "four.jsonl", *records)
 
 
 def numbers(folder: Path) -> dict[str, pd.DataFrame]:

@@ -80,16 +80,6 @@ def tables(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file of samples whose prompts are equally long, as the command tokens needs them."""
-    records = []
-    for word, target in {"fruit": "apple", "bird": "oak", "drink": "owl", "insect": "iron"}.items():
-        text_a, text_b = f"Do not name a {word} here.", f"Do please name a {word} here."
-        records.append({"prompt_a": text_a, "prompt_b": text_b, "targets": [target]})
-    return write_samples(tmp_path_factory.mktemp("samples") / "four.jsonl", *records)
-
-
 def finish_all(model: str, samples: str, folder: Path, *names: str) -> Path:
     """All commands, or those of some names, in one folder."""
     for name in names or COMMANDS:
