@@ -1010,6 +1010,12 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
     )
     num_random: int = option(20, "random sets beside the circuit", between(1))
     max_new_tokens: int = option(0, "length of greedy replies; 0: none", between(0))
+    least_effect: float = option(
+        0.0,
+        "share of the base that a verdict asks for, beside q",
+        parse_proportion,
+        default_text="any",
+    )
     top_k: int = option(20, "components in figures", between(1))
     heatmap: bool = switch("also draw circuit_heatmap.png, layer by head")
 
@@ -1225,6 +1231,12 @@ class RedrawOptions(OutputOptions):
     op: str | None = option(None, "op of such a CSV", choices=OPS)
     factor: float | None = option(None, "factor of its --op scale", parse_number)
     patch_into: str | None = option(None, "the prompt that its patches edit", choices=("a", "b"))
+    least_effect: float | None = option(
+        None,
+        "share of the base that a verdict asks for",
+        parse_proportion,
+        default_text="as before",
+    )
     top_k: int | None = option(None, "components in figures", between(1), default_text="as before")
     heatmap: bool = switch("also draw circuit_heatmap.png, layer by head")
 
@@ -2285,7 +2297,7 @@ class Sample:
         return self.group != NO_ODD_ONE
 
 
-def halves(units: Iterable[str], seed: int) -> tuple[set[str], set[str]]:
+def halves(units: Iterable[str], seed: int | str) -> tuple[set[str], set[str]]:
     """(choosing, held-out) halves of the sentences; the choosing half has the odd one."""
     order = sorted(set(units))
     random.Random(seed).shuffle(order)
@@ -9383,59 +9395,201 @@ def role_sign(base_mean: float, factor: float | None) -> float:
     return math.copysign(1.0, base_mean) * (1.0 if is_amplified else -1.0)
 
 
+# What is said of a component: the first two are findings, all others say why there is none.
+CLEAR_VERDICTS = ("contributes", "works against")
+SMALL = "small"  # told from chance, and below --least_effect
+THROUGH_B = "through prompt b"  # the score after prompt a does not move as the effect says
+THROUGH_CONTROL = "through the control"  # the same of a contrast
+BREAKS_BOTH = "breaks both prompts"  # both scores move further than the base, in one direction
+TOO_FEW = "too few sentences"  # for any single component to reach q < 0.05
+UNCLEAR = "unclear"
+
+
+def effect_column(side: str) -> str:
+    """The column of effects on the score of prompt a less that of a side."""
+    return "head_effect" if side == "b" else f"effect_minus_{side}"
+
+
+def sentences_needed(n_tests: int) -> int:
+    """The fewest sentences with which one component among so many can reach q < 0.05."""
+    n_sentences = 2
+    while n_tests * smallest_p(n_sentences) >= 0.05:
+        n_sentences += 1
+    return n_sentences
+
+
+def significance_verdicts(
+    effects: pd.DataFrame, base: Mapping[str, Any], n_tests: int, least_effect: float
+) -> pd.Series:
+    """The verdict of each component by q, by the noise floor and by the size of its role.
+
+    `effects` has the columns of `column_statistics`, `role` and `above_noise`. Where even the
+    smallest p of the sentences leaves a lone component at q >= 0.05, those that no q tells from
+    chance are called `TOO_FEW`: the sample could not have told.
+    """
+    smallest_q = n_tests * smallest_p(effects["n_sentences"])
+    cannot_tell = smallest_q >= 0.05
+    verdict = effects["role"].gt(0).map({True: "contributes", False: "works against"})
+    is_small = effects["role"].abs() < least_effect * abs(base["mean"])
+    verdict = verdict.mask(is_small, SMALL)
+    is_significant = effects["q"] < 0.05
+    without = cannot_tell.map({True: TOO_FEW, False: UNCLEAR})
+    verdict = verdict.where(is_significant, without)
+    is_real = effects["above_noise"].fillna(True).astype(bool)
+    has_base = base["is_clear"] or base["n_sentences"] == 1
+    return verdict.where(is_real & has_base, UNCLEAR)
+
+
+def is_edited_in_b_only(table: pd.DataFrame) -> bool:
+    """Whether the edits are patches into prompt b, which leave prompt a as it is."""
+    return "patch_into" in table and bool(table["patch_into"].eq("b").all())
+
+
+def score_moves(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """By side that a table has scores of, `column_statistics` of the change of the score after its
+    prompt (nats)."""
+    moves = {}
+    for side in ("a", "b", *CONTROL_SIDES):
+        before, after = f"score_{side}_base", f"score_{side}_head"
+        if before in table and after in table:
+            change = table[after] - table[before]
+            if change.notna().any():
+                moves[side] = column_statistics(table.assign(change=change), "change")
+    return moves
+
+
+def find_side_verdicts(
+    effects: pd.DataFrame,
+    moves: Mapping[str, pd.DataFrame],
+    side: str,
+    base_mean: float,
+    floor: float,
+) -> pd.Series:
+    """By component `BREAKS_BOTH` or `THROUGH_B` (of a contrast `THROUGH_CONTROL`) where its effect
+    is not one on what is said after prompt a, else "".
+
+    It is one where the score after prompt a clearly moves in the direction of the effect: the
+    interval of that change excludes 0, and its mean is above the noise floor.
+    """
+    after_a = moves["a"].reindex(effects.index)
+    after_side = moves[side].reindex(effects.index)["mean"]
+    is_clear = (after_a["ci_low"] > 0) | (after_a["ci_high"] < 0)
+    is_alike = after_a["mean"] * effects["mean"] > 0
+    is_below_floor = after_a["mean"].abs() <= floor  # never, where the floor is NaN
+    is_of_prompt_a = is_clear & is_alike & ~is_below_floor
+    both_far = (after_a["mean"].abs() > abs(base_mean)) & (after_side.abs() > abs(base_mean))
+    is_broken = both_far & (after_a["mean"] * after_side > 0)
+    elsewhere = THROUGH_B if side == "b" else THROUGH_CONTROL
+    verdicts = is_broken.map({True: BREAKS_BOTH, False: elsewhere})
+    return verdicts.mask(is_of_prompt_a, "")
+
+
 def judge_effects(
-    table: pd.DataFrame, column: str, base: dict[str, Any], floor: float, factor: float | None
+    table: pd.DataFrame,
+    side: str,
+    base: Mapping[str, Any],
+    floor: float,
+    factor: float | None,
+    least_effect: float = 0.0,
 ) -> pd.DataFrame:
-    """`column_statistics` of an effect with each component's role and verdict.
+    """`column_statistics` of the effects on the score of prompt a less that of a side, with each
+    component's role.
 
     `role` is the mean effect, positive where it carries the task. `above_noise` is empty where no
-    noise floor is known. The verdict is unclear unless q < 0.05, the role is above the floor and
-    the base is clear.
+    noise floor is known. `verdict` is that of `significance_verdicts`.
     """
-    statistics = column_statistics(table, column)
-    role = role_sign(base["mean"], factor) * statistics["mean"] + 0.0  # no -0.0
+    effects = column_statistics(table, effect_column(side))
+    role = role_sign(base["mean"], factor) * effects["mean"] + 0.0  # no -0.0
     threshold = pd.NA if math.isnan(floor) else floor
     above_noise = role.abs().astype("Float64") > threshold
-    is_significant = statistics["q"] < 0.05
-    has_verdict = is_significant & above_noise.fillna(True) & base["is_clear"]
-    direction = role.gt(0).map({True: "contributes", False: "works against"})
-    verdict = direction.where(has_verdict, "unclear")
-    return statistics.assign(role=role, above_noise=above_noise, verdict=verdict)
+    effects = effects.assign(role=role, above_noise=above_noise)
+    verdict = significance_verdicts(effects, base, count_tests(table), least_effect)
+    return effects.assign(verdict=verdict)
 
 
-def mean_score_change(table: pd.DataFrame, side: str) -> pd.Series:
-    """Mean change of the score after a prompt per component (nats), without negative controls."""
-    real = drop_negative_controls(table)
-    change = real[f"score_{side}_head"] - real[f"score_{side}_base"]
-    return change.groupby([real[name] for name in COMPONENT_KEY]).mean()
+def judge_sides(
+    effects: pd.DataFrame,
+    moves: Mapping[str, pd.DataFrame],
+    side: str,
+    base_mean: float,
+    floor: float,
+) -> pd.DataFrame:
+    """Effects whose clear verdicts hold only where `find_side_verdicts` has nothing against them.
+    They stay as they are where the scores of the two prompts are not known."""
+    if not {"a", side} <= {*moves}:
+        return effects
+    instead = find_side_verdicts(effects, moves, side, base_mean, floor)
+    is_changed = effects["verdict"].isin(CLEAR_VERDICTS) & (instead != "")
+    return effects.assign(verdict=effects["verdict"].mask(is_changed, instead))
+
+
+def share_columns(numerators: Tensor, denominators: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    """`share`, `share_low` and `share_high` [column]: the ratio of two means and its 95 % interval,
+    from the sums and counts of each sentence's samples [sentence, column]. All three are NaN where
+    the interval of the denominator does not exclude 0: there is nothing to have a share of."""
+    low, high = mean_interval(denominators, counts)
+    is_clear = (low > 0) | (high < 0)
+    share_low, share_high = mean_interval(numerators, denominators)
+    columns = {
+        "share": numerators.sum(0) / denominators.sum(0),
+        "share_low": share_low,
+        "share_high": share_high,
+    }
+    return {name: share.where(is_clear, math.nan) for name, share in columns.items()}
+
+
+def shares_of_base(table: pd.DataFrame, components: pd.Index) -> pd.DataFrame:
+    """By component the share of the base that its edit takes away, with its interval; empty where
+    the base is not clear."""
+    real = drop_negative_controls(table[table["head_effect"].notna()])
+    effects, counts = sentence_totals(real, "head_effect", components)
+    bases, _ = sentence_totals(real, "delta_logit_base", components)
+    shares = share_columns(-effects, bases, counts)
+    columns = {
+        "share_moved": shares["share"].tolist(),
+        "share_low": shares["share_low"].tolist(),
+        "share_high": shares["share_high"].tolist(),
+    }
+    return pd.DataFrame(columns, index=components)
 
 
 def heads_table(
-    table: pd.DataFrame, bases: Bases, floor: float, factor: float | None
+    table: pd.DataFrame,
+    bases: Bases,
+    floor: float,
+    factor: float | None,
+    least_effect: float = 0.0,
 ) -> pd.DataFrame:
     """circuit_heads.csv: a row per component, its effect and its contrasts with the controls.
 
     Each is judged by its role in its own base (of prompt a less that side), against the noise
-    floor and against 0.
+    floor and against 0, and by whether the score after prompt a moves with it. `least_effect` is
+    the share of the base that a clear verdict asks for.
     """
-    heads = judge_effects(table, "head_effect", bases["b"], floor, factor)
+    moves = score_moves(table)
+    # a patch into prompt b is asked for its effect there
+    judged_by = {} if is_edited_in_b_only(table) else moves
     base_mean = bases["b"]["mean"]
+    heads = judge_effects(table, "b", bases["b"], floor, factor, least_effect)
+    heads = judge_sides(heads, judged_by, "b", base_mean, floor)
+    heads = heads.join(shares_of_base(table, heads.index))
     is_below_floor = abs(base_mean) <= floor  # never, where the floor is NaN
-    if base_mean == 0 or is_below_floor:
-        heads["share_moved"] = math.nan
-    else:
-        heads["share_moved"] = -heads["mean"] / base_mean
-    if {"score_a_base", "score_a_head", "score_b_base", "score_b_head"} <= {*table}:
-        heads["moved_a"] = mean_score_change(table, "a")
-        heads["moved_b"] = mean_score_change(table, "b")
+    if is_below_floor:
+        heads[["share_moved", "share_low", "share_high"]] = math.nan
+    if "a" in moves:
+        heads["moved_a"] = moves["a"]["mean"]
+        heads["moved_a_low"] = moves["a"]["ci_low"]
+        heads["moved_a_high"] = moves["a"]["ci_high"]
+        heads["moved_b"] = moves["b"]["mean"] if "b" in moves else math.nan
     for side in CONTROL_SIDES:
-        column = f"effect_minus_{side}"
+        column = effect_column(side)
         if column not in table or table[column].isna().all():
             continue
         if side not in bases:
             log.warning(f"{column} is left out: its base, the scores of {side}, is not there")
             continue
-        contrast = judge_effects(table, column, bases[side], floor, factor)
+        contrast = judge_effects(table, side, bases[side], floor, factor, least_effect)
+        contrast = judge_sides(contrast, judged_by, side, bases[side]["mean"], floor)
         heads = heads.join(contrast.add_prefix(f"minus_{side}_"))
     labels = labels_of(heads.index)
     heads = heads.reset_index().assign(n_tests=count_tests(table))
@@ -9447,11 +9601,24 @@ def heads_table(
 # ----- Figures ------------------------------------------------------------------------------------
 
 PANEL_LETTERS = 30  # in a line of a panel's title
+TITLE_LETTERS = 60  # in a line of a figure's title
 VERDICT_COLORS = {
     "contributes": "tab:blue",
     "works against": "tab:orange",
     "grew": "tab:green",
-    "unclear": "darkgray",
+    SMALL: "dimgray",
+    THROUGH_B: "dimgray",
+    THROUGH_CONTROL: "dimgray",
+    BREAKS_BOTH: "dimgray",
+    TOO_FEW: "darkgray",
+    UNCLEAR: "darkgray",
+}
+VERDICT_MARKERS = {  # of those that a circle does not stand for: they are grey, too
+    SMALL: ".",
+    THROUGH_B: "s",
+    THROUGH_CONTROL: "D",
+    BREAKS_BOTH: "X",
+    TOO_FEW: "v",
 }
 
 
@@ -9491,7 +9658,8 @@ def draw_forest_panel(axes: Any, rows: pd.DataFrame, heights: dict[str, int]) ->
         drawn = rows[rows["verdict"] == verdict]
         y = drawn["label"].map(heights)
         axes.hlines(y, drawn["ci_low"], drawn["ci_high"], color=color, linewidth=1.5)
-        axes.plot(drawn["mean"], y, "o", markersize=4, color=color, label=verdict)
+        marker = VERDICT_MARKERS.get(verdict, "o")
+        axes.plot(drawn["mean"], y, marker, markersize=4, color=color, label=verdict)
 
 
 def draw_forest(table: pd.DataFrame, title: str, path: Path) -> None:
@@ -9620,17 +9788,22 @@ def draw_heads(heads: pd.DataFrame, top_k: int, title: str, path: Path) -> None:
 
 
 def draw_heatmap(heads: pd.DataFrame, qualifier: str, path: Path) -> None:
-    """Mean role by layer and index, centred at zero; grey where it has no verdict."""
+    """Mean role by layer and index, centred at zero; grey where the verdict is none of the two
+    that tell what a component does."""
     kind = str(heads["kind"].iloc[0])
     cells = heads.pivot(index="layer", columns="index", values=["role", "verdict"])
     grid = cells["role"].astype(float).rename_axis(columns=kind)
-    has_verdict = cells["verdict"] != "unclear"
+    has_verdict = cells["verdict"].isin(CLEAR_VERDICTS)
     label = "role in nats: > 0 carries the task"
-    title = f"Mean role {qualifier}".rstrip() + "\n(grey: q >= 0.05 or below the floor)"
+    others = heads["verdict"][~heads["verdict"].isin(CLEAR_VERDICTS)]
+    names = ", ".join(verdict for verdict in VERDICT_COLORS if verdict in set(others))
+    title = f"Mean role {qualifier}".rstrip()
+    if names:
+        title += "\n" + textwrap.fill(f"(grey: {names})", TITLE_LETTERS)
     if grid.shape[1] > 1:
         draw_grid(grid, has_verdict, f"{label}, < 0 works against it", title, path)
         return
-    colors = ["tab:blue" if clear else "lightgray" for clear in has_verdict.iloc[:, 0]]
+    colors = [VERDICT_COLORS[verdict] for verdict in cells["verdict"].iloc[:, 0]]
     labels = {"xlabel": f"layer ({kind})", "ylabel": label, "title": title}
     draw_bars(grid.iloc[:, 0], labels, path, colors)
 
@@ -9639,6 +9812,13 @@ def draw_heatmap(heads: pd.DataFrame, qualifier: str, path: Path) -> None:
 
 REPORTED_COMPONENTS = 5  # of the strongest components of either role, which the log describes
 VERDICT_PHRASES = {"contributes": "contributes to", "works against": "works against"}
+# what a clear effect is called that is none on what the behaviour shows in
+INSTEAD_PHRASES = {
+    THROUGH_B: "through prompt b, what is said after a does not move so",
+    THROUGH_CONTROL: "through the control, what is said after a does not move so",
+    BREAKS_BOTH: "breaks both prompts, both scores move further than the base",
+    SMALL: "small, below --least_effect",
+}
 
 
 def describe_base(side: str, base: dict[str, Any]) -> str:
@@ -9674,13 +9854,23 @@ def after_prompts(
 
 def describe_contrast(head: Any, behaviour: str) -> str:
     """A component's effect less that on prompts that forbid other words."""
-    conclusion = "not told from serving any mention"
-    phrase = VERDICT_PHRASES.get(head.minus_other_verdict)
-    if phrase:
-        conclusion = f"{phrase} {behaviour} that is specific to these words"
+    verdict = head.minus_other_verdict
+    conclusion = INSTEAD_PHRASES.get(verdict, "not told from serving any mention")
+    if verdict in VERDICT_PHRASES:
+        conclusion = f"{VERDICT_PHRASES[verdict]} {behaviour} that is specific to these words"
+    elif verdict == TOO_FEW:
+        conclusion = TOO_FEW
     interval = format_interval(head, "minus_other_ci")
-    numbers = f"{head.minus_other_mean:+.3f}{interval}, q {head.minus_other_q:.2g}"
+    chance = describe_chance(head.minus_other_p, head.minus_other_q, verdict)
+    numbers = f"{head.minus_other_mean:+.3f}{interval}, {chance}"
     return f"less forbidding other words {numbers}: {conclusion}"
+
+
+def describe_chance(p: float, q: float, verdict: str) -> str:
+    """q, or p where no q could be small enough."""
+    if verdict == TOO_FEW:
+        return f"p {p:.2g} uncorrected"
+    return f"q {q:.2g}"
 
 
 class EditPhrases(NamedTuple):
@@ -9696,11 +9886,12 @@ def describe_effect(head: Any, behaviours: Mapping[str, str], phrases: EditPhras
 
     Behaviours are by side: what the model does where the base of that side has the sign it has.
     """
-    verdict = "unclear"
+    verdict = INSTEAD_PHRASES.get(head.verdict, head.verdict)
     if head.verdict in VERDICT_PHRASES:
         verdict = f"{VERDICT_PHRASES[head.verdict]} {behaviours['b']}"
     parts = [f"{phrases.action} {head.label}{phrases.qualifier}: {verdict}"]
-    parts.append(f"effect {head.mean:+.3f}{format_interval(head)}, q {head.q:.2g}")
+    chance = describe_chance(head.p, head.q, head.verdict)
+    parts.append(f"effect {head.mean:+.3f}{format_interval(head)}, {chance}")
     if not math.isnan(getattr(head, "moved_a", math.nan)):
         changes = after_prompts(head.moved_a, head.moved_b, "+.2f")
         parts.append(f"{phrases.task.scored} {changes}")
@@ -9754,22 +9945,53 @@ def report_strongest(
             findings.say(describe_effect(head, behaviours, phrases))
 
 
+def describe_concentration(heads: pd.DataFrame, role: str) -> str:
+    """How many components have half and 90 % of the sum of positive roles, and how many have a
+    verdict; "" where no role is positive."""
+    roles = heads[role][heads[role] > 0].sort_values(ascending=False)
+    if roles.empty:
+        return ""
+    reached = roles.cumsum() / roles.sum()
+    n_half = 1 + int((reached < 0.5 - 1e-12).sum())
+    n_most = 1 + int((reached < 0.9 - 1e-12).sum())
+    n_clear = int(
+        heads["verdict" if role == "role" else "minus_other_verdict"].isin(CLEAR_VERDICTS).sum()
+    )
+    return (
+        f"effect sizes: of {count_noun(len(heads), 'component')} {n_half} have half of the sum of"
+        f" positive roles ({roles.sum():.3f} nats), {n_most} have 90 %; {n_clear} have a verdict"
+    )
+
+
+def report_sample_size(findings: Findings, n_sentences: int, n_tests: int) -> None:
+    """What q such a sample can reach at all, and how many sentences would do."""
+    if n_sentences == 1:
+        findings.say("a single sentence gives no interval: no component is called a contributor")
+        return
+    lone_q = min(1.0, n_tests * smallest_p(n_sentences))
+    if lone_q >= 0.05:
+        findings.say(
+            f"{n_sentences} sentences are too few: a lone component among {n_tests} cannot reach q"
+            f" below {lone_q:.2g}; {sentences_needed(n_tests)} sentences suffice"
+        )
+
+
 def report_effects(
     findings: Findings, heads: pd.DataFrame, bases: Bases, floor: float, phrases: EditPhrases
 ) -> None:
     """The bases, what the sample allows, and the strongest components of either role."""
     report_bases(findings, bases, floor)
+    if "moved_a" not in heads:
+        findings.say(
+            "the table has no scores by prompt: verdicts go by delta_logit alone, not by the prompt"
+            " after which the words move"
+        )
     side, role = quoted_role(heads, bases)
-    n = int(bases[side]["n_sentences"])
-    if n == 1:
-        findings.say("a single sentence gives no interval: no component is called a contributor")
-        return
-    n_tests = int(heads["n_tests"].iloc[0])
-    lone_q = min(1.0, n_tests * smallest_p(n))
-    if lone_q >= 0.05:
-        limit = f"a lone component among {n_tests} cannot reach q below {lone_q:.2g}"
-        findings.say(f"{n} sentences are too few: {limit}")
+    report_sample_size(findings, int(bases[side]["n_sentences"]), int(heads["n_tests"].iloc[0]))
     if bases[side]["is_clear"]:
+        concentration = describe_concentration(heads, role)
+        if concentration:
+            findings.say(concentration)
         report_strongest(findings, heads, bases, role, phrases)
 
 
@@ -9863,37 +10085,135 @@ def measure_sets(
 # -- a circuit: components chosen from their effects
 
 
-def choose_circuit(
-    table: pd.DataFrame,
-    selection: SelectionRule,
-    side: str,
-    factor: float | None,
-    skip: Iterable[Component] = (),
-) -> pd.DataFrame:
-    """Components by falling mean role in some rows of a results table, as a rule selects them.
+N_SPLITS = 100  # random halves of the sentences, on each of which the choice is made again
+STABLE_SHARE = 0.8  # of the chosen, which most halves have to choose again in a stable choice
 
-    Roles are of the effect on the score of prompt a less that of `side`. All rules but `top` take
-    only components that carry the task. Returns the columns mean and role, indexed by component.
-    """
-    column = "head_effect" if side == "b" else f"effect_minus_{side}"
+
+class SentenceSums(NamedTuple):
+    """Sums and counts over samples by sentence, of one side; columns are sentences."""
+
+    effects: pd.DataFrame  # [component, sentence], nats
+    counts: pd.DataFrame  # [component, sentence]
+    bases: pd.DataFrame  # columns sum and count, by sentence
+
+    def means(self, units: Iterable[str]) -> pd.Series:
+        """The mean effect of each component over some sentences."""
+        names = sorted(set(units) & set(self.effects.columns))
+        return self.effects[names].sum(axis=1) / self.counts[names].sum(axis=1)
+
+    def base(self, units: Iterable[str]) -> float:
+        """The mean unedited score of prompt a less that of the side, over some sentences."""
+        totals = self.bases.loc[sorted(set(units) & set(self.bases.index))].sum()
+        return float(totals["sum"] / totals["count"])
+
+
+def sum_by_sentence(table: pd.DataFrame, side: str) -> SentenceSums:
+    """The sums of a results table's effects on the score of prompt a less that of a side, without
+    negative controls and missing values."""
+    column = effect_column(side)
     rows = drop_negative_controls(table[table[column].notna()])
-    base = float(base_deltas(rows.drop_duplicates("sample_id"), side).mean())
-    circuit = rows.groupby(COMPONENT_KEY)[column].mean().rename("mean").to_frame()
-    components = [Component(*key) for key in circuit.index]
-    circuit.index = pd.Index(components, tupleize_cols=False)
-    circuit = circuit.drop(index=list(skip), errors="ignore")
-    circuit["role"] = role_sign(base, factor) * circuit["mean"]
+    by_sentence = rows.groupby([*COMPONENT_KEY, "unit"], observed=True)[column]
+    totals = by_sentence.agg(["sum", "count"]).unstack("unit").fillna(0.0)
+    components = [Component(*key) for key in totals.index]
+    totals.index = pd.Index(components, tupleize_cols=False)
+    samples = rows.assign(base=base_deltas(rows, side)).drop_duplicates("sample_id")
+    bases = samples.groupby("unit", observed=True)["base"].agg(["sum", "count"])
+    return SentenceSums(totals["sum"], totals["count"], bases)
+
+
+class ChoiceRule(NamedTuple):
+    """How components are chosen from their effects."""
+
+    selection: SelectionRule
+    factor: float | None = None  # of the op, see `role_sign`
+    skip: Iterable[Component] = ()
+
+
+def choose_circuit(sums: SentenceSums, units: Iterable[str], rule: ChoiceRule) -> pd.DataFrame:
+    """Components by falling mean role over some sentences, as a rule selects them.
+
+    All rules but `top` take only components that carry the task. Returns the columns mean and role,
+    indexed by component.
+    """
+    base = sums.base(units)
+    circuit = sums.means(units).dropna().rename("mean").to_frame()
+    circuit = circuit.drop(index=list(rule.skip), errors="ignore")
+    circuit["role"] = role_sign(base, rule.factor) * circuit["mean"]
     ranked = circuit.sort_values("role", ascending=False, kind="stable")
     carriers = ranked[ranked["role"] > 0]
-    if selection.rule == "top":
-        return ranked.head(int(selection.amount))
-    if selection.rule == "mass":
+    name, amount = rule.selection.rule, rule.selection.amount
+    if name == "top":
+        return ranked.head(int(amount))
+    if name == "mass":
         mass_before = carriers["role"].cumsum().shift(fill_value=0.0)
-        return carriers[mass_before < selection.amount * carriers["role"].sum()]
-    if selection.rule == "share":
-        return carriers[carriers["role"] >= selection.amount * abs(base)]
+        return carriers[mass_before < amount * carriers["role"].sum()]
+    if name == "share":
+        return carriers[carriers["role"] >= amount * abs(base)]
     layers = [component.layer for component in carriers.index]
-    return carriers.groupby(layers).head(int(selection.amount))
+    return carriers.groupby(layers).head(int(amount))
+
+
+@dataclass(frozen=True)
+class Stability:
+    """How a choice of components depends on the half of the sentences that it was made on."""
+
+    n_halves: int  # different random halves
+    chosen_in: pd.Series  # by chosen component the share of these halves that choose it, too
+    n_again: dict[int, float]  # by size: of the first so many, how many the median half has first
+
+    @classmethod
+    def of(
+        cls,
+        chosen: pd.DataFrame,
+        sums: SentenceSums,
+        rule: ChoiceRule,
+        units: Iterable[str],
+        seed: int,
+    ) -> Stability:
+        """Holds what was chosen against what the rule chooses on each of `N_SPLITS` random halves
+        of the sentences. No forward is needed."""
+        choosing_halves = {}
+        for split in range(N_SPLITS):
+            half, _ = halves(units, f"{seed} split {split}")
+            choosing_halves[" ".join(sorted(half))] = half
+        choices = [
+            list(choose_circuit(sums, half, rule).index) for half in choosing_halves.values()
+        ]
+        components = list(chosen.index)
+        shares = []
+        for component in components:
+            is_chosen = [component in choice for choice in choices]
+            shares.append(sum(is_chosen) / len(choices))
+        n_again = {}
+        for size in sizes_up_to(len(components)):
+            counts = [count_again(components, choice, size) for choice in choices]
+            n_again[size] = float(pd.Series(counts).median())
+        return cls(len(choices), pd.Series(shares, chosen.index, float), n_again)
+
+    @property
+    def is_stable(self) -> bool:
+        """Whether the median half chooses four fifths of the components again."""
+        size = max(self.n_again)
+        return self.n_again[size] >= STABLE_SHARE * size
+
+
+def count_again(chosen: Sequence[Component], choice: Sequence[Component], size: int) -> int:
+    """How many of the first components that were chosen are among the first of another choice; of
+    all that were chosen, in the whole of it."""
+    others = choice if size == len(chosen) else choice[:size]
+    return len({*chosen[:size]} & {*others})
+
+
+def report_stability(findings: Findings, stability: Stability) -> None:
+    """Whether other halves of the sentences choose the same components."""
+    parts = []
+    for size, n_again in stability.n_again.items():
+        parts.append(f"{n_again:g} of the best {size}")
+    verdict = "stable" if stability.is_stable else "not stable"
+    findings.say(
+        f"the choice is {verdict}: chosen on other halves of the sentences ({stability.n_halves} at"
+        f" random), the median one has {', '.join(parts)} again"
+    )
 
 
 def warn_of_unclear_base(findings: Findings, base: Mapping[str, Any]) -> None:
@@ -10079,8 +10399,8 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
     """Per set the mean of score_a less the score of a side, with intervals over sentences.
 
     With m the mean, `faithfulness` of what is kept is (m - m(all)) / (m(none) - m(all)), and
-    `remaining` is the same of what is left without the set (Marks et al. 2403.19647). Both are NaN
-    where the interval of the denominator covers 0.
+    `remaining` is the same of what is left without the set (Marks et al. 2403.19647). These and
+    `share_removed` are NaN where the interval of their denominator covers 0.
     """
     deltas = rows.assign(delta=score_difference(rows, side))
     places = pd.RangeIndex(len(joint_sets), name="place")
@@ -10088,7 +10408,7 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
     mean = sums.sum(0) / counts.sum(0)
     low, high = mean_interval(sums, counts)
     base = sums[:, :1].expand_as(sums)
-    share_low, share_high = mean_interval(base - sums, base)
+    removed = share_columns(base - sums, base, counts)
     columns = {
         "measure": measure_name(side, has_pairs(rows)),
         "n_samples": int(counts[:, 0].sum()),
@@ -10096,9 +10416,9 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
         "mean_delta": mean,
         "ci_low": low,
         "ci_high": high,
-        "share_removed": 1 - mean / mean[0],
-        "share_low": share_low,
-        "share_high": share_high,
+        "share_removed": removed["share"],
+        "share_low": removed["share_low"],
+        "share_high": removed["share_high"],
         **faithfulness_columns(sums, counts, joint_sets),
     }
     return pd.DataFrame(columns, index=places).join(moved_columns(deltas))
@@ -10107,21 +10427,18 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
 def faithfulness_columns(
     sums: Tensor, counts: Tensor, joint_sets: Sequence[JointSet]
 ) -> dict[str, Tensor]:
-    """`faithfulness` with its interval, and `remaining`, from sums and counts [sentence, set]."""
+    """`faithfulness` and `remaining` with their intervals, from sums and counts [sentence, set]."""
     names = [joint_set.name for joint_set in joint_sets]
     every = sums[:, [names.index("all") if "all" in names else 0]]
-    effect_of_all = sums[:, :1] - every
-    low, high = mean_interval(effect_of_all, counts[:, :1])[:, 0]
-    is_clear = (low > 0) | (high < 0)
-    share = (sums - every).sum(0) / effect_of_all.sum(0)
-    share_low, share_high = mean_interval(sums - every, effect_of_all.expand_as(sums))
-    has_share = torch.tensor([bool(joint_set.others_of) for joint_set in joint_sets]) & is_clear
-    return {
-        "faithfulness": share.where(has_share, math.nan),
-        "faithfulness_low": share_low.where(has_share, math.nan),
-        "faithfulness_high": share_high.where(has_share, math.nan),
-        "remaining": share.where(~has_share & is_clear, math.nan),
-    }
+    effect_of_all = (sums[:, :1] - every).expand_as(sums)
+    shares = share_columns(sums - every, effect_of_all, counts)
+    is_kept = torch.tensor([bool(joint_set.others_of) for joint_set in joint_sets])
+    columns = {}
+    for name, is_of_name in {"faithfulness": is_kept, "remaining": ~is_kept}.items():
+        for part, share in shares.items():
+            column = part.replace("share", name)
+            columns[column] = share.where(is_of_name, math.nan)
+    return columns
 
 
 def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
@@ -10152,6 +10469,8 @@ def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
 
 
 # -- what is said and written of sets
+
+MAX_NAMED_BARS = 24  # of a figure: more stand without a name
 
 RANDOM_SETS = "random sets, same layers"
 SET_LABELS = {
@@ -10188,14 +10507,22 @@ def describe_range(shares: pd.Series, noun: str) -> str:
     return f", {count_noun(len(shares), f'distinct random {noun}')} {low:.0%} to {high:.0%}"
 
 
+def describe_removed(row: Any, random_shares: pd.Series, noun: str) -> str:
+    """The share of the base that a set removes, beside random ones; no share of what is not
+    there."""
+    if math.isnan(row.share_removed):
+        return "no share removed, the base is not clear"
+    interval = format_interval(row, "share", ".0%")
+    return f"{row.share_removed:.0%} removed{interval}{describe_range(random_shares, noun)}"
+
+
 def describe_edited_set(row: Any, table: pd.DataFrame, scored: str, noun: str) -> str:
     """What editing a set jointly does, beside random sets of its size."""
     randoms = table[(table["set"] == "random") & (table["n_ablated"] == row.n_ablated)]
     sentence = (
         f"{row.samples} samples, {row.n_ablated} jointly ({shorten(row.components, 200)}):"
         f" {describe_mean(row)},"
-        f" {row.share_removed:.0%} removed{format_interval(row, 'share', '.0%')}"
-        f"{describe_range(randoms['share_removed'], noun)};"
+        f" {describe_removed(row, randoms['share_removed'], noun)};"
         f" {scored} {after_prompts(row.moved_a, row.moved_b, '+.2f')};"
         f" KL {after_prompts(row.kl_a, row.kl_b, '.2g', 'a')}"
     )
@@ -10253,11 +10580,35 @@ def draw_measured_sets(axes: Any, rows: pd.DataFrame) -> None:
         axes.plot(x, y, "x", color="red", markersize=12, label=label)
 
 
-def draw_sets(table: pd.DataFrame, title: str, path: Path, random_label: str = RANDOM_SETS) -> None:
+def draw_chosen_in(axes: Any, stability: Stability) -> None:
+    """A bar per chosen component, the first on top: the share of random halves that choose it."""
+    labels = [component.label for component in stability.chosen_in.index]
+    shares = list(stability.chosen_in)
+    axes.barh(range(len(labels)), shares, color="tab:blue")
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    step = math.ceil(len(labels) / MAX_NAMED_BARS)
+    axes.set_yticks(range(0, len(labels), step), labels[::step], fontsize=8)
+    axes.set_xlim(0, 1)
+    axes.set(xlabel=f"chosen in, of {stability.n_halves} random halves")
+
+
+def draw_sets(
+    table: pd.DataFrame,
+    title: str,
+    path: Path,
+    random_label: str = RANDOM_SETS,
+    stability: Stability | None = None,
+) -> None:
     """Mean score that is left with chosen or named sets edited jointly, and with random ones,
-    against the number of components; the table has the rows of the quoted measure."""
-    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
-    axes = figure.add_subplot()
+    against the number of components; the table has the rows of the quoted measure. Beside it how
+    often each component is chosen, where that is known."""
+    width = 5.5 if stability is None else 8.5
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    if stability is None:
+        axes = figure.add_subplot()
+    else:
+        axes, share_axes = figure.subplots(1, 2, width_ratios=(2, 1))
+        draw_chosen_in(share_axes, stability)
     base = float(table.loc[table["set"] == "none", "mean_delta"].iloc[0])
     axes.axhline(base, color="black", linewidth=0.8, linestyle="--", label="nothing edited")
     draw_random_sets(axes, table[table["set"] == "random"], random_label)
@@ -10274,12 +10625,14 @@ def write_sets(
     name: str,
     title: str,
     random_label: str = RANDOM_SETS,
+    stability: Stability | None = None,
 ) -> None:
     """NAME.csv, and NAME.png of the quoted measure."""
     folder = experiment.folder
     if folder.leads:
         folder.write_table(f"{name}.csv", table)
-        draw_sets(table[table["quoted"]], title, folder.claim_path(f"{name}.png"), random_label)
+        path = folder.claim_path(f"{name}.png")
+        draw_sets(table[table["quoted"]], title, path, random_label, stability)
 
 
 # ----- Replies ------------------------------------------------------------------------------------
@@ -10819,7 +11172,7 @@ def report_missed(findings: Findings, table: pd.DataFrame) -> tuple[int, float |
         measured = "all but the skipped" if n_others else "all"
         findings.say(f"nothing is missed: {measured} are measured")
         return 0, None
-    with_verdict = best[best["verdict"] != "unclear"]
+    with_verdict = best[best["verdict"].isin(CLEAR_VERDICTS)]
     if len(with_verdict):
         threshold = with_verdict["mean"].abs().min()
         threshold_name = "the least that has a verdict"
@@ -11016,7 +11369,7 @@ def write_heads(experiment: Experiment, table: pd.DataFrame, floor: float) -> pd
     """circuit_heads.csv, which is returned, and the figures and sentences of it."""
     options, folder, findings = experiment.options, experiment.folder, experiment.findings
     bases = find_bases(table)
-    heads = heads_table(table, bases, floor, options.factor)
+    heads = heads_table(table, bases, floor, options.factor, options.least_effect)
     if options.estimated:
         findings.warn(f"all effects here are{options.estimated}, none is measured")
     phrases = EditPhrases(experiment.task, OPS[options.op].verb, options.estimated)
@@ -11054,12 +11407,15 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
     choosing, held_out = split_units(table, options.seed)
     side = quoted_side(experiment.prompts, [choosing, held_out])
     warn_of_unclear_base(findings, base_statistics(table, side))
-    rows = table[table["unit"].isin(choosing)]
-    chosen = choose_circuit(rows, options.confirm, side, options.factor, options.skip)
+    sums = sum_by_sentence(table, side)
     n_max = count_free(experiment) // 2
+    rule = ChoiceRule(options.confirm, options.factor, options.skip)
+    chosen = choose_circuit(sums, choosing, rule)
     if len(chosen) > n_max:
         findings.warn(f"the best {n_max} of {len(chosen)} are taken, to leave as many at random")
         chosen = chosen.head(n_max)
+    stability = Stability.of(chosen, sums, rule, choosing | held_out, options.seed)
+    chosen = chosen.assign(chosen_in=stability.chosen_in)
     if folder.leads:
         measure = measure_name(side, experiment.is_of_pairs)
         write_circuit(experiment, chosen, measure, choosing)
@@ -11074,8 +11430,9 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
     n_components = len(table[COMPONENT_KEY].drop_duplicates())
     effects = f"{n_components} {options.row_method} effects"
     confirmed["selection"] = f"{options.confirm} by role of {effects}"
+    report_stability(findings, stability)
     title = f"Held-out {experiment.task.name}: joint op {options.op_text}"
-    write_sets(experiment, confirmed, "circuit_confirm", title)
+    write_sets(experiment, confirmed, "circuit_confirm", title, RANDOM_SETS, stability)
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
 
 
@@ -11088,7 +11445,7 @@ def write_circuit(
     for entry in fields(EditOptions):
         edit[entry.name] = recorded_text(getattr(options, entry.name))
     components = []
-    for component, row in chosen[["role", "mean"]].to_dict("index").items():
+    for component, row in chosen[["role", "mean", "chosen_in"]].to_dict("index").items():
         components.append({"label": component.label, **vars(component), **row})
     circuit = {
         "format": "circuit/1",
@@ -12429,12 +12786,15 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
     warn_of_unclear_base(experiment.findings, base_statistics(results, side))
     prompts = confirming_prompts(data)
     n_components = len(data.components)
+    stability: Stability | None = None
     if options.everywhere:
         joint_sets = choose_layer(data, side)
         selection = f"one of {n_components} directions, on the sentences set apart"
     else:
-        rows = results[results["unit"].isin(choosing)]
-        chosen = choose_circuit(rows, options.confirm, side, options.factor)
+        sums = sum_by_sentence(results, side)
+        rule = ChoiceRule(options.confirm, options.factor)
+        chosen = choose_circuit(sums, choosing, rule)
+        stability = Stability.of(chosen, sums, rule, choosing | held_out, options.seed)
         joint_sets = sets_of_directions(data, tuple(chosen.index))
         selection = f"{options.confirm} by role of {n_components} exact effects"
     if not joint_sets:
@@ -12443,8 +12803,11 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
     make_edits = functools.partial(direction_set_edits, data)
     table = judge_sets(experiment, joint_sets, prompts, "held-out", side, make_edits)
     table["selection"] = selection
+    if stability is not None:
+        report_stability(experiment.findings, stability)
     title = f"Held-out {experiment.task.name}: joint op {options.op_text} along {data.fit_name}"
-    write_sets(experiment, table, "directions_confirm", title, "random directions, as far")
+    random_label = "random directions, as far"
+    write_sets(experiment, table, "directions_confirm", title, random_label, stability)
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
 
 
@@ -13793,6 +14156,8 @@ DETAIL_COLUMNS = {
     "moved_a": "+.2f",
     "moved_b": "+.2f",
     "share_moved": ".0%",
+    "share_low": ".0%",
+    "share_high": ".0%",
     "above_noise": "",
     "n_sentences": "d",
 }
@@ -13922,7 +14287,8 @@ def render_components(path: Path) -> list[Html]:
 def describe_components(heads: pd.DataFrame) -> str:
     text = (
         "Nats, with 95 % intervals. Red leans to carrying the task, blue against it; the verdict"
-        " says what can be told from chance. A click on a heading sorts."
+        " says what can be told from chance, and whether the words move after prompt a as the effect"
+        " says. A click on a heading sorts."
     )
     if len(heads) > MAX_TABLE_ROWS:
         text += f" The {MAX_TABLE_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
@@ -14098,8 +14464,10 @@ def redrawn_options(run: FinishedRun, options: RedrawOptions) -> TraceOptions:
         if recorded != value:
             raise UsageError(f"--{name} {value}: {run.source} has {shorten(recorded)}")
         given[name] = value
-    if options.top_k is not None:
-        given["top_k"] = options.top_k
+    for name in ("least_effect", "top_k"):
+        value = getattr(options, name)
+        if value is not None:
+            given[name] = value
     trace_options = replace(run.options, heatmap=options.heatmap or run.options.heatmap, **given)
     for sentence in EditOptions.usage_errors(trace_options):
         raise UsageError(f"{run.source}: {sentence}")
@@ -14134,7 +14502,7 @@ def redraw_effects(
 ) -> None:
     """circuit_heads.csv and the figures that a results table alone gives."""
     bases = find_bases(run.table)
-    heads = heads_table(run.table, bases, run.floor, options.factor)
+    heads = heads_table(run.table, bases, run.floor, options.factor, options.least_effect)
     phrases = EditPhrases(TASKS[options.task], OPS[options.op].verb, options.estimated)
     report_effects(findings, heads, bases, run.floor, phrases)
     draw_effects(heads, int(bases["b"]["n_sentences"]), options, folder)
