@@ -9447,8 +9447,10 @@ def is_edited_in_b_only(table: pd.DataFrame) -> bool:
 
 def score_moves(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """By side that a table has scores of, `column_statistics` of the change of the score after its
-    prompt (nats)."""
-    moves = {}
+    prompt (nats); {} where it has none of prompt b."""
+    moves: dict[str, pd.DataFrame] = {}
+    if not {"score_b_base", "score_b_head"} <= {*table}:
+        return moves
     for side in ("a", "b", *CONTROL_SIDES):
         before, after = f"score_{side}_base", f"score_{side}_head"
         if before in table and after in table:

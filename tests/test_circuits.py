@@ -98,6 +98,11 @@ labels = tracing.join_labels
 # ----- choosing
 
 
+def choose(table: pd.DataFrame, rule: tracing.ChoiceRule, side: str = "b") -> pd.DataFrame:
+    """What a rule chooses on all sentences of a table."""
+    return tracing.choose_circuit(tracing.sum_by_sentence(table, side), table["unit"], rule)
+
+
 def chosen(
     rule: str,
     effects: dict[str, float],
@@ -107,7 +112,8 @@ def chosen(
 ) -> str:
     selection = tracing.SelectionRule.parse(rule)
     table = by_hand.results({name: [v - 1, v + 1] for name, v in effects.items()}, base)
-    return labels(tracing.choose_circuit(table, selection, "b", factor, skip).index)
+    rule = tracing.ChoiceRule(selection, factor, skip)
+    return labels(choose(table, rule).index)
 
 
 @pytest.mark.parametrize("rule", CHOSEN)
@@ -138,7 +144,7 @@ def test_against_a_control_its_contrast_and_base_choose_where_there_is_one(rule:
     controls = [name for name in table if "other" in name]
     table[controls] = table[controls].mask(table["sample_id"] == "s002")
     selection = tracing.SelectionRule.parse(rule)
-    circuit = tracing.choose_circuit(table, selection, "other", None)
+    circuit = choose(table, tracing.ChoiceRule(selection), "other")
     assert labels(circuit.index) == CHOSEN[rule]
     assert circuit["role"].tolist() == [ROLES[name] for name in CHOSEN[rule].split()]
     assert circuit["mean"].tolist() == [-ROLES[name] for name in CHOSEN[rule].split()]
@@ -623,7 +629,7 @@ def test_at_most_half_of_all_components_are_a_circuit(llama: str, tmp_path: Path
     selection = tracing.SelectionRule.parse("layer:100")
     skip = tracing.ComponentList.parse("L0H0")
     half = read(folder).query("sample_id in @ids", local_dict={"ids": halves(folder)[0]})
-    circuit = tracing.choose_circuit(half, selection, "b", None, skip)
+    circuit = choose(half, tracing.ChoiceRule(selection, None, skip))
     assert best_of(folder) == labels(circuit.index).split()[:5]
     assert "L0H0" not in read(folder, "circuit_confirm.csv")["components"].str.cat(sep=" ")
     assert f"the best 5 of {len(circuit)} are taken" in (folder / "run.log").read_text()

@@ -84,9 +84,12 @@ def test_a_run_draws_two_figures_and_those_that_are_asked_for(
         check_png(path)
 
 
+MARKERS = {"o", *tracing.VERDICT_MARKERS.values()}
+
+
 def points(axes: Any) -> dict[float, float]:
     """By row the mean that is drawn there."""
-    drawn = [line for line in axes.lines if line.get_marker() == "o"]
+    drawn = [line for line in axes.lines if line.get_marker() in MARKERS]
     return {y: x for line in drawn for x, y in zip(*line.get_data(), strict=True)}
 
 
@@ -167,7 +170,7 @@ def colored(axes: Any) -> dict[int, Any]:
     """By row the color of its point, which is that of its interval."""
     color_of: dict[int, Any] = {}
     for line in axes.lines:
-        if line.get_marker() == "o":
+        if line.get_marker() in MARKERS:
             color_of |= dict.fromkeys(map(int, line.get_ydata()), to_rgba(line.get_color()))
     for bars in axes.collections:
         for (_, row), _ in bars.get_segments():

@@ -372,7 +372,7 @@ def test_no_verdict_is_given_where_the_base_is_not_clear(
     of_base, heads = find(results({"L0H0": [1.0] * 16, "L0H1": [0.01] * 16}, base, units))
     assert not (of_base["ci_low"] > 0 or of_base["ci_high"] < 0)
     assert heads["p"].tolist() == [1.0 if units else 2**-15] * 2
-    assert heads["verdict"].tolist() == ["unclear", "unclear"]
+    assert heads["verdict"].tolist() == [tracing.TOO_FEW if units else tracing.UNCLEAR] * 2
 
 
 def test_above_noise_is_a_mean_effect_beyond_the_floor_in_either_direction() -> None:
@@ -414,7 +414,7 @@ def test_a_component_has_one_role_whatever_factor_it_is_scaled_by(
 
 
 def test_effects_that_are_all_zero_give_no_verdict_and_no_nan() -> None:
-    heads = find(results({"L0H0": [0.0] * 6, "L0H1": [0.0] * 6}))[1]
+    heads = find(results({"L0H0": [0.0] * 8, "L0H1": [0.0] * 8}))[1]
     assert heads["p"].tolist() == [1.0, 1.0]
     assert heads["verdict"].tolist() == ["unclear", "unclear"]
     assert heads[["mean", "ci_low", "ci_high"]].to_numpy().tolist() == [[0.0] * 3] * 2
@@ -442,7 +442,7 @@ def test_among_real_effects_few_of_the_discoveries_are_false() -> None:
         effects = dict(by_hand.noise(rng, 16, 40, 1.0))
         effects |= {label: [moved + 1.5 for moved in effects[label]] for label in real}
         heads = find(results(effects))[1]
-        called = set(heads["label"][heads["verdict"] != "unclear"])
+        called = set(heads["label"][heads["verdict"].isin(tracing.CLEAR_VERDICTS)])
         shares.append(len(called - real) / max(1, len(called)))
         assert len(called & real) >= 4
     assert statistics.fmean(shares) <= 0.06
