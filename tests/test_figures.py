@@ -420,6 +420,7 @@ def test_components_without_index_are_drawn_as_one_bar_per_layer(saved: Saved) -
     heights = [bar.get_height() for bar in axes.patches]
     assert heights == pytest.approx([-0.965, 0.035, 1.035, 2.035])
     colors = [bar.get_facecolor() for bar in axes.patches]
-    assert colors[1] != colors[0] == colors[2] == colors[3]
+    verdicts = ["works against", "unclear", "contributes", "contributes"]
+    assert colors == [to_rgba(tracing.VERDICT_COLORS[verdict]) for verdict in verdicts]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1", "2", "3"]
     assert "> 0" in axes.get_ylabel()

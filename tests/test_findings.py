@@ -66,10 +66,13 @@ def of_components(messages: Sequence[str]) -> dict[str, str]:
 def test_the_log_says_what_was_done_to_a_component_and_what_follows(
     base: float, effect: float, options: dict[str, Any], phrase: str
 ) -> None:
-    first, line = says(results({"L0H3": [effect] * 16}, base), **options)
+    first, *_, line = says(results({"L0H3": [effect] * 16}, base), **options)
     assert phrase in line
     assert first.startswith(f"mean delta_logit {base:+.3f} nats, 95 % interval ")
     assert first.endswith("over 16 sentences; noise floor 0.1")
+
+
+OF_CONTROL = "through the control, what is said after a does not move so"
 
 
 def specific(verdict: str, behaviour: str = "suppression") -> str:
@@ -79,7 +82,7 @@ def specific(verdict: str, behaviour: str = "suppression") -> str:
 def test_a_line_tells_effect_interval_q_and_what_moved_after_either_prompt() -> None:
     table = with_control(results(MOVED), "other", MOVED, -1.0)
     q = f"{2.0**-15:.2g}"
-    assert says(table)[2:] == [
+    assert says(table)[-2:] == [
         f"removing L0H3: contributes to suppression; effect +0.300 [+0.300, +0.300], q {q}; "
         "log P of the forbidden words +0.30 after prompt a, +0.00 after b; "
         f"less forbidding other words +0.300 [+0.300, +0.300], q {q}: "
@@ -93,7 +96,7 @@ def test_a_line_tells_effect_interval_q_and_what_moved_after_either_prompt() -> 
 @pytest.mark.parametrize("task", tracing.TASKS)
 def test_a_line_names_what_the_task_scores_where_the_table_has_the_scores(task: str) -> None:
     table = results(MOVED).assign(score_a_base=-3.0, score_a_head=-2.5, score_b_base=0.0)
-    lines = says(table.assign(score_b_head=-0.25), task=task)[1:]
+    lines = of_components(says(table.assign(score_b_head=-0.25), task=task)).values()
     assert all(f"; {SCORED[task]} +0.50 after prompt a, -0.25 after b" in line for line in lines)
     assert not any(SCORED[task] in line for line in says(table, task=task))
 
@@ -122,10 +125,10 @@ def test_the_line_of_a_base_counts_the_sentences_that_have_it(n_there: int) -> N
     ("contrast", "base", "serves"),
     [
         ([0.3] * 16, -1.0, specific("contributes to")),
-        ([-0.3] * 16, 1.0, specific("contributes to", "rebound")),
+        ([-0.3] * 16, 1.0, OF_CONTROL),
         ([0.3] * 16, [1.0, -1.0] * 8, "not told from serving any mention"),
         ([0.3, -0.25] * 8, -1.0, "not told from serving any mention"),
-        ([-0.3] * 16, -1.0, specific("works against")),
+        ([-0.3] * 16, -1.0, OF_CONTROL),
     ],
     ids=["alike", "alike against its own base", "base unclear", "contrast unclear", "opposite"],
 )
@@ -151,7 +154,7 @@ def test_where_only_the_contrast_has_a_base_the_strongest_by_it_are_told(control
     assert list(described) == (["L0H2", "L0H1", "L0H3"] if controls else [])
     for label, line in described.items():
         assert line.startswith(f"removing {label}: unclear; ")
-        assert line.endswith(specific("works against" if label == "L0H3" else "contributes to"))
+        assert line.endswith(OF_CONTROL if label == "L0H3" else specific("contributes to"))
 
 
 def test_the_log_names_the_strongest_five_of_either_role() -> None:
