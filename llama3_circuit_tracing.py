@@ -9947,18 +9947,17 @@ def report_strongest(
             findings.say(describe_effect(head, behaviours, phrases))
 
 
-def describe_concentration(heads: pd.DataFrame, role: str) -> str:
-    """How many components have half and 90 % of the sum of positive roles, and how many have a
-    verdict; "" where no role is positive."""
+def describe_sizes(heads: pd.DataFrame, role: str) -> str:
+    """How many components have half and 90 % of the sum of positive roles, beside how many have a
+    clear verdict in the same measure; "" where none has, since chance alone adds up."""
+    verdict = heads[role.removesuffix("role") + "verdict"]
+    n_clear = int(verdict.isin(CLEAR_VERDICTS).sum())
     roles = heads[role][heads[role] > 0].sort_values(ascending=False)
-    if roles.empty:
+    if not n_clear or roles.empty:
         return ""
     reached = roles.cumsum() / roles.sum()
     n_half = 1 + int((reached < 0.5 - 1e-12).sum())
     n_most = 1 + int((reached < 0.9 - 1e-12).sum())
-    n_clear = int(
-        heads["verdict" if role == "role" else "minus_other_verdict"].isin(CLEAR_VERDICTS).sum()
-    )
     return (
         f"effect sizes: of {count_noun(len(heads), 'component')} {n_half} have half of the sum of"
         f" positive roles ({roles.sum():.3f} nats), {n_most} have 90 %; {n_clear} have a verdict"
@@ -9991,9 +9990,9 @@ def report_effects(
     side, role = quoted_role(heads, bases)
     report_sample_size(findings, int(bases[side]["n_sentences"]), int(heads["n_tests"].iloc[0]))
     if bases[side]["is_clear"]:
-        concentration = describe_concentration(heads, role)
-        if concentration:
-            findings.say(concentration)
+        sizes = describe_sizes(heads, role)
+        if sizes:
+            findings.say(sizes)
         report_strongest(findings, heads, bases, role, phrases)
 
 
@@ -10220,7 +10219,7 @@ def report_stability(findings: Findings, stability: Stability) -> None:
 
 def warn_of_unclear_base(findings: Findings, base: Mapping[str, Any]) -> None:
     if not base.get("is_clear"):
-        findings.warn("the base's interval covers 0, or it has none: shares of it say nothing")
+        findings.warn("the base's interval covers 0, or it has none: no share of it is told")
 
 
 # -- random sets

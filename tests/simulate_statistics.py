@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -125,6 +126,60 @@ def print_rest(generator: torch.Generator) -> None:
         print(f"| {n} sentences | {covered(base - edited, base, 0.5):.1%} |")
 
 
+def verdict_rates(values: Tensor, base: float, n_tests: int) -> dict[str, float]:
+    """How often a column [sentence, column] of a table of so many tests has each verdict."""
+    p = test(values)
+    q = (p * n_tests).clamp_max(1)  # of a lone effect: all others have p = 1
+    effects = pd.DataFrame({"q": q, "n_sentences": len(values)})
+    effects = effects.assign(role=values.mean(0), above_noise=True)
+    told = {"mean": base, "is_clear": True, "n_sentences": len(values)}
+    verdicts = tracing.significance_verdicts(effects, told, n_tests, least_effect=0.0)
+    return verdicts.value_counts(normalize=True).to_dict()
+
+
+def print_too_few(generator: torch.Generator) -> None:
+    print("\n| one effect of 5 SD | components | `unclear` by q alone | now | suffice |")
+    print("| --- | --: | --: | --- | --: |")
+    for n, n_tests in ((5, 1), (8, 270), (16, 270), (16, 1024), (16, 46_080)):
+        values = draw("normal", n, 20_000, generator) + 5
+        unclear = float((test(values) * n_tests >= 0.05).double().mean())
+        rates = verdict_rates(values, 5.0, n_tests)
+        now = ", ".join(f"{name} {rate:.1%}" for name, rate in sorted(rates.items()))
+        n_needed = tracing.sentences_needed(n_tests)
+        print(f"| {n} sentences | {n_tests} | {unclear:.1%} | {now} | {n_needed} |")
+
+
+def results_of(values: Tensor) -> pd.DataFrame:
+    """A results table of effects [sentence, head] of one layer."""
+    rows = []
+    for sentence, effects in enumerate(values.tolist()):
+        for head, effect in enumerate(effects):
+            row = {"layer": 0, "kind": "head", "index": head, "head_effect": effect}
+            names = {"unit": f"u{sentence}", "sample_id": f"s{sentence}", "group": ""}
+            rows.append(row | names | {"delta_logit_base": -4.0})
+    return pd.DataFrame(rows)
+
+
+def print_stability(n_tables: int, generator: torch.Generator) -> None:
+    print("\n| 32 heads, 16 sentences, the best 8 of one half | chosen again, median | `stable` |")
+    print("| --- | --: | --: |")
+    rule = tracing.ChoiceRule(tracing.SelectionRule.parse("8"))
+    for mean in (0.0, 1.0, 2.0, 4.0):
+        again, stable = [], []
+        for seed in range(n_tables):
+            values = draw("normal", 16, 32, generator)
+            values[:, :8] += mean
+            table = results_of(values)
+            sums = tracing.sum_by_sentence(table, "b")
+            choosing, _ = tracing.split_units(table, seed)
+            chosen = tracing.choose_circuit(sums, choosing, rule)
+            stability = tracing.Stability.of(chosen, sums, rule, set(table["unit"]), seed)
+            again.append(stability.n_again[8])
+            stable.append(stability.is_stable)
+        share = sum(stable) / n_tables
+        print(f"| 8 of mean {mean:g} SD | {sum(again) / n_tables:.1f} of 8 | {share:.0%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", type=int, default=2000)
@@ -135,6 +190,8 @@ def main() -> None:
     print_power(args.tables, generator)
     print_uneven(args.tables, generator)
     print_rest(generator)
+    print_too_few(generator)
+    print_stability(max(1, args.tables // 100), generator)
 
 
 if __name__ == "__main__":
