@@ -9178,6 +9178,9 @@ def report_samples(records: Sequence[Mapping[str, Any]]) -> None:
 NORMAL_QUANTILE = 1.959964  # 97.5 % of a normal distribution are below it
 # chosen by simulation (tests/simulate_statistics.py): skewness divides |t| by at most this much
 MAX_SHRINKAGE = 2.5
+# likewise: degrees of freedom for each of those of wordings, of which there are few: where these
+# happen to lie close together Satterthwaite's are too many
+MAX_DF_OF_WORDINGS = 3
 MAX_FRACTION_TERMS = 10_000  # 10 are used where df is 1, 300 where it is 10,000
 MAX_NEWTON_STEPS = 50  # 8 are used where df is 1, fewer elsewhere
 
@@ -9258,8 +9261,8 @@ def estimate_means(sums: Tensor, counts: Tensor, by_wording: Totals | None = Non
 
     With the totals of the same samples by wording, wordings are a second random factor that is
     crossed with sentences: the variances over either add up, as in min F' (Clark 1973,
-    doi:10.1016/S0022-5371(73)80014-3), with the degrees of freedom of Satterthwaite 1946. Columns
-    of one wording are as without.
+    doi:10.1016/S0022-5371(73)80014-3), with the degrees of freedom of Satterthwaite 1946, at most
+    `MAX_DF_OF_WORDINGS` times those of wordings. Columns of one wording are as without.
     """
     variance = jackknife_variance(sums, counts)
     effective_n = effective_number(counts)
@@ -9272,6 +9275,8 @@ def estimate_means(sums: Tensor, counts: Tensor, by_wording: Totals | None = Non
         total = variance + over_wordings
         sentence_share = (variance / total).where(total > 0, 1.0)
         df = 1 / (sentence_share**2 / df + (1 - sentence_share) ** 2 / wording_df)
+        limit = (MAX_DF_OF_WORDINGS * wording_df).where(has_several, math.inf)
+        df = df.minimum(limit)
         variance = total
     return MeanEstimate(
         mean=sums.sum(0) / counts.sum(0),
