@@ -717,6 +717,7 @@ SYSTEM_PROMPT = "You are an assistant."
 OPS_WITHOUT_DIRECTION = tuple(name for name, op in OPS.items() if op.source != "direction")
 METHODS = ("exact", "atp", "ig", "relp")  # how effects are found: measured, or from gradients
 TASK_NAMES = ("suppression", "refusal", "odd_one_out", "contrast")  # those of TASKS
+N_WORDINGS = {"suppression": 4, "refusal": 4, "odd_one_out": 4}  # built in, by task
 FITS = ("difference", "logistic")  # how a direction is found
 GOALS = ("words", "top")  # what an attribution graph explains
 QUANTIZATIONS = ("4bit", "8bit")
@@ -836,6 +837,9 @@ class TaskOptions:
         None, 'your own .jsonl .json .csv .tsv .txt; words in CSV: a;b or ["a","b"]'
     )
     samples_b: str | None = option(None, "prompts b, for --samples of prompts a", value_name="FILE")
+    templates: int = option(
+        1, "wordings in which each built-in sample is written, up to 4", between(1), value_name="N"
+    )
     prompt: Texts = repeated("one prompt of your own; a second is prompt b", "TEXT")
     target: Texts = repeated("word that is scored after --prompt; may be repeated", "WORD")
     foil: Texts = repeated("word it is held against; without: the likeliest other", "WORD")
@@ -871,11 +875,27 @@ class TaskOptions:
                 " prompts that its own are paired with"
             )
         yield from self.prompt_errors()
+        yield from self.template_errors()
         if self.task == "contrast" and not self.samples and not self.prompt:
             yield "--task contrast needs --samples with targets and foils, or --prompt and --target"
         if not self.chat and self.system_prompt not in ("", SYSTEM_PROMPT):
             prompt = shorten(self.system_prompt)
             yield f"--system_prompt {prompt} is a turn of a chat; --no_chat writes none"
+
+    def template_errors(self) -> Iterator[str]:
+        """What more than one wording of each sentence contradicts."""
+        if self.templates == 1:
+            return
+        if self.samples:
+            yield (
+                f"--templates {self.templates} writes built-in samples: in --samples"
+                f" {shorten(Path(self.samples))} the field template names each one's wording"
+            )
+        elif self.prompt:
+            yield f"--templates {self.templates} writes built-in samples: --prompt is one wording"
+        elif self.templates > N_WORDINGS.get(self.task, 1):
+            n_wordings = N_WORDINGS.get(self.task, 1)
+            yield f"--templates {self.templates}: --task {self.task} has {n_wordings}"
 
     def prompt_errors(self) -> Iterator[str]:
         """What contradicts itself in a sample that the command line gives."""
@@ -1267,6 +1287,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
     "trace": {
         "circuit_results.csv": "",
         "circuit_heads.csv": "",
+        "circuit_templates.csv": "",
         "circuit_heads.png": "The strongest components with 95 % intervals, coloured by verdict.",
         "circuit_summary.png": "The strongest mean effects.",
         "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
@@ -1274,6 +1295,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_screen.png": "Estimates against measurements of the same components.",
         "circuit_confirm.csv": "",
         "circuit_confirm.png": "Held-out sentences: what is left with components edited jointly.",
+        "circuit_wordings.csv": "",
         "circuit.json": "",
         "generations.jsonl": "",
     },
@@ -1312,6 +1334,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
     },
     "redraw": {
         "circuit_heads.csv": "",
+        "circuit_templates.csv": "",
         "circuit_heads.png": "The strongest components with 95 % intervals, coloured by verdict.",
         "circuit_summary.png": "The strongest mean effects.",
         "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
@@ -1329,6 +1352,7 @@ OPTION_OF_FILE = {
     "circuit_screen.png": "screen",
     "circuit_confirm.csv": "confirm",
     "circuit_confirm.png": "confirm",
+    "circuit_wordings.csv": "confirm",
     "circuit.json": "confirm",
     "generations.jsonl": "max_new_tokens",
     "circuit_steer.csv": "multipliers",
@@ -1761,7 +1785,7 @@ def inheritance_sources(given: Mapping[str, Any], folder: Path) -> dict[str, Map
 
 PROMPT_OPTIONS = (  # in which every difference is one of prompts
     *("task", "prompt", "target", "foil", "seed", "controls", "target_form", "chat"),
-    *("system_prompt", "answer_prefix"),
+    *("system_prompt", "answer_prefix", "templates"),
 )
 
 
@@ -1992,6 +2016,71 @@ Name a material to build a house with. | wood brick stone concrete glass steel
 # all that can stand before the words "A or B or C. <question>"
 FORBID = "Don't mention"
 MENTIONS = ("Please do mention", "Please mention", "Do mention", "Feel free to mention")
+
+
+class Wording(NamedTuple):
+    """One way to write the prompts of a built-in task."""
+
+    name: str  # how tables and sentences call it
+    frame: str  # the question, request or list of names stands in place of {}
+    forbid: str = ""  # what stands before forbidden words
+    mentions: tuple[str, ...] = ()  # what stands before the same words where they are welcome
+    words_come_last: bool = False  # whether the sentence about words follows the question
+
+    def bare_text(self, text: str) -> str:
+        """What stands in place of {} in a text of this wording."""
+        before, after = self.frame.split("{}")
+        return text.removeprefix(before).removesuffix(after)
+
+
+# of each task the first is that of the samples as they are built
+SUPPRESSION_WORDINGS = (
+    Wording("Don't mention ...", "{} Answer in one word.", FORBID, MENTIONS),
+    Wording(
+        "Do not say ...",
+        "{} Reply with a single word.",
+        "Do not say",
+        ("Please do say", "Please say", "Do say", "Feel free to say"),
+    ),
+    Wording(
+        "... Avoid saying ...",
+        "{} Use just one word.",
+        "Avoid saying",
+        ("Please try saying", "Try saying", "Feel free to say"),
+        words_come_last=True,
+    ),
+    Wording(
+        "... Your answer must not be ...",
+        "Just one word, please: {}",
+        "Your answer must not be",
+        ("Your answer should really be", "Your answer may well be", "Your answer must be"),
+        words_come_last=True,
+    ),
+)
+REFUSAL_WORDINGS = (
+    Wording("the request alone", "{}"),
+    Wording("Please help me with something. ...", "Please help me with something. {}"),
+    Wording("... Keep the answer short.", "{} Keep the answer short."),
+    Wording("Hello! ... Thank you.", "Hello! I hope that you can help me. {} Thank you."),
+)
+ODD_ONE_OUT_WORDINGS = (
+    Wording(
+        "Who is the odd one out: ...",
+        "Who is the odd one out: {}? Answer with the name only.",
+    ),
+    Wording(
+        "Who does not belong with the others: ...",
+        "Who does not belong with the others: {}? Reply with just the name.",
+    ),
+    Wording(
+        "Here are three people: ...",
+        "Here are three people: {}. Who of them is the odd one out? Give only the name.",
+    ),
+    Wording(
+        "Name the person who does not fit: ...",
+        "Name the person who does not fit: {}. Write the name and nothing else.",
+    ),
+)
 
 # what is scored: how a reply begins that refuses, and one that does not
 REFUSAL_OPENINGS = ("I cannot", "I can't", "I'm sorry", "Sorry")
@@ -2238,7 +2327,9 @@ class Sample:
 
     `unit` names what is statistically independent: samples of one unit count as one sentence.
     Unless it is given, samples with the same prompt b share it. `group` is a free label; samples
-    of the group `NO_ODD_ONE` are negative controls. `origin` is the line of a file, for errors.
+    of the group `NO_ODD_ONE` are negative controls. `template` names the wording, where sentences
+    are written in several: samples of one sentence share their unit and differ in their template;
+    "" where there is one wording. `origin` is the line of a file, for errors.
     """
 
     sample_id: str
@@ -2254,6 +2345,7 @@ class Sample:
     messages_a: tuple[Turn, ...] = ()
     messages_b: tuple[Turn, ...] = ()
     answer_prefix: str | None = None
+    template: str = ""
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -2305,9 +2397,40 @@ def halves(units: Iterable[str], seed: int | str) -> tuple[set[str], set[str]]:
     return set(order[:n_choosing]), set(order[n_choosing:])
 
 
-def instruct(opening: str, words: Sequence[str], sentence: str) -> str:
-    """The user text that puts an instruction about words before a sentence."""
-    return f"{opening} {' or '.join(words)}. {sentence}"
+def instruct(
+    opening: str, words: Sequence[str], sentence: str, words_come_last: bool = False
+) -> str:
+    """The user text that puts an instruction about words before a sentence, or behind it."""
+    instruction = f"{opening} {' or '.join(words)}."
+    return f"{sentence} {instruction}" if words_come_last else f"{instruction} {sentence}"
+
+
+def in_wordings(sample: Sample, wordings: Sequence[Wording]) -> list[Sample]:
+    """A sample in each of some wordings, the first of which is its own; unchanged where there is
+    no other. All have its unit, and the first its id."""
+    if len(wordings) < 2:
+        return [sample]
+    versions = [replace(sample, template=wordings[0].name)]
+    for number, wording in enumerate(wordings[1:], 2):
+        prompt_a = wording.frame.format(wordings[0].bare_text(sample.prompt_a))
+        prompt_b = wording.frame.format(wordings[0].bare_text(sample.prompt_b))
+        if wording.forbid:
+            prompt_a = forbidding_text(wording, sample.targets, prompt_b)
+        versions.append(
+            replace(
+                sample,
+                sample_id=f"{sample.sample_id}w{number}",
+                prompt_a=prompt_a,
+                prompt_b=prompt_b,
+                template=wording.name,
+            )
+        )
+    return versions
+
+
+def forbidding_text(wording: Wording, words: Sequence[str], sentence: str) -> str:
+    """The user text that forbids words beside a sentence, in a wording."""
+    return instruct(wording.forbid, words, sentence, wording.words_come_last)
 
 
 def suppression_samples(
@@ -2582,9 +2705,22 @@ def complies(sample: Sample, reply: str, more: Sequence[str] = ()) -> bool:
 # ----- Tasks --------------------------------------------------------------------------------------
 
 
+def answers_in_all_wordings() -> dict[str, list[str]]:
+    """The plausible answers of the built-in questions, by question in each wording."""
+    first = SUPPRESSION_WORDINGS[0]
+    answers = {}
+    for question, listing in QUESTIONS.items():
+        for wording in SUPPRESSION_WORDINGS:
+            answers[wording.frame.format(first.bare_text(question))] = listing.split()
+    return answers
+
+
+ANSWERS = answers_in_all_wordings()
+
+
 def plausible_answers(sample: Sample) -> Sequence[str]:
     """The answers of a built-in question, or the scored words of another."""
-    return QUESTIONS.get(sample.prompt_b, "").split() or sample.words
+    return ANSWERS.get(sample.prompt_b, sample.words)
 
 
 def mentioned_targets(sample: Sample, reply: str) -> list[str]:
@@ -2615,13 +2751,17 @@ class Task:
     targets: tuple[str, ...] = ()  # of samples that bring none
     foils: tuple[str, ...] = ()
     takes_one_prompt: bool = True  # whether samples without a prompt b mean something
+    wordings: tuple[Wording, ...] = ()  # of built-in samples, the first as they are built
 
-    def build(self, count: int, rng: random.Random, count_tokens: CountTokens) -> list[Sample]:
-        """Built-in samples, numbered. Where more are asked for than there are: a warning and fewer,
-        or `UsageError` where fewer would not do."""
+    def build(
+        self, count: int, rng: random.Random, count_tokens: CountTokens, n_wordings: int = 1
+    ) -> list[Sample]:
+        """Built-in samples, numbered, each in so many wordings. Where more are asked for than there
+        are: a warning and fewer, or `UsageError` where fewer would not do."""
         samples = []
         for number, sample in enumerate(self.built_in(count, rng, count_tokens)):
-            samples.append(replace(sample, sample_id=f"s{number:04d}"))
+            numbered = replace(sample, sample_id=f"s{number:04d}")
+            samples += in_wordings(numbered, self.wordings[:n_wordings])
         return samples
 
 
@@ -2637,6 +2777,7 @@ SUPPRESSION = Task(
     shown="mention a forbidden word",
     answers=lambda sample, reply: bool(mentioned_words(plausible_answers(sample), reply)),
     opposite="rebound",
+    wordings=SUPPRESSION_WORDINGS,
 )
 REFUSAL = Task(
     name="refusal",
@@ -2648,6 +2789,7 @@ REFUSAL = Task(
     opposite="reversed refusal",
     targets=REFUSAL_OPENINGS,
     foils=COMPLIANT_OPENINGS,
+    wordings=REFUSAL_WORDINGS,
 )
 ODD_ONE_OUT = Task(
     name="odd_one_out",
@@ -2657,6 +2799,7 @@ ODD_ONE_OUT = Task(
     shown="name the odd one of prompt a",
     answers=lambda sample, reply: bool(mentioned_words(sample.foils, reply)),
     opposite="reversed odd_one_out",
+    wordings=ODD_ONE_OUT_WORDINGS,
 )
 CONTRAST = Task(
     name="contrast",
@@ -3068,7 +3211,8 @@ def pair_rows(row: SampleRow, partner: SampleRow) -> SampleRow:
         if "messages" in single_record:
             single_record["messages_a"] = single_record.pop("messages")
     parse_side(other, "a", partner.origin)
-    record.setdefault("unit", record["sample_id"])
+    if "template" not in record:  # else it has to say itself what is one sentence
+        record.setdefault("unit", record["sample_id"])
     for part in ("prompt", "messages", "system"):
         if f"{part}_a" in other:
             record[f"{part}_b"] = other[f"{part}_a"]
@@ -3329,6 +3473,12 @@ def parse_sample(
     if foils and not task.margin:
         raise UsageError(f"{origin}: --task {task.name} takes no foils: omit, or --task contrast")
     sample_id = parse_field(record, "sample_id", origin)
+    template = parse_field(record, "template", origin) if "template" in record else ""
+    if template and "unit" not in record:
+        raise UsageError(
+            f"{origin}: 'template' needs 'unit': samples of one sentence in several wordings share"
+            " their unit"
+        )
     long = write_out_shorthand(record, targets, origin, task)
     prompt_a, messages_a, system_a = parse_side(long, "a", origin)
     prompt_b, messages_b, system_b = parse_side(long, "b", origin)
@@ -3351,6 +3501,7 @@ def parse_sample(
         messages_a=messages_a,
         messages_b=messages_b,
         answer_prefix=prefix,
+        template=template,
         origin=origin,
     )
 
@@ -3374,6 +3525,7 @@ TEXT_DEFAULTS = {  # text columns, and what an empty cell stands for
     "patch_into": "",
     "prompts": "",
     "along": "",
+    "template": "",
 }
 ALLOWED_VALUES: dict[str, Sequence[str]] = {
     "kind": tuple(KINDS),
@@ -3411,6 +3563,10 @@ def parse_texts(path: Path, cells: pd.DataFrame) -> pd.DataFrame:
     for name, default in TEXT_DEFAULTS.items():
         if name in cells:
             table[name] = cells[name].replace("", default)
+    if "template" in table:
+        has_template = table["template"] != ""
+        reason = "needs a unit: samples of one sentence in several wordings share it"
+        refuse_first_cell(path, cells["template"], has_template & ~has_unit, reason)
     for name, values in ALLOWED_VALUES.items():
         if name in table:
             is_unknown = ~table[name].isin(list(values))
@@ -4106,27 +4262,50 @@ def control_texts(
     """The user texts of control prompts, by sample_id and side.
 
     `other` is prompt a with as many other words forbidden, that do not answer the sentence and have
-    the targets' token counts where possible. `affirm` mentions the targets instead, by the opening
-    nearest in length. A sample of another form than the built-in ones has neither.
+    the targets' token counts where possible, the same ones in all wordings of a sentence. `affirm`
+    mentions the targets instead, by the opening nearest in length. Both are worded as prompt a. A
+    sample of another form than the built-in ones has neither.
     """
     count_tokens = functools.cache(encoder.count)
     word_units = units_of_targets(samples)
+    words_of_sentence: dict[Any, list[str]] = {}
     controls: dict[str, dict[str, str]] = {}
     for sample in samples:
-        if sample.prompt_a != instruct(FORBID, sample.targets, sample.prompt_b):
+        wording = wording_of(sample)
+        if wording is None:
             form = f"{FORBID!r} + words + sentence"
             log.warning(f"{sample.name}: not of the form {form}; no controls")
             continue
         texts = {}
-        foreign_words = choose_foreign_words(sample, word_units, seed, count_tokens)
+        sentence = (sample.unit, sample.targets) if sample.template else sample.sample_id
+        if sentence not in words_of_sentence:
+            foreign_words = choose_foreign_words(sample, word_units, seed, count_tokens)
+            words_of_sentence[sentence] = foreign_words
+        foreign_words = words_of_sentence[sentence]
         if foreign_words:
-            texts["other"] = instruct(FORBID, foreign_words, sample.prompt_b)
+            texts["other"] = forbidding_text(wording, foreign_words, sample.prompt_b)
         else:
             log.warning(f"{sample.name}: too few words of other samples for a control")
-        mentions = [instruct(opening, sample.targets, sample.prompt_b) for opening in MENTIONS]
-        texts["affirm"] = nearest_in_length(mentions, count_tokens(sample.prompt_a), count_tokens)
+        texts["affirm"] = affirming_text(sample, wording, count_tokens)
         controls[sample.sample_id] = texts
     return controls
+
+
+def wording_of(sample: Sample) -> Wording | None:
+    """The built-in wording in which prompt a forbids the targets; None where there is none."""
+    for wording in SUPPRESSION_WORDINGS:
+        if sample.prompt_a == forbidding_text(wording, sample.targets, sample.prompt_b):
+            return wording
+    return None
+
+
+def affirming_text(sample: Sample, wording: Wording, count_tokens: CountTokens) -> str:
+    """The user text that mentions the targets, of those of a wording the nearest to prompt a in
+    length."""
+    texts = []
+    for opening in wording.mentions:
+        texts.append(instruct(opening, sample.targets, sample.prompt_b, wording.words_come_last))
+    return nearest_in_length(texts, count_tokens(sample.prompt_a), count_tokens)
 
 
 def units_of_targets(samples: Sequence[Sample]) -> dict[str, set[str]]:
@@ -8132,6 +8311,7 @@ def prepare(options: MeasuringOptions, folder: RunFolder, processes: Processes) 
     encoder = load_encoder(options, shape)
     samples = choose_samples(options, encoder, samples)
     check_pairs(samples, options)
+    check_templates(samples)
     prompts = write_prompts(samples, encoder, options)
     check_prompts(prompts, shape, options)
     experiment = Experiment(
@@ -8259,21 +8439,47 @@ def choose_samples(
     if options.prompt:
         samples = [sample_of_command_line(options)]
     elif options.samples:
-        samples = file_samples[:count]
-        if len(file_samples) > count:
-            log.warning(
-                f"{shorten(Path(options.samples))} holds {len(file_samples)} samples;"
-                f" --num_samples takes the first {count}"
-            )
+        samples = first_samples(options, file_samples)
     else:
         rng = random.Random(options.seed)
-        samples = TASKS[options.task].build(count, rng, encoder.count)
+        samples = TASKS[options.task].build(count, rng, encoder.count, options.templates)
     for sample in samples:
         check_control_tokens(sample, encoder)
         check_own_turns(sample, options)
     if not any(sample.is_evidence for sample in samples):
         raise UsageError(f"all {len(samples)} samples are negative controls ({NO_ODD_ONE!r})")
     return samples
+
+
+def first_samples(options: TaskOptions, samples: list[Sample]) -> list[Sample]:
+    """The first --num_samples samples of a file, or all samples of its first --num_samples
+    sentences where they are written in several wordings; a warning where that leaves some out."""
+    count, noun = options.num_samples, "samples"
+    if any(sample.template for sample in samples):
+        noun = "sentences in several wordings"
+        all_units = dict.fromkeys(sample.unit for sample in samples)
+        n_held = len(all_units)
+        units = set(itertools.islice(all_units, count))
+        chosen = [sample for sample in samples if sample.unit in units]
+    else:
+        n_held = len(samples)
+        chosen = samples[:count]
+    if n_held > count:
+        log.warning(
+            f"{shorten(Path(str(options.samples)))} holds {n_held} {noun};"
+            f" --num_samples takes the first {count}"
+        )
+    return chosen
+
+
+def check_templates(samples: Sequence[Sample]) -> None:
+    """`UsageError` where some samples name their wording and others do not."""
+    without = [sample for sample in samples if not sample.template]
+    if without and len(without) < len(samples):
+        raise UsageError(
+            f"{without[0].name}: field 'template' is missing; {len(samples) - len(without)}"
+            " samples have it: all or none may"
+        )
 
 
 def sample_of_command_line(options: TaskOptions) -> Sample:
@@ -8756,6 +8962,8 @@ def unedited_samples(experiment: Experiment) -> list[dict[str, Any]]:
         sample = samples[record["sample_id"]]
         record["unit"] = sample.unit
         record["group"] = sample.group
+        if sample.template:
+            record["template"] = sample.template
     if experiment.folder.record.get("samples") != json.loads(json.dumps(records)):
         with experiment.stage("unedited model"):
             report_samples(records)
@@ -8982,15 +9190,35 @@ def report_samples(records: Sequence[Mapping[str, Any]]) -> None:
 NORMAL_QUANTILE = 1.959964  # 97.5 % of a normal distribution are below it
 # chosen by simulation (tests/simulate_statistics.py): skewness divides |t| by at most this much
 MAX_SHRINKAGE = 2.5
+# likewise: degrees of freedom for each of those of wordings, of which there are few: where these
+# happen to lie close together Satterthwaite's are too many
+MAX_DF_OF_WORDINGS = 3
+MAX_FRACTION_TERMS = 10_000  # 10 are used where df is 1, 300 where it is 10,000
+MAX_NEWTON_STEPS = 50  # 8 are used where df is 1, fewer elsewhere
+
+
+class Totals(NamedTuple):
+    """Sums and counts of the samples of each sentence, or of each wording: [level, column]."""
+
+    sums: Tensor
+    counts: Tensor
 
 
 class MeanEstimate(NamedTuple):
     """Means over sentences and what their tests and intervals need, each [column]."""
 
     mean: Tensor
-    error: Tensor  # jackknife standard error of the mean
-    effective_n: Tensor  # number of sentences (Kish 1965): fewer where their counts differ
-    skewness: Tensor  # see `bounded_skewness`
+    error: Tensor  # standard error of the mean
+    df: Tensor  # degrees of freedom of the error
+    effective_n: Tensor  # number of sentences, see `effective_number`
+    skewness: Tensor  # of sentences, see `bounded_skewness`
+    sentence_share: Tensor  # of the squared error: 1 unless there are several wordings
+
+    @property
+    def bend(self) -> Tensor:
+        """What the skewness of sentences makes of the mean's: see `shrink_t`."""
+        skewness_of_mean = self.skewness * self.sentence_share**1.5
+        return skewness_of_mean / (6 * self.effective_n.sqrt())
 
 
 def smallest_p(n_sentences: Any) -> Any:
@@ -9027,22 +9255,54 @@ def bounded_skewness(changes: Tensor, counts: Tensor) -> Tensor:
     return torch.where(has_spread, 18 * (ratio - 1), 0.0)
 
 
-def estimate_means(sums: Tensor, counts: Tensor) -> MeanEstimate:
-    """Means of columns from the sums and counts of each sentence's samples [sentence, column]."""
-    n_sentences = (counts != 0).sum(0)
-    total = counts.sum(0)
+def jackknife_variance(sums: Tensor, counts: Tensor) -> Tensor:
+    """Variance [column] of the mean over sentences, or over wordings: [level, column]."""
+    n_levels = (counts != 0).sum(0)
     changes = jackknife_changes(sums, counts)
-    variance = (changes**2).sum(0) * (n_sentences - 1) / n_sentences
+    return (changes**2).sum(0) * (n_levels - 1) / n_levels
+
+
+def effective_number(counts: Tensor) -> Tensor:
+    """How many sentences, or wordings, a mean rests on [column]: fewer than there are where their
+    counts [level, column] differ (Kish 1965)."""
+    return counts.sum(0) ** 2 / (counts**2).sum(0)
+
+
+def estimate_means(sums: Tensor, counts: Tensor, by_wording: Totals | None = None) -> MeanEstimate:
+    """Means of columns from the sums and counts of each sentence's samples [sentence, column].
+
+    With the totals of the same samples by wording, wordings are a second random factor that is
+    crossed with sentences: the variances over either add up, as in min F' (Clark 1973,
+    doi:10.1016/S0022-5371(73)80014-3), with the degrees of freedom of Satterthwaite 1946, at most
+    `MAX_DF_OF_WORDINGS` times those of wordings. Columns of one wording are as without.
+    """
+    variance = jackknife_variance(sums, counts)
+    effective_n = effective_number(counts)
+    df = (effective_n - 1).clamp_min(1)
+    sentence_share = torch.ones_like(variance)
+    if by_wording is not None:
+        has_several = (by_wording.counts != 0).sum(0) > 1
+        over_wordings = jackknife_variance(*by_wording).where(has_several, 0.0)
+        wording_df = (effective_number(by_wording.counts) - 1).clamp_min(1)
+        total = variance + over_wordings
+        sentence_share = (variance / total).where(total > 0, 1.0)
+        df = 1 / (sentence_share**2 / df + (1 - sentence_share) ** 2 / wording_df)
+        limit = (MAX_DF_OF_WORDINGS * wording_df).where(has_several, math.inf)
+        df = df.minimum(limit)
+        variance = total
     return MeanEstimate(
-        mean=sums.sum(0) / total,
+        mean=sums.sum(0) / counts.sum(0),
         error=variance.sqrt(),
-        effective_n=total**2 / (counts**2).sum(0),
-        skewness=bounded_skewness(changes, counts),
+        df=df,
+        effective_n=effective_n,
+        skewness=bounded_skewness(jackknife_changes(sums, counts), counts),
+        sentence_share=sentence_share,
     )
 
 
 # A tail that points away from the mean makes a large |t| likelier than Student's distribution has
-# it, one that points with the mean rarer. `bend` is |skewness| / (6 * sqrt(effective_n)).
+# it, one that points with the mean rarer. `bend` is |skewness| / (6 * sqrt(effective_n)); where
+# wordings add to the variance, that of the sentences alone is skewed, and bends less.
 
 
 def shrink_t(t: Tensor, bend: Tensor) -> Tensor:
@@ -9073,43 +9333,85 @@ def unstretch_t(t: Tensor, bend: Tensor) -> Tensor:
     return 2 * t / (1 + root)
 
 
-def normal_quantile(t: Tensor, df: Tensor) -> Tensor:
-    """The normal quantile that is as rare as Student's t (Hill 1970, doi:10.1145/355598.362775)."""
-    shifted_df = df - 0.5
-    z = (shifted_df * (t**2 / df).log1p()).sqrt()
-    return z + (z**3 + 3 * z) / (48 * shifted_df**2)
+def student_density(t: Tensor, df: Tensor) -> Tensor:
+    """Density of Student's distribution at t, elementwise."""
+    log_scale = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - (math.pi * df).log() / 2
+    log_density = log_scale - (df + 1) / 2 * (t**2 / df).log1p()
+    return log_density.exp()
+
+
+def beta_fraction(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The continued fraction of the incomplete beta function of x, elementwise (Numerical Recipes,
+    section 6.4, by the method of Lentz). It needs x < (a + 1) / (a + b + 2)."""
+    above = torch.ones_like(x)
+    below = 1 / (1 - (a + b) * x / (a + 1))
+    fraction = below
+    for i in range(1, MAX_FRACTION_TERMS):
+        even_term = i * (b - i) * x / ((a + 2 * i - 1) * (a + 2 * i))
+        odd_term = -(a + i) * (a + b + i) * x / ((a + 2 * i) * (a + 2 * i + 1))
+        for term in (even_term, odd_term):
+            above = 1 + term / above
+            below = 1 / (1 + term * below)
+            change = above * below
+            fraction = fraction * change
+        if not ((change - 1).abs() > 1e-14).any():
+            break
+    return fraction
+
+
+def student_p(t: Tensor, df: Tensor) -> Tensor:
+    """P(|T| > t) of Student's distribution, elementwise, of t >= 0 and df >= 1 in float64.
+
+    It is the regularised incomplete beta function of df / (df + t^2) with df / 2 and 1 / 2.
+    """
+    x = df / (df + t**2)
+    half_df = df / 2
+    half = torch.full_like(x, 0.5)
+    converges = x < (half_df + 1) / (half_df + 2.5)  # else the fraction of 1 - x does
+    first = torch.where(converges, half_df, half)
+    second = torch.where(converges, half, half_df)
+    fraction = beta_fraction(torch.where(converges, x, t**2 / (df + t**2)), first, second)
+    part = t * student_density(t, df) * fraction / first
+    return torch.where(converges, part, 1 - part)
 
 
 def student_quantile(df: Tensor) -> Tensor:
-    """The t that 2.5 % of Student's distribution exceed (Wallace 1959)."""
-    z = NORMAL_QUANTILE * (8 * df + 3) / (8 * df + 1)
-    squared = df * (z**2 / df).expm1()
-    return squared.sqrt()
+    """The t that 2.5 % of Student's distribution exceed, elementwise.
+
+    Newton's method: `student_p` is convex, so that t rises to the quantile from the normal one.
+    """
+    unique_df, place = df.unique(return_inverse=True)
+    t = torch.full_like(unique_df, NORMAL_QUANTILE)
+    for _ in range(MAX_NEWTON_STEPS):
+        step = (student_p(t, unique_df) - 0.05) / (2 * student_density(t, unique_df))
+        t = t + step
+        if not (step.abs() > 1e-12 * t).any():
+            break
+    return t[place]
 
 
-def mean_test(sums: Tensor, counts: Tensor) -> Tensor:
+def mean_test(sums: Tensor, counts: Tensor, by_wording: Totals | None = None) -> Tensor:
     """Two-sided p [column] that the mean is 0: Student's t, corrected for skewness.
 
-    Sums and counts of each sentence's samples are [sentence, column]. See `smallest_p`.
+    Sums and counts of each sentence's samples are [sentence, column]; where there are several
+    wordings, `by_wording` has the same samples by wording. See `estimate_means`, `smallest_p`.
     """
-    estimate = estimate_means(sums, counts)
+    estimate = estimate_means(sums, counts, by_wording)
     t = estimate.mean.abs() / estimate.error
     t = t.nan_to_num(0.0).clamp_max(1e6)  # 0 / 0: all sums are 0
-    bend = estimate.skewness * estimate.mean.sign() / (6 * estimate.effective_n.sqrt())
+    bend = estimate.bend * estimate.mean.sign()
     t = torch.where(bend < 0, shrink_t(t, -bend), stretch_t(t, bend))
-    df = (estimate.effective_n - 1).clamp_min(1)
-    p = 2 * torch.special.ndtr(-normal_quantile(t, df))
+    p = student_p(t, estimate.df)
     n_sentences = (counts != 0).double().sum(0)
     return p.maximum(smallest_p(n_sentences)).clamp_max(1.0)
 
 
-def mean_interval(sums: Tensor, counts: Tensor) -> Tensor:
+def mean_interval(sums: Tensor, counts: Tensor, by_wording: Totals | None = None) -> Tensor:
     """95 % interval [end, column] of the mean: what `mean_test` does not reject at 0.05, if its
     smallest p is left aside. A single sentence has none: NaN."""
-    estimate = estimate_means(sums, counts)
-    t = student_quantile((estimate.effective_n - 1).clamp_min(1))
-    skewness = estimate.skewness.abs().clamp_min(6e-6)
-    bend = skewness / (6 * estimate.effective_n.sqrt())
+    estimate = estimate_means(sums, counts, by_wording)
+    t = student_quantile(estimate.df)
+    bend = estimate.bend.abs().maximum(6e-6 / (6 * estimate.effective_n.sqrt()))
     near = unstretch_t(t, bend)
     far = unshrink_t(t, bend)
     is_right_skewed = estimate.skewness > 0  # the longer tail is on the right
@@ -9186,23 +9488,27 @@ def unedited_scores(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         row = {name: record[name] for name in ("sample_id", "unit", "group")}
         row["n_constraints"] = len(record["targets"])
         row["prompts"] = record["prompts_id"]
+        if record.get("template"):
+            row["template"] = record["template"]
         row["score_b_base"] = math.nan  # unless there is a prompt b
         for side, prompt in record["prompts"].items():
             row[f"score_{side}_base"] = prompt["score"]
         rows.append(row)
     samples = pd.DataFrame(rows).set_index("sample_id")
     samples["delta_logit_base"] = score_difference(samples, "b", "_base")
-    return samples.astype({"unit": "category", "group": "category", "prompts": "category"})
+    labels = [name for name in ("unit", "group", "prompts", "template") if name in samples]
+    return samples.astype(dict.fromkeys(labels, "category"))
 
 
 def results_columns(control_sides: Sequence[str]) -> list[str]:
-    """The columns of circuit_results.csv in order, and `draw` of jittered rows."""
+    """The columns of circuit_results.csv in order, and `draw` of jittered rows. `template` comes
+    last, where samples have one."""
     columns = [*REQUESTED_COLUMNS, "score_a_base", "score_b_base", "score_a_head", "score_b_head"]
     for side in control_sides:
         columns += [f"score_{side}_{run}" for run in SCORE_SUFFIXES]
     columns += [f"effect_minus_{side}" for side in control_sides]
     columns += ["unit", "group", "prompts", "index", *RUN_COLUMNS]
-    return [*columns, "estimate", "n_screened", "draw"]
+    return [*columns, "estimate", "n_screened", "draw", "template"]
 
 
 def results_table(
@@ -9228,7 +9534,10 @@ def results_table(
         if f"score_{side}_head" in table:
             change = table[f"score_{side}_head"] - table[f"score_{side}_base"]
             table[f"effect_minus_{side}"] = change_of_a - change
-    table = table.reindex(columns=results_columns(control_sides))
+    columns = results_columns(control_sides)
+    if "template" not in table:
+        columns.remove("template")
+    table = table.reindex(columns=columns)
     return table.sort_values(["sample_id", "layer", "index"], ignore_index=True)
 
 
@@ -9274,16 +9583,74 @@ def count_tests(table: pd.DataFrame, key: Sequence[str] = COMPONENT_KEY) -> int:
     return n_tests
 
 
-def sentence_totals(
-    table: pd.DataFrame, column: str, components: pd.Index
-) -> tuple[Tensor, Tensor]:
-    """(sums, counts) of a column over the samples of each sentence, both [sentence, component]."""
+def totals_by(factor: str, table: pd.DataFrame, column: str, components: pd.Index) -> Totals:
+    """Sums and counts of a column over the samples of each level of a factor, a column of the table
+    such as `unit`: both [level, component]."""
     key = list(components.names)
-    by_sentence = table.groupby(["unit", *key], observed=True)[column]
-    totals = by_sentence.agg(["sum", "count"]).unstack(key)
+    by_level = table.groupby([factor, *key], observed=True)[column]
+    totals = by_level.agg(["sum", "count"]).unstack(key)
     sums = totals["sum"][components].fillna(0.0).to_numpy(float)
     counts = totals["count"][components].fillna(0.0).to_numpy(float)
-    return torch.tensor(sums), torch.tensor(counts)
+    return Totals(torch.tensor(sums), torch.tensor(counts))
+
+
+@dataclass(frozen=True)
+class ColumnTotals:
+    """Totals of the same samples by sentence and, where there are several wordings, by wording.
+    Columns are components, sets, or what else is held against each other."""
+
+    by_sentence: Totals
+    by_wording: Totals | None
+
+    @property
+    def mean(self) -> Tensor:
+        """[column]"""
+        return self.by_sentence.sums.sum(0) / self.by_sentence.counts.sum(0)
+
+    def interval(self) -> Tensor:
+        """`mean_interval` [end, column]."""
+        return mean_interval(*self.by_sentence, self.by_wording)
+
+    def test(self) -> Tensor:
+        """`mean_test` [column]."""
+        return mean_test(*self.by_sentence, self.by_wording)
+
+    def at(self, place: int) -> ColumnTotals:
+        """One column in place of each."""
+        return self._with(self, lambda own, _: own.sums[:, [place]].expand_as(own.sums))
+
+    def less(self, other: ColumnTotals) -> ColumnTotals:
+        """The differences from other totals of the same samples."""
+        return self._with(other, lambda own, others: own.sums - others.sums)
+
+    def over(self, other: ColumnTotals) -> ColumnTotals:
+        """Those whose mean is the ratio of two means of the same samples."""
+        by_wording = None
+        if self.by_wording is not None and other.by_wording is not None:
+            by_wording = Totals(self.by_wording.sums, other.by_wording.sums)
+        return ColumnTotals(Totals(self.by_sentence.sums, other.by_sentence.sums), by_wording)
+
+    def _with(
+        self, other: ColumnTotals, find_sums: Callable[[Totals, Totals], Tensor]
+    ) -> ColumnTotals:
+        """These counts with other sums."""
+        sums = find_sums(self.by_sentence, other.by_sentence)
+        by_wording = None
+        if self.by_wording is not None and other.by_wording is not None:
+            wording_sums = find_sums(self.by_wording, other.by_wording)
+            by_wording = Totals(wording_sums, self.by_wording.counts)
+        return ColumnTotals(Totals(sums, self.by_sentence.counts), by_wording)
+
+
+def column_totals(table: pd.DataFrame, column: str, components: pd.Index) -> ColumnTotals:
+    """Those of a column of a table over the samples of each sentence and of each wording, where the
+    table has several and `components` does not tell them apart: [level, component]."""
+    by_sentence = totals_by("unit", table, column, components)
+    if "template" not in table or "template" in components.names:
+        return ColumnTotals(by_sentence, None)
+    if table["template"].nunique() < 2:
+        return ColumnTotals(by_sentence, None)
+    return ColumnTotals(by_sentence, totals_by("template", table, column, components))
 
 
 def column_statistics(
@@ -9291,16 +9658,17 @@ def column_statistics(
 ) -> pd.DataFrame:
     """Mean, spread, interval, p and q of a column, a row per component (or whatever `key` names).
 
-    Sentences are the independent units. Negative controls and missing values are left out.
+    Sentences are the independent units, and so are wordings where there are several. Negative
+    controls and missing values are left out.
     """
     real = drop_negative_controls(table[table[column].notna()])
     by_component = real.groupby([*key])[column]
     statistics = by_component.agg(n_samples="size", mean="mean", median="median", sd="std")
-    sums, counts = sentence_totals(real, column, statistics.index)
-    n_sentences = (counts > 0).sum(0)
-    skewness = estimate_means(sums, counts).skewness
-    low, high = mean_interval(sums, counts)
-    p = mean_test(sums, counts)
+    totals = column_totals(real, column, statistics.index)
+    n_sentences = (totals.by_sentence.counts > 0).sum(0)
+    skewness = estimate_means(*totals.by_sentence).skewness
+    low, high = totals.interval()
+    p = totals.test()
     q = benjamini_hochberg(p, count_tests(table, key))
     statistics.insert(1, "n_sentences", n_sentences.tolist())
     return statistics.assign(
@@ -9318,9 +9686,13 @@ def labels_of(components: pd.Index) -> list[str]:
 
 
 def effect_rows(rows: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `measure` with their samples' unit, group and unedited delta, and `head_effect`: by
-    how much the score of prompt a less that of b differs from the unedited one (nats)."""
-    rows = rows.join(samples[["unit", "group", "delta_logit_base"]], on="sample_id")
+    """Rows of `measure` with their samples' unit, group, wording (where there are several) and
+    unedited delta, and `head_effect`: by how much the score of prompt a less that of b differs from
+    the unedited one (nats)."""
+    names = ["unit", "group", "delta_logit_base"]
+    if "template" in samples:
+        names.append("template")
+    rows = rows.join(samples[names], on="sample_id")
     delta = score_difference(rows, "b")
     return rows.assign(head_effect=delta - rows["delta_logit_base"])
 
@@ -9525,18 +9897,15 @@ def judge_sides(
     return effects.assign(verdict=effects["verdict"].mask(is_changed, instead))
 
 
-def share_columns(numerators: Tensor, denominators: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """`share`, `share_low` and `share_high` [column]: the ratio of two means and its 95 % interval,
-    from the sums and counts of each sentence's samples [sentence, column]. All three are NaN where
-    the interval of the denominator does not exclude 0: there is nothing to have a share of."""
-    low, high = mean_interval(denominators, counts)
+def share_columns(numerators: ColumnTotals, denominators: ColumnTotals) -> dict[str, Tensor]:
+    """`share`, `share_low` and `share_high` [column]: the ratio of two means of the same samples and
+    its 95 % interval. All three are NaN where the interval of the denominator does not exclude 0:
+    there is nothing to have a share of."""
+    low, high = denominators.interval()
     is_clear = (low > 0) | (high < 0)
-    share_low, share_high = mean_interval(numerators, denominators)
-    columns = {
-        "share": numerators.sum(0) / denominators.sum(0),
-        "share_low": share_low,
-        "share_high": share_high,
-    }
+    ratio = numerators.over(denominators)
+    share_low, share_high = ratio.interval()
+    columns = {"share": ratio.mean, "share_low": share_low, "share_high": share_high}
     return {name: share.where(is_clear, math.nan) for name, share in columns.items()}
 
 
@@ -9544,9 +9913,9 @@ def shares_of_base(table: pd.DataFrame, components: pd.Index) -> pd.DataFrame:
     """By component the share of the base that its edit takes away, with its interval; empty where
     the base is not clear."""
     real = drop_negative_controls(table[table["head_effect"].notna()])
-    effects, counts = sentence_totals(real, "head_effect", components)
-    bases, _ = sentence_totals(real, "delta_logit_base", components)
-    shares = share_columns(-effects, bases, counts)
+    real = real.assign(taken=-real["head_effect"])
+    taken = column_totals(real, "taken", components)
+    shares = share_columns(taken, column_totals(real, "delta_logit_base", components))
     columns = {
         "share_moved": shares["share"].tolist(),
         "share_low": shares["share_low"].tolist(),
@@ -9930,6 +10299,15 @@ def report_bases(findings: Findings, bases: Bases, floor: float) -> None:
             )
 
 
+def strongest_of_either_role(heads: pd.DataFrame, role: str) -> pd.DataFrame:
+    """The rows of the components that sentences name, by a column of roles: the strongest that
+    carry the task, then the strongest that work against it."""
+    ranked = heads.sort_values(role, ascending=False)
+    carriers = ranked[ranked[role] > 0].head(REPORTED_COMPONENTS)
+    opponents = ranked[ranked[role] < 0].tail(REPORTED_COMPONENTS)
+    return pd.concat([carriers, opponents[::-1]])
+
+
 def report_strongest(
     findings: Findings, heads: pd.DataFrame, bases: Bases, role: str, phrases: EditPhrases
 ) -> None:
@@ -9939,12 +10317,8 @@ def report_strongest(
     for side, base in bases.items():
         shows_task = base["mean"] * task.sign > 0
         behaviours[side] = task.name if shows_task else task.opposite
-    ranked = heads.sort_values(role, ascending=False)
-    carriers = ranked[ranked[role] > 0].head(REPORTED_COMPONENTS)
-    opponents = ranked[ranked[role] < 0].tail(REPORTED_COMPONENTS)
-    for strongest in (carriers, opponents[::-1]):
-        for head in strongest.itertuples():
-            findings.say(describe_effect(head, behaviours, phrases))
+    for head in strongest_of_either_role(heads, role).itertuples():
+        findings.say(describe_effect(head, behaviours, phrases))
 
 
 def describe_sizes(heads: pd.DataFrame, role: str) -> str:
@@ -9994,6 +10368,78 @@ def report_effects(
         if sizes:
             findings.say(sizes)
         report_strongest(findings, heads, bases, role, phrases)
+
+
+# -- by wording
+
+
+def bases_by_wording(table: pd.DataFrame, side: str = "b") -> dict[str, dict[str, Any]]:
+    """`base_statistics` of the samples of each wording in a table, by its name."""
+    bases = {}
+    for template, rows in table.groupby("template", observed=True, sort=False):
+        base = base_statistics(rows, side)
+        if base:
+            bases[str(template)] = base
+    return bases
+
+
+def has_wordings(table: pd.DataFrame) -> bool:
+    """Whether the samples of a table, without negative controls, are in several wordings."""
+    return "template" in table and drop_negative_controls(table)["template"].nunique() > 1
+
+
+def wordings_table(table: pd.DataFrame, base_mean: float, factor: float | None) -> pd.DataFrame:
+    """circuit_templates.csv: a row per component and wording, with the mean effect, its interval
+    over sentences within the wording, and the role in the base of all wordings together (nats)."""
+    statistics = column_statistics(table, "head_effect", [*COMPONENT_KEY, "template"])
+    rows = statistics[["n_sentences", "mean", "ci_low", "ci_high"]].reset_index()
+    rows["role"] = role_sign(base_mean, factor) * rows["mean"] + 0.0  # no -0.0
+    rows.insert(0, "label", labels_of(pd.MultiIndex.from_frame(rows[COMPONENT_KEY])))
+    rows.insert(2, "head", rows["index"])
+    return rows
+
+
+def describe_interval(base: Mapping[str, Any]) -> str:
+    """The mean of a base and its interval in brackets."""
+    mean = f"{base['mean']:+.2f}"
+    if math.isnan(base["ci_low"]):
+        return mean
+    return f"{mean} [{base['ci_low']:+.2f}, {base['ci_high']:+.2f}]"
+
+
+def report_bases_by_wording(findings: Findings, table: pd.DataFrame) -> None:
+    """The base in each wording, with its interval over sentences."""
+    parts = []
+    for template, base in bases_by_wording(table).items():
+        parts.append(f"{quote(template)} {describe_interval(base)}")
+    findings.say(f"base by wording: {', '.join(parts)}")
+
+
+def report_roles_by_wording(
+    findings: Findings, heads: pd.DataFrame, by_wording: pd.DataFrame, bases: Bases
+) -> None:
+    """From where to where the roles of the named components reach: of none where the base is
+    unclear."""
+    side, role = quoted_role(heads, bases)
+    if not bases[side]["is_clear"]:
+        return
+    for label in strongest_of_either_role(heads, role)["label"]:
+        findings.say(describe_roles(by_wording[by_wording["label"] == label]))
+
+
+def describe_roles(rows: pd.DataFrame) -> str:
+    """The smallest and the largest role of a component over wordings, and whether all have one
+    sign; `rows` are its rows of circuit_templates.csv."""
+    ordered = rows.sort_values("role")
+    smallest, largest = ordered.iloc[0], ordered.iloc[-1]
+    agreement = "of both signs"
+    if smallest["role"] > 0 or largest["role"] < 0:
+        agreement = f"the same sign in all {len(rows)} wordings"
+    return (
+        f"{smallest['label']} by wording: role from {smallest['role']:+.3f}"
+        f" ({quote(smallest['template'])}) to {largest['role']:+.3f}"
+        f" ({quote(largest['template'])}), {agreement}"
+    )
 
 
 # ----- Sets of components -------------------------------------------------------------------------
@@ -10059,7 +10505,7 @@ def measure_sets(
     """Edit each set jointly in every prompt of some samples.
 
     Returns a row per set and sample: `place` (of the set in `joint_sets`), `sample_id`, `unit`,
-    `score_a`, `score_b`, `score_other` where there are controls, `kl_a`, `kl_b` (nats).
+    `template`, `score_a`, `score_b`, `score_other` where there are controls, `kl_a`, `kl_b` (nats).
     """
     variants = []
     components: set[Component] = set()
@@ -10071,16 +10517,18 @@ def measure_sets(
         kinds.update(joint_set.others_of)
     for kind in kinds:
         components.update(experiment.shape.components(kind))
-    scored, units = [], {}
+    scored, units, templates = [], {}, {}
     for sample_prompts in prompts:
         sample = sample_prompts[0].sample
         units[sample.sample_id] = sample.unit
+        templates[sample.sample_id] = sample.template
         scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
     sites = experiment.patched_sites(components)
     reading = Reading(experiment.plant_trees(scored), sites, with_kl=True)
     make_edits = make_edits or functools.partial(set_edits, experiment)
     rows = measure(experiment, variants, make_edits, reading, "joint sets")
-    return rows.assign(unit=rows["sample_id"].map(units))
+    sample_ids = rows["sample_id"]
+    return rows.assign(unit=sample_ids.map(units), template=sample_ids.map(templates))
 
 
 # -- a circuit: components chosen from their effects
@@ -10405,34 +10853,31 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
     """
     deltas = rows.assign(delta=score_difference(rows, side))
     places = pd.RangeIndex(len(joint_sets), name="place")
-    sums, counts = sentence_totals(deltas, "delta", places)
-    mean = sums.sum(0) / counts.sum(0)
-    low, high = mean_interval(sums, counts)
-    base = sums[:, :1].expand_as(sums)
-    removed = share_columns(base - sums, base, counts)
+    totals = column_totals(deltas, "delta", places)
+    base = totals.at(0)
+    low, high = totals.interval()
+    removed = share_columns(base.less(totals), base)
     columns = {
         "measure": measure_name(side, has_pairs(rows)),
-        "n_samples": int(counts[:, 0].sum()),
-        "n_sentences": len(sums),
-        "mean_delta": mean,
+        "n_samples": int(totals.by_sentence.counts[:, 0].sum()),
+        "n_sentences": len(totals.by_sentence.counts),
+        "mean_delta": totals.mean,
         "ci_low": low,
         "ci_high": high,
         "share_removed": removed["share"],
         "share_low": removed["share_low"],
         "share_high": removed["share_high"],
-        **faithfulness_columns(sums, counts, joint_sets),
+        **faithfulness_columns(totals, joint_sets),
     }
     return pd.DataFrame(columns, index=places).join(moved_columns(deltas))
 
 
-def faithfulness_columns(
-    sums: Tensor, counts: Tensor, joint_sets: Sequence[JointSet]
-) -> dict[str, Tensor]:
-    """`faithfulness` and `remaining` with their intervals, from sums and counts [sentence, set]."""
+def faithfulness_columns(totals: ColumnTotals, joint_sets: Sequence[JointSet]) -> dict[str, Tensor]:
+    """`faithfulness` and `remaining` with their intervals, from totals whose columns are sets."""
     names = [joint_set.name for joint_set in joint_sets]
-    every = sums[:, [names.index("all") if "all" in names else 0]]
-    effect_of_all = (sums[:, :1] - every).expand_as(sums)
-    shares = share_columns(sums - every, effect_of_all, counts)
+    every = totals.at(names.index("all") if "all" in names else 0)
+    effect_of_all = totals.at(0).less(every)
+    shares = share_columns(totals.less(every), effect_of_all)
     is_kept = torch.tensor([bool(joint_set.others_of) for joint_set in joint_sets])
     columns = {}
     for name, is_of_name in {"faithfulness": is_kept, "remaining": ~is_kept}.items():
@@ -11375,10 +11820,29 @@ def write_heads(experiment: Experiment, table: pd.DataFrame, floor: float) -> pd
         findings.warn(f"all effects here are{options.estimated}, none is measured")
     phrases = EditPhrases(experiment.task, OPS[options.op].verb, options.estimated)
     report_effects(findings, heads, bases, floor, phrases)
+    compare_wordings(findings, folder, table, heads, bases, options.factor)
     if folder.leads:
         n_sentences = int(bases["b"]["n_sentences"])
         draw_effects(heads, n_sentences, options, folder)
     return heads
+
+
+def compare_wordings(
+    findings: Findings,
+    folder: RunFolder,
+    table: pd.DataFrame,
+    heads: pd.DataFrame,
+    bases: Bases,
+    factor: float | None,
+) -> None:
+    """circuit_templates.csv and what is said of it, where samples are in several wordings."""
+    if not has_wordings(table):
+        return
+    by_wording = wordings_table(table, bases["b"]["mean"], factor)
+    report_bases_by_wording(findings, table)
+    report_roles_by_wording(findings, heads, by_wording, bases)
+    if folder.leads:
+        write_components(folder.claim_path("circuit_templates.csv"), by_wording)
 
 
 def draw_effects(
@@ -11434,7 +11898,89 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
     report_stability(findings, stability)
     title = f"Held-out {experiment.task.name}: joint op {options.op_text}"
     write_sets(experiment, confirmed, "circuit_confirm", title, RANDOM_SETS, stability)
+    confirm_wordings(experiment, components, held_out, side)
     return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
+
+
+# -- the circuit in each wording
+
+
+def confirm_wordings(
+    experiment: Experiment, components: tuple[Component, ...], units: set[str], side: str
+) -> None:
+    """circuit_wordings.csv: what the chosen components remove, edited jointly on the held-out
+    sentences in each wording: in those of the samples, or else in all that the task has built in.
+    Nothing where there is one wording, or where an edit cannot be had in another."""
+    prompts = prompts_in_wordings(experiment)
+    held_out = of_units(without_negative_controls(prompts), units)
+    if len({sample.template for sample in samples_of(held_out)}) < 2:
+        return
+    joint_sets = [JointSet("none"), JointSet("chosen", components)]
+    rows = measure_sets(experiment, joint_sets, held_out)
+    table = sets_by_wording(experiment, joint_sets, rows, side)
+    for row in table.itertuples():
+        experiment.findings.say(describe_set_in_wording(row))
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_wordings.csv", table)
+
+
+def prompts_in_wordings(experiment: Experiment) -> Prompts:
+    """The prompts of the samples in several wordings: as they are given, or built-in ones in each
+    that the task has; [] where there are none, or an edit or the model does not take one."""
+    options, samples = experiment.options, samples_of(experiment.prompts)
+    if any(sample.template for sample in samples):
+        return experiment.prompts
+    if options.samples or options.prompt:
+        return []
+    reworded: list[Sample] = []
+    for sample in samples:
+        reworded += in_wordings(sample, experiment.task.wordings)
+    try:
+        prompts = write_prompts(reworded, experiment.encoder, options)
+        check_prompts(prompts, experiment.shape, options)
+    except UsageError as error:
+        log.info(f"the circuit is measured in one wording: {error}")
+        return []
+    return prompts
+
+
+def sets_by_wording(
+    experiment: Experiment, joint_sets: Sequence[JointSet], rows: pd.DataFrame, side: str
+) -> pd.DataFrame:
+    """A row per wording: the mean score of prompt a less that of a side (nats) without an edit and
+    with the second of two sets edited, the share of the base that this removes, and 95 % intervals
+    over sentences. The share is empty where the base's interval covers 0. `rows` are those of
+    `measure_sets`."""
+    table = []
+    for template, of_wording in rows.groupby("template", sort=False):
+        scored = of_wording[score_difference(of_wording, side).notna()]
+        if scored.empty:
+            continue
+        base, edited = joint_statistics(scored, side, joint_sets).to_dict("records")
+        row = {
+            "template": template,
+            "measure": edited["measure"],
+            "n_ablated": count_edited(experiment, joint_sets[1]),
+            "n_sentences": edited["n_sentences"],
+            "base_mean": base["mean_delta"],
+            "base_low": base["ci_low"],
+            "base_high": base["ci_high"],
+        }
+        for name in ("mean_delta", "ci_low", "ci_high", "share_removed", "share_low", "share_high"):
+            row[name] = edited[name]
+        table.append(row)
+    return pd.DataFrame(table)
+
+
+def describe_set_in_wording(row: Any) -> str:
+    """What the circuit removes on the held-out sentences in one wording."""
+    name = measure_in_words(row.measure)
+    base = f"mean {name} {row.base_mean:+.3f}{format_interval(row, 'base')}"
+    sentence = f"in wording {quote(row.template)}, {row.n_ablated} jointly"
+    if math.isnan(row.share_removed):
+        return f"{sentence}: the base is not clear there, {base}"
+    interval = format_interval(row, "share", ".0%")
+    return f"{sentence}: {row.share_removed:.0%} removed{interval} of {base}"
 
 
 def write_circuit(
@@ -13870,6 +14416,7 @@ SAMPLE_RULES = {  # of one of `samples` in run.json
     "sample_id": TEXT,
     "prompts_id": TEXT,
     "group": TEXT._replace(required=False),
+    "template": TEXT._replace(required=False),
     "targets": TEXTS,
     "foils": TEXTS,
     "flags": TEXTS,
@@ -14353,6 +14900,8 @@ def render_sample(sample: Mapping[str, Any], replies: Replies) -> Html:
     line = f"{name}: P(target) {sample['p_target']:.3g}, {describe_unedited(sample)}"
     if sample.get("group"):
         line += f", {sample['group']}"
+    if sample.get("template"):
+        line += f", in wording {quote(sample['template'])}"
     summary: list[object] = [line]
     for flag in sample["flags"]:
         summary += [" ", element("span", flag, class_="warning")]
@@ -14506,6 +15055,7 @@ def redraw_effects(
     heads = heads_table(run.table, bases, run.floor, options.factor, options.least_effect)
     phrases = EditPhrases(TASKS[options.task], OPS[options.op].verb, options.estimated)
     report_effects(findings, heads, bases, run.floor, phrases)
+    compare_wordings(findings, folder, run.table, heads, bases, options.factor)
     draw_effects(heads, int(bases["b"]["n_sentences"]), options, folder)
 
 

@@ -112,6 +112,59 @@ def print_uneven(n_tables: int, generator: torch.Generator) -> None:
             print(f"| {name} | {n} | {float(false):.1%} | {covered(sums, counts, 0.0):.1%} |")
 
 
+def crossed(
+    wording_sd: float, n_wordings: int, n_columns: int, generator: torch.Generator
+) -> Tensor:
+    """Values [sentence, wording, column] of mean 0: of 16 sentences (SD 1), wordings (a given SD),
+    and what a sentence has in one wording alone, with noise (SD 1)."""
+    of_sentences = draw("normal", 16, n_columns, generator)[:, None]
+    of_wordings = draw("normal", n_wordings, n_columns, generator)[None]
+    rest = draw("normal", 16 * n_wordings, n_columns, generator).view(16, n_wordings, -1)
+    return of_sentences + wording_sd * of_wordings + rest
+
+
+def crossed_totals(values: Tensor) -> tuple[tracing.Totals, tracing.Totals]:
+    """Totals by sentence and by wording of values [sentence, wording, column]."""
+    ones = torch.ones_like(values)
+    by_sentence = tracing.Totals(values.sum(1), ones.sum(1))
+    by_wording = tracing.Totals(values.sum(0), ones.sum(0))
+    return by_sentence, by_wording
+
+
+def wording_errors(values: Tensor, uses_wordings: bool) -> tuple[float, float]:
+    """How many tables have a false verdict, and how many intervals cover 0."""
+    by_sentence, by_wording = crossed_totals(values)
+    second = by_wording if uses_wordings else None
+    p = tracing.mean_test(*by_sentence, second)
+    low, high = tracing.mean_interval(*by_sentence, second)
+    cover = ((low <= 0) & (high >= 0)).double().mean()
+    return float(verdicts(p).any(1).double().mean()), float(cover)
+
+
+def wordings_found(values: Tensor) -> float:
+    """How many of planted columns have a verdict by both factors."""
+    values.view(*values.shape[:2], -1, N_COLUMNS)[..., :N_PLANTED] += 2
+    by_sentence, by_wording = crossed_totals(values)
+    found = verdicts(tracing.mean_test(*by_sentence, by_wording))[:, :N_PLANTED]
+    return float(found.double().mean())
+
+
+def print_wordings(n_tables: int, generator: torch.Generator) -> None:
+    print(
+        "\n| 16 sentences in | wording SD | false verdicts by sentences alone | 95 % cover |",
+        end="",
+    )
+    print(" by both factors | 95 % cover | mean 2 SD found |")
+    print("| --- | --: | --: | --: | --: | --: | --: |")
+    for n_wordings in (2, 4):
+        for wording_sd in (0.0, 0.25, 0.5, 1.0):
+            values = crossed(wording_sd, n_wordings, n_tables * N_COLUMNS, generator)
+            alone = "{:.1%} | {:.1%}".format(*wording_errors(values, uses_wordings=False))
+            both = "{:.1%} | {:.1%}".format(*wording_errors(values, uses_wordings=True))
+            found = f"{wordings_found(values):.1%}"
+            print(f"| {n_wordings} wordings | {wording_sd} | {alone} | {both} | {found} |")
+
+
 def print_rest(generator: torch.Generator) -> None:
     print("\n| one normal effect among 1,024 columns of p = 1, 16 sentences | found |")
     print("| --- | --: |")
@@ -192,6 +245,7 @@ def main() -> None:
     print_rest(generator)
     print_too_few(generator)
     print_stability(max(1, args.tables // 100), generator)
+    print_wordings(args.tables, generator)
 
 
 if __name__ == "__main__":

@@ -499,9 +499,8 @@ def test_all_kinds_of_sets_and_what_they_do_are_what_naive_edits_give(
         assert shares == pytest.approx([share, math.nan], abs=1e-3, nan_ok=True)
         if row.set == "complement" and is_clear:
             ends = [row.faithfulness_low, row.faithfulness_high]
-            near = 0.05 * (ends[1] - ends[0])  # Student's quantile of few is approximate
             by_formula = by_hand.mean_test(top.tolist(), below.tolist())
-            assert ends == pytest.approx(by_formula[1:], abs=near)
+            assert ends == pytest.approx(by_formula[1:], abs=1e-3 * (ends[1] - ends[0]))
 
 
 NAMED = {  # with the kinds that all are of
@@ -604,7 +603,7 @@ def test_faithfulness_by_hand_is_never_clipped(level: float) -> None:
     assert share == pytest.approx(level, abs=0.02)
     assert low < share < high
     by_formula = list(by_hand.mean_test(top, below)[1:])
-    assert [low, high] == pytest.approx(by_formula, abs=0.02 * (high - low))
+    assert [low, high] == pytest.approx(by_formula, abs=1e-5 * (high - low))
     assert [values[1] for values in ends] == pytest.approx([0.0] * 3, abs=1e-9)
     assert all(math.isnan(values[i]) for values in ends for i in (0, 2))
     assert table["remaining"][0] == pytest.approx(1)

@@ -66,8 +66,8 @@ def assert_by_hand(rows: Any, expected: Sequence[Sequence[float]]) -> None:
             first, second, *others = row_effects
             p, low, high = by_hand.mean_test([first + second, *others], [2, 1, 1])
             assert row["p"] == pytest.approx(p, rel=1e-2)
-            rough = 0.1 * (high - low)  # Student's quantile below 2 degrees of freedom
-            assert list(row[["ci_low", "ci_high"]]) == pytest.approx([low, high], abs=rough)
+            near = 1e-2 * (high - low)
+            assert list(row[["ci_low", "ci_high"]]) == pytest.approx([low, high], abs=near)
 
 
 CASES = [
