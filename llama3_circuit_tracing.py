@@ -1308,7 +1308,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
     },
     "paths": {
         "circuit_paths.csv": "",
-        "circuit_paths.png": "Effects by sender and receiver of a path.",
+        "circuit_paths.png": "Effects by sender and receiver of a path; grey where unclear.",
     },
     "tokens": {
         "circuit_tokens.csv": "",
@@ -2751,6 +2751,9 @@ class Task:
     targets: tuple[str, ...] = ()  # of samples that bring none
     foils: tuple[str, ...] = ()
     takes_one_prompt: bool = True  # whether samples without a prompt b mean something
+    target_role: str = "target"  # what a target is called where it stands in a prompt
+    foil_role: str = "foil"
+    swapped_role: str = ""  # a scored word that is in prompt a or in b alone; "": as in both
     wordings: tuple[Wording, ...] = ()  # of built-in samples, the first as they are built
 
     def build(
@@ -2774,6 +2777,7 @@ SUPPRESSION = Task(
     natural="b",
     margin=False,
     takes_one_prompt=False,
+    target_role="forbidden word",
     shown="mention a forbidden word",
     answers=lambda sample, reply: bool(mentioned_words(plausible_answers(sample), reply)),
     opposite="rebound",
@@ -2789,6 +2793,8 @@ REFUSAL = Task(
     opposite="reversed refusal",
     targets=REFUSAL_OPENINGS,
     foils=COMPLIANT_OPENINGS,
+    target_role="refusing opening",
+    foil_role="compliant opening",
     wordings=REFUSAL_WORDINGS,
 )
 ODD_ONE_OUT = Task(
@@ -2799,6 +2805,9 @@ ODD_ONE_OUT = Task(
     shown="name the odd one of prompt a",
     answers=lambda sample, reply: bool(mentioned_words(sample.foils, reply)),
     opposite="reversed odd_one_out",
+    target_role="odd name",
+    foil_role="kept name",
+    swapped_role="swapped name",
     wordings=ODD_ONE_OUT_WORDINGS,
 )
 CONTRAST = Task(
@@ -9782,10 +9791,16 @@ def effect_column(side: str) -> str:
     return "head_effect" if side == "b" else f"effect_minus_{side}"
 
 
+def can_tell_one(n_sentences: Any, n_tests: int) -> Any:
+    """Whether one component among so many can reach q < 0.05 by itself, of a number of sentences or
+    a series of them."""
+    return n_tests * smallest_p(n_sentences) < 0.05
+
+
 def sentences_needed(n_tests: int) -> int:
     """The fewest sentences with which one component among so many can reach q < 0.05."""
     n_sentences = 2
-    while n_tests * smallest_p(n_sentences) >= 0.05:
+    while not can_tell_one(n_sentences, n_tests):
         n_sentences += 1
     return n_sentences
 
@@ -9799,13 +9814,12 @@ def significance_verdicts(
     smallest p of the sentences leaves a lone component at q >= 0.05, those that no q tells from
     chance are called `TOO_FEW`: the sample could not have told.
     """
-    smallest_q = n_tests * smallest_p(effects["n_sentences"])
-    cannot_tell = smallest_q >= 0.05
     verdict = effects["role"].gt(0).map({True: "contributes", False: "works against"})
     is_small = effects["role"].abs() < least_effect * abs(base["mean"])
     verdict = verdict.mask(is_small, SMALL)
     is_significant = effects["q"] < 0.05
-    without = cannot_tell.map({True: TOO_FEW, False: UNCLEAR})
+    could_tell = can_tell_one(effects["n_sentences"], n_tests)
+    without = could_tell.map({True: UNCLEAR, False: TOO_FEW})
     verdict = verdict.where(is_significant, without)
     is_real = effects["above_noise"].fillna(True).astype(bool)
     has_base = base["is_clear"] or base["n_sentences"] == 1
@@ -10343,8 +10357,8 @@ def report_sample_size(findings: Findings, n_sentences: int, n_tests: int) -> No
     if n_sentences == 1:
         findings.say("a single sentence gives no interval: no component is called a contributor")
         return
-    lone_q = min(1.0, n_tests * smallest_p(n_sentences))
-    if lone_q >= 0.05:
+    if not can_tell_one(n_sentences, n_tests):
+        lone_q = min(1.0, n_tests * smallest_p(n_sentences))
         findings.say(
             f"{n_sentences} sentences are too few: a lone component among {n_tests} cannot reach q"
             f" below {lone_q:.2g}; {sentences_needed(n_tests)} sentences suffice"
@@ -12242,14 +12256,10 @@ def run_paths(experiment: Experiment[PathsOptions]) -> None:
     paths = list_paths(experiment, senders)
     samples = unedited_scores(unedited_samples(experiment))
     with experiment.stage("senders", f": {count_noun(len(senders), 'component')} alone"):
-        totals, floor = single_effects(experiment, senders, samples)
+        sender_effects, floor = single_effects(experiment, senders, samples)
     with experiment.stage("paths", f": {len(paths)}"):
-        rows = measure_paths(experiment, paths)
-        table = effect_statistics(rows, samples, ["sender", "receiver"])
-        table["total"] = table["sender"].map(totals)
-        is_above = table["total"].abs() > floor
-        table["share_of_total"] = (table["mean"] / table["total"]).where(is_above)
-        table["above_noise"] = table["mean"].abs() > floor
+        rows = effect_rows(measure_paths(experiment, paths), samples)
+        table = path_table(rows, sender_effects, floor)
         table = table.assign(freeze=options.freeze, op=options.op_text)
         report_paths(experiment, table)
         if experiment.folder.leads:
@@ -12271,17 +12281,53 @@ def plan_paths(experiment: Experiment[PathsOptions]) -> Iterator[PlannedRuns]:
 
 def single_effects(
     experiment: Experiment, senders: Sequence[Component], samples: pd.DataFrame
-) -> tuple[pd.Series, float]:
-    """The mean effect of each sender by its label, and the noise floor. What the folder's trace has
-    measured is not measured again, and its noise floor is taken."""
+) -> tuple[pd.DataFrame, float]:
+    """The effect of each sender alone on each sample, with the columns sender, sample_id and
+    sender_effect (nats), and the noise floor. What the folder's trace has measured is not measured
+    again, and its noise floor is taken."""
     floor = experiment.processes.share(experiment.folder.read_part(floor_name(experiment)))
     rows = measure_components(experiment, senders, "senders", with_jitter=floor is None)
     effects = effect_rows(rows, samples)
     if floor is None:
         floor = noise_floor(effects[effects["draw"] >= 0])
-    real = drop_negative_controls(effects[effects["draw"] < 0])
-    totals = real.groupby(COMPONENT_KEY)["head_effect"].mean()
-    return totals.set_axis(labels_of(totals.index)), floor
+    alone = effects[effects["draw"] < 0]
+    labels = labels_of(pd.MultiIndex.from_frame(alone[COMPONENT_KEY]))
+    alone = alone.assign(sender=labels, sender_effect=alone["head_effect"])
+    return alone[["sender", "sample_id", "sender_effect"]], floor
+
+
+def path_table(rows: pd.DataFrame, sender_effects: pd.DataFrame, floor: float) -> pd.DataFrame:
+    """The statistics of each path, and what it is of the effect of its sender alone.
+
+    `rows` are `effect_rows` of paths, `sender_effects` those that `single_effects` gives. Added are
+    the columns of `shares_of_senders`, `above_noise`, and `is_clear`: whether q < 0.05
+    and the mean is above the noise floor.
+    """
+    key = ["sender", "receiver"]
+    rows = rows.merge(sender_effects, on=["sender", "sample_id"], validate="many_to_one")
+    statistics = column_statistics(rows, "head_effect", key)
+    table = statistics.drop(columns=["median", "skewness"])
+    table = table.join(shares_of_senders(rows, statistics.index, floor))
+    table["above_noise"] = table["mean"].abs() > floor
+    table["is_clear"] = table["above_noise"] & (table["q"] < 0.05)
+    return table.reset_index()
+
+
+def shares_of_senders(rows: pd.DataFrame, paths: pd.Index, floor: float) -> pd.DataFrame:
+    """By path the `total` of its sender (nats), and the path's `share_of_total` with its interval
+    over sentences, `share_low` to `share_high`; they are NaN where the total is not clear, or not
+    above the noise floor."""
+    real = drop_negative_controls(rows)
+    totals = column_totals(real, "sender_effect", paths)
+    shares = share_columns(column_totals(real, "head_effect", paths), totals)
+    is_above = totals.mean.abs() > floor
+    columns = {
+        "total": totals.mean,
+        "share_of_total": shares["share"].where(is_above, math.nan),
+        "share_low": shares["share_low"].where(is_above, math.nan),
+        "share_high": shares["share_high"].where(is_above, math.nan),
+    }
+    return pd.DataFrame(columns, index=paths)
 
 
 def choose_senders(experiment: Experiment[PathsOptions]) -> list[Component]:
@@ -12461,24 +12507,44 @@ def report_paths(experiment: Experiment, table: pd.DataFrame) -> None:
     held = {"heads": "all heads above the sender", "all": "all heads and MLPs above the sender"}
     frozen = held[experiment.options.freeze]
     experiment.findings.say(f"paths pass {frozen} at their clean values")
+    n_sentences = int(table["n_sentences"].max())
+    report_sample_size(experiment.findings, n_sentences, len(table))
+    unclear = UNCLEAR if can_tell_one(n_sentences, len(table)) else TOO_FEW
     for row in largest_rows(table, "mean", 8).itertuples():
-        share = f"{row.share_of_total:.0%} of its {row.total:+.3f}"
-        experiment.findings.say(
-            f"{row.sender} -> {row.receiver}:"
-            f" {row.mean:+.3f}{format_interval(row)}, q {row.q:.2g}; {share}"
-        )
+        experiment.findings.say(describe_path(row, unclear))
+
+
+def describe_path(row: Any, unclear: str) -> str:
+    """L0H7 -> L1H3: -0.139 [-0.2, -0.1], q 0.01; 4% [2%, 5%] of its sender's -3.812
+
+    `unclear` is what a path without a verdict is called.
+    """
+    verdict = "" if row.is_clear else f", {unclear}"
+    chance = describe_chance(row.p, row.q, "" if row.is_clear else unclear)
+    effect = f"{row.mean:+.3f}{format_interval(row)}, {chance}{verdict}"
+    if math.isnan(row.share_of_total):
+        share = "the sender's own effect is not clear"
+    else:
+        interval = format_interval(row, "share", ".0%")
+        share = f"{row.share_of_total:.0%}{interval} of its sender's {row.total:+.3f}"
+    return f"{row.sender} -> {row.receiver}: {effect}; {share}"
 
 
 def draw_paths(experiment: Experiment, table: pd.DataFrame, senders: Sequence[Component]) -> None:
-    """Senders against receivers, coloured by mean effect."""
+    """Senders against receivers, coloured by mean effect; grey where that is unclear."""
     receivers = table["receiver"].drop_duplicates()
-    grid = table.pivot(index="sender", columns="receiver", values="mean")
-    grid = grid.loc[[sender.label for sender in senders]][receivers]
+    labels = [sender.label for sender in senders]
+    cells = table.pivot(index="sender", columns="receiver", values=["mean", "is_clear"])
+    grid = cells["mean"].astype(float).loc[labels, receivers]
+    is_clear = cells["is_clear"].eq(True).loc[labels, receivers]
     op_text = experiment.options.op_text
     score = "delta_logit" if experiment.is_of_pairs else "the score"
-    title = f"What of {op_text} of a sender\nreaches {score} through a receiver"
+    title = (
+        f"What of {op_text} of a sender\nreaches {score} through a receiver\n"
+        "(grey: q >= 0.05, below the floor, or no path)"
+    )
     path = experiment.folder.claim_path("circuit_paths.png")
-    draw_grid(grid, grid.notna(), "mean effect (nats)", title, path)
+    draw_grid(grid, is_clear, "mean effect (nats)", title, path)
 
 
 # ----- Command: tokens ----------------------------------------------------------------------------
@@ -12578,46 +12644,137 @@ def nodes_at_position(tree: Tree, position: int) -> Tensor:
 
 
 def describe_tokens(experiment: Experiment) -> pd.DataFrame:
-    """Of each position in the first sample: `token`, `token_b`, and the scored `word` that the
-    token belongs to."""
-    prompts = prompts_a_and_b(experiment.prompts[:1])
-    words = words_at_positions(experiment.encoder, prompts)
-    decode = experiment.encoder.tokenizer.decode
+    """What stands at each position in the samples that effects are of, negative controls left out.
+
+    `token` and `token_b` are the texts in prompts a and b, `word` the scored word that the token
+    belongs to; each is "" where samples differ in it. `role` says what the token is to a sample
+    (see `role_at`), with counts where samples differ. `n_texts` is how many different texts stand
+    there in prompts a.
+    """
+    frames = []
+    for sample_prompts in without_negative_controls(experiment.prompts):
+        frames.append(tokens_of_sample(experiment, sample_prompts))
     rows = []
-    for position in token_positions(experiment):
-        tokens = [decode([prompt.ids[position]]) for prompt in prompts]
+    for position, tokens in pd.concat(frames).groupby("position"):
         rows.append(
             {
                 "position": position,
-                "token": tokens[0],
-                "token_b": tokens[-1] if len(tokens) > 1 else "",
-                "word": words[position],
+                "token": common_value(tokens["token"]),
+                "token_b": common_value(tokens["token_b"]),
+                "word": common_value(tokens["word"]),
+                "role": join_roles(tokens["role"]),
+                "n_texts": tokens["token"].nunique(),
             }
         )
     return pd.DataFrame(rows)
 
 
-def words_at_positions(encoder: PromptEncoder, prompts: Sequence[Prompt]) -> list[str]:
-    """By position the scored word that stands there in a prompt of one sample, or ""."""
-    words = [""] * len(prompts[0].ids)
-    for word in prompts[0].sample.words:
+def tokens_of_sample(experiment: Experiment, sample_prompts: Sequence[Prompt]) -> pd.DataFrame:
+    """The columns position, token, token_b, word and role of `describe_tokens`, of one sample."""
+    encoder = experiment.encoder
+    prompts = prompts_a_and_b([[*sample_prompts]])
+    words = [words_at_positions(encoder, prompt) for prompt in prompts]
+    rows = []
+    for position in token_positions(experiment):
+        texts = [encoder.tokenizer.decode([prompt.ids[position]]) for prompt in prompts]
+        words_here = [words_of_prompt[position] for words_of_prompt in words]
+        rows.append(
+            {
+                "position": position,
+                "token": texts[0],
+                "token_b": texts[-1] if len(texts) > 1 else "",
+                "word": words_here[0] or words_here[-1],
+                "role": role_at(experiment.task, prompts, words_here, position),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def words_at_positions(encoder: PromptEncoder, prompt: Prompt) -> list[str]:
+    """By position the scored word that stands there in a prompt, or ""."""
+    words = [""] * len(prompt.ids)
+    for word in prompt.sample.words:
         for form in (encoder.encode(f" {word}"), encoder.encode(word)):
-            for prompt in prompts:
-                for start in range(len(prompt.ids)):
-                    end = start + len(form)
-                    if prompt.ids[start:end] == form:
-                        words[start:end] = [word] * len(form)
+            for start in range(len(prompt.ids)):
+                end = start + len(form)
+                if prompt.ids[start:end] == form:
+                    words[start:end] = [word] * len(form)
     return words
 
 
+def role_at(task: Task, prompts: Sequence[Prompt], words: Sequence[str], position: int) -> str:
+    """What the token at a position is to one sample: a scored word as its task calls it, the last
+    token, one that differs in b, or "target that differs in b"; "" for any other.
+
+    `words` are the scored words that the prompts, a and b or a alone, have there.
+    """
+    word = words[0] or words[-1]
+    if words[0] != words[-1] and task.swapped_role:
+        return task.swapped_role
+    role = ""
+    if word:
+        is_target = word in prompts[0].sample.targets
+        role = task.target_role if is_target else task.foil_role
+    elif position == len(prompts[0].ids) - 1:
+        role = "last token"
+    if prompts[0].ids[position] == prompts[-1].ids[position]:
+        return role
+    return f"{role} that differs in b" if role else "differs in b"
+
+
+def common_value(values: pd.Series) -> str:
+    """The text that all values are, or ""."""
+    return str(values.iloc[0]) if values.nunique() == 1 else ""
+
+
+def join_roles(roles: pd.Series) -> str:
+    """The role that a position has in all samples, or 'odd name in 5, kept name in 8'."""
+    counts = Counter(roles)
+    if len(counts) == 1:
+        return str(roles.iloc[0])
+    parts = []
+    for role, n_samples in counts.most_common():
+        parts.append(f"{role or 'other text'} in {n_samples}")
+    return ", ".join(parts)
+
+
+def describe_position(row: Any) -> str:
+    """token 23 ' Jane' (swapped name; in b ' Bob'), or where samples differ token 23 (5 texts; odd
+    name in 2, kept name in 3)"""
+    text = f"token {row.position}"
+    notes = []
+    if row.n_texts == 1:
+        text += f" {row.token!r}"
+    else:
+        notes.append(f"{row.n_texts} texts")
+    if row.role:
+        notes.append(row.role)
+    if row.token_b not in ("", row.token):
+        notes.append(f"in b {row.token_b!r}")
+    return f"{text} ({'; '.join(notes)})" if notes else text
+
+
 def report_tokens(experiment: Experiment, table: pd.DataFrame) -> None:
-    """The five strongest single tokens."""
+    """The five strongest single tokens, and which are left out."""
+    start = token_positions(experiment).start
+    if start > 0:
+        experiment.findings.say(
+            f"tokens 0 to {start - 1}, which prompts a and b share, are left out: a patch changes"
+            " nothing there"
+        )
     verb = OPS[experiment.options.op].verb
     for row in largest_rows(table, "mean", 5).itertuples():
-        token = f"token {row.position} {row.token!r}"
-        if row.token_b:
-            token += f" ({row.token_b!r} in b)"
-        experiment.findings.say(f"{verb} {row.label} at {token}: {row.mean:+.3f}")
+        experiment.findings.say(f"{verb} {row.label} at {describe_position(row)}: {row.mean:+.3f}")
+
+
+def name_position(row: Any, is_of_pairs: bool) -> str:
+    """The token below a figure, with a star where b has another; where samples differ the place
+    and the commonest role."""
+    if row.n_texts == 1:
+        differs = is_of_pairs and row.token_b != row.token
+        return f"{row.token!r}{'*' if differs else ''}"
+    commonest, *others = (row.role or f"{row.n_texts} texts").split(", ")
+    return f"{row.position}: {commonest}{', ...' if others else ''}"
 
 
 def draw_tokens(
@@ -12630,18 +12787,20 @@ def draw_tokens(
     options = experiment.options
     labels = [component.label for component in components]
     grid = table.pivot(index="label", columns="position", values="mean").loc[labels]
-    names = []
-    for token, token_b in zip(tokens["token"], tokens["token_b"], strict=True):
-        mark = "" if token_b in ("", token) else "*"
-        names.append(f"{token!r}{mark}")
-    grid.columns = pd.Index(names)
-    grid = grid.rename_axis(index=options.kind, columns="token of prompt a")
+    is_of_pairs = experiment.is_of_pairs
+    grid.columns = pd.Index([name_position(row, is_of_pairs) for row in tokens.itertuples()])
+    start = token_positions(experiment).start
+    shared = f" (0 to {start - 1} are as in b)" if start > 0 else ""
+    grid = grid.rename_axis(index=options.kind, columns=f"token of prompt a{shared}")
+    n_samples = len(without_negative_controls(experiment.prompts))
     title = (
         f"{options.op_text} at one token of {options.title_of_model}\n"
-        f"{experiment.task.name}, {count_noun(len(experiment.prompts), 'sample')}"
+        f"{experiment.task.name}, {count_noun(n_samples, 'sample')}"
     )
-    if (tokens["token_b"] != "").any():
+    if is_of_pairs:
         title += "; * differs between a and b"
+    if (tokens["n_texts"] > 1).any():
+        title += "\nby place and role where samples have different tokens"
     path = experiment.folder.claim_path("circuit_tokens.png")
     draw_grid(grid, grid.notna(), "mean effect on delta (nats)", title, path, max_ticks=80)
 
@@ -13439,7 +13598,11 @@ def run_direction_replies(data: DirectionData, chosen: Sequence[DirectionSet]) -
 # ----- Command: graph -----------------------------------------------------------------------------
 
 MAX_NODES = 10_000  # of a graph, whose edges are a matrix
-N_MEASURED = 10  # heads, and edges between heads, whose exact effect is measured
+N_MEASURED = 10  # heads by attribution, heads by gradient, and edges that are measured exactly
+# a graph is called poor where its replacement score is below this: rests, which nothing explains,
+# then have more of the influence than embeddings through heads and neurons
+POOR_REPLACEMENT = 0.5
+POOR_SIGNS = 0.8  # or where fewer of its measured heads have the sign of their attribution
 MAX_NAMED_NODES = 60  # of the figure
 MAX_DRAWN_EDGES = 300
 
@@ -13495,6 +13658,7 @@ def run_graph(experiment: Experiment) -> None:
             edges=pd.DataFrame(content["edges"]),
             summary=content["summary"],
         )
+        graph.summary.update(judge_graph(graph))
         folder.note_command(graph=graph.summary)
         if folder.leads:
             write_graph(experiment, prompt, graph)
@@ -13538,6 +13702,7 @@ def graph_job(experiment: Experiment, prompt: Prompt) -> PartJob:
     options = experiment.options
     thresholds = [options.node_threshold, options.edge_threshold]
     key = [prompt.sample.sample_id, prompt.side, options.goal, options.nodes, *thresholds]
+    key.append("with gradients")  # parts of earlier versions have none
     compute = functools.partial(make_graph, experiment, prompt)
     name = f"graph-{experiment.part_key}-{digest(key)[:16]}"
     return PartJob(name, tree=0, cost=1.0, n_rows=1, compute=compute)
@@ -13572,6 +13737,7 @@ def make_graph(experiment: Experiment, prompt: Prompt, bar: tqdm[Any]) -> dict[s
         "sample_id": prompt.sample.sample_id,
         "side": prompt.side,
         "goal": describe_goal(experiment, goal),
+        "words_by_first_token": words_by_first_token(experiment, prompt),
         "goal_value": nodes["attribution"].iloc[-1],
         "p": float(logits.softmax(-1)[goal_tokens].sum()),
         "conservation_error": error,
@@ -13692,6 +13858,18 @@ def describe_goal(experiment: Experiment, goal: Mapping[int, float]) -> str:
         elif weight < 0:
             subtracted.append(word)
     return f"{' '.join(added)} less {' '.join(subtracted) or 'the mean of all logits'}"
+
+
+def words_by_first_token(experiment: Experiment, prompt: Prompt) -> list[str]:
+    """The scored words of which a form has several tokens, the first of which counts in the goal;
+    with --goal top none, since the goal is a token."""
+    if experiment.options.goal == "top":
+        return []
+    words = []
+    for word, forms in zip(prompt.sample.words, prompt.forms, strict=True):
+        if any(len(form) > 1 for form in forms):
+            words.append(word)
+    return words
 
 
 # -- nodes, and what flows between them
@@ -13938,19 +14116,63 @@ def goal_losses(run: LinearRun, rows: Sequence[Edits]) -> list[float]:
     return [unedited - goal for goal in edited]
 
 
+def true_gradients(run: LinearRun) -> dict[Site, Tensor]:
+    """The goal's gradient [tok, width] by what each attention makes, in the model as it is: norms,
+    attention patterns and slopes are no constants. `RunError` where one is not finite."""
+    leaves = {}
+    edits = []
+    for site, half in run.half_blocks.items():
+        if site.place == "attn":
+            zeros = torch.zeros_like(half.made[0], dtype=torch.float32)
+            leaves[site] = zeros.requires_grad_()
+            edits.append(Edit(site, slice(None), 1.0, leaves[site]))
+    with torch.enable_grad(), editing(run.traced, [tuple(edits)]):
+        last_state = run_body(run.traced, run.ids)[0, -1]
+        goal = last_state.to(run.direction) @ run.direction
+    gradients = torch.autograd.grad(goal, list(leaves.values()))
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        raise RunError("a gradient is not finite; try --attn_implementation eager")
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def head_gradient(run: LinearRun, gradients: Mapping[Site, Tensor], node: Any) -> float:
+    """What zeroing a head at its token takes from the goal, to first order: the product of its
+    activation with `true_gradients` (attribution patching: arXiv:2310.10348).
+
+    Unlike attribution it is that of the model itself. Both miss effects that are not linear.
+    """
+    head = Component(node.layer, "head", node.index)
+    place = node.position, run.traced.shape.columns(head)
+    gradient = gradients[head.site][place]
+    activation = run.half_blocks[head.site].made[0].detach()[place]
+    return float((activation.to(gradient) * gradient).sum())
+
+
+def heads_to_measure(heads: pd.DataFrame) -> pd.DataFrame:
+    """The `N_MEASURED` heads of the largest attribution and as many of the largest gradient, along
+    the residual stream. Neither alone: a head that one of them misses may be the strongest."""
+    by_attribution = largest_rows(heads, "attribution", N_MEASURED)
+    by_gradient = largest_rows(heads, "gradient", N_MEASURED)
+    return heads.loc[by_attribution.index.union(by_gradient.index)]
+
+
 def measure_effects(run: LinearRun, nodes: pd.DataFrame, edges: pd.DataFrame) -> None:
-    """Give nodes and edges the column `exact_effect`, where it is measured: for the heads of the
-    largest attribution, and the kept edges of the largest weight between heads."""
+    """Give nodes the column `gradient`, of heads, and nodes and edges `exact_effect`, where it is
+    measured: of `heads_to_measure`, and of the kept edges of the largest weight between heads."""
     heads = nodes[nodes["kind"] == "head"]
+    gradients = true_gradients(run)
+    products = [head_gradient(run, gradients, node) for node in heads.itertuples()]
+    nodes["gradient"] = pd.Series(products, heads.index, float)
+    heads = nodes.loc[heads.index]
     positions = torch.arange(len(run.ids))
     zeroing = {}
     for node in heads.itertuples():
         head = Component(node.layer, "head", node.index)
         columns = run.traced.shape.columns(head)
         zeroing[node.node_id] = Edit(head.site, columns, where=positions == node.position)
-    best = largest_rows(heads, "attribution", N_MEASURED)
-    losses = goal_losses(run, [(zeroing[name],) for name in best["node_id"]])
-    nodes["exact_effect"] = pd.Series(losses, best.index, float)
+    measured = heads_to_measure(heads)
+    losses = goal_losses(run, [(zeroing[name],) for name in measured["node_id"]])
+    nodes["exact_effect"] = pd.Series(losses, measured.index, float)
     between_heads = edges["source"].isin(zeroing) & edges["target"].isin(zeroing)
     best = largest_rows(edges[between_heads], "weight", N_MEASURED)
     senders = [zeroing[name] for name in best["source"]]
@@ -14024,8 +14246,8 @@ def write_graph(experiment: Experiment, prompt: Prompt, graph: Graph) -> None:
     """The tables, the figure and the viewer's files."""
     folder = experiment.folder
     summary = graph.summary
-    columns = "node_id kind layer index position token attribution influence kept exact_effect"
-    folder.write_table("circuit_graph.csv", graph.nodes[columns.split()])
+    columns = "node_id kind layer index position token attribution gradient influence kept"
+    folder.write_table("circuit_graph.csv", graph.nodes[[*columns.split(), "exact_effect"]])
     columns = "source target weight exact_effect"
     folder.write_table("circuit_graph_edges.csv", graph.edges[columns.split()])
     model = experiment.options.title_of_model
@@ -14240,10 +14462,35 @@ def label_axes(axes: Any, nodes: pd.DataFrame) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=7)
 
 
+def sign_agreement(table: pd.DataFrame, column: str) -> tuple[int, int, float | None]:
+    """(measured, alike, r): how many rows of a graph's table have an exact effect, how many of
+    these have its sign in a column, and Pearson's r of the two; None where it says nothing."""
+    measured = table.dropna(subset="exact_effect")
+    n_alike = int((measured[column] * measured["exact_effect"] > 0).sum())
+    if len(measured) < 3:
+        return len(measured), n_alike, None
+    r = float(measured[column].corr(measured["exact_effect"]))
+    return len(measured), n_alike, None if math.isnan(r) else r
+
+
+def judge_graph(graph: Graph) -> dict[str, Any]:
+    """What run.json says of how far a graph holds: how its heads' attributions agree with what was
+    measured of them, and the `verdict`, which is poor, supported, or unmeasured without heads."""
+    n_measured, n_alike, r = sign_agreement(graph.nodes, "attribution")
+    is_poor = graph.summary["replacement_score"] < POOR_REPLACEMENT
+    is_poor |= n_alike < POOR_SIGNS * n_measured
+    is_poor |= r is not None and r < POOR_CORRELATION
+    verdict = "poor" if is_poor else "supported" if n_measured else "unmeasured"
+    return {"heads_measured": n_measured, "heads_alike": n_alike, "heads_r": r, "verdict": verdict}
+
+
 def report_graph(findings: Findings, graph: Graph) -> None:
-    """What a graph explains, what it is not, and what exact runs say."""
+    """What a graph explains, what it is not, what exact runs say, and so whether it holds."""
     summary = graph.summary
     findings.say(f"goal: {summary['goal']}, at the last token: {summary['goal_value']:+.4f}")
+    if summary["words_by_first_token"]:
+        words = join_values(summary["words_by_first_token"])
+        findings.say(f"words of several tokens count by their first token: {words}")
     findings.say(
         "a node's inflow, outflow and attribution differ at most by"
         f" {summary['conservation_error']:.1e} of what flows into the goal"
@@ -14257,30 +14504,55 @@ def report_graph(findings: Findings, graph: Graph) -> None:
         f" {summary['edges']} edges; replacement score {summary['replacement_score']:.2f},"
         f" completeness {summary['completeness_score']:.2f}"
     )
-    measured = graph.nodes.dropna(subset="exact_effect")
-    for node in largest_rows(measured, "attribution", 5).itertuples():
-        findings.say(
-            f"{node.label} at token {node.position} {node.token!r}: attribution"
-            f" {node.attribution:+.3f}; measured: zeroing it takes {node.exact_effect:+.3f} from"
-            " the goal"
-        )
-    report_measured(findings, "heads, zeroed", graph.nodes, "attribution")
+    report_heads(findings, graph.nodes)
+    report_measured(findings, "heads, zeroed", graph.nodes, "gradient")
     report_measured(findings, "edges between heads, patched", graph.edges, "weight")
+    report_verdict(findings, summary)
+
+
+def report_heads(findings: Findings, nodes: pd.DataFrame) -> None:
+    """The heads of the largest measured effects."""
+    measured = nodes.dropna(subset="exact_effect")
+    findings.say(
+        f"measured: {count_noun(len(measured), 'head')}, those of the largest attribution and those"
+        " of the largest gradient in the model as it is"
+    )
+    for node in largest_rows(measured, "exact_effect", 5).itertuples():
+        findings.say(
+            f"{node.label} at token {node.position} {node.token!r}: zeroing it takes"
+            f" {node.exact_effect:+.3f} from the goal; attribution {node.attribution:+.3f},"
+            f" gradient {node.gradient:+.3f}"
+        )
 
 
 def report_measured(findings: Findings, subject: str, table: pd.DataFrame, column: str) -> None:
     """How well a column of a graph's table agrees with the measured effects."""
-    measured = table.dropna(subset="exact_effect")
-    if measured.empty:
+    n_measured, n_alike, r = sign_agreement(table, column)
+    if n_measured == 0:
         return
-    n_alike = int((measured[column] * measured["exact_effect"] > 0).sum())
-    correlation = ""
-    if len(measured) > 2:
-        correlation = f", r {measured[column].corr(measured['exact_effect']):.2f}"
+    correlation = "" if r is None else f", r {r:.2f}"
     findings.say(
-        f"measured: {n_alike} of {len(measured)} {subject}, have the sign of their"
+        f"measured: {n_alike} of {n_measured} {subject}, have the sign of their"
         f" {column}{correlation}"
     )
+
+
+def report_verdict(findings: Findings, summary: Mapping[str, Any]) -> None:
+    """Whether a graph holds, with the numbers that say so: a warning where it is poor."""
+    parts = [f"replacement score {summary['replacement_score']:.2f}"]
+    if summary["heads_measured"]:
+        alike = f"{summary['heads_alike']} of {summary['heads_measured']} measured heads"
+        parts.append(f"{alike} have the sign of their attribution")
+    if summary["heads_r"] is not None:
+        parts.append(f"r {summary['heads_r']:.2f}")
+    numbers = ", ".join(parts)
+    if summary["verdict"] == "poor":
+        bounds = f"{POOR_REPLACEMENT}, {POOR_SIGNS:.0%} or {POOR_CORRELATION}"
+        findings.warn(f"a poor graph: {numbers} (poor is below {bounds})")
+    elif summary["verdict"] == "unmeasured":
+        findings.say(f"the graph is not measured, no head is a node of its own: {numbers}")
+    else:
+        findings.say(f"the graph is supported by its heads: {numbers}")
 
 
 # ----- Command: check -----------------------------------------------------------------------------

@@ -463,13 +463,145 @@ def test_exact_effects_are_those_of_a_plain_hook_at_one_token(run: Path) -> None
     (model, *goal), nodes = told_of(run), read(run, GRAPH)
     base = goal_in(model, *goal)
     assert summary_of(run)["goal_value"] == pytest.approx(base, abs=CLOSE)
-    heads = nodes[nodes["kind"] == "head"].sort_values("attribution", key=abs, ascending=False)
-    assert set(nodes.index[nodes["exact_effect"].notna()]) == set(heads.index[:10])
-    for node in heads.head(10).itertuples():
+    heads = nodes[nodes["kind"] == "head"]
+    expected = set()
+    for column in ("attribution", "gradient"):
+        expected |= set(heads.sort_values(column, key=abs, ascending=False).index[:10])
+    measured = heads[heads["exact_effect"].notna()]
+    assert set(nodes.index[nodes["exact_effect"].notna()]) == expected
+    for node in measured.itertuples():
         with naive.hooked(*zeroing(model, node.layer, node.index, node.position)):
             lost = base - goal_in(model, *goal)
         assert node.exact_effect == pytest.approx(lost, abs=CLOSE)
     assert heads["exact_effect"].abs().max() > 0.5
+
+
+def test_a_gradient_is_the_goals_slope_as_a_head_is_scaled(run: Path) -> None:
+    """By central differences: norms and attention patterns move with the head."""
+    (model, ids, weights), nodes = told_of(run), read(run, GRAPH)
+    model = model.double()
+    heads = nodes[nodes["kind"] == "head"]
+    assert nodes["gradient"].isna().tolist() == (nodes["kind"] != "head").tolist()
+    step = 0.01  # norms compute in float32, whatever the model's dtype
+    for node in heads.sort_values("gradient", key=abs, ascending=False)[::6].itertuples():
+        span = naive.span_of(model, node.layer, "head", node.index)
+        goals = []
+        for factor in (1 + step, 1 - step):
+
+            def scale(x: Tensor, node: Any = node, span: Any = span, by: float = factor) -> Tensor:
+                y = x.clone()
+                y[:, node.position, span] *= by
+                return y
+
+            with naive.hooked(naive.module_of(model, node.layer, "head"), scale):
+                goals.append(goal_in(model, ids, weights))
+        slope = (goals[0] - goals[1]) / (2 * step)
+        assert node.gradient == pytest.approx(slope, abs=5e-4)
+    assert (heads["gradient"] - heads["attribution"]).abs().max() > 0.1
+
+
+def test_a_gradient_that_is_not_finite_is_an_error(plain: Bench) -> None:
+    ids = prompt_ids(plain)
+    halves = tracing.run_half_blocks(plain.traced, ids)
+    direction = tracing.goal_direction(plain.traced, {7: 1.0}) * math.nan
+    linear_run = tracing.LinearRun(plain.traced, ids, halves, direction)
+    with pytest.raises(tracing.RunError, match="a gradient is not finite"):
+        tracing.true_gradients(linear_run)
+
+
+def test_heads_are_measured_by_either_of_two_sizes() -> None:
+    """Of 30 heads the ten first have the largest attributions, the ten last the largest gradients;
+    the sign is of no account."""
+    heads = pd.DataFrame({"attribution": range(30, 0, -1), "gradient": range(30)}, range(5, 35))
+    heads.loc[::2, ["attribution", "gradient"]] *= -1
+    chosen = tracing.heads_to_measure(heads)
+    assert chosen.index.tolist() == [*range(5, 15), *range(25, 35)]
+    assert len(tracing.heads_to_measure(heads.assign(gradient=heads["attribution"]))) == 10
+    assert len(tracing.heads_to_measure(heads[:3])) == 3
+
+
+def test_the_strongest_head_is_told_first_even_if_its_attribution_is_small(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    """Here neither the five largest attributions nor the five largest gradients have it, and the
+    graph is poor for it."""
+    words = ["--task", "odd_one_out", "--sample", "s0001"]
+    folder = graph(tiny_llama, tmp_path, *words)
+    nodes, summary = read(folder, GRAPH), summary_of(folder)
+    measured = nodes.dropna(subset="exact_effect")
+    ordered = measured.sort_values("exact_effect", key=abs, ascending=False)
+    strongest = ordered.iloc[0]
+    for column in ("attribution", "gradient"):
+        assert strongest.name not in measured[column].abs().nlargest(5).index
+        assert abs(strongest["exact_effect"]) > 4 * abs(strongest[column])
+    sentences = told_by(folder)
+    lines = [line for line in sentences if "zeroing it takes" in line]
+    for line, node in zip(lines, ordered.head(5).itertuples(), strict=True):
+        assert line.startswith(f"L{node.layer}H{node.index} at token {node.position} ")
+        assert f"takes {node.exact_effect:+.3f} from" in line
+    assert (summary["heads_alike"], summary["heads_measured"]) == (len(measured), len(measured))
+    assert summary["heads_r"] < 0.8
+    assert summary["verdict"] == "poor"
+    (level,) = (
+        entry["level"]
+        for entry in record_of(folder)["commands"]["graph"]["findings"]
+        if entry["text"].startswith("a poor graph: replacement score 0.9")
+    )
+    assert level == "warning"
+
+
+def told_by(folder: Path) -> list[str]:
+    """The sentences of the last graph."""
+    return [entry["text"] for entry in record_of(folder)["commands"]["graph"]["findings"]]
+
+
+# of how many measured heads how many have the sign of their attribution, and further the effects
+JUDGED: dict[str, tuple[float, list[float], list[float], str]] = {
+    "all agree": (0.5, [1, 2, 3, -1, -2], [1, 2, 3, -1, -2], "supported"),
+    "four of five agree": (0.9, [1, 2, 3, 0.1, -2], [1, 2, 3, -0.1, -2], "supported"),
+    "three of four agree": (0.9, [9, 8, 7, 0.1], [9, 8, 7, -0.1], "poor"),
+    "rests have most": (0.499, [1, 2, 3, -1, -2], [1, 2, 3, -1, -2], "poor"),
+    "the order differs": (0.9, [1, 2, 3, 4, 5], [1, 2, 3, 4, 1], "poor"),
+    "two say nothing of r": (0.9, [1, 2], [2, 1], "supported"),
+    "one of the wrong sign": (0.9, [1], [-1], "poor"),
+    "no head": (0.9, [], [], "unmeasured"),
+    "no head, and rests have most": (0.06, [], [], "poor"),
+}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_a_graph_is_judged_by_its_rests_and_its_measured_heads(name: str) -> None:
+    score, attributions, effects, verdict = JUDGED[name]
+    nodes = pd.DataFrame({"attribution": [*attributions, 9.0], "exact_effect": [*effects, None]})
+    nodes = nodes.astype(float)
+    summary = {"replacement_score": score}
+    summary |= tracing.judge_graph(tracing.Graph(nodes, pd.DataFrame(), summary))
+    assert summary["verdict"] == verdict
+    assert summary["heads_measured"] == len(effects)
+    n_alike = sum(a * b > 0 for a, b in zip(attributions, effects, strict=True))
+    assert summary["heads_alike"] == n_alike
+    json.dumps(summary, allow_nan=False)
+    if len(effects) < 3:
+        assert summary["heads_r"] is None
+    else:
+        assert summary["heads_r"] == pytest.approx(np.corrcoef(attributions, effects)[0, 1])
+    findings = tracing.Findings()
+    tracing.report_verdict(findings, summary)
+    (entry,) = findings.entries
+    assert (entry["level"] == "warning") == (verdict == "poor")
+    assert f"replacement score {score:.2f}" in entry["text"]
+    if effects:
+        assert f"{n_alike} of {len(effects)} measured heads have the sign" in entry["text"]
+    assert "nan" not in entry["text"].lower()
+
+
+def test_words_of_several_tokens_are_told(plain: Bench) -> None:
+    exp = experiment(plain, records=[pair("Say no.", "Say it.", "apple", "dog")])
+    prompt = exp.prompts[0][0]
+    prompt = replace(prompt, forms=(((1,), (2,)), ((3,), (4, 5))))
+    assert tracing.words_by_first_token(exp, prompt) == ["dog"]
+    top = experiment(plain, "--goal top", [pair("Say no.", "Say it.", "apple", "dog")])
+    assert tracing.words_by_first_token(top, prompt) == []
 
 
 def test_exact_effects_of_edges_are_those_of_two_plain_forwards(run: Path) -> None:
@@ -527,6 +659,7 @@ def test_the_viewers_file_holds_the_kept_nodes_and_edges(run: Path) -> None:
     assert ends <= set(kept["node_id"])
     assert len(graph["links"]) == len(edges) == summary_of(run)["edges_kept"] > 50
     assert list(edges) == ["source", "target", "weight", "exact_effect"]
+    assert not any("gradient" in node for node in graph["nodes"]), "the viewer knows no such field"
     for link, edge in zip(graph["links"], edges.itertuples(), strict=True):
         assert (link["source"], link["target"]) == (edge.source, edge.target)
         assert link["weight"] == pytest.approx(edge.weight)
@@ -594,8 +727,8 @@ def test_no_two_nodes_are_named_alike(plain: Bench) -> None:
 
 def test_the_tables_the_record_and_the_log_tell_of_one_graph(run: Path) -> None:
     nodes, told = read(run, GRAPH), summary_of(run)
-    columns = "node_id kind layer index position token attribution influence kept exact_effect"
-    assert list(nodes) == columns.split()
+    columns = "node_id kind layer index position token attribution gradient influence kept "
+    assert list(nodes) == (columns + "exact_effect").split()
     assert told["nodes"] == len(nodes)
     assert told["nodes_kept"] == nodes["kept"].sum()
     assert told["conservation_error"] < 1e-5
@@ -605,16 +738,23 @@ def test_the_tables_the_record_and_the_log_tell_of_one_graph(run: Path) -> None:
     assert "less the mean of all logits" in log
     assert "attention patterns and slopes are constants" in log
     assert "not the effect of cutting it" in log
-    best = nodes[nodes["kind"] == "head"].sort_values("attribution", key=abs, ascending=False)
+    heads = nodes.dropna(subset="exact_effect")
+    assert f"measured: {len(heads)} heads, those of the largest attribution and" in log
+    best = heads.sort_values("exact_effect", key=abs, ascending=False)
     for node in best.head(5).itertuples():
         name = f"{Component(node.layer, 'head', node.index).label} at token {node.position}"
-        attribution = f"{name} {node.token!r}: attribution {node.attribution:+.3f}"
-        assert f"{attribution}; measured: zeroing it takes {node.exact_effect:+.3f}" in log
-    heads = best.dropna(subset="exact_effect")
-    same = (heads["attribution"] * heads["exact_effect"] > 0).sum()
-    r = heads["attribution"].corr(heads["exact_effect"])
-    told_heads = f"{same} of 10 heads, zeroed, have the sign of their attribution, r {r:.2f}"
-    assert f"measured: {told_heads}" in log
+        effect = f"{name} {node.token!r}: zeroing it takes {node.exact_effect:+.3f} from the goal"
+        estimates = f"attribution {node.attribution:+.3f}, gradient {node.gradient:+.3f}"
+        assert f"{effect}; {estimates}" in log
+    for column in ("attribution", "gradient"):
+        same = (heads[column] * heads["exact_effect"] > 0).sum()
+        r = heads[column].corr(heads["exact_effect"])
+        verb = "measured heads" if column == "attribution" else "heads, zeroed,"
+        assert f"{same} of {len(heads)} {verb} have the sign of their {column}, r {r:.2f}" in log
+    assert told["verdict"] == "supported"
+    assert "the graph is supported by its heads: replacement score 0.9" in log
+    words = told["words_by_first_token"]
+    assert ("words of several tokens count by their first token" in log) == bool(words)
     assert f"circuit-tracer start-server --graph_file_dir {run / 'graphs'} --port 8032" in log
     assert (run / "circuit_graph.png").stat().st_size > 1000
 

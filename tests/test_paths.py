@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -231,15 +233,18 @@ def test_each_head_sends_to_all_heads_above_it(each: Path) -> None:
     pairs = {(s, r) for s, r in itertools.product(heads, heads) if s[1] < r[1]}
     assert {*zip(paths["sender"], paths["receiver"], strict=True)} == pairs
     assert len(paths) == len(pairs) and (each / "circuit_paths.png").stat().st_size > 1000
-    columns = "sender receiver n_samples n_sentences mean sd ci_low ci_high p q total "
-    assert [*paths] == (columns + "share_of_total above_noise freeze op").split()
+    columns = (
+        "sender receiver n_samples n_sentences mean sd ci_low ci_high p q total share_of_total "
+    )
+    assert [*paths] == (columns + "share_low share_high above_noise is_clear freeze op").split()
     assert {*paths["freeze"]} == {"heads"}
 
 
 def test_the_numbers_of_a_path_are_those_of_its_samples(
     each: Path, llama: str, tmp_path: Path
 ) -> None:
-    """Mean, interval, p and q by hand; no share of a total that is noise."""
+    """Mean, interval, p and q by hand; no share of a total that its sentences leave unclear, as
+    all are here."""
     experiment = by_hand.prepared(llama, "paths", *FOUR, "--through", "each")
     sweep = read(finish(llama, tmp_path, *FOUR))
     paths = read(each, PATHS).set_index(["sender", "receiver"])
@@ -261,10 +266,119 @@ def test_the_numbers_of_a_path_are_those_of_its_samples(
     totals = sweep.groupby(labels)["head_effect"].mean()
     total = totals[paths.index.get_level_values(0)].to_numpy()
     assert paths["total"].tolist() == pytest.approx(total)
-    assert 0 < paths["share_of_total"].isna().sum() < len(paths)
-    share = (paths["mean"] / total).where(abs(total) > 0.25)
-    pd.testing.assert_series_equal(paths["share_of_total"], share, check_names=False)
-    assert paths["above_noise"].tolist() == (paths["mean"].abs() > 0.25).tolist()
+    alone = tracing.column_statistics(sweep.assign(label=labels), "head_effect", ["label"])
+    is_clear = (alone["ci_low"] > 0) | (alone["ci_high"] < 0)
+    assert not (is_clear & (totals.abs() > 0.25)).any()
+    assert paths[["share_of_total", "share_low", "share_high"]].isna().all(axis=None)
+    above_noise = paths["mean"].abs() > 0.25
+    assert paths["above_noise"].tolist() == above_noise.tolist()
+    assert paths["is_clear"].tolist() == (above_noise & (paths["q"] < 0.05)).tolist()
+
+
+# of each sentence's samples the effect of a path and that of its sender alone; the floor is 0.5
+CLEAR = [(-1.0, -2.0), (-1.5, -2.5), (-0.5, -2.0), (-1.0, -3.0), (-1.2, -2.2), (-0.8, -1.9)]
+SENDERS = {
+    "L0H0": (CLEAR, True),
+    "L0H1": ([(a, -b if place % 2 else b) for place, (a, b) in enumerate(CLEAR)], False),
+    "L0H2": ([(a / 9, b / 9) for a, b in CLEAR], False),  # its interval is clear, but it is noise
+    "L0H3": ([(a, -b) for a, b in CLEAR], True),
+}
+SENTENCES = ["u0", "u0", "u1", "u2", "u3", "u4"]  # two samples are of one
+
+
+def rows_of_senders() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows of one path of each of SENDERS, with a negative control, and of the senders alone, in
+    another order."""
+    rows, alone = [], []
+    for sender, (effects, _) in SENDERS.items():
+        for place, (effect, sender_effect) in enumerate([*effects, (50.0, 70.0)]):
+            is_real = place < len(effects)
+            sample = {"sender": sender, "sample_id": f"s{place}"}
+            unit = SENTENCES[place] if is_real else "control"
+            group = "" if is_real else tracing.NO_ODD_ONE
+            path = {"receiver": "L1H0", "unit": unit, "group": group, "head_effect": effect}
+            rows.append(sample | path)
+            alone.append(sample | {"sender_effect": sender_effect})
+    return pd.DataFrame(rows), pd.DataFrame(alone[::-1])
+
+
+def test_a_share_has_an_interval_and_is_told_of_clear_senders_alone() -> None:
+    """A ratio of means over sentences, by hand, whose sums are of the same samples."""
+    table = tracing.path_table(*rows_of_senders(), 0.5).set_index("sender")
+    for sender, (effects, is_clear) in SENDERS.items():
+        row = table.loc[sender]
+        sums: dict[str, list[float]] = {}
+        for unit, (effect, sender_effect) in zip(SENTENCES, effects, strict=True):
+            path_sum, sender_sum = sums.get(unit, [0.0, 0.0])
+            sums[unit] = [path_sum + effect, sender_sum + sender_effect]
+        path_sums, sender_sums = zip(*sums.values(), strict=True)
+        assert row["total"] == pytest.approx(sum(sender_sums) / len(effects))
+        shares = list(row[["share_of_total", "share_low", "share_high"]])
+        if not is_clear:
+            assert all(math.isnan(share) for share in shares)
+            continue
+        _, low, high = by_hand.mean_test(path_sums, sender_sums)
+        assert shares[0] == pytest.approx(sum(path_sums) / sum(sender_sums))
+        assert shares[1:] == pytest.approx([low, high], abs=0.02 * (high - low))
+        assert shares[1] < shares[0] < shares[2]
+    sentences = [tracing.describe_path(row) for row in table.reset_index().itertuples()]
+    for sentence, (_, is_clear) in zip(sentences, SENDERS.values(), strict=True):
+        assert ("% of its sender's" in sentence.replace("]", "%")) == is_clear
+        assert ("; the sender's own effect is not clear" in sentence) == (not is_clear)
+        assert "nan" not in sentence
+
+
+def test_a_path_without_significance_is_called_unclear_and_is_grey(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, Any] = {}
+
+    def watch(grid: Any, is_shown: Any, label: str, title: str, path: Path) -> None:
+        drawn.update(grid=grid, is_shown=is_shown, title=title)
+
+    monkeypatch.setattr(tracing, "draw_grid", watch)
+    words = ["--num_samples", "12", "--no-bf16", "--through", "each"]
+    finish(tiny_llama, tmp_path, "paths", *words, "--senders", "L1H2,L2H1,L2H6")
+    paths = read(tmp_path, PATHS)
+    clear = (paths["q"] < 0.05) & paths["above_noise"]
+    assert 0 < clear.sum() < len(paths)
+    assert paths["is_clear"].tolist() == clear.tolist()
+    cells = paths.set_index(["sender", "receiver"])
+    for sender, receiver in itertools.product(drawn["grid"].index, drawn["grid"].columns):
+        is_path = (sender, receiver) in cells.index
+        expected = is_path and bool(cells.loc[(sender, receiver), "is_clear"])
+        assert drawn["is_shown"].loc[sender, receiver] == expected
+        if is_path:
+            mean = cells.loc[(sender, receiver), "mean"]
+            assert drawn["grid"].loc[sender, receiver] == pytest.approx(mean)
+    assert "grey: q >= 0.05" in drawn["title"]
+    entries = record_of(tmp_path)["commands"]["paths"]["findings"]
+    told = [entry["text"] for entry in entries if " -> " in entry["text"]]
+    for sentence in told:
+        q = float(sentence.split(", q ")[1].split(";")[0].split(",")[0])
+        assert (", unclear;" in sentence) == (q >= 0.05)
+    assert len({", unclear;" in sentence for sentence in told}) == 2
+
+
+SINGLE = {
+    "paths": "--layers 0",
+    "paths --through each": "--layers 1",
+    "tokens": "--task odd_one_out --layers 0 --heads 0",
+    "graph": "--nodes 3",
+}
+
+
+@pytest.mark.parametrize("command", SINGLE)
+@pytest.mark.parametrize("floor", [0.0, 1e9])
+def test_no_sentence_has_a_number_that_is_none(
+    command: str, floor: float, llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one sample there is no interval, and below a high noise floor no share."""
+    monkeypatch.setattr(tracing, "noise_floor", lambda *_: floor)
+    words = [*command.split(), "--num_samples", "1", "--no-bf16", *SINGLE[command].split()]
+    finish(llama, tmp_path, *words)
+    log = (tmp_path / "run.log").read_text()
+    assert not re.search(r"\bnan\b|nan ?%", log)
 
 
 def test_paths_go_on_from_the_trace_of_their_folder(

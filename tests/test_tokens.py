@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,6 +160,115 @@ def test_tokens_and_the_names_that_they_belong_to(llama: str, tmp_path: Path) ->
     assert list(table["word"].fillna("")) == words_at
     assert min(words_at.count(word) for word in sample["targets"]) > 1
     assert (table["token"] != table["token_b"]).any()
+
+
+def roles_by_hand(loaded: Loaded, sample: Any) -> list[str]:
+    """The role of each token of prompt a, from the places of the names in the texts."""
+    text, text_b = (sample["prompts"][side]["text"] for side in "ab")
+    names = {name: "odd name" for name in sample["targets"]}
+    for name in sample["foils"]:
+        names[name] = "kept name" if f" {name}" in text_b else "swapped name"
+    spans = loaded[1](text, add_special_tokens=False, return_offsets_mapping=True)
+    roles = [""] * len(spans["input_ids"])
+    for name, role in names.items():
+        first = text.index(f" {name}")
+        for place, (start, end) in enumerate(spans["offset_mapping"]):
+            if first <= start and end <= first + 1 + len(name):
+                roles[place] = role
+    roles[-1] = "last token"
+    return roles
+
+
+@pytest.mark.parametrize("n_samples", [1, 8])
+def test_a_token_that_samples_differ_in_is_named_by_its_role(
+    n_samples: int, tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of eight samples the fifth is a negative control, which no effect is of."""
+    drawn: dict[str, Any] = {}
+
+    def watch(grid: Any, is_shown: Any, label: str, title: str, path: Path, **more: int) -> None:
+        drawn.update(grid=grid, title=title)
+
+    monkeypatch.setattr(tracing, "draw_grid", watch)
+    words = ["--task", "odd_one_out", "--kind", "resid", "--layers", "0,1", "--op", "patch"]
+    finish(tiny_llama, tmp_path, "tokens", *words, "--num_samples", str(n_samples))
+    table = read(tmp_path, TABLE).drop_duplicates("position").fillna("")
+    record, loaded = record_of(tmp_path), naive.load(tiny_llama)
+    samples = [s for s in record["samples"] if s["group"] != tracing.NO_ODD_ONE]
+    assert len(samples) == (1 if n_samples == 1 else 7)
+    ids = {side: [] for side in "ab"}  # type: dict[str, list[list[int]]]
+    for sample in samples:
+        for side, of_side in ids.items():
+            text = sample["prompts"][side]["text"]
+            of_side.append(loaded[1](text, add_special_tokens=False)["input_ids"])
+    roles = [roles_by_hand(loaded, sample) for sample in samples]
+    n_named = 0
+    for row in table.itertuples():
+        texts = {loaded[1].decode([tokens[row.position]]) for tokens in ids["a"]}
+        texts_b = {loaded[1].decode([tokens[row.position]]) for tokens in ids["b"]}
+        assert row.n_texts == len(texts)
+        assert row.token == (min(texts) if len(texts) == 1 else "")
+        assert row.token_b == (min(texts_b) if len(texts_b) == 1 else "")
+        expected = Counter(of_sample[row.position] for of_sample in roles)
+        if len(expected) == 1:
+            assert row.role == min(expected)
+        else:
+            counts = dict(part.rsplit(" in ", 1) for part in row.role.split(", "))
+            assert counts == {role: str(count) for role, count in expected.items()}
+            assert list(map(int, counts.values())) == sorted(expected.values(), reverse=True)
+            n_named += 1
+    assert (n_named > 3) == (n_samples > 1)
+    assert sum(set(role) == {"last token"} for role in zip(*roles, strict=True)) == 1
+    first = int(table["position"].min())
+    sentences = [entry["text"] for entry in record["commands"]["tokens"]["findings"]]
+    shared = f"tokens 0 to {first - 1}, which prompts a and b share, are left out: a patch changes"
+    assert any(sentence.startswith(shared) for sentence in sentences)
+    assert f"0 to {first - 1} are as in b" in drawn["grid"].columns.name
+    told = [sentence for sentence in sentences if sentence.startswith("patching ")]
+    by_position = table.set_index("position")
+    for sentence in told:
+        row = by_position.loc[int(sentence.split(" at token ")[1].split()[0])]
+        assert (
+            f"token {row.name} {row['token']!r}" in sentence
+            or f"{row['n_texts']} texts" in sentence
+        )
+        assert row["role"] in sentence
+    assert any("texts; " in sentence for sentence in told) == (n_samples > 1)
+    names = [str(name) for name in drawn["grid"].columns]
+    for name, row in zip(names, table.itertuples(), strict=True):
+        if row.n_texts == 1:
+            assert name == f"{row.token!r}" + "*" * (row.token_b != row.token)
+        else:
+            assert name.startswith(f"{row.position}: {row.role.split(', ')[0]}")
+    assert ("by place and role" in drawn["title"]) == (n_samples > 1)
+    assert f"{len(samples)} sample" in drawn["title"]
+
+
+OTHER_ROLES = {
+    ("Name the dog or the apple.", "Name the apple or the dog."): {
+        " dog": "target that differs in b",
+        " apple": "foil that differs in b",
+        " or": "",
+    },
+    ("Name the red apple.", "Name the blue apple."): {" red": "differs in b", " apple": "foil"},
+}
+
+
+@pytest.mark.parametrize("texts", OTHER_ROLES)
+def test_words_of_other_tasks_are_targets_and_foils(
+    texts: tuple[str, str], tiny_llama: str, tmp_path: Path
+) -> None:
+    """Nothing is left out of prompts that are zeroed."""
+    record = {"prompt_a": texts[0], "prompt_b": texts[1], "targets": ["dog"], "foils": ["apple"]}
+    samples = write_samples(tmp_path / "samples.jsonl", record)
+    words = ["--task", "contrast", "--samples", samples, "--layers", "0", "--heads", "0"]
+    folder = finish(tiny_llama, tmp_path / "run", "tokens", *words)
+    table = read(folder, TABLE).fillna("")
+    for text, role in OTHER_ROLES[texts].items():
+        assert table.loc[table["token"] == text, "role"].tolist() == [role]
+    assert table["role"].iloc[-1] == "last token"
+    assert set(table["n_texts"]) == {1}
+    assert "are left out" not in (folder / "run.log").read_text()
 
 
 def test_tick_labels_mark_the_tokens_that_differ_and_dollars_are_text(
