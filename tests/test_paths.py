@@ -279,7 +279,7 @@ def test_the_numbers_of_a_path_are_those_of_its_samples(
 CLEAR = [(-1.0, -2.0), (-1.5, -2.5), (-0.5, -2.0), (-1.0, -3.0), (-1.2, -2.2), (-0.8, -1.9)]
 SENDERS = {
     "L0H0": (CLEAR, True),
-    "L0H1": ([(a, -b if place % 2 else b) for place, (a, b) in enumerate(CLEAR)], False),
+    "L0H1": ([(a, -4 * b if place % 2 else 4 * b) for place, (a, b) in enumerate(CLEAR)], False),
     "L0H2": ([(a / 9, b / 9) for a, b in CLEAR], False),  # its interval is clear, but it is noise
     "L0H3": ([(a, -b) for a, b in CLEAR], True),
 }
