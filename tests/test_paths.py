@@ -321,7 +321,7 @@ def test_a_share_has_an_interval_and_is_told_of_clear_senders_alone() -> None:
         assert shares[0] == pytest.approx(sum(path_sums) / sum(sender_sums))
         assert shares[1:] == pytest.approx([low, high], abs=0.02 * (high - low))
         assert shares[1] < shares[0] < shares[2]
-    sentences = [tracing.describe_path(row) for row in table.reset_index().itertuples()]
+    sentences = [tracing.describe_path(row, "unclear") for row in table.reset_index().itertuples()]
     for sentence, (_, is_clear) in zip(sentences, SENDERS.values(), strict=True):
         assert ("% of its sender's" in sentence.replace("]", "%")) == is_clear
         assert ("; the sender's own effect is not clear" in sentence) == (not is_clear)
