@@ -1296,7 +1296,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
     },
     "compare": {
         "circuit_compare.csv": "",
-        "circuit_compare.png": "Components whose role changed most since another run.",
+        "circuit_compare.png": "Components whose role changed most since another run; possible"
+        " backups of what --given removed stand out.",
     },
     "redraw": {
         "circuit_heads.csv": "",
@@ -9452,6 +9453,7 @@ VERDICT_COLORS = {
     "works against": "tab:orange",
     "grew": "tab:green",
     "unclear": "darkgray",
+    "possible backup": "tab:red",
 }
 
 
@@ -14150,6 +14152,7 @@ def run_compare(options: CompareOptions) -> None:
     component's role since the other run."""
     new, *others = [read_run(source) for source in options.runs]
     findings = Findings()
+    report_untold(findings, [new, *others])
     tables = []
     for old in others:
         table = compare_two_runs(findings, new, old)
@@ -14172,7 +14175,7 @@ def run_compare(options: CompareOptions) -> None:
 
 def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> pd.DataFrame | None:
     """Per component how its role grew from the old run to the new one, as paired differences over
-    prompts. Such components may be backups (hydra effect).
+    prompts, and whether it may be a backup of what the new run's --given removed.
 
     None where nothing can be compared: a base is not clear, or the ops differ, since what an op
     moves is no measure of what another op's heads took over.
@@ -14184,20 +14187,25 @@ def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> 
     if roles is None or roles_before is None:
         findings.say("nothing is compared: over these, the interval of a base covers 0 or is none")
         return None
-    before = old_rows[PAIR_KEY].assign(role_before=roles_before).drop_duplicates(PAIR_KEY)
+    before = old_rows[[*PAIR_KEY, "delta_logit_base"]].assign(role_before=roles_before)
+    before = before.rename(columns={"delta_logit_base": "base_before"}).drop_duplicates(PAIR_KEY)
     pairs = new_rows.assign(role=roles).merge(before, on=PAIR_KEY)
     report_rank_agreement(findings, pairs, new, old)
     if new.options.op != old.options.op:
         return None
     growth = growth_statistics(pairs, new.floor)
     flagged = labels_of(growth.index[growth["flag"]])
-    findings.say(f"role grew beyond the floor (possible backups): {', '.join(flagged) or 'none'}")
+    findings.say(f"role grew beyond the floor: {', '.join(flagged) or 'none'}")
     labels = labels_of(growth.index)
-    growth = growth.add_prefix("growth_").reset_index()
-    growth.insert(0, "label", labels)
-    growth.insert(1, "old", old.source)
-    growth.insert(3, "head", growth["index"])
-    return growth
+    removed = removed_components(findings, new, old)
+    backups = find_backups(findings, pairs, growth["flag"], removed, new.floor)
+    table = growth.add_prefix("growth_").join(backups).reset_index()
+    table.insert(0, "label", labels)
+    table.insert(1, "old", old.source)
+    table.insert(3, "head", table["index"])
+    if removed:
+        report_backups(findings, table)
+    return table
 
 
 def check_comparable(new: FinishedRun, old: FinishedRun) -> None:
@@ -14270,12 +14278,149 @@ def growth_statistics(pairs: pd.DataFrame, floor: float) -> pd.DataFrame:
     return growth.assign(flag=is_significant & (growth["mean"] > threshold))
 
 
+def report_untold(findings: Findings, runs: Sequence[FinishedRun]) -> None:
+    """Say which runs do not tell what they zeroed throughout."""
+    sources = [run.source for run in runs if not run.record]
+    if sources:
+        findings.say(
+            f"no backups are looked for beside {join_values(sources)}: a table without its run.json"
+            " does not tell its --given"
+        )
+
+
+def removed_components(
+    findings: Findings, new: FinishedRun, old: FinishedRun
+) -> tuple[Component, ...]:
+    """What --given zeroes in the new run and not in the old one.
+
+    Nothing where a run does not tell it, and where the old run zeroes what the new one does not:
+    then more differs than what was removed.
+    """
+    if not (new.record and old.record):
+        return ()
+    given = new.options.given.components
+    given_before = old.options.given.components
+    restored = [component for component in given_before if component not in given]
+    removed = [component for component in given if component not in given_before]
+    if restored:
+        labels = shorten(join_labels(restored))
+        findings.say(f"no backups are named: {labels} is zeroed in {old.source} and not here")
+        return ()
+    if not removed:
+        findings.say("no backups are named: both runs have the same --given, nothing was removed")
+    return tuple(removed)
+
+
+def loss_statistics(pairs: pd.DataFrame) -> dict[str, Any]:
+    """What the task lost from the old run to the new one: mean `loss` (nats), `ci_low` and
+    `ci_high` over sentences, and the mean bases `before` and `after`.
+
+    `pairs` has the columns `loss`, `base_before` and `delta_logit_base`. `is_clear` says whether
+    the interval is above 0 and the base has kept its sign: else roles are of another behaviour.
+    """
+    samples = pairs.drop_duplicates("sample_id").assign(measure="loss")
+    statistics = column_statistics(samples, "loss", ["measure"]).iloc[0]
+    before = float(samples["base_before"].mean())
+    after = float(samples["delta_logit_base"].mean())
+    return {
+        "loss": float(statistics["mean"]),
+        "ci_low": float(statistics["ci_low"]),
+        "ci_high": float(statistics["ci_high"]),
+        "n_sentences": int(statistics["n_sentences"]),
+        "before": before,
+        "after": after,
+        "is_clear": bool(statistics["ci_low"] > 0 and before * after > 0),
+    }
+
+
+def describe_loss(loss: Mapping[str, Any], removed: Sequence[Component], is_of_pairs: bool) -> str:
+    """What zeroing some components took from the base, and whether others can have taken it
+    over."""
+    measure = "delta_logit" if is_of_pairs else "score"
+    interval = ""
+    if loss["n_sentences"] > 1:
+        interval = f" [{loss['ci_low']:+.3f}, {loss['ci_high']:+.3f}]"
+    sentence = (
+        f"zeroing {shorten(join_labels(removed))} takes {loss['loss']:+.3f} nats{interval} off the"
+        f" size of the mean {measure}, {loss['before']:+.3f} over"
+        f" {count_noun(loss['n_sentences'], 'sentence')}"
+    )
+    if loss["is_clear"]:
+        return sentence
+    if loss["before"] * loss["after"] <= 0:
+        return f"{sentence}: it changes its sign, so that roles are of another behaviour"
+    return f"{sentence}: no clear loss, so that there is nothing to take over"
+
+
+def find_backups(
+    findings: Findings,
+    pairs: pd.DataFrame,
+    has_grown: pd.Series,
+    removed: Sequence[Component],
+    floor: float,
+) -> pd.DataFrame:
+    """Which components may have taken over what some removed ones did (hydra effect,
+    arXiv:2307.15771): per component `role_mean` in the new run (nats) with its interval and q,
+    `backup`, and `backup_share` with its interval, see `growth_shares`.
+
+    A possible backup is above the lowest removed component, has grown (`has_grown`), and carries
+    the task in the new run: the role's interval is above 0, q < 0.05, its mean above the floor.
+    Where several are removed, what is above the lowest alone may have taken over for that one.
+    Where none is removed or the loss is not clear, there are no backups, and shares are empty.
+    """
+    roles = column_statistics(pairs, "role")[["mean", "ci_low", "ci_high", "q"]]
+    table = roles.add_prefix("role_").assign(backup=False)
+    table[["backup_share", "backup_share_low", "backup_share_high"]] = math.nan
+    if not removed:
+        return table
+    sign = math.copysign(1.0, pairs.drop_duplicates("sample_id")["base_before"].mean())
+    pairs = pairs.assign(
+        growth=pairs["role"] - pairs["role_before"],
+        loss=sign * (pairs["base_before"] - pairs["delta_logit_base"]),
+    )
+    loss = loss_statistics(pairs)
+    findings.say(describe_loss(loss, removed, has_pairs(pairs)))
+    if not loss["is_clear"]:
+        return table
+    lowest = min(component.site.depth for component in removed)
+    is_above = table.index.map(lambda key: Component(*key).site.depth > lowest)
+    threshold = 0.0 if math.isnan(floor) else floor
+    carries = (roles["q"] < 0.05) & (roles["ci_low"] > 0) & (roles["mean"] > threshold)
+    table["backup"] = has_grown & carries & is_above.to_numpy(bool)
+    table.update(growth_shares(pairs, table.index))
+    return table
+
+
+def growth_shares(pairs: pd.DataFrame, components: pd.Index) -> pd.DataFrame:
+    """By component `backup_share`: the mean of the column `growth` as a share of that of `loss`,
+    with an interval over sentences (a ratio of means)."""
+    growth, _ = sentence_totals(pairs, "growth", components)
+    loss, _ = sentence_totals(pairs, "loss", components)
+    low, high = mean_interval(growth, loss)
+    columns = {
+        "backup_share": growth.sum(0) / loss.sum(0),
+        "backup_share_low": low,
+        "backup_share_high": high,
+    }
+    return pd.DataFrame(columns, index=components)
+
+
+def report_backups(findings: Findings, table: pd.DataFrame) -> None:
+    """A sentence with the possible backups and what each may have taken over of the loss."""
+    phrases = []
+    for row in table[table["backup"]].itertuples():
+        interval = format_interval(row, "backup_share", ".0%")
+        phrases.append(f"{row.label} ({row.backup_share:.0%} of the loss{interval})")
+    findings.say(f"possible backups: {', '.join(phrases) or 'none'}")
+
+
 def draw_growth(table: pd.DataFrame, top_k: int, path: Path) -> None:
     """The components whose role changed most, with intervals, a panel per older run."""
     frames = []
     for old, rows in table.groupby("old", sort=False):
         top = largest_rows(rows, "growth_mean", top_k)[::-1]
         verdict = top["growth_flag"].map({True: "grew", False: "unclear"})
+        verdict = verdict.mask(top["backup"], "possible backup")
         frames.append(forest_rows(top, f"since {old}", "growth_", verdict))
     draw_forest(pd.concat(frames, ignore_index=True), "Growth of roles", path)
 
