@@ -605,6 +605,7 @@ class ComponentList:
     edit: Mapping[str, Any] = field(default_factory=dict)  # options that a circuit was found with
     chosen_on: tuple[str, ...] = ()  # the sentences (units) that chose a circuit
     skip: tuple[Component, ...] = ()  # that it may not have, nor random sets beside it
+    ranking: tuple[Component, ...] = ()  # all that a circuit was chosen from, by falling role
     warning: str = ""
 
     @classmethod
@@ -644,8 +645,12 @@ class ComponentList:
             raise ValueError("it names no component")
         edit, chosen_on = record.get("edit", {}), record.get("chosen_on", [])
         skip = record.get("skip", [])
-        if not (isinstance(edit, dict) and isinstance(chosen_on, list) and isinstance(skip, list)):
-            raise ValueError("its field edit must be an object, chosen_on and skip must be lists")
+        ranking = record.get("ranking", [])
+        lists = [chosen_on, skip, ranking]
+        if not (isinstance(edit, dict) and all(isinstance(entries, list) for entries in lists)):
+            raise ValueError(
+                "its field edit must be an object, chosen_on, skip and ranking must be lists"
+            )
         warning = ""
         if "neurons" in record:
             note = "positions are left out; its neurons are edited at all tokens"
@@ -657,6 +662,7 @@ class ComponentList:
             edit=edit,
             chosen_on=tuple(str(unit) for unit in chosen_on),
             skip=tuple(Component.parse(str(label)) for label in skip),
+            ranking=tuple(Component.parse(str(label)) for label in ranking),
             warning=warning,
         )
 
@@ -1094,6 +1100,7 @@ class JointOptions(MeasuringOptions):
     multipliers: tuple[float, ...] = option(
         (), "scale the components in replies: 0,0.5,1,2", parse_multipliers
     )
+    curve: bool = switch("also keep 1, 2, 4, ... components alone: faithfulness by size")
 
     def usage_errors(self) -> Iterator[str]:
         if not self.names:
@@ -1302,6 +1309,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
     "joint": {
         "circuit_joint.csv": "",
         "circuit_joint.png": "What is left with the named components edited jointly.",
+        "circuit_curve.csv": "",
+        "circuit_curve.png": "Faithfulness of the first components of an order, kept alone.",
         "circuit_steer.csv": "",
         "circuit_steer.png": "Replies and scores with the components scaled.",
         "joint_generations.jsonl": "",
@@ -1330,7 +1339,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
     },
     "compare": {
         "circuit_compare.csv": "",
-        "circuit_compare.png": "Components whose role changed most since another run.",
+        "circuit_compare.png": "Components whose role changed most since another run; possible"
+        " backups of what --given removed stand out.",
     },
     "redraw": {
         "circuit_heads.csv": "",
@@ -1344,7 +1354,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
 REPORT_FILE = "circuit_report.html"
 GRAPH_LIST = "graphs/graph-metadata.json"  # lists the graphs of a folder for the viewer
 GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
-PART_FILE = r"(base|estimate|floor|foil|graph|kl|probe|replies|scores|tested)-[a-z0-9-]+\.json"
+PART_KINDS = "activation|base|estimate|floor|foil|graph|kl|probe|replies|scores|tested"
+PART_FILE = rf"({PART_KINDS})-[a-z0-9-]+\.json"
 # files that only some command lines write, by the option that asks for them
 OPTION_OF_FILE = {
     "circuit_heatmap.png": "heatmap",
@@ -1355,6 +1366,8 @@ OPTION_OF_FILE = {
     "circuit_wordings.csv": "confirm",
     "circuit.json": "confirm",
     "generations.jsonl": "max_new_tokens",
+    "circuit_curve.csv": "curve",
+    "circuit_curve.png": "curve",
     "circuit_steer.csv": "multipliers",
     "circuit_steer.png": "multipliers",
     "joint_generations.jsonl": "max_new_tokens",
@@ -9990,6 +10003,7 @@ TITLE_LETTERS = 60  # in a line of a figure's title
 VERDICT_COLORS = {
     "contributes": "tab:blue",
     "works against": "tab:orange",
+    "possible backup": "tab:red",
     "grew": "tab:green",
     SMALL: "dimgray",
     THROUGH_B: "dimgray",
@@ -10459,6 +10473,8 @@ def describe_roles(rows: pd.DataFrame) -> str:
 # ----- Sets of components -------------------------------------------------------------------------
 
 MANY_SETS = 10  # distinct random sets, from which on their quantiles say something
+MAX_LABELS_IN_KEY = 256  # a set of more is told by a digest of its labels
+MAX_LEFT_OUT = 64  # components of a set that are left out of it in turn
 
 
 @dataclass(frozen=True)
@@ -10466,7 +10482,8 @@ class JointSet:
     """Components that are edited together, or that are left while all others of some kinds are."""
 
     noun: ClassVar = "set"  # what sentences call random ones
-    name: str  # none, all, chosen, named, complement, random, random complement
+    # none, all, chosen, named, without L2H5, complement, random, random complement, kept
+    name: str
     components: tuple[Component, ...] = ()
     draw: int = 0  # numbers random sets
     lent: int = 0  # how many components are of a neighbour of their counterpart's layer
@@ -10481,7 +10498,10 @@ class JointSet:
     @property
     def key(self) -> str:
         """What its numbers depend on besides prompts and edit options."""
-        key = f"set {join_labels(self.components)}"
+        labels = join_labels(self.components)
+        if len(self.components) > MAX_LABELS_IN_KEY:
+            labels = digest(labels)
+        key = f"set {labels}"
         if self.others_of:
             key += f" others of {' '.join(self.others_of)}"
         if self.multiplier is not None:
@@ -10812,6 +10832,14 @@ def judge_sets(
     return table
 
 
+def rows_against(rows: pd.DataFrame, side: str) -> pd.DataFrame:
+    """Those rows of `measure_sets` whose sample has a prompt of this side, or is one prompt."""
+    if side == "b":
+        return rows
+    column = f"score_{side}"
+    return rows[rows[column].notna()] if column in rows else rows[:0]
+
+
 def set_table(
     experiment: Experiment, joint_sets: Sequence[JointSet], samples: str, rows: pd.DataFrame
 ) -> pd.DataFrame:
@@ -10820,10 +10848,7 @@ def set_table(
     set moves. `rows` are those of `measure_sets`."""
     tables = []
     for side in ("b", "other"):
-        column = f"score_{side}"
-        rows_of_side = rows
-        if side == "other":
-            rows_of_side = rows[rows[column].notna()] if column in rows else rows[:0]
+        rows_of_side = rows_against(rows, side)
         if len(rows_of_side):
             statistics = joint_statistics(rows_of_side, side, joint_sets)
             tables.append(describe_sets(experiment, joint_sets, samples).join(statistics))
@@ -10926,6 +10951,90 @@ def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
         is_judged[:] = False
     damaged = (table["kl_b"] > limit).astype("boolean")
     return table.assign(damaged=damaged.where(is_judged))
+
+
+# -- each component left out of a set
+
+
+def sets_without_each(components: Sequence[Component]) -> list[JointSet]:
+    """For each of some components the set of the others; none where it is alone, or where they are
+    more than `MAX_LEFT_OUT`."""
+    if not 2 <= len(components) <= MAX_LEFT_OUT:
+        return []
+    joint_sets = []
+    for component in components:
+        others = tuple(other for other in components if other != component)
+        joint_sets.append(JointSet(f"without {component.label}", others))
+    return joint_sets
+
+
+def change_statistics(
+    rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSet]
+) -> pd.DataFrame:
+    """What leaving a component out of the named set changes: a row per set `without` one.
+
+    `change` is the mean score of prompt a less that of a side with the others edited jointly, less
+    the same with the named set (nats), `change_low` to `change_high` its interval over sentences.
+    `rows` are those of `measure_sets`.
+    """
+    deltas = rows.assign(delta=score_difference(rows, side))
+    places = pd.RangeIndex(len(joint_sets), name="place")
+    totals = column_totals(deltas, "delta", places)
+    names = [joint_set.name for joint_set in joint_sets]
+    changes = totals.less(totals.at(names.index("named")))
+    low, high = changes.interval()
+    columns = {
+        "measure": measure_name(side, has_pairs(rows)),
+        "set": names,
+        "change": changes.mean,
+        "change_low": low,
+        "change_high": high,
+    }
+    statistics = pd.DataFrame(columns)
+    return statistics[statistics["set"].str.startswith("without ")]
+
+
+def add_changes(
+    table: pd.DataFrame, rows: pd.DataFrame, joint_sets: Sequence[JointSet]
+) -> pd.DataFrame:
+    """A table of `set_table` with the columns of `change_statistics`, which are empty for all other
+    sets."""
+    statistics = []
+    for side in ("b", "other"):
+        rows_of_side = rows_against(rows, side)
+        if len(rows_of_side):
+            statistics.append(change_statistics(rows_of_side, side, joint_sets))
+    changes = pd.concat(statistics, ignore_index=True)
+    return table.merge(changes, on=["measure", "set"], how="left", validate="many_to_one")
+
+
+def report_changes(findings: Findings, table: pd.DataFrame, n_components: int) -> None:
+    """One sentence of the components whose leaving out of a set changes its effect, and of those
+    that may not be needed; the table has the rows of the quoted measure."""
+    rows = table[table["change"].notna()]
+    if n_components > MAX_LEFT_OUT:
+        findings.say(
+            f"of {n_components} components none is left out in turn: that is done for up to"
+            f" {MAX_LEFT_OUT}"
+        )
+    if rows.empty:
+        return
+    if rows["change_low"].isna().any():
+        findings.say("a single sentence gives no interval: which components are needed is open")
+        return
+    changing = []
+    others = []
+    for row in rows.itertuples():
+        label = row.set.removeprefix("without ")
+        if row.change_low > 0 or row.change_high < 0:
+            changing.append(f"{label} ({row.change:+.3f})")
+        else:
+            others.append(label)
+    findings.say(
+        "each left out of the set in turn: the mean changes clearly (nats) without"
+        f" {', '.join(changing) or 'none'}; not clearly without {', '.join(others) or 'none'}"
+        f"{', not shown to be needed' if others else ''}"
+    )
 
 
 # -- what is said and written of sets
@@ -11878,6 +11987,8 @@ def draw_effects(
 
 # -- confirmation on held-out sentences
 
+RANK_ALL = SelectionRule("top", sys.maxsize)
+
 
 def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSet]:
     """circuit_confirm.csv and .png, and circuit.json: components chosen on half of the sentences,
@@ -11897,7 +12008,8 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
     chosen = chosen.assign(chosen_in=stability.chosen_in)
     if folder.leads:
         measure = measure_name(side, experiment.is_of_pairs)
-        write_circuit(experiment, chosen, measure, choosing)
+        ranked = choose_circuit(sums, choosing, rule._replace(selection=RANK_ALL))
+        write_circuit(experiment, chosen, measure, choosing, ranked.index)
     if chosen.empty:
         findings.warn(f"--confirm {options.confirm} chooses no component")
         return []
@@ -11998,9 +12110,16 @@ def describe_set_in_wording(row: Any) -> str:
 
 
 def write_circuit(
-    experiment: Experiment, chosen: pd.DataFrame, measure: str, units: set[str]
+    experiment: Experiment,
+    chosen: pd.DataFrame,
+    measure: str,
+    units: set[str],
+    ranked: Iterable[Component],
 ) -> None:
-    """circuit.json: what was chosen, in which model, by which edit, how and on which sentences."""
+    """circuit.json: what was chosen, in which model, by which edit, how and on which sentences.
+
+    Its `ranking` has the chosen components, then all others of `ranked` in their order.
+    """
     options = experiment.options
     edit = {}
     for entry in fields(EditOptions):
@@ -12008,6 +12127,7 @@ def write_circuit(
     components = []
     for component, row in chosen[["role", "mean", "chosen_in"]].to_dict("index").items():
         components.append({"label": component.label, **vars(component), **row})
+    ranking = dict.fromkeys([*chosen.index, *ranked])
     circuit = {
         "format": "circuit/1",
         "model": experiment.folder.record["experiment"]["fingerprint"]["model"],
@@ -12021,6 +12141,7 @@ def write_circuit(
         "chosen_on": sorted(units),
         "skip": [component.label for component in options.skip],
         "components": components,
+        "ranking": [component.label for component in ranking],
     }
     experiment.folder.write_json("circuit.json", circuit)
 
@@ -12039,20 +12160,28 @@ def run_trace_replies(
 
 def run_joint(experiment: Experiment) -> None:
     """Edit named components together, keep them alone, and set both beside random sets:
-    circuit_joint.csv and .png; replies, and with --multipliers circuit_steer.csv and .png."""
-    units = choose_sentences(experiment)
+    circuit_joint.csv and .png; with --curve circuit_curve.csv and .png; replies, and with
+    --multipliers circuit_steer.csv and .png."""
+    names = experiment.options.names
+    units = choose_sentences(experiment.findings, experiment.units, names)
     samples = "all" if units == experiment.units else "held-out"
     prompts = experiment.prompts_of(units)
     samples_table = unedited_scores(unedited_samples(experiment))
-    names = experiment.options.names
     with experiment.stage("joint", f" edits of {count_noun(len(names), 'component')}"):
         side = quoted_side(prompts, [units])
         measured = samples_table[samples_table["unit"].isin(units)]
         base = base_statistics(measured.reset_index(), side)
         warn_of_unclear_base(experiment.findings, base)
-        table = judge_sets(experiment, named_sets(experiment), prompts, samples, side)
+        joint_sets = named_sets(experiment)
+        table = judge_sets(experiment, joint_sets, prompts, samples, side)
+        rows = measure_sets(experiment, joint_sets, prompts)  # read back
+        table = add_changes(table, rows, joint_sets)
+        report_changes(experiment.findings, table[table["quoted"]], len(names))
         if experiment.folder.leads:
             write_joint(experiment, table)
+    if experiment.options.curve:
+        with experiment.stage("faithfulness curve"):
+            run_curve(experiment, units)
     if experiment.options.max_new_tokens:
         with experiment.stage("replies"):
             run_joint_replies(experiment, prompts, samples)
@@ -12062,24 +12191,28 @@ def plan_joint(experiment: Experiment) -> Iterator[PlannedRuns]:
     joint_sets = named_sets(experiment)
     what = count_noun(len(joint_sets), "joint set")
     yield PlannedRuns(what, Counter(joint_set.first_layer for joint_set in joint_sets))
+    if experiment.options.curve:
+        yield from plan_curve(experiment)
 
 
 def named_sets(experiment: Experiment) -> list[JointSet]:
-    """The named components, random sets as large, all of their kinds, and the complements."""
+    """The named components, random sets as large, all of their kinds, the complements, and the
+    named without each."""
     names = experiment.options.names
-    return sets_of_sizes(experiment, "named", names.components, [len(names)], names.skip)
+    joint_sets = sets_of_sizes(experiment, "named", names.components, [len(names)], names.skip)
+    return joint_sets + sets_without_each(names.components)
 
 
-def choose_sentences(experiment: Experiment) -> set[str]:
-    """The sentences that are measured: those that did not choose the components, where a
+def choose_sentences(findings: Findings, units: set[str], circuit: ComponentList) -> set[str]:
+    """Which of some sentences are measured: those that did not choose the components, where a
     circuit.json tells which did and others are left."""
-    held_out = experiment.units - set(experiment.options.names.chosen_on)
+    held_out = units - set(circuit.chosen_on)
     if held_out:
         return held_out
-    experiment.findings.warn(
+    findings.warn(
         "all sentences here have chosen these components: their effect is too large on them"
     )
-    return experiment.units
+    return units
 
 
 def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
@@ -12104,6 +12237,293 @@ def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
     title = f"{experiment.task.name}: joint op {options.op_text}"
     path = folder.claim_path("circuit_joint.png")
     draw_sets(table[table["quoted"]], title, path, RANDOM_SETS)
+
+
+# -- faithfulness by size
+
+CURVE_RANDOM = 5  # random orders beside the named one, or --num_random where it is less
+CURVE_NAMES = {"named": "the named first", "activation": "by mean activation"}
+CURVE_STYLES: dict[str, dict[str, Any]] = {
+    "random": {"color": "lightgray", "label": "random orders"},
+    "activation": {"color": "tab:gray", "linestyle": "--", "label": "by mean activation"},
+    "named": {"color": "tab:blue", "marker": "o", "label": "named, then by role (95 % interval)"},
+}
+
+
+class CurveOrder(NamedTuple):
+    """All components of a kind in an order in which they are kept."""
+
+    name: str  # named, random, activation
+    draw: int  # numbers random ones
+    components: tuple[Component, ...]
+
+
+def run_curve(experiment: Experiment[JointOptions], units: set[str]) -> None:
+    """circuit_curve.csv and .png: how faithful the first components of an order are, kept alone
+    while all others of their kind are edited, by how many they are.
+
+    The named ones come first, then all others as a circuit.json ranks them: by falling role, so
+    that those which work against the task are last. Beside them are random orders, and that of the
+    largest mean activation. Sentences that chose the order are not measured, where others are left.
+    """
+    findings = experiment.findings
+    kinds = {component.kind for component in experiment.options.names}
+    if len(kinds) > 1:
+        findings.say("no faithfulness curve: the named components are of several kinds")
+        return
+    ranking = find_ranking(experiment)
+    if ranking is not experiment.options.names:
+        units = choose_sentences(findings, units, ranking)
+    prompts = experiment.prompts_of(units)
+    side = quoted_side(prompts, [units])
+    if not all_is_clear(experiment, prompts, side):
+        findings.say("no faithfulness curve: what all components of the kind do is not clear")
+        return
+    orders = curve_orders(experiment, ranking, units)
+    sizes = curve_sizes(experiment, ranking)
+    table = measure_curve(experiment, orders, sizes, prompts, side)
+    areas = curve_areas(table)
+    report_curve(findings, areas, sizes, len(units))
+    experiment.folder.note_command(curve=areas.to_dict("records"))
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_curve.csv", table)
+        title = f"{experiment.task.name}: kept alone, all others {experiment.options.op_text}"
+        draw_curve(table, title, experiment.folder.claim_path("circuit_curve.png"))
+
+
+def plan_curve(experiment: Experiment[JointOptions]) -> Iterator[PlannedRuns]:
+    """The runs of `run_curve`, if what all components do is clear."""
+    if len({component.kind for component in experiment.options.names}) > 1:
+        return
+    sizes = curve_sizes(experiment, find_ranking(experiment))
+    n_orders = 2 + min(CURVE_RANDOM, experiment.options.num_random)
+    n_between = len(sizes) - 2
+    what = f"faithfulness curve of {n_orders} orders at {count_noun(n_between, 'size')}"
+    yield PlannedRuns(what, Counter({0: n_orders * n_between + 1}))
+
+
+def find_ranking(experiment: Experiment[JointOptions]) -> ComponentList:
+    """The named components where they are of a circuit.json with a ranking, else what the folder's
+    own circuit.json holds; an empty list where that is of another model, or ranks none of the named
+    ones' kind."""
+    names = experiment.options.names
+    if names.ranking:
+        return names
+    folder = experiment.folder
+    circuit = ComponentList()
+    with contextlib.suppress(ValueError):
+        circuit = ComponentList.read(folder.path / "circuit.json")
+    model = folder.record.get("experiment", {}).get("fingerprint", {}).get("model", "")
+    is_of_other_model = bool(model) and circuit.model not in ("", model)
+    kinds = {component.kind for component in circuit.ranking}
+    if is_of_other_model or names.components[0].kind not in kinds:
+        circuit = ComponentList()
+    shared: ComponentList = experiment.processes.share(circuit)
+    return shared
+
+
+def ordered_components(
+    experiment: Experiment[JointOptions], ranking: ComponentList
+) -> tuple[Component, ...]:
+    """The named components, then those of their kind that the ranking has besides."""
+    names = experiment.options.names.components
+    every = set(components_of_kind(experiment))
+    ranked = [component for component in ranking.ranking if component in every]
+    return tuple(dict.fromkeys([*names, *ranked]))
+
+
+def components_of_kind(experiment: Experiment[JointOptions]) -> list[Component]:
+    """All components of the kind of the named ones, but those of --given."""
+    kind = experiment.options.names.components[0].kind
+    given = set(experiment.options.given)
+    components = experiment.shape.components(kind)
+    return [component for component in components if component not in given]
+
+
+def curve_sizes(experiment: Experiment[JointOptions], ranking: ComponentList) -> list[int]:
+    """0, then 1, 2, 4, ... up to how many components are named or ranked, the number of the named
+    ones among them, and the number of all of their kind."""
+    n_all = len(components_of_kind(experiment))
+    sizes = {0, len(experiment.options.names), n_all}
+    for size in sizes_up_to(len(ordered_components(experiment, ranking))):
+        sizes.add(size)
+    return sorted(sizes)
+
+
+def curve_orders(
+    experiment: Experiment[JointOptions], ranking: ComponentList, units: set[str]
+) -> list[CurveOrder]:
+    """All components as they are named and ranked, the unranked last; at random; and by activation,
+    which is that of sentences other than `units`, the measured ones, where there are any."""
+    every = components_of_kind(experiment)
+    ranked = dict.fromkeys([*ordered_components(experiment, ranking), *every])
+    orders = [CurveOrder("named", 0, tuple(ranked))]
+    for draw in range(min(CURVE_RANDOM, experiment.options.num_random)):
+        shuffled = list(every)
+        random.Random(f"{experiment.options.seed} curve {draw}").shuffle(shuffled)
+        orders.append(CurveOrder("random", draw, tuple(shuffled)))
+    units_for_order = experiment.units - units or units
+    norms = mean_norms(experiment, every[0].kind, units_for_order)
+    by_activation = sorted(every, key=lambda component: norms[component], reverse=True)
+    orders.append(CurveOrder("activation", 0, tuple(by_activation)))
+    return orders
+
+
+def mean_norms(
+    experiment: Experiment[JointOptions], kind: str, units: set[str]
+) -> dict[Component, float]:
+    """Mean norm of the activation of each component of a kind over the tokens of prompts a of some
+    sentences, without edits: an order that knows nothing of the task. It is read from a part where
+    it is there."""
+    prompts = experiment.prompts_of(units)
+    compute = functools.partial(compute_mean_norms, experiment, kind, prompts)
+    name = f"activation-{experiment.part_key}-{digest([kind, sorted(units)])[:10]}"
+    n_trees = len(trees_of_prompts_a(experiment, prompts))
+    (norms,) = read_parts(experiment, [PartJob(name, 0, 1, n_trees, compute)], "activations")
+    return dict(zip(experiment.shape.components(kind), norms, strict=True))
+
+
+def trees_of_prompts_a(experiment: Experiment[JointOptions], prompts: Prompts) -> list[Tree]:
+    """Trees of the prompts a of some samples, as no edit needs them."""
+    prompts_a = [sample_prompts[:1] for sample_prompts in prompts]
+    return plant_trees(prompts_a, experiment.bos, unedited_options(experiment.options))
+
+
+@torch.inference_mode()
+def compute_mean_norms(
+    experiment: Experiment[JointOptions], kind: str, prompts: Prompts, bar: tqdm[Any]
+) -> list[float]:
+    """See `mean_norms`: by component, in the model's order. A BOS token is left out, and a token
+    that prompts share counts once per prompt."""
+    shape = experiment.shape
+    sites = [Site(layer, KINDS[kind].place) for layer in range(shape.n_layers)]
+    n_slices = len(shape.indices(kind))
+    sums = torch.zeros(shape.n_layers, n_slices, dtype=torch.float64)
+    n_tokens = 0
+    for tree in trees_of_prompts_a(experiment, prompts):
+        clean_run = run_clean(experiment.traced, tree, experiment.background, (), sites)
+        weight = torch.zeros(tree.n_tokens, dtype=torch.float64)
+        for prompt, prompt_path in zip(tree.prompts, tree.paths, strict=True):
+            counted = prompt_path[1:] if prompt.ids[0] == experiment.bos else prompt_path
+            weight[counted] += 1
+            n_tokens += len(counted)
+        for site in sites:
+            slices = widen(clean_run.activations[site]).unflatten(1, (n_slices, -1))
+            norms = slices.norm(dim=2)  # [tok, slice]
+            sums[site.layer] += (weight.to(norms) @ norms).cpu()
+        bar.update()
+    means: list[float] = (sums / n_tokens).flatten().tolist()
+    return means
+
+
+def all_is_clear(experiment: Experiment[JointOptions], prompts: Prompts, side: str) -> bool:
+    """Whether it is clear what editing all components of the named ones' kind does."""
+    kind = experiment.options.names.components[0].kind
+    joint_sets = [JointSet("none"), JointSet("all", others_of=(kind,))]
+    rows = rows_against(measure_sets(experiment, joint_sets, prompts), side)
+    faithfulness = joint_statistics(rows, side, joint_sets)["faithfulness"]
+    return not math.isnan(faithfulness[1])
+
+
+def kept_set(order: CurveOrder, size: int) -> JointSet:
+    """The first components of an order, kept while all others of their kind are edited. All of them
+    are one set, whatever their order."""
+    kept = order.components[:size]
+    if size == len(order.components):
+        kept = tuple(sorted(kept))
+    return JointSet("kept", kept, others_of=(order.components[0].kind,))
+
+
+def measure_curve(
+    experiment: Experiment[JointOptions],
+    orders: Sequence[CurveOrder],
+    sizes: Sequence[int],
+    prompts: Prompts,
+    side: str,
+) -> pd.DataFrame:
+    """A row per order and size: the columns `order`, `draw`, `size`, `share_kept`, and of the score
+    of prompt a less that of a side `mean_delta` (nats) and `faithfulness` with its interval, as
+    `faithfulness_columns` defines it."""
+    every = JointSet("all", others_of=(orders[0].components[0].kind,))
+    joint_sets = {"none": JointSet("none"), every.key: every}
+    points = []
+    for order in orders:
+        for size in sizes:
+            kept = kept_set(order, size)
+            joint_sets.setdefault(kept.key, kept)
+            row = {"order": order.name, "draw": order.draw, "size": size}
+            row["share_kept"] = size / len(order.components)
+            points.append(row | {"place": list(joint_sets).index(kept.key)})
+    distinct_sets = list(joint_sets.values())
+    rows = rows_against(measure_sets(experiment, distinct_sets, prompts), side)
+    statistics = joint_statistics(rows, side, distinct_sets)
+    shown = ["mean_delta", "faithfulness", "faithfulness_low", "faithfulness_high"]
+    statistics = statistics[shown] + 0.0  # no -0.0
+    return pd.DataFrame(points).join(statistics, on="place").drop(columns="place")
+
+
+def curve_areas(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per order of a curve, with the areas CPR and CMD of MIB (arXiv:2504.13151).
+
+    `cpr` is the area under the faithfulness, `cmd` that between it and 1, both by trapezoids over
+    the share of components that are kept, from 0 to 1. The shares of MIB are of weighted edges,
+    from 0.001 on, so that its areas are no yardstick for these.
+    """
+    areas = []
+    for (order, draw), points in table.groupby(["order", "draw"], sort=False):
+        share = torch.tensor(points["share_kept"].to_numpy())
+        faithfulness = torch.tensor(points["faithfulness"].to_numpy())
+        cpr = float(torch.trapezoid(faithfulness, share))
+        cmd = float(torch.trapezoid((1 - faithfulness).abs(), share))
+        areas.append({"order": order, "draw": draw, "cpr": cpr, "cmd": cmd})
+    return pd.DataFrame(areas)
+
+
+def report_curve(
+    findings: Findings, areas: pd.DataFrame, sizes: Sequence[int], n_sentences: int
+) -> None:
+    """One sentence with the areas of each order, and of random ones their range."""
+    phrases = []
+    for order, rows in areas.groupby("order", sort=False):
+        low = rows[["cpr", "cmd"]].min()
+        high = rows[["cpr", "cmd"]].max()
+        if order == "random":
+            phrases.append(
+                f"{count_noun(len(rows), 'random order')} CPR {low.cpr:.2f} to {high.cpr:.2f},"
+                f" CMD {low.cmd:.2f} to {high.cmd:.2f}"
+            )
+        else:
+            phrases.append(f"{CURVE_NAMES[str(order)]} CPR {low.cpr:.2f}, CMD {low.cmd:.2f}")
+    findings.say(
+        f"faithfulness of {sizes[1]} to {sizes[-1]} components kept alone, {len(sizes) - 1} sizes,"
+        f" {count_noun(n_sentences, 'sentence')}: {'; '.join(phrases)}"
+    )
+    if len(sizes) > 2 and 2 * sizes[-2] < sizes[-1]:
+        findings.say(
+            f"between {sizes[-2]} and {sizes[-1]} components no size is measured, since no"
+            " circuit.json ranks these: the areas take a straight line there"
+        )
+
+
+def draw_curve(table: pd.DataFrame, title: str, path: Path) -> None:
+    """Faithfulness by the number of components that are kept, a line per order."""
+    figure = Figure(figsize=(5.5, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(1, color="black", linewidth=0.8)
+    drawn = table[table["size"] > 0]  # none at a logarithmic axis
+    for name, style in CURVE_STYLES.items():
+        for draw, points in drawn[drawn["order"] == name].groupby("draw"):
+            if draw > 0:
+                style = style | {"label": None}
+            axes.plot(points["size"], points["faithfulness"], markersize=4, **style)
+    named = drawn[drawn["order"] == "named"]
+    ends = [named["faithfulness_low"], named["faithfulness_high"]]
+    axes.vlines(named["size"], *ends, color="tab:blue")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(named["size"], named["size"].map(str))
+    axes.set(xlabel="components kept", ylabel="faithfulness", title=title)
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8)
+    save_figure(figure, path)
 
 
 # -- replies and multipliers
@@ -15341,6 +15761,7 @@ def run_compare(options: CompareOptions) -> None:
     component's role since the other run."""
     new, *others = [read_run(source) for source in options.runs]
     findings = Findings()
+    report_untold(findings, [new, *others])
     tables = []
     for old in others:
         table = compare_two_runs(findings, new, old)
@@ -15363,7 +15784,7 @@ def run_compare(options: CompareOptions) -> None:
 
 def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> pd.DataFrame | None:
     """Per component how its role grew from the old run to the new one, as paired differences over
-    prompts. Such components may be backups (hydra effect).
+    prompts, and whether it may be a backup of what the new run's --given removed.
 
     None where nothing can be compared: a base is not clear, or the ops differ, since what an op
     moves is no measure of what another op's heads took over.
@@ -15375,20 +15796,25 @@ def compare_two_runs(findings: Findings, new: FinishedRun, old: FinishedRun) -> 
     if roles is None or roles_before is None:
         findings.say("nothing is compared: over these, the interval of a base covers 0 or is none")
         return None
-    before = old_rows[PAIR_KEY].assign(role_before=roles_before).drop_duplicates(PAIR_KEY)
+    before = old_rows[[*PAIR_KEY, "delta_logit_base"]].assign(role_before=roles_before)
+    before = before.rename(columns={"delta_logit_base": "base_before"}).drop_duplicates(PAIR_KEY)
     pairs = new_rows.assign(role=roles).merge(before, on=PAIR_KEY)
     report_rank_agreement(findings, pairs, new, old)
     if new.options.op != old.options.op:
         return None
     growth = growth_statistics(pairs, new.floor)
     flagged = labels_of(growth.index[growth["flag"]])
-    findings.say(f"role grew beyond the floor (possible backups): {', '.join(flagged) or 'none'}")
+    findings.say(f"role grew beyond the floor: {', '.join(flagged) or 'none'}")
     labels = labels_of(growth.index)
-    growth = growth.add_prefix("growth_").reset_index()
-    growth.insert(0, "label", labels)
-    growth.insert(1, "old", old.source)
-    growth.insert(3, "head", growth["index"])
-    return growth
+    removed = removed_components(findings, new, old)
+    backups = find_backups(findings, pairs, growth["flag"], removed, new.floor)
+    table = growth.add_prefix("growth_").join(backups).reset_index()
+    table.insert(0, "label", labels)
+    table.insert(1, "old", old.source)
+    table.insert(3, "head", table["index"])
+    if removed:
+        report_backups(findings, table)
+    return table
 
 
 def check_comparable(new: FinishedRun, old: FinishedRun) -> None:
@@ -15461,12 +15887,148 @@ def growth_statistics(pairs: pd.DataFrame, floor: float) -> pd.DataFrame:
     return growth.assign(flag=is_significant & (growth["mean"] > threshold))
 
 
+def report_untold(findings: Findings, runs: Sequence[FinishedRun]) -> None:
+    """Say which runs do not tell what they zeroed throughout."""
+    sources = [run.source for run in runs if not run.record]
+    if sources:
+        findings.say(
+            f"no backups are looked for beside {join_values(sources)}: a table without its run.json"
+            " does not tell its --given"
+        )
+
+
+def removed_components(
+    findings: Findings, new: FinishedRun, old: FinishedRun
+) -> tuple[Component, ...]:
+    """What --given zeroes in the new run and not in the old one.
+
+    Nothing where a run does not tell it, and where the old run zeroes what the new one does not:
+    then more differs than what was removed.
+    """
+    if not (new.record and old.record):
+        return ()
+    given = new.options.given.components
+    given_before = old.options.given.components
+    restored = [component for component in given_before if component not in given]
+    removed = [component for component in given if component not in given_before]
+    if restored:
+        labels = shorten(join_labels(restored))
+        findings.say(f"no backups are named: {labels} is zeroed in {old.source} and not here")
+        return ()
+    if not removed:
+        findings.say("no backups are named: both runs have the same --given, nothing was removed")
+    return tuple(removed)
+
+
+def loss_statistics(pairs: pd.DataFrame) -> dict[str, Any]:
+    """What the task lost from the old run to the new one: mean `loss` (nats), `ci_low` and
+    `ci_high` over sentences, and the mean bases `before` and `after`.
+
+    `pairs` has the columns `loss`, `base_before` and `delta_logit_base`. `is_clear` says whether
+    the interval is above 0 and the base has kept its sign: else roles are of another behaviour.
+    """
+    samples = pairs.drop_duplicates("sample_id").assign(measure="loss")
+    statistics = column_statistics(samples, "loss", ["measure"]).iloc[0]
+    before = float(samples["base_before"].mean())
+    after = float(samples["delta_logit_base"].mean())
+    return {
+        "loss": float(statistics["mean"]),
+        "ci_low": float(statistics["ci_low"]),
+        "ci_high": float(statistics["ci_high"]),
+        "n_sentences": int(statistics["n_sentences"]),
+        "before": before,
+        "after": after,
+        "is_clear": bool(statistics["ci_low"] > 0 and before * after > 0),
+    }
+
+
+def describe_loss(loss: Mapping[str, Any], removed: Sequence[Component], is_of_pairs: bool) -> str:
+    """What zeroing some components took from the base, and whether others can have taken it
+    over."""
+    measure = "delta_logit" if is_of_pairs else "score"
+    interval = ""
+    if loss["n_sentences"] > 1:
+        interval = f" [{loss['ci_low']:+.3f}, {loss['ci_high']:+.3f}]"
+    sentence = (
+        f"zeroing {shorten(join_labels(removed))} takes {loss['loss']:+.3f} nats{interval} off the"
+        f" size of the mean {measure}, {loss['before']:+.3f} over"
+        f" {count_noun(loss['n_sentences'], 'sentence')}"
+    )
+    if loss["is_clear"]:
+        return sentence
+    if loss["before"] * loss["after"] <= 0:
+        return f"{sentence}: it changes its sign, so that roles are of another behaviour"
+    return f"{sentence}: no clear loss, so that there is nothing to take over"
+
+
+def find_backups(
+    findings: Findings,
+    pairs: pd.DataFrame,
+    has_grown: pd.Series,
+    removed: Sequence[Component],
+    floor: float,
+) -> pd.DataFrame:
+    """Which components may have taken over what some removed ones did (hydra effect,
+    arXiv:2307.15771): per component `role_mean` in the new run (nats) with its interval and q,
+    `backup`, and `backup_share` with its interval, see `growth_shares`.
+
+    A possible backup is above the lowest removed component, has grown (`has_grown`), and carries
+    the task in the new run: the role's interval is above 0, q < 0.05, its mean above the floor.
+    Where several are removed, what is above the lowest alone may have taken over for that one.
+    Where none is removed or the loss is not clear, there are no backups, and shares are empty.
+    """
+    roles = column_statistics(pairs, "role")[["mean", "ci_low", "ci_high", "q"]]
+    table = roles.add_prefix("role_").assign(backup=False)
+    table[["backup_share", "backup_share_low", "backup_share_high"]] = math.nan
+    if not removed:
+        return table
+    sign = math.copysign(1.0, pairs.drop_duplicates("sample_id")["base_before"].mean())
+    pairs = pairs.assign(
+        growth=pairs["role"] - pairs["role_before"],
+        loss=sign * (pairs["base_before"] - pairs["delta_logit_base"]),
+    )
+    loss = loss_statistics(pairs)
+    findings.say(describe_loss(loss, removed, has_pairs(pairs)))
+    if not loss["is_clear"]:
+        return table
+    lowest = min(component.site.depth for component in removed)
+    is_above = table.index.map(lambda key: Component(*key).site.depth > lowest)
+    threshold = 0.0 if math.isnan(floor) else floor
+    carries = (roles["q"] < 0.05) & (roles["ci_low"] > 0) & (roles["mean"] > threshold)
+    table["backup"] = has_grown & carries & is_above.to_numpy(bool)
+    table.update(growth_shares(pairs, table.index))
+    return table
+
+
+def growth_shares(pairs: pd.DataFrame, components: pd.Index) -> pd.DataFrame:
+    """By component `backup_share`: the mean of the column `growth` as a share of that of `loss`,
+    with an interval over sentences (a ratio of means)."""
+    loss = column_totals(pairs, "loss", components)
+    shares = share_columns(column_totals(pairs, "growth", components), loss)
+    columns = {
+        "backup_share": shares["share"],
+        "backup_share_low": shares["share_low"],
+        "backup_share_high": shares["share_high"],
+    }
+    return pd.DataFrame(columns, index=components)
+
+
+def report_backups(findings: Findings, table: pd.DataFrame) -> None:
+    """A sentence with the possible backups and what each may have taken over of the loss."""
+    phrases = []
+    for row in table[table["backup"]].itertuples():
+        interval = format_interval(row, "backup_share", ".0%")
+        phrases.append(f"{row.label} ({row.backup_share:.0%} of the loss{interval})")
+    findings.say(f"possible backups: {', '.join(phrases) or 'none'}")
+
+
 def draw_growth(table: pd.DataFrame, top_k: int, path: Path) -> None:
     """The components whose role changed most, with intervals, a panel per older run."""
     frames = []
     for old, rows in table.groupby("old", sort=False):
         top = largest_rows(rows, "growth_mean", top_k)[::-1]
         verdict = top["growth_flag"].map({True: "grew", False: "unclear"})
+        verdict = verdict.mask(top["backup"], "possible backup")
         frames.append(forest_rows(top, f"since {old}", "growth_", verdict))
     draw_forest(pd.concat(frames, ignore_index=True), "Growth of roles", path)
 

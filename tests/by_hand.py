@@ -6,8 +6,8 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,24 @@ def ablated(model: Any, labels: Iterable[str]) -> AbstractContextManager[None]:
 
 
 @torch.no_grad()
+@contextmanager
+def kept_alone(model: Any, kept: Sequence[str], kinds: Sequence[str]) -> Iterator[None]:
+    """All columns of some kinds zeroed in every layer, but those of what is kept."""
+    with ExitStack() as stack:
+        sites = {("head" if k in ("head", "attn") else "mlp"): None for k in kinds}
+        for layer, kind in (
+            (n, kind) for n in range(len(naive.layers_of(model))) for kind in sites
+        ):
+            module = naive.module_of(model, layer, kind)
+            mask = torch.zeros(module.in_features)
+            for component in map(tracing.Component.parse, kept):
+                kind_module = naive.module_of(model, layer, component.kind)
+                if component.layer == layer and kind_module is module:
+                    mask[naive.span_of(model, layer, component.kind, component.index)] = 1
+            stack.enter_context(naive.hooked(module, lambda x, mask=mask: x * mask))
+        yield
+
+
 def divergence(model: Any, ids: Sequence[int], edit: AbstractContextManager[None]) -> float:
     """KL of the first reply token (nats), from the clean run to the edited run."""
 

@@ -7,8 +7,8 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,10 @@ def model_identity(folder: Path) -> str:
 
 
 def named_rows(folder: Path, measure: str = "a - b") -> pd.DataFrame:
-    """The rows of circuit_joint.csv but those of random sets."""
+    """The rows of circuit_joint.csv but those of random sets and of sets without one member."""
     rows = read(folder, "circuit_joint.csv").fillna({"components": ""})
-    is_random = rows["set"].str.startswith("random")
     order = {name: place for place, name in enumerate(("none", "named", "complement", "all"))}
-    rows = rows[(rows["measure"] == measure) & ~is_random]
+    rows = rows[(rows["measure"] == measure) & rows["set"].isin(order)]
     return rows.sort_values("set", key=lambda names: names.map(order)).reset_index(drop=True)
 
 
@@ -220,6 +219,7 @@ def test_a_runs_circuit_is_read_back_by_every_option_that_takes_components(
         assert labels(components).split() == best
         assert components.model == model_identity(folder)
         assert components.chosen_on == tuple(circuit_of(folder)["chosen_on"])
+        assert labels(components.ranking).split() == circuit_of(folder)["ranking"]
     flags = ["--num_samples", "2", "--num_random", "1"]
     rows = named_rows(finish(model, tmp_path, "joint", file, *flags))
     assert rows["components"].tolist() == ["", " ".join(best), " ".join(best), ""]
@@ -266,6 +266,8 @@ BROKEN: dict[str | bytes, str] = {
     '{"components": [{"label": 7}]}': f'{NO_LABEL}: {{"label": 7}}',
     '{"components": [{"label": "L0"}]}': "'L0' is no component",
     '{"components": [{"label": "L0H1_0"}]}': "'L0H1_0' is no component",
+    '{"components": [{"label": "L0H1"}], "ranking": "L0H1"}': "its field edit must be an",
+    '{"components": [{"label": "L0H1"}], "ranking": ["L0X1"]}': "'L0X1' is no component",
     '{"neurons": 5}': "its neurons are no object but 5",
     '{"neurons": null}': "its neurons are no object but null",
     '{"neurons": "0,0,1"}': 'its neurons are no object but "0,0,1"',
@@ -401,6 +403,11 @@ def test_a_circuit_tells_where_it_comes_from_and_its_roles_recompute(name: str, 
     chosen_roles = [component["role"] for component in circuit["components"]]
     assert chosen_roles == sorted(chosen_roles, reverse=True)
     assert min(chosen_roles) >= roles.nlargest(len(chosen_roles)).min() - 1e-9
+    ranked = [tracing.Component.parse(label) for label in circuit["ranking"]]
+    assert len(ranked) == len(set(ranked)) == len(roles)
+    assert circuit["ranking"][: len(chosen_roles)] == best_of(folder)
+    ranked_roles = [roles[c.layer, c.kind, c.index] for c in ranked]
+    assert ranked_roles == sorted(ranked_roles, reverse=True)
     if name == "bundled":
         carried = 0.5 * roles[roles > 0].sum()
         assert sum(chosen_roles) >= carried > sum(chosen_roles[:-1])
@@ -409,28 +416,10 @@ def test_a_circuit_tells_where_it_comes_from_and_its_roles_recompute(name: str, 
 # ----- what is left with the circuit alone
 
 
-@contextmanager
-def kept_alone(model: Any, kept: Sequence[str], kinds: Sequence[str]) -> Iterator[None]:
-    """All columns of some kinds zeroed in every layer, but those of what is kept."""
-    with ExitStack() as stack:
-        sites = {("head" if k in ("head", "attn") else "mlp"): None for k in kinds}
-        for layer, kind in (
-            (n, kind) for n in range(len(naive.layers_of(model))) for kind in sites
-        ):
-            module = naive.module_of(model, layer, kind)
-            mask = torch.zeros(module.in_features)
-            for component in map(tracing.Component.parse, kept):
-                kind_module = naive.module_of(model, layer, component.kind)
-                if component.layer == layer and kind_module is module:
-                    mask[naive.span_of(model, layer, component.kind, component.index)] = 1
-            stack.enter_context(naive.hooked(module, lambda x, mask=mask: x * mask))
-        yield
-
-
 def edited(model: Any, row: Any, kinds: Sequence[str]) -> AbstractContextManager[None]:
     """As a row of circuit_confirm.csv says."""
     names = row.components.split()
-    return kept_alone(model, names, kinds) if row.kept else by_hand.ablated(model, names)
+    return by_hand.kept_alone(model, names, kinds) if row.kept else by_hand.ablated(model, names)
 
 
 def scores_of(

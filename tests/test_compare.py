@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
+import by_hand
 import llama3_circuit_tracing as tracing
 from by_hand import Effects, results, steps
 from conftest import Answer, finish, read, record_of, refuses
@@ -34,7 +35,8 @@ def finished(
     kind = str(table["kind"].iloc[0])
     trace_options = tracing.TraceOptions(kind=kind, **options)
     table = table.assign(**tracing.run_values(trace_options))
-    return tracing.FinishedRun(source, table, floor, trace_options, {})
+    record = {"format": tracing.RECORD_FORMAT}
+    return tracing.FinishedRun(source, table, floor, trace_options, record)
 
 
 def compared(new: pd.DataFrame | tracing.FinishedRun, old: Any) -> Comparison:
@@ -80,9 +82,9 @@ def test_a_role_that_grew_beyond_the_floor_is_flagged(
     p = float(tracing.mean_test(torch.tensor(grown)[:, None].double(), torch.ones(8, 1).double()))
     p_and_q = growth.loc["L1H2", ["growth_p", "growth_q"]].tolist()
     assert p_and_q == pytest.approx([p, min(1, 3 * p)])  # one of three tests
-    line = sentences.splitlines()[-1]
-    assert line.startswith("role grew")
-    assert line.endswith(": L1H2" if flagged else ": none")
+    assert f"role grew beyond the floor: {'L1H2' if flagged else 'none'}\n" in sentences
+    assert sentences.endswith("both runs have the same --given, nothing was removed")
+    assert not growth["backup"].any()
 
 
 RANKED = {  # by agreement the effects of four heads, now and before
@@ -188,6 +190,132 @@ def test_a_single_component_has_no_ranking() -> None:
     assert "Spearman" not in sentences
 
 
+# ----- possible backups by hand
+
+LOSS = [1.0 + 0.05 * i for i in range(8)]
+GROWTH = [0.6, 0.7, 0.5, 0.9, 0.6, 0.8, 0.5, 0.6]
+SCATTERED = [1.9, -1.5, 2.2, -1.1, 0.8, -0.6, 1.2, -0.4]
+RIGHT_OF_0 = [0.3, 1.5, -0.2, 1.2, 0.9, 0.1, 0.8, 0.4]
+
+
+class Removal(NamedTuple):
+    """Two runs in which L2H0 is a possible backup, unless a field says otherwise."""
+
+    given: str = "L1H0"
+    given_before: str = ""
+    loss: Sequence[float] = LOSS
+    role: Sequence[float] = tuple(steps(0.9))  # of L2H0 in the new run
+    growth: Sequence[float] = GROWTH  # of L2H0
+    other_role: Sequence[float] = tuple(steps(0.3))  # of the others, which do not grow
+    floor: float = 0.1
+
+
+NO_LOSS = "no clear loss, so that there is nothing to take over"
+VIOLATED = {  # all conditions but one hold; what is said then
+    "none is": (Removal(), "possible backups: L2H0 ("),
+    "above one of two": (Removal(given="L1H0,L2mlp"), "possible backups: L2H0 ("),
+    "in the same layer": (Removal(given="L2H3"), "possible backups: none"),
+    "below": (Removal(given="L3H3"), "possible backups: none"),
+    "above what was zeroed before": (
+        Removal(given="L1H0,L2H3", given_before="L1H0"),
+        "possible backups: none",
+    ),
+    "works against the task": (Removal(role=steps(-0.3)), "possible backups: none"),
+    "role is scattered": (Removal(role=SCATTERED), "possible backups: none"),
+    "role has a q above 0.05": (
+        Removal(role=RIGHT_OF_0, other_role=SCATTERED),
+        "possible backups: none",
+    ),
+    "role is below the floor": (Removal(role=steps(0.03)), "possible backups: none"),
+    "has not grown": (Removal(growth=[0.0] * 8), "possible backups: none"),
+    "grew by less than the floor": (Removal(growth=[0.05] * 8), "possible backups: none"),
+    "grew in some sentences": (Removal(growth=SCATTERED), "possible backups: none"),
+    "loss is scattered": (Removal(loss=[loss / 2 for loss in SCATTERED]), NO_LOSS),
+    "nothing was lost": (Removal(loss=[-loss for loss in LOSS]), NO_LOSS),
+    "base changes its sign": (
+        Removal(loss=[4.0 + 0.05 * i for i in range(8)]),
+        "it changes its sign, so that roles are of another behaviour",
+    ),
+    "nothing was removed": (Removal(given=""), "both runs have the same --given"),
+    "the same was removed": (
+        Removal(given_before="L1H0"),
+        "both runs have the same --given, nothing was removed",
+    ),
+    "another was restored": (
+        Removal(given_before="L0H3"),
+        "no backups are named: L0H3 is zeroed in old.csv and not here",
+    ),
+}
+
+
+def runs_of(removal: Removal, sign: float) -> tuple[tracing.FinishedRun, tracing.FinishedRun]:
+    """(new, old), whose bases have a sign before the removal."""
+    base = [sign * (2.0 + 0.1 * i) for i in range(8)]
+    new_base = [b - sign * loss for b, loss in zip(base, removal.loss, strict=True)]
+    new_sign = math.copysign(1.0, statistics.fmean(new_base))
+    role_before = [r - g for r, g in zip(removal.role, removal.growth, strict=True)]
+    runs = []
+    for run_base, run_sign, role, given in (
+        (new_base, new_sign, removal.role, removal.given),
+        (base, sign, role_before, removal.given_before),
+    ):
+        roles = {"L0H1": removal.other_role, "L1H1": removal.other_role, "L2H0": role}
+        roles["L3H1"] = removal.other_role
+        effects = {label: [-run_sign * r for r in values] for label, values in roles.items()}
+        components = tracing.ComponentList.parse(given) if given else tracing.ComponentList()
+        table = results(effects, run_base)
+        runs.append(finished(table, floor=removal.floor, given=components))
+    return runs[0], runs[1]
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("condition", VIOLATED)
+def test_a_possible_backup_meets_every_condition(condition: str, sign: float) -> None:
+    removal, said = VIOLATED[condition]
+    sentences, table = compared(*runs_of(removal, sign))
+    assert table is not None
+    assert said in sentences
+    is_backup = "L2H0" in said
+    assert table["backup"].tolist() == [False, False, is_backup, False]
+    assert table["growth_mean"].tolist() == pytest.approx(
+        [0, 0, statistics.fmean(removal.growth), 0]
+        if condition != "base changes its sign"
+        else table["growth_mean"].tolist()
+    )
+    has_loss = removal.given not in ("", removal.given_before) and "possible" in said
+    assert table["backup_share"].notna().all() == has_loss
+    if condition == "role has a q above 0.05":
+        assert table["role_ci_low"]["L2H0"] > 0.1 and table["growth_flag"]["L2H0"]
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_the_share_of_a_backup_is_its_growth_by_the_loss(sign: float) -> None:
+    sentences, table = compared(*runs_of(Removal(), sign))
+    assert table is not None
+    _, low, high = by_hand.mean_test(GROWTH, LOSS)
+    row = table.loc["L2H0"]
+    assert row["backup_share"] == pytest.approx(sum(GROWTH) / sum(LOSS))
+    assert low < row["backup_share"] < high
+    ends = [row["backup_share_low"], row["backup_share_high"]]
+    assert ends == pytest.approx([low, high], abs=0.05 * (high - low))
+    assert table["backup_share"]["L0H1"] == pytest.approx(0, abs=1e-9)
+    lost = f"zeroing L1H0 takes +{statistics.fmean(LOSS):.3f} nats [+"
+    assert lost in sentences
+    assert f"off the size of the mean delta_logit, {sign * 2.35:+.3f} over 8" in sentences
+    assert f"L2H0 ({sum(GROWTH) / sum(LOSS):.0%} of the loss [" in sentences
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_table_that_does_not_tell_its_given_has_no_backups(place: int) -> None:
+    runs = list(runs_of(Removal(), -1.0))
+    runs[place] = runs[place]._replace(record={})
+    sentences, table = compared(*runs)
+    assert table is not None
+    assert not table["backup"].any() and table["backup_share"].isna().all()
+    assert table["growth_flag"].tolist() == [False, False, True, False]
+    assert "backup" not in sentences
+
+
 # ----- command lines
 
 
@@ -227,9 +355,28 @@ def test_growth_planted_in_a_real_run_is_flagged_beside_a_run_that_is_the_same(
     assert rows["old"].tolist() == [str(old) for old in olds for _ in range(3)]
     assert rows["growth_flag"].astype(bool).tolist() == [False, True, False, *[False] * 3]
     assert rows["growth_mean"].tolist() == pytest.approx([0, 5, 0, 0, 0, 0], abs=1e-5)
-    assert "possible backups): L2H1" in sentences_of(folder)
-    page = (folder / tracing.REPORT_FILE).read_text()
-    assert "possible backups): L2H1" in page
+    sentence = "role grew beyond the floor: L2H1"
+    assert sentence in sentences_of(folder)
+    assert sentence in (folder / tracing.REPORT_FILE).read_text()
+    assert sentences_of(folder).count("without its run.json does not tell its --given") == 1
+
+
+def test_what_a_run_zeroes_throughout_is_what_the_task_lost_beside_a_run_without_it(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    """As the record tells it; the loss recomputes from the tables."""
+    flags = ["--layers", "1", "--heads", "0-3"]
+    old = finish(tiny_llama, tmp_path / "old", *flags)
+    new = finish(tiny_llama, tmp_path / "new", *flags, "--given", "L0H6,L0H2")
+    folder = compare(tmp_path / "compared", new, old)
+    bases = [read(run).groupby("sample_id")["delta_logit_base"].first() for run in (new, old)]
+    loss = (bases[1] - bases[0]).mean() * math.copysign(1, bases[1].mean())
+    assert f"zeroing L0H6 L0H2 takes {loss:+.3f} nats [" in sentences_of(folder)
+    backups = read(folder, COMPARE).query("backup")
+    assert backups["label"].tolist() == ["L1H2"]
+    back = compare(tmp_path / "back", old, new)
+    assert f"L0H6 L0H2 is zeroed in {new} and not here" in sentences_of(back)
+    assert not read(back, COMPARE)["backup"].any()
 
 
 def test_runs_of_two_ops_have_no_growth_and_an_older_comparison_goes(
@@ -257,6 +404,7 @@ def draw(
     for old, means in growth.items():
         for i, mean in enumerate(means):
             row = {"old": old, "label": f"L0H{i}", "growth_mean": mean, "growth_flag": mean > 1}
+            row["backup"] = mean > 2
             rows.append(row | {"growth_ci_low": mean - 0.1, "growth_ci_high": mean + 0.1})
     figures: list[Any] = []
     monkeypatch.setattr(tracing, "save_figure", lambda figure, _: figures.append(figure))
@@ -268,15 +416,18 @@ def draw(
 def test_the_figure_has_a_panel_per_older_run_whatever_their_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    growth = {"a$_$/run.csv": [0.1, 2.0, -0.5], "b{/run.csv": [0.1, 0.2, 0.3]}
-    figure = draw(monkeypatch, tmp_path / "g.png", growth, top_k=2)
+    growth = {"a$_$/run.csv": [0.1, 2.0, -0.5, 3.0], "b{/run.csv": [0.1, 0.2, 0.3]}
+    figure = draw(monkeypatch, tmp_path / "g.png", growth, top_k=3)
     assert [axes.get_title() for axes in figure.axes] == [f"since {old}" for old in growth]
-    for axes, means in zip(figure.axes, ([2.0, -0.5], [0.3, 0.2]), strict=True):
+    for axes, means in zip(figure.axes, ([3.0, 2.0, -0.5], [0.3, 0.2, 0.1]), strict=True):
         lines = [line for line in axes.lines if line.get_marker() == "o"]
         drawn = [x for line in lines for x in line.get_xdata()]
         assert sorted(drawn) == sorted(means)
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["grew", "unclear"]
+    verdicts = ["grew", "unclear", "possible backup"]
+    assert [text.get_text() for text in legend.get_texts()] == verdicts
+    (drawn,) = [line for line in figure.axes[0].lines if line.get_label() == "possible backup"]
+    assert list(drawn.get_xdata()) == [3.0]
 
 
 # ----- what is not compared

@@ -379,7 +379,8 @@ def test_a_finished_command_computes_nothing_again(
     outputs = [path for path in full.iterdir() if path.suffix in (".csv", ".png", ".jsonl")]
     planned = {name for command in COMMANDS for name in tracing.COMMAND_FILES[command]}
     kept = {"circuit.json", "directions.safetensors"}
-    assert {path.name for path in outputs} == planned - kept
+    of_more_sentences = {"circuit_curve.csv", "circuit_curve.png"}
+    assert {path.name for path in outputs} == planned - kept - of_more_sentences
     for path in outputs:
         path.unlink()
     finish_all(llama, samples, full)
@@ -969,6 +970,7 @@ TAKEN = {  # a user's file, and a command line that would write it
     "circuit.json": "--confirm 1",
     "generations.jsonl": "--max_new_tokens 1",
     "circuit_joint.csv": "joint L0H0",
+    "circuit_curve.png": "joint L0H0 --curve",
     "circuit_steer.csv": "joint L0H0 --max_new_tokens 1 --multipliers 0",
     "joint_generations.jsonl": "joint L0H0 --max_new_tokens 1",
     "circuit_paths.png": "paths",

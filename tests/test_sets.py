@@ -97,7 +97,7 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
     instead: dict[str, Any] = {
         "sets_of_sizes": lambda experiment, name, chosen, *_: [JointSet(name, chosen)],
         "judge_sets": lambda *arguments: sides.append(arguments[-1]) or joint_rows(controlled),
-        "write_circuit": lambda experiment, chosen, measure, units: quoted.append(measure),
+        "write_circuit": lambda experiment, chosen, measure, *_: quoted.append(measure),
     }
     for name, function in instead.items():
         monkeypatch.setattr(tracing, name, function)
@@ -563,7 +563,8 @@ def test_the_table_keeps_a_block_of_rows_for_each_named_set_and_op(
     table = read(tmp_path, "circuit_joint.csv")
     edit = ["named", "op", "positions", "given"]
     assert list(table)[:4] == edit
-    assert sorted(table) == sorted([*edit, *COLUMNS.replace(" selection", "").split()])
+    changes = ["change", "change_low", "change_high"]
+    assert sorted(table) == sorted([*edit, *changes, *COLUMNS.replace(" selection", "").split()])
     blocks = table[["named", "op"]].drop_duplicates().to_numpy().tolist()
     assert blocks == [["L1H2,L2mlp", "zero"], ["L0H1", "scale 2"], ["L0H1", "zero"]]
 

@@ -274,7 +274,7 @@ def test_all_but_the_first_two_verdicts_are_grey_and_told_in_the_legend(
     for verdict, color in tracing.VERDICT_COLORS.items():
         red, green, blue, _ = to_rgba(color)
         is_grey = red == green == blue
-        assert is_grey == (verdict not in (*tracing.CLEAR_VERDICTS, "grew"))
+        assert is_grey == (verdict not in (*tracing.CLEAR_VERDICTS, "grew", "possible backup"))
     tracing.draw_heatmap(heads, "", tmp_path / "map")
     (axes, _) = saved[tmp_path / "map"].axes
     shown = axes.collections[0].get_array().filled(math.nan)
