@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from pathlib import Path
@@ -169,6 +170,61 @@ def test_equal_wordings_add_no_variance_and_equal_values_give_a_point() -> None:
     torch.testing.assert_close(estimate.error, tracing.estimate_means(*by_sentence).error)
     ones = simulation.crossed_totals(torch.ones(5, 4, 1, dtype=torch.float64))
     assert tracing.mean_interval(*ones[0], ones[1])[:, 0].tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_the_skewness_of_sentences_bends_the_mean_less_where_wordings_differ() -> None:
+    values = crossed()
+    by_sentence, by_wording = simulation.crossed_totals(values)
+    alone = tracing.estimate_means(*by_sentence)
+    both = tracing.estimate_means(*by_sentence, by_wording)
+    share = (alone.error / both.error) ** 3
+    assert (share < 0.9).all()
+    torch.testing.assert_close(both.bend, alone.bend * share)
+
+
+def rows_of_sets(values: Tensor) -> pd.DataFrame:
+    """Rows of `measure_sets` whose score a - b are values [sentence, wording, set]."""
+    rows = []
+    for i, j, place in torch.cartesian_prod(*map(torch.arange, values.shape)).tolist():
+        row: dict[str, Any] = {"place": place, "sample_id": f"s{i}w{j}", "unit": f"u{i}"}
+        row |= {"template": f"t{j}", "score_a": float(values[i, j, place]), "score_b": 0.0}
+        rows.append(row | {"kl_a": 0.1, "kl_b": 0.1})
+    return pd.DataFrame(rows)
+
+
+def test_shares_of_joint_sets_use_both_factors() -> None:
+    """The first set is empty, the second has all components, the third removes a part."""
+    kept = crossed(1) - 4
+    changes = torch.stack([torch.zeros_like(kept), 4 - kept.flip(0), 0.5 * kept.flip(1)], -1)
+    values = (kept[..., None] + changes).squeeze(2)
+    component = tracing.Component(0, "head", 0)
+    sets = [tracing.JointSet("none"), tracing.JointSet("all", others_of=("head",))]
+    sets.append(tracing.JointSet("complement", (component,), others_of=("head",)))
+    rows = rows_of_sets(values)
+    found = tracing.joint_statistics(rows, "b", sets)
+    none, every, part = (values[..., i : i + 1] for i in range(3))
+    for names, numerator, denominator in (
+        (("share_low", "share_high"), none - part, none),
+        (("faithfulness_low", "faithfulness_high"), part - every, none - every),
+    ):
+        tops, bottoms = (simulation.crossed_totals(v) for v in (numerator, denominator))
+        totals = [tracing.Totals(tops[i].sums, bottoms[i].sums) for i in range(2)]
+        ends = tracing.mean_interval(*totals[0], totals[1])[:, 0].tolist()
+        assert [found[name][2] for name in names] == pytest.approx(ends)
+        alone = tracing.mean_interval(*totals[0])[:, 0].tolist()
+        assert alone != pytest.approx(ends, rel=1e-3)
+
+
+def test_faithfulness_needs_an_effect_of_all_that_is_clear_over_wordings_too() -> None:
+    """All components do something in three of four wordings, and the reverse in the other."""
+    base = crossed(1).expand(7, 4, 1) * 0.1
+    effect = torch.tensor([3.0, 3.0, 3.0, -2.0], dtype=torch.float64)[None, :, None]
+    values = torch.cat([base, base + effect], 2)
+    sets = [tracing.JointSet("none"), tracing.JointSet("all", others_of=("head",))]
+    rows = rows_of_sets(values)
+    assert math.isnan(tracing.joint_statistics(rows, "b", sets)["faithfulness"][1])
+    of_one = tracing.joint_statistics(rows.assign(template="t"), "b", sets)
+    assert not math.isnan(of_one["faithfulness"][1])
 
 
 def table_of(values: Tensor) -> pd.DataFrame:
