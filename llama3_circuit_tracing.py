@@ -1354,7 +1354,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
 REPORT_FILE = "circuit_report.html"
 GRAPH_LIST = "graphs/graph-metadata.json"  # lists the graphs of a folder for the viewer
 GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
-PART_KINDS = "activation|base|estimate|floor|foil|graph|kl|probe|replies|scores|tested"
+PART_KINDS = "activation|base|estimate|floor|foil|graph|kl|klreply|probe|replies|scores|tested"
 PART_FILE = rf"({PART_KINDS})-[a-z0-9-]+\.json"
 # files that only some command lines write, by the option that asks for them
 OPTION_OF_FILE = {
@@ -6700,30 +6700,52 @@ def read_log_probs(traced: TracedModel, clean_run: CleanRun, edited: EditedRows)
     return unedited.index_copy(1, edited.entry_places, log_probs)
 
 
-def first_token_log_probs(traced: TracedModel, tree: Tree, states: Tensor) -> Tensor:
-    """Log-probabilities [prompt, vocab] of the first reply token, from states [node, ...]."""
-    logits = states[tree.ends]
+def next_token_log_probs(traced: TracedModel, states: Tensor) -> Tensor:
+    """Log-probabilities [node, vocab] of the next token, from final states [node, ...]."""
+    logits = states
     if not traced.uses_model_logits:
         weight = traced.unembedding.weight
-        blocks = list(unembed(logits.to(weight.device), weight))
+        blocks = list(unembed(states.to(weight.device), weight))
         logits = torch.cat(blocks, -1)
     return logits.float().log_softmax(-1)
 
 
-def read_divergence(traced: TracedModel, clean_run: CleanRun, edited_rows: EditedRows) -> Tensor:
-    """KL(unedited || edited) [row, prompt] of the first reply token, in nats."""
+def next_token_divergence(
+    traced: TracedModel, clean_run: CleanRun, edited_rows: EditedRows, places: Sequence[int]
+) -> Tensor:
+    """KL(unedited || edited) [row, place] of the token after some scoring nodes, in nats."""
     states = edited_rows.states
     if edited_rows.scored_places is not None:
-        places = on_device(edited_rows.scored_places, states.device)
-        states = clean_run.states.repeat(len(states), 1, 1).index_copy(1, places, states)
-    unedited = first_token_log_probs(traced, clean_run.tree, clean_run.states[0])
+        reached = on_device(edited_rows.scored_places, states.device)
+        states = clean_run.states.repeat(len(states), 1, 1).index_copy(1, reached, states)
+    unedited = next_token_log_probs(traced, clean_run.states[0][places])
     divergences = []
     for row_states in states:
-        edited = first_token_log_probs(traced, clean_run.tree, row_states)
+        edited = next_token_log_probs(traced, row_states[places])
         terms = nn.functional.kl_div(edited, unedited, reduction="none", log_target=True)
         divergences.append(terms.sum(-1))
     divergence = torch.stack(divergences).clamp_min(0)  # rounding may leave it below 0
     return divergence.cpu().double()
+
+
+def read_divergence(traced: TracedModel, clean_run: CleanRun, edited_rows: EditedRows) -> Tensor:
+    """KL(unedited || edited) [row, prompt] of the first reply token, in nats."""
+    return next_token_divergence(traced, clean_run, edited_rows, clean_run.tree.ends)
+
+
+def read_reply_divergence(
+    traced: TracedModel, clean_run: CleanRun, edited_rows: EditedRows
+) -> Tensor:
+    """Mean KL(unedited || edited) [row, prompt] over the tokens of a reply, in nats per token. Each
+    prompt of the tree has one form: the reply to it, which the model reads (teacher forcing)."""
+    tree = clean_run.tree
+    every_node = list(range(len(tree.scored)))
+    divergence = next_token_divergence(traced, clean_run, edited_rows, every_node)
+    means = []
+    for ((reply_entries,),) in tree.entries:
+        nodes = tree.entry_node[reply_entries]
+        means.append(divergence[:, nodes].mean(-1))
+    return torch.stack(means, -1)
 
 
 @torch.inference_mode()
@@ -8061,13 +8083,20 @@ MakeEdits = Callable[[Any, Sequence[Any]], list[Edits]]  # of a clean run, and s
 
 @dataclass(frozen=True)
 class Reading:
-    """Which prompts are measured, what edits need of their clean run, and what is read besides
-    scores."""
+    """Which prompts are measured, what edits need of their clean run, and what is read: scores,
+    with KL or without, or KL along replies alone."""
 
     trees: Sequence[Tree]
     sites: frozenset[Site] = frozenset()
     layers: frozenset[int] = frozenset()  # where runs start besides those of the variants
     with_kl: bool = False
+    along_replies: bool = False  # see `read_reply_divergence`
+
+    @property
+    def readers(self) -> list[StateReader]:
+        if self.along_replies:
+            return [read_reply_divergence]
+        return [read_log_probs, read_divergence] if self.with_kl else [read_log_probs]
 
 
 def measure(
@@ -8081,7 +8110,8 @@ def measure(
     the variants' subjects.
 
     Returns a row per variant and sample: the variant's labels, `sample_id`, and by side
-    `score_a`, `score_b`, ... (nats; NaN where a sample lacks the side), with KL also `kl_a`, ...
+    `score_a`, `score_b`, ... (nats; NaN where a sample lacks the side), with KL also `kl_a`, ...;
+    along replies `kl_reply_b` in place of all these.
     What was measured before, by whichever command, is read from the folder's parts.
     """
     # of all variants, also of those whose parts are there: a command that goes on starts alike
@@ -8104,7 +8134,7 @@ def measure(
     frames = []
     for number, tree in enumerate(reading.trees):
         scores = [values[number, variant.key] for variant in variants]
-        frames.append(scores_table(tree, variants, scores, reading.with_kl))
+        frames.append(scores_table(tree, variants, scores, reading))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -8113,9 +8143,12 @@ def tree_digest(tree: Tree) -> str:
     return digest([(prompt.sample.sample_id, prompt.side) for prompt in tree.prompts])[:10]
 
 
-def scores_prefix(experiment: Experiment, tree: Tree, with_kl: bool) -> str:
-    """How the names of parts begin that hold scores of a tree."""
-    name = "kl" if with_kl else "scores"
+def scores_prefix(experiment: Experiment, tree: Tree, reading: Reading) -> str:
+    """How the names of parts begin that hold what is read of a tree."""
+    if reading.along_replies:
+        replies = digest([prompt.forms for prompt in tree.prompts])[:10]
+        return f"klreply-{experiment.part_key}-{tree_digest(tree)}-{replies}"
+    name = "kl" if reading.with_kl else "scores"
     return f"{name}-{experiment.part_key}-{tree_digest(tree)}"
 
 
@@ -8133,7 +8166,7 @@ def read_scores(experiment: Experiment, variants: Sequence[Variant], reading: Re
         names_of_tree[path.stem.rsplit("-", 2)[0]].append(path.stem)
     values: Scores = {}
     for number, tree in enumerate(reading.trees):
-        for name in names_of_tree[scores_prefix(experiment, tree, reading.with_kl)]:
+        for name in names_of_tree[scores_prefix(experiment, tree, reading)]:
             part = folder.read_part(name)
             if part is None:
                 continue
@@ -8172,7 +8205,7 @@ def score_jobs(
         by_job[variant.layer, variant.group].append(variant)
     for (layer, _), subset in sorted(by_job.items()):
         keys = [variant.key for variant in subset]
-        prefix = scores_prefix(experiment, tree, reading.with_kl)
+        prefix = scores_prefix(experiment, tree, reading)
         compute = functools.partial(run_variants, experiment, tree, subset, make_edits, reading)
         n_blocks = experiment.shape.n_layers - layer
         yield PartJob(
@@ -8195,33 +8228,33 @@ def run_variants(
     """The content of a part of scores: the keys of variants and the values of each."""
     clean_run = experiment.clean_run(tree, reading.layers, reading.sites)
     rows = make_edits(clean_run, [variant.subject for variant in variants])
-    readers = [read_log_probs, read_divergence] if reading.with_kl else [read_log_probs]
-    outputs = experiment.run_rows(clean_run, rows, bar, readers)
+    outputs = experiment.run_rows(clean_run, rows, bar, reading.readers)
     n_prompts = len(tree.prompts)
+    values = outputs
     if reading.with_kl:
         log_probs, divergences = outputs.tensor_split([-n_prompts], dim=1)
         values = torch.cat([tree.scores(log_probs, experiment.task), divergences], dim=1)
-    else:
+    elif not reading.along_replies:
         values = tree.scores(outputs, experiment.task)
     return {"keys": [variant.key for variant in variants], "values": values.tolist()}
 
 
 def scores_table(
-    tree: Tree, variants: Sequence[Variant], values: Sequence[Sequence[float]], with_kl: bool
+    tree: Tree, variants: Sequence[Variant], values: Sequence[Sequence[float]], reading: Reading
 ) -> pd.DataFrame:
-    """A row per variant and sample: labels, `sample_id`, scores by side, and KL by side."""
+    """A row per variant and sample: labels, `sample_id`, and what was read by side."""
     n_prompts = len(tree.prompts)
+    names = ["score", "kl"] if reading.with_kl else ["score"]
+    if reading.along_replies:
+        names = ["kl_reply"]
     rows = []
     for sample, places in tree.samples:
         for variant, row_values in zip(variants, values, strict=True):
             row = {**variant.labels, "sample_id": sample.sample_id}
-            row["score_b"] = math.nan  # unless there is a prompt b
-            if with_kl:
-                row["kl_b"] = math.nan
-            for side, place in places.items():
-                row[f"score_{side}"] = row_values[place]
-                if with_kl:
-                    row[f"kl_{side}"] = row_values[n_prompts + place]
+            for number, name in enumerate(names):
+                row[f"{name}_b"] = math.nan  # unless there is a prompt b
+                for side, place in places.items():
+                    row[f"{name}_{side}"] = row_values[number * n_prompts + place]
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -10475,6 +10508,9 @@ def describe_roles(rows: pd.DataFrame) -> str:
 MANY_SETS = 10  # distinct random sets, from which on their quantiles say something
 MAX_LABELS_IN_KEY = 256  # a set of more is told by a digest of its labels
 MAX_LEFT_OUT = 64  # components of a set that are left out of it in turn
+# nats by which an edit may move what is said after prompt b, as in Arditi et al. (arXiv:2406.11717)
+MAX_KL = 0.1
+MIN_JUDGED_SENTENCES = 5  # from which on their mean KL is judged
 
 
 @dataclass(frozen=True)
@@ -10530,6 +10566,11 @@ def set_edits(
     return rows
 
 
+def set_variant(joint_set: JointSet, place: int) -> Variant:
+    """The run with a set edited, by its place among others."""
+    return Variant({"place": place}, joint_set.key, joint_set, joint_set.first_layer)
+
+
 def measure_sets(
     experiment: Experiment,
     joint_sets: Sequence[JointSet],
@@ -10545,8 +10586,7 @@ def measure_sets(
     components: set[Component] = set()
     kinds: set[str] = set()
     for place, joint_set in enumerate(joint_sets):
-        labels = {"place": place}
-        variants.append(Variant(labels, joint_set.key, joint_set, joint_set.first_layer))
+        variants.append(set_variant(joint_set, place))
         components.update(joint_set.components)
         kinds.update(joint_set.others_of)
     for kind in kinds:
@@ -10563,6 +10603,45 @@ def measure_sets(
     rows = measure(experiment, variants, make_edits, reading, "joint sets")
     sample_ids = rows["sample_id"]
     return rows.assign(unit=sample_ids.map(units), template=sample_ids.map(templates))
+
+
+RepliesToB = Mapping[str, Sequence[int]]  # tokens of the reply to prompt b, by sample
+
+
+def measure_along_replies(
+    experiment: Experiment,
+    joint_sets: Sequence[JointSet],
+    prompts: Prompts,
+    replies: RepliesToB,
+    make_edits: MakeEdits | None = None,
+) -> pd.DataFrame:
+    """By how much chosen, named and random sets move each token of the unedited replies.
+
+    The model reads the reply behind prompt b, with a set edited at every token and without.
+    Returns a row per set and sample: `place` (of the set in `joint_sets`), `sample_id`,
+    `kl_reply_b`, the mean over the reply's tokens of KL(unedited || edited), in nats per token.
+    """
+    variants = []
+    for place, joint_set in enumerate(joint_sets):
+        if joint_set.name in SET_LABELS or joint_set.name == "random":
+            variants.append(set_variant(joint_set, place))
+    answered = []
+    for prompt in prompts_a_and_b(prompts):
+        if prompt.side == "b":
+            answered.append(
+                [with_reply(prompt, replies[prompt.sample.sample_id], experiment.shape)]
+            )
+    reading = Reading(experiment.plant_trees(answered), along_replies=True)
+    make_edits = make_edits or functools.partial(set_edits, experiment)
+    return measure(experiment, variants, make_edits, reading, "along replies")
+
+
+def with_reply(prompt: Prompt, reply: Sequence[int], shape: ModelShape) -> Prompt:
+    """A prompt with the tokens of a reply as its one form, as far as the model's window holds
+    both."""
+    n_fitting = shape.context - len(prompt.ids) + 1  # the last token is not read
+    form = tuple(reply[:n_fitting])
+    return replace(prompt, forms=((form,),))
 
 
 # -- a circuit: components chosen from their effects
@@ -10816,15 +10895,21 @@ def judge_sets(
     prompts: Prompts,
     samples: str,
     side: str,
+    replies: RepliesToB,
     make_edits: MakeEdits | None = None,
 ) -> pd.DataFrame:
     """Measure sets, the first of which is the empty one, on some samples, and say what they do.
 
-    Returns `set_table` with `damaged` and `quoted`: whether a row is of the score of prompt a less
-    that of `side`, which is what sentences and figures are of.
+    `replies` are the unedited ones, or {} where there are none. Returns `set_table` with `damage`
+    and `quoted`: whether a row is of the score of prompt a less that of `side`, which is what
+    sentences and figures are of.
     """
     warn_of_lent(experiment.findings, joint_sets)
     rows = measure_sets(experiment, joint_sets, prompts, make_edits)
+    if replies:
+        along = measure_along_replies(experiment, joint_sets, prompts, replies, make_edits)
+        key = ["place", "sample_id"]
+        rows = rows.join(along.set_index(key)["kl_reply_b"].rename("kl_reply"), on=key)
     table = set_table(experiment, joint_sets, samples, rows)
     table = judge_damage(table, experiment.options)
     table["quoted"] = table["measure"] == measure_name(side, experiment.is_of_pairs)
@@ -10927,30 +11012,52 @@ def faithfulness_columns(totals: ColumnTotals, joint_sets: Sequence[JointSet]) -
 
 
 def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean change of the scores of prompts a and b from the empty set's, and mean KL after either,
-    by the place of a set."""
+    """Mean change of the scores of prompts a and b from the empty set's, mean KL after either, and
+    along replies to b (NaN where there are none), by the place of a set."""
     unedited = rows[rows["place"] == 0].set_index("sample_id")
     moved = rows.assign(
         moved_a=rows["score_a"] - rows["sample_id"].map(unedited["score_a"]),
         moved_b=rows["score_b"] - rows["sample_id"].map(unedited["score_b"]),
     )
-    return moved.groupby("place")[["moved_a", "moved_b", "kl_a", "kl_b"]].mean()
+    names = ["moved_a", "moved_b", "kl_a", "kl_b", "kl_reply"]
+    return moved.reindex(columns=["place", *names]).groupby("place").mean()
 
 
 def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
-    """The table with `damaged`: whether a chosen or named set moves what the model says after
-    prompt b, which does not show the behaviour, further (KL) than 95 % of the random sets of its
-    size do. Empty where there are fewer than `MANY_SETS`, and of patches and additions, which are
-    to move b or do not reach it."""
+    """The table with `damage`: whether a chosen or named set moves what the model says after prompt
+    b, which does not show the behaviour, by the KL along replies or else of their first token.
+
+    - no: by `MAX_KL` at most
+    - yes: further than that, and than 95 % of the random sets of its size
+    - as random sets: further than `MAX_KL`, but no further than random sets, which tells of the
+      model and not of the set
+    - not judged: over fewer than `MIN_JUDGED_SENTENCES`; above `MAX_KL` with fewer than `MANY_SETS`
+      random sets; of patches and additions, which are to move b or do not reach it
+
+    Of all other rows it is empty.
+    """
     keys = ["measure", "n_ablated"]
-    random_kl = table[table["set"] == "random"].groupby(keys)["kl_b"]
+    kl = table["kl_reply"].fillna(table["kl_b"])
+    judged = table.assign(kl=kl)
+    random_kl = judged[judged["set"] == "random"].groupby(keys)["kl"]
     limits = random_kl.quantile(0.95)[random_kl.size() >= MANY_SETS]
-    limit = table[keys].join(limits, on=keys)["kl_b"]
-    is_judged = table["set"].isin(SET_LABELS) & limit.notna()
-    if OPS[options.op].source in ("partner", "direction"):
-        is_judged[:] = False
-    damaged = (table["kl_b"] > limit).astype("boolean")
-    return table.assign(damaged=damaged.where(is_judged))
+    judged = judged.join(limits.rename("limit"), on=keys)
+    return table.assign(damage=[damage_verdict(row, options) for row in judged.itertuples()])
+
+
+def damage_verdict(row: Any, options: EditOptions) -> str:
+    """`damage` of a set, from its KL and from `limit`, the 95th percentile of that of random sets,
+    NaN where these are few."""
+    if row.set not in SET_LABELS:
+        return ""
+    is_to_move_b = OPS[options.op].source in ("partner", "direction")
+    if is_to_move_b or row.n_sentences < MIN_JUDGED_SENTENCES or math.isnan(row.kl):
+        return "not judged"
+    if row.kl <= MAX_KL:
+        return "no"
+    if math.isnan(row.limit):
+        return "not judged"
+    return "yes" if row.kl > row.limit else "as random sets"
 
 
 # -- each component left out of a set
@@ -11046,6 +11153,10 @@ SET_LABELS = {
     "chosen": "chosen on the other half (95 % interval)",
     "named": "named set (95 % interval)",
 }
+DAMAGE_MARKS = {  # in figures: marker, color and meaning by `damage`
+    "yes": ("x", "red", "and above random sets': damaged"),
+    "as random sets": ("+", "tab:orange", "as random sets may be"),
+}
 
 
 def report_sets(experiment: Experiment, table: pd.DataFrame, noun: str) -> None:
@@ -11088,17 +11199,29 @@ def describe_removed(row: Any, random_shares: pd.Series, noun: str) -> str:
 def describe_edited_set(row: Any, table: pd.DataFrame, scored: str, noun: str) -> str:
     """What editing a set jointly does, beside random sets of its size."""
     randoms = table[(table["set"] == "random") & (table["n_ablated"] == row.n_ablated)]
-    sentence = (
+    return (
         f"{row.samples} samples, {row.n_ablated} jointly ({shorten(row.components, 200)}):"
-        f" {describe_mean(row)},"
-        f" {describe_removed(row, randoms['share_removed'], noun)};"
+        f" {describe_mean(row)}, {describe_removed(row, randoms['share_removed'], noun)};"
         f" {scored} {after_prompts(row.moved_a, row.moved_b, '+.2f')};"
-        f" KL {after_prompts(row.kl_a, row.kl_b, '.2g', 'a')}"
+        f" KL {after_prompts(row.kl_a, row.kl_b, '.2g', 'a')}{describe_damage(row, noun)}"
     )
-    if pd.isna(row.damaged):
-        return f"{sentence}: damage is not judged" if len(randoms) else sentence
-    verdict = ": damaged, further than" if row.damaged else ", no further than"
-    return f"{sentence}{verdict} with 95 % of the random {noun}s"
+
+
+def describe_damage(row: Any, noun: str) -> str:
+    """How far a set moves the replies to prompt b, and what that says."""
+    along, part = "", " to the first token"
+    if not math.isnan(row.kl_reply):
+        along, part = f", {row.kl_reply:.2g} per token of replies to b", ""
+    phrases = {
+        "no": f"no damage{part}, {MAX_KL:g} nats at most",
+        "yes": f"damaged, more than {MAX_KL:g} nats and than with 95 % of the random {noun}s",
+        "as random sets": (
+            f"more than {MAX_KL:g} nats, as with random {noun}s: any edit as large may change"
+            " what is said"
+        ),
+        "not judged": "damage is not judged",
+    }
+    return f"{along}: {phrases[row.damage]}"
 
 
 def describe_kept_set(row: Any, table: pd.DataFrame) -> str:
@@ -11135,18 +11258,20 @@ def draw_random_sets(axes: Any, random_rows: pd.DataFrame, label: str) -> None:
 
 
 def draw_measured_sets(axes: Any, rows: pd.DataFrame) -> None:
-    """The mean delta of each set by size with its interval; a cross where it is damaged."""
+    """The mean delta of each set by size with its interval; a mark where it moves prompt b by more
+    than `MAX_KL`."""
     sizes = rows["n_ablated"]
     axes.vlines(sizes, rows["ci_low"], rows["ci_high"], color="tab:blue")
     label = SET_LABELS[rows["set"].iloc[0]]
     axes.plot(sizes, rows["mean_delta"], "o-", color="tab:blue", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, sizes.map(str))
-    damaged = rows[rows["damaged"].eq(True)]
-    if len(damaged):
-        label = "damaged: moves prompt b further than random sets"
-        x, y = damaged["n_ablated"], damaged["mean_delta"]
-        axes.plot(x, y, "x", color="red", markersize=12, label=label)
+    for verdict, (marker, color, meaning) in DAMAGE_MARKS.items():
+        marked = rows[rows["damage"] == verdict]
+        if len(marked):
+            label = f"KL after prompt b above {MAX_KL:g} nats, {meaning}"
+            x, y = marked["n_ablated"], marked["mean_delta"]
+            axes.plot(x, y, marker, color=color, markersize=12, label=label)
 
 
 def draw_chosen_in(axes: Any, stability: Stability) -> None:
@@ -11207,10 +11332,17 @@ def write_sets(
 # ----- Replies ------------------------------------------------------------------------------------
 
 
+class Reply(NamedTuple):
+    """What the model says after a prompt."""
+
+    text: str
+    tokens: list[int]  # up to the one that ends it, if it came to an end
+
+
 @torch.inference_mode()
 def greedy_replies(
     experiment: Experiment, edits: Edits, prompts: Sequence[Prompt], max_new_tokens: int
-) -> list[str]:
+) -> list[Reply]:
     """The replies with some edits at every token, those of the replies included.
 
     What the model's own generation config asks for besides is left out: a repetition penalty
@@ -11236,8 +11368,9 @@ def greedy_replies(
         )
     replies = []
     for tokens in output[:, length:].tolist():
-        reply = list(itertools.takewhile(lambda token: token not in end_tokens, tokens))
-        replies.append(str(tokenizer.decode(reply, skip_special_tokens=True)).strip())
+        said = list(itertools.takewhile(lambda token: token not in end_tokens, tokens))
+        text = str(tokenizer.decode(said, skip_special_tokens=True)).strip()
+        replies.append(Reply(text, tokens[: len(said) + 1]))
     return replies
 
 
@@ -11268,20 +11401,43 @@ def measure_replies(
     first request, which is of unedited ones, and of each edited set show the behaviour. Parts keep
     the replies; each command judges them anew, since --refusal_words may be others by then."""
     make_edits = make_edits or functools.partial(set_edits, experiment)
-    jobs = []
-    for number, request in enumerate(requests):
-        ids = [sample.sample_id for sample in samples_of(request.prompts)]
-        key = digest([request.joint_set.key, ids, experiment.options.max_new_tokens])[:16]
-        n_replies = len(prompts_a_and_b(request.prompts))
-        compute = functools.partial(reply_records, experiment, request, make_edits)
-        name = f"replies-{experiment.part_key}-{key}"
-        jobs.append(PartJob(name, number, n_replies, n_replies, compute))
-    parts: list[list[dict[str, Any]]] = read_parts(experiment, jobs, "replies")
+    parts = read_replies(experiment, requests, make_edits)
     records = [judge_records(experiment, replies) for replies in parts]
     report_replies(experiment, requests, records)
     if experiment.folder.leads:
         experiment.folder.write_records(file_name, itertools.chain(*records))
     return records
+
+
+def read_replies(
+    experiment: Experiment, requests: Sequence[ReplyRequest], make_edits: MakeEdits
+) -> list[list[dict[str, Any]]]:
+    """The `reply_records` of each request, generated where no part has them."""
+    jobs = []
+    for number, request in enumerate(requests):
+        ids = [sample.sample_id for sample in samples_of(request.prompts)]
+        told = [request.joint_set.key, ids, experiment.options.max_new_tokens, "with tokens"]
+        n_replies = len(prompts_a_and_b(request.prompts))
+        compute = functools.partial(reply_records, experiment, request, make_edits)
+        name = f"replies-{experiment.part_key}-{digest(told)[:16]}"
+        jobs.append(PartJob(name, number, n_replies, n_replies, compute))
+    return read_parts(experiment, jobs, "replies")
+
+
+def unedited_replies_to_b(experiment: Experiment, prompts: Prompts) -> RepliesToB:
+    """The tokens of the unedited reply to each prompt b, by sample; {} where no replies are asked
+    for, or where the op cannot go on at every token of them. They are read from the same part as
+    those of `measure_replies` to the same prompts."""
+    options = experiment.options
+    if not options.max_new_tokens or not edits_every_token(options):
+        return {}
+    request = ReplyRequest(JointSet("none"), prompts)
+    (records,) = read_replies(experiment, [request], functools.partial(set_edits, experiment))
+    replies = {}
+    for record in records:
+        if record["prompt"] == "b":
+            replies[record["sample_id"]] = record["tokens"]
+    return replies
 
 
 def measure_replies_to_sets(
@@ -11303,7 +11459,7 @@ def measure_replies_to_sets(
 def reply_records(
     experiment: Experiment, request: ReplyRequest, make_edits: MakeEdits, bar: tqdm[Any]
 ) -> list[dict[str, Any]]:
-    """A record per reply, as in generations.jsonl, but for what the reply shows."""
+    """A record per reply, as in generations.jsonl, with its tokens and without what it shows."""
     joint_set = request.joint_set
     (edits,) = make_edits(None, [joint_set])
     prompts = prompts_a_and_b(request.prompts)
@@ -11319,7 +11475,8 @@ def reply_records(
                 "ablated": joint_set.text,
                 "n_ablated": len(joint_set.components),
                 "multiplier": joint_set.multiplier,
-                "reply": reply,
+                "reply": reply.text,
+                "tokens": reply.tokens,
             }
         )
     return records
@@ -11328,14 +11485,16 @@ def reply_records(
 def judge_records(
     experiment: Experiment, records: Iterable[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Records of replies with what each shows and whether it answers, as in generations.jsonl."""
+    """Records of replies with what each shows and whether it answers, as in generations.jsonl, and
+    without tokens."""
     task = experiment.task
     samples = {sample.sample_id: sample for sample in samples_of(experiment.prompts)}
     judged = []
     for record in records:
         sample, reply = samples[record["sample_id"]], record["reply"]
         judgement = {"mentions": task.shows(sample, reply), "answers": task.answers(sample, reply)}
-        judged.append({**record, **judgement})
+        told = {name: value for name, value in record.items() if name != "tokens"}
+        judged.append(told | judgement)
     return judged
 
 
@@ -11350,10 +11509,15 @@ def share_alike(replies: Iterable[str]) -> float:
     return alike / len(plain_replies)
 
 
+def edits_every_token(options: MeasuringOptions) -> bool:
+    """Whether the op is on all tokens of a prompt, and so can go on at those of a reply."""
+    return not options.patches and options.positions == "all"
+
+
 def check_edits_replies(experiment: Experiment) -> bool:
     """Whether the op can go on at every generated token; says so where it cannot."""
     options = experiment.options
-    if not options.patches and options.positions == "all":
+    if edits_every_token(options):
         return True
     experiment.findings.warn(
         "edited replies need an op that applies at every token:"
@@ -11378,11 +11542,13 @@ def report_replies(
         if samples != requests[0].samples:
             same = unedited[unedited["sample_id"].isin(edited["sample_id"])]
             tables.append(same.assign(samples=samples))
-    texts = {}
+    texts, units = {}, {}
     for prompt in itertools.chain(*experiment.prompts):
         texts[prompt.sample.sample_id, prompt.side] = prompt.text
+        units[prompt.sample.sample_id] = prompt.sample.unit
     table = pd.concat(tables, ignore_index=True)
     table = table.join(pd.Series(texts, name="text"), on=["sample_id", "prompt"])
+    table["unit"] = table["sample_id"].map(units)
     rates = behaviour_rates(table)
     for rate in rates:
         experiment.findings.say(describe_replies(experiment.task, rate))
@@ -11392,29 +11558,51 @@ def report_replies(
 def describe_replies(task: Task, rate: Mapping[str, Any]) -> str:
     """A sentence of `behaviour_rates`: how many replies show the behaviour, and how many to the
     prompt that does not ask for it are answers."""
-    shown = f"{rate['mentions_a']:.0f} % {task.shown} after prompt a"
+    shown = f"{describe_rate(rate, 'mentions_a')} {task.shown} after prompt a"
     side = "a"
     if "mentions_b" in rate:
-        shown += f", {rate['mentions_b']:.0f} % after b"
+        shown += f", {describe_rate(rate, 'mentions_b')} after b"
         side = "b"
     return (
         f"replies ({rate['samples']}, {rate['n_ablated']} ablated): {shown};"
-        f" {rate[f'answers_{side}']:.0f} % to {side} are answers,"
+        f" {describe_rate(rate, f'answers_{side}')} to {side} are answers,"
         f" {rate[f'alike_{side}']:.0f} % are alike or repeat themselves"
     )
 
 
+def describe_rate(rate: Mapping[str, Any], name: str) -> str:
+    """A percentage with its 95 % interval."""
+    low = rate[f"{name}_low"]
+    high = rate[f"{name}_high"]
+    return f"{rate[name]:.0f} % [{low:.0f}, {high:.0f}]"
+
+
 def behaviour_rates(replies: pd.DataFrame) -> list[dict[str, Any]]:
-    """Percentages by group of `samples` and by number of edited components; `alike` is over
-    different prompts, whose `text` tells them apart."""
+    """Percentages by group of `samples` and by number of edited components, those of `mentions` and
+    `answers` with their 95 % intervals over sentences; `alike` is over different prompts, whose
+    `text` tells them apart."""
     replies = replies.assign(mentions=replies["mentions"].map(bool))
-    keys = ["samples", "n_ablated", "prompt"]
-    rates = 100 * replies.groupby(keys)[["mentions", "answers"]].mean()
-    once_per_prompt = replies.drop_duplicates([*keys, "text"])
-    rates["alike"] = 100 * once_per_prompt.groupby(keys)["reply"].agg(share_alike)
-    wide = rates.unstack()
-    wide.columns = pd.Index([f"{name}_{side}" for name, side in wide.columns])
-    return wide.reset_index().to_dict("records")
+    rates = []
+    for _, group in replies.groupby(["samples", "n_ablated"]):
+        n_sentences = int(group["unit"].nunique())
+        rate: dict[str, Any] = {
+            "samples": group["samples"].iloc[0],
+            "n_ablated": int(group["n_ablated"].iloc[0]),
+            "n_sentences": n_sentences,
+        }
+        for side, of_side in group.groupby("prompt"):
+            for name in ("mentions", "answers"):
+                rate |= percentage(f"{name}_{side}", of_side[name].mean(), n_sentences)
+            once_per_prompt = of_side.drop_duplicates("text")
+            rate[f"alike_{side}"] = 100 * share_alike(once_per_prompt["reply"])
+        rates.append(rate)
+    return rates
+
+
+def percentage(name: str, share: float, n_sentences: int) -> dict[str, float]:
+    """A share as a percentage under a name, with the ends of its interval over sentences."""
+    low, high = share_interval(share, n_sentences)
+    return {name: 100 * share, f"{name}_low": 100 * low, f"{name}_high": 100 * high}
 
 
 # ----- Estimates ----------------------------------------------------------------------------------
@@ -12017,7 +12205,8 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
     sizes = sizes_up_to(len(components))
     joint_sets = sets_of_sizes(experiment, "chosen", components, sizes, options.skip)
     prompts = experiment.prompts_of(held_out)
-    confirmed = judge_sets(experiment, joint_sets, prompts, "held-out", side)
+    replies = unedited_replies_to_b(experiment, experiment.prompts)
+    confirmed = judge_sets(experiment, joint_sets, prompts, "held-out", side, replies)
     n_components = len(table[COMPONENT_KEY].drop_duplicates())
     effects = f"{n_components} {options.row_method} effects"
     confirmed["selection"] = f"{options.confirm} by role of {effects}"
@@ -12173,7 +12362,8 @@ def run_joint(experiment: Experiment) -> None:
         base = base_statistics(measured.reset_index(), side)
         warn_of_unclear_base(experiment.findings, base)
         joint_sets = named_sets(experiment)
-        table = judge_sets(experiment, joint_sets, prompts, samples, side)
+        replies = unedited_replies_to_b(experiment, prompts_answered(experiment, prompts, samples))
+        table = judge_sets(experiment, joint_sets, prompts, samples, side, replies)
         rows = measure_sets(experiment, joint_sets, prompts)  # read back
         table = add_changes(table, rows, joint_sets)
         report_changes(experiment.findings, table[table["quoted"]], len(names))
@@ -12532,7 +12722,7 @@ def draw_curve(table: pd.DataFrame, title: str, path: Path) -> None:
 def run_joint_replies(experiment: Experiment, prompts: Prompts, samples: str) -> None:
     """joint_generations.jsonl: replies without edits, with the set edited, and with it and a random
     set scaled; the latter also as circuit_steer.csv and .png."""
-    answered = experiment.prompts if samples == "all" else prompts
+    answered = prompts_answered(experiment, prompts, samples)
     requests = [ReplyRequest(JointSet("none"), answered, samples)]
     if check_edits_replies(experiment):
         named = JointSet("named", experiment.options.names.components)
@@ -12544,6 +12734,11 @@ def run_joint_replies(experiment: Experiment, prompts: Prompts, samples: str) ->
     replies = measure_replies(experiment, requests, "joint_generations.jsonl")
     if scaled_sets:
         run_steering(experiment, scaled_sets, replies[n_unscaled:], prompts)
+
+
+def prompts_answered(experiment: Experiment, prompts: Prompts, samples: str) -> Prompts:
+    """Those that the model replies to: those measured, and with all of them negative controls."""
+    return experiment.prompts if samples == "all" else prompts
 
 
 def choose_scaled_sets(experiment: Experiment) -> list[JointSet]:
@@ -12601,17 +12796,21 @@ def run_steering(
 
 
 def judge_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]:
-    """The share of replies that show the behaviour, with its interval over sentences, and the
-    shares that are answers or repeat themselves."""
+    """The shares of replies that show the behaviour and that are answers, with their intervals over
+    sentences, and the share that repeats itself."""
     shown = replies["mentions"].map(bool).mean()
-    low, high = share_interval(shown, n_sentences)
+    answers = replies["answers"].mean()
+    shown_low, shown_high = share_interval(shown, n_sentences)
+    answers_low, answers_high = share_interval(answers, n_sentences)
     return {
         "n": len(replies),
         "n_sentences": n_sentences,
         "shown": shown,
-        "shown_low": low,
-        "shown_high": high,
-        "answers": replies["answers"].mean(),
+        "shown_low": shown_low,
+        "shown_high": shown_high,
+        "answers": answers,
+        "answers_low": answers_low,
+        "answers_high": answers_high,
         "repeating": replies["reply"].map(repeats_itself).mean(),
     }
 
@@ -12619,11 +12818,13 @@ def judge_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]:
 def report_steering(experiment: Experiment, table: pd.DataFrame) -> None:
     """A sentence per set, multiplier and side."""
     for row in table.itertuples():
-        interval = format_interval(row, "shown", ".0%")
+        shown_interval = format_interval(row, "shown", ".0%")
+        answers_interval = format_interval(row, "answers", ".0%")
         experiment.findings.say(
             f"{row.set} x {row.factor:g}, prompt {row.side}:"
-            f" {row.shown:.0%} of {row.n} {experiment.task.shown}{interval},"
-            f" {row.answers:.0%} are answers, {row.repeating:.0%} repeat themselves;"
+            f" {row.shown:.0%}{shown_interval} of {row.n} {experiment.task.shown},"
+            f" {row.answers:.0%}{answers_interval} are answers,"
+            f" {row.repeating:.0%} repeat themselves;"
             f" mean {measure_in_words(str(row.measure))} {row.mean_delta:+.3f}, KL {row.kl:.2g}"
         )
 
@@ -13229,7 +13430,6 @@ def draw_tokens(
 
 DIRECTIONS_FORMAT = "directions/1"
 N_SHUFFLES = 20  # of labels, to see which accuracy chance gives
-MAX_KL = 0.1  # by how much a direction's ablation may move what follows prompt b, as in the paper
 MIN_SHARE = 0.1  # of the base, which the ablation of a direction has to move
 
 
@@ -13277,7 +13477,7 @@ def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
         heads = heads_table(results, bases, floor, options.factor)
         phrases = EditPhrases(experiment.task, OPS[options.op].verb, f" along {data.fit_name}")
         report_effects(experiment.findings, heads, bases, floor, phrases)
-        table = directions_table(data, probes, effect_rows(rows, samples), bases["b"])
+        table = directions_table(data, probes, effect_rows(rows, samples))
         report_directions(experiment.findings, table)
         if experiment.folder.leads:
             write_components(experiment.folder.claim_path("circuit_directions.csv"), table)
@@ -13501,13 +13701,13 @@ def fit_directions(
     """Directions [component, width] from inputs [component, sample, side, width], and accuracies
     [3, component]: in those inputs, in the tested ones, and in these by chance."""
     find = difference_of_means if data.fit_name == "difference" else logistic_normal
-    units = [sample.unit for sample in samples_of(data.fitting)]
+    fitting_units = [sample.unit for sample in samples_of(data.fitting)]
+    tested_units = [sample.unit for sample in samples_of(data.tested)]
     fit = find(fitting_input)
-    accuracies = [
-        accuracy_of(fit, fitting_input),
-        accuracy_of(fit, tested_input),
-        chance_accuracy(find, fitting_input, tested_input, units, data.options.seed),
-    ]
+    by_chance = chance_accuracy(
+        find, fitting_input, tested_input, fitting_units, tested_units, data.options.seed
+    )
+    accuracies = [accuracy_of(fit, fitting_input), accuracy_of(fit, tested_input), by_chance]
     return fit.directions, torch.stack(accuracies)
 
 
@@ -13634,19 +13834,32 @@ def chance_accuracy(
     find: Callable[[Tensor], Fit],
     fitting_input: Tensor,
     tested_input: Tensor,
-    units: Sequence[str],
+    fitting_units: Sequence[str],
+    tested_units: Sequence[str],
     seed: int,
 ) -> Tensor:
-    """[component], the 95th percentile of the accuracy over fits in which labels a and b are
-    swapped at random, sentence by sentence. Inputs are [component, sample, side, width]."""
+    """[component], the 95th percentile of the accuracy where labels a and b are swapped at random,
+    sentence by sentence, both in the fitted and in the tested samples.
+
+    Inputs are [component, sample, side, width], units the sentences of their samples. Were the
+    tested labels left as they are, any fit whose swaps are mostly of one kind would find the true
+    direction or its opposite, and the limit would be 100 % in few sentences.
+    """
     accuracies = []
     for draw in range(N_SHUFFLES):
         rng = random.Random(f"{seed} shuffle {draw}")
-        is_changed = {unit: rng.random() < 0.5 for unit in sorted(set(units))}
-        changes = torch.tensor([is_changed[unit] for unit in units])[:, None, None]
-        shuffled = torch.where(changes, fitting_input.flip(2), fitting_input)
-        accuracies.append(accuracy_of(find(shuffled), tested_input))
+        shuffled_fitting = swap_sides(fitting_input, fitting_units, rng)
+        shuffled_tested = swap_sides(tested_input, tested_units, rng)
+        accuracies.append(accuracy_of(find(shuffled_fitting), shuffled_tested))
     return torch.stack(accuracies).quantile(0.95, 0)
+
+
+def swap_sides(x: Tensor, units: Sequence[str], rng: random.Random) -> Tensor:
+    """Inputs [component, sample, side, width] with sides a and b swapped in a random half of the
+    sentences; `units` are those of the samples."""
+    is_swapped = {unit: rng.random() < 0.5 for unit in sorted(set(units))}
+    swaps = torch.tensor([is_swapped[unit] for unit in units])[:, None, None]
+    return torch.where(swaps, x.flip(2), x)
 
 
 # -- edits along directions
@@ -13731,11 +13944,11 @@ def measure_along(data: DirectionData) -> pd.DataFrame:
 
 
 def directions_table(
-    data: DirectionData, probes: pd.DataFrame, effects: pd.DataFrame, base: Mapping[str, Any]
+    data: DirectionData, probes: pd.DataFrame, effects: pd.DataFrame
 ) -> pd.DataFrame:
     """circuit_directions.csv: per component how well its direction tells the prompts apart, and by
-    way what an edit moves and which share of the base that is."""
-    share_per_nat = -1 / base["mean"] if base["is_clear"] else math.nan
+    way what an edit moves and which share of the base that is, with their intervals over sentences.
+    Shares are empty where the base is not clear."""
     labels = {"L0resid", *(component.label for component in data.components)}
     table = probes[probes["label"].isin(labels)]
     is_along = effects["way"] == "along"
@@ -13744,7 +13957,7 @@ def directions_table(
         statistics = column_statistics(rows, "head_effect", ["way", "label"])
         for way in statistics.index.unique("way"):
             columns = statistics.loc[way, ["mean", "ci_low", "ci_high", "q"]]
-            columns = columns.assign(share_moved=columns["mean"] * share_per_nat)
+            columns = columns.join(shares_of_base(rows[rows["way"] == way], columns.index))
             table = table.join(columns.add_prefix(f"{way}_"), on="label")
     return table.sort_values(["layer", "index"]).assign(
         method=data.fit_name,
@@ -13792,8 +14005,11 @@ def describe_direction(row: Any) -> str:
     )
     if not math.isnan(row.accuracy):
         interval = format_interval(row, "accuracy", ".0%")
+        beaten = "no higher than by shuffled labels"
+        if row.accuracy > row.accuracy_shuffled:
+            beaten = "higher than by 95 % of shuffled labels"
         sentence += (
-            f", accuracy {row.accuracy:.0%}{interval} (shuffled: up to {row.accuracy_shuffled:.0%})"
+            f", accuracy {row.accuracy:.0%}{interval}, {beaten} ({row.accuracy_shuffled:.0%})"
         )
     effects = []
     ways = {
@@ -13805,7 +14021,10 @@ def describe_direction(row: Any) -> str:
         mean = getattr(row, f"{way}_mean", None)
         if mean is not None:
             share = getattr(row, f"{way}_share_moved")
-            of_base = "" if math.isnan(share) else f" ({share + 0.0:.0%} of the base)"
+            of_base = ""
+            if not math.isnan(share):
+                interval = format_interval(row, f"{way}_share", ".0%")
+                of_base = f" ({share + 0.0:.0%}{interval} of the base)"
             effects.append(f"{phrase} {mean:+.3f}{of_base}")
     return f"{sentence}; moved {', '.join(effects)}"
 
@@ -13927,7 +14146,8 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
         experiment.findings.warn(f"--confirm {options.confirm} chooses no direction")
         return []
     make_edits = functools.partial(direction_set_edits, data)
-    table = judge_sets(experiment, joint_sets, prompts, "held-out", side, make_edits)
+    replies = unedited_replies_to_b(experiment, data.measured)
+    table = judge_sets(experiment, joint_sets, prompts, "held-out", side, replies, make_edits)
     table["selection"] = selection
     if stability is not None:
         report_stability(experiment.findings, stability)
@@ -13966,8 +14186,8 @@ def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
     in the sentences that are set apart, with random directions; nothing where none moves a tenth.
 
     As in Arditi et al. (arXiv:2406.11717) it is none of the last fifth, nor one that moves what is
-    said after prompt b by a KL above 0.1, as long as another moves half as much as the best; where
-    all do, it is the one of the least KL. That adding it induces the behaviour is not asked.
+    said after prompt b by a KL above `MAX_KL`, as long as another moves half as much as the best;
+    where all do, it is the one of the least KL. That adding it induces the behaviour is not asked.
     """
     experiment, findings = data.experiment, data.experiment.findings
     candidates = []

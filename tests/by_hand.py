@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,19 @@ def divergence(model: Any, ids: Sequence[int], edit: AbstractContextManager[None
     before = log_probs()
     with edit:
         return float((before.exp() * (before - log_probs())).sum())
+
+
+def divergence_along(
+    model: Any,
+    ids: Sequence[int],
+    reply: Sequence[int],
+    edited: Callable[[], AbstractContextManager[None]],
+) -> float:
+    """Mean KL of the tokens of a reply (nats), with forwards of their own for each."""
+    by_token = []
+    for n_read in range(len(reply)):
+        by_token.append(divergence(model, [*ids, *reply[:n_read]], edited()))
+    return statistics.fmean(by_token)
 
 
 def student_tail(t: float, df: float, steps: int = 4000) -> float:

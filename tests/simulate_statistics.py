@@ -233,6 +233,46 @@ def print_stability(n_tables: int, generator: torch.Generator) -> None:
         print(f"| 8 of mean {mean:g} SD | {sum(again) / n_tables:.1f} of 8 | {share:.0%} |")
 
 
+WIDTH = 32  # of the inputs whose sides are told apart
+APART = {"no": 0.0, "a": 4.2}  # from the mean of one side to that of the other, in SD
+
+
+def accuracy_limits(
+    fitted: Tensor, tested: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The 95th percentile of the accuracy [table] by shuffled labels of the fitted sentences alone,
+    and of the tested ones too. Inputs are [table, sentence, side, width]."""
+    limits: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for _ in range(tracing.N_SHUFFLES):
+        swapped = []
+        for x in (fitted, tested):
+            is_swapped = torch.rand(*x.shape[:2], 1, 1, generator=generator) < 0.5
+            swapped.append(torch.where(is_swapped, x.flip(2), x))
+        fit = tracing.difference_of_means(swapped[0])
+        for found, x in zip(limits, (tested, swapped[1]), strict=True):
+            found.append(tracing.accuracy_of(fit, x))
+    alone, both = (torch.stack(found).quantile(0.95, 0) for found in limits)
+    return alone, both
+
+
+def print_shuffles(n_tables: int, generator: torch.Generator) -> None:
+    print("\n| direction | sentences | accuracy | beats fitted labels shuffled | both shuffled |")
+    print("| --- | --: | --: | --: | --: |")
+    for name, apart in APART.items():
+        for n in (5, 8, 16):
+            inputs = []
+            for _ in range(2):
+                x = draw("normal", n, n_tables * 2 * WIDTH, generator)
+                x = x.view(n, n_tables, 2, WIDTH).transpose(0, 1).contiguous()
+                x[:, :, 0, 0] += apart
+                inputs.append(x)
+            fitted, tested = inputs
+            accuracy = tracing.accuracy_of(tracing.difference_of_means(fitted), tested)
+            limits = accuracy_limits(fitted, tested, generator)
+            alone, both = (float((accuracy > limit).double().mean()) for limit in limits)
+            print(f"| {name} | {n} | {float(accuracy.mean()):.2f} | {alone:.1%} | {both:.1%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", type=int, default=2000)
@@ -246,6 +286,7 @@ def main() -> None:
     print_too_few(generator)
     print_stability(max(1, args.tables // 100), generator)
     print_wordings(args.tables, generator)
+    print_shuffles(args.tables, generator)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ own hooks, and the tables of the command by hand."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import operator
@@ -30,7 +31,7 @@ from torch import Tensor
 import llama3_circuit_tracing as tracing
 import naive
 import random_models
-from by_hand import prepared
+from by_hand import divergence_along, prepared
 from conftest import (
     HANGS,
     ONE_THREAD,
@@ -176,18 +177,80 @@ def test_accuracy_and_area_of_a_few_numbers() -> None:
 
 @pytest.mark.parametrize("method", FIND)
 def test_fits_to_shuffled_sides_are_right_half_of_the_time(method: str) -> None:
-    """Of sides that are easily told apart: they change places sentence by sentence."""
+    """Of sides that are easily told apart: they change places sentence by sentence, in what is
+    fitted and in what is tested."""
     fitted, tested = (gaussians(32, 3.0, 6, 12, seed)[0] for seed in (0, 1))
     chance = []
     for draw in range(tracing.N_SHUFFLES):
-        rng, x = random.Random(f"7 shuffle {draw}"), fitted.clone()
-        for two in (slice(i, i + 2) for i in range(0, 32, 2)):
-            x[:, two] = x[:, two].flip(2) if rng.random() < 0.5 else x[:, two]
-        chance.append(tracing.accuracy_of(FIND[method](x), tested))
+        rng, swapped = random.Random(f"7 shuffle {draw}"), []
+        for x in (fitted.clone(), tested.clone()):
+            for two in (slice(i, i + 2) for i in range(0, 32, 2)):
+                x[:, two] = x[:, two].flip(2) if rng.random() < 0.5 else x[:, two]
+            swapped.append(x)
+        chance.append(tracing.accuracy_of(FIND[method](swapped[0]), swapped[1]))
     assert abs(float(torch.stack(chance).mean()) - 0.5) < 0.06
     units = [f"u{i // 2:02}" for i in range(32)]
-    accuracy = tracing.chance_accuracy(FIND[method], fitted, tested, units, 7)
+    tested_units = [f"v{i // 2:02}" for i in range(32)]
+    accuracy = tracing.chance_accuracy(FIND[method], fitted, tested, units, tested_units, 7)
     assert (accuracy - torch.stack(chance).quantile(0.95, 0)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("method", FIND)
+def test_sides_that_are_easily_told_apart_beat_the_limit_of_chance(method: str) -> None:
+    """Of five sentences, too: swaps of all or most of them find the direction or its opposite, but
+    no labels to go with it."""
+    fitted, tested = (gaussians(5, 6.0, 8, 40, seed)[0] for seed in (0, 1))
+    units = [[f"{name}{i}" for i in range(5)] for name in "uv"]
+    limit = tracing.chance_accuracy(FIND[method], fitted, tested, *units, 7)
+    accuracy = tracing.accuracy_of(FIND[method](fitted), tested)
+    assert accuracy.mean() > 0.95
+    assert (accuracy > limit).double().mean() > 0.8
+
+
+@pytest.mark.parametrize(("accuracy", "shuffled"), [(0.9, 0.85), (0.9, 0.9), (1.0, 1.0)])
+def test_the_sentence_of_a_direction_says_whether_shuffled_labels_do_as_well(
+    accuracy: float, shuffled: float
+) -> None:
+    row = direction_row(accuracy=accuracy, accuracy_shuffled=shuffled)
+    phrase = "no higher than by shuffled labels"
+    if accuracy > shuffled:
+        phrase = "higher than by 95 % of shuffled labels"
+    sentence = tracing.describe_direction(row)
+    assert f", accuracy {accuracy:.0%} [50%, 100%], {phrase} ({shuffled:.0%});" in sentence
+    assert sentence.endswith("; moved along it -1.500 (30% [10%, 45%] of the base)")
+
+
+def direction_row(**more: float) -> SimpleNamespace:
+    """A row of the table."""
+    row: dict[str, Any] = {"label": "L1resid", "auc": 1.0, "n_sentences": 4}
+    row |= {"accuracy_low": 0.5, "accuracy_high": 1.0, "along_mean": -1.5}
+    row |= {"along_share_moved": 0.3, "along_share_low": 0.1, "along_share_high": 0.45}
+    return SimpleNamespace(**(row | more))
+
+
+def test_without_a_clear_base_the_sentence_has_no_share() -> None:
+    row = direction_row(accuracy=math.nan, along_share_moved=math.nan, along_share_low=math.nan)
+    sentence = tracing.describe_direction(row)
+    assert (
+        sentence
+        == "direction of L1resid: AUC 1.00 over 4 held-out sentences; moved along it -1.500"
+    )
+
+
+def test_shares_that_are_moved_have_intervals_over_sentences_by_hand() -> None:
+    """Four sentences, one of two samples, and a negative control that does not count."""
+    units = ["u", "u", "v", "w", "x", "c"]
+    base, effect = [3.0, 1.0, 4.0, 2.0, 3.0, 50.0], [-1.0, -1.0, -2.0, -1.5, -2.5, 9.0]
+    groups = ["", "", "", "", "", tracing.NO_ODD_ONE]
+    frame = {"label": "L1resid", "unit": units, "group": groups}
+    effects = pd.DataFrame(frame | {"delta_logit_base": base, "head_effect": effect})
+    labels = pd.Index(["L1resid"], name="label")
+    share, low, high = tracing.shares_moved(effects, labels).loc["L1resid"]
+    assert share == pytest.approx(8 / 13)
+    taken, bases = torch.tensor([[2.0, 2.0, 1.5, 2.5], [4.0, 4.0, 2.0, 3.0]]).double()
+    expected = tracing.mean_interval(taken[:, None], bases[:, None])[:, 0].tolist()
+    assert (low, high) == pytest.approx(expected)
+    assert low < share < high
 
 
 # ----- edits along a direction
@@ -429,7 +492,7 @@ def test_replies_are_those_of_the_paper_too(pre_norm: Bench) -> None:
     prompts = [prompt for pair in data.experiment.prompts for prompt in pair[:2]]
     joint_set = DirectionSet("chosen", (component,), everywhere=True)
     (row,) = tracing.direction_set_edits(data, None, [joint_set])
-    replies = tracing.greedy_replies(data.experiment, row, prompts, 6)
+    replies = [reply.text for reply in tracing.greedy_replies(data.experiment, row, prompts, 6)]
     ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
     configured = data.experiment.traced.model.generation_config.eos_token_id
     ends |= set(configured if isinstance(configured, list) else [configured])
@@ -437,6 +500,36 @@ def test_replies_are_those_of_the_paper_too(pre_norm: Bench) -> None:
         expected = [naive.greedy(model, prompt.ids, 6, ends) for prompt in prompts]
     texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in expected]
     assert replies == texts
+
+
+@torch.no_grad()
+def test_the_divergence_along_replies_is_that_of_the_paper_too(
+    pre_norm: Bench, tmp_path: Path
+) -> None:
+    """Of the direction; that of random ones goes along with it."""
+    data, component = ablating(pre_norm)
+    experiment, (model, _) = data.experiment, pre_norm.loaded
+    experiment.folder.path = tmp_path
+    experiment.folder.parts = tmp_path / "parts"
+    experiment.folder.parts.mkdir()
+    chosen = DirectionSet("chosen", (component,), directions="d", everywhere=True)
+    sets = [DirectionSet("none"), *tracing.with_random_directions(data, chosen)]
+    replies = {}
+    for number, prompts in enumerate(experiment.prompts):
+        replies[prompts[0].sample.sample_id] = [5, 9, 31, 4][: 1 + number % 4]
+    make_edits = functools.partial(tracing.direction_set_edits, data)
+    table = tracing.measure_along_replies(experiment, sets, experiment.prompts, replies, make_edits)
+    is_chosen = table["place"] == 1
+    for row in table[is_chosen].itertuples():
+        (ids,) = (
+            pair[1].ids for pair in experiment.prompts if pair[0].sample.sample_id == row.sample_id
+        )
+        edited = functools.partial(ablated_as_in_the_paper, model, data.vectors[component])
+        expected = divergence_along(model, ids, replies[row.sample_id], edited)
+        assert row.kl_reply_b == pytest.approx(expected, rel=1e-4, abs=CLOSE)
+    assert set(table["place"]) == {1, 2, 3, 4}
+    assert table[~is_chosen].groupby("sample_id")["kl_reply_b"].nunique().eq(3).all()
+    assert table["kl_reply_b"].min() > 0
 
 
 def test_random_directions_go_as_far_at_each_token_and_reading_point(pre_norm: Bench) -> None:
@@ -530,6 +623,7 @@ def test_the_layer_is_chosen_on_the_samples_that_are_set_apart(
 
 WHOLE_PATCH = "--task refusal --num_samples 12 --no-bf16 --kind resid --op patch"
 PATCH = [*WHOLE_PATCH.split(), "--fit", "difference"]
+SHARE = ("moved", "low", "high")
 NUMBERS = [f"{way}_{name}" for way in ("along", "random") for name in ("mean", "ci_low", "q")]
 
 
@@ -586,6 +680,9 @@ def test_the_table_recomputes_from_plain_forwards(patched: Path, tiny_llama: str
         assert row.along_mean == pytest.approx(effects["mean"][layer])
         assert row.along_share_moved == pytest.approx(-row.along_mean / base, abs=1e-9)
         assert row.random_share_moved == pytest.approx(-row.random_mean / base, abs=1e-9)
+        for way in ("along", "random", "whole"):
+            share, low, high = (getattr(row, f"{way}_share_{end}") for end in SHARE)
+            assert low <= share <= high
         if not d.any():
             assert math.isnan(row.largest_share)
             assert row.accuracy == row.auc == 0.5
@@ -871,11 +968,11 @@ def small(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finish(llama, tmp_path_factory.mktemp("small"), "directions", *SMALL.split())
 
 
-@pytest.mark.parametrize("function", ["run_variants", "read_divergence"])
+@pytest.mark.parametrize("function", ["run_variants", "read_divergence", "read_reply_divergence"])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     function: str, small: Path, llama: str, tmp_path: Path, monkeypatch: Patch
 ) -> None:
-    """Interrupted at its effects, and at its joint sets."""
+    """Interrupted at its effects, at its joint sets, and at replies that are read with them."""
     argv = command_line(llama, tmp_path, "directions", *SMALL.split())
 
     def stop(*_: Any) -> None:
@@ -944,7 +1041,10 @@ def test_with_other_options_nothing_is_missing(words: str, llama: str, tmp_path:
     numbers = [*NUMBERS, "norm", "accuracy", "auc", "accuracy_shuffled"]
     assert not swept[numbers + ["whole_mean"] * has_whole].isna().any(axis=None)
     is_clear = "its interval covers 0" not in log
-    assert (swept["along_share_moved"].isna() == (not is_clear)).all()
+    for way in ("along", "random"):
+        for end in SHARE:
+            assert (swept[f"{way}_share_{end}"].isna() == (not is_clear)).all()
+    assert "nan" not in log
     lexical = table.set_index("label").loc["L0resid", ["accuracy", "auc", "norm"]]
     assert lexical.tolist() == [0.5, 0.5, 0]
     still = swept.loc[swept["norm"] == 0, ["along_mean", "random_mean"]]
@@ -987,14 +1087,16 @@ def test_negative_controls_give_no_direction(tiny_llama: str, tmp_path: Path) ->
 def test_logistic_directions_are_of_the_sentences_set_apart(small: Path, llama: str) -> None:
     data, directions = data_of(llama, *SMALL.split()), load_file(small / FILE)
     shuffled = read(small, TABLE).set_index("label")["accuracy_shuffled"]
-    units = [pair[0].sample.unit for pair in data.fitting]
+    units, tested_units = (
+        [pair[0].sample.unit for pair in prompts] for prompts in (data.fitting, data.tested)
+    )
     find = tracing.logistic_normal
     for layer in (1, 2):
         fitted = torch.tensor(by_plain_forwards(llama, data.fitting, layer))[None]
         tested = torch.tensor(by_plain_forwards(llama, data.measured, layer))[None]
         direction = find(fitted).directions[0]
         assert torch.cosine_similarity(directions[f"L{layer}resid"], direction, dim=0) > 0.9999
-        chance = tracing.chance_accuracy(find, fitted, tested, units, 42)
+        chance = tracing.chance_accuracy(find, fitted, tested, units, tested_units, 42)
         assert shuffled[f"L{layer}resid"] == pytest.approx(float(chance))
     with safe_open(small / FILE, "pt") as file:
         metadata = json.loads(file.metadata()["told"])
@@ -1033,9 +1135,10 @@ def test_what_is_added_is_never_called_damage(tiny_llama: str, tmp_path: Path) -
     """It is to move what prompt b leaves."""
     for op, judged in (("add", False), ("zero", True)):
         words = ["directions", *PATCH, "--op", op, "--confirm", "1", "--layers", "1"]
+        words += ["--task", "suppression", "--num_samples", "20"]  # of which 5 sentences confirm
         rows = read(finish(tiny_llama, tmp_path / op, *words), CONFIRM)
         chosen = rows[rows["set"] == "chosen"]
-        assert chosen["damaged"].notna().all() == judged
+        assert (chosen["damage"] != "not judged").all() == judged
         drawn = rows[rows["set"] == "random"]
         assert len(drawn) == 20 and set(drawn["components"]) == {"L1resid"}
         assert drawn["mean_delta"].nunique() == 20

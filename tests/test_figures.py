@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +270,7 @@ HALF = 0.1  # of the intervals of the chosen
 def joint_table(
     chosen: dict[int, float],
     drawn: dict[int, list[float]],
-    damaged: Sequence[int] = (),
+    damage: Mapping[int, str] | None = None,
     lent: int = 0,
     interval: float = HALF,
 ) -> pd.DataFrame:
@@ -280,10 +280,11 @@ def joint_table(
         values = {"samples": "held-out", "measure": "a - b", "set": name, "draw": 0, "n_ablated": n}
         values |= {"components": " ".join(f"L0H{i}" for i in range(n)), "lent": 0, "quoted": True}
         values |= {"mean_delta": delta, "ci_low": delta - half, "ci_high": delta + half}
-        return values | {"damaged": math.nan} | more
+        return values | {"damage": ""} | more
 
     rows = [row("none", 0, -0.61)]
-    rows += [row("chosen", n, d, interval, damaged=n in damaged) for n, d in chosen.items()]
+    for n, d in chosen.items():
+        rows.append(row("chosen", n, d, interval, damage=(damage or {}).get(n, "no")))
     rows += [
         row("random", n, d, draw=i, lent=lent * (i == len(deltas) - 1))
         for n, deltas in drawn.items()
@@ -334,16 +335,32 @@ def test_a_band_is_drawn_where_there_are_many_distinct_sets_of_a_size_only(
     assert sizes == ({1, 3} if n_sets >= tracing.MANY_SETS else {3})
 
 
-@pytest.mark.parametrize("damaged", [(), (1,), (1, 3)])
-def test_damaged_sets_bear_a_red_cross(damaged: tuple[int, ...], saved: Saved) -> None:
-    table = joint_table({1: -0.4, 3: 0.1}, MANY, damaged)
-    draw(table)
-    crosses = [line for line in saved[CONFIRM].axes[0].lines if line.get_marker() == "x"]
-    places = {int(n): y for line in crosses for n, y in zip(*line.get_data(), strict=True)}
-    assert places == {n: {1: -0.4, 3: 0.1}[n] for n in damaged}
-    assert all(line.get_color() == "red" for line in crosses)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {},
+        {1: "not judged"},
+        {1: "yes"},
+        {1: "yes", 3: "yes"},
+        {1: "as random sets", 3: "yes"},
+        {1: "as random sets", 3: "not judged"},
+    ],
+)
+def test_damaged_sets_bear_a_red_cross_and_those_as_random_sets_another_mark(
+    damage: dict[int, str], saved: Saved
+) -> None:
+    deltas = {1: -0.4, 3: 0.1}
+    draw(joint_table(deltas, MANY, damage))
+    lines = saved[CONFIRM].axes[0].lines
     legend = " ".join(text.get_text() for text in saved[CONFIRM].legends[0].get_texts())
-    assert ("damaged" in legend) == bool(damaged)
+    marks = {"yes": ("x", "red", "damaged"), "as random sets": ("+", "tab:orange", "may be")}
+    for verdict, (marker, color, word) in marks.items():
+        marked = [line for line in lines if line.get_marker() == marker]
+        places = {int(n): y for line in marked for n, y in zip(*line.get_data(), strict=True)}
+        assert places == {n: deltas[n] for n in damage if damage[n] == verdict}
+        assert all(line.get_color() == color for line in marked)
+        assert (word in legend) == bool(places)
+    assert ("above 0.1 nats" in legend) == bool(marks.keys() & set(damage.values()))
 
 
 @pytest.mark.parametrize("lent", [0, 2])
@@ -367,10 +384,12 @@ def test_the_axis_names_the_measure(saved: Saved) -> None:
 SMALL: dict[str, pd.DataFrame] = {
     "one size, one set": joint_table({1: -0.4}, {1: [-0.6]}),
     "one sentence": joint_table({1: -0.4, 2: -0.1}, {1: [-0.6], 2: [-0.7]}, interval=math.nan),
-    "all damaged and lent": joint_table({1: -0.4, 2: 0.0}, {1: [-0.6], 2: [-0.5]}, (1, 2), 2),
+    "all damaged and lent": joint_table(
+        {1: -0.4, 2: 0.0}, {1: [-0.6], 2: [-0.5]}, {1: "yes", 2: "as random sets"}, 2
+    ),
     "all alike": joint_table({1: -0.61, 2: -0.61}, {1: [-0.61] * 20, 2: [-0.61] * 20}),
     "many sizes": joint_table(
-        {2**i: -0.1 * i for i in range(9)}, {2**i: [-0.6] for i in range(9)}, (256,), 200
+        {2**i: -0.1 * i for i in range(9)}, {2**i: [-0.6] for i in range(9)}, {256: "yes"}, 200
     ),
 }
 
@@ -385,7 +404,7 @@ def test_the_legend_of_the_joint_figure_hides_no_line(saved: Saved) -> None:
     """The usual case: the chosen lift the delta to 0, random ones do little or the reverse."""
     chosen = {1: -0.44, 2: -0.1, 4: -0.01, 8: 0.01}
     drawn = {n: [-0.6 - 0.1 * i for i in range(6)] for n in chosen}
-    draw(joint_table(chosen, drawn, (8,), 1))
+    draw(joint_table(chosen, drawn, {4: "as random sets", 8: "yes"}, 1))
     (axes,), (legend,) = saved[CONFIRM].axes, saved[CONFIRM].legends
     for line in axes.lines:
         path = line.get_path().transformed(line.get_transform())

@@ -632,7 +632,7 @@ def test_samples_of_one_prompt_go_through_circuits_replies_screens_and_redrawing
     )
     confirmed = pd.read_csv(run / "circuit_confirm.csv")
     assert set(confirmed["measure"]) == {"a"} and confirmed["moved_b"].isna().all()
-    assert confirmed["damaged"].isna().all() and confirmed["quoted"].all()
+    assert set(confirmed["damage"].dropna()) == {"not judged"} and confirmed["quoted"].all()
     assert json.loads((run / "circuit.json").read_text())["measure"] == "a"
     replies = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
     assert {reply["prompt"] for reply in replies} == {"a"}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
 import shutil
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,12 @@ def naive_reply(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] = 
     return text_of(tokenizer, tokens)
 
 
+def said_by(experiment: Any, edits: Any, prompts: Any, n_tokens: int) -> list[str]:
+    """The texts of greedy replies."""
+    replies = tracing.greedy_replies(experiment, edits, prompts, n_tokens)
+    return [reply.text for reply in replies]
+
+
 # ----- replies of a confirmed circuit
 
 
@@ -103,6 +111,36 @@ def test_replies_are_those_of_a_plain_token_loop_with_the_components_and_the_giv
     assert with_given > 0
 
 
+def whole_reply(plain: Plain, ids: Sequence[int], n_tokens: int) -> list[int]:
+    """The tokens of a reply without edits, up to the one that ends it."""
+    model, tokenizer = plain
+    ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
+    tokens = naive.greedy(model, ids, n_tokens)
+    is_end = [token in ends for token in tokens]
+    return tokens[: [*is_end, True].index(True) + 1]
+
+
+def test_the_table_has_the_divergence_along_the_unedited_replies_to_held_out_prompts_b(
+    runs: dict[str, Path], plain: Plain
+) -> None:
+    """Of chosen and of random sets, with the given components zeroed throughout."""
+    folder, (model, tokenizer) = runs["replying"], plain
+    texts = by_hand.texts(folder)
+    table = read(folder, "circuit_confirm.csv")
+    measured = table[table["set"].isin(["chosen", "random"])]
+    assert measured["set"].value_counts().to_dict() == {"chosen": 3, "random": 5}
+    for row in measured.itertuples():
+        edited = functools.partial(by_hand.ablated, model, row.components.split())
+        by_sample = []
+        with by_hand.ablated(model, ["L0H0"]):
+            for sample_id in halves(folder)[1]:
+                ids = naive.prompt_ids(tokenizer, texts[sample_id]["b"])
+                reply = whole_reply(plain, ids, 5)
+                by_sample.append(by_hand.divergence_along(model, ids, reply, edited))
+        assert row.kl_reply == pytest.approx(statistics.fmean(by_sample), rel=1e-4, abs=2e-5)
+    assert table[~table["set"].isin(["chosen", "random"])]["kl_reply"].isna().all()
+
+
 EDITS = [("L1mlp", "mean"), ("L2attn", "scale"), ("L0N7", "scale"), ("L1resid", "scale")]
 
 
@@ -129,7 +167,7 @@ def test_replies_are_edited_by_any_op_at_all_tokens(
     with naive.hooked(block.get_submodule(tracing.LLAMA_LAYOUT.module(site.place)), edit):
         expected = [naive_reply(plain, user, 4) for user in users]
     edits = experiment.edits(None, [component])
-    assert tracing.greedy_replies(experiment, edits, prompts, 4) == expected
+    assert said_by(experiment, edits, prompts, 4) == expected
     assert expected[0] != naive_reply(plain, users[0], 4)
 
 
@@ -150,7 +188,10 @@ def test_replies_stop_at_every_kind_of_terminator(
         monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: vocabulary)
     assert stop not in others, "the other reply goes on"
     expected = [text_of(tokenizer, t) for t in (tokens[: tokens.index(stop)], others)]
-    assert tracing.greedy_replies(experiment, (), prompts, 8) == expected
+    assert said_by(experiment, (), prompts, 8) == expected
+    first, second = tracing.greedy_replies(experiment, (), prompts, 8)
+    assert first.tokens == tokens[: tokens.index(stop) + 1]
+    assert second.tokens == others
 
 
 def test_the_reply_of_a_model_that_ends_at_once_is_empty(llama: str, plain: Plain) -> None:
@@ -159,7 +200,8 @@ def test_the_reply_of_a_model_that_ends_at_once_is_empty(llama: str, plain: Plai
     (likeliest,) = naive_tokens(plain, user_text(prompt.text), 1)
     with torch.no_grad():
         weight[experiment.encoder.tokenizer.eos_token_id] = 2 * weight[likeliest]
-    assert tracing.greedy_replies(experiment, (), [prompt], 3) == [""]
+    (reply,) = tracing.greedy_replies(experiment, (), [prompt], 3)
+    assert reply == ("", [experiment.encoder.tokenizer.eos_token_id])
 
 
 def test_a_model_without_any_end_speaks_to_the_last_token(llama: str, tmp_path: Path) -> None:
@@ -202,6 +244,14 @@ def test_without_a_confirmed_set_that_applies_at_every_token_replies_are_unedite
 
 
 # ----- replies of a named set
+
+
+def check_interval(rate: dict[str, Any], name: str) -> None:
+    """A percentage has its interval over sentences beside it."""
+    low, high = tracing.share_interval(rate[name] / 100, rate["n_sentences"])
+    ends = [rate[f"{name}_low"], rate[f"{name}_high"]]
+    assert ends == pytest.approx([100 * low, 100 * high])
+
 
 NAMED = ["joint", "L2mlp,L0H1", "--num_samples", "4", "--max_new_tokens", "5", "--num_random", "1"]
 
@@ -246,6 +296,7 @@ def test_the_rates_of_a_named_set_are_those_of_its_replies_to_all_samples(
             for name in ("mentions", "answers"):
                 expected = 100 * replies[same][name].map(bool).mean()
                 assert rate[f"{name}_{side}"] == pytest.approx(expected)
+                check_interval(rate, f"{name}_{side}")
         assert f"(all, {rate['n_ablated']} ablated): {rate['mentions_a']:.0f} % " in log
     assert rates[0]["answers_b"] != rates[1]["answers_b"]
 
@@ -346,10 +397,16 @@ def test_a_follow_up_judges_by_the_refusal_words_of_the_folder(
     assert all(record["mentions"] == ["Sure"] for record in replies)
 
 
+def with_interval(rate: dict[str, Any], name: str) -> str:
+    """As the log has a percentage."""
+    return f"{rate[name]:.0f} % [{rate[f'{name}_low']:.0f}, {rate[f'{name}_high']:.0f}]"
+
+
 @pytest.mark.parametrize("name", ["replying", "refusing"])
 def test_the_rates_are_in_run_json_and_in_the_log(name: str, runs: dict[str, Path]) -> None:
     folder, records = runs[name], pd.DataFrame(generations(runs[name]))
     rates, log = rates_of(folder), (folder / "run.log").read_text()
+    samples = {sample["sample_id"]: sample for sample in record_of(folder)["samples"]}
     steps = [("held-out", n) for n in range(len(chosen_in(folder)) + 1)]
     assert [(rate["samples"], rate["n_ablated"]) for rate in rates] == [("all", 0), *steps]
     held_out = records[records["sample_id"].isin(halves(folder)[1])]
@@ -360,11 +417,15 @@ def test_the_rates_are_in_run_json_and_in_the_log(name: str, runs: dict[str, Pat
             for name in ("mentions", "answers"):
                 share = 100 * group[same][name].map(bool).mean()
                 assert rate[f"{name}_{side}"] == pytest.approx(share)
+                check_interval(rate, f"{name}_{side}")
             alike = 100 * tracing.share_alike(group[same]["reply"])
             assert rate[f"alike_{side}"] == pytest.approx(alike)
+        units = {samples[sample_id]["unit"] for sample_id in group["sample_id"]}
+        assert rate["n_sentences"] == len(units)
         start = f"({rate['samples']}, {rate['n_ablated']} ablated)"
-        assert f"{start}: {rate['mentions_a']:.0f} % " in log
-        end = f"{rate['answers_b']:.0f} % to b are answers, {rate['alike_b']:.0f} % are alike"
+        assert f"{start}: {with_interval(rate, 'mentions_a')} " in log
+        end = f"{with_interval(rate, 'answers_b')} to b are answers, "
+        end += f"{rate['alike_b']:.0f} % are alike"
         assert f"{end} or repeat themselves\n" in log[log.index(start) :]
 
 
@@ -379,7 +440,7 @@ def test_the_rates_by_hand() -> None:
     ]
     columns = ["sample_id", "prompt", "n_ablated", "mentions", "answers", "reply"]
     table = pd.DataFrame(replies, columns=columns)
-    table["text"] = table["sample_id"]
+    table["text"] = table["unit"] = table["sample_id"]
     unedited, t_alone = table[table["n_ablated"] == 0], table[table["sample_id"] == "t"]
     groups = [unedited.assign(samples="all"), t_alone.assign(samples="held-out")]
     rates = tracing.behaviour_rates(pd.concat(groups))
@@ -389,6 +450,21 @@ def test_the_rates_by_hand() -> None:
         ["held-out", 0, 100, 100, 0, 100, 100, 100],
         ["held-out", 2, 100, 0, 0, 0, 0, 0],
     ]
+    assert [rate["n_sentences"] for rate in rates] == [2, 1, 1]
+    # Wilson 1927 for 1 of 2 and for 1 of 1: 1 / (1 + z^2 / n), with z = 1.96
+    low, high = rates[0]["mentions_a_low"], rates[0]["mentions_a_high"]
+    assert (low, high) == pytest.approx((9.45, 90.55), abs=0.01)
+    low, high = rates[1]["answers_b_low"], rates[1]["answers_b_high"]
+    assert (low, high) == pytest.approx((20.65, 100), abs=0.01)
+
+
+def test_samples_of_one_sentence_count_once_in_the_interval_of_a_rate() -> None:
+    replies = [(f"s{i}", f"u{i // 4}", "a", f"x{i}", "one") for i in range(8)]
+    table = pd.DataFrame(replies, columns=["sample_id", "unit", "prompt", "text", "reply"])
+    table["mentions"] = [["x"]] * 4 + [[]] * 4
+    (rate,) = tracing.behaviour_rates(table.assign(samples="all", n_ablated=0, answers=True))
+    assert (rate["mentions_a"], rate["n_sentences"]) == (50, 2)
+    assert rate["mentions_a_low"] == pytest.approx(9.45, abs=0.01)
 
 
 def test_equal_replies_to_the_same_prompt_are_not_alike() -> None:
@@ -397,6 +473,7 @@ def test_equal_replies_to_the_same_prompt_are_not_alike() -> None:
     replies += [("t", "b", "z", "two"), ("u", "b", "w", "three")]
     table = pd.DataFrame(replies, columns=["sample_id", "prompt", "text", "reply"])
     table["mentions"] = [[]] * len(table)
+    table["unit"] = table["sample_id"]
     (rate,) = tracing.behaviour_rates(table.assign(samples="all", n_ablated=0, answers=True))
     assert (rate["alike_a"], rate["alike_b"]) == (100, 0)
 

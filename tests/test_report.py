@@ -805,8 +805,8 @@ def test_a_file_that_is_broken_is_left_out_with_a_warning(
 def test_odd_line_ends_stay_in_a_reply(llama: str, tmp_path: Path, monkeypatch: Patch) -> None:
     reply = "one\u2028two\x85three\nfour\r"
 
-    def reply_to(experiment: Any, edits: Any, prompts: Any, max_new_tokens: int) -> list[str]:
-        return [reply] * len(prompts)
+    def reply_to(experiment: Any, edits: Any, prompts: Any, max_new_tokens: int) -> list[Any]:
+        return [tracing.Reply(reply, [5, 6])] * len(prompts)
 
     monkeypatch.setattr(tracing, "greedy_replies", reply_to)
     flags = "joint L0H1 --num_samples 4 --num_random 2 --multipliers 0,1 --max_new_tokens 2"
@@ -870,7 +870,7 @@ def test_a_batch_that_is_halved_changes_nothing_in_the_page(
 ) -> None:
     said, calls = tracing.greedy_replies, itertools.count()
 
-    def fails_once(*arguments: Any, **options: Any) -> list[str]:
+    def fails_once(*arguments: Any, **options: Any) -> list[tracing.Reply]:
         if not next(calls):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return said(*arguments, **options)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ CLOSE = 2e-5
 COLUMNS = "samples measure set draw n_ablated components kept lent n_samples n_sentences "
 COLUMNS += "mean_delta ci_low ci_high share_removed share_low share_high faithfulness "
 COLUMNS += "faithfulness_low faithfulness_high remaining moved_a moved_b kl_a kl_b "
-COLUMNS += "damaged quoted selection"
+COLUMNS += "kl_reply damage quoted selection"
 CONFIRM_TABLE = "circuit_confirm.csv"
 CONFIRM = ["--num_samples", "6", "--confirm", "3", "--num_random", "4"]
 
@@ -96,7 +96,7 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
     table, quoted, sides = read(controlled), [], []
     instead: dict[str, Any] = {
         "sets_of_sizes": lambda experiment, name, chosen, *_: [JointSet(name, chosen)],
-        "judge_sets": lambda *arguments: sides.append(arguments[-1]) or joint_rows(controlled),
+        "judge_sets": lambda *arguments: sides.append(arguments[4]) or joint_rows(controlled),
         "write_circuit": lambda experiment, chosen, measure, *_: quoted.append(measure),
     }
     for name, function in instead.items():
@@ -287,7 +287,8 @@ def set_row(
     row = {"samples": "held-out", "measure": "a - b", "set": name, "components": components}
     row |= {"n_ablated": len(components.split()), "kl_a": 0.0, "kl_b": kl_b, "share_removed": share}
     numbers = "mean_delta ci_low ci_high share_low share_high moved_a moved_b"
-    rest = {"n_sentences": 8, "lent": 0, "quoted": True, "damaged": math.nan, "kept": False}
+    rest = {"n_sentences": 8, "lent": 0, "quoted": True, "damage": "", "kept": False}
+    rest["kl_reply"] = math.nan
     return row | dict.fromkeys(numbers.split(), 0.0) | rest | more
 
 
@@ -316,21 +317,46 @@ def test_a_run_tells_how_many_components_neighbouring_layers_lend(
 # ----- damage
 
 
+ROUND = 21  # random sets, of which 95 % are the first 20
+SENTENCES = {
+    "no": "no damage to the first token, 0.1 nats at most",
+    "yes": "damaged, more than 0.1 nats and than with 95 % of the random sets",
+    "as random sets": "more than 0.1 nats, as with random sets: any edit as large may change what",
+    "not judged": "damage is not judged",
+}
+
+
+def damage_of(table: pd.DataFrame, **options: Any) -> list[str]:
+    judged = tracing.judge_damage(table, tracing.TraceOptions(**options))
+    return list(judged["damage"])
+
+
 @pytest.mark.parametrize("name", ["chosen", "named"])
-@pytest.mark.parametrize(("kl_b", "damaged"), [(0.94, 0), (0.95, 0), (0.96, 1), (5.0, 1)])
-def test_a_set_is_damaged_where_b_moves_further_than_with_95_percent_of_random_ones(
-    name: str, kl_b: float, damaged: int
+@pytest.mark.parametrize(
+    ("kl_b", "farthest", "damage"),
+    [
+        (0.0021, 0.002, "no"),  # however little random sets move b
+        (0.1, 0.02, "no"),
+        (0.11, 0.1, "yes"),
+        (0.11, 1.0, "as random sets"),
+        (0.95, 1.0, "as random sets"),
+        (0.96, 1.0, "yes"),
+        (5.0, 1.0, "yes"),
+    ],
+)
+def test_a_set_is_damaged_above_the_floor_and_beyond_95_percent_of_random_sets(
+    name: str, kl_b: float, farthest: float, damage: str
 ) -> None:
-    """Of its own size; 21 random sets move b by 0 to 1, those of another size by 100."""
+    """Of its own size; 21 random sets move b by 0 to the farthest, those of another size by 100."""
     rows = [set_row("L0H0", name, kl_b), set_row("L0H0 L1H0", name, kl_b)]
-    rows += [set_row("L0H1", kl_b=i / 20) for i in range(21)]
+    rows += [set_row("L0H1", kl_b=farthest * i / 20) for i in range(ROUND)]
     rows += [set_row("L0H1 L1H1", kl_b=100.0)]
     rows += [set_row("L0H1", "all", kl_b=50.0), set_row("", "none")]
     table = tracing.judge_damage(pd.DataFrame(rows), tracing.TraceOptions())
-    assert table["damaged"][0] == damaged
-    assert table["damaged"][1:].isna().all()  # a single random set tells nothing
-    verdicts = [re.findall("damaged, further|no further|not judged", s) for s in reported(table)]
-    assert verdicts == [["damaged, further" if damaged else "no further"], ["not judged"]]
+    alone = "no" if damage == "no" else "not judged"  # a single random set tells nothing
+    assert list(table["damage"]) == [damage, alone] + [""] * (len(rows) - 2)
+    for verdict, sentence in zip((damage, alone), reported(table), strict=True):
+        assert f": {SENTENCES[verdict]}" in sentence
 
 
 @pytest.mark.parametrize("n_sets", [tracing.MANY_SETS - 1, tracing.MANY_SETS])
@@ -340,16 +366,75 @@ def test_damage_is_judged_by_many_sets_only_and_not_of_patches(
 ) -> None:
     """A patch into b is to move it, and one into a leaves it alone."""
     rows = [set_row("L0H0", "chosen", 1.0), *(set_row("L0H1") for _ in range(n_sets))]
-    table = tracing.judge_damage(pd.DataFrame(rows), tracing.TraceOptions(**options))
-    assert table["damaged"].notna()[0] == (not options and n_sets == tracing.MANY_SETS)
+    is_judged = not options and n_sets == tracing.MANY_SETS
+    assert damage_of(pd.DataFrame(rows), **options)[0] == ("yes" if is_judged else "not judged")
+    below = pd.DataFrame(rows).assign(kl_b=0.01)
+    assert damage_of(below, **options)[0] == ("not judged" if options else "no")
+
+
+@pytest.mark.parametrize("kl_b", [0.0, 1.0])
+@pytest.mark.parametrize("n_sentences", [1, 4, 5])
+def test_damage_is_judged_over_five_sentences_or_more(n_sentences: int, kl_b: float) -> None:
+    rows = [set_row("L0H0", "chosen", kl_b), *(set_row("L0H1") for _ in range(ROUND))]
+    table = pd.DataFrame(rows).assign(n_sentences=n_sentences)
+    verdict = "yes" if kl_b else "no"
+    assert damage_of(table)[0] == (verdict if n_sentences >= 5 else "not judged")
+
+
+def test_without_random_sets_a_set_below_the_floor_is_not_damaged() -> None:
+    table = pd.DataFrame([set_row("L0H0", "named", 0.05), set_row("L0H0", "named", 0.2)])
+    assert damage_of(table) == ["no", "not judged"]
+
+
+def test_damage_is_judged_along_replies_where_there_are_some() -> None:
+    """Whatever becomes of the first token; the sentence tells both."""
+    rows = [set_row("L0H0", "chosen", 0.002, kl_reply=0.23)]
+    rows += [set_row("L0H1", kl_b=0.5, kl_reply=0.005 * i) for i in range(ROUND)]
+    table = tracing.judge_damage(pd.DataFrame(rows), tracing.TraceOptions())
+    assert table["damage"][0] == "yes"
+    (sentence,) = reported(table)
+    assert "0.002 after b, 0.23 per token of replies to b: damaged, more than 0.1" in sentence
+    table.loc[0, ["kl_b", "kl_reply"]] = [0.9, 0.02]
+    table = tracing.judge_damage(table, tracing.TraceOptions())
+    assert table["damage"][0] == "no"
+    assert reported(table)[0].endswith("of replies to b: no damage, 0.1 nats at most")
 
 
 def test_damage_is_the_same_whether_there_is_one_measure_or_two() -> None:
     one = [set_row("L0H0", "chosen", 0.97), *(set_row("L0H1", kl_b=i / 10) for i in range(11))]
     two = [*one, *(row | {"measure": "a - other"} for row in one)]
     for rows in (one, two):
-        table = tracing.judge_damage(pd.DataFrame(rows), tracing.TraceOptions())
-        assert table["damaged"][0] == 1
+        assert damage_of(pd.DataFrame(rows))[0] == "yes"
+
+
+def test_a_share_that_the_base_does_not_give_is_no_number_in_the_sentence() -> None:
+    rows = [set_row("L0H0", "chosen", share=math.nan, damage="no"), set_row("L0H1")]
+    (sentence,) = reported(pd.DataFrame(rows))
+    assert ", no share: the base is not clear; " in sentence
+    assert "nan" not in sentence
+
+
+BROKEN = "L0H1,L0H7,L0H0,L0H3,L0H5,L3H4,L3H7,L2H5"  # heads that carry the model's refusals
+
+
+def test_a_set_that_breaks_replies_after_a_sound_first_token_is_damaged(
+    tiny_llama: str, tmp_path: Path
+) -> None:
+    """To harmless requests, too, most replies are the same two words."""
+    words = ["joint", BROKEN, "--task", "refusal", "--num_samples", "20"]
+    named = []
+    for n_tokens in ("0", "12"):
+        folder = finish(tiny_llama, tmp_path / n_tokens, *words, "--max_new_tokens", n_tokens)
+        rows = read(folder, "circuit_joint.csv")
+        named.append(rows[rows["set"] == "named"].iloc[0])
+    assert named[0]["kl_b"] == named[1]["kl_b"] < 0.01
+    assert [row["damage"] for row in named] == ["no", "yes"]
+    assert math.isnan(named[0]["kl_reply"]) and named[1]["kl_reply"] > 0.1
+    randoms = rows[rows["set"] == "random"]["kl_reply"]
+    assert 0 < randoms.max() < named[1]["kl_reply"]
+    records = pd.read_json(folder / "joint_generations.jsonl", lines=True)
+    edited = records[(records["ablated"] != "") & (records["prompt"] == "b")]["reply"]
+    assert edited.value_counts().iloc[0] >= len(edited) / 2
 
 
 # ----- what becomes of the held-out sentences
@@ -367,7 +452,9 @@ def test_the_joint_table_has_its_columns_and_rows_of_each_measure(
     assert (rows[["n_samples", "n_sentences"]] == 3).all(axis=None)
     shares = 1 - rows["mean_delta"] / rows["mean_delta"][0]
     assert rows["share_removed"].tolist() == pytest.approx(shares.tolist())
-    assert rows["damaged"].isna().all()  # by four random sets of a size
+    is_chosen = rows["set"] == "chosen"
+    assert (rows["damage"][is_chosen] == "not judged").all()  # of three sentences
+    assert rows["damage"][~is_chosen].isna().all() and rows["kl_reply"].isna().all()
     by_set = rows.groupby(["n_ablated", "kept"])["components"]
     assert by_set.nunique().eq(by_set.size()).all()
 
@@ -387,7 +474,7 @@ def test_the_log_tells_what_the_joint_table_holds(
         line += f"{len(drawn)} distinct random sets {low:.0%} to {high:.0%}; "
         line += f"log P of the forbidden words {row.moved_a:+.2f} after prompt a, "
         line += f"{row.moved_b:+.2f} after b; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
-        line += ": damage is not judged"  # by four random sets
+        line += ": damage is not judged"  # by three sentences
         assert line in log
     assert log.count(" jointly (L") == 3
 
@@ -395,11 +482,25 @@ def test_the_log_tells_what_the_joint_table_holds(
 @pytest.mark.parametrize("extra", [-1, 0])
 def test_few_random_sets_are_told_by_their_ends_and_many_by_their_quantiles(extra: int) -> None:
     n = tracing.MANY_SETS + extra
-    rows = [set_row("L0H0", "chosen", damaged=0)]
+    rows = [set_row("L0H0", "chosen", damage="no")]
     rows += [set_row("L0H1", share=i / (n - 1)) for i in range(n)]
     (sentence,) = reported(pd.DataFrame(rows))
     ends = "0% to 100%" if extra < 0 else "5% to 95%"
     assert f", {n} distinct random sets {ends};" in sentence
+
+
+def with_parts(experiment: tracing.Experiment[Any], folder: Path) -> tracing.Experiment[Any]:
+    """The experiment with a folder for what it measures."""
+    experiment.folder.path = folder
+    experiment.folder.parts = folder / "parts"
+    experiment.folder.parts.mkdir()
+    return experiment
+
+
+def capped_model(folder: Path) -> str:
+    """One whose own logits are used."""
+    widths = {"sliding_window": 400, "final_logit_softcapping": 2.0}
+    return str(random_models.build_model(folder, "gemma2", **widths))
 
 
 @pytest.mark.parametrize("rows", ["1", "64"])
@@ -409,14 +510,10 @@ def test_the_divergence_of_the_first_reply_token_is_that_of_plain_forwards(
 ) -> None:
     """From what is said with the given components zeroed alone; capped are a model's own logits."""
     if name == "capped":
-        widths = {"sliding_window": 400, "final_logit_softcapping": 2.0}
-        llama = str(random_models.build_model(tmp_path, "gemma2", **widths))
+        llama = capped_model(tmp_path)
     flags = ["--rows_per_forward", rows, "--attn_implementation", "eager"]
     flags += ["--given", given] if given else []
-    experiment = prepared(llama, *flags)
-    experiment.folder.path = tmp_path
-    experiment.folder.parts = tmp_path / "parts"
-    experiment.folder.parts.mkdir()
+    experiment = with_parts(prepared(llama, *flags), tmp_path)
     labels = ["", "L1H2", "L0H0 L2H3 L1mlp"]
     sets = [JointSet("", parsed(components)) for components in labels]
     table = tracing.measure_sets(experiment, sets, experiment.prompts)
@@ -434,6 +531,79 @@ def test_the_divergence_of_the_first_reply_token_is_that_of_plain_forwards(
         assert min(row.kl_a, row.kl_b) >= 0
         assert (max(row.kl_a, row.kl_b) < 1e-6) == (not components)
     assert len(table) == len(labels) * len(experiment.prompts)
+
+
+REPLIES = [[7], [9, 31, 4], [12, 5], [3, 3, 8, 40]]  # any tokens: the model did not say them
+
+
+@pytest.mark.parametrize("rows", ["1", "64"])
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("llama", ""),
+        ("llama", "--given L0H1"),
+        ("llama", "--tree_tokens 1"),  # a tree per sample
+        ("qwen3", ""),
+        ("tiny", ""),
+        ("capped", ""),
+    ],
+)
+def test_the_divergence_along_replies_is_that_of_a_plain_forward_per_token(
+    name: str, flags: str, rows: str, random_model: Any, tiny_llama: str, tmp_path: Path
+) -> None:
+    """Of prompts b and replies of any length; sets that say nothing of damage are left out."""
+    model_path = capped_model(tmp_path) if name == "capped" else tiny_llama
+    if name in ("llama", "qwen3"):
+        model_path = random_model(name)
+    words = ["--num_samples", "4", "--rows_per_forward", rows, "--no-bf16", *flags.split()]
+    experiment = with_parts(prepared(model_path, *words), tmp_path)
+    labels = {1: "L1H2", 2: "L0H0 L2H3 L1mlp", 5: "L0attn"}
+    names = ["none", "chosen", "random", "all", "complement", "named"]
+    sets = []
+    for place, set_name in enumerate(names):
+        kinds = ("head",) if set_name in ("all", "complement") else ()
+        sets.append(JointSet(set_name, parsed(labels.get(place, "")), others_of=kinds))
+    ids = [prompts[0].sample.sample_id for prompts in experiment.prompts]
+    replies = dict(zip(ids, REPLIES, strict=True))
+    table = tracing.measure_along_replies(experiment, sets, experiment.prompts, replies)
+    assert experiment.traced.uses_model_logits == (name == "capped")
+    model, _ = naive.load(model_path)
+    for row in table.itertuples():
+        prompts = experiment.prompts[ids.index(row.sample_id)]
+        edited = functools.partial(by_hand.ablated, model, labels[row.place].split())
+        with by_hand.ablated(model, flags.removeprefix("--given ").split() * ("given" in flags)):
+            expected = by_hand.divergence_along(
+                model, prompts[1].ids, replies[row.sample_id], edited
+            )
+        assert row.kl_reply_b == pytest.approx(expected, abs=CLOSE)
+        assert expected > 1e-6
+    assert sorted(zip(table["place"], table["sample_id"], strict=True)) == [
+        (place, sample_id) for place in labels for sample_id in sorted(ids)
+    ]
+
+
+def test_other_replies_have_divergences_of_their_own(llama: str, tmp_path: Path) -> None:
+    """In a folder that keeps those of shorter replies."""
+    words = ["joint", "L0H1,L1mlp", "--num_samples", "2", "--num_random", "2", "--max_new_tokens"]
+    tables = []
+    for folder, n_tokens in (("one", "1"), ("one", "4"), ("other", "4")):
+        finish(llama, tmp_path / folder, *words, n_tokens)
+        tables.append(read(tmp_path / folder, "circuit_joint.csv").query("set == 'named'"))
+    shorter, longer, alone = tables
+    assert shorter["kl_reply"].tolist() == pytest.approx(shorter["kl_b"].tolist(), abs=CLOSE)
+    assert longer["kl_reply"].tolist() == alone["kl_reply"].tolist()
+    assert longer["kl_reply"].tolist() != pytest.approx(shorter["kl_reply"].tolist(), rel=0.01)
+
+
+@pytest.mark.parametrize("n_left", [0, 1, 2, 9])
+def test_a_reply_is_read_as_far_as_the_window_holds_it(n_left: int, llama: str) -> None:
+    """Behind the prompt so many tokens fit; the last one of a reply is not read."""
+    experiment = prepared(llama)
+    prompt = experiment.prompts[0][1]
+    shape = replace(experiment.shape, context=len(prompt.ids) + n_left)
+    answered = tracing.with_reply(prompt, [5, 6, 7], shape)
+    assert answered.forms == (((5, 6, 7)[: n_left + 1],),)
+    assert (answered.ids, answered.sample) == (prompt.ids, prompt.sample)
 
 
 # ----- intervals

@@ -22,7 +22,7 @@ from by_hand import halves
 from conftest import Answer, finish, read, refuses, write_samples
 
 COLUMNS = "factor set components lent side measure mean_delta kl n n_sentences shown shown_low shown_high "
-COLUMNS += "answers repeating"
+COLUMNS += "answers answers_low answers_high repeating"
 REPLYING = "--num_samples 4 --max_new_tokens 4 --num_random 2"
 RUNS = {  # the words of joint; "confirmed" follows a trace in its folder
     "confirmed": ["--max_new_tokens", "4", "--num_random", "2", "--multipliers", "0,1,-6"],
@@ -205,6 +205,8 @@ def test_the_interval_of_replies_is_over_sentences(n_shown: int, n: int, n_sente
     ends = [judged["shown_low"], judged["shown_high"]]
     assert ends == pytest.approx(wilson_interval(n_shown / n, n_sentences), abs=1e-6)
     assert ends != pytest.approx(wilson_interval(n_shown / n, n), abs=0.02)
+    ends = [judged["answers_low"], judged["answers_high"]]
+    assert ends == pytest.approx(wilson_interval(1.0, n_sentences), abs=1e-6)
 
 
 def test_samples_of_one_sentence_count_once_in_the_interval(llama: str, tmp_path: Path) -> None:
@@ -267,6 +269,8 @@ def test_a_set_of_more_than_half_of_all_is_scaled_alone(llama: str, tmp_path: Pa
 def test_the_log_tells_each_row(runs: dict[str, Path]) -> None:
     log = (runs["confirmed"] / "run.log").read_text()
     for row in steered(runs["confirmed"]).itertuples():
-        line = f"{row.set} x {row.factor:g}, prompt {row.side}: {row.shown:.0%} of 2 "
+        line = f"{row.set} x {row.factor:g}, prompt {row.side}: {row.shown:.0%} "
+        line += f"[{row.shown_low:.0%}, {row.shown_high:.0%}] of 2 mention a forbidden word, "
+        line += f"{row.answers:.0%} [{row.answers_low:.0%}, {row.answers_high:.0%}] are answers, "
         assert line in log
         assert f"mean a - b {row.mean_delta:+.3f}, KL {row.kl:.2g}" in log[log.index(line) :]
