@@ -27,7 +27,7 @@ from llama3_circuit_tracing import Component, JointSet
 CLOSE = 2e-5
 COLUMNS = "samples measure set draw n_ablated components kept lent n_samples n_sentences "
 COLUMNS += "mean_delta ci_low ci_high share_removed share_low share_high faithfulness "
-COLUMNS += "faithfulness_low faithfulness_high remaining moved_a moved_b kl_a kl_b "
+COLUMNS += "faithfulness_low faithfulness_high remaining remaining_low remaining_high moved_a moved_b kl_a kl_b "
 COLUMNS += "kl_reply damage quoted selection"
 CONFIRM_TABLE = "circuit_confirm.csv"
 CONFIRM = ["--num_samples", "6", "--confirm", "3", "--num_random", "4"]
@@ -98,6 +98,7 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
         "sets_of_sizes": lambda experiment, name, chosen, *_: [JointSet(name, chosen)],
         "judge_sets": lambda *arguments: sides.append(arguments[4]) or joint_rows(controlled),
         "write_circuit": lambda experiment, chosen, measure, *_: quoted.append(measure),
+        "confirm_wordings": lambda *arguments: None,
     }
     for name, function in instead.items():
         monkeypatch.setattr(tracing, name, function)
@@ -410,7 +411,7 @@ def test_damage_is_the_same_whether_there_is_one_measure_or_two() -> None:
 def test_a_share_that_the_base_does_not_give_is_no_number_in_the_sentence() -> None:
     rows = [set_row("L0H0", "chosen", share=math.nan, damage="no"), set_row("L0H1")]
     (sentence,) = reported(pd.DataFrame(rows))
-    assert ", no share: the base is not clear; " in sentence
+    assert ", no share removed, the base is not clear; " in sentence
     assert "nan" not in sentence
 
 
@@ -450,8 +451,12 @@ def test_the_joint_table_has_its_columns_and_rows_of_each_measure(
     assert names.pop("random") > names.pop("random complement") > 1
     assert names == {"none": 1, "all": 1, "complement": 1, "chosen": 3}
     assert (rows[["n_samples", "n_sentences"]] == 3).all(axis=None)
-    shares = 1 - rows["mean_delta"] / rows["mean_delta"][0]
-    assert rows["share_removed"].tolist() == pytest.approx(shares.tolist())
+    base = rows.iloc[0]
+    if base["ci_low"] > 0 or base["ci_high"] < 0:
+        shares = 1 - rows["mean_delta"] / base["mean_delta"]
+        assert rows["share_removed"].tolist() == pytest.approx(shares.tolist())
+    else:
+        assert rows["share_removed"].isna().all()
     is_chosen = rows["set"] == "chosen"
     assert (rows["damage"][is_chosen] == "not judged").all()  # of three sentences
     assert rows["damage"][~is_chosen].isna().all() and rows["kl_reply"].isna().all()
@@ -470,13 +475,17 @@ def test_the_log_tells_what_the_joint_table_holds(
         low, high = drawn["share_removed"].agg(["min", "max"])
         line = f"held-out samples, {row.n_ablated} jointly ({row.components}): mean {measure} "
         line += f"{row.mean_delta:+.3f} over 3 sentences [{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
-        line += f"{row.share_removed:.0%} removed [{row.share_low:.0%}, {row.share_high:.0%}], "
-        line += f"{len(drawn)} distinct random sets {low:.0%} to {high:.0%}; "
+        if math.isnan(row.share_removed):
+            line += "no share removed, the base is not clear; "
+        else:
+            line += f"{row.share_removed:.0%} removed [{row.share_low:.0%}, {row.share_high:.0%}], "
+            line += f"{len(drawn)} distinct random sets {low:.0%} to {high:.0%}; "
         line += f"log P of the forbidden words {row.moved_a:+.2f} after prompt a, "
         line += f"{row.moved_b:+.2f} after b; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
         line += ": damage is not judged"  # by three sentences
         assert line in log
     assert log.count(" jointly (L") == 3
+    assert "nan" not in log
 
 
 @pytest.mark.parametrize("extra", [-1, 0])
@@ -618,7 +627,7 @@ def interval(sums: Sequence[float], counts: Sequence[float]) -> list[float]:
 def test_joint_intervals_are_those_of_the_units_sums(sign: int) -> None:
     """Four units of five samples; the share's interval is that of what is removed per base."""
     units = ["u", "v", "u", "w", "x"]
-    base, edited = [sign * v for v in (2.0, 3.0, 1.0, 4.0, 2.5)], [1.0, -1.5, 0.5, 2.0, 1.0]
+    base, edited = [sign * v for v in (2.6, 3.0, 2.4, 3.2, 2.8)], [1.0, -1.5, 0.5, 2.0, 1.0]
     scores = []
     for place, deltas in enumerate((base, edited, base)):
         for sample, delta in enumerate(deltas):
@@ -627,7 +636,7 @@ def test_joint_intervals_are_those_of_the_units_sums(sign: int) -> None:
     sets = [JointSet("none"), JointSet("chosen"), JointSet("all", others_of=("head",))]
     table = tracing.joint_statistics(rows, "b", sets)
     counts, sums = [2, 1, 1, 1], [1.5, -1.5, 2.0, 1.0]
-    bases = [sign * v for v in (3.0, 3.0, 4.0, 2.5)]
+    bases = [sign * v for v in (5.0, 3.0, 3.2, 2.8)]
     assert (table["n_sentences"] == 4).all() and (table["n_samples"] == 5).all()
     means = [sum(values) / 5 for values in (bases, sums, bases)]
     assert table["mean_delta"].tolist() == pytest.approx(means)
@@ -651,9 +660,9 @@ def test_the_interval_of_one_component_alone_is_that_of_its_sweep(confirmed: Pat
     bases, deltas = (table[is_same][f"delta_logit_{run}"].tolist() for run in ("base", "head"))
     ones = [1.0] * len(deltas)
     assert row[["ci_low", "ci_high"]].tolist() == pytest.approx(interval(deltas, ones), abs=CLOSE)
-    removed = [b - d for b, d in zip(bases, deltas, strict=True)]
-    share = row[["share_low", "share_high"]].tolist()
-    assert share == pytest.approx(interval(removed, bases), rel=1e-3)
+    low, high = interval(bases, ones)
+    assert low < 0 < high  # so that there is no share
+    assert row[["share_removed", "share_low", "share_high"]].isna().all()
 
 
 # ----- other samples and sizes
