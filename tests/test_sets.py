@@ -98,6 +98,7 @@ def test_where_most_of_a_half_lack_controls_the_effect_itself_chooses_and_is_quo
         "sets_of_sizes": lambda experiment, name, chosen, *_: [JointSet(name, chosen)],
         "judge_sets": lambda *arguments: sides.append(arguments[-1]) or joint_rows(controlled),
         "write_circuit": lambda experiment, chosen, measure, units: quoted.append(measure),
+        "confirm_wordings": lambda *_: None,
     }
     for name, function in instead.items():
         monkeypatch.setattr(tracing, name, function)
