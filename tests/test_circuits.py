@@ -519,7 +519,11 @@ def test_a_named_set_is_measured_on_all_samples_beside_all_of_its_kinds(
     assert rows["mean_delta"].nunique() == 4
     log = (folder / "run.log").read_text()
     start = f"all samples, {len(labels)} jointly ({' '.join(labels)}): mean a - b "
-    assert re.search(re.escape(start) + r"[+-]\d.* removed( \[|, the base is not clear).*; log P .* KL .* after b", log)
+    assert re.search(
+        re.escape(start)
+        + r"[+-]\d.* removed( \[|, the base is not clear).*; log P .* KL .* after b",
+        log,
+    )
 
 
 def test_the_complement_of_everything_edits_nothing_and_all_heads_are_the_attention(
