@@ -3474,6 +3474,22 @@ def write_out_shorthand(
     return long
 
 
+def parse_label(record: Mapping[str, Any], name: str, origin: str) -> str:
+    """A text of a record, "" where it has none."""
+    return parse_field(record, name, origin) if name in record else ""
+
+
+def parse_template(record: Mapping[str, Any], origin: str) -> str:
+    """The wording that a record names, "" where it names none; `UsageError` where it does not say
+    by its unit which samples are the same sentence in other wordings."""
+    if "template" in record and "unit" not in record:
+        raise UsageError(
+            f"{origin}: 'template' needs 'unit': samples of one sentence in several wordings share"
+            " their unit"
+        )
+    return parse_label(record, "template", origin)
+
+
 def parse_sample(
     record: Mapping[str, Any], origin: str, task: Task, target_form: str = "word"
 ) -> Sample:
@@ -3481,7 +3497,7 @@ def parse_sample(
 
     `UsageError` names the origin and the field that is missing or wrong.
     """
-    form = parse_field(record, "form", origin) if "form" in record else ""
+    form = parse_label(record, "form", origin)
     if form not in ("", *SAMPLE_FORMS):
         raise UsageError(
             f"{origin}: form must be one of {join_values(SAMPLE_FORMS)}, not {quote(form)}"
@@ -3495,12 +3511,6 @@ def parse_sample(
     if foils and not task.margin:
         raise UsageError(f"{origin}: --task {task.name} takes no foils: omit, or --task contrast")
     sample_id = parse_field(record, "sample_id", origin)
-    template = parse_field(record, "template", origin) if "template" in record else ""
-    if template and "unit" not in record:
-        raise UsageError(
-            f"{origin}: 'template' needs 'unit': samples of one sentence in several wordings share"
-            " their unit"
-        )
     long = write_out_shorthand(record, targets, origin, task)
     prompt_a, messages_a, system_a = parse_side(long, "a", origin)
     prompt_b, messages_b, system_b = parse_side(long, "b", origin)
@@ -3515,15 +3525,15 @@ def parse_sample(
         prompt_b=prompt_b,
         targets=targets,
         foils=foils,
-        group=parse_field(record, "group", origin) if "group" in record else "",
-        unit=parse_field(record, "unit", origin) if "unit" in record else "",
+        group=parse_label(record, "group", origin),
+        unit=parse_label(record, "unit", origin),
         form=form,
         system_a=system_a,
         system_b=system_b,
         messages_a=messages_a,
         messages_b=messages_b,
         answer_prefix=prefix,
-        template=template,
+        template=parse_template(record, origin),
         origin=origin,
     )
 
