@@ -3510,7 +3510,6 @@ def parse_sample(
         raise MissingField(f"{origin}: {name!r} is missing or empty; --task {task.name} needs it")
     if foils and not task.margin:
         raise UsageError(f"{origin}: --task {task.name} takes no foils: omit, or --task contrast")
-    sample_id = parse_field(record, "sample_id", origin)
     long = write_out_shorthand(record, targets, origin, task)
     prompt_a, messages_a, system_a = parse_side(long, "a", origin)
     prompt_b, messages_b, system_b = parse_side(long, "b", origin)
@@ -3520,7 +3519,7 @@ def parse_sample(
     if prefix is not None and (begins_reply(messages_a) or begins_reply(messages_b)):
         raise UsageError(f"{origin}: both answer_prefix and an assistant's turn begin the reply")
     return Sample(
-        sample_id=sample_id,
+        sample_id=parse_field(record, "sample_id", origin),
         prompt_a=prompt_a,
         prompt_b=prompt_b,
         targets=targets,
