@@ -183,8 +183,8 @@ def verdict_rates(values: Tensor, base: float, n_tests: int) -> dict[str, float]
     """How often a column [sentence, column] of a table of so many tests has each verdict."""
     p = test(values)
     q = (p * n_tests).clamp_max(1)  # of a lone effect: all others have p = 1
-    effects = pd.DataFrame({"q": q, "n_sentences": len(values)})
-    effects = effects.assign(role=values.mean(0), above_noise=True)
+    effects = pd.DataFrame({"q": q.tolist(), "n_sentences": len(values)})
+    effects = effects.assign(role=values.mean(0).tolist(), above_noise=True)
     told = {"mean": base, "is_clear": True, "n_sentences": len(values)}
     verdicts = tracing.significance_verdicts(effects, told, n_tests, least_effect=0.0)
     return verdicts.value_counts(normalize=True).to_dict()

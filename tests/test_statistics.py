@@ -237,3 +237,14 @@ def test_q_values_agree_with_a_plain_loop_ties_included(n: int) -> None:
     p = [rng.choice([rng.random(), rng.random() ** 4, 0.25]) for _ in range(n)]
     computed = tracing.benjamini_hochberg(torch.tensor(p, dtype=torch.float64))
     assert computed.tolist() == pytest.approx(by_hand.q_values(p))
+
+
+def test_the_simulation_runs_in_small(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["simulate_statistics.py", "--tables", "2"])
+    simulation.main()
+    tables = capsys.readouterr().out.split("\n\n")
+    assert len(tables) == 9
+    for table in tables:
+        assert len({line.count("|") for line in table.strip().splitlines()}) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 
 import llama3_circuit_tracing as tracing
+import random_models
 from by_hand import Effects, noise, results, steps, with_control
 from conftest import finish, read, record_of
 
@@ -235,18 +237,30 @@ def test_shares_have_an_interval_and_are_of_a_base_that_is_there() -> None:
     assert covers_zero[["share_moved", "share_low", "share_high"]].isna().all(axis=None)
 
 
+@pytest.mark.parametrize("seed", range(8))
 def test_random_models_are_said_nothing_of_that_numbers_do_not_support(
-    llama: str, tmp_path: Path
+    seed: int, tmp_path: Path
 ) -> None:
-    """The log, the tables and the page of a run whose base may be anything."""
-    flags = "--num_samples 4 --controls --confirm 2 --num_random 2 --max_new_tokens 2"
-    finish(llama, tmp_path, *flags.split())
-    log = (tmp_path / "run.log").read_text()
-    assert "nan" not in log.lower().replace("finance", "")
-    heads = read(tmp_path, "circuit_heads.csv")
-    assert not heads["verdict"].isin(tracing.CLEAR_VERDICTS).any()  # of four sentences
-    base = tracing.base_statistics(read(tmp_path))
-    assert heads["share_moved"].notna().all() == base["is_clear"]
+    """The log and the tables of runs whose base may be anything."""
+    model = random_models.build_model(tmp_path / "model", seed=seed)
+    flags = "--num_samples 10 --controls --confirm 2 --num_random 2 --max_new_tokens 2"
+    folder = finish(str(model), tmp_path / "run", *flags.split())
+    log = (folder / "run.log").read_text()
+    assert not re.search(r"\bnan\b|nan%|inf\b", log)
+    heads = read(folder, "circuit_heads.csv")
+    bases = tracing.find_bases(read(folder))
+    for side, prefix in {"b": "", "other": "minus_other_"}.items():
+        has_verdict = heads[f"{prefix}verdict"].isin(tracing.CLEAR_VERDICTS)
+        assert not has_verdict.any() or bases[side]["is_clear"]
+        assert (heads[f"{prefix}q"][has_verdict] < 0.05).all()
+    assert heads["share_moved"].notna().all() == bases["b"]["is_clear"]
+    sets = read(folder, "circuit_confirm.csv")
+    for _, rows in sets.groupby("measure"):
+        base = rows[rows["set"] == "none"].iloc[0]
+        is_clear = base["ci_low"] > 0 or base["ci_high"] < 0
+        assert rows["share_removed"].notna().all() == is_clear
+        told = rows[rows["quoted"] & (rows["set"] == "chosen")]
+        assert ("no share removed" in log) == (not is_clear) or told.empty
 
 
 # ----- figures
