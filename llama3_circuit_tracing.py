@@ -10255,8 +10255,8 @@ REPORTED_COMPONENTS = 5  # of the strongest components of either role, which the
 VERDICT_PHRASES = {"contributes": "contributes to", "works against": "works against"}
 # what a clear effect is called that is none on what the behaviour shows in
 INSTEAD_PHRASES = {
-    THROUGH_B: "through prompt b, what is said after a does not move so",
-    THROUGH_CONTROL: "through the control, what is said after a does not move so",
+    THROUGH_B: "through prompt b, the score after a does not clearly move so",
+    THROUGH_CONTROL: "through the control, the score after a does not clearly move so",
     BREAKS_BOTH: "breaks both prompts, both scores move further than the base",
     SMALL: "small, below --least_effect",
 }
@@ -10393,11 +10393,13 @@ def report_strongest(
 
 def describe_sizes(heads: pd.DataFrame, role: str) -> str:
     """How many components have half and 90 % of the sum of positive roles, beside how many have a
-    clear verdict in the same measure; "" where none has, since chance alone adds up."""
+    clear verdict in the same measure; "" where none has, since chance alone adds up, and of the
+    residual stream, each of whose layers carries the whole."""
     verdict = heads[role.removesuffix("role") + "verdict"]
     n_clear = int(verdict.isin(CLEAR_VERDICTS).sum())
     roles = heads[role][heads[role] > 0].sort_values(ascending=False)
-    if not n_clear or roles.empty:
+    is_stream = bool(heads["kind"].eq("resid").all())
+    if not n_clear or roles.empty or is_stream:
         return ""
     reached = roles.cumsum() / roles.sum()
     n_half = 1 + int((reached < 0.5 - 1e-12).sum())
@@ -10416,8 +10418,8 @@ def report_sample_size(findings: Findings, n_sentences: int, n_tests: int) -> No
     if not can_tell_one(n_sentences, n_tests):
         lone_q = min(1.0, n_tests * smallest_p(n_sentences))
         findings.say(
-            f"{n_sentences} sentences are too few: a lone component among {n_tests} cannot reach q"
-            f" below {lone_q:.2g}; {sentences_needed(n_tests)} sentences suffice"
+            f"{n_sentences} sentences are too few for a lone one among {n_tests}, which cannot reach"
+            f" q below {lone_q:.2g}; {sentences_needed(n_tests)} sentences suffice"
         )
 
 
@@ -10728,6 +10730,7 @@ def choose_circuit(sums: SentenceSums, units: Iterable[str], rule: ChoiceRule) -
 class Stability:
     """How a choice of components depends on the half of the sentences that it was made on."""
 
+    n_candidates: int  # components that could be chosen
     n_halves: int  # different random halves
     chosen_in: pd.Series  # by chosen component the share of these halves that choose it, too
     n_again: dict[int, float]  # by size: of the first so many, how many the median half has first
@@ -10759,7 +10762,8 @@ class Stability:
         for size in sizes_up_to(len(components)):
             counts = [count_again(components, choice, size) for choice in choices]
             n_again[size] = float(pd.Series(counts).median())
-        return cls(len(choices), pd.Series(shares, chosen.index, float), n_again)
+        chosen_in = pd.Series(shares, chosen.index, float)
+        return cls(len(sums.effects), len(choices), chosen_in, n_again)
 
     @property
     def is_stable(self) -> bool:
@@ -10776,7 +10780,10 @@ def count_again(chosen: Sequence[Component], choice: Sequence[Component], size: 
 
 
 def report_stability(findings: Findings, stability: Stability) -> None:
-    """Whether other halves of the sentences choose the same components."""
+    """Whether other halves of the sentences choose the same components, where there are others to
+    choose."""
+    if stability.n_candidates == len(stability.chosen_in):
+        return
     parts = []
     for size, n_again in stability.n_again.items():
         parts.append(f"{n_again:g} of the best {size}")

@@ -72,7 +72,7 @@ def test_the_log_says_what_was_done_to_a_component_and_what_follows(
     assert first.endswith("over 16 sentences; noise floor 0.1")
 
 
-OF_CONTROL = "through the control, what is said after a does not move so"
+OF_CONTROL = "through the control, the score after a does not clearly move so"
 
 
 def specific(verdict: str, behaviour: str = "suppression") -> str:
@@ -192,7 +192,7 @@ def test_the_log_says_when_sentences_are_too_few_for_any_q_below_five_percent(
     expected = []
     if lone_q:
         n_enough = min(n for n in range(1, 99) if n_heads * 2 ** (1 - n) < 0.05)
-        expected = [f"{n_heads} cannot reach q below {lone_q}; {n_enough} sentences suffice"]
+        expected = [f"{n_heads}, which cannot reach q below {lone_q}; {n_enough} sentences suffice"]
     assert [line.split("among ")[1] for line in few if "a lone" in line] == expected
 
 

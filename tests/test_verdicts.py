@@ -132,7 +132,7 @@ def test_a_table_without_scores_by_prompt_is_judged_by_delta_alone_and_the_log_s
 def test_the_log_says_which_prompt_an_effect_is_of() -> None:
     (line,) = [line for line in said_of(moved_table(spread(-0.3), spread(-1.0))) if "L0H0" in line]
     assert line.startswith(
-        "removing L0H0: through prompt b, what is said after a does not move so; effect +0.700 ["
+        "removing L0H0: through prompt b, the score after a does not clearly move so; effect +0.700 ["
     )
     (line,) = [line for line in said_of(moved_table(spread(-7.6), spread(-11.6))) if "L0H0" in line]
     assert line.startswith("removing L0H0: breaks both prompts, both scores move further than the")
