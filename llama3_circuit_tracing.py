@@ -212,9 +212,9 @@ def one_line(sentence: str, words: Iterable[str] = ()) -> str:
     return visible(shorten(sentence, MAX_ERROR_LENGTH))
 
 
-def count_noun(number: int, noun: str) -> str:
+def count_noun(number: int, noun: str, plural: str = "") -> str:
     """1 sentence, 2 sentences"""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"
 
 
 # ----- Components ---------------------------------------------------------------------------------
@@ -9679,7 +9679,7 @@ class ColumnTotals:
         """`mean_test` [column]."""
         return mean_test(*self.by_sentence, self.by_wording)
 
-    def at(self, place: int) -> ColumnTotals:
+    def repeated(self, place: int) -> ColumnTotals:
         """One column in place of each."""
         return self._with(self, lambda own, _: own.sums[:, [place]].expand_as(own.sums))
 
@@ -9687,7 +9687,7 @@ class ColumnTotals:
         """The differences from other totals of the same samples."""
         return self._with(other, lambda own, others: own.sums - others.sums)
 
-    def over(self, other: ColumnTotals) -> ColumnTotals:
+    def ratio_to(self, other: ColumnTotals) -> ColumnTotals:
         """Those whose mean is the ratio of two means of the same samples."""
         by_wording = None
         if self.by_wording is not None and other.by_wording is not None:
@@ -9726,7 +9726,7 @@ def column_statistics(
     controls and missing values are left out.
     """
     real = drop_negative_controls(table[table[column].notna()])
-    by_component = real.groupby([*key])[column]
+    by_component = real.groupby([*key], observed=True)[column]
     statistics = by_component.agg(n_samples="size", mean="mean", median="median", sd="std")
     totals = column_totals(real, column, statistics.index)
     n_sentences = (totals.by_sentence.counts > 0).sum(0)
@@ -9831,13 +9831,16 @@ def role_sign(base_mean: float, factor: float | None) -> float:
     return math.copysign(1.0, base_mean) * (1.0 if is_amplified else -1.0)
 
 
-# What is said of a component: the first two are findings, all others say why there is none.
+# Verdicts of a component. The first two say what it does, all others why that is not told.
 CLEAR_VERDICTS = ("contributes", "works against")
 SMALL = "small"  # told from chance, and below --least_effect
-THROUGH_B = "through prompt b"  # the score after prompt a does not move as the effect says
+# the difference of two scores moves, told from chance, but that after prompt a not clearly with it:
+THROUGH_B = "through prompt b"  # that after prompt b does
 THROUGH_CONTROL = "through the control"  # the same of a contrast
+EITHER_PROMPT = "unclear which prompt"  # that after neither does
 BREAKS_BOTH = "breaks both prompts"  # both scores move further than the base, in one direction
-TOO_FEW = "too few sentences"  # for any single component to reach q < 0.05
+OFF_PROMPT_A = (THROUGH_B, THROUGH_CONTROL, EITHER_PROMPT, BREAKS_BOTH)
+TOO_FEW = "too few sentences"  # for it to reach q < 0.05, whatever its effect
 UNCLEAR = "unclear"
 
 
@@ -9865,20 +9868,30 @@ def significance_verdicts(
 ) -> pd.Series:
     """The verdict of each component by q, by the noise floor and by the size of its role.
 
-    `effects` has the columns of `column_statistics`, `role` and `above_noise`. Where even the
-    smallest p of the sentences leaves a lone component at q >= 0.05, those that no q tells from
-    chance are called `TOO_FEW`: the sample could not have told.
+    `effects` has the columns of `column_statistics`, `role` and `above_noise`. One that q does not
+    tell from chance is called `TOO_FEW` where its sentences could not have told any effect.
     """
     verdict = effects["role"].gt(0).map({True: "contributes", False: "works against"})
     is_small = effects["role"].abs() < least_effect * abs(base["mean"])
     verdict = verdict.mask(is_small, SMALL)
     is_significant = effects["q"] < 0.05
-    could_tell = can_tell_one(effects["n_sentences"], n_tests)
+    could_tell = can_tell_another(effects, n_tests)
     without = could_tell.map({True: UNCLEAR, False: TOO_FEW})
     verdict = verdict.where(is_significant, without)
-    is_real = effects["above_noise"].fillna(True).astype(bool)
-    has_base = base["is_clear"] or base["n_sentences"] == 1
-    return verdict.where(is_real & has_base, UNCLEAR)
+    is_above_floor = effects["above_noise"].fillna(True).astype(bool)
+    has_base = base["is_clear"] or base["n_sentences"] == 1  # that of one sentence may be clear
+    return verdict.where(is_above_floor & has_base, UNCLEAR)
+
+
+def can_tell_another(effects: pd.DataFrame, n_tests: int) -> pd.Series:
+    """By component whether it would reach q < 0.05 with the smallest p that its sentences can give,
+    beside the p that the other components of a table have."""
+    smallest = smallest_p(effects["n_sentences"])
+    if (effects["q"] < 0.05).any():
+        return effects["p"] <= 1.0
+    is_smallest = effects["p"] <= smallest * (1 + 1e-9)
+    n_others = is_smallest.sum() - is_smallest.astype(int)
+    return n_tests * smallest / (1 + n_others) < 0.05
 
 
 def is_edited_in_b_only(table: pd.DataFrame) -> bool:
@@ -9908,23 +9921,36 @@ def find_side_verdicts(
     base_mean: float,
     floor: float,
 ) -> pd.Series:
-    """By component `BREAKS_BOTH` or `THROUGH_B` (of a contrast `THROUGH_CONTROL`) where its effect
-    is not one on what is said after prompt a, else "".
+    """By component one of `OFF_PROMPT_A` where its effect is not told to be one on what is said
+    after prompt a, else "".
 
-    It is one where the score after prompt a clearly moves in the direction of the effect: the
-    interval of that change excludes 0, and its mean is above the noise floor.
+    It is one where the score after prompt a clearly moves in the direction of the effect (its
+    interval excludes 0, its mean is above the noise floor), unless both scores move further than
+    the base in one direction: then neither prompt may be read any more.
     """
     after_a = moves["a"].reindex(effects.index)
-    after_side = moves[side].reindex(effects.index)["mean"]
-    is_clear = (after_a["ci_low"] > 0) | (after_a["ci_high"] < 0)
-    is_alike = after_a["mean"] * effects["mean"] > 0
-    is_below_floor = after_a["mean"].abs() <= floor  # never, where the floor is NaN
-    is_of_prompt_a = is_clear & is_alike & ~is_below_floor
-    both_far = (after_a["mean"].abs() > abs(base_mean)) & (after_side.abs() > abs(base_mean))
-    is_broken = both_far & (after_a["mean"] * after_side > 0)
-    elsewhere = THROUGH_B if side == "b" else THROUGH_CONTROL
-    verdicts = is_broken.map({True: BREAKS_BOTH, False: elsewhere})
-    return verdicts.mask(is_of_prompt_a, "")
+    after_side = moves[side].reindex(effects.index)
+    is_of_prompt_a = moves_clearly(after_a, effects["mean"], floor)
+    is_of_side = moves_clearly(after_side, -effects["mean"], floor)
+    moved_a, moved_side = after_a["mean"], after_side["mean"]
+    is_broken = moved_as_one(moved_a, moved_side, abs(base_mean))
+    verdicts = pd.Series(EITHER_PROMPT, index=effects.index)
+    verdicts = verdicts.mask(is_of_side, THROUGH_B if side == "b" else THROUGH_CONTROL)
+    verdicts = verdicts.mask(is_of_prompt_a | moved_a.isna(), "")
+    return verdicts.mask(is_broken, BREAKS_BOTH)
+
+
+def moves_clearly(moves: pd.DataFrame, direction: pd.Series, floor: float) -> pd.Series:
+    """Whether the score after a prompt clearly moves in the direction of a sign."""
+    is_clear = (moves["ci_low"] > 0) | (moves["ci_high"] < 0)
+    is_below_floor = moves["mean"].abs() <= floor  # never, where the floor is NaN
+    return is_clear & (moves["mean"] * direction > 0) & ~is_below_floor
+
+
+def moved_as_one(moved_a: pd.Series, moved_side: pd.Series, base_size: Any) -> pd.Series:
+    """Whether both scores move further than the base is large, in one direction."""
+    is_far = (moved_a.abs() > base_size) & (moved_side.abs() > base_size)
+    return is_far & (moved_a * moved_side > 0)
 
 
 def judge_effects(
@@ -9972,7 +9998,7 @@ def share_columns(numerators: ColumnTotals, denominators: ColumnTotals) -> dict[
     there is nothing to have a share of."""
     low, high = denominators.interval()
     is_clear = (low > 0) | (high < 0)
-    ratio = numerators.over(denominators)
+    ratio = numerators.ratio_to(denominators)
     share_low, share_high = ratio.interval()
     columns = {"share": ratio.mean, "share_low": share_low, "share_high": share_high}
     return {name: share.where(is_clear, math.nan) for name, share in columns.items()}
@@ -10050,6 +10076,7 @@ VERDICT_COLORS = {
     SMALL: "dimgray",
     THROUGH_B: "dimgray",
     THROUGH_CONTROL: "dimgray",
+    EITHER_PROMPT: "dimgray",
     BREAKS_BOTH: "dimgray",
     TOO_FEW: "darkgray",
     UNCLEAR: "darkgray",
@@ -10058,6 +10085,7 @@ VERDICT_MARKERS = {  # of those that a circle does not stand for: they are grey,
     SMALL: ".",
     THROUGH_B: "s",
     THROUGH_CONTROL: "D",
+    EITHER_PROMPT: "p",
     BREAKS_BOTH: "X",
     TOO_FEW: "v",
 }
@@ -10120,6 +10148,7 @@ def draw_forest(table: pd.DataFrame, title: str, path: Path) -> None:
         axes.set(xlabel="nats")
         axes.set_title(textwrap.fill(panel, PANEL_LETTERS), parse_math=False)
     all_axes[0].set_yticks(range(len(labels)), labels)
+    all_axes[0].set_ylim(-0.6, len(labels) - 0.4)
     handles = dict(zip(VERDICT_COLORS, all_axes[0].get_legend_handles_labels()[0], strict=True))
     verdicts = [verdict for verdict in VERDICT_COLORS if verdict in set(table["verdict"])]
     shown = [handles[verdict] for verdict in verdicts]
@@ -10253,10 +10282,11 @@ def draw_heatmap(heads: pd.DataFrame, qualifier: str, path: Path) -> None:
 
 REPORTED_COMPONENTS = 5  # of the strongest components of either role, which the log describes
 VERDICT_PHRASES = {"contributes": "contributes to", "works against": "works against"}
-# what a clear effect is called that is none on what the behaviour shows in
+# how sentences tell verdicts of effects that q tells from chance, and that are no clear ones
 INSTEAD_PHRASES = {
     THROUGH_B: "through prompt b, the score after a does not clearly move so",
     THROUGH_CONTROL: "through the control, the score after a does not clearly move so",
+    EITHER_PROMPT: "unclear which prompt, neither score alone clearly moves so",
     BREAKS_BOTH: "breaks both prompts, both scores move further than the base",
     SMALL: "small, below --least_effect",
 }
@@ -10392,12 +10422,13 @@ def report_strongest(
 
 
 def describe_sizes(heads: pd.DataFrame, role: str) -> str:
-    """How many components have half and 90 % of the sum of positive roles, beside how many have a
-    clear verdict in the same measure; "" where none has, since chance alone adds up, and of the
-    residual stream, each of whose layers carries the whole."""
+    """How many components have half and 90 % of the sum of positive roles, of those whose effect is
+    on prompt a; "" where no verdict is clear, since chance alone adds up, and of the residual
+    stream, each of whose layers carries the whole."""
     verdict = heads[role.removesuffix("role") + "verdict"]
     n_clear = int(verdict.isin(CLEAR_VERDICTS).sum())
-    roles = heads[role][heads[role] > 0].sort_values(ascending=False)
+    is_counted = (heads[role] > 0) & ~verdict.isin(OFF_PROMPT_A)
+    roles = heads[role][is_counted].sort_values(ascending=False)
     is_stream = bool(heads["kind"].eq("resid").all())
     if not n_clear or roles.empty or is_stream:
         return ""
@@ -10406,20 +10437,21 @@ def describe_sizes(heads: pd.DataFrame, role: str) -> str:
     n_most = 1 + int((reached < 0.9 - 1e-12).sum())
     return (
         f"effect sizes: of {count_noun(len(heads), 'component')} {n_half} have half of the sum of"
-        f" positive roles ({roles.sum():.3f} nats), {n_most} have 90 %; {n_clear} have a verdict"
+        f" positive roles ({roles.sum():.3f} nats), {n_most} have 90 %;"
+        f" {n_clear} contribute or work against it"
     )
 
 
 def report_sample_size(findings: Findings, n_sentences: int, n_tests: int) -> None:
     """What q such a sample can reach at all, and how many sentences would do."""
     if n_sentences == 1:
-        findings.say("a single sentence gives no interval: no component is called a contributor")
+        findings.say("a single sentence gives no interval: nothing has a clear verdict")
         return
     if not can_tell_one(n_sentences, n_tests):
         lone_q = min(1.0, n_tests * smallest_p(n_sentences))
         findings.say(
             f"{n_sentences} sentences are too few for a lone one among {n_tests}, which cannot reach"
-            f" q below {lone_q:.2g}; {sentences_needed(n_tests)} sentences suffice"
+            f" q below {lone_q:.2g}; with {sentences_needed(n_tests)} sentences it can"
         )
 
 
@@ -10443,6 +10475,8 @@ def report_effects(
 
 
 # -- by wording
+
+FEW_WORDINGS = 4  # with fewer little is found (tests/simulate_statistics.py)
 
 
 def bases_by_wording(table: pd.DataFrame, side: str = "b") -> dict[str, dict[str, Any]]:
@@ -10485,17 +10519,21 @@ def report_bases_by_wording(findings: Findings, table: pd.DataFrame) -> None:
     for template, base in bases_by_wording(table).items():
         parts.append(f"{quote(template)} {describe_interval(base)}")
     findings.say(f"base by wording: {', '.join(parts)}")
+    if len(parts) < FEW_WORDINGS:
+        findings.say(
+            f"{count_noun(len(parts), 'wording')} are too few: hardly any effect can be told from"
+            f" theirs; give {FEW_WORDINGS} or more"
+        )
 
 
 def report_roles_by_wording(
     findings: Findings, heads: pd.DataFrame, by_wording: pd.DataFrame, bases: Bases
 ) -> None:
-    """From where to where the roles of the named components reach: of none where the base is
+    """From where to where the roles of the strongest components reach: of none where the base is
     unclear."""
-    side, role = quoted_role(heads, bases)
-    if not bases[side]["is_clear"]:
+    if not bases["b"]["is_clear"]:
         return
-    for label in strongest_of_either_role(heads, role)["label"]:
+    for label in strongest_of_either_role(heads, "role")["label"]:
         findings.say(describe_roles(by_wording[by_wording["label"] == label]))
 
 
@@ -10659,6 +10697,7 @@ def with_reply(prompt: Prompt, reply: Sequence[int], shape: ModelShape) -> Promp
 
 
 N_SPLITS = 100  # random halves of the sentences, on each of which the choice is made again
+MIN_HALVES = 10  # different ones, from which on a choice is called stable or not
 STABLE_SHARE = 0.8  # of the chosen, which most halves have to choose again in a stable choice
 
 
@@ -10746,10 +10785,12 @@ class Stability:
     ) -> Stability:
         """Holds what was chosen against what the rule chooses on each of `N_SPLITS` random halves
         of the sentences. No forward is needed."""
+        own_half, _ = halves(units, seed)
         choosing_halves = {}
         for split in range(N_SPLITS):
             half, _ = halves(units, f"{seed} split {split}")
-            choosing_halves[" ".join(sorted(half))] = half
+            if half != own_half:
+                choosing_halves[" ".join(sorted(half))] = half
         choices = [
             list(choose_circuit(sums, half, rule).index) for half in choosing_halves.values()
         ]
@@ -10781,16 +10822,24 @@ def count_again(chosen: Sequence[Component], choice: Sequence[Component], size: 
 
 def report_stability(findings: Findings, stability: Stability) -> None:
     """Whether other halves of the sentences choose the same components, where there are others to
-    choose."""
-    if stability.n_candidates == len(stability.chosen_in):
+    choose and enough halves."""
+    size = len(stability.chosen_in)
+    if stability.n_candidates == size:
+        return
+    if stability.n_halves < MIN_HALVES:
+        findings.say(
+            "too few sentences to tell whether the choice is stable: there are"
+            f" {count_noun(stability.n_halves, 'other half', 'other halves')}"
+        )
         return
     parts = []
-    for size, n_again in stability.n_again.items():
-        parts.append(f"{n_again:g} of the best {size}")
+    for first, n_again in stability.n_again.items():
+        parts.append(f"{n_again:g} of the best {first}")
+    by_chance = size**2 / stability.n_candidates
     verdict = "stable" if stability.is_stable else "not stable"
     findings.say(
-        f"the choice is {verdict}: chosen on other halves of the sentences ({stability.n_halves} at"
-        f" random), the median one has {', '.join(parts)} again"
+        f"the choice is {verdict}: on {stability.n_halves} other random halves of the sentences the"
+        f" median one chooses {', '.join(parts)} again (by chance {by_chance:.1g} of {size})"
     )
 
 
@@ -10952,6 +11001,7 @@ def set_table(
         rows_of_side = rows_against(rows, side)
         if len(rows_of_side):
             statistics = joint_statistics(rows_of_side, side, joint_sets)
+            statistics = judge_breaking(statistics, rows_of_side, side)
             tables.append(describe_sets(experiment, joint_sets, samples).join(statistics))
     return pd.concat(tables, ignore_index=True)
 
@@ -10994,7 +11044,7 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
     deltas = rows.assign(delta=score_difference(rows, side))
     places = pd.RangeIndex(len(joint_sets), name="place")
     totals = column_totals(deltas, "delta", places)
-    base = totals.at(0)
+    base = totals.repeated(0)
     low, high = totals.interval()
     removed = share_columns(base.less(totals), base)
     columns = {
@@ -11015,8 +11065,8 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
 def faithfulness_columns(totals: ColumnTotals, joint_sets: Sequence[JointSet]) -> dict[str, Tensor]:
     """`faithfulness` and `remaining` with their intervals, from totals whose columns are sets."""
     names = [joint_set.name for joint_set in joint_sets]
-    every = totals.at(names.index("all") if "all" in names else 0)
-    effect_of_all = totals.at(0).less(every)
+    every = totals.repeated(names.index("all") if "all" in names else 0)
+    effect_of_all = totals.repeated(0).less(every)
     shares = share_columns(totals.less(every), effect_of_all)
     is_kept = torch.tensor([bool(joint_set.others_of) for joint_set in joint_sets])
     columns = {}
@@ -11039,22 +11089,34 @@ def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
     return moved.reindex(columns=["place", *names]).groupby("place").mean()
 
 
+def judge_breaking(statistics: pd.DataFrame, rows: pd.DataFrame, side: str) -> pd.DataFrame:
+    """`joint_statistics` with `breaks_both`: whether the scores after prompt a and after that of
+    the side both move further than the base, in one direction. Such a set has no share."""
+    unedited = rows[rows["place"] == 0].set_index("sample_id")[f"score_{side}"]
+    moved = rows[f"score_{side}"] - rows["sample_id"].map(unedited)
+    moved_side = moved.groupby(rows["place"]).mean()
+    base_size = abs(statistics["mean_delta"].iloc[0])
+    is_broken = moved_as_one(statistics["moved_a"], moved_side, base_size)
+    shares = ["share_removed", "share_low", "share_high"]
+    statistics.loc[is_broken, shares] = math.nan
+    return statistics.assign(breaks_both=is_broken)
+
+
 def judge_damage(table: pd.DataFrame, options: EditOptions) -> pd.DataFrame:
     """The table with `damage`: whether a chosen or named set moves what the model says after prompt
-    b, which does not show the behaviour, by the KL along replies or else of their first token.
+    b, which does not show the behaviour, by the mean KL of the first token or along replies,
+    whichever is larger.
 
     - no: by `MAX_KL` at most
     - yes: further than that, and than 95 % of the random sets of its size
-    - as random sets: further than `MAX_KL`, but no further than random sets, which tells of the
-      model and not of the set
+    - as random sets: further than `MAX_KL`, but no further than one in twenty random sets
     - not judged: over fewer than `MIN_JUDGED_SENTENCES`; above `MAX_KL` with fewer than `MANY_SETS`
       random sets; of patches and additions, which are to move b or do not reach it
 
     Of all other rows it is empty.
     """
     keys = ["measure", "n_ablated"]
-    kl = table["kl_reply"].fillna(table["kl_b"])
-    judged = table.assign(kl=kl)
+    judged = table.assign(kl=table[["kl_b", "kl_reply"]].max(axis=1))
     random_kl = judged[judged["set"] == "random"].groupby(keys)["kl"]
     limits = random_kl.quantile(0.95)[random_kl.size() >= MANY_SETS]
     judged = judged.join(limits.rename("limit"), on=keys)
@@ -11104,7 +11166,7 @@ def change_statistics(
     places = pd.RangeIndex(len(joint_sets), name="place")
     totals = column_totals(deltas, "delta", places)
     names = [joint_set.name for joint_set in joint_sets]
-    changes = totals.less(totals.at(names.index("named")))
+    changes = totals.less(totals.repeated(names.index("named")))
     low, high = changes.interval()
     columns = {
         "measure": measure_name(side, has_pairs(rows)),
@@ -11153,11 +11215,16 @@ def report_changes(findings: Findings, table: pd.DataFrame, n_components: int) -
             changing.append(f"{label} ({row.change:+.3f})")
         else:
             others.append(label)
-    findings.say(
-        "each left out of the set in turn: the mean changes clearly (nats) without"
-        f" {', '.join(changing) or 'none'}; not clearly without {', '.join(others) or 'none'}"
-        f"{', not shown to be needed' if others else ''}"
-    )
+    if changing:
+        findings.say(
+            f"leaving one of these out of the set changes the mean (nats, by 95 % intervals that are"
+            f" not corrected for their number): {', '.join(changing)}"
+        )
+    if others:
+        findings.say(
+            "leaving one of these out does not clearly change it, so that they are not shown to be"
+            f" needed: {', '.join(others)}"
+        )
 
 
 # -- what is said and written of sets
@@ -11206,6 +11273,8 @@ def describe_range(shares: pd.Series, noun: str) -> str:
 def describe_removed(row: Any, random_shares: pd.Series, noun: str) -> str:
     """The share of the base that a set removes, beside random ones; no share of what is not
     there."""
+    if row.breaks_both:
+        return "breaks both prompts, both scores move further than the base: no share removed"
     if math.isnan(row.share_removed):
         return "no share removed, the base is not clear"
     interval = format_interval(row, "share", ".0%")
@@ -11225,17 +11294,16 @@ def describe_edited_set(row: Any, table: pd.DataFrame, scored: str, noun: str) -
 
 def describe_damage(row: Any, noun: str) -> str:
     """How far a set moves the replies to prompt b, and what that says."""
-    along, part = "", " to the first token"
+    along = ""
     if not math.isnan(row.kl_reply):
-        along, part = f", {row.kl_reply:.2g} per token of replies to b", ""
+        along = f", {row.kl_reply:.2g} per token of replies to b"
+    size = f"more than {MAX_KL:g} nats"
+    above = size if max(row.kl_b, row.kl_reply) > MAX_KL or row.kl_b > MAX_KL else ""
     phrases = {
-        "no": f"no damage{part}, {MAX_KL:g} nats at most",
-        "yes": f"damaged, more than {MAX_KL:g} nats and than with 95 % of the random {noun}s",
-        "as random sets": (
-            f"more than {MAX_KL:g} nats, as with random {noun}s: any edit as large may change"
-            " what is said"
-        ),
-        "not judged": "damage is not judged",
+        "no": f"no damage, their means are {MAX_KL:g} nats at most",
+        "yes": f"damaged, {size} and than with 95 % of the random {noun}s",
+        "as random sets": f"{size}, and within what random {noun}s do",
+        "not judged": f"{above + ', ' if above else ''}damage is not judged",
     }
     return f"{along}: {phrases[row.damage]}"
 
@@ -12149,8 +12217,7 @@ def write_heads(experiment: Experiment, table: pd.DataFrame, floor: float) -> pd
     report_effects(findings, heads, bases, floor, phrases)
     compare_wordings(findings, folder, table, heads, bases, options.factor)
     if folder.leads:
-        n_sentences = int(bases["b"]["n_sentences"])
-        draw_effects(heads, n_sentences, options, folder)
+        draw_effects(heads, describe_sample_of(table, bases), options, folder)
     return heads
 
 
@@ -12172,8 +12239,16 @@ def compare_wordings(
         write_components(folder.claim_path("circuit_templates.csv"), by_wording)
 
 
+def describe_sample_of(table: pd.DataFrame, bases: Bases) -> str:
+    """16 sentences in 4 wordings"""
+    text = count_noun(int(bases["b"]["n_sentences"]), "sentence")
+    if has_wordings(table):
+        text += f" in {drop_negative_controls(table)['template'].nunique()} wordings"
+    return text
+
+
 def draw_effects(
-    heads: pd.DataFrame, n_sentences: int, options: TraceOptions, folder: RunFolder
+    heads: pd.DataFrame, sample_text: str, options: TraceOptions, folder: RunFolder
 ) -> None:
     """circuit_heads.csv and .png, circuit_summary.png and, where it is asked for, the heat map."""
     write_components(folder.claim_path("circuit_heads.csv"), heads)
@@ -12182,7 +12257,7 @@ def draw_effects(
     draw_summary(heads, options.top_k, qualifier, path)
     title = (
         f"{options.task}, {options.title_of_model}, {options.op_text}\nmeans"
-        f"{options.estimated}, 95 % intervals over {count_noun(n_sentences, 'sentence')}"
+        f"{options.estimated}, 95 % intervals over {sample_text}"
     )
     draw_heads(heads, options.top_k, title, folder.claim_path("circuit_heads.png"))
     if options.heatmap:
@@ -12307,7 +12382,8 @@ def describe_set_in_wording(row: Any) -> str:
     """What the circuit removes on the held-out sentences in one wording."""
     name = measure_in_words(row.measure)
     base = f"mean {name} {row.base_mean:+.3f}{format_interval(row, 'base')}"
-    sentence = f"in wording {quote(row.template)}, {row.n_ablated} jointly"
+    n_sentences = count_noun(row.n_sentences, "held-out sentence")
+    sentence = f"in wording {quote(row.template)}, {n_sentences}, {row.n_ablated} jointly"
     if math.isnan(row.share_removed):
         return f"{sentence}: the base is not clear there, {base}"
     interval = format_interval(row, "share", ".0%")
@@ -12672,7 +12748,7 @@ def curve_areas(table: pd.DataFrame) -> pd.DataFrame:
     """A row per order of a curve, with the areas CPR and CMD of MIB (arXiv:2504.13151).
 
     `cpr` is the area under the faithfulness, `cmd` that between it and 1, both by trapezoids over
-    the share of components that are kept, from 0 to 1. The shares of MIB are of weighted edges,
+    the share of components that are kept, from 0 to 1 (CMD of |1 - faithfulness| at the sizes). The shares of MIB are of weighted edges,
     from 0.001 on, so that its areas are no yardstick for these.
     """
     areas = []
@@ -12704,11 +12780,26 @@ def report_curve(
         f"faithfulness of {sizes[1]} to {sizes[-1]} components kept alone, {len(sizes) - 1} sizes,"
         f" {count_noun(n_sentences, 'sentence')}: {'; '.join(phrases)}"
     )
+    findings.say(compare_areas(areas))
     if len(sizes) > 2 and 2 * sizes[-2] < sizes[-1]:
         findings.say(
             f"between {sizes[-2]} and {sizes[-1]} components no size is measured, since no"
             " circuit.json ranks these: the areas take a straight line there"
         )
+
+
+def compare_areas(areas: pd.DataFrame) -> str:
+    """Whether the named order has the largest area (CPR)."""
+    cpr = areas.groupby("order")["cpr"].max()
+    named = cpr["named"]
+    rivals = {"random": "one of the random orders", "activation": "the order by mean activation"}
+    beaten_by = []
+    for order, name in rivals.items():
+        if order in cpr and cpr[order] >= named:
+            beaten_by.append(name)
+    if beaten_by:
+        return f"the named order is no better than {' and '.join(beaten_by)} (by CPR)"
+    return "the named order is better than all others here (by CPR)"
 
 
 def draw_curve(table: pd.DataFrame, title: str, path: Path) -> None:
@@ -13156,9 +13247,13 @@ def describe_path(row: Any, unclear: str) -> str:
 
     `unclear` is what a path without a verdict is called.
     """
-    verdict = "" if row.is_clear else f", {unclear}"
-    chance = describe_chance(row.p, row.q, "" if row.is_clear else unclear)
-    effect = f"{row.mean:+.3f}{format_interval(row)}, {chance}{verdict}"
+    verdict = unclear if row.above_noise else UNCLEAR
+    if row.is_clear:
+        verdict = ""
+    chance = describe_chance(row.p, row.q, verdict)
+    effect = f"{row.mean:+.3f}{format_interval(row)}, {chance}"
+    if verdict:
+        effect += f", {verdict}"
     if math.isnan(row.share_of_total):
         share = "the sender's own effect is not clear"
     else:
@@ -13401,7 +13496,8 @@ def report_tokens(experiment: Experiment, table: pd.DataFrame) -> None:
         )
     verb = OPS[experiment.options.op].verb
     for row in largest_rows(table, "mean", 5).itertuples():
-        experiment.findings.say(f"{verb} {row.label} at {describe_position(row)}: {row.mean:+.3f}")
+        effect = f"{row.mean:+.3f}{format_interval(row)}, q {row.q:.2g}"
+        experiment.findings.say(f"{verb} {row.label} at {describe_position(row)}: {effect}")
 
 
 def name_position(row: Any, is_of_pairs: bool) -> str:
@@ -13434,7 +13530,7 @@ def draw_tokens(
         f"{options.op_text} at one token of {options.title_of_model}\n"
         f"{experiment.task.name}, {count_noun(n_samples, 'sample')}"
     )
-    if is_of_pairs:
+    if any(name.endswith("*") for name in grid.columns):
         title += "; * differs between a and b"
     if (tokens["n_texts"] > 1).any():
         title += "\nby place and role where samples have different tokens"
@@ -15984,7 +16080,7 @@ def redraw_effects(
     phrases = EditPhrases(TASKS[options.task], OPS[options.op].verb, options.estimated)
     report_effects(findings, heads, bases, run.floor, phrases)
     compare_wordings(findings, folder, run.table, heads, bases, options.factor)
-    draw_effects(heads, int(bases["b"]["n_sentences"]), options, folder)
+    draw_effects(heads, describe_sample_of(run.table, bases), options, folder)
 
 
 # -- compare
@@ -16194,7 +16290,7 @@ def describe_loss(loss: Mapping[str, Any], removed: Sequence[Component], is_of_p
         return sentence
     if loss["before"] * loss["after"] <= 0:
         return f"{sentence}: it changes its sign, so that roles are of another behaviour"
-    return f"{sentence}: no clear loss, so that there is nothing to take over"
+    return f"{sentence}: no loss is told, so that no backups are looked for"
 
 
 def find_backups(

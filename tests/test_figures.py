@@ -215,7 +215,7 @@ def test_titles_tell_the_whole_op_and_take_any_name_of_a_model(
 ) -> None:
     options = tracing.TraceOptions(model_id="a/x$_$y_{", **flags)
     folder = tracing.RunFolder(tmp_path)
-    tracing.draw_effects(heads_of(OF_VERDICT), 8, options, folder)
+    tracing.draw_effects(heads_of(OF_VERDICT), "8 sentences", options, folder)
     expected = f"suppression, x$_$y_{{, {op}\nmeans, 95 % intervals over 8 sentences"
     assert saved[tmp_path / HEADS].get_suptitle() == expected
 

@@ -192,7 +192,8 @@ def test_the_log_says_when_sentences_are_too_few_for_any_q_below_five_percent(
     expected = []
     if lone_q:
         n_enough = min(n for n in range(1, 99) if n_heads * 2 ** (1 - n) < 0.05)
-        expected = [f"{n_heads}, which cannot reach q below {lone_q}; {n_enough} sentences suffice"]
+        end = f"with {n_enough} sentences it can"
+        expected = [f"{n_heads}, which cannot reach q below {lone_q}; {end}"]
     assert [line.split("among ")[1] for line in few if "a lone" in line] == expected
 
 
