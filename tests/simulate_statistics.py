@@ -214,8 +214,10 @@ def results_of(values: Tensor) -> pd.DataFrame:
 
 
 def print_stability(n_tables: int, generator: torch.Generator) -> None:
-    print("\n| 32 heads, 16 sentences, the best 8 of one half | chosen again, median | `stable` |")
-    print("| --- | --: | --: |")
+    print(
+        "\n| 32 heads, 16 sentences, best 8 of a half | before | chosen again, median | `stable` |"
+    )
+    print("| --- | --- | --: | --: |")
     rule = tracing.ChoiceRule(tracing.SelectionRule.parse("8"))
     for mean in (0.0, 1.0, 2.0, 4.0):
         again, stable = [], []
@@ -230,7 +232,8 @@ def print_stability(n_tables: int, generator: torch.Generator) -> None:
             again.append(stability.n_again[8])
             stable.append(stability.is_stable)
         share = sum(stable) / n_tables
-        print(f"| 8 of mean {mean:g} SD | {sum(again) / n_tables:.1f} of 8 | {share:.0%} |")
+        median = f"{sum(again) / n_tables:.1f} of 8"
+        print(f"| 8 of mean {mean:g} SD | nothing is said | {median} | {share:.0%} |")
 
 
 WIDTH = 32  # of the inputs whose sides are told apart
@@ -273,6 +276,32 @@ def print_shuffles(n_tables: int, generator: torch.Generator) -> None:
             print(f"| {name} | {n} | {float(accuracy.mean()):.2f} | {alone:.1%} | {both:.1%} |")
 
 
+def sets_of_kl(chosen: float, random: float, n: int, generator: torch.Generator) -> pd.DataFrame:
+    """A chosen set beside 20 random ones, with mean KLs over n sentences, each of which is
+    exponential about the set's own mean."""
+    waiting = 1 + draw("exponential", n, 21, generator)
+    means = torch.tensor([chosen, *[random] * 20], dtype=torch.float64)
+    table = pd.DataFrame({"kl_b": (waiting.mean(0) * means).tolist()})
+    table["set"] = ["chosen"] + ["random"] * 20
+    return table.assign(kl_reply=math.nan, measure="a - b", n_ablated=8, n_sentences=n)
+
+
+def print_damage(n_tables: int, generator: torch.Generator) -> None:
+    print("\n| mean KL of the set, of random sets | sentences | damaged before | `damage` now |")
+    print("| --- | --: | --: | --- |")
+    cases = [(0.002, 0.001, 8), (0.002, 0.002, 1), (0.5, 0.05, 1), (0.5, 0.05, 8), (0.7, 0.6, 8)]
+    for chosen, random, n in cases:
+        before, now = [], []
+        for _ in range(n_tables):
+            table = sets_of_kl(chosen, random, n, generator)
+            limit = table["kl_b"][1:].quantile(0.95)
+            before.append(table["kl_b"][0] > limit)
+            now.append(tracing.judge_damage(table, tracing.TraceOptions())["damage"][0])
+        rates = pd.Series(now).value_counts(normalize=True)
+        told = ", ".join(f"{name} {rate:.0%}" for name, rate in rates.items())
+        print(f"| {chosen}, {random} | {n} | {sum(before) / n_tables:.0%} | {told} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tables", type=int, default=2000)
@@ -285,6 +314,7 @@ def main() -> None:
     print_rest(generator)
     print_too_few(generator)
     print_stability(max(1, args.tables // 100), generator)
+    print_damage(max(1, args.tables // 10), generator)
     print_wordings(args.tables, generator)
     print_shuffles(args.tables, generator)
 

@@ -28,7 +28,7 @@ CLOSE = 2e-5
 COLUMNS = "samples measure set draw n_ablated components kept lent n_samples n_sentences "
 COLUMNS += "mean_delta ci_low ci_high share_removed share_low share_high faithfulness "
 COLUMNS += "faithfulness_low faithfulness_high remaining remaining_low remaining_high moved_a moved_b kl_a kl_b "
-COLUMNS += "kl_reply damage quoted selection"
+COLUMNS += "kl_reply breaks_both damage quoted selection"
 CONFIRM_TABLE = "circuit_confirm.csv"
 CONFIRM = ["--num_samples", "6", "--confirm", "3", "--num_random", "4"]
 
@@ -289,7 +289,7 @@ def set_row(
     row |= {"n_ablated": len(components.split()), "kl_a": 0.0, "kl_b": kl_b, "share_removed": share}
     numbers = "mean_delta ci_low ci_high share_low share_high moved_a moved_b"
     rest = {"n_sentences": 8, "lent": 0, "quoted": True, "damage": "", "kept": False}
-    rest["kl_reply"] = math.nan
+    rest |= {"kl_reply": math.nan, "breaks_both": False}
     return row | dict.fromkeys(numbers.split(), 0.0) | rest | more
 
 

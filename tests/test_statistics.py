@@ -245,6 +245,6 @@ def test_the_simulation_runs_in_small(
     monkeypatch.setattr("sys.argv", ["simulate_statistics.py", "--tables", "2"])
     simulation.main()
     tables = capsys.readouterr().out.split("\n\n")
-    assert len(tables) == 9
+    assert len(tables) == 10
     for table in tables:
         assert len({line.count("|") for line in table.strip().splitlines()}) == 1
