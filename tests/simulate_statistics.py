@@ -179,24 +179,25 @@ def print_rest(generator: torch.Generator) -> None:
         print(f"| {n} sentences | {covered(base - edited, base, 0.5):.1%} |")
 
 
-def verdict_rates(values: Tensor, base: float, n_tests: int) -> dict[str, float]:
-    """How often a column [sentence, column] of a table of so many tests has each verdict."""
-    p = test(values)
-    q = (p * n_tests).clamp_max(1)  # of a lone effect: all others have p = 1
-    effects = pd.DataFrame({"q": q.tolist(), "n_sentences": len(values)})
-    effects = effects.assign(role=values.mean(0).tolist(), above_noise=True)
-    told = {"mean": base, "is_clear": True, "n_sentences": len(values)}
-    verdicts = tracing.significance_verdicts(effects, told, n_tests, least_effect=0.0)
-    return verdicts.value_counts(normalize=True).to_dict()
+def verdict_rates(p_values: Tensor, n: int, n_tests: int) -> dict[str, float]:
+    """How often a positive effect of n sentences has each verdict, alone in a table of so many
+    tests, from its p values."""
+    base = {"mean": 5.0, "is_clear": True, "n_sentences": n}
+    told = []
+    for p in p_values.tolist():
+        effect = {"p": p, "q": min(1.0, p * n_tests), "n_sentences": n}
+        effects = pd.DataFrame([effect | {"role": 5.0, "above_noise": True}])
+        told.append(tracing.significance_verdicts(effects, base, n_tests, least_effect=0.0)[0])
+    return pd.Series(told).value_counts(normalize=True).to_dict()
 
 
 def print_too_few(generator: torch.Generator) -> None:
     print("\n| one effect of 5 SD | components | `unclear` by q alone | now | suffice |")
     print("| --- | --: | --: | --- | --: |")
     for n, n_tests in ((5, 1), (8, 270), (16, 270), (16, 1024), (16, 46_080)):
-        values = draw("normal", n, 20_000, generator) + 5
-        unclear = float((test(values) * n_tests >= 0.05).double().mean())
-        rates = verdict_rates(values, 5.0, n_tests)
+        p_values = test(draw("normal", n, 1000, generator) + 5)
+        unclear = float((p_values * n_tests >= 0.05).double().mean())
+        rates = verdict_rates(p_values, n, n_tests)
         now = ", ".join(f"{name} {rate:.1%}" for name, rate in sorted(rates.items()))
         n_needed = tracing.sentences_needed(n_tests)
         print(f"| {n} sentences | {n_tests} | {unclear:.1%} | {now} | {n_needed} |")
