@@ -9993,9 +9993,12 @@ def judge_sides(
 
 
 def share_columns(numerators: ColumnTotals, denominators: ColumnTotals) -> dict[str, Tensor]:
-    """`share`, `share_low` and `share_high` [column]: the ratio of two means of the same samples and
-    its 95 % interval. All three are NaN where the interval of the denominator does not exclude 0:
-    there is nothing to have a share of."""
+    """`share`, `share_low` and `share_high` [column]: the ratio of two means of the same samples
+    and its 95 % interval.
+
+    All three are NaN where the interval of the denominator does not exclude 0: there is nothing to
+    have a share of.
+    """
     low, high = denominators.interval()
     is_clear = (low > 0) | (high < 0)
     ratio = numerators.ratio_to(denominators)
@@ -10450,8 +10453,8 @@ def report_sample_size(findings: Findings, n_sentences: int, n_tests: int) -> No
     if not can_tell_one(n_sentences, n_tests):
         lone_q = min(1.0, n_tests * smallest_p(n_sentences))
         findings.say(
-            f"{n_sentences} sentences are too few for a lone one among {n_tests}, which cannot reach"
-            f" q below {lone_q:.2g}; with {sentences_needed(n_tests)} sentences it can"
+            f"{n_sentences} sentences are too few for a lone one among {n_tests}, which cannot"
+            f" reach q below {lone_q:.2g}; with {sentences_needed(n_tests)} sentences it can"
         )
 
 
@@ -11217,8 +11220,8 @@ def report_changes(findings: Findings, table: pd.DataFrame, n_components: int) -
             others.append(label)
     if changing:
         findings.say(
-            f"leaving one of these out of the set changes the mean (nats, by 95 % intervals that are"
-            f" not corrected for their number): {', '.join(changing)}"
+            "leaving one of these out of the set changes the mean (nats, by 95 % intervals that"
+            f" are not corrected for their number): {', '.join(changing)}"
         )
     if others:
         findings.say(
@@ -12748,8 +12751,9 @@ def curve_areas(table: pd.DataFrame) -> pd.DataFrame:
     """A row per order of a curve, with the areas CPR and CMD of MIB (arXiv:2504.13151).
 
     `cpr` is the area under the faithfulness, `cmd` that between it and 1, both by trapezoids over
-    the share of components that are kept, from 0 to 1 (CMD of |1 - faithfulness| at the sizes). The shares of MIB are of weighted edges,
-    from 0.001 on, so that its areas are no yardstick for these.
+    the share of components that are kept, from 0 to 1 (CMD of |1 - faithfulness| at the sizes).
+    The shares of MIB are of weighted edges, from 0.001 on, so that its areas are no yardstick for
+    these.
     """
     areas = []
     for (order, draw), points in table.groupby(["order", "draw"], sort=False):
@@ -15859,8 +15863,8 @@ def render_components(path: Path) -> list[Html]:
 def describe_components(heads: pd.DataFrame) -> str:
     text = (
         "Nats, with 95 % intervals. Red leans to carrying the task, blue against it; the verdict"
-        " says what can be told from chance, and whether the words move after prompt a as the effect"
-        " says. A click on a heading sorts."
+        " says what can be told from chance, and whether the words move after prompt a as the"
+        " effect says. A click on a heading sorts."
     )
     if len(heads) > MAX_TABLE_ROWS:
         text += f" The {MAX_TABLE_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."

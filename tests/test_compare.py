@@ -210,7 +210,7 @@ class Removal(NamedTuple):
     floor: float = 0.1
 
 
-NO_LOSS = "no clear loss, so that there is nothing to take over"
+NO_LOSS = "no loss is told, so that no backups are looked for"
 VIOLATED = {  # all conditions but one hold; what is said then
     "none is": (Removal(), "possible backups: L2H0 ("),
     "above one of two": (Removal(given="L1H0,L2mlp"), "possible backups: L2H0 ("),
@@ -424,7 +424,7 @@ def test_the_figure_has_a_panel_per_older_run_whatever_their_names(
         drawn = [x for line in lines for x in line.get_xdata()]
         assert sorted(drawn) == sorted(means)
     (legend,) = figure.legends
-    verdicts = ["grew", "unclear", "possible backup"]
+    verdicts = ["possible backup", "grew", "unclear"]
     assert [text.get_text() for text in legend.get_texts()] == verdicts
     (drawn,) = [line for line in figure.axes[0].lines if line.get_label() == "possible backup"]
     assert list(drawn.get_xdata()) == [3.0]

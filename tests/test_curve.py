@@ -77,7 +77,7 @@ def test_each_member_of_a_named_set_is_left_out_in_turn(llama: str, tmp_path: Pa
         ends = [row["change_low"], row["change_high"]]
         assert ends == pytest.approx([low, high], abs=0.05 * (high - low))
         is_clear = low > 0 or high < 0
-        named = f"{left_out} ({row['change']:+.3f})" if is_clear else "not clearly without"
+        named = f"{left_out} ({row['change']:+.3f})" if is_clear else "not shown to be needed"
         assert named in said(folder)
 
 
@@ -121,12 +121,13 @@ def test_members_are_told_apart_by_whether_their_change_is_clear() -> None:
         "L0H3": (-0.2, -0.3, -0.1),
         "L0H4": (0.0, 0.0, 0.0),
     }
-    start = "each left out of the set in turn: the mean changes clearly (nats) without"
-    clear = "L0H1 (+0.500), L0H3 (-0.200)"
-    unclear = "not clearly without L0H2, L0H4, not shown to be needed"
-    assert reported(changes) == f"{start} {clear}; {unclear}"
+    start = "leaving one of these out of the set changes the mean (nats, by 95 % intervals that are"
+    clear = f"{start} not corrected for their number): L0H1 (+0.500), L0H3 (-0.200)"
+    start = "leaving one of these out does not clearly change it, so that they are not shown to be"
+    unclear = f"{start} needed: L0H2, L0H4"
+    assert reported(changes).splitlines() == [clear, unclear]
     needed = {label: changes[label] for label in ("L0H1", "L0H3")}
-    assert reported(needed) == f"{start} {clear}; not clearly without none"
+    assert reported(needed) == clear
     assert "a single sentence gives no interval" in reported({"L0H1": (0.5, math.nan, math.nan)})
     assert reported({}, 65).startswith("of 65 components none is left out in turn")
     assert reported({}, 1) == ""
@@ -271,8 +272,14 @@ def test_a_log_tells_areas_and_where_no_size_is_measured() -> None:
         " 0.90, CMD 0.10; 2 random orders CPR 0.20 to 0.40, CMD 0.60 to 0.80; by mean activation"
         " CPR 0.50, CMD 0.50"
     )
-    assert "between 4 and 12 components no size is measured" in sentences[12][1]
-    assert len(sentences[8]) == 1
+    assert sentences[8][1] == "the named order is better than all others here (by CPR)"
+    assert "between 4 and 12 components no size is measured" in sentences[12][2]
+    assert len(sentences[8]) == 2
+    beaten = areas.assign(cpr=[0.3, 0.2, 0.4, 0.3])
+    assert tracing.compare_areas(beaten) == (
+        "the named order is no better than one of the random orders and the order by mean"
+        " activation (by CPR)"
+    )
 
 
 # ----- a curve of the trained model

@@ -245,7 +245,7 @@ def test_shares_that_are_moved_have_intervals_over_sentences_by_hand() -> None:
     frame = {"label": "L1resid", "unit": units, "group": groups}
     effects = pd.DataFrame(frame | {"delta_logit_base": base, "head_effect": effect})
     labels = pd.Index(["L1resid"], name="label")
-    share, low, high = tracing.shares_moved(effects, labels).loc["L1resid"]
+    share, low, high = tracing.shares_of_base(effects, labels).loc["L1resid"]
     assert share == pytest.approx(8 / 13)
     taken, bases = torch.tensor([[2.0, 2.0, 1.5, 2.5], [4.0, 4.0, 2.0, 3.0]]).double()
     expected = tracing.mean_interval(taken[:, None], bases[:, None])[:, 0].tolist()
@@ -1061,7 +1061,10 @@ def test_with_other_options_nothing_is_missing(words: str, llama: str, tmp_path:
         assert "--confirm all" in words  # no layer moves a random model against its sign
     elif "--confirm" in words:
         rows = read(folder, CONFIRM)
-        assert not rows[["mean_delta", "share_removed", "kl_a", "kl_b"]].isna().any(axis=None)
+        assert not rows[["mean_delta", "kl_a", "kl_b"]].isna().any(axis=None)
+        base = rows.iloc[0]
+        if not (base["ci_low"] > 0 or base["ci_high"] < 0):
+            assert rows["share_removed"].isna().all()
         assert {"none", "chosen", "random"} <= set(rows["set"])
 
 

@@ -320,9 +320,9 @@ def test_a_run_tells_how_many_components_neighbouring_layers_lend(
 
 ROUND = 21  # random sets, of which 95 % are the first 20
 SENTENCES = {
-    "no": "no damage to the first token, 0.1 nats at most",
+    "no": "no damage, their means are 0.1 nats at most",
     "yes": "damaged, more than 0.1 nats and than with 95 % of the random sets",
-    "as random sets": "more than 0.1 nats, as with random sets: any edit as large may change what",
+    "as random sets": "more than 0.1 nats, and within what random sets do",
     "not judged": "damage is not judged",
 }
 
@@ -357,7 +357,8 @@ def test_a_set_is_damaged_above_the_floor_and_beyond_95_percent_of_random_sets(
     alone = "no" if damage == "no" else "not judged"  # a single random set tells nothing
     assert list(table["damage"]) == [damage, alone] + [""] * (len(rows) - 2)
     for verdict, sentence in zip((damage, alone), reported(table), strict=True):
-        assert f": {SENTENCES[verdict]}" in sentence
+        assert sentence.endswith(SENTENCES[verdict])
+    assert reported(table)[1].endswith("more than 0.1 nats, damage is not judged") == (kl_b > 0.1)
 
 
 @pytest.mark.parametrize("n_sets", [tracing.MANY_SETS - 1, tracing.MANY_SETS])
@@ -388,17 +389,38 @@ def test_without_random_sets_a_set_below_the_floor_is_not_damaged() -> None:
 
 
 def test_damage_is_judged_along_replies_where_there_are_some() -> None:
-    """Whatever becomes of the first token; the sentence tells both."""
+    """However little the first token moves, and however little the rest does; the sentence tells
+    both."""
     rows = [set_row("L0H0", "chosen", 0.002, kl_reply=0.23)]
-    rows += [set_row("L0H1", kl_b=0.5, kl_reply=0.005 * i) for i in range(ROUND)]
+    rows += [set_row("L0H1", kl_b=0.001, kl_reply=0.005 * i) for i in range(ROUND)]
     table = tracing.judge_damage(pd.DataFrame(rows), tracing.TraceOptions())
     assert table["damage"][0] == "yes"
     (sentence,) = reported(table)
     assert "0.002 after b, 0.23 per token of replies to b: damaged, more than 0.1" in sentence
     table.loc[0, ["kl_b", "kl_reply"]] = [0.9, 0.02]
     table = tracing.judge_damage(table, tracing.TraceOptions())
+    assert table["damage"][0] == "yes"
+    table.loc[0, ["kl_b", "kl_reply"]] = [0.09, 0.02]
+    table = tracing.judge_damage(table, tracing.TraceOptions())
     assert table["damage"][0] == "no"
-    assert reported(table)[0].endswith("of replies to b: no damage, 0.1 nats at most")
+    assert reported(table)[0].endswith(
+        "of replies to b: no damage, their means are 0.1 nats at most"
+    )
+
+
+def test_a_set_that_moves_both_scores_further_than_the_base_has_no_share() -> None:
+    scores = []
+    for place, (a, b) in enumerate([(-4.0, -1.0), (-10.0, -9.0), (-2.0, -1.0)]):
+        scores += [(place, f"s{i}", a + 0.1 * i, b, f"u{i}") for i in range(5)]
+    rows = rows_of_sets(scores, "score_a score_b unit")
+    sets = [JointSet("none"), JointSet("chosen"), JointSet("chosen")]
+    statistics = tracing.joint_statistics(rows, "b", sets)
+    table = tracing.judge_breaking(statistics, rows, "b")
+    assert table["breaks_both"].tolist() == [False, True, False]
+    assert table["share_removed"].isna().tolist() == [False, True, False]
+    row = set_row("L0H0", "chosen", share=math.nan, breaks_both=True, damage="no")
+    (sentence,) = reported(pd.DataFrame([row, set_row("L0H1")]))
+    assert ", breaks both prompts, both scores move further than the base: no share rem" in sentence
 
 
 def test_damage_is_the_same_whether_there_is_one_measure_or_two() -> None:
@@ -475,14 +497,20 @@ def test_the_log_tells_what_the_joint_table_holds(
         low, high = drawn["share_removed"].agg(["min", "max"])
         line = f"held-out samples, {row.n_ablated} jointly ({row.components}): mean {measure} "
         line += f"{row.mean_delta:+.3f} over 3 sentences [{row.ci_low:+.3f}, {row.ci_high:+.3f}], "
-        if math.isnan(row.share_removed):
+        if row.breaks_both:
+            line += (
+                "breaks both prompts, both scores move further than the base: no share removed; "
+            )
+        elif math.isnan(row.share_removed):
             line += "no share removed, the base is not clear; "
         else:
             line += f"{row.share_removed:.0%} removed [{row.share_low:.0%}, {row.share_high:.0%}], "
             line += f"{len(drawn)} distinct random sets {low:.0%} to {high:.0%}; "
         line += f"log P of the forbidden words {row.moved_a:+.2f} after prompt a, "
         line += f"{row.moved_b:+.2f} after b; KL {row.kl_a:.2g} after a, {row.kl_b:.2g} after b"
-        line += ": damage is not judged"  # by three sentences
+        is_above = max(row.kl_b, row.kl_reply) > tracing.MAX_KL or row.kl_b > tracing.MAX_KL
+        line += ": more than 0.1 nats, " if is_above else ": "
+        line += "damage is not judged"  # by three sentences
         assert line in log
     assert log.count(" jointly (L") == 3
     assert "nan" not in log

@@ -391,7 +391,12 @@ def test_one_wording_leaves_the_table_as_it_was_and_the_circuit_is_tried_in_the_
     assert (rows["share_removed"].notna() == is_clear).all()
     said = " ".join(entry["text"] for entry in record_of(tmp_path)["commands"]["trace"]["findings"])
     for wording in tracing.SUPPRESSION_WORDINGS:
-        assert said.count(f"in wording {tracing.quote(wording.name)}, 2 jointly: ") == 1
+        assert (
+            said.count(
+                f"in wording {tracing.quote(wording.name)}, 4 held-out sentences, 2 jointly: "
+            )
+            == 1
+        )
 
 
 def test_a_run_in_four_wordings_from_end_to_end(tiny_llama: str, tmp_path: Path) -> None:
