@@ -937,7 +937,7 @@ const column = i => [...body.rows].map(row => row.cells[i].textContent);
 said.first = column(0)[0];
 said.cell = body.rows[0].cells[1].textContent;
 for (const [name, i, clicks] of [["up", 1, 1], ["down", 1, 1], ["labels", 0, 1], ["verdicts", 5, 1],
-    ["median", heads.length - 6, 1]]) {
+    ["median", heads.length - 8, 1]]) {
   const button = heads[i].querySelector("button");
   button.focus();
   said[name + "_focus"] = document.activeElement === button;
