@@ -9849,10 +9849,9 @@ def effect_column(side: str) -> str:
     return "head_effect" if side == "b" else f"effect_minus_{side}"
 
 
-def can_tell_one(n_sentences: Any, n_tests: int) -> Any:
-    """Whether one component among so many can reach q < 0.05 by itself, of a number of sentences or
-    a series of them."""
-    return n_tests * smallest_p(n_sentences) < 0.05
+def can_tell_one(n_sentences: int, n_tests: int) -> bool:
+    """Whether one component among so many can reach q < 0.05 by itself in so many sentences."""
+    return bool(n_tests * smallest_p(n_sentences) < 0.05)
 
 
 def sentences_needed(n_tests: int) -> int:
@@ -9888,7 +9887,7 @@ def can_tell_another(effects: pd.DataFrame, n_tests: int) -> pd.Series:
     beside the p that the other components of a table have."""
     smallest = smallest_p(effects["n_sentences"])
     if (effects["q"] < 0.05).any():
-        return effects["p"] <= 1.0
+        return pd.Series(True, index=effects.index)
     is_smallest = effects["p"] <= smallest * (1 + 1e-9)
     n_others = is_smallest.sum() - is_smallest.astype(int)
     return n_tests * smallest / (1 + n_others) < 0.05
@@ -9992,9 +9991,11 @@ def judge_sides(
     return effects.assign(verdict=effects["verdict"].mask(is_changed, instead))
 
 
-def share_columns(numerators: ColumnTotals, denominators: ColumnTotals) -> dict[str, Tensor]:
-    """`share`, `share_low` and `share_high` [column]: the ratio of two means of the same samples
-    and its 95 % interval.
+def share_columns(
+    numerators: ColumnTotals, denominators: ColumnTotals, name: str = "share"
+) -> dict[str, Tensor]:
+    """The ratio of two means of the same samples [column] under a name, and its 95 % interval,
+    `share_low` and `share_high`.
 
     All three are NaN where the interval of the denominator does not exclude 0: there is nothing to
     have a share of.
@@ -10003,23 +10004,18 @@ def share_columns(numerators: ColumnTotals, denominators: ColumnTotals) -> dict[
     is_clear = (low > 0) | (high < 0)
     ratio = numerators.ratio_to(denominators)
     share_low, share_high = ratio.interval()
-    columns = {"share": ratio.mean, "share_low": share_low, "share_high": share_high}
-    return {name: share.where(is_clear, math.nan) for name, share in columns.items()}
+    columns = {name: ratio.mean, "share_low": share_low, "share_high": share_high}
+    return {column: share.where(is_clear, math.nan) for column, share in columns.items()}
 
 
 def shares_of_base(table: pd.DataFrame, components: pd.Index) -> pd.DataFrame:
-    """By component the share of the base that its edit takes away, with its interval; empty where
-    the base is not clear."""
+    """By component `share_moved`, the share of the base that its edit takes away, with its
+    interval; empty where the base is not clear."""
     real = drop_negative_controls(table[table["head_effect"].notna()])
     real = real.assign(taken=-real["head_effect"])
     taken = column_totals(real, "taken", components)
-    shares = share_columns(taken, column_totals(real, "delta_logit_base", components))
-    columns = {
-        "share_moved": shares["share"].tolist(),
-        "share_low": shares["share_low"].tolist(),
-        "share_high": shares["share_high"].tolist(),
-    }
-    return pd.DataFrame(columns, index=components)
+    base = column_totals(real, "delta_logit_base", components)
+    return pd.DataFrame(share_columns(taken, base, "share_moved"), index=components)
 
 
 def heads_table(
@@ -10510,10 +10506,8 @@ def wordings_table(table: pd.DataFrame, base_mean: float, factor: float | None) 
 
 def describe_interval(base: Mapping[str, Any]) -> str:
     """The mean of a base and its interval in brackets."""
-    mean = f"{base['mean']:+.2f}"
-    if math.isnan(base["ci_low"]):
-        return mean
-    return f"{mean} [{base['ci_low']:+.2f}, {base['ci_high']:+.2f}]"
+    interval = format_interval(pd.Series(base), number_format="+.2f")
+    return f"{base['mean']:+.2f}{interval}"
 
 
 def report_bases_by_wording(findings: Findings, table: pd.DataFrame) -> None:
@@ -11049,7 +11043,6 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
     totals = column_totals(deltas, "delta", places)
     base = totals.repeated(0)
     low, high = totals.interval()
-    removed = share_columns(base.less(totals), base)
     columns = {
         "measure": measure_name(side, has_pairs(rows)),
         "n_samples": int(totals.by_sentence.counts[:, 0].sum()),
@@ -11057,9 +11050,7 @@ def joint_statistics(rows: pd.DataFrame, side: str, joint_sets: Sequence[JointSe
         "mean_delta": totals.mean,
         "ci_low": low,
         "ci_high": high,
-        "share_removed": removed["share"],
-        "share_low": removed["share_low"],
-        "share_high": removed["share_high"],
+        **share_columns(base.less(totals), base, "share_removed"),
         **faithfulness_columns(totals, joint_sets),
     }
     return pd.DataFrame(columns, index=places).join(moved_columns(deltas))
@@ -11080,14 +11071,18 @@ def faithfulness_columns(totals: ColumnTotals, joint_sets: Sequence[JointSet]) -
     return columns
 
 
+def change_of_score(rows: pd.DataFrame, side: str) -> pd.Series:
+    """By row of `measure_sets` the change of a side's score (nats) from that with the empty set,
+    which is the first."""
+    score = f"score_{side}"
+    unedited = rows[rows["place"] == 0].set_index("sample_id")[score]
+    return rows[score] - rows["sample_id"].map(unedited)
+
+
 def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean change of the scores of prompts a and b from the empty set's, mean KL after either, and
     along replies to b (NaN where there are none), by the place of a set."""
-    unedited = rows[rows["place"] == 0].set_index("sample_id")
-    moved = rows.assign(
-        moved_a=rows["score_a"] - rows["sample_id"].map(unedited["score_a"]),
-        moved_b=rows["score_b"] - rows["sample_id"].map(unedited["score_b"]),
-    )
+    moved = rows.assign(moved_a=change_of_score(rows, "a"), moved_b=change_of_score(rows, "b"))
     names = ["moved_a", "moved_b", "kl_a", "kl_b", "kl_reply"]
     return moved.reindex(columns=["place", *names]).groupby("place").mean()
 
@@ -11095,9 +11090,7 @@ def moved_columns(rows: pd.DataFrame) -> pd.DataFrame:
 def judge_breaking(statistics: pd.DataFrame, rows: pd.DataFrame, side: str) -> pd.DataFrame:
     """`joint_statistics` with `breaks_both`: whether the scores after prompt a and after that of
     the side both move further than the base, in one direction. Such a set has no share."""
-    unedited = rows[rows["place"] == 0].set_index("sample_id")[f"score_{side}"]
-    moved = rows[f"score_{side}"] - rows["sample_id"].map(unedited)
-    moved_side = moved.groupby(rows["place"]).mean()
+    moved_side = change_of_score(rows, side).groupby(rows["place"]).mean()
     base_size = abs(statistics["mean_delta"].iloc[0])
     is_broken = moved_as_one(statistics["moved_a"], moved_side, base_size)
     shares = ["share_removed", "share_low", "share_high"]
@@ -11301,12 +11294,14 @@ def describe_damage(row: Any, noun: str) -> str:
     if not math.isnan(row.kl_reply):
         along = f", {row.kl_reply:.2g} per token of replies to b"
     size = f"more than {MAX_KL:g} nats"
-    above = size if max(row.kl_b, row.kl_reply) > MAX_KL or row.kl_b > MAX_KL else ""
+    not_judged = "damage is not judged"
+    if row.kl_b > MAX_KL or row.kl_reply > MAX_KL:  # a NaN is not
+        not_judged = f"{size}, {not_judged}"
     phrases = {
         "no": f"no damage, their means are {MAX_KL:g} nats at most",
         "yes": f"damaged, {size} and than with 95 % of the random {noun}s",
         "as random sets": f"{size}, and within what random {noun}s do",
-        "not judged": f"{above + ', ' if above else ''}damage is not judged",
+        "not judged": not_judged,
     }
     return f"{along}: {phrases[row.damage]}"
 
@@ -13051,14 +13046,11 @@ def shares_of_senders(rows: pd.DataFrame, paths: pd.Index, floor: float) -> pd.D
     above the noise floor."""
     real = drop_negative_controls(rows)
     totals = column_totals(real, "sender_effect", paths)
-    shares = share_columns(column_totals(real, "head_effect", paths), totals)
+    shares = share_columns(column_totals(real, "head_effect", paths), totals, "share_of_total")
+    columns = {"total": totals.mean}
     is_above = totals.mean.abs() > floor
-    columns = {
-        "total": totals.mean,
-        "share_of_total": shares["share"].where(is_above, math.nan),
-        "share_low": shares["share_low"].where(is_above, math.nan),
-        "share_high": shares["share_high"].where(is_above, math.nan),
-    }
+    for name, share in shares.items():
+        columns[name] = share.where(is_above, math.nan)
     return pd.DataFrame(columns, index=paths)
 
 
@@ -16282,9 +16274,7 @@ def describe_loss(loss: Mapping[str, Any], removed: Sequence[Component], is_of_p
     """What zeroing some components took from the base, and whether others can have taken it
     over."""
     measure = "delta_logit" if is_of_pairs else "score"
-    interval = ""
-    if loss["n_sentences"] > 1:
-        interval = f" [{loss['ci_low']:+.3f}, {loss['ci_high']:+.3f}]"
+    interval = format_interval(pd.Series(loss))
     sentence = (
         f"zeroing {shorten(join_labels(removed))} takes {loss['loss']:+.3f} nats{interval} off the"
         f" size of the mean {measure}, {loss['before']:+.3f} over"
@@ -16341,12 +16331,7 @@ def growth_shares(pairs: pd.DataFrame, components: pd.Index) -> pd.DataFrame:
     with an interval over sentences (a ratio of means)."""
     loss = column_totals(pairs, "loss", components)
     shares = share_columns(column_totals(pairs, "growth", components), loss)
-    columns = {
-        "backup_share": shares["share"],
-        "backup_share_low": shares["share_low"],
-        "backup_share_high": shares["share_high"],
-    }
-    return pd.DataFrame(columns, index=components)
+    return pd.DataFrame(shares, index=components).add_prefix("backup_")
 
 
 def report_backups(findings: Findings, table: pd.DataFrame) -> None:
