@@ -63,6 +63,11 @@ P(apple | second prompt), in nats. The sweep is exact, batched and resumable.
 #   Command: tokens              at which token?
 #   Command: directions          what tells the prompts apart, and what moves along it?
 #   Command: graph               one prompt's logit, shared out among heads and neurons
+#   Token roles                  what each token of a prompt is to its sample
+#   Attention patterns           what heads attend to
+#   Direct contributions         the logits of scored words as a sum over what components write
+#   Logit lens                   the scored words as the residual stream of each layer has them
+#   Command: inspect             what do these components read and write?
 #   Command: check               is it sound, what would it cost?
 #   Records that the page shows  replies and samples, as far as they are this script's
 #   HTML                         tables, pictures and text, whole in themselves
@@ -1218,6 +1223,28 @@ class GraphOptions(MeasuringOptions):
 
 
 @dataclass(frozen=True)
+class InspectOptions(MeasuringOptions):
+    """What do these components read and write?"""
+
+    title: ClassVar = "inspect"
+    names: ComponentList = argument(
+        "L2H5,L3mlp,L3N120; without: the ten strongest of the folder's trace",
+        "NAMES",
+        ComponentList(),
+        ComponentList.parse,
+    )
+    query: str = option(
+        "last",
+        "tokens whose attention is told; differing: also those that differ between a and b",
+        choices=("last", "differing"),
+    )
+    sample: str = option("", "sample whose tokens are drawn", default_text="the first")
+    directions: str | None = option(
+        None, "directions.safetensors, of which the tokens are told", value_name="FILE"
+    )
+
+
+@dataclass(frozen=True)
 class CheckOptions(MeasuringOptions):
     """Is it sound, and what would it cost?"""
 
@@ -1337,6 +1364,17 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_graph.png": "Attribution graph: tokens across, layers up. Shares of a"
         " linearisation, not effects.",
     },
+    "inspect": {
+        "circuit_inspect.png": "Attention of the last token, by head: the darker, the more.",
+        "circuit_attention.csv": "",
+        "circuit_reads.csv": "",
+        "circuit_patterns.csv": "",
+        "circuit_writes.csv": "",
+        "circuit_vocabulary.csv": "",
+        "circuit_lens.csv": "",
+        "circuit_lens.png": "Logit lens: log P of the scored words as the residual stream that"
+        " enters each layer would give them; last the model's own.",
+    },
     "compare": {
         "circuit_compare.csv": "",
         "circuit_compare.png": "Components whose role changed most since another run; possible"
@@ -1354,7 +1392,9 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
 REPORT_FILE = "circuit_report.html"
 GRAPH_LIST = "graphs/graph-metadata.json"  # lists the graphs of a folder for the viewer
 GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
-PART_KINDS = "activation|base|estimate|floor|foil|graph|kl|klreply|probe|replies|scores|tested"
+PART_KINDS = (
+    "activation|base|estimate|floor|foil|graph|inspect|kl|klreply|probe|replies|scores|tested"
+)
 PART_FILE = rf"({PART_KINDS})-[a-z0-9-]+\.json"
 # files that only some command lines write, by the option that asks for them
 OPTION_OF_FILE = {
@@ -1537,6 +1577,13 @@ COMMANDS = {
         (
             f"graph {TINY} --sample s0000 --output_dir outputs/graph",
             "graph --sample s0000:b --goal top --output_dir outputs/graph",
+        ),
+    ),
+    "inspect": Command(
+        InspectOptions,
+        (
+            f"inspect L0H6,L2H2 {TINY} --output_dir outputs/inspect",
+            "inspect --output_dir outputs/tiny_llama",
         ),
     ),
     "compare": Command(
@@ -1938,6 +1985,7 @@ from huggingface_hub.utils import get_session
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
@@ -6263,6 +6311,16 @@ def recording_activations(
 
 
 @contextlib.contextmanager
+def eager_attention(traced: TracedModel) -> Iterator[None]:
+    """Let the library compute attention in the way that returns its weights."""
+    traced.model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        traced.model.set_attn_implementation(traced.shape.attn_implementation)
+
+
+@contextlib.contextmanager
 def resuming_from(traced: TracedModel, layer: int, residual: Any) -> Iterator[None]:
     """Skip the blocks below a layer, which gets the residual stream [1, tok, d_model] of the clean
     run instead, in the form that a block returns.
@@ -7889,15 +7947,12 @@ def record_attention(traced: TracedModel, ids: Tensor) -> AttentionRecord:
     v_projs = {}
     for layer in layers:
         v_projs[layer] = traced.layers[layer].get_submodule(shape.layout.value)
-    traced.model.set_attn_implementation("eager")
-    try:
-        with (
-            recording_activations(traced, sites) as activations,
-            recording(v_projs, outputs=True) as values,
-        ):
-            output = traced.model(ids, use_cache=False, output_attentions=True)
-    finally:
-        traced.model.set_attn_implementation(shape.attn_implementation)
+    with (
+        eager_attention(traced),
+        recording_activations(traced, sites) as activations,
+        recording(v_projs, outputs=True) as values,
+    ):
+        output = traced.model(ids, use_cache=False, output_attentions=True)
     return AttentionRecord(
         maps=output.attentions or (),
         values=[values[layer] for layer in layers],
@@ -12985,7 +13040,7 @@ def run_paths(experiment: Experiment[PathsOptions]) -> None:
     with experiment.stage("senders", f": {count_noun(len(senders), 'component')} alone"):
         sender_effects, floor = single_effects(experiment, senders, samples)
     with experiment.stage("paths", f": {len(paths)}"):
-        rows = effect_rows(measure_paths(experiment, paths), samples)
+        rows = effect_rows(measure_paths(experiment, paths, options.freeze), samples)
         table = path_table(rows, sender_effects, floor)
         table = table.assign(freeze=options.freeze, op=options.op_text)
         report_paths(experiment, table)
@@ -13110,12 +13165,11 @@ def list_paths(
     return sorted(paths, key=lambda path: [component.layer for component in path.receivers])
 
 
-def measure_paths(experiment: Experiment[PathsOptions], paths: Sequence[PathEdit]) -> pd.DataFrame:
-    """Rows of `measure` with the columns sender and receiver."""
-    freeze = experiment.options.freeze
+def measure_paths(experiment: Experiment, paths: Sequence[PathEdit], freeze: str) -> pd.DataFrame:
+    """Rows of `measure` with the columns sender and receiver; `freeze` is a value of --freeze."""
     variants = []
     layers: set[int] = set()
-    sites = {component.site for component in frozen_components(experiment)}
+    sites = {component.site for component in frozen_components(experiment.shape, freeze)}
     senders_of_layer: dict[int, list[Component]] = defaultdict(list)
     for path in paths:
         senders = senders_of_layer[path.sender.layer]
@@ -13129,20 +13183,18 @@ def measure_paths(experiment: Experiment[PathsOptions], paths: Sequence[PathEdit
         layers.update(receiver.layer for receiver in path.receivers)
         sites.update({path.sender.site, *(receiver.site for receiver in path.receivers)})
     reading = Reading(experiment.trees, frozenset(sites), frozenset(layers))
-    make_edits = functools.partial(path_edits, experiment)
+    make_edits = functools.partial(path_edits, experiment, freeze)
     return measure(experiment, variants, make_edits, reading, "paths")
 
 
-def frozen_components(experiment: Experiment[PathsOptions]) -> list[Component]:
+def frozen_components(shape: ModelShape, freeze: str) -> list[Component]:
     """What --freeze keeps at its clean activation, where it lies above the sender."""
-    attention = experiment.shape.components("attn")
-    if experiment.options.freeze == "heads":
-        return attention
-    return attention + experiment.shape.components("mlp")
+    attention = shape.components("attn")
+    return attention if freeze == "heads" else attention + shape.components("mlp")
 
 
 def path_edits(
-    experiment: Experiment, clean_run: CleanRun, paths: Sequence[PathEdit]
+    experiment: Experiment, freeze: str, clean_run: CleanRun, paths: Sequence[PathEdit]
 ) -> list[Edits]:
     """The edits that let each path through alone.
 
@@ -13151,10 +13203,10 @@ def path_edits(
     2. What the receivers would have made of it is recorded, and written into the clean run.
     """
     if not paths[0].receivers:
-        return [frozen_edits(experiment, clean_run, path.sender) for path in paths]
+        return [frozen_edits(experiment, freeze, clean_run, path.sender) for path in paths]
     senders = list(dict.fromkeys(path.sender for path in paths))
     sites = {component.site for path in paths for component in path.receivers}
-    received = record_received(experiment, clean_run, senders, sites)
+    received = record_received(experiment, freeze, clean_run, senders, sites)
     rows = []
     for path in paths:
         edits = []
@@ -13174,7 +13226,8 @@ def reach_of_op(clean_run: CleanRun) -> Tensor | None:
 
 
 def frozen_edits(
-    experiment: Experiment[PathsOptions],
+    experiment: Experiment,
+    freeze: str,
     clean_run: CleanRun,
     sender: Component,
     receiver_sites: Iterable[Site] = (),
@@ -13184,7 +13237,7 @@ def frozen_edits(
     edits = list(experiment.edits(clean_run, [sender]))
     where = reach_of_op(clean_run)
     frozen = set()
-    for component in frozen_components(experiment):
+    for component in frozen_components(experiment.shape, freeze):
         site = component.site
         if site.depth > sender.site.depth:
             frozen.add(site)
@@ -13197,6 +13250,7 @@ def frozen_edits(
 @torch.inference_mode()
 def record_received(
     experiment: Experiment,
+    freeze: str,
     clean_run: CleanRun,
     senders: Sequence[Component],
     sites: set[Site],
@@ -13205,7 +13259,9 @@ def record_received(
     traced = experiment.traced
 
     def run(some_senders: Sequence[Component]) -> list[dict[Site, Tensor]]:
-        rows = [frozen_edits(experiment, clean_run, sender, sites) for sender in some_senders]
+        rows = [
+            frozen_edits(experiment, freeze, clean_run, sender, sites) for sender in some_senders
+        ]
         with recording({site: traced.module(site) for site in sites}) as recorded:
             run_edited(traced, clean_run, rows)
         nodes = reached_nodes(traced, clean_run, rows)
@@ -13418,15 +13474,31 @@ def tokens_of_sample(experiment: Experiment, sample_prompts: Sequence[Prompt]) -
     return pd.DataFrame(rows)
 
 
-def words_at_positions(encoder: PromptEncoder, prompt: Prompt) -> list[str]:
-    """By position the scored word that stands there in a prompt, or ""."""
-    words = [""] * len(prompt.ids)
+class WordSpan(NamedTuple):
+    """Where a scored word stands in a prompt: from the token at `start` to before `stop`."""
+
+    word: str
+    start: int
+    stop: int
+
+
+def word_spans(encoder: PromptEncoder, prompt: Prompt) -> list[WordSpan]:
+    """Where the scored words of a sample stand in a prompt, behind a space or not."""
+    spans = []
     for word in prompt.sample.words:
         for form in (encoder.encode(f" {word}"), encoder.encode(word)):
             for start in range(len(prompt.ids)):
-                end = start + len(form)
-                if prompt.ids[start:end] == form:
-                    words[start:end] = [word] * len(form)
+                stop = start + len(form)
+                if prompt.ids[start:stop] == form:
+                    spans.append(WordSpan(word, start, stop))
+    return spans
+
+
+def words_at_positions(encoder: PromptEncoder, prompt: Prompt) -> list[str]:
+    """By position the scored word that stands there in a prompt, or ""."""
+    words = [""] * len(prompt.ids)
+    for word, start, stop in word_spans(encoder, prompt):
+        words[start:stop] = [word] * (stop - start)
     return words
 
 
@@ -14552,37 +14624,52 @@ def run_body(traced: TracedModel, ids: Sequence[int], n_rows: int = 1) -> Tensor
 
 
 def goal_weights(experiment: Experiment, prompt: Prompt, logits: Tensor) -> dict[int, float]:
-    """What each token's logit [vocab] counts in the goal: the gradient, at these logits, of the
-    log-sum-exp of groups of first tokens. With --goal top it is the likeliest token alone."""
+    """What each token's logit [vocab] counts in the goal: `goal_of_words`, or with --goal top the
+    likeliest token alone."""
     if experiment.options.goal == "top":
         return {int(logits.argmax()): 1.0}
+    if experiment.task.margin:
+        targets, foils = first_tokens_of(prompt)
+        decode = experiment.encoder.tokenizer.decode
+        common = [repr(decode([token])) for token in sorted(targets & foils)]
+        if common:
+            experiment.findings.warn(
+                f"{prompt.sample.name}: targets and foils may begin with {', '.join(common)}: left"
+                " out"
+            )
+    try:
+        return goal_of_words(experiment.task, prompt, logits)
+    except UsageError as error:
+        raise UsageError(f"{error}; give --goal top") from error
+
+
+def goal_of_words(task: Task, prompt: Prompt, logits: Tensor) -> dict[int, float]:
+    """What each token's logit [vocab] counts in the goal: the gradient, at these logits, of the
+    log-sum-exp of groups of first tokens."""
     weights: dict[int, float] = defaultdict(float)
-    for share, tokens in goal_groups(experiment, prompt):
+    for share, tokens in goal_groups(task, prompt):
         probabilities = logits[sorted(tokens)].softmax(-1).tolist()
         for token, probability in zip(sorted(tokens), probabilities, strict=True):
             weights[token] += share * probability
     return weights
 
 
-def goal_groups(experiment: Experiment, prompt: Prompt) -> list[tuple[float, set[int]]]:
+def first_tokens_of(prompt: Prompt) -> tuple[set[int], set[int]]:
+    """The tokens that a prompt's targets, and its foils, may begin with."""
+    targets = {form[0] for forms in prompt.target_forms for form in forms}
+    foils = {form[0] for forms in prompt.foil_forms for form in forms}
+    return targets, foils
+
+
+def goal_groups(task: Task, prompt: Prompt) -> list[tuple[float, set[int]]]:
     """The shares of groups of first tokens in the goal: targets less foils, or each word alike.
     `UsageError` where no token tells targets from foils."""
-    first_tokens = [{form[0] for form in forms} for forms in prompt.forms]
-    n_targets = len(prompt.sample.targets)
-    if not experiment.task.margin:
-        return [(1 / n_targets, tokens) for tokens in first_tokens[:n_targets]]
-    targets = set().union(*first_tokens[:n_targets])
-    foils = set().union(*first_tokens[n_targets:])
-    decode = experiment.encoder.tokenizer.decode
-    common = [repr(decode([token])) for token in sorted(targets & foils)]
+    if not task.margin:
+        n_targets = len(prompt.sample.targets)
+        return [(1 / n_targets, {form[0] for form in forms}) for forms in prompt.target_forms]
+    targets, foils = first_tokens_of(prompt)
     if targets <= foils or foils <= targets:
-        raise UsageError(
-            f"{prompt.sample.name}: targets and foils begin with the same tokens; give --goal top"
-        )
-    if common:
-        experiment.findings.warn(
-            f"{prompt.sample.name}: targets and foils may begin with {', '.join(common)}: left out"
-        )
+        raise UsageError(f"{prompt.sample.name}: targets and foils begin with the same tokens")
     return [(1.0, targets - foils), (-1.0, foils - targets)]
 
 
@@ -15301,6 +15388,1606 @@ def report_verdict(findings: Findings, summary: Mapping[str, Any]) -> None:
         findings.say(f"the graph is not measured, no head is a node of its own: {numbers}")
     else:
         findings.say(f"the graph is supported by its heads: {numbers}")
+
+
+# ----- Token roles --------------------------------------------------------------------------------
+
+BOS_ROLE = "BOS"
+SYSTEM_ROLE = "system"
+EARLIER_ROLE = "earlier turns"
+TEMPLATE_ROLE = "template"
+INSTRUCTION_ROLE = "instruction"
+DIFFERING_ROLE = "differing text"
+TEXT_ROLE = "rest of the text"
+PREFIX_ROLE = "answer prefix"
+LAST_ROLE = "last token"
+FIRST_TOKEN = " (first token)"
+LATER_TOKENS = " (later tokens)"
+SINK_ROLE = "attention sink"  # what a head gives to no token, in models that have such
+
+
+def user_text(prompt: Prompt) -> str:
+    """What the user says last in a prompt a or b, without template and system turn."""
+    sample = prompt.sample
+    return sample.prompt_b if prompt.side == "b" else sample.prompt_a
+
+
+def text_parts(encoder: PromptEncoder, prompt: Prompt) -> Iterator[tuple[str, str]]:
+    """The texts that stand in a rendered prompt, in order, each after its role."""
+    own_text = user_text(prompt)
+    if encoder.is_chat:
+        turns = encoder.conversation(prompt.sample, prompt.side, own_text)
+        if begins_reply(turns):
+            turns = turns[:-1]
+        for turn in turns[:-1]:
+            yield SYSTEM_ROLE if turn.role == "system" else EARLIER_ROLE, turn.content.strip()
+    yield TEXT_ROLE, own_text.strip()
+    yield PREFIX_ROLE, encoder.prefix_of(prompt.sample, prompt.side)
+
+
+def text_beside(text: str, other: str) -> list[slice]:
+    """Where a text has what another does not, if it holds the other whole; [] if not."""
+    start = text.find(other)
+    if start < 0 or text == other:
+        return []
+    return [slice(0, start), slice(start + len(other), len(text))]
+
+
+def character_roles(encoder: PromptEncoder, prompt: Prompt, partner: Prompt | None) -> list[str]:
+    """By character of a rendered prompt, the part of it that it belongs to. What prompt a says
+    beside the text of prompt b is the instruction, and the other way round."""
+    roles = [TEMPLATE_ROLE] * len(prompt.text)
+    place = 0
+    for role, part in text_parts(encoder, prompt):
+        start = prompt.text.find(part, place)
+        if start < 0:  # a template may change white space within a turn
+            continue
+        place = start + len(part)
+        roles[start:place] = [role] * len(part)
+        if role == TEXT_ROLE and partner is not None:
+            for beside in text_beside(part, user_text(partner).strip()):
+                length = beside.stop - beside.start
+                roles[start + beside.start : start + beside.stop] = [INSTRUCTION_ROLE] * length
+    return roles
+
+
+def token_starts(encoder: PromptEncoder, prompt: Prompt) -> list[int | None]:
+    """By token the place of its first character that is no white space; None for a BOS that the
+    text does not hold, and for all tokens where the tokenizer does not tell places."""
+    tokenizer, text = encoder.tokenizer, prompt.text
+    if not getattr(tokenizer, "is_fast", False):
+        return [None] * len(prompt.ids)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    starts: list[int | None] = []
+    for start, end in encoding["offset_mapping"]:
+        piece = text[start:end]
+        n_spaces = len(piece) - len(piece.lstrip())
+        starts.append(start + n_spaces if piece.strip() else start)
+    n_before = len(prompt.ids) - len(starts)  # the BOS of `encode_prompt`
+    return [None] * n_before + starts
+
+
+def text_roles(encoder: PromptEncoder, prompt: Prompt, partner: Prompt | None) -> list[str]:
+    """By token the part of the prompt that it belongs to, as of `character_roles`. In a pair of
+    which no text holds the other, what differs is `DIFFERING_ROLE`."""
+    by_character = character_roles(encoder, prompt, partner)
+    roles = []
+    for start in token_starts(encoder, prompt):
+        is_known = start is not None and start < len(by_character)
+        roles.append(by_character[start or 0] if is_known else TEXT_ROLE)
+    if partner is not None and INSTRUCTION_ROLE not in roles and not holds_text(partner, prompt):
+        for place in differing_places(prompt, partner):
+            if roles[place] == TEXT_ROLE:
+                roles[place] = DIFFERING_ROLE
+    return roles
+
+
+def holds_text(prompt: Prompt, other: Prompt) -> bool:
+    """Whether the user's text of a prompt holds that of another."""
+    return user_text(other).strip() in user_text(prompt)
+
+
+def differing_places(prompt: Prompt, partner: Prompt) -> range:
+    """The tokens of a prompt between what it shares with its partner at either end."""
+    prefix = common_start(prompt.ids, partner.ids)
+    suffix = common_start(prompt.ids[prefix:][::-1], partner.ids[prefix:][::-1])
+    return range(prefix, len(prompt.ids) - suffix)
+
+
+def word_role(task: Task, word: str, prompt: Prompt, partner_words: Iterable[str]) -> str:
+    """What a scored word is that stands in a prompt: a swapped one, where the task has such and the
+    partner has not this one, else a target or a foil, as the task calls them."""
+    if task.swapped_role and word not in partner_words:
+        return task.swapped_role
+    return task.target_role if word in prompt.sample.targets else task.foil_role
+
+
+def token_roles(
+    encoder: PromptEncoder, task: Task, prompt: Prompt, partner: Prompt | None
+) -> list[str]:
+    """By token of a prompt a or b its role, exactly one: BOS, last token, a scored word's first or
+    later token, or the part of the prompt that it belongs to."""
+    roles = text_roles(encoder, prompt, partner)
+    partner_words: set[str] = set()
+    if partner is not None:
+        partner_words.update(span.word for span in word_spans(encoder, partner))
+    else:
+        partner_words.update(prompt.sample.words)
+    for span in word_spans(encoder, prompt):
+        role = word_role(task, span.word, prompt, partner_words)
+        roles[span.start] = role + FIRST_TOKEN
+        for place in range(span.start + 1, span.stop):
+            roles[place] = role + LATER_TOKENS
+    if prompt.ids[0] == encoder.tokenizer.bos_token_id:
+        roles[0] = BOS_ROLE
+    roles[-1] = LAST_ROLE
+    return roles
+
+
+# ----- Attention patterns -------------------------------------------------------------------------
+
+N_REPEATED = 50  # random tokens, which a sequence has twice
+N_SEQUENCES = 4  # such sequences
+PATTERNS = ("previous_token", "induction", "duplicate_token", "bos")  # see `pattern_scores`
+
+
+@contextlib.contextmanager
+def recording_attention(
+    traced: TracedModel, keep: Callable[[int, Tensor], Any]
+) -> Iterator[dict[int, Any]]:
+    """Let attention be computed as the library's eager one, and collect by layer what `keep` makes
+    of a layer and its weights [row, head, query, tok] in each call.
+
+    A layer whose attention returns no weights is missing.
+    """
+    kept: dict[int, Any] = {}
+
+    def keep_weights(layer: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(weights, Tensor) and weights.ndim == 4:
+            kept[layer] = keep(layer, weights)
+
+    path = traced.shape.layout.attention_module
+    with eager_attention(traced), contextlib.ExitStack() as stack:
+        for layer, block in enumerate(traced.layers):
+            hook = functools.partial(keep_weights, layer)
+            stack.enter_context(block.get_submodule(path).register_forward_hook(hook))
+        yield kept
+
+
+@torch.inference_mode()
+def attention_from(
+    traced: TracedModel, tree: Tree, background: Edits, queries: Tensor
+) -> Tensor | None:
+    """Attention weights [layer, head, query, tok] of a clean run from some nodes [query] of a tree
+    to all; None where the model's attention returns none."""
+
+    def at_queries(_: int, weights: Tensor) -> Tensor:
+        return weights[0][:, on_device(queries, weights.device)].float().cpu()
+
+    with (
+        recording_attention(traced, at_queries) as by_layer,
+        editing(traced, [background]),
+        gathering(traced.unembedding, tree.scored),
+    ):
+        traced.model(**tree_inputs(traced, tree))
+    traced.n_forwards += 1
+    traced.n_tokens += tree.n_tokens * traced.shape.n_layers
+    if by_layer.keys() != set(range(traced.shape.n_layers)):
+        traced.warn_once("its attention returns no weights: what heads read is not told")
+        return None
+    return torch.stack([by_layer[layer] for layer in range(traced.shape.n_layers)])
+
+
+@torch.inference_mode()
+def written_by_token(traced: TracedModel, clean_run: CleanRun, head: Component) -> Tensor | None:
+    """The length [tok] of what a head writes into the residual stream for each token that it reads
+    with weight 1, ||W_O v|| (Kobayashi et al. 2020, arXiv:2004.10102). None where the clean run
+    keeps no values, or other ones than the head's slice."""
+    if head.layer not in clean_run.keys_and_values:
+        return None
+    values = clean_run.keys_and_values[head.layer][1][0]  # [kv head, tok, d_head]
+    columns = traced.shape.columns(head)
+    kv_head = head.index * len(values) // traced.shape.n_heads
+    value = values[kv_head]
+    if value.shape[-1] != columns.stop - columns.start:
+        return None
+    width = traced.shape.width("attn", head.layer)
+    projection = traced.module(head.site)
+    alone = value.new_zeros(len(value), width)
+    alone[:, columns] = value
+    bias = projection(torch.zeros_like(alone[:1]))
+    return (projection(alone) - bias).float().norm(dim=-1).cpu()
+
+
+def repeated_sequences(experiment: Experiment) -> list[list[int]]:
+    """Random tokens of the vocabulary, twice in a row, behind a BOS where the model has one. They
+    are as long as the model takes, at most `N_REPEATED` each time."""
+    tokenizer, shape = experiment.encoder.tokenizer, experiment.shape
+    special = set(experiment.encoder.control_tokens)
+    usable = [token for token in range(min(len(tokenizer), shape.vocab)) if token not in special]
+    bos = tokenizer.bos_token_id
+    start = [] if bos is None else [bos]
+    n_tokens = min(N_REPEATED, (shape.context - len(start)) // 2, len(usable))
+    sequences = []
+    for number in range(N_SEQUENCES):
+        rng = random.Random(f"{experiment.options.seed} repeated {number}")
+        tokens = rng.sample(usable, n_tokens)
+        sequences.append([*start, *tokens, *tokens])
+    return sequences
+
+
+def pattern_scores(weights: Tensor, n_repeated: int) -> Tensor:
+    """The mean weight [pattern, head] that heads with weights [head, query, tok] on a repeated
+    sequence give, in its second half, to: the token before; the token behind the same one in the
+    first half (induction: Olsson et al. 2022, arXiv:2209.11895); the same one; the first token."""
+    n_tokens = weights.shape[-1]
+    queries = torch.arange(n_tokens - n_repeated, n_tokens)
+    read = {
+        "previous_token": queries - 1,
+        "induction": queries - n_repeated + 1,
+        "duplicate_token": queries - n_repeated,
+        "bos": torch.zeros_like(queries),
+    }
+    return torch.stack([weights[:, queries, read[name]].mean(-1) for name in PATTERNS])
+
+
+@torch.inference_mode()
+def measure_patterns(experiment: Experiment, bar: tqdm[Any]) -> list[list[list[float]]]:
+    """`pattern_scores` [layer, pattern, head], means over `repeated_sequences`; [] where the
+    model's attention returns no weights."""
+    traced = experiment.traced
+    scores = []
+    for ids in repeated_sequences(experiment):
+        n_repeated = len(ids) // 2
+
+        def score(_: int, weights: Tensor, n_repeated: int = n_repeated) -> Tensor:
+            return pattern_scores(weights[0].float().cpu(), n_repeated)
+
+        with (
+            recording_attention(traced, score) as by_layer,
+            editing(traced, [experiment.background]),
+        ):
+            run_body(traced, ids)
+        if len(by_layer) < traced.shape.n_layers:
+            return []
+        scores.append(torch.stack([by_layer[layer] for layer in sorted(by_layer)]))
+    bar.update()
+    means: list[list[list[float]]] = torch.stack(scores).mean(0).tolist()
+    return means
+
+
+# ----- Direct contributions -----------------------------------------------------------------------
+
+# of the sizes of all contributions, by how much these may miss the goal that they add up to
+SUM_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.05}
+EMBEDDING_TERM, POSITION_TERM, BIAS_TERM = "embedding", "position", "biases"
+
+
+def subtracts_mean(norm: Any, x: Tensor) -> bool:
+    """Whether a norm gives the same for x [..., d_model] and for x plus a constant, as a LayerNorm
+    does and an RMSNorm does not."""
+    first = x.flatten(0, -2)[:1].detach()
+    moved = norm.forward(first + first.abs().mean())
+    return torch.allclose(norm.forward(first), moved, rtol=1e-2, atol=1e-3)
+
+
+def norm_slope(norm: Any, source: Tensor, output: Tensor) -> Tensor:
+    """What a norm multiplies by, elementwise: its output is the product with what it norms, already
+    centred where it subtracts the mean, and its bias."""
+    if type(norm) is nn.LayerNorm:  # of which small centred values are not worth dividing by
+        scale = (source.pow(2).mean(-1, keepdim=True) + norm.eps).rsqrt()
+        return scale if norm.weight is None else scale * norm.weight
+    return torch.where(source == 0, 0.0, output / source)
+
+
+def with_constant_scale(
+    biases: list[Tensor], norm: Any, args: tuple[Any, ...], output: Tensor
+) -> Tensor:
+    """A forward hook of a norm: the output stays, and its derivative is that of a norm whose scale
+    (RMS or standard deviation) is a constant. What its bias adds becomes a leaf [1, tok, width] of
+    `biases`."""
+    x = args[0]
+    source = x - x.mean(-1, keepdim=True) if subtracts_mean(norm, x) else x
+    bias = getattr(norm, "bias", None)
+    if bias is None:
+        slope = norm_slope(norm, source, output).detach()
+        return output.detach() + (source - source.detach()) * slope
+    added = bias.detach().to(output).expand_as(output).clone().requires_grad_()
+    biases.append(added)
+    slope = norm_slope(norm, source, output - added).detach()
+    return (output - added).detach() + (source - source.detach()) * slope + added
+
+
+def writing_modules(traced: TracedModel) -> dict[Site, nn.Module]:
+    """By site the modules that add to the residual stream: the output projections of attention, and
+    those of the MLP, or where its neurons are no slices the MLP itself. `UsageError` where the MLP
+    is none of these."""
+    shape = traced.shape
+    modules = {}
+    for layer, block in enumerate(traced.layers):
+        attention, mlp = Site(layer, "attn"), Site(layer, "mlp")
+        modules[attention] = traced.module(attention)
+        modules[mlp] = traced.module(mlp) if shape.d_mlp else whole_mlp(block, shape)
+    return modules
+
+
+def whole_mlp(block: nn.Module, shape: ModelShape) -> nn.Module:
+    """The only part of a block that is neither attention nor a norm."""
+    attention = shape.layout.attention_module.partition(".")[0]
+    others = []
+    for name, module in block.named_children():
+        is_plain = re.search("norm|drop", f"{name} {type(module).__name__}", re.IGNORECASE)
+        if name != attention and not is_plain:
+            others.append(module)
+    if len(others) != 1:
+        raise UsageError(f"the blocks of {shape.name} have no MLP that is told apart")
+    return others[0]
+
+
+@dataclass(frozen=True)
+class DirectRun:
+    """One forward of a tree in which the final states are a linear map of what is written into the
+    residual stream: norms have constant scales, and nothing that reads the stream writes anew."""
+
+    traced: TracedModel
+    tree: Tree
+    written: dict[
+        Site, Tensor
+    ]  # [1, tok, width]: the embeddings, and what the writing modules read
+    outputs: dict[Site, Tensor]  # [1, tok, d_model] that those make of it which have a bias
+    biases: dict[Site, Tensor]  # [d_model] of these
+    norm_biases: list[Tensor]  # [1, tok, width] that norms add
+    positions: Tensor | None  # [1, tok, d_model], what a table of positions adds to the embeddings
+    stream: Tensor  # [1, tok, d_model], what the last block returns
+    final_states: Tensor  # [tok, d_model]
+
+    @property
+    def last_nodes(self) -> list[int]:
+        """The node of each prompt's last token."""
+        return [path[-1] for path in self.tree.paths]
+
+
+EMBEDDINGS = Site(0, "resid")
+
+
+def run_direct(traced: TracedModel, tree: Tree, background: Edits) -> DirectRun:
+    """A clean run of a tree whose gradients take no other path than the residual stream.
+
+    What a writing module reads is cut off from what it was computed from, so that gradients pass
+    through its projection, through norms behind it, and along the stream.
+    """
+    modules = writing_modules(traced)
+    sites = [EMBEDDINGS]
+    for site in modules:
+        if site.place == "attn" or traced.shape.d_mlp:
+            sites.append(site)
+    biased: dict[Site, Any] = {}
+    for site, module in modules.items():
+        if isinstance(getattr(module, "bias", None), Tensor):
+            biased[site] = module
+    norm_biases: list[Tensor] = []
+    with (
+        torch.enable_grad(),
+        constant_norms(traced, norm_biases),
+        editing(traced, [background]),
+        recording_activations(traced, sites, cut=True) as written,
+        cutting_mlps(traced, modules) as mlps,
+        recording(biased, outputs=True) as outputs,
+        recording(position_tables(traced), outputs=True) as tables,
+        recording({"stream": traced.layers[-1]}, outputs=True) as last_block,
+    ):
+        states = traced.body(**tree_inputs(traced, tree)).last_hidden_state
+    traced.n_forwards += 1
+    traced.n_tokens += tree.n_tokens * traced.shape.n_layers
+    return DirectRun(
+        traced=traced,
+        tree=tree,
+        written={**written, **mlps},
+        outputs={site: first_of(output) for site, output in outputs.items()},
+        biases={site: module.bias.detach() for site, module in biased.items()},
+        norm_biases=norm_biases,
+        positions=tables.get("positions"),
+        stream=first_of(last_block["stream"]),
+        final_states=states[0],
+    )
+
+
+@contextlib.contextmanager
+def constant_norms(traced: TracedModel, biases: list[Tensor]) -> Iterator[None]:
+    """Take gradients with constant scales of norms; see `with_constant_scale`."""
+    hook = functools.partial(with_constant_scale, biases)
+    with contextlib.ExitStack() as stack:
+        for module in traced.body.modules():
+            is_norm = "norm" in type(module).__name__.lower()
+            if is_norm and not list(module.children()):
+                stack.enter_context(module.register_forward_hook(hook))
+        yield
+
+
+def first_of(output: Any) -> Tensor:
+    """The tensor that a module returns, alone or first of several."""
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor
+
+
+def position_tables(traced: TracedModel) -> dict[str, nn.Module]:
+    """The module that looks up an embedding for each position, by a name, where there is one."""
+    tables = {}
+    for module in traced.body.children():
+        is_table = isinstance(module, nn.Embedding)
+        if is_table and module is not traced.model.get_input_embeddings():
+            tables["positions"] = module
+    return tables
+
+
+@contextlib.contextmanager
+def cutting_mlps(
+    traced: TracedModel, modules: Mapping[Site, nn.Module]
+) -> Iterator[dict[Site, Tensor]]:
+    """Where neurons are no slices, collect by site what whole MLPs return, cut off as leaves."""
+    made: dict[Site, Tensor] = {}
+
+    def cut(site: Site, output: Tensor) -> Tensor:
+        made[site] = output.detach().requires_grad_()
+        return made[site]
+
+    with contextlib.ExitStack() as stack:
+        for site, module in modules.items():
+            if site.place == "mlp" and not traced.shape.d_mlp:
+                change = functools.partial(cut, site)
+                stack.enter_context(hook_activation(module, "output", change))
+        yield made
+
+
+# -- what terms add to a goal
+
+
+class Contributions(NamedTuple):
+    """What each term adds to the goal of each prompt of a tree, and how well they add up."""
+
+    terms: dict[str, Tensor]  # [prompt], by label
+    goals: Tensor  # [prompt], what they add up to
+    parts: dict[str, Tensor]  # [prompt], by label of components that are part of a term, or several
+
+    @property
+    def error(self) -> float:
+        """The largest distance of a sum from its goal, as a share of the sizes of its terms."""
+        values = torch.stack([*self.terms.values()])
+        shares = (values.sum(0) - self.goals).abs() / values.abs().sum(0)
+        return float(shares.max())
+
+
+def direct_contributions(
+    run: DirectRun, directions: Sequence[Tensor], components: Iterable[Component] = ()
+) -> Contributions:
+    """What embedding, positions, heads, MLPs and biases add to the goal of each prompt, by its
+    direction [d_model], and what some components do that are no such term: direct logit
+    attribution with the norm scales of the clean run (Elhage et al. 2021,
+    https://transformer-circuits.pub/2021/framework).
+
+    Only the stream at a prompt's last token carries to its goal, so that one backward serves all
+    prompts. A term is the product of what was written there with the gradient.
+    """
+    states = run.final_states[run.last_nodes].float()
+    goals = (states * torch.stack([*directions]).to(states)).sum(-1)
+    sources: dict[Any, Tensor] = dict(run.written)
+    for site, output in run.outputs.items():
+        sources["bias", site] = output
+    for number, added in enumerate(run.norm_biases):
+        sources["norm bias", number] = added
+    gradients = torch.autograd.grad(
+        goals.sum(), [*sources.values()], allow_unused=True, retain_graph=True
+    )
+    at_last: dict[Any, Tensor] = {}  # [prompt, width]
+    for key, gradient in zip(sources, gradients, strict=True):
+        if gradient is not None:
+            at_last[key] = gradient[0, run.last_nodes].float()
+    products = {}
+    for site, activation in run.written.items():
+        products[site] = activation[0, run.last_nodes].detach().float() * at_last[site]
+    terms = direct_terms(run, products, at_last)
+    parts = {}
+    for component in components:
+        if component.label not in terms:
+            columns = run.traced.shape.columns(component)
+            parts[component.label] = products[component.site][:, columns].sum(-1)
+    return Contributions(terms, goals.detach(), parts)
+
+
+def direct_terms(
+    run: DirectRun, products: Mapping[Site, Tensor], gradients: Mapping[Any, Tensor]
+) -> dict[str, Tensor]:
+    """By label the contribution [prompt] of each term, from the products [prompt, width] of what
+    was written with its gradient, and from gradients by site, by ("bias", site) and by ("norm
+    bias", number)."""
+    shape, nodes = run.traced.shape, run.last_nodes
+    terms = {EMBEDDING_TERM: products[EMBEDDINGS].sum(-1)}
+    if run.positions is not None:
+        added = run.positions.flatten(0, -2)[nodes].detach().float()
+        terms[POSITION_TERM] = (added * gradients[EMBEDDINGS]).sum(-1)
+        terms[EMBEDDING_TERM] = terms[EMBEDDING_TERM] - terms[POSITION_TERM]
+    for layer in range(shape.n_layers):
+        by_head = products[Site(layer, "attn")].unflatten(-1, (shape.n_heads, -1)).sum(-1)
+        for head in shape.components("head", layer):
+            terms[head.label] = by_head[:, head.index]
+        terms[Component(layer, "mlp").label] = products[Site(layer, "mlp")].sum(-1)
+    biases = bias_terms(run, gradients)
+    if biases:
+        terms[BIAS_TERM] = torch.stack(biases).sum(0)
+    return terms
+
+
+def bias_terms(run: DirectRun, gradients: Mapping[Any, Tensor]) -> list[Tensor]:
+    """The contribution [prompt] of each bias of an output projection or a norm."""
+    terms = []
+    for site, bias in run.biases.items():
+        terms.append(gradients["bias", site] @ bias.float())
+    for number, added in enumerate(run.norm_biases):
+        if ("norm bias", number) in gradients:
+            at_last = added[0, run.last_nodes].detach().float()
+            terms.append((at_last * gradients["norm bias", number]).sum(-1))
+    return terms
+
+
+def pushed_states(run: DirectRun, source: Tensor, values: Tensor) -> Tensor:
+    """What values [prompt, width] of something written, a tensor [1, tok, width] of the run, make
+    of the final state of each prompt [prompt, d_model], at its last token.
+
+    The final states are linear in it: the product with their Jacobian, by differentiating the
+    product of a gradient with the values once more.
+    """
+    probe = torch.zeros_like(run.final_states, requires_grad=True)
+    (pulled,) = torch.autograd.grad(run.final_states, source, probe, create_graph=True)
+    product = (pulled[0, run.last_nodes] * values.to(pulled)).sum()
+    (pushed,) = torch.autograd.grad(product, probe)
+    return pushed[run.last_nodes].float()
+
+
+def written_values(run: DirectRun, component: Component) -> tuple[Tensor, Tensor]:
+    """A tensor [1, tok, width] of a run, and of it the values [prompt, width] that are a
+    component's: its activation, of a neuron 1 instead, so that its output vector is told."""
+    source = run.written[component.site]
+    activation = source[0, run.last_nodes].detach()
+    values = torch.zeros_like(activation)
+    columns = run.traced.shape.columns(component)
+    values[:, columns] = 1.0 if component.kind == "neuron" else activation[:, columns]
+    return source, values
+
+
+def why_without_contributions(traced: TracedModel) -> str:
+    """Why what components write cannot be told by gradients; "" where it can."""
+    if any(weight.is_meta for weight in traced.model.parameters()):
+        return "some weights are offloaded"
+    if not traced.unembedding.weight.is_floating_point():
+        return "its unembedding is packed"
+    try:
+        writing_modules(traced)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def vocabulary_logits(traced: TracedModel, state: Tensor) -> Tensor:
+    """[token], what a final state adds to all logits, less their mean; before a cap."""
+    weight = traced.unembedding.weight.detach()
+    logits = torch.cat([*unembed(state[None].to(weight.device, weight.dtype), weight)], -1)[0]
+    return (logits - logits.mean()).cpu()
+
+
+# ----- Logit lens ---------------------------------------------------------------------------------
+
+
+def lens_log_probs(traced: TracedModel, tree: Tree, background: Edits) -> list[Tensor]:
+    """Log-probabilities [1, entry] that the model's own final norm and unembedding give to the
+    residual stream entering each layer, and last those of the model (logit lens: nostalgebraist
+    2020)."""
+    layers = range(traced.shape.n_layers)
+    sites = [Site(layer, "resid") for layer in layers]
+    clean_run = run_clean(traced, tree, background, [0], sites)
+    by_layer = [read_by_lens(traced, clean_run, clean_run.activations[site]) for site in sites]
+    return [*by_layer, clean_run.log_probs]
+
+
+@torch.inference_mode()
+def read_by_lens(traced: TracedModel, clean_run: CleanRun, stream: Tensor) -> Tensor:
+    """Log-probabilities [1, entry] after a residual stream [tok, d_model], which passes all blocks
+    as it is."""
+    residual: Any = stream[None]
+    if isinstance(clean_run.residuals.get(0), tuple):  # as its blocks return it
+        residual = (residual,)
+    tree = clean_run.tree
+    with (
+        resuming_from(traced, traced.shape.n_layers, residual),
+        gathering(traced.unembedding, tree.scored),
+    ):
+        logits = traced.model(**clean_run.model_inputs).logits
+    return entry_log_probs_of_logits(logits, tree)
+
+
+# ----- Command: inspect ---------------------------------------------------------------------------
+
+N_INSPECTED = 10  # components that are inspected where none is named
+INSPECTED_KINDS = ("head", "neuron", "attn", "mlp")
+N_LISTED = 10  # tokens at either end of what a component adds to the vocabulary
+N_QUOTED = 5  # of them, and of roles and components, that a sentence names
+QUERY_LAST, QUERY_DIFFERING = "last", "differing"
+SIDE_COLUMNS = {
+    "a": ("mean_a", "low_a", "high_a"),
+    "b": ("mean_b", "low_b", "high_b"),
+    "difference": ("mean", "ci_low", "ci_high"),
+}
+LEAST_READ = 0.005  # of attention, below which a sentence names no role
+SINK_WEIGHT = 1e-3  # of attention that no token gets, from which on it is told
+
+
+class Subjects(NamedTuple):
+    """What is inspected."""
+
+    components: list[Component]
+    directions: dict[Component, Tensor]  # [width], of --directions
+
+    @property
+    def heads(self) -> list[Component]:
+        return [component for component in self.components if component.kind == "head"]
+
+    @property
+    def neurons(self) -> list[Component]:
+        return [component for component in self.components if component.kind == "neuron"]
+
+
+def run_inspect(experiment: Experiment[InspectOptions]) -> None:
+    """What the named components read and write, and how much of their effect is direct:
+    circuit_attention.csv, circuit_reads.csv, circuit_patterns.csv, circuit_writes.csv,
+    circuit_vocabulary.csv, circuit_lens.csv and .png, circuit_inspect.png."""
+    subjects = choose_subjects(experiment)
+    records = unedited_samples(experiment)
+    samples = unedited_scores(records)
+    with experiment.stage("effects", f" of {count_noun(len(subjects.components), 'component')}"):
+        effects = direct_and_mediated(experiment, subjects.components, samples)
+    with experiment.stage("clean runs", " of all prompts a and b"):
+        inspected = inspect_prompts(experiment, subjects)
+        reads = write_reads(experiment, inspected, samples)
+        writes = write_contributions(experiment, subjects, inspected, effects, samples)
+        vocabulary = write_vocabulary(experiment, subjects, inspected)
+        write_lens(experiment, inspected, samples)
+    patterns = write_patterns(experiment, subjects)
+    for component in subjects.components:
+        experiment.findings.heading(component.label)
+        tables = InspectedTables(reads, patterns, writes, vocabulary)
+        for sentence in describe_component(experiment, component, tables):
+            experiment.findings.say(sentence)
+    report_directions_read(experiment.findings, subjects, vocabulary)
+    if subjects.heads and experiment.folder.leads and not reads.empty:
+        draw_inspected(experiment, subjects.heads, inspected)
+
+
+def check_inspect(experiment: Experiment[InspectOptions]) -> None:
+    """`UsageError` where there is nothing to inspect, or no such sample."""
+    choose_subjects(experiment)
+    choose_drawn_sample(experiment)
+
+
+def plan_inspect(experiment: Experiment[InspectOptions]) -> Iterator[PlannedRuns]:
+    components = choose_subjects(experiment).components
+    yield component_runs(components).times(2, "alone, and straight to the logits")
+
+
+def choose_subjects(experiment: Experiment[InspectOptions]) -> Subjects:
+    """The components that are named, or the strongest of the folder's trace, and the directions of
+    --directions; `UsageError` where there is none, or of a kind that is not inspected."""
+    options = experiment.options
+    components = [*options.names] or strongest_of_trace(experiment.folder.path)
+    for component in components:
+        if component.kind not in INSPECTED_KINDS:
+            raise UsageError(
+                f"{component.label}: inspect takes heads, neurons, attention and MLPs, such as"
+                " L2H5, L3N120, L4attn, L4mlp"
+            )
+    zeroed = [component for component in components if component in options.given]
+    if zeroed:
+        raise UsageError(f"{shorten(join_labels(zeroed))}: --given zeroes these in every run")
+    directions: dict[Component, Tensor] = {}
+    if options.directions:
+        path = Path(options.directions)
+        directions, metadata = read_directions(path)
+        for component in directions:
+            check_component(component, f"--directions {component.label}", experiment.shape)
+            check_direction(directions, component, experiment.shape, path)
+        check_model_of_directions(experiment, path, metadata.get("model", ""))
+    return Subjects(components, directions)
+
+
+def strongest_of_trace(folder: Path) -> list[Component]:
+    """The components of the folder's circuit_heads.csv with a verdict that tells what they do, by
+    |role|, at most `N_INSPECTED`; `UsageError` where there is no table, or none in it."""
+    path = folder / "circuit_heads.csv"
+    if not path.exists():
+        raise UsageError(f"inspect needs NAMES, or a trace: {path} is not there")
+    heads = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    clear = heads[heads["verdict"].isin(CLEAR_VERDICTS)]
+    if clear.empty:
+        verdicts = " or ".join(quote(verdict) for verdict in CLEAR_VERDICTS)
+        raise UsageError(f"no component of {path} has the verdict {verdicts}: name some")
+    strongest = largest_rows(clear, "role", N_INSPECTED)
+    return [Component.parse(label) for label in strongest["label"]]
+
+
+def choose_drawn_sample(experiment: Experiment[InspectOptions]) -> Sample:
+    """The sample whose tokens the figure shows; `UsageError` where --sample names none."""
+    by_id = {sample.sample_id: sample for sample in samples_of(experiment.prompts)}
+    name = experiment.options.sample or next(iter(by_id))
+    if name not in by_id:
+        raise UsageError(
+            f"--sample {name}: no such sample; there are {join_values(by_id, limit=20)}"
+        )
+    return by_id[name]
+
+
+# -- effects: exact, and what of them is direct
+
+
+def direct_and_mediated(
+    experiment: Experiment[InspectOptions], components: Sequence[Component], samples: pd.DataFrame
+) -> pd.DataFrame:
+    """By label the effect of the op on a component (nats), what of it goes straight to the logits,
+    past all heads and MLPs above at their clean values, and the rest, which these mediate: each
+    with its interval; and the share that is direct, where the effect is clear.
+
+    Where a model's MLPs have no neurons that can be held, these are effects alone.
+    """
+    alone, floor = single_effects(experiment, components, samples)
+    effects = alone.join(samples[sample_columns(samples)], on="sample_id")
+    table = named_statistics(effects, "sender_effect", "effect")
+    table["n_sentences"] = column_statistics(effects, "sender_effect", ["sender"])["n_sentences"]
+    if not experiment.shape.d_mlp:
+        experiment.findings.warn(
+            "the MLPs of this model have no neurons that can be held at their clean values: what is"
+            " direct is not measured"
+        )
+        return table.rename_axis("label")
+    paths = [PathEdit(component, ()) for component in components]
+    rows = effect_rows(measure_paths(experiment, paths, "all"), samples)
+    both = rows.merge(alone, on=["sender", "sample_id"])
+    both["mediated"] = both["sender_effect"] - both["head_effect"]
+    table = table.join(named_statistics(both, "head_effect", "direct"))
+    table = table.join(named_statistics(both, "mediated", "mediated"))
+    shares = path_table(rows, alone, floor).set_index("sender")
+    table["direct_share"] = shares["share_of_total"]
+    table["direct_share_low"] = shares["share_low"]
+    table["direct_share_high"] = shares["share_high"]
+    return table.rename_axis("label")
+
+
+def sample_columns(samples: pd.DataFrame) -> list[str]:
+    """The columns of `unedited_scores` that statistics need."""
+    return [name for name in ("unit", "group", "template") if name in samples]
+
+
+def named_statistics(rows: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
+    """By sender the mean of a column and its interval, as `name`, `name`_low and `name`_high."""
+    statistics = column_statistics(rows, column, ["sender"])[["mean", "ci_low", "ci_high"]]
+    return statistics.set_axis([name, f"{name}_low", f"{name}_high"], axis=1)
+
+
+# -- clean runs: a part per tree
+
+
+class InspectedPrompt(NamedTuple):
+    """What was read off the clean run of a prompt a or b."""
+
+    prompt: Prompt
+    partner: Prompt | None
+    content: dict[str, Any]  # see `inspect_tree`
+
+
+class Inspected(NamedTuple):
+    """What was read off the clean runs of all prompts."""
+
+    prompts: list[InspectedPrompt]
+    pushed: dict[str, Tensor]  # [d_model] by label, means over prompts a; see `pushed_means`
+    errors: list[float]  # of the sums of contributions, by tree
+
+
+def inspect_prompts(experiment: Experiment[InspectOptions], subjects: Subjects) -> Inspected:
+    """Read all prompts a and b, in trees whose samples share no node: each has a goal of its
+    own."""
+    pairs = [prompts_a_and_b([sample_prompts]) for sample_prompts in experiment.prompts]
+    options = unedited_options(experiment.options)
+    trees = plant_trees(pairs, experiment.bos, options, apart=True)
+    names = [component.label for component in subjects.components]
+    vectors = {component.label: v.tolist() for component, v in subjects.directions.items()}
+    key = digest([names, vectors, experiment.options.query])[:10]
+    jobs = []
+    for number, tree in enumerate(trees):
+        compute = functools.partial(inspect_tree, experiment, subjects, tree)
+        name = f"inspect-{experiment.part_key}-{tree_digest(tree)}-{key}"
+        jobs.append(PartJob(name, number, tree.n_tokens, 1, compute))
+    prompts: list[InspectedPrompt] = []
+    contents = read_parts(experiment, jobs, "clean runs")
+    for tree, content in zip(trees, contents, strict=True):
+        for _, places in tree.samples:
+            for side, place in places.items():
+                other_place = places.get(partner_side(side))
+                partner = None if other_place is None else tree.prompts[other_place]
+                prompts.append(
+                    InspectedPrompt(tree.prompts[place], partner, content["prompts"][place])
+                )
+    return Inspected(prompts, pushed_means(contents), [content["error"] for content in contents])
+
+
+def pushed_means(contents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """By label the mean [d_model] over prompts a of what a component, or a direction, makes of the
+    final state; {} where that is not known."""
+    count = sum(content["n_pushed"] for content in contents)
+    sums: dict[str, Any] = defaultdict(float)
+    for content in contents:
+        for label, vector in content["pushed"].items():
+            sums[label] += torch.tensor(vector, dtype=torch.float64)
+    return {label: total / count for label, total in sums.items()} if count else {}
+
+
+def inspect_tree(
+    experiment: Experiment[InspectOptions], subjects: Subjects, tree: Tree, bar: tqdm[Any]
+) -> dict[str, Any]:
+    """The content of a part: `prompts`, of each of the tree what `prompt_contents` say; the sums
+    `pushed` over its `n_pushed` prompts a; and the `error` of its contributions."""
+    contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
+    read_attention(experiment, subjects, tree, contents)
+    read_lens(experiment, tree, contents)
+    content = {"prompts": contents, "pushed": {}, "n_pushed": 0, "error": 0.0}
+    content |= read_contributions(experiment, subjects, tree, contents)
+    bar.update()
+    return content
+
+
+def query_places(experiment: Experiment[InspectOptions], tree: Tree) -> list[dict[str, list[int]]]:
+    """By prompt of a tree the positions that attention is read from: its last token, and with
+    --query differing those that differ from its partner, where there are any."""
+    by_prompt: list[dict[str, list[int]]] = []
+    for prompt in tree.prompts:
+        by_prompt.append({QUERY_LAST: [len(prompt.ids) - 1]})
+    if experiment.options.query == QUERY_LAST:
+        return by_prompt
+    for _, places in tree.samples:
+        for side, place in places.items():
+            partner_place = places.get(partner_side(side))
+            if partner_place is None:
+                continue
+            differing = differing_places(tree.prompts[place], tree.prompts[partner_place])
+            if differing:
+                by_prompt[place][QUERY_DIFFERING] = [*differing]
+    return by_prompt
+
+
+def read_attention(
+    experiment: Experiment[InspectOptions],
+    subjects: Subjects,
+    tree: Tree,
+    contents: list[dict[str, Any]],
+) -> None:
+    """Add to the contents of each prompt `attention`, by query and head the weights [tok]; `norms`,
+    by head the lengths [tok] of `written_by_token`; `activations` [tok] by neuron; and with --given
+    `attention_before`, the same without it, and `moved` [layer, head], see `attention_moved`."""
+    traced, background = experiment.traced, experiment.background
+    read_activations(experiment, subjects, tree, contents)
+    places = query_places(experiment, tree)
+    nodes: list[int] = []
+    for path, by_query in zip(tree.paths, places, strict=True):
+        for positions in by_query.values():
+            nodes += [path[position] for position in positions]
+    queries = torch.tensor(nodes).unique()
+    weights = attention_from(traced, tree, background, queries)
+    if weights is None:
+        return
+    before = attention_from(traced, tree, (), queries) if background else None
+    for place, (path, by_query) in enumerate(zip(tree.paths, places, strict=True)):
+        content = contents[place]
+        content["attention"] = {}
+        for query, positions in by_query.items():
+            rows = torch.searchsorted(queries, torch.tensor([path[p] for p in positions]))
+            means = weights[:, :, rows][..., path].mean(2)  # [layer, head, tok]
+            content["attention"][query] = of_heads(means, subjects.heads)
+            if before is not None and query == QUERY_LAST:
+                means_before = before[:, :, rows][..., path].mean(2)
+                content["attention_before"] = of_heads(means_before, subjects.heads)
+                content["moved"] = attention_moved(means, means_before)
+
+
+def of_heads(values: Tensor, heads: Iterable[Component]) -> dict[str, list[float]]:
+    """By label what some heads have of [layer, head, tok]."""
+    return {head.label: values[head.layer, head.index].tolist() for head in heads}
+
+
+def attention_moved(weights: Tensor, before: Tensor) -> list[list[float]]:
+    """[layer, head], which share of its attention a head gives to other tokens than before: half
+    the sum of |differences| of weights [layer, head, tok]."""
+    moved: list[list[float]] = ((weights - before).abs().sum(-1) / 2).tolist()
+    return moved
+
+
+def read_activations(
+    experiment: Experiment, subjects: Subjects, tree: Tree, contents: list[dict[str, Any]]
+) -> None:
+    """The `norms` and `activations` of `read_attention`."""
+    sites = {neuron.site for neuron in subjects.neurons}
+    clean_run = run_clean(experiment.traced, tree, experiment.background, (), sites)
+    norms = {}
+    for head in subjects.heads:
+        lengths = written_by_token(experiment.traced, clean_run, head)
+        if lengths is not None:
+            norms[head.label] = lengths
+    for content, path in zip(contents, tree.paths, strict=True):
+        content["norms"] = {label: lengths[path].tolist() for label, lengths in norms.items()}
+        content["activations"] = {}
+        for neuron in subjects.neurons:
+            activation = clean_run.activations[neuron.site][path, neuron.index]
+            content["activations"][neuron.label] = activation.float().tolist()
+
+
+def read_lens(experiment: Experiment, tree: Tree, contents: list[dict[str, Any]]) -> None:
+    """Add to the contents of each prompt `lens`: by layer log P of the targets and of the foils, as
+    the task takes several together, and the score; last those of the model itself."""
+    for content in contents:
+        content["lens"] = []
+    for log_probs in lens_log_probs(experiment.traced, tree, experiment.background):
+        scores = tree.scores(log_probs, experiment.task)[0].tolist()
+        words = tree.word_log_probs(log_probs)
+        for place, prompt in enumerate(tree.prompts):
+            targets, foils = words[place][0].tensor_split([len(prompt.sample.targets)])
+            values = {"score": scores[place], "targets": float(together(experiment.task, targets))}
+            if len(foils):
+                values["foils"] = float(together(experiment.task, foils))
+            contents[place]["lens"].append(values)
+
+
+def together(task: Task, log_probs: Tensor) -> Tensor:
+    """log P of any of several words, or their mean where the task scores each alike."""
+    return log_probs.logsumexp(-1) if task.margin else log_probs.mean(-1)
+
+
+def read_contributions(
+    experiment: Experiment[InspectOptions],
+    subjects: Subjects,
+    tree: Tree,
+    contents: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Add to the contents of each prompt `goal` and `terms`, by label what each adds to it, and
+    `parts`; returns `pushed`, `n_pushed` and `error` of a part. {} where that cannot be told."""
+    traced = experiment.traced
+    obstacle = why_without_contributions(traced)
+    if obstacle:
+        traced.warn_once(f"{obstacle}: what components write is not told")
+        return {}
+    run = run_direct(traced, tree, experiment.background)
+    goals = goals_of_prompts(experiment, run)
+    directions = [goal_direction(traced, goal) for goal in goals]
+    contributions = direct_contributions(run, directions, subjects.components)
+    for place, content in enumerate(contents):
+        if goals[place]:
+            content["goal"] = float(contributions.goals[place])
+            content["terms"] = at_place(contributions.terms, place)
+            content["parts"] = at_place(contributions.parts, place)
+    pushed, n_pushed = push_subjects(subjects, run)
+    return {"pushed": pushed, "n_pushed": n_pushed, "error": contributions.error}
+
+
+def at_place(values: Mapping[str, Tensor], place: int) -> dict[str, float]:
+    return {label: float(of_prompts[place]) for label, of_prompts in values.items()}
+
+
+def goals_of_prompts(experiment: Experiment, run: DirectRun) -> list[dict[int, float]]:
+    """By prompt of a tree the weights of tokens in its goal, that of `graph --goal words`; {} with
+    a warning where no first token tells its targets from its foils."""
+    traced, weight = run.traced, run.traced.unembedding.weight
+    states = run.final_states[run.last_nodes].detach()
+    logits = torch.cat([*unembed(states.to(weight.device, weight.dtype), weight)], -1).cpu()
+    goals = []
+    for prompt, prompt_logits in zip(run.tree.prompts, logits, strict=True):
+        try:
+            goals.append(goal_of_words(experiment.task, prompt, prompt_logits))
+        except UsageError as error:
+            traced.warn_once(f"{error}: what components write there is not told")
+            goals.append({})
+    return goals
+
+
+def push_subjects(subjects: Subjects, run: DirectRun) -> tuple[dict[str, list[float]], int]:
+    """By label what each component, and each direction, makes of the final states: sums [d_model]
+    over the prompts a that are evidence; and the number of these."""
+    is_counted = [prompt.side == "a" and prompt.sample.is_evidence for prompt in run.tree.prompts]
+    pushed = {}
+    for component in subjects.components:
+        source, values = written_values(run, component)
+        states = pushed_states(run, source, values)
+        pushed[component.label] = states[is_counted].sum(0).tolist()
+    for component, vector in subjects.directions.items():
+        source, values = direction_values(run, component, vector)
+        states = pushed_states(run, source, values)
+        pushed[direction_label(component)] = states[is_counted].sum(0).tolist()
+    return pushed, sum(is_counted)
+
+
+def direction_values(run: DirectRun, component: Component, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor [1, tok, width] of a run, and of it the values [prompt, width] that a direction of a
+    component has; one of a residual stream goes through the unembedding from its last layer."""
+    source = run.stream if component.kind == "resid" else run.written[component.site]
+    values = source[0, run.last_nodes].detach() * 0
+    values[:, run.traced.shape.columns(component)] = vector.to(values)
+    return source, values
+
+
+def direction_label(component: Component) -> str:
+    """What stands for a direction in tables, beside the component of the same label."""
+    return f"direction {component.label}"
+
+
+# -- tables
+
+
+def side_statistics(rows: pd.DataFrame, samples: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
+    """Means and 95 % intervals over sentences of `value` by `key`: after prompt a (mean_a, low_a,
+    high_a), after b, and of a less b (mean, ci_low, ci_high), or of a alone where there is no b.
+
+    `rows` have a row per sample and side, `samples` is what `unedited_scores` gives.
+    """
+    by_side = rows.pivot(index=["sample_id", *key], columns="side", values="value")
+    has_b = "b" in by_side and by_side["b"].notna().any()
+    by_side = by_side.reindex(columns=["a", "b"])
+    by_side["difference"] = by_side["a"] - by_side["b"] if has_b else by_side["a"]
+    table = by_side.reset_index().join(samples[sample_columns(samples)], on="sample_id")
+    columns: dict[str, Any] = {}
+    for side, names in SIDE_COLUMNS.items():
+        if table[side].isna().all():
+            columns |= dict.fromkeys(names, math.nan)
+            continue
+        statistics = column_statistics(table, side, key)
+        for name, column in zip(names, ("mean", "ci_low", "ci_high"), strict=True):
+            columns[name] = statistics[column]
+        if side == "a":
+            columns["n_sentences"] = statistics["n_sentences"]
+    return pd.DataFrame(columns)
+
+
+def attention_rows(experiment: Experiment[InspectOptions], inspected: Inspected) -> pd.DataFrame:
+    """A row per head, sample, side, query and role: how many tokens have it, their weight together,
+    and the sum of their weights times the length of what each makes the head write."""
+    rows: list[dict[str, Any]] = []
+    for prompt, partner, content in inspected.prompts:
+        roles = token_roles(experiment.encoder, experiment.task, prompt, partner)
+        before = {QUERY_LAST: content.get("attention_before", {})}
+        for query, by_head in content.get("attention", {}).items():
+            for label, weights in by_head.items():
+                token_table = pd.DataFrame({"role": roles, "weight": weights})
+                norms = content["norms"].get(label)
+                token_table["weight_times_norm"] = token_table["weight"] * (
+                    math.nan if norms is None else pd.Series(norms)
+                )
+                if label in before.get(query, {}):
+                    token_table["weight_before"] = before[query][label]
+                names = {"label": label, "sample_id": prompt.sample.sample_id}
+                names |= {"side": prompt.side, "query": query}
+                rows += role_rows(token_table, names)
+    return pd.DataFrame(rows)
+
+
+def role_rows(token_table: pd.DataFrame, names: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row per role of a table of tokens, with sums over its tokens. What a head gives to no
+    token, as models with attention sinks let it, has a role of its own."""
+    rows = []
+    for role, tokens in token_table.groupby("role", sort=False):
+        sums = tokens.drop(columns="role").sum(min_count=1).to_dict()
+        rows.append({**names, "role": role, "n_tokens": len(tokens), **sums})
+    rest = 1 - token_table["weight"].sum()
+    if rest > SINK_WEIGHT:
+        sink = {"role": SINK_ROLE, "n_tokens": 0, "weight": rest, "weight_times_norm": 0.0}
+        rows.append({**names, **sink})
+    return rows
+
+
+def write_reads(
+    experiment: Experiment[InspectOptions], inspected: Inspected, samples: pd.DataFrame
+) -> pd.DataFrame:
+    """circuit_attention.csv, and circuit_reads.csv, which is returned: mean weights by role; empty
+    where the model's attention returns no weights."""
+    rows = attention_rows(experiment, inspected)
+    if rows.empty:
+        return rows
+    lengths = rows["weight_times_norm"]
+    totals = rows.groupby(["label", "sample_id", "side", "query"])["weight_times_norm"]
+    shares = lengths / totals.transform("sum")
+    measures = {"weight": rows["weight"], "share_of_written": shares}
+    if "weight_before" in rows:
+        measures["change_by_given"] = rows["weight"] - rows["weight_before"]
+    frames = []
+    for measure, values in measures.items():
+        if values.notna().any():
+            frames.append(fill_roles(rows.assign(measure=measure, value=values)))
+    key = ["label", "query", "measure", "role"]
+    reads = side_statistics(pd.concat(frames, ignore_index=True), samples, key).reset_index()
+    if experiment.folder.leads:
+        names = ["label", "sample_id", "side", "query", "role", "n_tokens", "weight"]
+        experiment.folder.write_table(
+            "circuit_attention.csv", rows[[*names, *rows.columns.difference(names, sort=False)]]
+        )
+        experiment.folder.write_table("circuit_reads.csv", reads)
+    report_moved_heads(experiment, inspected, samples)
+    return reads
+
+
+def fill_roles(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `attention_rows` with a `value`, and zeros for roles that a prompt has no token of:
+    the means of a head's roles add up as its weights do."""
+    key = ["label", "query", "measure", "sample_id", "side"]
+    wide = rows.pivot(index=key, columns="role", values="value").fillna(0.0)
+    return wide.stack().rename("value").reset_index()
+
+
+def report_moved_heads(
+    experiment: Experiment[InspectOptions], inspected: Inspected, samples: pd.DataFrame
+) -> None:
+    """With --given, which heads attend most differently for it, of all in later layers."""
+    rows = []
+    first_layer = min((component.layer for component in experiment.options.given), default=0)
+    for prompt, _, content in inspected.prompts:
+        for layer, moved in enumerate(content.get("moved", ())):
+            for index, share in enumerate(moved):
+                if layer >= first_layer:
+                    head = Component(layer, "head", index)
+                    names = {"label": head.label, "sample_id": prompt.sample.sample_id}
+                    rows.append({**names, "side": prompt.side, "value": share})
+    if not rows:
+        return
+    table = side_statistics(pd.DataFrame(rows), samples, ["label"])
+    given = [component.label for component in experiment.options.given]
+    table = table.drop(given, errors="ignore")
+    for row in largest_rows(table, "mean_a", N_QUOTED).itertuples():
+        experiment.findings.say(
+            f"without {shorten(experiment.options.given)} {row.Index} gives {row.mean_a:.0%}"
+            f"{interval_of(row, 'a')} of its attention from the last token of prompt a to other"
+            " tokens"
+        )
+
+
+def interval_of(row: Any, side: str, number_format: str = ".0%") -> str:
+    """In brackets the interval of `side_statistics` after prompt a or b; "" where it is NaN."""
+    low, high = getattr(row, f"low_{side}"), getattr(row, f"high_{side}")
+    return "" if math.isnan(low) else f" [{low:{number_format}}, {high:{number_format}}]"
+
+
+def write_patterns(experiment: Experiment[InspectOptions], subjects: Subjects) -> pd.DataFrame:
+    """circuit_patterns.csv, which is returned: of every head of the model its `pattern_scores`;
+    empty where no head is inspected, or attention returns no weights."""
+    if not subjects.heads:
+        return pd.DataFrame()
+    with experiment.stage("patterns", " on random tokens, twice in a row"):
+        name = f"inspect-{experiment.part_key}-patterns-{experiment.options.seed}"
+        compute = functools.partial(measure_patterns, experiment)
+        (scores,) = read_parts(experiment, [PartJob(name, 0, 1, 1, compute)], "patterns")
+    rows = []
+    for layer, by_pattern in enumerate(scores):
+        for head in experiment.shape.components("head", layer):
+            row = {"label": head.label, "layer": layer, "index": head.index}
+            for name, by_head in zip(PATTERNS, by_pattern, strict=True):
+                row[name] = by_head[head.index]
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    if experiment.folder.leads and rows:
+        experiment.folder.write_table("circuit_patterns.csv", table)
+    return table
+
+
+def write_contributions(
+    experiment: Experiment[InspectOptions],
+    subjects: Subjects,
+    inspected: Inspected,
+    effects: pd.DataFrame,
+    samples: pd.DataFrame,
+) -> pd.DataFrame:
+    """circuit_writes.csv, which is returned, by label: what each term adds to the goal, and of the
+    inspected components what their edit does. `RunError` where terms do not add up to the goals."""
+    rows = []
+    for prompt, _, content in inspected.prompts:
+        for name in ("terms", "parts"):
+            for label, value in content.get(name, {}).items():
+                names = {"label": label, "sample_id": prompt.sample.sample_id, "side": prompt.side}
+                rows.append({**names, "is_term": name == "terms", "value": value})
+    table = effects
+    if rows:
+        contributions = pd.DataFrame(rows)
+        check_sum_of_terms(experiment, inspected)
+        table = side_statistics(contributions, samples, ["label"])
+        is_term = contributions.drop_duplicates("label").set_index("label")["is_term"]
+        table.insert(0, "is_term", is_term)
+        table = table.join(effects.drop(columns="n_sentences"))
+        report_contributions(experiment, table)
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_writes.csv", table.reset_index())
+    return table
+
+
+def check_sum_of_terms(experiment: Experiment, inspected: Inspected) -> None:
+    """`RunError` where the contributions of a prompt do not add up to its goal."""
+    error = max(inspected.errors)
+    bound = SUM_BOUND[experiment.shape.dtype]
+    if not error <= bound:  # a NaN fails
+        raise RunError(
+            f"inspect: contributions miss the goal by {error:.2g} of their sizes (bound {bound:g}):"
+            f" {experiment.shape.name} is no sum of heads and MLPs"
+        )
+    experiment.findings.say(
+        "what is written adds up to the logits of the scored words' first tokens, less those of the"
+        f" foils or the mean of all logits: to {error:.1e} of the sizes of the terms"
+    )
+
+
+def report_contributions(experiment: Experiment, table: pd.DataFrame) -> None:
+    """The terms that add most to the goal after prompt a, less b where there is one."""
+    terms = table[table["is_term"]]
+    side = "after prompt a less after b" if experiment.is_of_pairs else "after the prompt"
+    texts = []
+    for term in largest_rows(terms, "mean", N_QUOTED).itertuples():
+        texts.append(f"{term.Index} {term.mean:+.3f}{format_interval(term)}")
+    total = terms["mean"].sum()
+    experiment.findings.say(f"of {total:+.3f} {side}, the largest terms: {'; '.join(texts)}")
+
+
+def write_vocabulary(
+    experiment: Experiment[InspectOptions], subjects: Subjects, inspected: Inspected
+) -> pd.DataFrame:
+    """circuit_vocabulary.csv, which is returned: by component or direction the tokens whose logits
+    it raises and lowers most on the direct path, by how much, less the mean of all; and of neurons
+    the tokens of the prompts with the largest |activation|."""
+    rows: list[dict[str, Any]] = []
+    if inspected.pushed:
+        key = digest({label: state.tolist() for label, state in inspected.pushed.items()})[:10]
+        compute = functools.partial(vocabulary_rows, experiment, inspected.pushed)
+        job = PartJob(f"inspect-{experiment.part_key}-vocabulary-{key}", 0, 1, 1, compute)
+        (rows,) = read_parts(experiment, [job], "vocabulary")
+    for neuron in subjects.neurons:
+        rows += most_activating(experiment, neuron, inspected)
+    columns = ["label", "list", "rank", "token", "token_id", "value", "sample_id", "side"]
+    table = pd.DataFrame(rows).reindex(columns=[*columns, "position"])
+    if experiment.folder.leads:
+        table["token_id"] = table["token_id"].astype("Int64")
+        table["position"] = table["position"].astype("Int64")
+        experiment.folder.write_table("circuit_vocabulary.csv", table)
+    return table
+
+
+def vocabulary_rows(
+    experiment: Experiment, pushed: Mapping[str, Tensor], bar: tqdm[Any]
+) -> list[dict[str, Any]]:
+    """Rows of circuit_vocabulary.csv: the tokens that final states raise and lower most."""
+    decode = experiment.encoder.tokenizer.decode
+    rows = []
+    for label, state in pushed.items():
+        logits = vocabulary_logits(experiment.traced, state)
+        for name, sign in (("promoted", 1), ("suppressed", -1)):
+            best = (sign * logits).topk(min(N_LISTED, len(logits)))
+            for rank, token in enumerate(best.indices.tolist(), 1):
+                row = {"label": label, "list": name, "rank": rank, "token": decode([token])}
+                rows.append(row | {"token_id": token, "value": float(logits[token])})
+    bar.update()
+    return rows
+
+
+def most_activating(
+    experiment: Experiment, neuron: Component, inspected: Inspected
+) -> list[dict[str, Any]]:
+    """Rows of circuit_vocabulary.csv of the places where a neuron's |activation| is largest, each
+    text of a token once."""
+    decode = experiment.encoder.tokenizer.decode
+    rows = []
+    for prompt, _, content in inspected.prompts:
+        for position, value in enumerate(content["activations"][neuron.label]):
+            token = prompt.ids[position]
+            row = {"label": neuron.label, "list": "activating", "token": decode([token])}
+            row |= {"token_id": token, "value": value, "sample_id": prompt.sample.sample_id}
+            rows.append(row | {"side": prompt.side, "position": position})
+    table = largest_rows(pd.DataFrame(rows), "value", len(rows)).drop_duplicates("token_id")
+    table = table.head(N_LISTED)
+    best: list[dict[str, Any]] = table.assign(rank=range(1, len(table) + 1)).to_dict("records")
+    return best
+
+
+def write_lens(
+    experiment: Experiment[InspectOptions], inspected: Inspected, samples: pd.DataFrame
+) -> None:
+    """circuit_lens.csv and .png: log P of targets and foils, and the score, as the stream that
+    enters each layer would give them, and last as the model does."""
+    rows = []
+    for prompt, _, content in inspected.prompts:
+        for layer, values in enumerate(content["lens"]):
+            for measure, value in values.items():
+                names = {"layer": layer, "measure": measure, "side": prompt.side}
+                rows.append({**names, "sample_id": prompt.sample.sample_id, "value": value})
+    table = side_statistics(pd.DataFrame(rows), samples, ["measure", "layer"]).reset_index()
+    report_lens(experiment, table)
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_lens.csv", table)
+        draw_lens(experiment, table)
+
+
+def report_lens(experiment: Experiment, table: pd.DataFrame) -> None:
+    """From which layer on the lens has the final score's sign, told from 0 in every later layer."""
+    scores = table[table["measure"] == "score"].sort_values("layer")
+    final = scores.iloc[-1]
+    is_alike = (scores["ci_low"] * final["mean"] > 0) & (scores["ci_high"] * final["mean"] > 0)
+    first = len(is_alike)
+    while first > 0 and is_alike.iloc[first - 1]:
+        first -= 1
+    name = "a - b of the score" if experiment.is_of_pairs else "the score"
+    if first == len(is_alike):
+        experiment.findings.say(f"logit lens: {name} is not clear at the end either")
+        return
+    layer = int(scores["layer"].iloc[first])
+    where = (
+        "only behind the last layer"
+        if first == len(scores) - 1
+        else (f"from what enters layer {layer} on")
+    )
+    experiment.findings.say(
+        f"logit lens: {name} has its final sign, {final['mean']:+.3f}, clearly {where}"
+    )
+
+
+# -- what is said of a component
+
+
+class InspectedTables(NamedTuple):
+    """The tables of a command inspect."""
+
+    reads: pd.DataFrame
+    patterns: pd.DataFrame
+    writes: pd.DataFrame
+    vocabulary: pd.DataFrame
+
+
+def describe_component(
+    experiment: Experiment[InspectOptions], component: Component, tables: InspectedTables
+) -> Iterator[str]:
+    """What a component reads and writes, and what its edit does, in five sentences at most."""
+    if component.kind == "head" and not tables.reads.empty:
+        of_head = tables.reads[tables.reads["label"] == component.label]
+        yield from describe_reads(of_head)
+    if component.kind == "head" and not tables.patterns.empty:
+        yield describe_patterns(tables.patterns.set_index("label").loc[component.label])
+    row = tables.writes.loc[component.label]
+    if "mean" in tables.writes and not math.isnan(row["mean_a"]):
+        yield describe_writes(row)
+    of_component = tables.vocabulary[tables.vocabulary["label"] == component.label]
+    if not of_component.empty:
+        yield describe_vocabulary(component, of_component)
+    yield describe_direct_effect(experiment, row)
+
+
+def describe_reads(reads: pd.DataFrame) -> Iterator[str]:
+    """Which roles of tokens a head attends to after prompt a, by weight and by what they make it
+    write, and where the weight changes most from b to a."""
+    for query in reads["query"].unique():
+        of_query = reads[reads["query"] == query]
+        weights = of_query[of_query["measure"] == "weight"]
+        written = of_query[of_query["measure"] == "share_of_written"]
+        where = "the last token" if query == QUERY_LAST else "the tokens that differ"
+        sentence = f"reads, from {where} of prompt a: {list_roles(weights)}"
+        if not written.empty:
+            sentence += f"; by what these make it write: {list_roles(written)}"
+        if weights["mean_b"].notna().any():
+            most = largest_rows(weights, "mean", 1).iloc[0]
+            interval = format_interval(most, "ci", "+.0%")
+            sentence += f"; most unlike prompt b: {most['role']} {most['mean']:+.0%}{interval}"
+        yield sentence
+
+
+def list_roles(reads: pd.DataFrame) -> str:
+    """forbidden word (first token) 33% [20%, 41%], BOS 21% [15%, 30%]"""
+    texts = []
+    strongest = largest_rows(reads, "mean_a", 3)
+    for row in strongest[strongest["mean_a"] > LEAST_READ].itertuples():
+        texts.append(f"{row.role} {row.mean_a:.0%}{interval_of(row, 'a')}")
+    return ", ".join(texts)
+
+
+def describe_patterns(scores: pd.Series) -> str:
+    """What a head attends to on random tokens that stand twice in a row."""
+    names = (
+        f"the token before {scores['previous_token']:.0%}, the one behind the same token earlier"
+        f" (induction) {scores['induction']:.0%}, the same token {scores['duplicate_token']:.0%},"
+        f" the first token {scores['bos']:.0%}"
+    )
+    return f"on random tokens, twice in a row, it attends to {names}"
+
+
+def describe_writes(row: pd.Series) -> str:
+    """What a component adds to the goal after prompts a and b."""
+    sentence = f"writes {row['mean_a']:+.3f}{interval_of(row, 'a', '+.3f')} to the goal after a"
+    if math.isnan(row["mean_b"]):
+        return sentence
+    sentence += f", {row['mean_b']:+.3f}{interval_of(row, 'b', '+.3f')} after b"
+    return f"{sentence}: a - b {row['mean']:+.3f}{format_interval(row)}"
+
+
+def describe_vocabulary(component: Component, rows: pd.DataFrame) -> str:
+    """The tokens whose logits it raises and lowers most, and where a neuron is most active."""
+    lists = {}
+    for name, of_list in rows.groupby("list"):
+        tokens = of_list.sort_values("rank").head(N_QUOTED)
+        lists[name] = " ".join(repr(token) for token in tokens["token"])
+    what = "at activation 1 " if component.kind == "neuron" else ""
+    sentences = []
+    if "promoted" in lists:
+        sentences.append(f"{what}promotes {lists['promoted']}; suppresses {lists['suppressed']}")
+    if "activating" in lists:
+        sentences.append(f"its largest |activations| are at {lists['activating']}")
+    return "; ".join(sentences)
+
+
+def describe_direct_effect(experiment: Experiment[InspectOptions], row: pd.Series) -> str:
+    """The effect of editing a component, and what of it is direct and mediated."""
+    score = "delta_logit" if experiment.is_of_pairs else "the score"
+    verb = OPS[experiment.options.op].verb
+    sentence = f"{verb} it moves {score} by {row['effect']:+.3f}{format_interval(row, 'effect')}"
+    if "direct" not in row or math.isnan(row["direct"]):
+        return sentence
+    sentence += f": straight to the logits {row['direct']:+.3f}{format_interval(row, 'direct')}"
+    if not math.isnan(row["direct_share"]):
+        interval = format_interval(row, "direct_share", ".0%")
+        sentence += f" ({row['direct_share']:.0%}{interval})"
+    mediated = f"{row['mediated']:+.3f}{format_interval(row, 'mediated')}"
+    return f"{sentence}, through heads and MLPs above {mediated}"
+
+
+def report_directions_read(
+    findings: Findings, subjects: Subjects, vocabulary: pd.DataFrame
+) -> None:
+    """Which tokens the directions of --directions promote and suppress."""
+    for component in subjects.directions:
+        label = direction_label(component)
+        rows = vocabulary[vocabulary["label"] == label]
+        if not rows.empty:
+            findings.say(f"{label}: {describe_vocabulary(component, rows)}")
+
+
+# -- figures
+
+
+MAX_LINE_LETTERS = 110  # of the tokens in a line of the figure
+LETTER_POINTS = 4.2  # width of a letter of the figure's monospaced 7-point font
+
+
+class DrawnToken(NamedTuple):
+    """A token in the figure: its text, how dark it is, and whether it is of a scored word."""
+
+    text: str
+    darkness: float
+    is_scored: bool
+
+
+def draw_inspected(
+    experiment: Experiment[InspectOptions], heads: Sequence[Component], inspected: Inspected
+) -> None:
+    """circuit_inspect.png: of each head the tokens of prompt a of one sample above those of b,
+    shaded by the attention of the last token, words that are scored outlined."""
+    sample = choose_drawn_sample(experiment)
+    drawn = [entry for entry in inspected.prompts if entry.prompt.sample is sample]
+    lines: list[tuple[str, list[DrawnToken]]] = []
+    for head in heads:
+        bound = darkest_weight(experiment, head, drawn)
+        lines.append((f"{head.label}   darkest: {bound:.2f} of its attention or more", []))
+        for entry in drawn:
+            name = entry.prompt.side
+            for line in break_lines(tokens_to_draw(experiment, head, entry, bound)):
+                lines.append((name, line))
+                name = ""
+    title = (
+        f"Attention from the last token, {experiment.task.name}, {shorten(sample.sample_id)},"
+        f" {experiment.options.title_of_model}\noutlined: words that are scored"
+    )
+    draw_token_lines(lines, title, experiment.folder.claim_path("circuit_inspect.png"))
+
+
+def darkest_weight(
+    experiment: Experiment, head: Component, drawn: Sequence[InspectedPrompt]
+) -> float:
+    """The largest weight of a head on any token but the first, which often gets what no other
+    does."""
+    weights = []
+    for entry in drawn:
+        weights += entry.content["attention"][QUERY_LAST][head.label][1:]
+    return max(*weights, 1e-6)
+
+
+def tokens_to_draw(
+    experiment: Experiment, head: Component, entry: InspectedPrompt, bound: float
+) -> list[DrawnToken]:
+    """The tokens of a prompt as the figure shows them, as dark as their weight is of `bound`."""
+    scored_places: set[int] = set()
+    for span in word_spans(experiment.encoder, entry.prompt):
+        scored_places.update(range(span.start, span.stop))
+    tokens = []
+    weights = entry.content["attention"][QUERY_LAST][head.label]
+    for place, (token, weight) in enumerate(zip(entry.prompt.ids, weights, strict=True)):
+        text = visible(experiment.encoder.tokenizer.decode([token])).replace(" ", "\u00b7")
+        tokens.append(DrawnToken(text, min(weight / bound, 1.0), place in scored_places))
+    return tokens
+
+
+def break_lines(tokens: Iterable[DrawnToken]) -> list[list[DrawnToken]]:
+    """Tokens by line, as many as fit into `MAX_LINE_LETTERS`."""
+    lines: list[list[DrawnToken]] = [[]]
+    for token in tokens:
+        n_letters = sum(len(drawn.text) for drawn in lines[-1])
+        if lines[-1] and n_letters + len(token.text) > MAX_LINE_LETTERS:
+            lines.append([])
+        lines[-1].append(token)
+    return lines
+
+
+def draw_token_lines(lines: Sequence[tuple[str, list[DrawnToken]]], title: str, path: Path) -> None:
+    """Lines of shaded tokens with a name before each; a line without tokens is a title."""
+    margin = 4  # letters, for the names
+    width = (margin + MAX_LINE_LETTERS) * LETTER_POINTS / 72
+    height = 0.5 + 0.17 * len(lines)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1 - 0.35 / height))
+    axes.set_axis_off()
+    axes.set(xlim=(0, margin + MAX_LINE_LETTERS), ylim=(len(lines) + 0.5, 0))
+    style: dict[str, Any] = {"fontsize": 7, "family": "monospace", "va": "center"}
+    style["parse_math"] = False
+    for row, (name, tokens) in enumerate(lines, 1):
+        if not tokens:
+            axes.text(0.5, row, name, **style, weight="bold")
+            continue
+        axes.text(1, row, name, **style)
+        place = float(margin)
+        for token in tokens:
+            draw_token(axes, token, place, row, style)
+            place += len(token.text)
+    figure.suptitle(title, fontsize=8, y=1 - 0.08 / height, va="top", parse_math=False)
+    save_figure(figure, path)
+
+
+def draw_token(
+    axes: Any, token: DrawnToken, place: float, row: int, style: Mapping[str, Any]
+) -> None:
+    """A token in a shaded box, outlined where it is of a scored word."""
+    box = Rectangle(
+        (place, row - 0.42),
+        len(token.text),
+        0.84,
+        facecolor=colormaps["Blues"](0.75 * token.darkness),
+        edgecolor="black" if token.is_scored else "none",
+        linewidth=0.9,
+        zorder=2 if token.is_scored else 1,
+    )
+    axes.add_patch(box)
+    axes.text(place, row, token.text, **style, zorder=3)
+
+
+def draw_lens(experiment: Experiment, table: pd.DataFrame) -> None:
+    """Log P of targets, and of foils where there are any, by layer after prompts a and b, with
+    intervals over sentences."""
+    measures = [name for name in ("targets", "foils") if name in set(table["measure"])]
+    figure = Figure(figsize=(1.2 + 3.2 * len(measures), 3.6), layout="constrained")
+    (all_axes,) = figure.subplots(1, len(measures), sharey=True, squeeze=False)
+    for axes, measure in zip(all_axes, measures, strict=True):
+        of_measure = table[table["measure"] == measure].sort_values("layer")
+        for side, color in (("a", "tab:blue"), ("b", "tab:orange")):
+            if of_measure[f"mean_{side}"].isna().all():
+                continue
+            axes.plot(
+                of_measure["layer"], of_measure[f"mean_{side}"], ".-", color=color, label=side
+            )
+            low, high = of_measure[f"low_{side}"], of_measure[f"high_{side}"]
+            axes.fill_between(of_measure["layer"], low, high, color=color, alpha=0.2, linewidth=0)
+        axes.set(xlabel="layer that the stream enters; the last: the model")
+        axes.set_title(f"log P of {measure}", fontsize=9)
+    all_axes[0].set(ylabel="nats")
+    all_axes[0].legend(frameon=False, title="prompt")
+    title = f"Logit lens, {experiment.task.name}, {experiment.options.title_of_model}"
+    figure.suptitle(title, fontsize=9, parse_math=False)
+    save_figure(figure, experiment.folder.claim_path("circuit_lens.png"))
 
 
 # ----- Command: check -----------------------------------------------------------------------------
@@ -16374,6 +18061,7 @@ MEASURING = {
     "tokens": MeasuringCommand(run_tokens, check_equal_lengths, plan_tokens),
     "directions": MeasuringCommand(run_directions, plan=plan_directions),
     "graph": MeasuringCommand(run_graph, choose_graph_prompt),
+    "inspect": MeasuringCommand(run_inspect, check_inspect, plan_inspect),
     "check": MeasuringCommand(run_check),
 }
 
