@@ -15852,10 +15852,11 @@ class Contributions(NamedTuple):
 
     @property
     def error(self) -> float:
-        """The largest distance of a sum from its goal, as a share of the sizes of its terms."""
+        """The largest distance of a sum from its goal, as a share of the sizes of its terms. A
+        prompt without a goal has zeros."""
         values = torch.stack([*self.terms.values()])
-        shares = (values.sum(0) - self.goals).abs() / values.abs().sum(0)
-        return float(shares.max())
+        sizes = values.abs().sum(0).clamp_min(SMALLEST)
+        return float(((values.sum(0) - self.goals).abs() / sizes).max())
 
 
 def direct_contributions(
@@ -16363,13 +16364,24 @@ def read_contributions(
     goals = goals_of_prompts(experiment, run)
     directions = [goal_direction(traced, goal) for goal in goals]
     contributions = direct_contributions(run, directions, subjects.components)
+    check_sum_of_terms(experiment.shape, contributions)
     for place, content in enumerate(contents):
         if goals[place]:
             content["goal"] = float(contributions.goals[place])
             content["terms"] = at_place(contributions.terms, place)
             content["parts"] = at_place(contributions.parts, place)
-    pushed, n_pushed = push_subjects(subjects, run)
+    pushed, n_pushed = push_subjects(subjects, run, goals, contents)
     return {"pushed": pushed, "n_pushed": n_pushed, "error": contributions.error}
+
+
+def check_sum_of_terms(shape: ModelShape, contributions: Contributions) -> None:
+    """`RunError` where the contributions of a prompt do not add up to its goal."""
+    error, bound = contributions.error, SUM_BOUND[shape.dtype]
+    if not error <= bound:  # a NaN fails
+        raise RunError(
+            f"inspect: contributions miss the goal by {error:.2g} of their sizes (bound {bound:g}):"
+            f" {shape.name} is no sum of heads and MLPs"
+        )
 
 
 def at_place(values: Mapping[str, Tensor], place: int) -> dict[str, float]:
@@ -16392,20 +16404,49 @@ def goals_of_prompts(experiment: Experiment, run: DirectRun) -> list[dict[int, f
     return goals
 
 
-def push_subjects(subjects: Subjects, run: DirectRun) -> tuple[dict[str, list[float]], int]:
+def push_subjects(
+    subjects: Subjects,
+    run: DirectRun,
+    goals: Sequence[Mapping[int, float]],
+    contents: list[dict[str, Any]],
+) -> tuple[dict[str, list[float]], int]:
     """By label what each component, and each direction, makes of the final states: sums [d_model]
-    over the prompts a that are evidence; and the number of these."""
+    over the prompts a that are evidence; and the number of these. Adds to their contents `words`,
+    by label of a component what `written_words` says."""
     is_counted = [prompt.side == "a" and prompt.sample.is_evidence for prompt in run.tree.prompts]
     pushed = {}
+    for content in contents:
+        content["words"] = {}
     for component in subjects.components:
         source, values = written_values(run, component)
         states = pushed_states(run, source, values)
         pushed[component.label] = states[is_counted].sum(0).tolist()
+        for place, goal in enumerate(goals):
+            if goal and is_counted[place] and component.kind != "neuron":
+                words = written_words(run.traced, states[place], goal)
+                contents[place]["words"][component.label] = words
     for component, vector in subjects.directions.items():
         source, values = direction_values(run, component, vector)
         states = pushed_states(run, source, values)
         pushed[direction_label(component)] = states[is_counted].sum(0).tolist()
     return pushed, sum(is_counted)
+
+
+def written_words(
+    traced: TracedModel, state: Tensor, goal: Mapping[int, float]
+) -> dict[str, float]:
+    """What a part [d_model] of a final state adds to the logits of a goal's targets and foils, less
+    the mean of all logits, and the ranks of the tokens that count most in it: 1 is raised most."""
+    logits = vocabulary_logits(traced, state)
+    words = {}
+    for name, sign in (("targets", 1), ("foils", -1)):
+        weights = {token: sign * weight for token, weight in goal.items() if sign * weight > 0}
+        if weights:
+            tokens = [*weights]
+            words[name] = float(logits[tokens] @ torch.tensor([*weights.values()]))
+            strongest = max(weights, key=weights.__getitem__)
+            words[f"{name}_rank"] = 1 + int((logits > logits[strongest]).sum())
+    return words
 
 
 def direction_values(run: DirectRun, component: Component, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -16585,7 +16626,7 @@ def write_contributions(
     samples: pd.DataFrame,
 ) -> pd.DataFrame:
     """circuit_writes.csv, which is returned, by label: what each term adds to the goal, and of the
-    inspected components what their edit does. `RunError` where terms do not add up to the goals."""
+    inspected components what their edit does."""
     rows = []
     for prompt, _, content in inspected.prompts:
         for name in ("terms", "parts"):
@@ -16595,34 +16636,43 @@ def write_contributions(
     table = effects
     if rows:
         contributions = pd.DataFrame(rows)
-        check_sum_of_terms(experiment, inspected)
         table = side_statistics(contributions, samples, ["label"])
         is_term = contributions.drop_duplicates("label").set_index("label")["is_term"]
         table.insert(0, "is_term", is_term)
+        table = table.join(words_table(inspected, samples))
         table = table.join(effects.drop(columns="n_sentences"))
-        report_contributions(experiment, table)
+        report_contributions(experiment, table, max(inspected.errors))
     if experiment.folder.leads:
         experiment.folder.write_table("circuit_writes.csv", table.reset_index())
     return table
 
 
-def check_sum_of_terms(experiment: Experiment, inspected: Inspected) -> None:
-    """`RunError` where the contributions of a prompt do not add up to its goal."""
-    error = max(inspected.errors)
-    bound = SUM_BOUND[experiment.shape.dtype]
-    if not error <= bound:  # a NaN fails
-        raise RunError(
-            f"inspect: contributions miss the goal by {error:.2g} of their sizes (bound {bound:g}):"
-            f" {experiment.shape.name} is no sum of heads and MLPs"
-        )
+def words_table(inspected: Inspected, samples: pd.DataFrame) -> pd.DataFrame:
+    """By label of a component, over prompts a, means of what it adds to the logits of `targets` and
+    `foils`, and the medians of their ranks; see `written_words`."""
+    rows = []
+    for prompt, _, content in inspected.prompts:
+        for label, words in content.get("words", {}).items():
+            rows.append({"label": label, "sample_id": prompt.sample.sample_id, **words})
+    if not rows:
+        return pd.DataFrame()
+    table = pd.DataFrame(rows).join(samples[sample_columns(samples)], on="sample_id")
+    columns = {}
+    for name in ("targets", "foils"):
+        if name in table:
+            columns[name] = column_statistics(table, name, ["label"])["mean"]
+            ranks = column_statistics(table, f"{name}_rank", ["label"])
+            columns[f"{name}_rank"] = ranks["median"]
+    return pd.DataFrame(columns)
+
+
+def report_contributions(experiment: Experiment, table: pd.DataFrame, error: float) -> None:
+    """How well terms add up, by their `error` as a share of their sizes; and those that add most to
+    the goal after prompt a, less b where there is one."""
     experiment.findings.say(
         "what is written adds up to the logits of the scored words' first tokens, less those of the"
         f" foils or the mean of all logits: to {error:.1e} of the sizes of the terms"
     )
-
-
-def report_contributions(experiment: Experiment, table: pd.DataFrame) -> None:
-    """The terms that add most to the goal after prompt a, less b where there is one."""
     terms = table[table["is_term"]]
     side = "after prompt a less after b" if experiment.is_of_pairs else "after the prompt"
     texts = []
@@ -16755,7 +16805,7 @@ def describe_component(
         yield describe_patterns(tables.patterns.set_index("label").loc[component.label])
     row = tables.writes.loc[component.label]
     if "mean" in tables.writes and not math.isnan(row["mean_a"]):
-        yield describe_writes(row)
+        yield describe_writes(row, experiment.shape.vocab)
     of_component = tables.vocabulary[tables.vocabulary["label"] == component.label]
     if not of_component.empty:
         yield describe_vocabulary(component, of_component)
@@ -16799,9 +16849,16 @@ def describe_patterns(scores: pd.Series) -> str:
     return f"on random tokens, twice in a row, it attends to {names}"
 
 
-def describe_writes(row: pd.Series) -> str:
-    """What a component adds to the goal after prompts a and b."""
+def describe_writes(row: pd.Series, n_tokens: int) -> str:
+    """What a component adds to the goal after prompts a and b, and which words after a."""
     sentence = f"writes {row['mean_a']:+.3f}{interval_of(row, 'a', '+.3f')} to the goal after a"
+    words = []
+    for name in ("targets", "foils"):
+        if not math.isnan(row.get(name, math.nan)):
+            rank = f"median rank {row[f'{name}_rank']:.0f} of {n_tokens}"
+            words.append(f"{name} {row[name]:+.3f}, {rank}")
+    if words:
+        sentence += f" ({'; '.join(words)})"
     if math.isnan(row["mean_b"]):
         return sentence
     sentence += f", {row['mean_b']:+.3f}{interval_of(row, 'b', '+.3f')} after b"

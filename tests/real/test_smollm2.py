@@ -263,3 +263,64 @@ def test_batched_replies_are_those_of_one_prompt_at_a_time(plain: Plain) -> None
         assert [answer.text for answer in batched] == alone
         replies.append(alone)
     assert sum(one != other for one, other in zip(*replies, strict=True)) > 8
+
+
+# ----- what heads read and write
+
+NAMES = ["John", "Mary", "Tom", "James", "Anna", "David", "Sarah", "Peter"]
+
+
+def indirect_objects(n_samples: int) -> list[dict[str, Any]]:
+    """Sentences that end before the indirect object; in prompt b nobody is named twice."""
+    rng = random.Random(1)
+    records = []
+    for _ in range(n_samples):
+        receiver, giver, other = rng.sample(NAMES, 3)
+        start = f"When {receiver} and {giver} went to the shop,"
+        texts = [f"{start} {name} gave a drink to" for name in (giver, other)]
+        words = {"targets": [receiver], "foils": [giver]}
+        records.append({"prompt_a": texts[0], "prompt_b": texts[1], **words})
+    return records
+
+
+@pytest.mark.usefixtures("untested")
+def test_a_name_mover_reads_the_indirect_object_and_writes_it(plain: Plain, tmp_path: Path) -> None:
+    """L23H0 does; L23H3, the strongest, reads the name that is said twice and takes it away."""
+    records = indirect_objects(6)
+    samples = write_samples(tmp_path / "s.jsonl", *records)
+    words = ["inspect", "L23H0,L23H3", "--samples", samples, "--task", "contrast", "--no_chat"]
+    folder = finish(MODEL, tmp_path / "run", *words, "--op", "patch")
+    reads = read(folder, "circuit_reads.csv")
+    reads = reads[reads["measure"] == "weight"].set_index(["label", "role"])["mean_a"]
+    writes = read(folder, "circuit_writes.csv").set_index("label")
+    assert reads["L23H0", "target (first token)"] > 0.5 > reads["L23H0", "foil (first token)"]
+    assert writes.loc["L23H0", "targets"] > 1 and writes.loc["L23H0", "targets_rank"] <= 3
+    assert reads["L23H3", "foil (first token)"] > 0.5
+    assert writes.loc["L23H3", "foils"] < -1
+    assert writes.loc["L23H3", "foils_rank"] > 0.99 * 49152
+    assert writes.loc["L23H3", "direct"] < -1 < writes.loc["L23H3", "mediated"]
+
+    # by the library's own attention, and by what o_proj adds to the logits through the final norm
+    model, tokenizer = plain
+    model.set_attn_implementation("eager")
+    weights, added = [], []
+    for record in records:
+        ids = tokenizer(record["prompt_a"], return_tensors="pt")["input_ids"]
+        place = ids[0].tolist().index(tokenizer.encode(f" {record['targets'][0]}")[0])
+        token = int(ids[0, place])
+        o_proj = model.model.layers[23].self_attn.o_proj
+        with (
+            torch.no_grad(),
+            tracing.recording({"z": o_proj, "x": model.model.norm}) as recorded,
+        ):
+            attention = model(ids, output_attentions=True).attentions[23][0, 0, -1]
+        x, z = recorded["x"][0, -1], recorded["z"][0, -1, :64]
+        part = o_proj.weight[:, :64] @ z * model.model.norm.weight
+        part = part * (x.pow(2).mean() + model.config.rms_norm_eps).rsqrt()
+        logits = model.lm_head.weight.detach() @ part
+        weights.append(float(attention[place]))
+        added.append(float(logits[token] - logits.mean()))
+    model.set_attn_implementation("sdpa")
+    mean_weight, mean_added = sum(weights) / 6, sum(added) / 6
+    assert reads["L23H0", "target (first token)"] == pytest.approx(mean_weight, abs=1e-3)
+    assert writes.loc["L23H0", "targets"] == pytest.approx(mean_added, abs=1e-2)
