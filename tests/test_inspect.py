@@ -683,6 +683,32 @@ def test_words_are_those_of_the_goal_and_their_ranks_are_counted(
     assert found["targets"] == pytest.approx(float(both), abs=1e-4)
 
 
+def test_samples_that_share_a_prompt_have_a_goal_each(tiny: Bench) -> None:
+    """As questions do that forbid several words; in one tree they would be one node."""
+    records = [
+        UNEQUAL,
+        {**UNEQUAL, "prompt_a": "Never say plum. Name a fruit.", "targets": ["plum"]},
+    ]
+    experiment, subjects, tree = inspecting(tiny, "L0H6", records)
+    assert len({path[-1] for path in tree.paths}) == 4
+    contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
+    tracing.read_contributions(experiment, subjects, tree, contents)
+    alone = []
+    for record in records:
+        own_experiment, _, own_tree = inspecting(tiny, "L0H6", [record])
+        own: list[dict[str, Any]] = [{} for _ in own_tree.prompts]
+        tracing.read_contributions(own_experiment, subjects, own_tree, own)
+        alone += own
+    assert alone[1]["goal"] != pytest.approx(alone[3]["goal"], abs=1e-3)
+    for together, by_itself in zip(contents, alone, strict=True):
+        assert together["terms"] == pytest.approx(by_itself["terms"], abs=1e-4)
+
+
+def test_what_moves_is_half_the_sum_of_differences() -> None:
+    weights, before = torch.tensor([[[0.5, 0.5, 0.0]]]), torch.tensor([[[0.2, 0.5, 0.3]]])
+    assert tracing.attention_moved(weights, before) == [[pytest.approx(0.3)]]
+
+
 def test_given_tells_how_the_patterns_of_later_heads_change(
     tiny: Bench, tiny_llama: str, tmp_path: Path
 ) -> None:

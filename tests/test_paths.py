@@ -65,7 +65,7 @@ def moved_by_paths(experiment: Experiment, tree: Tree) -> Tensor:
     clean_run = clean_run_of(experiment, tree)
     rows = []
     for path in paths_of(experiment):
-        rows += tracing.path_edits(experiment, clean_run, [path])
+        rows += tracing.path_edits(experiment, experiment.options.freeze, clean_run, [path])
     return moved_scores(experiment, clean_run, rows)
 
 
