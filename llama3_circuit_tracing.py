@@ -15665,11 +15665,12 @@ EMBEDDING_TERM, POSITION_TERM, BIAS_TERM = "embedding", "position", "biases"
 
 
 def subtracts_mean(norm: Any, x: Tensor) -> bool:
-    """Whether a norm gives the same for x [..., d_model] and for x plus a constant, as a LayerNorm
-    does and an RMSNorm does not."""
+    """Whether a norm gives the same, but for rounding, for x [..., d_model] and for x plus a
+    constant, as a LayerNorm does and an RMSNorm does not."""
     first = x.flatten(0, -2)[:1].detach()
-    moved = norm.forward(first + first.abs().mean())
-    return torch.allclose(norm.forward(first), moved, rtol=1e-2, atol=1e-3)
+    normed = norm.forward(first).float()
+    moved = norm.forward(first + first.abs().mean()).float()
+    return bool((moved - normed).norm() < 0.1 * normed.norm())
 
 
 def norm_slope(norm: Any, source: Tensor, output: Tensor) -> Tensor:
@@ -15732,9 +15733,7 @@ class DirectRun:
 
     traced: TracedModel
     tree: Tree
-    written: dict[
-        Site, Tensor
-    ]  # [1, tok, width]: the embeddings, and what the writing modules read
+    written: dict[Site, Tensor]  # [1, tok, width], the embeddings and what writing modules read
     outputs: dict[Site, Tensor]  # [1, tok, d_model] that those make of it which have a bias
     biases: dict[Site, Tensor]  # [d_model] of these
     norm_biases: list[Tensor]  # [1, tok, width] that norms add
@@ -15746,6 +15745,10 @@ class DirectRun:
     def last_nodes(self) -> list[int]:
         """The node of each prompt's last token."""
         return [path[-1] for path in self.tree.paths]
+
+    def at_last(self, x: Tensor) -> Tensor:
+        """[prompt, width], of some [1, tok, width] what each prompt's last token has."""
+        return x[0, self.last_nodes].detach().float().cpu()
 
 
 EMBEDDINGS = Site(0, "resid")
@@ -15787,7 +15790,7 @@ def run_direct(traced: TracedModel, tree: Tree, background: Edits) -> DirectRun:
         outputs={site: first_of(output) for site, output in outputs.items()},
         biases={site: module.bias.detach() for site, module in biased.items()},
         norm_biases=norm_biases,
-        positions=tables.get("positions"),
+        positions=positions_of(tables, len(states[0])),
         stream=first_of(last_block["stream"]),
         final_states=states[0],
     )
@@ -15819,6 +15822,13 @@ def position_tables(traced: TracedModel) -> dict[str, nn.Module]:
         if is_table and module is not traced.model.get_input_embeddings():
             tables["positions"] = module
     return tables
+
+
+def positions_of(tables: Mapping[str, Tensor], n_tokens: int) -> Tensor | None:
+    """What a table of positions gives, as [1, tok, d_model]; None without one."""
+    if "positions" not in tables:
+        return None
+    return tables["positions"].reshape(1, n_tokens, -1)
 
 
 @contextlib.contextmanager
@@ -15871,7 +15881,7 @@ def direct_contributions(
     prompts. A term is the product of what was written there with the gradient.
     """
     states = run.final_states[run.last_nodes].float()
-    goals = (states * torch.stack([*directions]).to(states)).sum(-1)
+    goals = (states * torch.stack([*directions]).to(states)).sum(-1)  # [prompt]
     sources: dict[Any, Tensor] = dict(run.written)
     for site, output in run.outputs.items():
         sources["bias", site] = output
@@ -15880,20 +15890,20 @@ def direct_contributions(
     gradients = torch.autograd.grad(
         goals.sum(), [*sources.values()], allow_unused=True, retain_graph=True
     )
-    at_last: dict[Any, Tensor] = {}  # [prompt, width]
+    gradient_of: dict[Any, Tensor] = {}  # [prompt, width]
     for key, gradient in zip(sources, gradients, strict=True):
         if gradient is not None:
-            at_last[key] = gradient[0, run.last_nodes].float()
+            gradient_of[key] = run.at_last(gradient)
     products = {}
     for site, activation in run.written.items():
-        products[site] = activation[0, run.last_nodes].detach().float() * at_last[site]
-    terms = direct_terms(run, products, at_last)
+        products[site] = run.at_last(activation) * gradient_of[site]
+    terms = direct_terms(run, products, gradient_of)
     parts = {}
     for component in components:
         if component.label not in terms:
             columns = run.traced.shape.columns(component)
             parts[component.label] = products[component.site][:, columns].sum(-1)
-    return Contributions(terms, goals.detach(), parts)
+    return Contributions(terms, goals.detach().cpu(), parts)
 
 
 def direct_terms(
@@ -15902,11 +15912,10 @@ def direct_terms(
     """By label the contribution [prompt] of each term, from the products [prompt, width] of what
     was written with its gradient, and from gradients by site, by ("bias", site) and by ("norm
     bias", number)."""
-    shape, nodes = run.traced.shape, run.last_nodes
+    shape = run.traced.shape
     terms = {EMBEDDING_TERM: products[EMBEDDINGS].sum(-1)}
     if run.positions is not None:
-        added = run.positions.flatten(0, -2)[nodes].detach().float()
-        terms[POSITION_TERM] = (added * gradients[EMBEDDINGS]).sum(-1)
+        terms[POSITION_TERM] = (run.at_last(run.positions) * gradients[EMBEDDINGS]).sum(-1)
         terms[EMBEDDING_TERM] = terms[EMBEDDING_TERM] - terms[POSITION_TERM]
     for layer in range(shape.n_layers):
         by_head = products[Site(layer, "attn")].unflatten(-1, (shape.n_heads, -1)).sum(-1)
@@ -15923,11 +15932,10 @@ def bias_terms(run: DirectRun, gradients: Mapping[Any, Tensor]) -> list[Tensor]:
     """The contribution [prompt] of each bias of an output projection or a norm."""
     terms = []
     for site, bias in run.biases.items():
-        terms.append(gradients["bias", site] @ bias.float())
+        terms.append(gradients["bias", site] @ bias.float().cpu())
     for number, added in enumerate(run.norm_biases):
         if ("norm bias", number) in gradients:
-            at_last = added[0, run.last_nodes].detach().float()
-            terms.append((at_last * gradients["norm bias", number]).sum(-1))
+            terms.append((run.at_last(added) * gradients["norm bias", number]).sum(-1))
     return terms
 
 
@@ -15942,7 +15950,7 @@ def pushed_states(run: DirectRun, source: Tensor, values: Tensor) -> Tensor:
     (pulled,) = torch.autograd.grad(run.final_states, source, probe, create_graph=True)
     product = (pulled[0, run.last_nodes] * values.to(pulled)).sum()
     (pushed,) = torch.autograd.grad(product, probe)
-    return pushed[run.last_nodes].float()
+    return run.at_last(pushed[None])
 
 
 def written_values(run: DirectRun, component: Component) -> tuple[Tensor, Tensor]:
@@ -16364,7 +16372,7 @@ def read_contributions(
     goals = goals_of_prompts(experiment, run)
     directions = [goal_direction(traced, goal) for goal in goals]
     contributions = direct_contributions(run, directions, subjects.components)
-    check_sum_of_terms(experiment.shape, contributions)
+    check_sum_of_terms(traced, contributions)
     for place, content in enumerate(contents):
         if goals[place]:
             content["goal"] = float(contributions.goals[place])
@@ -16374,13 +16382,14 @@ def read_contributions(
     return {"pushed": pushed, "n_pushed": n_pushed, "error": contributions.error}
 
 
-def check_sum_of_terms(shape: ModelShape, contributions: Contributions) -> None:
+def check_sum_of_terms(traced: TracedModel, contributions: Contributions) -> None:
     """`RunError` where the contributions of a prompt do not add up to its goal."""
-    error, bound = contributions.error, SUM_BOUND[shape.dtype]
-    if not error <= bound:  # a NaN fails
+    is_exact = traced.log_prob_bound == LOG_PROB_BOUND[torch.float32]
+    bound = SUM_BOUND[torch.float32 if is_exact else torch.bfloat16]
+    if not contributions.error <= bound:  # a NaN fails
         raise RunError(
-            f"inspect: contributions miss the goal by {error:.2g} of their sizes (bound {bound:g}):"
-            f" {shape.name} is no sum of heads and MLPs"
+            f"inspect: contributions miss the goal by {contributions.error:.2g} of their sizes"
+            f" (bound {bound:g}): {traced.shape.name} is no sum of heads and MLPs"
         )
 
 
@@ -16534,25 +16543,45 @@ def write_reads(
     rows = attention_rows(experiment, inspected)
     if rows.empty:
         return rows
-    lengths = rows["weight_times_norm"]
+    key = ["label", "query", "measure", "role"]
+    statistics = side_statistics(read_measures(rows), samples, key)
+    reads = within_bounds(statistics.reset_index())
+    if experiment.folder.leads:
+        names = ["label", "sample_id", "side", "query", "role", "n_tokens", "weight"]
+        others = rows.columns.difference(names, sort=False)
+        experiment.folder.write_table("circuit_attention.csv", rows[[*names, *others]])
+        experiment.folder.write_table("circuit_reads.csv", reads)
+    report_moved_heads(experiment, inspected, samples)
+    return reads
+
+
+def read_measures(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `attention_rows` by measure, with its value: the weight; its share of what a head
+    writes, where that is known; with --given, the change that this makes of the weight."""
     totals = rows.groupby(["label", "sample_id", "side", "query"])["weight_times_norm"]
-    shares = lengths / totals.transform("sum")
-    measures = {"weight": rows["weight"], "share_of_written": shares}
+    measures = {
+        "weight": rows["weight"],
+        "share_of_written": rows["weight_times_norm"] / totals.transform("sum"),
+    }
     if "weight_before" in rows:
         measures["change_by_given"] = rows["weight"] - rows["weight_before"]
     frames = []
     for measure, values in measures.items():
         if values.notna().any():
             frames.append(fill_roles(rows.assign(measure=measure, value=values)))
-    key = ["label", "query", "measure", "role"]
-    reads = side_statistics(pd.concat(frames, ignore_index=True), samples, key).reset_index()
-    if experiment.folder.leads:
-        names = ["label", "sample_id", "side", "query", "role", "n_tokens", "weight"]
-        experiment.folder.write_table(
-            "circuit_attention.csv", rows[[*names, *rows.columns.difference(names, sort=False)]]
-        )
-        experiment.folder.write_table("circuit_reads.csv", reads)
-    report_moved_heads(experiment, inspected, samples)
+    return pd.concat(frames, ignore_index=True)
+
+
+def within_bounds(reads: pd.DataFrame) -> pd.DataFrame:
+    """Intervals of shares cut off at 0 and 1, those of changes at -1 and 1: of few sentences that
+    differ they are wider."""
+    reads = reads.copy()
+    is_share = reads["measure"] != "change_by_given"
+    is_of_pairs = bool(reads["mean_b"].notna().any())
+    for name in ("low_a", "high_a", "low_b", "high_b", "ci_low", "ci_high"):
+        is_difference = name.startswith("ci_") and is_of_pairs
+        lowest = (is_share & (not is_difference)).map({True: 0.0, False: -1.0})
+        reads[name] = reads[name].clip(lower=lowest, upper=1.0)
     return reads
 
 

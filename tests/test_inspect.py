@@ -870,6 +870,18 @@ def test_attention_that_no_token_gets_has_a_role_of_its_own() -> None:
     assert sum(row["weight"] for row in rows) == pytest.approx(1.0)
 
 
+def test_intervals_of_shares_stay_within_their_bounds() -> None:
+    ends = {"low_a": -0.2, "high_a": 1.3, "low_b": 0.1, "high_b": 0.4, "ci_low": -1.5, "ci_high": 2}
+    rows = [{"measure": name, "mean_b": 0.2, **ends} for name in ("weight", "change_by_given")]
+    share, change = tracing.within_bounds(pd.DataFrame(rows)).to_dict("records")
+    assert (share["low_a"], share["high_a"], share["ci_low"], share["ci_high"]) == (0, 1, -1, 1)
+    assert (change["low_a"], share["low_b"], share["high_b"]) == (-0.2, 0.1, 0.4)
+    (alone,) = tracing.within_bounds(pd.DataFrame(rows[:1]).assign(mean_b=math.nan)).to_dict(
+        "records"
+    )
+    assert alone["ci_low"] == 0
+
+
 def test_parts_are_json_without_nan(traced_folder: Path) -> None:
     parts = list((traced_folder / ".parts").glob("inspect-*.json"))
     assert len(parts) >= 3
