@@ -16698,17 +16698,20 @@ def words_table(inspected: Inspected, samples: pd.DataFrame) -> pd.DataFrame:
 def report_contributions(experiment: Experiment, table: pd.DataFrame, error: float) -> None:
     """How well terms add up, by their `error` as a share of their sizes; and those that add most to
     the goal after prompt a, less b where there is one."""
+    words = "targets' first tokens less those of the foils"
+    if not experiment.task.margin:
+        words = "scored words' first tokens less the mean of all logits"
     experiment.findings.say(
-        "what is written adds up to the logits of the scored words' first tokens, less those of the"
-        f" foils or the mean of all logits: to {error:.1e} of the sizes of the terms"
+        f"the goal is the logits of the {words}; what is written adds up to it, to {error:.1e} of"
+        " the sizes of the terms"
     )
     terms = table[table["is_term"]]
-    side = "after prompt a less after b" if experiment.is_of_pairs else "after the prompt"
+    name = "the goal after a less that after b" if experiment.is_of_pairs else "the goal"
     texts = []
     for term in largest_rows(terms, "mean", N_QUOTED).itertuples():
         texts.append(f"{term.Index} {term.mean:+.3f}{format_interval(term)}")
     total = terms["mean"].sum()
-    experiment.findings.say(f"of {total:+.3f} {side}, the largest terms: {'; '.join(texts)}")
+    experiment.findings.say(f"{name} is {total:+.3f}; its largest terms: {'; '.join(texts)}")
 
 
 def write_vocabulary(

@@ -575,9 +575,9 @@ def test_terms_add_up_in_the_table_too(traced_folder: Path) -> None:
     shape = (4, 8)  # layers and heads of the bundled model
     assert writes["is_term"].sum() == shape[0] * (shape[1] + 1) + 1
     told = [entry["text"] for entry in findings_of(traced_folder)]
-    (sentence,) = [text for text in told if "the largest terms" in text]
+    (sentence,) = [text for text in told if "its largest terms" in text]
     total = writes.loc[writes["is_term"], "mean"].sum()
-    assert f"{total:+.3f} after prompt a less after b" in sentence
+    assert f"the goal after a less that after b is {total:+.3f}" in sentence
 
 
 def findings_of(folder: Path) -> list[dict[str, str]]:
