@@ -77,7 +77,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("--op zero", "attn mlp"),
         ("--op mean --given L1H2,L0mlp", "attn mlp"),
         ("--op zero --positions last --controls", "attn mlp resid"),
-        ("--op scale --factor 2 --least_effect 0.2", "attn mlp resid"),
+        ("--op scale --factor 2", "attn mlp resid"),
     ],
 )
 def test_its_rows_are_those_of_a_trace_of_each_kind_to_the_last_column(
@@ -121,6 +121,17 @@ def test_its_means_equal_a_plain_hook_at_one_layer_after_the_other(
                 effect += naive.suppression_score(*loaded, pair[1], words)
             effects.append(effect)
         assert row.mean == pytest.approx(np.mean(effects), abs=EQUAL), row.label
+
+
+def test_its_verdicts_are_those_of_a_trace_of_the_kind(tiny_llama: str, tmp_path: Path) -> None:
+    """Where sentences are enough to have some."""
+    flags = ["--least_effect", "0.1"]
+    narrow = ["--layers", "0", "--heads", "0", "--overview"]
+    overview = read(finish(tiny_llama, tmp_path / "o", *flags, *narrow), OVERVIEW)
+    heads = read(finish(tiny_llama, tmp_path / "attn", *flags, "--kind", "attn"), HEADS)
+    verdicts = list(overview["verdict"][overview["kind"] == "attn"])
+    assert verdicts == list(heads["verdict"])
+    assert set(verdicts) >= {"contributes", "through prompt b", "small"}, verdicts
 
 
 def test_q_corrects_within_a_kind_alone(patched: Path) -> None:
@@ -199,6 +210,17 @@ def test_commands_of_another_kind_find_what_it_has_measured_and_the_other_way_ro
     finish(llama, other, *NARROW, "--op", "patch", "--overview")
     assert not any(label.endswith("mlp") for label in measured[3:])
     pd.testing.assert_frame_equal(read(other, OVERVIEW), read(begun, OVERVIEW), rtol=1e-6)
+
+
+def test_commands_of_another_kind_take_its_rows_per_forward(
+    llama: str, tmp_path: Path, measured: list[str]
+) -> None:
+    """Also where no command line names them any more."""
+    finish(llama, tmp_path, *NARROW, "--overview", "--rows_per_forward", "2")
+    finish(llama, tmp_path, *NARROW, "--overview")
+    del measured[:]
+    finish(llama, tmp_path, "paths", "--kind", "mlp", "--num_samples", "4")
+    assert measured == []
 
 
 def test_overwriting_measures_all_of_it_anew_and_no_other_kind(
