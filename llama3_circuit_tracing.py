@@ -727,6 +727,7 @@ class Senders:
 SYSTEM_PROMPT = "You are an assistant."
 OPS_WITHOUT_DIRECTION = tuple(name for name, op in OPS.items() if op.source != "direction")
 METHODS = ("exact", "atp", "ig", "relp")  # how effects are found: measured, or from gradients
+OVERVIEW_KINDS = ("attn", "mlp", "resid")  # the whole activations of a layer
 TASK_NAMES = ("suppression", "refusal", "odd_one_out", "contrast")  # those of TASKS
 N_WORDINGS = {"suppression": 4, "refusal": 4, "odd_one_out": 4}  # built in, by task
 FITS = ("difference", "logistic")  # how a direction is found
@@ -957,7 +958,15 @@ class EditOptions:
     @property
     def removes_input(self) -> bool:
         """Whether an edited activation keeps nothing of what it was, at every token."""
-        return OPS[self.op].factor == 0 and not self.patches and self.positions == "all"
+        factor = OPS[self.op].factor
+        if factor is None:
+            factor = self.factor
+        return factor == 0 and not self.patches and self.positions == "all"
+
+    @property
+    def measured_kinds(self) -> tuple[str, ...]:
+        """The kinds of components that are edited one by one: parts are named by them."""
+        return (self.kind,)
 
     @property
     def op_text(self) -> str:
@@ -1049,6 +1058,15 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
     )
     top_k: int = option(20, "components in figures", between(1))
     heatmap: bool = switch("also draw circuit_heatmap.png, layer by head")
+    overview: bool = switch("also measure attn, mlp and resid of every layer, each as a whole")
+
+    @property
+    def measured_kinds(self) -> tuple[str, ...]:
+        """--kind, then the others of --overview."""
+        if not self.overview:
+            return (self.kind,)
+        others = [kind for kind in OVERVIEW_KINDS if kind != self.kind]
+        return (self.kind, *others)
 
     @property
     def estimator(self) -> str:
@@ -1074,7 +1092,7 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
             yield f"--neurons does not apply to --kind {self.kind}"
         if self.kind == "resid" and self.removes_input:
             yield (
-                f"--kind resid with --op {self.op} at all positions removes the input itself"
+                f"--kind resid with --op {self.op_text} at all positions removes the input itself"
                 " and means nothing"
             )
         becomes_zero = self.op == "zero" or self.factor == 0
@@ -1118,8 +1136,8 @@ class JointOptions(MeasuringOptions):
         streams = join_labels(component for component in self.names if component.kind == "resid")
         if streams and self.removes_input:
             yield (
-                f"{shorten(streams)}: --op {self.op} at all positions of a residual stream removes"
-                " the input itself and means nothing"
+                f"{shorten(streams)}: --op {self.op_text} at all positions of a residual stream"
+                " removes the input itself and means nothing"
             )
 
 
@@ -1148,7 +1166,10 @@ class PathsOptions(ComponentOptions, MeasuringOptions):
                 " are named by --senders"
             )
         if "resid" in kinds and self.removes_input:
-            yield f"a residual stream with --op {self.op} at all positions loses the input itself"
+            yield (
+                f"a residual stream with --op {self.op_text} at all positions loses the input"
+                " itself"
+            )
         if self.senders and (self.layers.text, self.heads.text) != ("all", "all"):
             yield f"--senders {self.senders} names the senders; --layers and --heads do as well"
 
@@ -1325,6 +1346,9 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_heads.png": "The strongest components with 95 % intervals, coloured by verdict.",
         "circuit_summary.png": "The strongest mean effects.",
         "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
+        "circuit_overview.csv": "",
+        "circuit_overview.png": "Mean role of each layer's attention, MLP and residual stream;"
+        " grey where there is no clear verdict.",
         "circuit_screen.csv": "",
         "circuit_screen.png": "Estimates against measurements of the same components.",
         "circuit_confirm.csv": "",
@@ -1399,6 +1423,8 @@ PART_FILE = rf"({PART_KINDS})-[a-z0-9-]+\.json"
 # files that only some command lines write, by the option that asks for them
 OPTION_OF_FILE = {
     "circuit_heatmap.png": "heatmap",
+    "circuit_overview.csv": "overview",
+    "circuit_overview.png": "overview",
     "circuit_screen.csv": "screen",
     "circuit_screen.png": "screen",
     "circuit_confirm.csv": "confirm",
@@ -7051,12 +7077,17 @@ class RunFolder:
     # -- the experiment and the command at work
 
     def take_up(
-        self, options: Any, fingerprint: dict[str, Any], edit_digest: str, **entries: Any
+        self,
+        options: Any,
+        fingerprint: dict[str, Any],
+        edit_digests: Sequence[str],
+        **entries: Any,
     ) -> None:
-        """Begin or continue the command at work, whose parts are named by the digest; `UsageError`
-        where the folder holds another experiment, a trace with another edit, a file of the user's
-        that the command would replace, or an input that would be lost. Nothing is deleted or
-        recorded before `begin`; then the record also has the entries."""
+        """Begin or continue the command at work, whose parts are named by the digests, the first of
+        which is that of its own --kind; `UsageError` where the folder holds another experiment, a
+        trace with another edit, a file of the user's that the command would replace, or an input
+        that would be lost. Nothing is deleted or recorded before `begin`; then the record also has
+        the entries."""
         settings = command_settings(options)
         before = self.command_record(self.command)
         recorded = self.record["experiment"]["fingerprint"] or fingerprint
@@ -7076,7 +7107,7 @@ class RunFolder:
             discard_earlier = self.discard_experiment
         elif restarts:
             self.check_inputs(options, before.get("files", ()), LIES_IN_FOLDER)
-            discard_earlier = functools.partial(self.discard_command, edit_digest)
+            discard_earlier = functools.partial(self.discard_command, edit_digests)
         elif is_trace and self.has_traced(before):
             check_same_edit(self.path, before["options"], settings)
         elif before.get("finished") and before["options"] != settings:
@@ -7085,7 +7116,11 @@ class RunFolder:
         self.experiment_key = digest(fingerprint)
         experiment = {name: settings[name] for name in settings if name in EXPERIMENT_OPTIONS}
         entries["experiment"] = {"options": experiment, "fingerprint": fingerprint}
-        command_entries = {"options": settings, "edit_digest": edit_digest, "finished": False}
+        command_entries = {
+            "options": settings,
+            "edit_digest": edit_digests[0],
+            "finished": False,
+        }
         self.pending = (discard_earlier, entries, command_entries)
 
     def begin(self) -> None:
@@ -7207,15 +7242,17 @@ class RunFolder:
             log.info("--overwrite removed files of another experiment: %s", ", ".join(names))
         self.forget_experiment()
 
-    def discard_command(self, edit_digest: str) -> None:
+    def discard_command(self, edit_digests: Iterable[str]) -> None:
         """Remove the files of the command at work, but for graphs, in which a user may have pinned
         nodes. Its parts go as soon as it would use them: see `replace_parts`."""
         files = self.command_record(self.command).get("files", ())
         graphs = [name for name in files if name.startswith("graphs/")]
         self.remove(set(files).difference(graphs))
-        parts = sorted(path.stem for path in self.list_parts(edit_digest))
+        parts = []
+        for edit_digest in edit_digests:
+            parts += [path.stem for path in self.list_parts(edit_digest)]
         self.record.pop("tested_on", None)
-        self.note_command(files=graphs, parts_to_replace=parts)
+        self.note_command(files=graphs, parts_to_replace=sorted(parts))
 
     def parts_to_replace(self) -> set[str]:
         """The parts that were there when the command at work started afresh with --overwrite, and
@@ -7479,13 +7516,17 @@ class Experiment(Generic[OptionsT]):
         components = self.shape.components(self.options.kind, layer)
         return [component for component in components if component not in given]
 
-    @functools.cached_property
-    def edit_digest(self) -> str:
-        """A digest of the edit options, on which all measured numbers depend."""
+    def edit_digest_of(self, kind: str) -> str:
+        """A digest of the edit options with this --kind, on which all measured numbers depend."""
         options = self.options
         side = options.patch_into if options.patches else ""
-        values = [options.kind, options.op, options.factor, options.positions, side]
+        values = [kind, options.op, options.factor, options.positions, side]
         return digest([*values, str(options.given)])[:10]
+
+    @property
+    def edit_digest(self) -> str:
+        """That of the command's own --kind."""
+        return self.edit_digest_of(self.options.kind)
 
     @property
     def part_key(self) -> str:
@@ -7506,6 +7547,17 @@ class Experiment(Generic[OptionsT]):
         yield
         seconds = self.seconds.get(name, 0.0) + time.perf_counter() - started
         self.seconds[name] = round(seconds, 3)
+
+    @contextlib.contextmanager
+    def measuring_kind(self, kind: str) -> Iterator[None]:
+        """Meanwhile measure components of this kind as a command with this --kind does, so that
+        each finds the parts of the other."""
+        options = self.options
+        self.options = replace(options, kind=kind)
+        try:
+            yield
+        finally:
+            self.options = options
 
     # -- the model
 
@@ -8529,12 +8581,20 @@ def check_components(options: MeasuringOptions, shape: ModelShape) -> None:
 
 def check_kind(kind: str, option_text: str, shape: ModelShape) -> None:
     """`UsageError` where the model has no components of the kind that an option asks for."""
+    reason = why_without(kind, shape)
+    if reason:
+        raise UsageError(f"{option_text}: {reason}")
+
+
+def why_without(kind: str, shape: ModelShape) -> str:
+    """Why the model has no components of a kind; "" where it has."""
     place = KINDS[kind].place
-    if not shape.width(place):
-        has_name = shape.layout.module(place) != ""
-        example = ", such as a mixture of experts" if place == "mlp" and has_name else ""
-        module = shape.layout.module(place) or f"a module that can be edited for kind {kind}"
-        raise UsageError(f"{option_text}: {shape.name} has blocks without {module}{example}")
+    if shape.width(place):
+        return ""
+    has_name = shape.layout.module(place) != ""
+    example = ", such as a mixture of experts" if place == "mlp" and has_name else ""
+    module = shape.layout.module(place) or f"a module that can be edited for kind {kind}"
+    return f"{shape.name} has blocks without {module}{example}"
 
 
 def check_component(component: Component, option_text: str, shape: ModelShape) -> None:
@@ -10236,6 +10296,13 @@ def draw_grid(
     path: Path,
     max_ticks: int = 16,
 ) -> None:
+    """Write the figure of `plot_grid`."""
+    save_figure(plot_grid(grid, is_shown, color_label, title, max_ticks), path)
+
+
+def plot_grid(
+    grid: pd.DataFrame, is_shown: pd.DataFrame, color_label: str, title: str, max_ticks: int
+) -> Figure:
     """A cell per entry of a grid, coloured from blue over white at zero to red; grey where it is
     not shown. The axes are named as the grid's are."""
     n_rows, n_columns = grid.shape
@@ -10245,7 +10312,7 @@ def draw_grid(
     axes = figure.add_subplot()
     axes.set_facecolor("lightgray")
     bound = float(grid.abs().max().max())
-    if bound == 0:
+    if not bound > 0:  # all are zero, or missing
         bound = 1.0
     values = grid.where(is_shown).to_numpy(dtype=float)
     x, y = range(n_columns + 1), range(n_rows + 1)
@@ -10257,7 +10324,7 @@ def draw_grid(
         axes.tick_params(axis="x", rotation=90)
     axes.set(xlabel=grid.columns.name, ylabel=grid.index.name, title=title)
     figure.colorbar(image, ax=axes, label=color_label)
-    save_figure(figure, path)
+    return figure
 
 
 def draw_scatter(
@@ -10311,6 +10378,15 @@ def draw_heads(heads: pd.DataFrame, top_k: int, title: str, path: Path) -> None:
     draw_forest(pd.concat(frames, ignore_index=True), title, path)
 
 
+def grey_verdicts(heads: pd.DataFrame) -> str:
+    """What a title adds of the verdicts that are drawn grey; "" where all are clear."""
+    others = set(heads["verdict"]) - set(CLEAR_VERDICTS)
+    if not others:
+        return ""
+    names = ", ".join(verdict for verdict in VERDICT_COLORS if verdict in others)
+    return "\n" + textwrap.fill(f"(grey: {names})", TITLE_LETTERS)
+
+
 def draw_heatmap(heads: pd.DataFrame, qualifier: str, path: Path) -> None:
     """Mean role by layer and index, centred at zero; grey where the verdict is none of the two
     that tell what a component does."""
@@ -10319,17 +10395,55 @@ def draw_heatmap(heads: pd.DataFrame, qualifier: str, path: Path) -> None:
     grid = cells["role"].astype(float).rename_axis(columns=kind)
     has_verdict = cells["verdict"].isin(CLEAR_VERDICTS)
     label = "role in nats: > 0 carries the task"
-    others = heads["verdict"][~heads["verdict"].isin(CLEAR_VERDICTS)]
-    names = ", ".join(verdict for verdict in VERDICT_COLORS if verdict in set(others))
-    title = f"Mean role {qualifier}".rstrip()
-    if names:
-        title += "\n" + textwrap.fill(f"(grey: {names})", TITLE_LETTERS)
+    title = f"Mean role {qualifier}".rstrip() + grey_verdicts(heads)
     if grid.shape[1] > 1:
         draw_grid(grid, has_verdict, f"{label}, < 0 works against it", title, path)
         return
     colors = [VERDICT_COLORS[verdict] for verdict in cells["verdict"].iloc[:, 0]]
     labels = {"xlabel": f"layer ({kind})", "ylabel": label, "title": title}
     draw_bars(grid.iloc[:, 0], labels, path, colors)
+
+
+MAX_NUMBERED_LAYERS = 40  # with more of them no number is written into a cell
+OVERVIEW_TITLES = {"attn": "attention", "mlp": "MLP", "resid": "residual\nstream"}
+
+
+def draw_overview(overview: pd.DataFrame, title: str, path: Path) -> None:
+    """Mean role by layer and kind from circuit_overview.csv, in percent of the base where it is
+    clear, else in nats; grey where the verdict is none of the two that tell what a component
+    does."""
+    role = overview["role"]
+    is_share = bool(overview["share_moved"].notna().all())
+    if is_share:
+        size = 100 * overview["share_moved"].abs()  # its sign is the role's unless the op amplifies
+        role = size.where(role > 0, -size)
+    is_clear = overview["verdict"].isin(CLEAR_VERDICTS)
+    cells = overview.assign(role=role.where(is_clear))
+    grid = cells.pivot(index="layer", columns="kind", values="role")
+    grid = grid[[kind for kind in OVERVIEW_KINDS if kind in grid]]
+    grid = grid.rename(columns=OVERVIEW_TITLES).rename_axis(columns=None)
+    unit = "% of the base" if is_share else "nats"
+    color_label = f"role in {unit}:\n> 0 carries the task, < 0 works against it"
+    title += grey_verdicts(overview)
+    figure = plot_grid(grid, grid.notna(), color_label, title, MAX_NUMBERED_LAYERS)
+    axes = figure.axes[0]
+    axes.title.set_fontsize(9)
+    if len(grid) <= MAX_NUMBERED_LAYERS:
+        number_cells(axes, grid, "+.1f" if is_share else "+.2f")
+    else:
+        figure.set_figheight(1.5 + 0.15 * len(grid))  # inches; a cell need not hold a number
+    save_figure(figure, path)
+
+
+def number_cells(axes: Any, grid: pd.DataFrame, number_format: str) -> None:
+    """Write the numbers of a grid into its cells, white where these are dark."""
+    bound = float(grid.abs().max().max())
+    for y, row in enumerate(grid.to_numpy(dtype=float)):
+        for x, value in enumerate(row):
+            if not math.isnan(value):
+                color = "white" if abs(value) > 0.6 * bound else "black"
+                text = f"{value:{number_format}}"
+                axes.text(x + 0.5, y + 0.5, text, color=color, fontsize=8, ha="center", va="center")
 
 
 # ----- What is said of effects -------------------------------------------------------------------
@@ -10462,15 +10576,20 @@ def strongest_of_either_role(heads: pd.DataFrame, role: str) -> pd.DataFrame:
     return pd.concat([carriers, opponents[::-1]])
 
 
-def report_strongest(
-    findings: Findings, heads: pd.DataFrame, bases: Bases, role: str, phrases: EditPhrases
-) -> None:
-    """A sentence for each of the strongest components of either role."""
-    task = phrases.task
+def behaviours_of(task: Task, bases: Bases) -> dict[str, str]:
+    """By side what the model does where the base of that side has the sign it has."""
     behaviours = {}
     for side, base in bases.items():
         shows_task = base["mean"] * task.sign > 0
         behaviours[side] = task.name if shows_task else task.opposite
+    return behaviours
+
+
+def report_strongest(
+    findings: Findings, heads: pd.DataFrame, bases: Bases, role: str, phrases: EditPhrases
+) -> None:
+    """A sentence for each of the strongest components of either role."""
+    behaviours = behaviours_of(phrases.task, bases)
     for head in strongest_of_either_role(heads, role).itertuples():
         findings.say(describe_effect(head, behaviours, phrases))
 
@@ -12117,7 +12236,8 @@ def draw_screen(table: pd.DataFrame, method: str, title: str, path: Path) -> Non
 def run_trace(experiment: Experiment) -> None:
     """Measure (or estimate) each component alone, test it over sentences, and confirm a circuit on
     held-out sentences: circuit_results.csv, circuit_heads.csv and figures; circuit_screen.*,
-    circuit_confirm.*, circuit.json and generations.jsonl where they are asked for."""
+    circuit_overview.*, circuit_confirm.*, circuit.json and generations.jsonl where they are asked
+    for."""
     options = experiment.options
     components = choose_components(options, experiment.shape)
     estimates: Estimates | None = None
@@ -12135,6 +12255,9 @@ def run_trace(experiment: Experiment) -> None:
         heads = write_heads(experiment, table, floor)
         if estimates is not None and screened:
             write_screen(experiment, estimates, screened, heads)
+    if options.overview:
+        with experiment.stage("overview", f" of {count_noun(experiment.shape.n_layers, 'layer')}"):
+            write_overview(experiment, table, records)
     chosen: list[JointSet] = []
     if options.confirm:
         with experiment.stage("joint ablation"):
@@ -12157,12 +12280,22 @@ def plan_trace(experiment: Experiment) -> Iterator[PlannedRuns]:
         yield PlannedRuns(what, Counter({0: n_measured}))
     elif not options.estimator:
         yield component_runs(components)
+    swept = set() if options.estimator else set(components)
+    for of_kind in overview_components(experiment).values():
+        remaining = [component for component in of_kind if component not in swept]
+        if remaining:
+            runs = component_runs(remaining)
+            yield runs._replace(what=f"overview: {runs.what}")
 
 
 def check_trace(experiment: Experiment) -> None:
-    """`UsageError` where --confirm or --method cannot be had with this model and these samples."""
+    """`UsageError` where --confirm, --overview or --method cannot be had with this model and these
+    samples."""
     options, shape = experiment.options, experiment.shape
     components = choose_components(options, shape)
+    if options.overview and not overview_components(experiment):
+        reasons = "; ".join(left_out_of_overview(experiment).values())
+        raise UsageError(f"--overview has nothing to measure: {reasons}")
     if options.estimator == "relp" and shape.relp_obstacles:
         raise UsageError(f"--method relp has no rule for {shape.relp_obstacles} of {shape.name}")
     if options.screen and set(components) <= set(options.skip):
@@ -12218,9 +12351,7 @@ def write_results(
 ) -> tuple[pd.DataFrame, float]:
     """circuit_results.csv, which is returned, with the noise floor of the jittered rows (NaN
     without any)."""
-    measured = results_table(rows, records, experiment.options)
-    floor = noise_floor(measured[measured["draw"] >= 0])
-    table = measured[measured["draw"] < 0].drop(columns="draw")
+    table, floor = split_jitter(results_table(rows, records, experiment.options))
     n_tests = count_tested(experiment, len(components))
     if n_tests > len(components):
         table = table.assign(n_tests=n_tests)
@@ -12236,6 +12367,12 @@ def write_results(
     return table, floor
 
 
+def split_jitter(measured: pd.DataFrame) -> tuple[pd.DataFrame, float]:
+    """The rows of the op itself, and the noise floor of the jittered ones (NaN without any)."""
+    floor = noise_floor(measured[measured["draw"] >= 0])
+    return measured[measured["draw"] < 0].drop(columns="draw"), floor
+
+
 def floor_name(experiment: Experiment) -> str:
     """The part that keeps the noise floor of a trace with these edits for other commands."""
     return f"floor-{experiment.part_key}-trace"
@@ -12243,19 +12380,21 @@ def floor_name(experiment: Experiment) -> str:
 
 def count_tested(experiment: Experiment, n_components: int) -> int:
     """How many components q corrects for: those of the widest table of this kind and op in the
-    folder, this one included, since a narrower one may have been chosen by what it found. A screen
-    tests all that it estimates."""
+    folder, this one and an overview included, since a narrower one may have been chosen by what it
+    found. A screen tests all that it estimates."""
     folder = experiment.folder
     name = f"tested-{experiment.edit_digest}-n"
     folder.replace_parts([name])
     n_before = experiment.processes.share(folder.read_part(name) or 0)
-    n_tests = max(n_components, n_before)
+    n_overview = len(overview_components(experiment).get(experiment.options.kind, ()))
+    n_tests = max(n_components, n_before, n_overview)
     if folder.leads and n_tests > n_before:
         folder.write_part(name, n_tests)
     if n_tests > n_components:
-        experiment.findings.say(
-            f"q corrects for {count_noun(n_tests, 'component')}: this folder has tested them before"
-        )
+        reason = "this folder has tested them before"
+        if n_tests == n_overview:
+            reason = "--overview tests them"
+        experiment.findings.say(f"q corrects for {count_noun(n_tests, 'component')}: {reason}")
     return n_tests
 
 
@@ -12315,6 +12454,109 @@ def draw_effects(
     draw_heads(heads, options.top_k, title, folder.claim_path("circuit_heads.png"))
     if options.heatmap:
         draw_heatmap(heads, qualifier, folder.claim_path("circuit_heatmap.png"))
+
+
+# -- all layers at a glance
+
+
+def overview_components(experiment: Experiment) -> dict[str, list[Component]]:
+    """By kind what --overview measures, whatever --layers says: all layers but for those of
+    --given. Kinds that it leaves out are not there; {} without --overview."""
+    if not experiment.options.overview:
+        return {}
+    components = {}
+    left_out = left_out_of_overview(experiment)
+    for kind in OVERVIEW_KINDS:
+        if kind not in left_out:
+            components[kind] = free_of_kind(experiment, kind)
+    return components
+
+
+def free_of_kind(experiment: Experiment, kind: str) -> list[Component]:
+    """The components of a kind in all layers, without those of --given."""
+    with experiment.measuring_kind(kind):
+        return experiment.free_components()
+
+
+def left_out_of_overview(experiment: Experiment) -> dict[str, str]:
+    """By kind that an overview does not have, why."""
+    options, reasons = experiment.options, {}
+    for kind in OVERVIEW_KINDS:
+        reason = why_without(kind, experiment.shape)
+        if kind == "resid" and options.removes_input:
+            other = "--op patch" if experiment.is_of_pairs else "--positions last"
+            reason = (
+                f"--op {options.op_text} at all positions of a residual stream removes the input"
+                f" itself; {other} does not"
+            )
+        elif not reason and not free_of_kind(experiment, kind):
+            reason = "--given zeroes it in all layers"
+        if reason:
+            reasons[kind] = f"{kind} is left out: {reason}"
+    return reasons
+
+
+def write_overview(
+    experiment: Experiment, table: pd.DataFrame, records: list[dict[str, Any]]
+) -> None:
+    """circuit_overview.csv and .png, and what is said of them. `table` are the results of the
+    trace, which has the bases of all kinds."""
+    options, findings = experiment.options, experiment.findings
+    for sentence in left_out_of_overview(experiment).values():
+        findings.say(sentence)
+    if options.estimator:
+        findings.say("the effects of the overview are all measured, none is an estimate")
+    bases = find_bases(table)
+    overview = measure_overview(experiment, bases, records)
+    report_overview(findings, overview, bases, EditPhrases(experiment.task, OPS[options.op].verb))
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_overview.csv", overview)
+        title = (
+            f"{options.task}, {options.title_of_model}, {options.op_text}\n"
+            f"mean role over {describe_sample_of(table, bases)}"
+        )
+        draw_overview(overview, title, experiment.folder.claim_path("circuit_overview.png"))
+
+
+def measure_overview(
+    experiment: Experiment, bases: Bases, records: list[dict[str, Any]]
+) -> pd.DataFrame:
+    """circuit_overview.csv: a row per layer and kind, as circuit_heads.csv of a trace of all layers
+    with that --kind has it, and the noise floor of the kind (nats).
+
+    So q corrects within a kind. Nearly every layer of a residual stream has an effect: in one
+    family with them, q would call clear what it does not among attention outputs or MLPs alone.
+    """
+    options, tables = experiment.options, []
+    for kind, components in overview_components(experiment).items():
+        with experiment.measuring_kind(kind):
+            rows = measure_components(experiment, components, f"overview: {kind}")
+            table, floor = split_jitter(results_table(rows, records, experiment.options))
+        heads = heads_table(table, bases, floor, options.factor, options.least_effect)
+        tables.append(heads.drop(columns=["head", "index"]).assign(noise_floor=floor))
+    overview = pd.concat(tables)
+    return overview.sort_values("layer", kind="stable", ignore_index=True)
+
+
+ALIKE = 0.99  # of the largest role: layers of a residual stream often carry all of the base
+
+
+def report_overview(
+    findings: Findings, overview: pd.DataFrame, bases: Bases, phrases: EditPhrases
+) -> None:
+    """The strongest layer of each kind among those with a clear verdict, the first of those that
+    are about alike; or that there is none."""
+    behaviours = behaviours_of(phrases.task, bases)
+    unclear = []
+    for kind, rows in overview.groupby("kind", sort=False):
+        clear = rows[rows["verdict"].isin(CLEAR_VERDICTS)]
+        if clear.empty:
+            unclear.append(str(kind))
+        size = clear["role"].abs()
+        for layer in clear[size >= ALIKE * size.max()].head(1).itertuples():
+            findings.say(f"strongest {kind}: {describe_effect(layer, behaviours, phrases)}")
+    if unclear:
+        findings.say(f"no layer has a clear verdict: {', '.join(unclear)}")
 
 
 # -- confirmation on held-out sentences
@@ -17488,7 +17730,11 @@ def page(title: str, sections: Mapping[str, Iterable[object]]) -> str:
 
 # ----- Page ---------------------------------------------------------------------------------------
 
-MAX_TABLE_ROWS = 500  # components in the page's table
+COMPONENT_TABLES = {  # files that the page shows as tables of components, and what they hold
+    "circuit_heads.csv": "Effects of components",
+    "circuit_overview.csv": "Effects of each layer's attention, MLP and residual stream",
+}
+MAX_TABLE_ROWS = 500  # components in such a table
 MEASURES = {  # columns of circuit_heads.csv begin so, and end as in MEASURE_COLUMNS
     "minus_other_": "effect less that of forbidding other words",
     "": "effect on {score}",
@@ -17571,7 +17817,7 @@ def render_command(records: PageRecords, entry: Mapping[str, Any]) -> list[Html]
     for name in records.files(entry):
         file = records.path / name
         caption = COMMAND_FILES[command][name]
-        if name == "circuit_heads.csv":
+        if name in COMPONENT_TABLES:
             parts += render_components(file)
         elif caption:
             parts.append(render_figure(file, caption))
@@ -17619,27 +17865,29 @@ class Column(NamedTuple):
 
 
 def render_components(path: Path) -> list[Html]:
-    """The strongest components of circuit_heads.csv, by the contrast with other words where it is
-    there; a warning where the file is not as this script writes it."""
+    """The strongest components of circuit_heads.csv or of a table like it, by the contrast with
+    other words where it is there; a warning where the file is not as this script writes it."""
     try:
         heads = pd.read_csv(path, keep_default_na=False, na_values=[""])
-        return [element("p", describe_components(heads)), component_table(heads)]
+        table_id = path.stem.removeprefix("circuit_")
+        description = describe_components(heads, path.name)
+        return [element("p", description), component_table(heads, table_id)]
     except (ValueError, LookupError, TypeError) as error:
         return [render_warning(f"{path.name} cannot be shown: {first_line(error)}")]
 
 
-def describe_components(heads: pd.DataFrame) -> str:
+def describe_components(heads: pd.DataFrame, file_name: str) -> str:
     text = (
-        "Nats, with 95 % intervals. Red leans to carrying the task, blue against it; the verdict"
-        " says what can be told from chance, and whether the words move after prompt a as the"
-        " effect says. A click on a heading sorts."
+        f"{COMPONENT_TABLES[file_name]} in nats, with 95 % intervals. Red leans to carrying the"
+        " task, blue against it; the verdict says what can be told from chance, and whether the"
+        " words move after prompt a as the effect says. A click on a heading sorts."
     )
     if len(heads) > MAX_TABLE_ROWS:
-        text += f" The {MAX_TABLE_ROWS} strongest of {len(heads)}; all are in circuit_heads.csv."
+        text += f" The {MAX_TABLE_ROWS} strongest of {len(heads)}; all are in {file_name}."
     return text
 
 
-def component_table(heads: pd.DataFrame) -> Html:
+def component_table(heads: pd.DataFrame, table_id: str) -> Html:
     """A row per component, the strongest first; groups of columns have headings of their own."""
     means = [f"{prefix}mean" for prefix in MEASURES if f"{prefix}mean" in heads]
     top = largest_rows(heads, means[0], MAX_TABLE_ROWS)
@@ -17651,7 +17899,7 @@ def component_table(heads: pd.DataFrame) -> Html:
             titles.append(element("th", column.title))
             cells.append(component_cells(top, column, bound))
     rows = zip(*cells, strict=True)
-    return html_table([group_titles, titles], rows, id="heads", class_="sortable")
+    return html_table([group_titles, titles], rows, id=table_id, class_="sortable")
 
 
 def component_columns(heads: pd.DataFrame) -> dict[str, list[Column]]:
@@ -18250,15 +18498,18 @@ def fix_experiment(experiment: Experiment) -> None:
         digests = file_digests(experiment.options, folder.record.get("model_files", {}))
         fingerprint = fingerprint_of(experiment, digests)
         check_models_of_files(experiment.options, fingerprint["model"])
+        kinds = experiment.options.measured_kinds
+        edit_digests = [experiment.edit_digest_of(kind) for kind in kinds]
         rows_by_edit = dict(folder.record.get("rows_by_edit", {}))
-        if folder.starts_afresh(experiment.options):
-            rows_by_edit.pop(experiment.edit_digest, None)
-        # the first command with an edit decides: parts are named by it
-        rows_by_edit.setdefault(experiment.edit_digest, experiment.rows_per_forward)
+        for edit_digest in edit_digests:
+            if folder.starts_afresh(experiment.options):
+                rows_by_edit.pop(edit_digest, None)
+            # the first command with an edit decides: parts are named by it
+            rows_by_edit.setdefault(edit_digest, experiment.rows_per_forward)
         folder.take_up(
             experiment.options,
             fingerprint,
-            experiment.edit_digest,
+            edit_digests,
             model_files=digests,
             rows_by_edit=rows_by_edit,
         )

@@ -161,7 +161,7 @@ EDITS = (  # how a command measures: its parts are named after these
 )
 DIFFERS: dict[str, set[str]] = {
     "--layers 0 --heads 1-2 --confirm 2 --num_random 3": set(),
-    "--top_k 3 --max_new_tokens 2 --heatmap --output_dir x": set(),
+    "--top_k 3 --max_new_tokens 2 --heatmap --overview --output_dir x": set(),
     "--seed 7": {"seed", *TEXTS},
     "--num_samples 3": WORDS,
     "--task refusal": {"task", *WORDS},

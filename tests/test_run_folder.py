@@ -41,7 +41,8 @@ RESULTS, HEADS = "circuit_results.csv", "circuit_heads.csv"
 FIRST_LAYER = [*TWO, "--layers", "0"]
 # in a folder of samples whose prompts are equally long; what follows the trace inherits its names
 COMMANDS = {
-    "trace": "--layers 0-1 --screen 4 --confirm 2 --num_random 3 --max_new_tokens 2 --heatmap",
+    "trace": "--layers 0-1 --screen 4 --confirm 2 --num_random 3 --max_new_tokens 2 --heatmap"
+    " --overview",
     "joint": "joint --num_random 3 --max_new_tokens 2 --multipliers 0",
     "paths": "paths --layers 0",
     "tokens": "tokens --kind attn --layers 0",
@@ -278,7 +279,7 @@ def test_outputs_of_options_no_longer_given_do_not_stay(
     finish(llama, full, "--samples", samples, "--layers", "0-1", "--screen", "4")
     names = {path.name for path in full.iterdir()}
     gone = {"circuit_heatmap.png", "circuit_confirm.csv", "circuit_confirm.png"}
-    gone.add("generations.jsonl")
+    gone |= {"circuit_overview.csv", "circuit_overview.png", "generations.jsonl"}
     assert names == {path.name for path in all_commands.iterdir()} - gone
     assert (full / "circuit_summary.png").read_bytes() != b"of before"
     page = (full / "circuit_report.html").read_text()
@@ -966,6 +967,7 @@ TAKEN = {  # a user's file, and a command line that would write it
     "circuit_report.html": "",
     "run.log": "",
     "circuit_heatmap.png": "--heatmap",
+    "circuit_overview.csv": "--overview",
     "circuit_screen.csv": "--screen 2",
     "circuit_confirm.png": "--confirm 1",
     "circuit.json": "--confirm 1",
