@@ -15770,6 +15770,7 @@ def token_roles(
 
 N_REPEATED = 50  # random tokens, which a sequence has twice
 N_SEQUENCES = 4  # such sequences
+EAGER_BOUND = 1e-3  # nats by which another way of computing attention may round
 PATTERNS = ("previous_token", "induction", "duplicate_token", "bos")  # see `pattern_scores`
 
 
@@ -15797,12 +15798,19 @@ def recording_attention(
         yield kept
 
 
+class AttentionRun(NamedTuple):
+    """What was read off a clean run whose attention was computed as the library's eager one."""
+
+    weights: Tensor  # [layer, head, query, tok]
+    log_probs: Tensor  # [1, entry]
+
+
 @torch.inference_mode()
 def attention_from(
     traced: TracedModel, tree: Tree, background: Edits, queries: Tensor
-) -> Tensor | None:
-    """Attention weights [layer, head, query, tok] of a clean run from some nodes [query] of a tree
-    to all; None where the model's attention returns none."""
+) -> AttentionRun | None:
+    """Attention weights of a clean run from some nodes [query] of a tree to all; None where the
+    model's attention returns none."""
 
     def at_queries(_: int, weights: Tensor) -> Tensor:
         return weights[0][:, on_device(queries, weights.device)].float().cpu()
@@ -15812,13 +15820,27 @@ def attention_from(
         editing(traced, [background]),
         gathering(traced.unembedding, tree.scored),
     ):
-        traced.model(**tree_inputs(traced, tree))
+        logits = traced.model(**tree_inputs(traced, tree)).logits
     traced.n_forwards += 1
     traced.n_tokens += tree.n_tokens * traced.shape.n_layers
     if by_layer.keys() != set(range(traced.shape.n_layers)):
         traced.warn_once("its attention returns no weights: what heads read is not told")
         return None
-    return torch.stack([by_layer[layer] for layer in range(traced.shape.n_layers)])
+    weights = torch.stack([by_layer[layer] for layer in range(traced.shape.n_layers)])
+    return AttentionRun(weights, entry_log_probs_of_logits(logits, tree))
+
+
+def compare_eager(traced: TracedModel, run: AttentionRun, clean_run: CleanRun) -> None:
+    """A warning where eager attention gives the model other log-probabilities than the attention
+    that it is measured with, as where that leaves out a cap on attention scores."""
+    error = float((run.log_probs - clean_run.log_probs).abs().max())
+    bound = max(traced.log_prob_bound, EAGER_BOUND)
+    if not error <= bound:  # a NaN fails
+        traced.warn_once(
+            f"with eager attention, of which weights are told, log-probabilities differ by"
+            f" {error:.2g} nats from those of {traced.shape.attn_implementation}, which is measured:"
+            " give --attn_implementation eager"
+        )
 
 
 @torch.inference_mode()
@@ -16521,17 +16543,19 @@ def read_attention(
     by head the lengths [tok] of `written_by_token`; `activations` [tok] by neuron; and with --given
     `attention_before`, the same without it, and `moved` [layer, head], see `attention_moved`."""
     traced, background = experiment.traced, experiment.background
-    read_activations(experiment, subjects, tree, contents)
+    clean_run = read_activations(experiment, subjects, tree, contents)
     places = query_places(experiment, tree)
     nodes: list[int] = []
     for path, by_query in zip(tree.paths, places, strict=True):
         for positions in by_query.values():
             nodes += [path[position] for position in positions]
     queries = torch.tensor(nodes).unique()
-    weights = attention_from(traced, tree, background, queries)
-    if weights is None:
+    run = attention_from(traced, tree, background, queries)
+    if run is None:
         return
-    before = attention_from(traced, tree, (), queries) if background else None
+    compare_eager(traced, run, clean_run)
+    weights = run.weights
+    run_before = attention_from(traced, tree, (), queries) if background else None
     for place, (path, by_query) in enumerate(zip(tree.paths, places, strict=True)):
         content = contents[place]
         content["attention"] = {}
@@ -16539,8 +16563,8 @@ def read_attention(
             rows = torch.searchsorted(queries, torch.tensor([path[p] for p in positions]))
             means = weights[:, :, rows][..., path].mean(2)  # [layer, head, tok]
             content["attention"][query] = of_heads(means, subjects.heads)
-            if before is not None and query == QUERY_LAST:
-                means_before = before[:, :, rows][..., path].mean(2)
+            if run_before is not None and query == QUERY_LAST:
+                means_before = run_before.weights[:, :, rows][..., path].mean(2)
                 content["attention_before"] = of_heads(means_before, subjects.heads)
                 content["moved"] = attention_moved(means, means_before)
 
@@ -16559,8 +16583,8 @@ def attention_moved(weights: Tensor, before: Tensor) -> list[list[float]]:
 
 def read_activations(
     experiment: Experiment, subjects: Subjects, tree: Tree, contents: list[dict[str, Any]]
-) -> None:
-    """The `norms` and `activations` of `read_attention`."""
+) -> CleanRun:
+    """The `norms` and `activations` of `read_attention`, from a clean run, which is returned."""
     sites = {neuron.site for neuron in subjects.neurons}
     clean_run = run_clean(experiment.traced, tree, experiment.background, (), sites)
     norms = {}
@@ -16574,6 +16598,7 @@ def read_activations(
         for neuron in subjects.neurons:
             activation = clean_run.activations[neuron.site][path, neuron.index]
             content["activations"][neuron.label] = activation.float().tolist()
+    return clean_run
 
 
 def read_lens(experiment: Experiment, tree: Tree, contents: list[dict[str, Any]]) -> None:

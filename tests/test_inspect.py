@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -89,8 +90,9 @@ def eager_attentions(model: Bench, ids: Tensor) -> list[Tensor]:
 
 def test_weights_are_those_of_the_librarys_eager_attention(any_bench: Bench) -> None:
     _, _, tree = inspecting(any_bench, "L0H0")
-    weights = tracing.attention_from(any_bench.traced, tree, (), all_queries(tree))
-    assert weights is not None
+    run = tracing.attention_from(any_bench.traced, tree, (), all_queries(tree))
+    assert run is not None
+    weights = run.weights
     for prompt, path in zip(tree.prompts, tree.paths, strict=True):
         expected = torch.stack(eager_attentions(any_bench, ids_of(prompt)))
         assert (weights[:, :, path][..., path] - expected).abs().max() < CLOSE
@@ -98,17 +100,19 @@ def test_weights_are_those_of_the_librarys_eager_attention(any_bench: Bench) -> 
 
 
 def test_weights_times_values_are_what_heads_give(any_bench: Bench) -> None:
-    """So they are of the run that is measured, with whichever attention it is computed."""
+    """Gemma 2 has a cap on attention scores that other attention than eager may leave out."""
     traced = any_bench.traced
     _, _, tree = inspecting(any_bench, "L0H0")
     sites = [Site(layer, "attn") for layer in range(traced.shape.n_layers)]
-    clean_run = tracing.run_clean(traced, tree, (), (), sites)
-    weights = tracing.attention_from(traced, tree, (), all_queries(tree))
-    assert weights is not None
+    is_capped = traced.shape.name.startswith("Gemma2")
+    with tracing.eager_attention(traced) if is_capped else contextlib.nullcontext():
+        clean_run = tracing.run_clean(traced, tree, (), (), sites)
+    run = tracing.attention_from(traced, tree, (), all_queries(tree))
+    assert run is not None
     for site in sites:
         values = clean_run.keys_and_values[site.layer][1][0]  # [kv head, tok, d_head]
         values = values.repeat_interleave(traced.shape.n_heads // len(values), 0)
-        mixed = (weights[site.layer] @ values).transpose(0, 1).flatten(1)
+        mixed = (run.weights[site.layer] @ values).transpose(0, 1).flatten(1)
         scale = clean_run.activations[site].abs().max()
         assert (mixed - clean_run.activations[site]).abs().max() < CLOSE * scale
 
@@ -136,6 +140,21 @@ def test_a_model_that_returns_no_weights_is_told_and_not_read(
     caplog.set_level("INFO", "circuit")
     assert tracing.attention_from(tiny.traced, tree, (), all_queries(tree)) is None
     assert "its attention returns no weights" in caplog.text
+
+
+def test_another_attention_than_the_measured_one_is_warned_of(
+    tiny: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tiny.traced, "warnings", set())
+    caplog.set_level("INFO", "circuit")
+    _, _, tree = inspecting(tiny, "L0H0")
+    clean_run = tracing.run_clean(tiny.traced, tree, ())
+    run = tracing.attention_from(tiny.traced, tree, (), all_queries(tree))
+    assert run is not None
+    tracing.compare_eager(tiny.traced, run, clean_run)
+    assert not caplog.text
+    tracing.compare_eager(tiny.traced, run._replace(log_probs=run.log_probs + 0.01), clean_run)
+    assert "differ by 0.01 nats" in caplog.text
 
 
 def output_weight(model: Bench, layer: int, kind: str) -> Tensor:
