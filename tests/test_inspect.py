@@ -441,7 +441,7 @@ def test_positions_and_embeddings_of_gpt2_are_told_apart(folder_of: Callable[[st
             model.loaded[0](ids_of(prompt))
         added = body.wpe.weight[len(prompt.ids) - 1].detach()
         part = pass_norm(body.ln_f, final["final"][0, -1].detach(), added)
-        value = float(part @ directions[place].detach())
+        value = float((part @ directions[place]).detach())
         assert float(found.terms["position"][place]) == pytest.approx(value, abs=1e-4)
 
 

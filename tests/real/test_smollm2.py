@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -267,28 +268,14 @@ def test_batched_replies_are_those_of_one_prompt_at_a_time(plain: Plain) -> None
 
 # ----- what heads read and write
 
-NAMES = ["John", "Mary", "Tom", "James", "Anna", "David", "Sarah", "Peter"]
-
-
-def indirect_objects(n_samples: int) -> list[dict[str, Any]]:
-    """Sentences that end before the indirect object; in prompt b nobody is named twice."""
-    rng = random.Random(1)
-    records = []
-    for _ in range(n_samples):
-        receiver, giver, other = rng.sample(NAMES, 3)
-        start = f"When {receiver} and {giver} went to the shop,"
-        texts = [f"{start} {name} gave a drink to" for name in (giver, other)]
-        words = {"targets": [receiver], "foils": [giver]}
-        records.append({"prompt_a": texts[0], "prompt_b": texts[1], **words})
-    return records
+IOI = Path(__file__).with_name("ioi.jsonl")  # sentences that end before the indirect object
 
 
 @pytest.mark.usefixtures("untested")
 def test_a_name_mover_reads_the_indirect_object_and_writes_it(plain: Plain, tmp_path: Path) -> None:
     """L23H0 does; L23H3, the strongest, reads the name that is said twice and takes it away."""
-    records = indirect_objects(6)
-    samples = write_samples(tmp_path / "s.jsonl", *records)
-    words = ["inspect", "L23H0,L23H3", "--samples", samples, "--task", "contrast", "--no_chat"]
+    records = [json.loads(line) for line in IOI.read_text().splitlines()]
+    words = ["inspect", "L23H0,L23H3", "--samples", str(IOI), "--task", "contrast", "--no_chat"]
     folder = finish(MODEL, tmp_path / "run", *words, "--op", "patch")
     reads = read(folder, "circuit_reads.csv")
     reads = reads[reads["measure"] == "weight"].set_index(["label", "role"])["mean_a"]
@@ -321,6 +308,6 @@ def test_a_name_mover_reads_the_indirect_object_and_writes_it(plain: Plain, tmp_
         weights.append(float(attention[place]))
         added.append(float(logits[token] - logits.mean()))
     model.set_attn_implementation("sdpa")
-    mean_weight, mean_added = sum(weights) / 6, sum(added) / 6
+    mean_weight, mean_added = sum(weights) / len(weights), sum(added) / len(added)
     assert reads["L23H0", "target (first token)"] == pytest.approx(mean_weight, abs=1e-3)
     assert writes.loc["L23H0", "targets"] == pytest.approx(mean_added, abs=1e-2)
