@@ -13951,9 +13951,11 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
     return DirectionData(experiment, components, name, vectors, fitting, measured)
 
 
-def read_directions(path: Path) -> tuple[dict[Component, Tensor], dict[str, Any]]:
+def read_directions(
+    path: Path, option: str = "--fit"
+) -> tuple[dict[Component, Tensor], dict[str, Any]]:
     """The tensors of a file of directions by component, and what the file tells of itself;
-    `UsageError` says what is wrong with it."""
+    `UsageError` says what is wrong with the file that an option names."""
     try:
         path.stat()  # an OSError says in the system's own words why nothing can be read
         if not path.is_file():
@@ -13971,7 +13973,7 @@ def read_directions(path: Path) -> tuple[dict[Component, Tensor], dict[str, Any]
         reason = f"it is no whole safetensors file ({line})"
     except (OSError, ValueError) as error:
         reason = reason_of(error)
-    raise UsageError(f"--fit {shorten(path)} is no file of directions: {reason}")
+    raise UsageError(f"{option} {shorten(path)} is no file of directions: {reason}")
 
 
 def check_direction_metadata(metadata: Any) -> None:
@@ -13993,11 +13995,15 @@ def check_direction_metadata(metadata: Any) -> None:
 
 
 def check_direction(
-    vectors: dict[Component, Tensor], component: Component, shape: ModelShape, path: Path
+    vectors: dict[Component, Tensor],
+    component: Component,
+    shape: ModelShape,
+    path: Path,
+    option: str = "--fit",
 ) -> None:
     """`UsageError` where a file has no usable direction of a component; makes it float64."""
     if component not in vectors:
-        raise UsageError(f"--fit {shorten(path)} has no direction of {component.label}")
+        raise UsageError(f"{option} {shorten(path)} has no direction of {component.label}")
     vector, width = vectors[component], shape.n_columns(component)
     dtype = str(vector.dtype).removeprefix("torch.")
     problem = f"{list(vector.shape)} of {dtype}"
@@ -14008,16 +14014,18 @@ def check_direction(
             problem = "" if norm == 0 or 1e-30 < norm < 1e30 else f"{problem}, norm {norm:g}"
     if problem:
         raise UsageError(
-            f"--fit {shorten(path)}: {component.label} is no {width} finite numbers: {problem}"
+            f"{option} {shorten(path)}: {component.label} is no {width} finite numbers: {problem}"
         )
 
 
-def check_model_of_directions(experiment: Experiment, path: Path, model: str) -> None:
+def check_model_of_directions(
+    experiment: Experiment, path: Path, model: str, option: str = "--fit"
+) -> None:
     """`UsageError` where a file is of another model than the experiment."""
     expected = experiment.folder.fingerprint.get("model", model)  # process 0 knows it
     if model not in ("", expected):
         raise UsageError(
-            f"--fit {shorten(path)}: that file is of model {shorten(model)}, not {expected}"
+            f"{option} {shorten(path)}: that file is of model {shorten(model)}, not {expected}"
         )
 
 
@@ -14940,8 +14948,11 @@ def describe_goal(experiment: Experiment, goal: Mapping[int, float]) -> str:
 def words_by_first_token(experiment: Experiment, prompt: Prompt) -> list[str]:
     """The scored words of which a form has several tokens, the first of which counts in the goal;
     with --goal top none, since the goal is a token."""
-    if experiment.options.goal == "top":
-        return []
+    return [] if experiment.options.goal == "top" else words_of_several_tokens(prompt)
+
+
+def words_of_several_tokens(prompt: Prompt) -> list[str]:
+    """The scored words of which a form has several tokens."""
     words = []
     for word, forms in zip(prompt.sample.words, prompt.forms, strict=True):
         if any(len(form) > 1 for form in forms):
@@ -15635,6 +15646,8 @@ def report_verdict(findings: Findings, summary: Mapping[str, Any]) -> None:
 # ----- Token roles --------------------------------------------------------------------------------
 
 BOS_ROLE = "BOS"
+FIRST_ROLE = "first token"  # where it is no BOS: heads with nothing to read often attend to it
+UNPLACED_ROLE = "place unknown"  # where the tokenizer does not tell places
 SYSTEM_ROLE = "system"
 EARLIER_ROLE = "earlier turns"
 TEMPLATE_ROLE = "template"
@@ -15646,6 +15659,7 @@ LAST_ROLE = "last token"
 FIRST_TOKEN = " (first token)"
 LATER_TOKENS = " (later tokens)"
 SINK_ROLE = "attention sink"  # what a head gives to no token, in models that have such
+SAID_ROLES = (TEXT_ROLE, SYSTEM_ROLE, EARLIER_ROLE)  # of what somebody says, where pairs may differ
 
 
 def user_text(prompt: Prompt) -> str:
@@ -15682,7 +15696,11 @@ def character_roles(encoder: PromptEncoder, prompt: Prompt, partner: Prompt | No
     place = 0
     for role, part in text_parts(encoder, prompt):
         start = prompt.text.find(part, place)
-        if start < 0:  # a template may change white space within a turn
+        if role == PREFIX_ROLE:
+            start = len(prompt.text) - len(part)
+        elif start < 0:  # a template may put the system turn behind others
+            start = prompt.text.find(part)
+        if start < 0:
             continue
         place = start + len(part)
         roles[start:place] = [role] * len(part)
@@ -15716,17 +15734,17 @@ def text_roles(encoder: PromptEncoder, prompt: Prompt, partner: Prompt | None) -
     roles = []
     for start in token_starts(encoder, prompt):
         is_known = start is not None and start < len(by_character)
-        roles.append(by_character[start or 0] if is_known else TEXT_ROLE)
-    if partner is not None and INSTRUCTION_ROLE not in roles and not holds_text(partner, prompt):
+        roles.append(by_character[start or 0] if is_known else UNPLACED_ROLE)
+    if partner is not None and not (holds_text(prompt, partner) or holds_text(partner, prompt)):
         for place in differing_places(prompt, partner):
-            if roles[place] == TEXT_ROLE:
+            if roles[place] in SAID_ROLES:
                 roles[place] = DIFFERING_ROLE
     return roles
 
 
 def holds_text(prompt: Prompt, other: Prompt) -> bool:
-    """Whether the user's text of a prompt holds that of another."""
-    return user_text(other).strip() in user_text(prompt)
+    """Whether the user's text of a prompt is that of another, and an instruction beside it."""
+    return bool(text_beside(user_text(prompt).strip(), user_text(other).strip()))
 
 
 def differing_places(prompt: Prompt, partner: Prompt) -> range:
@@ -15747,8 +15765,8 @@ def word_role(task: Task, word: str, prompt: Prompt, partner_words: Iterable[str
 def token_roles(
     encoder: PromptEncoder, task: Task, prompt: Prompt, partner: Prompt | None
 ) -> list[str]:
-    """By token of a prompt a or b its role, exactly one: BOS, last token, a scored word's first or
-    later token, or the part of the prompt that it belongs to."""
+    """By token of a prompt a or b its role, exactly one: BOS or first token, last token, a scored
+    word's first or later token, or the part of the prompt that it belongs to."""
     roles = text_roles(encoder, prompt, partner)
     partner_words: set[str] = set()
     if partner is not None:
@@ -15760,8 +15778,7 @@ def token_roles(
         roles[span.start] = role + FIRST_TOKEN
         for place in range(span.start + 1, span.stop):
             roles[place] = role + LATER_TOKENS
-    if prompt.ids[0] == encoder.tokenizer.bos_token_id:
-        roles[0] = BOS_ROLE
+    roles[0] = BOS_ROLE if prompt.ids[0] == encoder.tokenizer.bos_token_id else FIRST_ROLE
     roles[-1] = LAST_ROLE
     return roles
 
@@ -15824,23 +15841,23 @@ def attention_from(
     traced.n_forwards += 1
     traced.n_tokens += tree.n_tokens * traced.shape.n_layers
     if by_layer.keys() != set(range(traced.shape.n_layers)):
-        traced.warn_once("its attention returns no weights: what heads read is not told")
         return None
     weights = torch.stack([by_layer[layer] for layer in range(traced.shape.n_layers)])
     return AttentionRun(weights, entry_log_probs_of_logits(logits, tree))
 
 
-def compare_eager(traced: TracedModel, run: AttentionRun, clean_run: CleanRun) -> None:
-    """A warning where eager attention gives the model other log-probabilities than the attention
-    that it is measured with, as where that leaves out a cap on attention scores."""
+def why_not_of_measured_run(traced: TracedModel, run: AttentionRun, clean_run: CleanRun) -> str:
+    """A sentence where eager attention gives the model other log-probabilities than the attention
+    that it is measured with, as where that leaves out a cap on attention scores; else ""."""
     error = float((run.log_probs - clean_run.log_probs).abs().max())
     bound = max(traced.log_prob_bound, EAGER_BOUND)
-    if not error <= bound:  # a NaN fails
-        traced.warn_once(
-            f"with eager attention, of which weights are told, log-probabilities differ by"
-            f" {error:.2g} nats from those of {traced.shape.attn_implementation}, which is measured:"
-            " give --attn_implementation eager"
-        )
+    if error <= bound:  # a NaN does not
+        return ""
+    return (
+        "with eager attention, of which weights are told, log-probabilities differ by"
+        f" {error:.2g} nats from those of {traced.shape.attn_implementation}, which is measured:"
+        " give --attn_implementation eager"
+    )
 
 
 @torch.inference_mode()
@@ -15928,12 +15945,13 @@ SUM_BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 EMBEDDING_TERM, POSITION_TERM, BIAS_TERM = "embedding", "position", "biases"
 
 
-def subtracts_mean(norm: Any, x: Tensor) -> bool:
-    """Whether a norm gives the same, but for rounding, for x [..., d_model] and for x plus a
-    constant, as a LayerNorm does and an RMSNorm does not."""
-    first = x.flatten(0, -2)[:1].detach()
-    normed = norm.forward(first).float()
-    moved = norm.forward(first + first.abs().mean()).float()
+def subtracts_mean(norm: Any, width: int) -> bool:
+    """Whether a norm gives the same for a vector and for that plus a constant, as a LayerNorm
+    does and an RMSNorm does not. Asked of made-up numbers: in real ones a few are so large that
+    nothing else counts."""
+    weight = next(norm.parameters(), torch.ones(1))
+    x = torch.linspace(-1, 1, width, dtype=weight.dtype, device=weight.device)[None]
+    normed, moved = norm.forward(x).float(), norm.forward(x + 1).float()
     return bool((moved - normed).norm() < 0.1 * normed.norm())
 
 
@@ -15953,7 +15971,7 @@ def with_constant_scale(
     (RMS or standard deviation) is a constant. What its bias adds becomes a leaf [1, tok, width] of
     `biases`."""
     x = args[0]
-    source = x - x.mean(-1, keepdim=True) if subtracts_mean(norm, x) else x
+    source = x - x.mean(-1, keepdim=True) if subtracts_mean(norm, x.shape[-1]) else x
     bias = getattr(norm, "bias", None)
     if bias is None:
         slope = norm_slope(norm, source, output).detach()
@@ -16125,12 +16143,16 @@ class Contributions(NamedTuple):
     parts: dict[str, Tensor]  # [prompt], by label of components that are part of a term, or several
 
     @property
+    def misses(self) -> Tensor:
+        """[prompt], the distance of the sum from the goal, in logits."""
+        return (torch.stack([*self.terms.values()]).sum(0) - self.goals).abs()
+
+    @property
     def error(self) -> float:
-        """The largest distance of a sum from its goal, as a share of the sizes of its terms. A
-        prompt without a goal has zeros."""
-        values = torch.stack([*self.terms.values()])
-        sizes = values.abs().sum(0).clamp_min(SMALLEST)
-        return float(((values.sum(0) - self.goals).abs() / sizes).max())
+        """The largest of `misses` as a share of the sizes of a prompt's terms. A prompt without a
+        goal has zeros."""
+        sizes = torch.stack([*self.terms.values()]).abs().sum(0).clamp_min(SMALLEST)
+        return float((self.misses / sizes).max())
 
 
 def direct_contributions(
@@ -16234,6 +16256,11 @@ def why_without_contributions(traced: TracedModel) -> str:
         return "some weights are offloaded"
     if not traced.unembedding.weight.is_floating_point():
         return "its unembedding is packed"
+    text_config = traced.model.config.get_text_config()
+    for name in SCALED_LOGITS:
+        scale = getattr(text_config, name, None)
+        if scale not in (None, 1) and "cap" not in name:
+            return f"its logits are scaled ({name} {scale})"
     try:
         writing_modules(traced)
     except UsageError as error:
@@ -16286,12 +16313,13 @@ N_LISTED = 10  # tokens at either end of what a component adds to the vocabulary
 N_QUOTED = 5  # of them, and of roles and components, that a sentence names
 QUERY_LAST, QUERY_DIFFERING = "last", "differing"
 SIDE_COLUMNS = {
-    "a": ("mean_a", "low_a", "high_a"),
-    "b": ("mean_b", "low_b", "high_b"),
+    "a": ("mean_a", "a_low", "a_high"),
+    "b": ("mean_b", "b_low", "b_high"),
     "difference": ("mean", "ci_low", "ci_high"),
 }
 LEAST_READ = 0.005  # of attention, below which a sentence names no role
-SINK_WEIGHT = 1e-3  # of attention that no token gets, from which on it is told
+# of attention that no token gets, above which it is no rounding of the weights
+SINK_WEIGHT = {torch.float32: 1e-3, torch.bfloat16: 0.02}
 
 
 class Subjects(NamedTuple):
@@ -16320,6 +16348,8 @@ def run_inspect(experiment: Experiment[InspectOptions]) -> None:
         effects = direct_and_mediated(experiment, subjects.components, samples)
     with experiment.stage("clean runs", " of all prompts a and b"):
         inspected = inspect_prompts(experiment, subjects)
+        for sentence in inspected.warnings:
+            experiment.findings.warn(f"{experiment.shape.name}: {sentence}")
         reads = write_reads(experiment, inspected, samples)
         writes = write_contributions(experiment, subjects, inspected, effects, samples)
         vocabulary = write_vocabulary(experiment, subjects, inspected)
@@ -16357,18 +16387,34 @@ def choose_subjects(experiment: Experiment[InspectOptions]) -> Subjects:
                 f"{component.label}: inspect takes heads, neurons, attention and MLPs, such as"
                 " L2H5, L3N120, L4attn, L4mlp"
             )
-    zeroed = [component for component in components if component in options.given]
+    zeroed = []
+    for component in components:
+        if any(holds_component(other, component) for other in options.given):
+            zeroed.append(component)
     if zeroed:
         raise UsageError(f"{shorten(join_labels(zeroed))}: --given zeroes these in every run")
-    directions: dict[Component, Tensor] = {}
-    if options.directions:
-        path = Path(options.directions)
-        directions, metadata = read_directions(path)
-        for component in directions:
-            check_component(component, f"--directions {component.label}", experiment.shape)
-            check_direction(directions, component, experiment.shape, path)
-        check_model_of_directions(experiment, path, metadata.get("model", ""))
-    return Subjects(components, directions)
+    return Subjects(components, directions_to_read(experiment))
+
+
+def directions_to_read(experiment: Experiment[InspectOptions]) -> dict[Component, Tensor]:
+    """The directions [width] of --directions; `UsageError` where the file is none of such, or has
+    some of a kind that is not written into the residual stream."""
+    if not experiment.options.directions:
+        return {}
+    option, path = "--directions", Path(experiment.options.directions)
+    directions, metadata = read_directions(path, option)
+    for component in directions:
+        check_component(component, f"{option} {component.label}", experiment.shape)
+        if component.kind not in (*INSPECTED_KINDS, "resid"):
+            raise UsageError(f"{option} {component.label}: it is not written into the stream")
+        check_direction(directions, component, experiment.shape, path, option)
+    check_model_of_directions(experiment, path, metadata.get("model", ""), option)
+    return directions
+
+
+def holds_component(whole: Component, component: Component) -> bool:
+    """Whether a component is another one, or a slice of it."""
+    return whole == component or (whole.index < 0 and whole.site == component.site)
 
 
 def strongest_of_trace(folder: Path) -> list[Component]:
@@ -16457,20 +16503,21 @@ class InspectedPrompt(NamedTuple):
 class Inspected(NamedTuple):
     """What was read off the clean runs of all prompts."""
 
+    warnings: list[str]
     prompts: list[InspectedPrompt]
     pushed: dict[str, Tensor]  # [d_model] by label, means over prompts a; see `pushed_means`
-    errors: list[float]  # of the sums of contributions, by tree
+    miss: float  # by how many logits contributions miss a goal at most
 
 
 def inspect_prompts(experiment: Experiment[InspectOptions], subjects: Subjects) -> Inspected:
     """Read all prompts a and b, in trees whose samples share no node: each has a goal of its
     own."""
-    pairs = [prompts_a_and_b([sample_prompts]) for sample_prompts in experiment.prompts]
-    options = unedited_options(experiment.options)
-    trees = plant_trees(pairs, experiment.bos, options, apart=True)
-    names = [component.label for component in subjects.components]
-    vectors = {component.label: v.tolist() for component, v in subjects.directions.items()}
-    key = digest([names, vectors, experiment.options.query])[:10]
+    prompts_of_sample = {}
+    for sample_prompts in experiment.prompts:
+        by_side = {prompt.side: prompt for prompt in prompts_a_and_b([sample_prompts])}
+        prompts_of_sample[sample_prompts[0].sample] = by_side
+    trees = trees_to_inspect(experiment)
+    key = inspection_key(experiment, subjects)
     jobs = []
     for number, tree in enumerate(trees):
         compute = functools.partial(inspect_tree, experiment, subjects, tree)
@@ -16479,14 +16526,34 @@ def inspect_prompts(experiment: Experiment[InspectOptions], subjects: Subjects) 
     prompts: list[InspectedPrompt] = []
     contents = read_parts(experiment, jobs, "clean runs")
     for tree, content in zip(trees, contents, strict=True):
-        for _, places in tree.samples:
-            for side, place in places.items():
-                other_place = places.get(partner_side(side))
-                partner = None if other_place is None else tree.prompts[other_place]
-                prompts.append(
-                    InspectedPrompt(tree.prompts[place], partner, content["prompts"][place])
-                )
-    return Inspected(prompts, pushed_means(contents), [content["error"] for content in contents])
+        for prompt, prompt_content in zip(tree.prompts, content["prompts"], strict=True):
+            partner = prompts_of_sample[prompt.sample].get(partner_side(prompt.side))
+            prompts.append(InspectedPrompt(prompt, partner, prompt_content))
+    warnings = [sentence for content in contents for sentence in content["warnings"]]
+    return Inspected(
+        warnings=list(dict.fromkeys(warnings)),
+        prompts=prompts,
+        pushed=pushed_means(contents),
+        miss=max(content["miss"] for content in contents),
+    )
+
+
+def trees_to_inspect(experiment: Experiment) -> list[Tree]:
+    """All prompts a and b, as many in a tree as --tree_tokens allows."""
+    pairs = [prompts_a_and_b([sample_prompts]) for sample_prompts in experiment.prompts]
+    options = unedited_options(experiment.options)
+    return plant_trees(pairs, experiment.bos, options, apart=True)
+
+
+def inspection_key(experiment: Experiment[InspectOptions], subjects: Subjects) -> str:
+    """A digest of what parts of clean runs depend on besides model, prompts and edit: what is
+    inspected, which samples are evidence, and where the weights are, since offloaded ones give no
+    contributions."""
+    names = sorted(component.label for component in subjects.components)
+    vectors = {component.label: v.tolist() for component, v in subjects.directions.items()}
+    groups = [sample.is_evidence for sample in samples_of(experiment.prompts)]
+    options = experiment.options
+    return digest([names, vectors, options.query, groups, str(options.device_map)])[:10]
 
 
 def pushed_means(contents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -16503,13 +16570,15 @@ def pushed_means(contents: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
 def inspect_tree(
     experiment: Experiment[InspectOptions], subjects: Subjects, tree: Tree, bar: tqdm[Any]
 ) -> dict[str, Any]:
-    """The content of a part: `prompts`, of each of the tree what `prompt_contents` say; the sums
-    `pushed` over its `n_pushed` prompts a; and the `error` of its contributions."""
+    """The content of a part: `prompts`, of each of the tree what the functions below add to it; the
+    sums `pushed` over its `n_pushed` prompts a; by how many logits contributions `miss` their goals
+    at most; and `warnings`."""
     contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
-    read_attention(experiment, subjects, tree, contents)
+    warnings = read_attention(experiment, subjects, tree, contents)
     read_lens(experiment, tree, contents)
-    content = {"prompts": contents, "pushed": {}, "n_pushed": 0, "error": 0.0}
-    content |= read_contributions(experiment, subjects, tree, contents)
+    content = {"prompts": contents, "pushed": {}, "n_pushed": 0, "miss": 0.0}
+    content |= read_contributions(experiment, subjects, tree, contents, warnings)
+    content["warnings"] = warnings
     bar.update()
     return content
 
@@ -16538,10 +16607,11 @@ def read_attention(
     subjects: Subjects,
     tree: Tree,
     contents: list[dict[str, Any]],
-) -> None:
+) -> list[str]:
     """Add to the contents of each prompt `attention`, by query and head the weights [tok]; `norms`,
     by head the lengths [tok] of `written_by_token`; `activations` [tok] by neuron; and with --given
-    `attention_before`, the same without it, and `moved` [layer, head], see `attention_moved`."""
+    `attention_before`, the same without it, and `moved` [layer, head], see `attention_moved`.
+    Returns warnings."""
     traced, background = experiment.traced, experiment.background
     clean_run = read_activations(experiment, subjects, tree, contents)
     places = query_places(experiment, tree)
@@ -16552,21 +16622,22 @@ def read_attention(
     queries = torch.tensor(nodes).unique()
     run = attention_from(traced, tree, background, queries)
     if run is None:
-        return
-    compare_eager(traced, run, clean_run)
-    weights = run.weights
+        return ["its attention returns no weights: what heads read is not told"]
     run_before = attention_from(traced, tree, (), queries) if background else None
-    for place, (path, by_query) in enumerate(zip(tree.paths, places, strict=True)):
-        content = contents[place]
-        content["attention"] = {}
+    for content, path, by_query in zip(contents, tree.paths, places, strict=True):
+        content["attention"], content["attention_before"] = {}, {}
         for query, positions in by_query.items():
-            rows = torch.searchsorted(queries, torch.tensor([path[p] for p in positions]))
-            means = weights[:, :, rows][..., path].mean(2)  # [layer, head, tok]
+            nodes_of_query = torch.tensor([path[position] for position in positions])
+            rows = torch.searchsorted(queries, nodes_of_query)
+            means = run.weights[:, :, rows][..., path].mean(2)  # [layer, head, tok]
             content["attention"][query] = of_heads(means, subjects.heads)
-            if run_before is not None and query == QUERY_LAST:
+            if run_before is not None:
                 means_before = run_before.weights[:, :, rows][..., path].mean(2)
-                content["attention_before"] = of_heads(means_before, subjects.heads)
-                content["moved"] = attention_moved(means, means_before)
+                content["attention_before"][query] = of_heads(means_before, subjects.heads)
+                if query == QUERY_LAST:
+                    content["moved"] = attention_moved(means, means_before)
+    warning = why_not_of_measured_run(traced, run, clean_run)
+    return [warning] if warning else []
 
 
 def of_heads(values: Tensor, heads: Iterable[Component]) -> dict[str, list[float]]:
@@ -16576,8 +16647,10 @@ def of_heads(values: Tensor, heads: Iterable[Component]) -> dict[str, list[float
 
 def attention_moved(weights: Tensor, before: Tensor) -> list[list[float]]:
     """[layer, head], which share of its attention a head gives to other tokens than before: half
-    the sum of |differences| of weights [layer, head, tok]."""
-    moved: list[list[float]] = ((weights - before).abs().sum(-1) / 2).tolist()
+    the sum of |differences| of weights [layer, head, tok], and of what no token gets."""
+    of_tokens = (weights - before).abs().sum(-1)
+    of_no_token = (weights.sum(-1) - before.sum(-1)).abs()
+    moved: list[list[float]] = ((of_tokens + of_no_token) / 2).tolist()
     return moved
 
 
@@ -16611,13 +16684,16 @@ def read_lens(experiment: Experiment, tree: Tree, contents: list[dict[str, Any]]
         words = tree.word_log_probs(log_probs)
         for place, prompt in enumerate(tree.prompts):
             targets, foils = words[place][0].tensor_split([len(prompt.sample.targets)])
-            values = {"score": scores[place], "targets": float(together(experiment.task, targets))}
+            values = {
+                "score": scores[place],
+                "targets": float(log_prob_of_words(experiment.task, targets)),
+            }
             if len(foils):
-                values["foils"] = float(together(experiment.task, foils))
+                values["foils"] = float(log_prob_of_words(experiment.task, foils))
             contents[place]["lens"].append(values)
 
 
-def together(task: Task, log_probs: Tensor) -> Tensor:
+def log_prob_of_words(task: Task, log_probs: Tensor) -> Tensor:
     """log P of any of several words, or their mean where the task scores each alike."""
     return log_probs.logsumexp(-1) if task.margin else log_probs.mean(-1)
 
@@ -16627,57 +16703,77 @@ def read_contributions(
     subjects: Subjects,
     tree: Tree,
     contents: list[dict[str, Any]],
+    warnings: list[str],
 ) -> dict[str, Any]:
     """Add to the contents of each prompt `goal` and `terms`, by label what each adds to it, and
-    `parts`; returns `pushed`, `n_pushed` and `error` of a part. {} where that cannot be told."""
+    `parts`; returns `pushed`, `n_pushed` and `miss` of a part. {} where that cannot be told, and a
+    warning says why."""
     traced = experiment.traced
     obstacle = why_without_contributions(traced)
     if obstacle:
-        traced.warn_once(f"{obstacle}: what components write is not told")
+        warnings.append(f"{obstacle}: what components write is not told")
         return {}
     run = run_direct(traced, tree, experiment.background)
-    goals = goals_of_prompts(experiment, run)
+    goals = goals_of_prompts(experiment, run, warnings)
     directions = [goal_direction(traced, goal) for goal in goals]
     contributions = direct_contributions(run, directions, subjects.components)
-    check_sum_of_terms(traced, contributions)
+    if not contributions.error <= sum_bound(traced):  # a NaN fails
+        warnings.append(
+            f"contributions miss the goal by {contributions.error:.2g} of their sizes (bound"
+            f" {sum_bound(traced):g}), the model is no sum of heads and MLPs: what components write"
+            " is not told"
+        )
+        return {}
     for place, content in enumerate(contents):
         if goals[place]:
             content["goal"] = float(contributions.goals[place])
             content["terms"] = at_place(contributions.terms, place)
             content["parts"] = at_place(contributions.parts, place)
     pushed, n_pushed = push_subjects(subjects, run, goals, contents)
-    return {"pushed": pushed, "n_pushed": n_pushed, "error": contributions.error}
+    miss = float(contributions.misses.max())
+    return {"pushed": pushed, "n_pushed": n_pushed, "miss": miss}
 
 
-def check_sum_of_terms(traced: TracedModel, contributions: Contributions) -> None:
-    """`RunError` where the contributions of a prompt do not add up to its goal."""
-    is_exact = traced.log_prob_bound == LOG_PROB_BOUND[torch.float32]
-    bound = SUM_BOUND[torch.float32 if is_exact else torch.bfloat16]
-    if not contributions.error <= bound:  # a NaN fails
-        raise RunError(
-            f"inspect: contributions miss the goal by {contributions.error:.2g} of their sizes"
-            f" (bound {bound:g}): {traced.shape.name} is no sum of heads and MLPs"
-        )
+def sum_bound(traced: TracedModel) -> float:
+    """Which share of the sizes of its terms a sum may miss its goal by, for rounding."""
+    is_rounded = traced.log_prob_bound > LOG_PROB_BOUND[torch.float32]
+    return SUM_BOUND[torch.bfloat16 if is_rounded else torch.float32]
 
 
 def at_place(values: Mapping[str, Tensor], place: int) -> dict[str, float]:
     return {label: float(of_prompts[place]) for label, of_prompts in values.items()}
 
 
-def goals_of_prompts(experiment: Experiment, run: DirectRun) -> list[dict[int, float]]:
-    """By prompt of a tree the weights of tokens in its goal, that of `graph --goal words`; {} with
-    a warning where no first token tells its targets from its foils."""
-    traced, weight = run.traced, run.traced.unembedding.weight
-    states = run.final_states[run.last_nodes].detach()
-    logits = torch.cat([*unembed(states.to(weight.device, weight.dtype), weight)], -1).cpu()
-    goals = []
+def goals_of_prompts(
+    experiment: Experiment, run: DirectRun, warnings: list[str]
+) -> list[dict[int, float]]:
+    """By prompt of a tree the weights of tokens in its goal, that of `graph --goal words`: those
+    after prompt a count for prompt b too, unless its words have other first tokens. {} with a
+    warning where no first token tells targets from foils."""
+    logits = first_token_logits(run)
+    goals: list[dict[int, float]] = []
     for prompt, prompt_logits in zip(run.tree.prompts, logits, strict=True):
         try:
             goals.append(goal_of_words(experiment.task, prompt, prompt_logits))
         except UsageError as error:
-            traced.warn_once(f"{error}: what components write there is not told")
+            warnings.append(f"{error}: what components write there is not told")
             goals.append({})
+    for _, places in run.tree.samples:
+        if {"a", "b"} <= places.keys():
+            goal_a, goal_b = goals[places["a"]], goals[places["b"]]
+            if goal_a.keys() == goal_b.keys():
+                goals[places["b"]] = goal_a
     return goals
+
+
+def first_token_logits(run: DirectRun) -> Tensor:
+    """Logits [prompt, vocab] of the token after each prompt, before a cap."""
+    unembedding = run.traced.unembedding
+    weight = unembedding.weight
+    states = run.final_states[run.last_nodes].detach()
+    logits = torch.cat([*unembed(states.to(weight.device, weight.dtype), weight)], -1)
+    bias = getattr(unembedding, "bias", None)
+    return (logits if bias is None else logits + bias).detach().cpu()
 
 
 def push_subjects(
@@ -16688,7 +16784,7 @@ def push_subjects(
 ) -> tuple[dict[str, list[float]], int]:
     """By label what each component, and each direction, makes of the final states: sums [d_model]
     over the prompts a that are evidence; and the number of these. Adds to their contents `words`,
-    by label of a component what `written_words` says."""
+    by label of a component what `logits_of_words` says."""
     is_counted = [prompt.side == "a" and prompt.sample.is_evidence for prompt in run.tree.prompts]
     pushed = {}
     for content in contents:
@@ -16699,7 +16795,7 @@ def push_subjects(
         pushed[component.label] = states[is_counted].sum(0).tolist()
         for place, goal in enumerate(goals):
             if goal and is_counted[place] and component.kind != "neuron":
-                words = written_words(run.traced, states[place], goal)
+                words = logits_of_words(run.traced, states[place], goal)
                 contents[place]["words"][component.label] = words
     for component, vector in subjects.directions.items():
         source, values = direction_values(run, component, vector)
@@ -16708,7 +16804,7 @@ def push_subjects(
     return pushed, sum(is_counted)
 
 
-def written_words(
+def logits_of_words(
     traced: TracedModel, state: Tensor, goal: Mapping[int, float]
 ) -> dict[str, float]:
     """What a part [d_model] of a final state adds to the logits of a goal's targets and foils, less
@@ -16729,7 +16825,7 @@ def direction_values(run: DirectRun, component: Component, vector: Tensor) -> tu
     """A tensor [1, tok, width] of a run, and of it the values [prompt, width] that a direction of a
     component has; one of a residual stream goes through the unembedding from its last layer."""
     source = run.stream if component.kind == "resid" else run.written[component.site]
-    values = source[0, run.last_nodes].detach() * 0
+    values = torch.zeros_like(source[0, run.last_nodes])
     values[:, run.traced.shape.columns(component)] = vector.to(values)
     return source, values
 
@@ -16743,8 +16839,9 @@ def direction_label(component: Component) -> str:
 
 
 def side_statistics(rows: pd.DataFrame, samples: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
-    """Means and 95 % intervals over sentences of `value` by `key`: after prompt a (mean_a, low_a,
-    high_a), after b, and of a less b (mean, ci_low, ci_high), or of a alone where there is no b.
+    """Means and 95 % intervals over sentences of `value` by `key`: after prompt a (mean_a, a_low,
+    a_high), after b, and of a less b (mean, ci_low, ci_high; of n_sentences that have both), or of
+    a alone where there is no b.
 
     `rows` have a row per sample and side, `samples` is what `unedited_scores` gives.
     """
@@ -16761,45 +16858,42 @@ def side_statistics(rows: pd.DataFrame, samples: pd.DataFrame, key: Sequence[str
         statistics = column_statistics(table, side, key)
         for name, column in zip(names, ("mean", "ci_low", "ci_high"), strict=True):
             columns[name] = statistics[column]
-        if side == "a":
-            columns["n_sentences"] = statistics["n_sentences"]
+        columns["n_sentences"] = statistics["n_sentences"]
     return pd.DataFrame(columns)
 
 
 def attention_rows(experiment: Experiment[InspectOptions], inspected: Inspected) -> pd.DataFrame:
     """A row per head, sample, side, query and role: how many tokens have it, their weight together,
-    and the sum of their weights times the length of what each makes the head write."""
+    with --given that of before, and the sum of their weights times the length of what each makes
+    the head write."""
     rows: list[dict[str, Any]] = []
     for prompt, partner, content in inspected.prompts:
         roles = token_roles(experiment.encoder, experiment.task, prompt, partner)
-        before = {QUERY_LAST: content.get("attention_before", {})}
         for query, by_head in content.get("attention", {}).items():
+            before = content["attention_before"].get(query, {})
             for label, weights in by_head.items():
-                token_table = pd.DataFrame({"role": roles, "weight": weights})
-                norms = content["norms"].get(label)
-                token_table["weight_times_norm"] = token_table["weight"] * (
-                    math.nan if norms is None else pd.Series(norms)
-                )
-                if label in before.get(query, {}):
-                    token_table["weight_before"] = before[query][label]
-                names = {"label": label, "sample_id": prompt.sample.sample_id}
-                names |= {"side": prompt.side, "query": query}
-                rows += role_rows(token_table, names)
+                tokens = pd.DataFrame({"role": roles, "n_tokens": 1, "weight": weights})
+                if label in before:
+                    tokens["weight_before"] = before[label]
+                tokens = with_sink(tokens, SINK_WEIGHT[experiment.shape.dtype])
+                norms = pd.Series(content["norms"].get(label, math.nan), tokens.index[: len(roles)])
+                tokens["weight_times_norm"] = tokens["weight"] * norms
+                by_role = tokens.groupby("role", sort=False).sum(min_count=1).reset_index()
+                sample_id = prompt.sample.sample_id
+                names = {"label": label, "sample_id": sample_id, "side": prompt.side}
+                rows += by_role.assign(**names, query=query).to_dict("records")
     return pd.DataFrame(rows)
 
 
-def role_rows(token_table: pd.DataFrame, names: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row per role of a table of tokens, with sums over its tokens. What a head gives to no
-    token, as models with attention sinks let it, has a role of its own."""
-    rows = []
-    for role, tokens in token_table.groupby("role", sort=False):
-        sums = tokens.drop(columns="role").sum(min_count=1).to_dict()
-        rows.append({**names, "role": role, "n_tokens": len(tokens), **sums})
-    rest = 1 - token_table["weight"].sum()
-    if rest > SINK_WEIGHT:
-        sink = {"role": SINK_ROLE, "n_tokens": 0, "weight": rest, "weight_times_norm": 0.0}
-        rows.append({**names, **sink})
-    return rows
+def with_sink(tokens: pd.DataFrame, bound: float) -> pd.DataFrame:
+    """A table of tokens with a last row for the attention that no token gets, in models that have
+    such sinks: where it is more than rounding in any column of weights."""
+    names = [name for name in ("weight", "weight_before") if name in tokens]
+    rest = 1 - tokens[names].sum()
+    if not (rest > bound).any():
+        return tokens
+    sink = pd.DataFrame([{"role": SINK_ROLE, "n_tokens": 0, **rest}])
+    return pd.concat([tokens, sink], ignore_index=True)
 
 
 def write_reads(
@@ -16813,6 +16907,7 @@ def write_reads(
     key = ["label", "query", "measure", "role"]
     statistics = side_statistics(read_measures(rows), samples, key)
     reads = within_bounds(statistics.reset_index())
+    reads = reads.merge(mean_token_counts(rows, samples), how="left", on=["query", "role"])
     if experiment.folder.leads:
         names = ["label", "sample_id", "side", "query", "role", "n_tokens", "weight"]
         others = rows.columns.difference(names, sort=False)
@@ -16823,20 +16918,32 @@ def write_reads(
 
 
 def read_measures(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `attention_rows` by measure, with its value: the weight; its share of what a head
-    writes, where that is known; with --given, the change that this makes of the weight."""
+    """Rows of `attention_rows` by measure, with its value: the weight; weight times length, as a
+    share of all of a head's, where lengths are known; with --given, the change of the weight."""
     totals = rows.groupby(["label", "sample_id", "side", "query"])["weight_times_norm"]
     measures = {
         "weight": rows["weight"],
-        "share_of_written": rows["weight_times_norm"] / totals.transform("sum"),
+        "share_of_lengths": rows["weight_times_norm"] / totals.transform("sum"),
     }
     if "weight_before" in rows:
         measures["change_by_given"] = rows["weight"] - rows["weight_before"]
     frames = []
     for measure, values in measures.items():
+        of_measure = rows.assign(measure=measure, value=values)
         if values.notna().any():
-            frames.append(fill_roles(rows.assign(measure=measure, value=values)))
+            frames.append(fill_roles(of_measure[values.notna() | (rows["n_tokens"] == 0)]))
     return pd.concat(frames, ignore_index=True)
+
+
+def mean_token_counts(rows: pd.DataFrame, samples: pd.DataFrame) -> pd.DataFrame:
+    """By query and role how many tokens of a prompt a, and of a prompt b, have it on the mean over
+    samples: `n_tokens_a` and `n_tokens_b`. Negative controls are left out."""
+    rows = drop_negative_controls(rows.join(samples["group"], on="sample_id"))
+    counts = rows.drop_duplicates(["sample_id", "side", "query", "role"])
+    sums = counts.pivot_table("n_tokens", ["query", "role"], "side", aggfunc="sum", fill_value=0)
+    n_samples = rows["sample_id"].nunique()
+    means = sums.reindex(columns=["a", "b"]) / n_samples
+    return means.rename(columns={"a": "n_tokens_a", "b": "n_tokens_b"}).reset_index()
 
 
 def within_bounds(reads: pd.DataFrame) -> pd.DataFrame:
@@ -16845,7 +16952,7 @@ def within_bounds(reads: pd.DataFrame) -> pd.DataFrame:
     reads = reads.copy()
     is_share = reads["measure"] != "change_by_given"
     is_of_pairs = bool(reads["mean_b"].notna().any())
-    for name in ("low_a", "high_a", "low_b", "high_b", "ci_low", "ci_high"):
+    for name in ("a_low", "a_high", "b_low", "b_high", "ci_low", "ci_high"):
         is_difference = name.startswith("ci_") and is_of_pairs
         lowest = (is_share & (not is_difference)).map({True: 0.0, False: -1.0})
         reads[name] = reads[name].clip(lower=lowest, upper=1.0)
@@ -16880,16 +16987,10 @@ def report_moved_heads(
     table = table.drop(given, errors="ignore")
     for row in largest_rows(table, "mean_a", N_QUOTED).itertuples():
         experiment.findings.say(
-            f"without {shorten(experiment.options.given)} {row.Index} gives {row.mean_a:.0%}"
-            f"{interval_of(row, 'a')} of its attention from the last token of prompt a to other"
-            " tokens"
+            f"{row.mean_a:.0%}{format_interval(row, 'a', '.0%')} of the attention of {row.Index}"
+            f" moves when {shorten(experiment.options.given)} is removed, from the last token of"
+            f" prompt a (the largest of {len(table)} heads)"
         )
-
-
-def interval_of(row: Any, side: str, number_format: str = ".0%") -> str:
-    """In brackets the interval of `side_statistics` after prompt a or b; "" where it is NaN."""
-    low, high = getattr(row, f"low_{side}"), getattr(row, f"high_{side}")
-    return "" if math.isnan(low) else f" [{low:{number_format}}, {high:{number_format}}]"
 
 
 def write_patterns(experiment: Experiment[InspectOptions], subjects: Subjects) -> pd.DataFrame:
@@ -16937,15 +17038,15 @@ def write_contributions(
         table.insert(0, "is_term", is_term)
         table = table.join(words_table(inspected, samples))
         table = table.join(effects.drop(columns="n_sentences"))
-        report_contributions(experiment, table, max(inspected.errors))
+        report_contributions(experiment, table, inspected)
     if experiment.folder.leads:
         experiment.folder.write_table("circuit_writes.csv", table.reset_index())
     return table
 
 
 def words_table(inspected: Inspected, samples: pd.DataFrame) -> pd.DataFrame:
-    """By label of a component, over prompts a, means of what it adds to the logits of `targets` and
-    `foils`, and the medians of their ranks; see `written_words`."""
+    """By label of a component, over prompts a, the mean of what it adds to the logits of targets
+    (`targets_logit`) and foils, and the medians of their ranks; see `logits_of_words`."""
     rows = []
     for prompt, _, content in inspected.prompts:
         for label, words in content.get("words", {}).items():
@@ -16956,22 +17057,29 @@ def words_table(inspected: Inspected, samples: pd.DataFrame) -> pd.DataFrame:
     columns = {}
     for name in ("targets", "foils"):
         if name in table:
-            columns[name] = column_statistics(table, name, ["label"])["mean"]
+            columns[f"{name}_logit"] = column_statistics(table, name, ["label"])["mean"]
             ranks = column_statistics(table, f"{name}_rank", ["label"])
             columns[f"{name}_rank"] = ranks["median"]
     return pd.DataFrame(columns)
 
 
-def report_contributions(experiment: Experiment, table: pd.DataFrame, error: float) -> None:
-    """How well terms add up, by their `error` as a share of their sizes; and those that add most to
-    the goal after prompt a, less b where there is one."""
+def report_contributions(experiment: Experiment, table: pd.DataFrame, inspected: Inspected) -> None:
+    """What the goal is, how well terms add up to it, and those that add most to it after prompt a,
+    less b where there is one."""
     words = "targets' first tokens less those of the foils"
     if not experiment.task.margin:
         words = "scored words' first tokens less the mean of all logits"
     experiment.findings.say(
-        f"the goal is the logits of the {words}; what is written adds up to it, to {error:.1e} of"
-        " the sizes of the terms"
+        f"the goal is the logits of the {words}, after a and b weighted alike; what is written adds"
+        f" up to it, to {inspected.miss:.1e} logits"
     )
+    cut_words: set[str] = set()
+    for prompt, _, _ in inspected.prompts:
+        cut_words.update(words_of_several_tokens(prompt))
+    if cut_words:
+        experiment.findings.say(
+            f"words of several tokens count by their first token: {join_values(sorted(cut_words))}"
+        )
     terms = table[table["is_term"]]
     name = "the goal after a less that after b" if experiment.is_of_pairs else "the goal"
     texts = []
@@ -17067,8 +17175,11 @@ def report_lens(experiment: Experiment, table: pd.DataFrame) -> None:
     while first > 0 and is_alike.iloc[first - 1]:
         first -= 1
     name = "a - b of the score" if experiment.is_of_pairs else "the score"
+    if math.isnan(final["ci_low"]):
+        experiment.findings.say(f"logit lens: of one sentence {name} has no interval")
+        return
     if first == len(is_alike):
-        experiment.findings.say(f"logit lens: {name} is not clear at the end either")
+        experiment.findings.say(f"logit lens: {name} is not clear, at the end neither")
         return
     layer = int(scores["layer"].iloc[first])
     where = (
@@ -17112,29 +17223,46 @@ def describe_component(
 
 
 def describe_reads(reads: pd.DataFrame) -> Iterator[str]:
-    """Which roles of tokens a head attends to after prompt a, by weight and by what they make it
-    write, and where the weight changes most from b to a."""
+    """Which roles of tokens a head attends to after prompt a, by weight and by the length of what
+    they make it write, and where the weight changes most from b to a."""
     for query in reads["query"].unique():
         of_query = reads[reads["query"] == query]
         weights = of_query[of_query["measure"] == "weight"]
-        written = of_query[of_query["measure"] == "share_of_written"]
+        lengths = of_query[of_query["measure"] == "share_of_lengths"]
         where = "the last token" if query == QUERY_LAST else "the tokens that differ"
         sentence = f"reads, from {where} of prompt a: {list_roles(weights)}"
-        if not written.empty:
-            sentence += f"; by what these make it write: {list_roles(written)}"
+        if not lengths.empty:
+            sentence += (
+                f"; by weight times length of what each token makes it write: {name_roles(lengths)}"
+            )
         if weights["mean_b"].notna().any():
             most = largest_rows(weights, "mean", 1).iloc[0]
             interval = format_interval(most, "ci", "+.0%")
-            sentence += f"; most unlike prompt b: {most['role']} {most['mean']:+.0%}{interval}"
+            none = ", which b has not" if most["n_tokens_b"] == 0 else ""
+            sentence += (
+                f"; unlike prompt b most: {most['role']} {most['mean']:+.0%}{interval}{none}"
+            )
         yield sentence
 
 
-def list_roles(reads: pd.DataFrame) -> str:
-    """forbidden word (first token) 33% [20%, 41%], BOS 21% [15%, 30%]"""
-    texts = []
+def strongest_roles(reads: pd.DataFrame) -> pd.DataFrame:
+    """The three roles that a head reads most after prompt a, without what is hardly read."""
     strongest = largest_rows(reads, "mean_a", 3)
-    for row in strongest[strongest["mean_a"] > LEAST_READ].itertuples():
-        texts.append(f"{row.role} {row.mean_a:.0%}{interval_of(row, 'a')}")
+    return strongest[strongest["mean_a"] > LEAST_READ]
+
+
+def list_roles(weights: pd.DataFrame) -> str:
+    """forbidden word (first token) 33% [20%, 41%] on 1.9 tokens, BOS 21% [15%, 30%] on 1"""
+    texts = []
+    for row in strongest_roles(weights).itertuples():
+        weight = f"{row.mean_a:.0%}{format_interval(row, 'a', '.0%')}"
+        texts.append(f"{row.role} {weight} on {row.n_tokens_a:.3g}")
+    return f"{', '.join(texts)} tokens"
+
+
+def name_roles(reads: pd.DataFrame) -> str:
+    """forbidden word (first token) 33%, BOS 21%"""
+    texts = [f"{row.role} {row.mean_a:.0%}" for row in strongest_roles(reads).itertuples()]
     return ", ".join(texts)
 
 
@@ -17148,19 +17276,19 @@ def describe_patterns(scores: pd.Series) -> str:
     return f"on random tokens, twice in a row, it attends to {names}"
 
 
-def describe_writes(row: pd.Series, n_tokens: int) -> str:
+def describe_writes(row: pd.Series, n_logits: int) -> str:
     """What a component adds to the goal after prompts a and b, and which words after a."""
-    sentence = f"writes {row['mean_a']:+.3f}{interval_of(row, 'a', '+.3f')} to the goal after a"
+    sentence = f"writes {row['mean_a']:+.3f}{format_interval(row, 'a')} to the goal after a"
     words = []
     for name in ("targets", "foils"):
-        if not math.isnan(row.get(name, math.nan)):
-            rank = f"median rank {row[f'{name}_rank']:.0f} of {n_tokens}"
-            words.append(f"{name} {row[name]:+.3f}, {rank}")
+        if not math.isnan(row.get(f"{name}_logit", math.nan)):
+            rank = f"the likeliest at median rank {row[f'{name}_rank']:.0f} of {n_logits}"
+            words.append(f"{name} {row[f'{name}_logit']:+.3f}, {rank}")
     if words:
         sentence += f" ({'; '.join(words)})"
     if math.isnan(row["mean_b"]):
         return sentence
-    sentence += f", {row['mean_b']:+.3f}{interval_of(row, 'b', '+.3f')} after b"
+    sentence += f", {row['mean_b']:+.3f}{format_interval(row, 'b')} after b"
     return f"{sentence}: a - b {row['mean']:+.3f}{format_interval(row)}"
 
 
@@ -17168,14 +17296,17 @@ def describe_vocabulary(component: Component, rows: pd.DataFrame) -> str:
     """The tokens whose logits it raises and lowers most, and where a neuron is most active."""
     lists = {}
     for name, of_list in rows.groupby("list"):
-        tokens = of_list.sort_values("rank").head(N_QUOTED)
-        lists[name] = " ".join(repr(token) for token in tokens["token"])
+        texts = []
+        for row in of_list.sort_values("rank").head(N_QUOTED).itertuples():
+            value = f" {row.value:+.2f}" if name == "activating" else ""
+            texts.append(f"{row.token!r}{value}")
+        lists[name] = " ".join(texts)
     what = "at activation 1 " if component.kind == "neuron" else ""
     sentences = []
     if "promoted" in lists:
         sentences.append(f"{what}promotes {lists['promoted']}; suppresses {lists['suppressed']}")
     if "activating" in lists:
-        sentences.append(f"its largest |activations| are at {lists['activating']}")
+        sentences.append(f"its largest activations: {lists['activating']}")
     return "; ".join(sentences)
 
 
@@ -17209,6 +17340,8 @@ def report_directions_read(
 
 
 MAX_LINE_LETTERS = 110  # of the tokens in a line of the figure
+MAX_TOKEN_LINES = 12  # of a prompt: of a longer one the first and the last are drawn
+LEAST_DARKEST = 0.05  # weight: a head that reads less of all tokens but the first is drawn pale
 LETTER_POINTS = 4.2  # width of a letter of the figure's monospaced 7-point font
 
 
@@ -17251,7 +17384,7 @@ def darkest_weight(
     weights = []
     for entry in drawn:
         weights += entry.content["attention"][QUERY_LAST][head.label][1:]
-    return max(*weights, 1e-6)
+    return max(*weights, LEAST_DARKEST)
 
 
 def tokens_to_draw(
@@ -17263,21 +17396,39 @@ def tokens_to_draw(
         scored_places.update(range(span.start, span.stop))
     tokens = []
     weights = entry.content["attention"][QUERY_LAST][head.label]
-    for place, (token, weight) in enumerate(zip(entry.prompt.ids, weights, strict=True)):
-        text = visible(experiment.encoder.tokenizer.decode([token])).replace(" ", "\u00b7")
-        tokens.append(DrawnToken(text, min(weight / bound, 1.0), place in scored_places))
+    texts = token_texts(experiment.encoder, entry.prompt.ids)
+    for place, (text, weight) in enumerate(zip(texts, weights, strict=True)):
+        shown = visible(text).replace(" ", "\u00b7")
+        tokens.append(DrawnToken(shown, min(weight / bound, 1.0), place in scored_places))
     return tokens
 
 
+def token_texts(encoder: PromptEncoder, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text. Decoded alone some tokenizers drop the space before it."""
+    decode = encoder.tokenizer.decode
+    texts = [str(decode(list(ids[:1])))]
+    for before, token in itertools.pairwise(ids):
+        text_before = str(decode([before]))
+        text = str(decode([before, token]))
+        is_whole = text.startswith(text_before)
+        texts.append(text.removeprefix(text_before) if is_whole else str(decode([token])))
+    return texts
+
+
 def break_lines(tokens: Iterable[DrawnToken]) -> list[list[DrawnToken]]:
-    """Tokens by line, as many as fit into `MAX_LINE_LETTERS`."""
+    """Tokens by line, as many as fit into `MAX_LINE_LETTERS`; of more than `MAX_TOKEN_LINES` those
+    in the middle are left out."""
     lines: list[list[DrawnToken]] = [[]]
     for token in tokens:
         n_letters = sum(len(drawn.text) for drawn in lines[-1])
         if lines[-1] and n_letters + len(token.text) > MAX_LINE_LETTERS:
             lines.append([])
         lines[-1].append(token)
-    return lines
+    if len(lines) <= MAX_TOKEN_LINES:
+        return lines
+    n_first = MAX_TOKEN_LINES // 4
+    gap = [DrawnToken("...", 0.0, False)]
+    return [*lines[:n_first], gap, *lines[n_first + 1 - MAX_TOKEN_LINES :]]
 
 
 def draw_token_lines(lines: Sequence[tuple[str, list[DrawnToken]]], title: str, path: Path) -> None:
@@ -17335,7 +17486,7 @@ def draw_lens(experiment: Experiment, table: pd.DataFrame) -> None:
             axes.plot(
                 of_measure["layer"], of_measure[f"mean_{side}"], ".-", color=color, label=side
             )
-            low, high = of_measure[f"low_{side}"], of_measure[f"high_{side}"]
+            low, high = of_measure[f"{side}_low"], of_measure[f"{side}_high"]
             axes.fill_between(of_measure["layer"], low, high, color=color, alpha=0.2, linewidth=0)
         axes.set(xlabel="layer that the stream enters; the last: the model")
         axes.set_title(f"log P of {measure}", fontsize=9)

@@ -281,9 +281,9 @@ def test_a_name_mover_reads_the_indirect_object_and_writes_it(plain: Plain, tmp_
     reads = reads[reads["measure"] == "weight"].set_index(["label", "role"])["mean_a"]
     writes = read(folder, "circuit_writes.csv").set_index("label")
     assert reads["L23H0", "target (first token)"] > 0.5 > reads["L23H0", "foil (first token)"]
-    assert writes.loc["L23H0", "targets"] > 1 and writes.loc["L23H0", "targets_rank"] <= 3
+    assert writes.loc["L23H0", "targets_logit"] > 1 and writes.loc["L23H0", "targets_rank"] <= 3
     assert reads["L23H3", "foil (first token)"] > 0.5
-    assert writes.loc["L23H3", "foils"] < -1
+    assert writes.loc["L23H3", "foils_logit"] < -1
     assert writes.loc["L23H3", "foils_rank"] > 0.99 * 49152
     assert writes.loc["L23H3", "direct"] < -1 < writes.loc["L23H3", "mediated"]
 
@@ -310,4 +310,4 @@ def test_a_name_mover_reads_the_indirect_object_and_writes_it(plain: Plain, tmp_
     model.set_attn_implementation("sdpa")
     mean_weight, mean_added = sum(weights) / len(weights), sum(added) / len(added)
     assert reads["L23H0", "target (first token)"] == pytest.approx(mean_weight, abs=1e-3)
-    assert writes.loc["L23H0", "targets"] == pytest.approx(mean_added, abs=1e-2)
+    assert writes.loc["L23H0", "targets_logit"] == pytest.approx(mean_added, abs=1e-2)
