@@ -1299,7 +1299,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_summary.png": "The strongest mean effects.",
         "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
         "circuit_groups.csv": "",
-        "circuit_groups.png": "Base and strongest effects by group of samples; red: they differ.",
+        "circuit_groups.png": "Base and strongest effects by group of samples. Red: they are told to"
+        " differ; hollow: too few sentences to compare.",
         "circuit_screen.csv": "",
         "circuit_screen.png": "Estimates against measurements of the same components.",
         "circuit_confirm.csv": "",
@@ -1353,7 +1354,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_summary.png": "The strongest mean effects.",
         "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
         "circuit_groups.csv": "",
-        "circuit_groups.png": "Base and strongest effects by group of samples; red: they differ.",
+        "circuit_groups.png": "Base and strongest effects by group of samples. Red: they are told to"
+        " differ; hollow: too few sentences to compare.",
     },
     "check": {},
 }
@@ -2634,12 +2636,12 @@ def pair_names(
     by_class, by_profession = [], []
     for label, profession, listing in people:
         names = listing.split(", ")
-        rng.shuffle(names)
+        names = rng.sample(names, len(names))
         for first, second in zip(names[::2], names[1::2], strict=True):
             by_class.append(NamePair(label, first, second))
             by_profession.append(NamePair(profession, first, second))
-    rng.shuffle(by_class)
-    rng.shuffle(by_profession)
+    by_class = rng.sample(by_class, len(by_class))
+    by_profession = rng.sample(by_profession, len(by_profession))
     return by_class, by_profession
 
 
@@ -9598,7 +9600,7 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
 
 MIN_GROUP_SENTENCES = 5  # of a group, from which on it is held against others
 N_GROUP_SHUFFLES = 9999  # random ones that a difference between groups is held against
-SHUFFLES_AT_ONCE = 500
+MAX_SHUFFLED = 5_000_000  # marks of who is in which group that are made at a time
 LEAST_GROUP_VARIANCE = 1e-6  # as a share of that of all: no group counts as known exactly
 
 
@@ -9658,8 +9660,9 @@ def group_test(values: Tensor, units: Sequence[str], groups: Sequence[str]) -> T
     generator = torch.Generator().manual_seed(0)
     n_as_far = torch.ones(values.shape[1], dtype=torch.float64)
     n_left = N_GROUP_SHUFFLES
+    n_at_once = max(1, MAX_SHUFFLED // (len(units) * len(names)))
     while n_left:
-        n_shuffles = min(n_left, SHUFFLES_AT_ONCE)
+        n_shuffles = min(n_left, n_at_once)
         shuffled = shuffle_groups(units, numbers, n_shuffles, generator)
         distances = distance_of_groups(standard, shuffled, len(names))
         n_as_far += (distances >= observed * (1 - 1e-9)).sum(0)
@@ -10242,6 +10245,9 @@ def effects_by(
     return effects.assign(role=role)
 
 
+MAX_GROUPS_TOLD = 12  # in sentences and figures: a group may be anything that a file calls so
+
+
 def in_groups(table: pd.DataFrame) -> pd.DataFrame:
     """The samples of a table that have a group and are no negative controls."""
     return table[~table["group"].isin(["", NO_ODD_ONE])]
@@ -10249,6 +10255,13 @@ def in_groups(table: pd.DataFrame) -> pd.DataFrame:
 
 def has_groups(table: pd.DataFrame) -> bool:
     return "group" in table and in_groups(table)["group"].nunique() > 1
+
+
+def groups_to_tell(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table of the `MAX_GROUPS_TOLD` groups that have most sentences."""
+    size = table.groupby("group", sort=False)["n_sentences"].max()
+    largest = size.sort_values(ascending=False, kind="stable").head(MAX_GROUPS_TOLD).index
+    return table[table["group"].isin(largest)]
 
 
 def groups_to_compare(table: pd.DataFrame) -> list[str]:
@@ -10845,12 +10858,9 @@ def report_groups(findings: Findings, groups: pd.DataFrame, names: Sequence[str]
     large enough to be held against each other."""
     is_base = groups["label"] == ""
     bases, effects = groups[is_base], groups[~is_base]
-    parts = []
-    for row in bases.itertuples():
-        n_sentences = count_noun(row.n_sentences, "sentence")
-        interval = format_interval(row, number_format="+.2f")
-        parts.append(f"{quote(row.group)} {row.mean:+.2f}{interval} in {n_sentences}")
-    findings.say(f"base by group: {', '.join(parts)}")
+    parts = [describe_group_base(row) for row in groups_to_tell(bases).itertuples()]
+    others = "" if len(parts) == len(bases) else f", and {len(bases) - len(parts)} smaller groups"
+    findings.say(f"base by group: {', '.join(parts)}{others}")
     small = [quote(group) for group in bases["group"] if group not in names]
     if not names:
         findings.say(
@@ -10867,6 +10877,13 @@ def report_groups(findings: Findings, groups: pd.DataFrame, names: Sequence[str]
         f" {len(names)} groups of {MIN_GROUP_SENTENCES} or more{left_out}"
     )
     report_effects_by_group(findings, effects)
+
+
+def describe_group_base(row: Any) -> str:
+    """The base in one group, with its interval over sentences."""
+    n_sentences = count_noun(row.n_sentences, "sentence")
+    interval = format_interval(row, number_format="+.2f")
+    return f"{quote(row.group)} {row.mean:+.2f}{interval} in {n_sentences}"
 
 
 def report_effects_by_group(findings: Findings, effects: pd.DataFrame) -> None:
@@ -10893,6 +10910,7 @@ def report_effects_by_group(findings: Findings, effects: pd.DataFrame) -> None:
 def draw_groups(groups: pd.DataFrame, title: str, path: Path) -> None:
     """A panel for the base and for each of the first components of circuit_groups.csv: the mean of
     each group with its interval, hollow where its sentences are too few to be compared."""
+    groups = groups_to_tell(groups)
     labels = list(groups["label"].drop_duplicates())[: 1 + GROUP_PANELS]
     names = list(groups["group"].drop_duplicates())[::-1]
     heights = {name: height for height, name in enumerate(names)}
@@ -10905,7 +10923,8 @@ def draw_groups(groups: pd.DataFrame, title: str, path: Path) -> None:
         draw_group_panel(axes, groups[groups["label"] == label], heights)
     for axes in all_axes[len(labels) :]:
         axes.set_visible(False)
-    all_axes[0].set_yticks(range(len(names)), [shorten(name, PANEL_LETTERS) for name in names])
+    shown = [shorten(name, PANEL_LETTERS) for name in names]
+    all_axes[0].set_yticks(range(len(names)), shown, parse_math=False)
     all_axes[0].set_ylim(-0.6, len(names) - 0.4)
     figure.suptitle(title, fontsize=9, parse_math=False)
     save_figure(figure, path)
@@ -11741,7 +11760,7 @@ def report_set_by_group(
 ) -> None:
     """A sentence per group, and whether the changes are told to differ where two groups and more
     are large enough; `rows` are those of two sets."""
-    for row in by_group.itertuples():
+    for row in groups_to_tell(by_group).itertuples():
         findings.say(f"in group {quote(row.group)}, {describe_set_there(row, noun)}")
     changes = sample_changes(rows, side)
     p = group_p_values(changes, groups_to_compare(changes), ["change"])["change"]
@@ -12249,7 +12268,7 @@ def describe_replies_by_group(
 ) -> Iterator[str]:
     """A sentence for the unedited replies to each set of samples, and one for those with the most
     components edited: how many show the behaviour after prompt a, by group."""
-    rates = pd.DataFrame(group_rates)
+    rates = groups_to_tell(pd.DataFrame(group_rates))
     for samples, of_samples in rates.groupby("samples"):
         for n_ablated in sorted({0, of_samples["n_ablated"].max()}):
             parts = []
@@ -16516,7 +16535,7 @@ def render_groups(path: Path) -> list[Html]:
     where the file is not as this script writes it."""
     try:
         table = pd.read_csv(path, keep_default_na=False, na_values={"ci_low": "", "ci_high": ""})
-        groups = list(table["group"].drop_duplicates())
+        groups = list(groups_to_tell(table)["group"].drop_duplicates())
         titles = ["by group", *groups, "do they differ?"]
         rows = []
         for label in table["label"].drop_duplicates():
