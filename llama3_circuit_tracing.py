@@ -1299,8 +1299,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_summary.png": "The strongest mean effects.",
         "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
         "circuit_groups.csv": "",
-        "circuit_groups.png": "Base and strongest effects by group of samples. Red: they are told to"
-        " differ; hollow: too few sentences to compare.",
+        "circuit_groups.png": "Base and strongest effects by group. Red: they are told to differ;"
+        " hollow: too few sentences to compare.",
         "circuit_screen.csv": "",
         "circuit_screen.png": "Estimates against measurements of the same components.",
         "circuit_confirm.csv": "",
@@ -1354,8 +1354,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_summary.png": "The strongest mean effects.",
         "circuit_heatmap.png": "Mean role by layer and index; grey where there is no verdict.",
         "circuit_groups.csv": "",
-        "circuit_groups.png": "Base and strongest effects by group of samples. Red: they are told to"
-        " differ; hollow: too few sentences to compare.",
+        "circuit_groups.png": "Base and strongest effects by group. Red: they are told to differ;"
+        " hollow: too few sentences to compare.",
     },
     "check": {},
 }
