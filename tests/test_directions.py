@@ -693,8 +693,8 @@ def test_the_table_recomputes_from_plain_forwards(patched: Path, tiny_llama: str
         assert row.accuracy == pytest.approx(accuracy)
         assert row.auc == pytest.approx((projections[:, 0][:, None] > projections[:, 1]).mean())
         assert row.accuracy_fit == pytest.approx(correct(fitted, a, b))
-        assert row.n_sentences == 5
-        assert (row.accuracy_low, row.accuracy_high) == tracing.share_interval(accuracy, 5)
+        assert row.n_sentences == 6
+        assert (row.accuracy_low, row.accuracy_high) == tracing.share_interval(accuracy, 6)
     assert table["along_share_moved"].iloc[1:].min() > 0.5
     assert table["random_share_moved"].abs().max() < 0.5
 

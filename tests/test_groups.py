@@ -183,6 +183,19 @@ def test_samples_of_one_sentence_count_once_in_the_test() -> None:
     pd.testing.assert_frame_equal(once[columns], often[columns])
 
 
+def test_a_sentence_of_many_samples_weighs_no_more_in_the_test() -> None:
+    table = grouped_results({"x": 6, "y": 5}, seed=2)
+    first = table[table["unit"] == "u000"]
+    copies = [first.assign(sample_id=f"c{i}") for i in range(4)]
+    often = pd.concat([table, *copies], ignore_index=True)
+    columns = ["difference_p", "difference_q"]
+    pd.testing.assert_frame_equal(tabulate(table)[columns], tabulate(often)[columns])
+    alone = grouped_results({"x": 1, "y": 6})
+    first = alone[alone["unit"] == "u000"]
+    copies = [first.assign(sample_id=f"c{i}") for i in range(9)]
+    assert set(tabulate(pd.concat([alone, *copies]))["differs"]) == {"not judged"}
+
+
 def test_groups_of_few_sentences_are_tabulated_and_not_compared() -> None:
     table = grouped_results({"x": 6, "y": 7, "z": 4})
     groups = tabulate(table)
@@ -223,8 +236,17 @@ def test_a_share_needs_a_clear_base_in_its_group() -> None:
     effects = groups[groups["label"] != ""]
     assert effects.loc[effects["group"] == "x", "share_moved"].notna().all()
     assert effects.loc[effects["group"] == "y", "share_moved"].isna().all()
-    below = tabulate(grouped_results({"x": 6, "y": 6}), floor=5.0)
-    assert below["share_moved"].isna().all()
+
+
+def test_a_base_below_the_noise_floor_has_no_share() -> None:
+    table = grouped_results({"x": 6, "y": 6})
+    is_of_y = table["group"] == "y"
+    table["delta_logit_base"] = table["delta_logit_base"] + 3.5 * is_of_y  # about -0.5
+    for floor, has_share in ((0.1, True), (0.8, False)):
+        groups = tabulate(table, floor=floor)
+        effects = groups[groups["label"] == "L0H1"].set_index("group")
+        assert not math.isnan(effects.loc["x", "share_moved"])
+        assert math.isnan(effects.loc["y", "share_moved"]) != has_share
 
 
 def test_top_k_limits_the_components_and_no_clear_one_leaves_the_base() -> None:
