@@ -667,8 +667,8 @@ def test_the_table_recomputes_from_plain_forwards(patched: Path, tiny_llama: str
     assert list(effects["label"]) == list(table.index)
     assert not units_of(data.fitting) & units_of(data.measured)
     assert len(data.fitting) + len(data.measured) == 12
-    assert set(table["n_fit"]) == {len(units_of(data.fitting))} == {5}
-    assert set(effects["n_sentences"]) == {len(units_of(data.measured))} == {5}
+    assert set(table["n_fit"]) == {len(units_of(data.fitting))} == {6}
+    assert set(effects["n_sentences"]) == {len(units_of(data.measured))} == {6}
     base = np.mean(unedited_deltas(patched, data.measured))
     for layer, row in enumerate(table.itertuples()):
         fitted = by_plain_forwards(tiny_llama, data.fitting, layer)
@@ -693,8 +693,8 @@ def test_the_table_recomputes_from_plain_forwards(patched: Path, tiny_llama: str
         assert row.accuracy == pytest.approx(accuracy)
         assert row.auc == pytest.approx((projections[:, 0][:, None] > projections[:, 1]).mean())
         assert row.accuracy_fit == pytest.approx(correct(fitted, a, b))
-        assert row.n_sentences == 5
-        assert (row.accuracy_low, row.accuracy_high) == tracing.share_interval(accuracy, 5)
+        assert row.n_sentences == 6
+        assert (row.accuracy_low, row.accuracy_high) == tracing.share_interval(accuracy, 6)
     assert table["along_share_moved"].iloc[1:].min() > 0.5
     assert table["random_share_moved"].abs().max() < 0.5
 
@@ -765,7 +765,7 @@ def test_a_file_of_directions_gives_the_same_effects_and_leaves_its_sentences_ou
     assert re.fullmatch(re.escape(FILE) + " [0-9a-f]{8}", name), "which file of that name"
     before, after = read(patched, EFFECTS), read(again, EFFECTS)
     assert (before["mean"] - after["mean"]).abs().max() < 1e-9
-    assert "5 samples left out: the directions of" in (again / "run.log").read_text()
+    assert "6 samples left out: the directions of" in (again / "run.log").read_text()
     fitted_table, loaded_table = read(patched, TABLE), read(again, TABLE)
     same = ["auc", "norm", "along_mean", "random_mean", "whole_mean"]
     assert (fitted_table[same] - loaded_table[same]).abs().max(axis=None) < 1e-9

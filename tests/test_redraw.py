@@ -67,11 +67,12 @@ def test_redrawing_a_run_gives_the_same_findings_and_figures(
     flags: str, llama: str, tmp_path: Path, redraw: Redraw
 ) -> None:
     run, new = finish(llama, tmp_path / "run", "--heatmap", *flags.split()), tmp_path / "new"
+    by_group = {"circuit_groups.csv", "circuit_groups.png"} if "--task" in flags else set()
     for source in (run, run / RESULTS):
         assert redraw(source, new) == findings_of(run, "trace")
         files = {path.name for path in new.iterdir() if path.name[0] != "."}
-        assert files == {*DRAWN, tracing.REPORT_FILE, "run.json"}
-        for name in DRAWN:
+        assert files == {*DRAWN, *by_group, tracing.REPORT_FILE, "run.json"}
+        for name in (*DRAWN, *by_group):
             assert (new / name).read_bytes() == (run / name).read_bytes(), name
     shutil.copy(run / RESULTS, tmp_path / "alone.csv")
     redraw(tmp_path / "alone.csv", tmp_path / "alone")  # without record or noise floor

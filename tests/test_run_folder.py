@@ -163,7 +163,9 @@ def test_a_folder_that_grew_bit_by_bit_holds_what_one_run_of_all_does(
 SIX = ["--num_samples", "6", *ONE_BY_ONE]
 NARROW = [*SIX, "--layers", "0-1", "--heads", "1,3", "--confirm", "1", "--num_random", "2"]
 OF_TABLE = ("circuit.json", "circuit_confirm.csv")
-OF_WORDINGS = {"circuit_templates.csv", "circuit_wordings.csv"}  # of which samples here have one
+# of wordings, of which samples here have one, and of groups, of which they have none
+OF_LABELS = {"circuit_templates.csv", "circuit_wordings.csv", "circuit_groups.csv"}
+OF_LABELS |= {"circuit_groups.png", "circuit_confirm_groups.csv", "circuit_joint_groups.csv"}
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +384,7 @@ def test_a_finished_command_computes_nothing_again(
     planned = {name for command in COMMANDS for name in tracing.COMMAND_FILES[command]}
     kept = {"circuit.json", "directions.safetensors"}
     of_more_sentences = {"circuit_curve.csv", "circuit_curve.png"}
-    assert {path.name for path in outputs} == planned - kept - of_more_sentences - OF_WORDINGS
+    assert {path.name for path in outputs} == planned - kept - of_more_sentences - OF_LABELS
     for path in outputs:
         path.unlink()
     finish_all(llama, samples, full)
@@ -1032,7 +1034,7 @@ def test_the_record_lists_each_file_that_is_written_and_each_is_planned(all_comm
         options = tracing.parse_command_line(command_line("m", all_commands, *line)).options
         planned = set(tracing.planned_files(command, options))
         listed = {name for name in entry["files"] if not name.startswith("graphs/")}
-        assert listed == planned - OF_WORDINGS
+        assert listed == planned - OF_LABELS
 
 
 def test_a_file_is_listed_before_it_is_there_and_not_where_it_never_came(tmp_path: Path) -> None:

@@ -18,11 +18,13 @@ from transformers import AutoTokenizer
 import llama3_circuit_tracing as tracing
 import naive
 from conftest import Answer, finish, read, record_of, refuses, user_text
-from llama3_circuit_tracing import NO_ODD_ONE, PEOPLE, QUESTIONS, TASKS, Sample
+from llama3_circuit_tracing import NO_ODD_ONE, QUESTIONS, TASKS, Sample
 
 CountTokens = Callable[[str], int]
 CLOSE = 2e-5  # nats, in float32
-PAIRS = {(harmful, harmless) for harmful, harmless in tracing.REFUSAL_PAIRS}
+ALL_PAIRS = tracing.REFUSAL_PAIRS + tracing.MORE_REFUSAL_PAIRS
+PAIRS = {(harmful, harmless) for harmful, harmless in ALL_PAIRS}
+PEOPLE = tracing.PEOPLE + tracing.MORE_PEOPLE
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_the_choice_of_samples_depends_on_the_seed_alone(task: str) -> None:
 def in_common(sample: Sample) -> set[str]:
     """What makes a sample no independent evidence beside another that has it too."""
     if sample.foils == tracing.COMPLIANT_OPENINGS:
-        return {str([pair[0] for pair in tracing.REFUSAL_PAIRS].index(sample.prompt_a) // 2)}
+        return {str([pair[0] for pair in ALL_PAIRS].index(sample.prompt_a) // 2)}
     names = {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}
     return names if sample.foils else {sample.prompt_b}
 
@@ -158,11 +160,32 @@ def test_two_requests_for_one_harm_are_one_unit() -> None:
         assert 2 in {words[word] for word in one & other}, (one, other)  # no third one has it
 
 
-@pytest.mark.parametrize(("count", "n_units"), [(3, 3), (10, 10), (16, 10), (20, 10)])
+@pytest.mark.parametrize(("count", "n_units"), [(3, 3), (10, 10), (15, 15), (16, 15), (30, 15)])
 def test_a_second_pair_on_one_harm_comes_after_all_harms(count: int, n_units: int) -> None:
     samples = build("refusal", count)
     assert len({sample.prompt_a for sample in samples}) == count
     assert len({sample.unit for sample in samples}) == n_units
+
+
+def test_each_harm_is_of_one_category_and_each_category_of_five_harms() -> None:
+    samples = build("refusal", len(PAIRS))
+    categories: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        assert sample.group in tracing.HARM_CATEGORIES
+        categories[sample.unit].add(sample.group)
+        words = {*re.findall(r"\w+", sample.prompt_a)}
+        named = [harm for harms in tracing.HARM_CATEGORIES.values() for harm in harms]
+        assert len(words & {*named}) == 1
+    assert {len(of_unit) for of_unit in categories.values()} == {1}
+    assert {*Counter(next(iter(c)) for c in categories.values()).values()} == {5}
+
+
+def test_the_harms_that_the_bundled_model_knows_come_first() -> None:
+    for seed in range(3):
+        first = build("refusal", 10, seed)
+        known = {harmful for harmful, _ in tracing.REFUSAL_PAIRS}
+        assert {sample.prompt_a for sample in first} <= known
+        assert {s.prompt_a for s in build("refusal", 15, seed)[10:]}.isdisjoint(known)
 
 
 def test_all_refusal_pairs_are_used_where_more_are_asked_for(
@@ -198,8 +221,10 @@ def triples(tokens_in: CountTokens) -> list[Sample]:
 
 def test_people_are_of_five_classes_and_ten_professions_and_nobody_has_two() -> None:
     assert len(set(CLASS.values())) >= 5
-    assert len(set(JOB.values())) == len(PEOPLE) >= 10
+    assert len(set(JOB.values())) >= 10
     assert len(JOB) == 4 * len(PEOPLE)
+    by_job = {job: {CLASS[name] for name in JOB if JOB[name] == job} for job in JOB.values()}
+    assert {len(classes) for classes in by_job.values()} == {1}
 
 
 @pytest.mark.parametrize("by", ["tokens", "letters"])
@@ -261,6 +286,25 @@ def test_no_name_is_in_two_units(triples: list[Sample]) -> None:
     assert {len(of_name) for of_name in units.values()} == {1}
     assert len(set.union(*units.values())) >= 9
     assert len({(s.prompt_a, s.targets) for s in triples}) == len(triples)
+
+
+@pytest.mark.parametrize("by", ["tokens", "letters"])
+@pytest.mark.parametrize("seed", [0, 1, 42])
+def test_there_are_thirty_independent_triples(by: str, seed: int, tokens_in: CountTokens) -> None:
+    """By letters too, which match as rarely as the tokens of a large vocabulary do."""
+    length = tokens_in if by == "tokens" else len
+    samples = [s for s in build("odd_one_out", 60, seed, length) if s.is_evidence]
+    people: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        people[sample.unit] |= {*names_in(sample.prompt_a), *names_in(sample.prompt_b)}
+    assert len(people) >= 30
+    assert {len(names) for names in people.values()} == {4}
+    assert len(set.union(*people.values())) == 4 * len(people)
+    known = {name for _, _, names in tracing.PEOPLE for name in names.split(", ")}
+    is_known = [people[unit] <= known for unit in dict.fromkeys(s.unit for s in samples)]
+    n_known = sum(is_known)
+    assert n_known >= 10
+    assert is_known == [True] * n_known + [False] * (len(people) - n_known)
 
 
 def test_a_tokenizer_that_gives_every_name_another_length_is_refused() -> None:
