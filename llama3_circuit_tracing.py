@@ -17855,7 +17855,7 @@ def describe_reads(reads: pd.DataFrame) -> Iterator[str]:
         sentence = f"reads, from {where} of prompt a: {list_roles(weights)}"
         if not lengths.empty:
             sentence += (
-                f"; by weight times length of what each token makes it write: {name_roles(lengths)}"
+                f"; by weight times length of what each makes it write: {name_roles(lengths)}"
             )
         if weights["mean_b"].notna().any():
             most = largest_rows(weights, "mean", 1).iloc[0]

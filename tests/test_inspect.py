@@ -357,7 +357,7 @@ def pass_norm(norm: Any, x: Tensor, part: Tensor) -> Tensor:
 
 @torch.no_grad()
 def terms_by_hand(model: Bench, ids: Tensor, direction: Tensor) -> dict[str, float]:
-    """What each head and MLP adds to a goal, by the formula that everyone writes, block by block."""
+    """What each head and MLP adds to a goal, by the formula that everyone writes."""
     loaded = model.loaded[0]
     layers = naive.layers_of(loaded)
     final_norm = naive.first_of(
@@ -896,6 +896,161 @@ def test_attention_that_no_token_gets_has_a_role_of_its_own() -> None:
     assert len(tracing.with_sink(tokens, 0.6)) == 2  # rounding, where weights are that coarse
     weights, before = torch.tensor([[[0.2, 0.3]]]), torch.tensor([[[0.6, 0.3]]])
     assert tracing.attention_moved(weights, before) == [[pytest.approx(0.4)]]  # to the sink
+
+
+def test_a_few_large_numbers_make_no_norm_subtract_the_mean() -> None:
+    """Of real activations some are a thousand times as large as the others."""
+    rms, layer = nn.RMSNorm(64, eps=1e-6), nn.LayerNorm(64)
+    assert not tracing.subtracts_mean(rms, 64) and tracing.subtracts_mean(layer, 64)
+    x = torch.randn(1, 3, 64)
+    x[0, :, 5] = 3000.0
+    direction, biases = torch.randn(64), []
+    leaf = x.clone().requires_grad_()
+    output = tracing.with_constant_scale(biases, rms, (leaf,), rms(leaf))
+    (gradient,) = torch.autograd.grad((output[0, -1] * direction).sum(), leaf)
+    scale, _, _ = plain_norm(rms, x[0, -1])
+    expected = scale * direction
+    assert (gradient[0, -1] - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not biases and torch.allclose(output, rms(x))
+
+
+def test_a_mixtures_mlp_adds_what_its_module_returns(folder_of: Callable[[str], str]) -> None:
+    model = bench(folder_of("mixtral"))
+    experiment, _, tree = inspecting(model, "L0H0")
+    run = tracing.run_direct(model.traced, tree, ())
+    directions = goal_directions(experiment, tree)
+    found = tracing.direct_contributions(run, directions)
+    body = model.loaded[0].model
+    for place, prompt in enumerate(tree.prompts):
+        mlps = {layer: block.mlp for layer, block in enumerate(body.layers)}
+        with (
+            torch.no_grad(),
+            tracing.recording(mlps, outputs=True) as made,
+            tracing.recording({"final": body.norm}) as final,
+        ):
+            model.loaded[0](ids_of(prompt))
+        for layer in mlps:
+            part = pass_norm(body.norm, final["final"][0, -1], tracing.first_of(made[layer])[0, -1])
+            value = float((part @ directions[place]).detach())
+            assert float(found.terms[f"L{layer}mlp"][place]) == pytest.approx(value, abs=1e-4)
+
+
+def test_weight_times_length_is_that_of_its_own_tokens(tiny: Bench) -> None:
+    experiment, subjects, _ = inspecting(tiny, "L1H3", SAMPLES[:2])
+    rows = attention_rows_of(experiment, subjects)
+    value_head = 3 // (tiny.traced.shape.n_heads // tiny.traced.shape.n_value_heads)
+    matrix = output_weight(tiny, 1, "head")[:, naive.span_of(tiny.loaded[0], 1, "head", 3)]
+    for prompt in experiment.prompts[1]:
+        with tracing.recording(
+            {"v": naive.layers_of(tiny.loaded[0])[1].self_attn.v_proj}, True
+        ) as v:
+            tiny.loaded[0](ids_of(prompt))
+        value = v["v"][0].unflatten(-1, (tiny.traced.shape.n_value_heads, -1))[:, value_head]
+        lengths = (value @ matrix.T).norm(dim=-1).detach()
+        weights = eager_attentions(tiny, ids_of(prompt))[1][3, -1]
+        sample_id = prompt.sample.sample_id
+        own = rows[(rows["sample_id"] == sample_id) & (rows["side"] == prompt.side)]
+        total = float((weights * lengths).sum())
+        assert own["weight_times_norm"].sum() == pytest.approx(total, rel=1e-4)
+
+
+def attention_rows_of(
+    experiment: tracing.Experiment[Any], subjects: tracing.Subjects
+) -> pd.DataFrame:
+    """What circuit_attention.csv would say, without a folder."""
+    prompts = []
+    for tree in tracing.trees_to_inspect(experiment):
+        contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
+        tracing.read_attention(experiment, subjects, tree, contents)
+        for prompt, content in zip(tree.prompts, contents, strict=True):
+            prompts.append(tracing.InspectedPrompt(prompt, None, content))
+    return tracing.attention_rows(experiment, tracing.Inspected([], prompts, {}, 0.0))
+
+
+def test_negative_controls_are_in_no_mean(tiny: Bench) -> None:
+    control = {**UNEQUAL, "prompt_a": "Don't mention plum. Name a fruit.", "targets": ["plum"]}
+    records = [UNEQUAL, {**control, "group": tracing.NO_ODD_ONE}]
+    experiment, subjects, tree = inspecting(tiny, "L0H6", records)
+    contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
+    found = tracing.read_contributions(experiment, subjects, tree, contents, [])
+    alone, _, own_tree = inspecting(tiny, "L0H6", [UNEQUAL])
+    own: list[dict[str, Any]] = [{} for _ in own_tree.prompts]
+    expected = tracing.read_contributions(alone, subjects, own_tree, own, [])
+    assert found["n_pushed"] == expected["n_pushed"] == 1
+    assert found["pushed"]["L0H6"] == pytest.approx(expected["pushed"]["L0H6"], abs=1e-5)
+    assert [len(content["words"]) for content in contents] == [1, 0, 0, 0]
+
+
+def test_sentences_of_a_component() -> None:
+    names = {"query": "last", "n_tokens_a": 2.0, "n_tokens_b": 0.0}
+    ends = {
+        "a_low": 0.5,
+        "a_high": 0.75,
+        "b_low": 0.0,
+        "b_high": 0.0,
+        "ci_low": 0.5,
+        "ci_high": 0.75,
+    }
+    reads = pd.DataFrame(
+        [
+            {"measure": "weight", "role": "target", "mean_a": 0.6, "mean_b": 0.0, "mean": 0.6},
+            {"measure": "weight", "role": "BOS", "mean_a": 0.4, "mean_b": 1.0, "mean": -0.4},
+            {"measure": "share_of_lengths", "role": "target", "mean_a": 0.9, "mean_b": 0.0},
+        ]
+    ).assign(**names, **ends)
+    (sentence,) = tracing.describe_reads(reads)
+    assert sentence == (
+        "reads, from the last token of prompt a: target 60% [50%, 75%] on 2, BOS 40% [50%, 75%] on"
+        " 2 tokens; by weight times length of what each makes it write: target 90%; unlike prompt b"
+        " most: target +60% [+50%, +75%], which b has not"
+    )
+    values = {"mean_a": 1.0, "mean_b": -2.0, "mean": 3.0, "a_low": 0.5, "a_high": 1.5}
+    values |= {"b_low": -3.0, "b_high": -1.0, "ci_low": 2.0, "ci_high": 4.0}
+    values |= {"targets_logit": 1.25, "targets_rank": 3.0, "foils_logit": 0.25, "foils_rank": 9.0}
+    assert tracing.describe_writes(pd.Series(values), 50) == (
+        "writes +1.000 [+0.500, +1.500] to the goal after a (targets +1.250, the likeliest at"
+        " median rank 3 of 50; foils +0.250, the likeliest at median rank 9 of 50), -2.000 [-3.000,"
+        " -1.000] after b: a - b +3.000 [+2.000, +4.000]"
+    )
+    rows = [("promoted", "up", 1.0), ("suppressed", "down", -1.0), ("activating", "here", -2.5)]
+    table = pd.DataFrame(rows, columns=["list", "token", "value"]).assign(rank=1)
+    assert tracing.describe_vocabulary(Component(1, "neuron", 3), table) == (
+        "at activation 1 promotes 'up'; suppresses 'down'; its largest activations: 'here' -2.50"
+    )
+
+
+def test_the_figure_shades_the_tokens_of_each_prompt_by_its_own_weights(tiny: Bench) -> None:
+    experiment, subjects, tree = inspecting(tiny, "L0H6", [UNEQUAL])
+    contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
+    tracing.read_attention(experiment, subjects, tree, contents)
+    head = Component(0, "head", 6)
+    entries = [
+        tracing.InspectedPrompt(prompt, None, content)
+        for prompt, content in zip(tree.prompts, contents, strict=True)
+    ]
+    weights = [eager_attentions(tiny, ids_of(prompt))[0][6, -1] for prompt in tree.prompts]
+    bound = tracing.darkest_weight(experiment, head, entries)
+    assert bound == pytest.approx(
+        max(float(of_tokens[1:].max()) for of_tokens in weights), abs=1e-5
+    )
+    for entry, of_tokens in zip(entries, weights, strict=True):
+        drawn = tracing.tokens_to_draw(experiment, head, entry, bound)
+        assert "".join(token.text for token in drawn).replace("\u00b7", " ") == tracing.visible(
+            entry.prompt.text
+        )
+        darkness = [token.darkness for token in drawn]
+        assert darkness == pytest.approx((of_tokens / bound).clamp(max=1).tolist(), abs=1e-4)
+        outlined = [token.text for token in drawn if token.is_scored]
+        assert outlined == (["\u00b7apple"] if entry.prompt.side == "a" else [])
+
+
+def test_long_prompts_are_drawn_at_both_ends() -> None:
+    tokens = [tracing.DrawnToken(str(number).zfill(10), 0.0, False) for number in range(400)]
+    lines = tracing.break_lines(tokens)
+    assert len(lines) == tracing.MAX_TOKEN_LINES
+    assert lines[0][0] == tokens[0] and lines[-1][-1] == tokens[-1]
+    assert [token.text for line in lines for token in line].count("...") == 1
+    assert len(tracing.break_lines(tokens[:100])) == 10
 
 
 def test_intervals_of_shares_stay_within_their_bounds() -> None:
