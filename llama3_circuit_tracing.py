@@ -14347,15 +14347,47 @@ class WordSpan(NamedTuple):
 
 
 def word_spans(encoder: PromptEncoder, prompt: Prompt) -> list[WordSpan]:
-    """Where the scored words of a sample stand in a prompt, behind a space or not."""
+    """Where the scored words of a sample stand in a prompt, as written or with a capital, behind a
+    space or not. Words that only begin or end like one are none."""
+    texts = token_texts(encoder, prompt.ids)
     spans = []
     for word in prompt.sample.words:
-        for form in (encoder.encode(f" {word}"), encoder.encode(word)):
-            for start in range(len(prompt.ids)):
+        forms = set()
+        for spelling in (*with_capital(" ", word), *with_capital("", word)):
+            forms.add(encoder.encode(spelling))
+        for start in range(len(prompt.ids)):
+            for form in forms:
                 stop = start + len(form)
-                if prompt.ids[start:stop] == form:
+                if prompt.ids[start:stop] == form and is_whole_word(texts, start, stop):
                     spans.append(WordSpan(word, start, stop))
     return spans
+
+
+def token_texts(encoder: PromptEncoder, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text. Decoded alone some tokenizers drop the space before it."""
+    decode = encoder.tokenizer.decode
+    texts = [str(decode(list(ids[:1])))]
+    for before, token in itertools.pairwise(ids):
+        text_before = str(decode([before]))
+        text = str(decode([before, token]))
+        is_whole = text.startswith(text_before)
+        texts.append(text.removeprefix(text_before) if is_whole else str(decode([token])))
+    return texts
+
+
+def is_whole_word(texts: Sequence[str], start: int, stop: int) -> bool:
+    """Whether the tokens from `start` to before `stop` are a word of their own: no letter or digit
+    goes on with it at either end, in scripts that have spaces."""
+    word = "".join(texts[start:stop])
+    before = "".join(texts[max(start - 1, 0) : start])
+    after = "".join(texts[stop : stop + 1])
+    return not (goes_on(before[-1:], word[:1]) or goes_on(word[-1:], after[:1]))
+
+
+def goes_on(character: str, next_character: str) -> bool:
+    """Whether two characters are of one word."""
+    both = character + next_character
+    return len(both) == 2 and both.isalnum() and not any(map(is_unspaced, both))
 
 
 def words_at_positions(encoder: PromptEncoder, prompt: Prompt) -> list[str]:
@@ -16504,13 +16536,14 @@ def written_by_token(traced: TracedModel, clean_run: CleanRun, head: Component) 
 
 
 def repeated_sequences(experiment: Experiment) -> list[list[int]]:
-    """Random tokens of the vocabulary, twice in a row, behind a BOS where the model has one. They
-    are as long as the model takes, at most `N_REPEATED` each time."""
+    """Random tokens of the vocabulary, twice in a row, behind a BOS where prompts have one. Each time
+    they are as long as the model takes, at most `N_REPEATED`."""
     tokenizer, shape = experiment.encoder.tokenizer, experiment.shape
     special = set(experiment.encoder.control_tokens)
     usable = [token for token in range(min(len(tokenizer), shape.vocab)) if token not in special]
     bos = tokenizer.bos_token_id
-    start = [] if bos is None else [bos]
+    has_bos = experiment.prompts[0][0].ids[0] == bos
+    start = [bos] if has_bos else []
     n_tokens = min(N_REPEATED, (shape.context - len(start)) // 2, len(usable))
     sequences = []
     for number in range(N_SEQUENCES):
@@ -16969,6 +17002,8 @@ def run_inspect(experiment: Experiment[InspectOptions]) -> None:
     with experiment.stage("effects", f" of {count_noun(len(subjects.components), 'component')}"):
         effects = direct_and_mediated(experiment, subjects.components, samples)
     with experiment.stage("clean runs", " of all prompts a and b"):
+        if len(experiment.units) == 1:
+            experiment.findings.say("one sentence: there are no intervals")
         inspected = inspect_prompts(experiment, subjects)
         for sentence in inspected.warnings:
             experiment.findings.warn(f"{experiment.shape.name}: {sentence}")
@@ -16996,6 +17031,8 @@ def check_inspect(experiment: Experiment[InspectOptions]) -> None:
 def plan_inspect(experiment: Experiment[InspectOptions]) -> Iterator[PlannedRuns]:
     components = choose_subjects(experiment).components
     yield component_runs(components).times(2, "alone, and straight to the logits")
+    n_reads = 4 + experiment.shape.n_layers  # attention, values, contributions, streams; the lens
+    yield PlannedRuns("clean runs to read from", Counter({0: n_reads}))
 
 
 def choose_subjects(experiment: Experiment[InspectOptions]) -> Subjects:
@@ -17606,7 +17643,7 @@ def report_moved_heads(
         return
     table = side_statistics(pd.DataFrame(rows), samples, ["label"])
     given = [component.label for component in experiment.options.given]
-    table = table.drop(given, errors="ignore")
+    table = table.drop(given, errors="ignore").clip(lower=0, upper=1)
     for row in largest_rows(table, "mean_a", N_QUOTED).itertuples():
         experiment.findings.say(
             f"{row.mean_a:.0%}{format_interval(row, 'a', '.0%')} of the attention of {row.Index}"
@@ -17702,6 +17739,10 @@ def report_contributions(experiment: Experiment, table: pd.DataFrame, inspected:
         experiment.findings.say(
             f"words of several tokens count by their first token: {join_values(sorted(cut_words))}"
         )
+    experiment.findings.say(
+        "contributions are logits at the scale that the last norm has in the clean run; effects are"
+        " changes of log P of whole words, with norms computed anew: the two need not agree"
+    )
     terms = table[table["is_term"]]
     name = "the goal after a less that after b" if experiment.is_of_pairs else "the goal"
     texts = []
@@ -17742,6 +17783,8 @@ def vocabulary_rows(
     rows = []
     for label, state in pushed.items():
         logits = vocabulary_logits(experiment.traced, state)
+        if not logits.abs().max() > 0:  # nothing is written, or a direction is zero
+            continue
         for name, sign in (("promoted", 1), ("suppressed", -1)):
             best = (sign * logits).topk(min(N_LISTED, len(logits)))
             for rank, token in enumerate(best.indices.tolist(), 1):
@@ -17782,6 +17825,9 @@ def write_lens(
                 names = {"layer": layer, "measure": measure, "side": prompt.side}
                 rows.append({**names, "sample_id": prompt.sample.sample_id, "value": value})
     table = side_statistics(pd.DataFrame(rows), samples, ["measure", "layer"]).reset_index()
+    is_log_p = table["measure"] != "score"
+    for name in ("a_high", "b_high"):  # no log P is above 0
+        table[name] = table[name].where(~is_log_p, table[name].clip(upper=0))
     report_lens(experiment, table)
     if experiment.folder.leads:
         experiment.folder.write_table("circuit_lens.csv", table)
@@ -17858,13 +17904,17 @@ def describe_reads(reads: pd.DataFrame) -> Iterator[str]:
                 f"; by weight times length of what each makes it write: {name_roles(lengths)}"
             )
         if weights["mean_b"].notna().any():
-            most = largest_rows(weights, "mean", 1).iloc[0]
-            interval = format_interval(most, "ci", "+.0%")
-            none = ", which b has not" if most["n_tokens_b"] == 0 else ""
-            sentence += (
-                f"; unlike prompt b most: {most['role']} {most['mean']:+.0%}{interval}{none}"
-            )
+            sentence += describe_unlike_b(largest_rows(weights, "mean", 1).iloc[0])
         yield sentence
+
+
+def describe_unlike_b(most: pd.Series) -> str:
+    """The role whose weight changes most from prompt b to a, where it changes at all."""
+    if abs(most["mean"]) < LEAST_READ:
+        return ""
+    interval = format_interval(most, "ci", "+.0%")
+    none = ", which b has not" if most["n_tokens_b"] == 0 else ""
+    return f"; unlike prompt b most: {most['role']} {most['mean']:+.0%}{interval}{none}"
 
 
 def strongest_roles(reads: pd.DataFrame) -> pd.DataFrame:
@@ -17935,8 +17985,11 @@ def describe_vocabulary(component: Component, rows: pd.DataFrame) -> str:
 def describe_direct_effect(experiment: Experiment[InspectOptions], row: pd.Series) -> str:
     """The effect of editing a component, and what of it is direct and mediated."""
     score = "delta_logit" if experiment.is_of_pairs else "the score"
-    verb = OPS[experiment.options.op].verb
-    sentence = f"{verb} it moves {score} by {row['effect']:+.3f}{format_interval(row, 'effect')}"
+    options = experiment.options
+    verb = f"{OPS[options.op].verb} it"
+    if options.patches:
+        verb += f" into {options.patch_into}"
+    sentence = f"{verb} moves {score} by {row['effect']:+.3f}{format_interval(row, 'effect')}"
     if "direct" not in row or math.isnan(row["direct"]):
         return sentence
     sentence += f": straight to the logits {row['direct']:+.3f}{format_interval(row, 'direct')}"
@@ -17954,8 +18007,8 @@ def report_directions_read(
     for component in subjects.directions:
         label = direction_label(component)
         rows = vocabulary[vocabulary["label"] == label]
-        if not rows.empty:
-            findings.say(f"{label}: {describe_vocabulary(component, rows)}")
+        what = describe_vocabulary(component, rows) if len(rows) else "adds nothing to the logits"
+        findings.say(f"{label}: {what}")
 
 
 # -- figures
@@ -18025,18 +18078,6 @@ def tokens_to_draw(
     return tokens
 
 
-def token_texts(encoder: PromptEncoder, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the text. Decoded alone some tokenizers drop the space before it."""
-    decode = encoder.tokenizer.decode
-    texts = [str(decode(list(ids[:1])))]
-    for before, token in itertools.pairwise(ids):
-        text_before = str(decode([before]))
-        text = str(decode([before, token]))
-        is_whole = text.startswith(text_before)
-        texts.append(text.removeprefix(text_before) if is_whole else str(decode([token])))
-    return texts
-
-
 def break_lines(tokens: Iterable[DrawnToken]) -> list[list[DrawnToken]]:
     """Tokens by line, as many as fit into `MAX_LINE_LETTERS`; of more than `MAX_TOKEN_LINES` those
     in the middle are left out."""
@@ -18056,12 +18097,13 @@ def break_lines(tokens: Iterable[DrawnToken]) -> list[list[DrawnToken]]:
 def draw_token_lines(lines: Sequence[tuple[str, list[DrawnToken]]], title: str, path: Path) -> None:
     """Lines of shaded tokens with a name before each; a line without tokens is a title."""
     margin = 4  # letters, for the names
-    width = (margin + MAX_LINE_LETTERS) * LETTER_POINTS / 72
+    n_letters = 2 * margin + MAX_LINE_LETTERS
+    width = n_letters * LETTER_POINTS / 72
     height = 0.5 + 0.17 * len(lines)
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1 - 0.35 / height))
     axes.set_axis_off()
-    axes.set(xlim=(0, margin + MAX_LINE_LETTERS), ylim=(len(lines) + 0.5, 0))
+    axes.set(xlim=(0, n_letters), ylim=(len(lines) + 0.5, 0))
     style: dict[str, Any] = {"fontsize": 7, "family": "monospace", "va": "center"}
     style["parse_math"] = False
     for row, (name, tokens) in enumerate(lines, 1):
@@ -18110,7 +18152,7 @@ def draw_lens(experiment: Experiment, table: pd.DataFrame) -> None:
             )
             low, high = of_measure[f"{side}_low"], of_measure[f"{side}_high"]
             axes.fill_between(of_measure["layer"], low, high, color=color, alpha=0.2, linewidth=0)
-        axes.set(xlabel="layer that the stream enters; the last: the model")
+        axes.set(xlabel="layer that the stream enters (last: model)")
         axes.set_title(f"log P of {measure}", fontsize=9)
     all_axes[0].set(ylabel="nats")
     all_axes[0].legend(frameon=False, title="prompt")

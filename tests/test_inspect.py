@@ -300,6 +300,29 @@ def test_roles_of_conversations_prefixes_and_one_prompt(tiny: Bench) -> None:
     assert texts["answer prefix"] + texts["last token"] == "I say:"
 
 
+def test_words_that_only_begin_alike_are_none_and_capitals_are_seen(tiny: Bench) -> None:
+    text = "Don't mention car. Car and car: a careful carpet is no car, oscar says."
+    record = {"prompt_a": f"{text} Go.", "prompt_b": "Go.", "targets": ["car"]}
+    experiment, _, _ = inspecting(tiny, "L0H0", [record])
+    prompt = experiment.prompts[0][0]
+    spans = tracing.word_spans(experiment.encoder, prompt)
+    texts = tracing.token_texts(experiment.encoder, prompt.ids)
+    assert "".join(texts) == prompt.text
+    found = ["".join(texts[span.start : span.stop]) for span in spans]
+    assert sorted(found) == [" Car", " car", " car", " car"]
+    unspaced = ["\u6211", "\u559c\u6b22", "\u732b"]  # in scripts without spaces words touch
+    assert tracing.is_whole_word(unspaced, 1, 2)
+
+
+def test_what_is_zero_promotes_nothing(tiny: Bench) -> None:
+    experiment, _, _ = inspecting(tiny, "L0H0")
+    pushed = {"zero": torch.zeros(tiny.traced.shape.d_model), "one": torch.ones(128)}
+    assert len(pushed["one"]) == tiny.traced.shape.d_model
+    with tracing.progress_bar(1, "", speaks=False) as bar:
+        rows = tracing.vocabulary_rows(experiment, pushed, bar)
+    assert {row["label"] for row in rows} == {"one"}
+
+
 def test_a_swapped_name_has_a_role_of_its_own(tiny_llama: str) -> None:
     experiment = by_hand.prepared(tiny_llama, "inspect", "L0H0", "--task", "odd_one_out")
     for prompt_a, prompt_b in experiment.prompts:
