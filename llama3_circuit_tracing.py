@@ -16536,8 +16536,8 @@ def written_by_token(traced: TracedModel, clean_run: CleanRun, head: Component) 
 
 
 def repeated_sequences(experiment: Experiment) -> list[list[int]]:
-    """Random tokens of the vocabulary, twice in a row, behind a BOS where prompts have one. Each time
-    they are as long as the model takes, at most `N_REPEATED`."""
+    """Random tokens of the vocabulary, twice in a row, behind a BOS where prompts have one: as many
+    as the model takes, at most `N_REPEATED`, each time."""
     tokenizer, shape = experiment.encoder.tokenizer, experiment.shape
     special = set(experiment.encoder.control_tokens)
     usable = [token for token in range(min(len(tokenizer), shape.vocab)) if token not in special]
