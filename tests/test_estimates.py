@@ -495,7 +495,7 @@ def test_interrupted_estimates_go_on(
 
 
 @pytest.mark.parametrize("flags", ["--method atp", "--method ig", "--screen 3"])
-@pytest.mark.parametrize("op", ["zero --positions last", "scale --factor 0"])
+@pytest.mark.parametrize("op", ["zero --positions last", "scale --factor 0 --positions last"])
 def test_what_gradients_cannot_tell_is_refused_before_the_weights(
     flags: str, op: str, llama: str, tmp_path: Path, answer: Answer, no_weights: None
 ) -> None:

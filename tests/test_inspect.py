@@ -42,10 +42,13 @@ def with_biases(model: Any) -> None:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def any_bench(request: Any, folder_of: Callable[[str], str]) -> Bench:
-    made = bench(folder_of(request.param))
+    """A model of its own: those of `bench` are shared by all tests."""
+    folder = folder_of(request.param)
+    model, tokenizer = naive.load(folder)
     if request.param != "tiny":
-        with_biases(made.loaded[0])
-    return made
+        with_biases(model)
+    traced = tracing.TracedModel(model, tracing.shape_of(model, torch.float32), 64)
+    return Bench(folder, (model, tokenizer), traced)
 
 
 @pytest.fixture(scope="module")
