@@ -326,6 +326,19 @@ def test_what_is_zero_promotes_nothing(tiny: Bench) -> None:
     assert {row["label"] for row in rows} == {"one"}
 
 
+@pytest.mark.parametrize("template", ["{} Don't mention apple.", "Well: {} Avoid apple, please."])
+def test_an_instruction_may_stand_behind_or_around_the_text(template: str, tiny: Bench) -> None:
+    record = {**UNEQUAL, "prompt_a": template.format("Name a fruit.")}
+    experiment, _, _ = inspecting(tiny, "L0H0", [record])
+    texts: dict[str, str] = {}
+    for role, text in roles_of(experiment, experiment.prompts[0][0]):
+        texts[role] = texts.get(role, "") + text
+    before, behind = template.split("{}")
+    rest = behind.replace(" apple", "").strip()
+    assert texts["instruction"].split() == [*before.split(), *rest.split()]
+    assert texts["rest of the text"].strip() == "Name a fruit."
+
+
 def test_a_swapped_name_has_a_role_of_its_own(tiny_llama: str) -> None:
     experiment = by_hand.prepared(tiny_llama, "inspect", "L0H0", "--task", "odd_one_out")
     for prompt_a, prompt_b in experiment.prompts:
