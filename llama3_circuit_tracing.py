@@ -1358,6 +1358,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_confirm.png": "Held-out sentences: what is left with components edited jointly.",
         "circuit_wordings.csv": "",
         "circuit_confirm_groups.csv": "",
+        "circuit_reply_groups.csv": "",
         "circuit.json": "",
         "generations.jsonl": "",
     },
@@ -1365,6 +1366,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_joint.csv": "",
         "circuit_joint.png": "What is left with the named components edited jointly.",
         "circuit_joint_groups.csv": "",
+        "joint_reply_groups.csv": "",
         "circuit_curve.csv": "",
         "circuit_curve.png": "Faithfulness of the first components of an order, kept alone.",
         "circuit_steer.csv": "",
@@ -1386,6 +1388,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "directions_confirm.csv": "",
         "directions_confirm.png": "Held-out sentences: what is left with directions edited.",
         "directions_generations.jsonl": "",
+        "directions_reply_groups.csv": "",
     },
     "graph": {
         "circuit_graph.csv": "",
@@ -1439,6 +1442,9 @@ OPTION_OF_FILE = {
     "circuit_confirm.png": "confirm",
     "circuit_wordings.csv": "confirm",
     "circuit_confirm_groups.csv": "confirm",
+    "circuit_reply_groups.csv": "max_new_tokens",
+    "joint_reply_groups.csv": "max_new_tokens",
+    "directions_reply_groups.csv": "max_new_tokens",
     "circuit.json": "confirm",
     "generations.jsonl": "max_new_tokens",
     "circuit_curve.csv": "curve",
@@ -12390,8 +12396,9 @@ def report_replies(
     records: Sequence[list[dict[str, Any]]],
 ) -> None:
     """A sentence, and an entry of run.json, per set of samples (all, held-out) and number of edited
-    components; where samples have groups, one more by group. The edited replies of a set of samples
-    are held against the unedited ones to the same samples."""
+    components; where samples have groups, one more by group, and a table, such as
+    circuit_reply_groups.csv. The edited replies of a set of samples are held against the unedited
+    ones to the same samples."""
     tables = []
     for request, replies in zip(requests, records, strict=True):
         if request.joint_set.multiplier is None:
@@ -12420,6 +12427,10 @@ def report_replies(
         for sentence in describe_replies_by_group(experiment.task, group_rates):
             experiment.findings.say(sentence)
         experiment.folder.note_command(behaviour_by_group=group_rates)
+        command = experiment.folder.command
+        if experiment.folder.leads:
+            name = f"{'circuit' if command == 'trace' else command}_reply_groups.csv"
+            experiment.folder.write_table(name, pd.DataFrame(group_rates))
 
 
 def describe_replies(task: Task, rate: Mapping[str, Any]) -> str:

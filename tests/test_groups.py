@@ -445,6 +445,7 @@ def test_joint_tells_groups_and_negative_controls_too(
     assert rows.loc["", columns].tolist() == pytest.approx(named[columns].tolist(), rel=1e-5)
     rates = record_of(tmp_path)["commands"]["joint"]["behaviour_by_group"]
     assert {rate["group"] for rate in rates} == {"food", "life", NO_ODD_ONE}
+    assert set(read(tmp_path, "joint_reply_groups.csv")["group"]) == {"food", "life", NO_ODD_ONE}
 
 
 def test_reply_rates_by_group_are_those_of_its_replies(run: Path) -> None:
@@ -452,7 +453,11 @@ def test_reply_rates_by_group_are_those_of_its_replies(run: Path) -> None:
     group_of = {sample["sample_id"]: sample["group"] for sample in record["samples"]}
     unit_of = {sample["sample_id"]: sample["unit"] for sample in record["samples"]}
     replies = generations(run)
-    for rate in record["commands"]["trace"]["behaviour_by_group"]:
+    rates = record["commands"]["trace"]["behaviour_by_group"]
+    table = read(run, "circuit_reply_groups.csv")
+    for row, rate in zip(table.to_dict("records"), rates, strict=True):
+        assert row == pytest.approx(rate)
+    for rate in rates:
         if rate["samples"] != "all":
             continue
         own_replies = [

@@ -317,6 +317,17 @@ def test_words_that_only_begin_alike_are_none_and_capitals_are_seen(tiny: Bench)
     assert tracing.is_whole_word(unspaced, 1, 2)
 
 
+def test_tokens_keep_the_space_that_decoding_them_alone_drops() -> None:
+    class Pieces:
+        """As SentencePiece decodes: a text begins with no space."""
+
+        def decode(self, ids: Sequence[int]) -> str:
+            return "".join([" Do", " not", " say", "ing"][token] for token in ids).lstrip()
+
+    encoder = tracing.PromptEncoder(Pieces(), "", "word")
+    assert tracing.token_texts(encoder, [0, 1, 2, 3]) == ["Do", " not", " say", "ing"]
+
+
 def test_what_is_zero_promotes_nothing(tiny: Bench) -> None:
     experiment, _, _ = inspecting(tiny, "L0H0")
     pushed = {"zero": torch.zeros(tiny.traced.shape.d_model), "one": torch.ones(128)}
