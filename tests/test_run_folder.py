@@ -166,6 +166,7 @@ OF_TABLE = ("circuit.json", "circuit_confirm.csv")
 # of wordings, of which samples here have one, and of groups, of which they have none
 OF_LABELS = {"circuit_templates.csv", "circuit_wordings.csv", "circuit_groups.csv"}
 OF_LABELS |= {"circuit_groups.png", "circuit_confirm_groups.csv", "circuit_joint_groups.csv"}
+OF_LABELS |= {f"{name}_reply_groups.csv" for name in ("circuit", "joint", "directions")}
 
 
 @pytest.fixture(scope="module")
