@@ -4649,6 +4649,14 @@ class Tree:
         return scores
 
 
+def differing_places(ids: Sequence[int], partner_ids: Sequence[int]) -> range:
+    """The tokens of a prompt between what it shares with its partner at either end."""
+    prefix = common_start(ids, partner_ids)
+    # of what is behind the prefix, so that no token is in both
+    suffix = common_start(ids[prefix:][::-1], partner_ids[prefix:][::-1])
+    return range(prefix, len(ids) - suffix)
+
+
 def align_positions(
     ids: Sequence[int], partner_ids: Sequence[int], options: MeasuringOptions
 ) -> AlignedPositions:
@@ -4662,18 +4670,16 @@ def align_positions(
         return None
     n_tokens = len(ids)
     shift = len(partner_ids) - n_tokens
-    prefix = common_start(ids, partner_ids)
-    # of what is behind the prefix, so that no token is in both
-    suffix = common_start(ids[prefix:][::-1], partner_ids[prefix:][::-1])
+    differing = differing_places(ids, partner_ids)
     if options.positions == "last":
         positions = range(n_tokens - 1, n_tokens)
     elif options.positions == "differing":
-        positions = range(prefix, n_tokens - suffix)
+        positions = differing
     else:
         positions = range(n_tokens)
     first_aligned = 0
     if options.patches and shift == 0:
-        first_aligned = prefix
+        first_aligned = differing.start
     elif options.patches:
         first_aligned = n_tokens - common_start(ids[::-1], partner_ids[::-1])
     return {place: place + shift for place in positions if place >= first_aligned}
@@ -5924,11 +5930,8 @@ def find_relp_obstacles(model: nn.Module) -> list[str]:
 
 def find_graph_obstacles(model: Any, blocks: nn.Module) -> Iterator[str]:
     """What keeps a logit from being a sum over embeddings, heads and neurons."""
-    text_config = model.config.get_text_config()
-    for name in (*SCALED_LOGITS, "residual_multiplier"):
-        scale = getattr(text_config, name, None)
-        if scale not in (None, 1):
-            yield f"{name} {scale}"
+    for name, scale in scales_of(model, (*SCALED_LOGITS, "residual_multiplier")).items():
+        yield f"{name} {scale}"
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         yield "an unembedding with a bias"
     if getattr(model.config, "quantization_config", None):
@@ -6052,12 +6055,17 @@ def warn_of_offloading(model: nn.Module) -> None:
         log.warning(f"some layers are offloaded ({names}): this is exact but slow")
 
 
+def scales_of(model: Any, names: Iterable[str] = SCALED_LOGITS) -> dict[str, Any]:
+    """By name the fields of a model's config that are there and not 1."""
+    text_config = model.config.get_text_config()
+    scales = {name: getattr(text_config, name, None) for name in names}
+    return {name: scale for name, scale in scales.items() if scale not in (None, 1)}
+
+
 def needs_model_logits(model: Any) -> bool:
     """Whether logits are more than a product with an unembedding matrix that is at hand."""
-    text_config = model.config.get_text_config()
-    for name in SCALED_LOGITS:
-        if getattr(text_config, name, None) not in (None, 1):
-            return True
+    if scales_of(model):
+        return True
     unembedding = model.get_output_embeddings()
     if not isinstance(unembedding, nn.Linear) or unembedding.bias is not None:
         return True
@@ -6094,6 +6102,11 @@ class TracedModel:
         if sentence not in self.warnings:
             self.warnings.add(sentence)
             log.warning("%s: %s", self.shape.name, sentence)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some weights are not at hand, so that no gradient can be had."""
+        return any(weight.is_meta for weight in self.model.parameters())
 
     @functools.cached_property
     def log_prob_bound(self) -> float:
@@ -6525,6 +6538,11 @@ def unembed(states: Tensor, weight: Tensor) -> Iterator[Tensor]:
             yield states.float() @ block.float().t()
 
 
+def unembed_whole(states: Tensor, weight: Tensor) -> Tensor:
+    """The same as one tensor [state, vocab]: logits before a scale, a bias and a cap."""
+    return torch.cat([*unembed(states.to(weight.device, weight.dtype), weight)], -1)
+
+
 def entry_log_probs(hidden: Tensor, weight: Tensor, tree: Tree) -> Tensor:
     """Log-probabilities [row, entry] from the final states [row, node, d_model] at the scoring
     nodes, by a running log-sum-exp: the logits of the whole vocabulary never exist at once."""
@@ -6887,8 +6905,7 @@ def next_token_log_probs(traced: TracedModel, states: Tensor) -> Tensor:
     logits = states
     if not traced.uses_model_logits:
         weight = traced.unembedding.weight
-        blocks = list(unembed(states.to(weight.device), weight))
-        logits = torch.cat(blocks, -1)
+        logits = unembed_whole(states, weight)
     return logits.float().log_softmax(-1)
 
 
@@ -7673,7 +7690,7 @@ class Experiment(Generic[OptionsT]):
 
     def require_weights_at_hand(self, purpose: str) -> None:
         """`UsageError` where weights are offloaded, so that no gradient can be had."""
-        if any(weight.is_meta for weight in self.traced.model.parameters()):
+        if self.traced.is_offloaded:
             raise UsageError(f"{purpose} needs weights at hand; some are offloaded")
 
     def note_halving(self) -> None:
@@ -15452,7 +15469,7 @@ def make_graph(experiment: Experiment, prompt: Prompt, bar: tqdm[Any]) -> dict[s
     half_blocks = run_half_blocks(traced, prompt.ids)
     matrix = traced.unembedding.weight
     last_state = half_blocks[Site(shape.n_layers, "final")].made[0, -1:].detach()
-    logits = torch.cat([*unembed(last_state.to(matrix.device), matrix)], -1)[0]
+    logits = unembed_whole(last_state, matrix)[0]
     goal = goal_weights(experiment, prompt, logits)
     run = LinearRun(traced, prompt.ids, half_blocks, goal_direction(traced, goal))
     nodes, weights = attribute(run, options.nodes)
@@ -16401,7 +16418,7 @@ def text_roles(encoder: PromptEncoder, prompt: Prompt, partner: Prompt | None) -
         is_known = start is not None and start < len(by_character)
         roles.append(by_character[start or 0] if is_known else UNPLACED_ROLE)
     if partner is not None and not (holds_text(prompt, partner) or holds_text(partner, prompt)):
-        for place in differing_places(prompt, partner):
+        for place in differing_places(prompt.ids, partner.ids):
             if roles[place] in SAID_ROLES:
                 roles[place] = DIFFERING_ROLE
     return roles
@@ -16410,13 +16427,6 @@ def text_roles(encoder: PromptEncoder, prompt: Prompt, partner: Prompt | None) -
 def holds_text(prompt: Prompt, other: Prompt) -> bool:
     """Whether the user's text of a prompt is that of another, and an instruction beside it."""
     return bool(text_beside(user_text(prompt).strip(), user_text(other).strip()))
-
-
-def differing_places(prompt: Prompt, partner: Prompt) -> range:
-    """The tokens of a prompt between what it shares with its partner at either end."""
-    prefix = common_start(prompt.ids, partner.ids)
-    suffix = common_start(prompt.ids[prefix:][::-1], partner.ids[prefix:][::-1])
-    return range(prefix, len(prompt.ids) - suffix)
 
 
 def word_role(task: Task, word: str, prompt: Prompt, partner_words: Iterable[str]) -> str:
@@ -16918,14 +16928,12 @@ def written_values(run: DirectRun, component: Component) -> tuple[Tensor, Tensor
 
 def why_without_contributions(traced: TracedModel) -> str:
     """Why what components write cannot be told by gradients; "" where it can."""
-    if any(weight.is_meta for weight in traced.model.parameters()):
+    if traced.is_offloaded:
         return "some weights are offloaded"
     if not traced.unembedding.weight.is_floating_point():
         return "its unembedding is packed"
-    text_config = traced.model.config.get_text_config()
-    for name in SCALED_LOGITS:
-        scale = getattr(text_config, name, None)
-        if scale not in (None, 1) and "cap" not in name:
+    for name, scale in scales_of(traced.model).items():
+        if "cap" not in name:
             return f"its logits are scaled ({name} {scale})"
     try:
         writing_modules(traced)
@@ -16937,20 +16945,23 @@ def why_without_contributions(traced: TracedModel) -> str:
 def vocabulary_logits(traced: TracedModel, state: Tensor) -> Tensor:
     """[token], what a final state adds to all logits, less their mean; before a cap."""
     weight = traced.unembedding.weight.detach()
-    logits = torch.cat([*unembed(state[None].to(weight.device, weight.dtype), weight)], -1)[0]
+    logits = unembed_whole(state[None], weight)[0]
     return (logits - logits.mean()).cpu()
 
 
 # ----- Logit lens ---------------------------------------------------------------------------------
 
 
-def lens_log_probs(traced: TracedModel, tree: Tree, background: Edits) -> list[Tensor]:
+def streams_to_read(shape: ModelShape) -> list[Site]:
+    """The residual stream entering each layer."""
+    return [Site(layer, "resid") for layer in range(shape.n_layers)]
+
+
+def lens_log_probs(traced: TracedModel, clean_run: CleanRun) -> list[Tensor]:
     """Log-probabilities [1, entry] that the model's own final norm and unembedding give to the
     residual stream entering each layer, and last those of the model (logit lens: nostalgebraist
-    2020)."""
-    layers = range(traced.shape.n_layers)
-    sites = [Site(layer, "resid") for layer in layers]
-    clean_run = run_clean(traced, tree, background, [0], sites)
+    2020). The clean run keeps `streams_to_read`, and what layer 0 gets as a block returns it."""
+    sites = streams_to_read(traced.shape)
     by_layer = [read_by_lens(traced, clean_run, clean_run.activations[site]) for site in sites]
     return [*by_layer, clean_run.log_probs]
 
@@ -17023,9 +17034,9 @@ def run_inspect(experiment: Experiment[InspectOptions]) -> None:
         vocabulary = write_vocabulary(experiment, subjects, inspected)
         write_lens(experiment, inspected, samples)
     patterns = write_patterns(experiment, subjects)
+    tables = InspectedTables(reads, patterns, writes, vocabulary)
     for component in subjects.components:
         experiment.findings.heading(component.label)
-        tables = InspectedTables(reads, patterns, writes, vocabulary)
         for sentence in describe_component(experiment, component, tables):
             experiment.findings.say(sentence)
     report_directions_read(experiment.findings, subjects, vocabulary)
@@ -17042,7 +17053,7 @@ def check_inspect(experiment: Experiment[InspectOptions]) -> None:
 def plan_inspect(experiment: Experiment[InspectOptions]) -> Iterator[PlannedRuns]:
     components = choose_subjects(experiment).components
     yield component_runs(components).times(2, "alone, and straight to the logits")
-    n_reads = 4 + experiment.shape.n_layers  # attention, values, contributions, streams; the lens
+    n_reads = 3 + experiment.shape.n_layers  # activations, attention, contributions; the lens
     yield PlannedRuns("clean runs to read from", Counter({0: n_reads}))
 
 
@@ -17127,8 +17138,8 @@ def direct_and_mediated(
     """
     alone, floor = single_effects(experiment, components, samples)
     effects = alone.join(samples[sample_columns(samples)], on="sample_id")
-    table = named_statistics(effects, "sender_effect", "effect")
-    table["n_sentences"] = column_statistics(effects, "sender_effect", ["sender"])["n_sentences"]
+    statistics = column_statistics(effects, "sender_effect", ["sender"])
+    table = named_means(statistics, "effect").assign(n_sentences=statistics["n_sentences"])
     if not experiment.shape.d_mlp:
         experiment.findings.warn(
             "the MLPs of this model have no neurons that can be held at their clean values: what is"
@@ -17137,14 +17148,14 @@ def direct_and_mediated(
         return table.rename_axis("label")
     paths = [PathEdit(component, ()) for component in components]
     rows = effect_rows(measure_paths(experiment, paths, "all"), samples)
+    direct = path_table(rows, alone, floor).set_index("sender")
     both = rows.merge(alone, on=["sender", "sample_id"])
     both["mediated"] = both["sender_effect"] - both["head_effect"]
-    table = table.join(named_statistics(both, "head_effect", "direct"))
-    table = table.join(named_statistics(both, "mediated", "mediated"))
-    shares = path_table(rows, alone, floor).set_index("sender")
-    table["direct_share"] = shares["share_of_total"]
-    table["direct_share_low"] = shares["share_low"]
-    table["direct_share_high"] = shares["share_high"]
+    mediated = column_statistics(both, "mediated", ["sender"])
+    table = table.join(named_means(direct, "direct")).join(named_means(mediated, "mediated"))
+    table["direct_share"] = direct["share_of_total"]
+    table["direct_share_low"] = direct["share_low"]
+    table["direct_share_high"] = direct["share_high"]
     return table.rename_axis("label")
 
 
@@ -17153,10 +17164,10 @@ def sample_columns(samples: pd.DataFrame) -> list[str]:
     return [name for name in ("unit", "group", "template") if name in samples]
 
 
-def named_statistics(rows: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
-    """By sender the mean of a column and its interval, as `name`, `name`_low and `name`_high."""
-    statistics = column_statistics(rows, column, ["sender"])[["mean", "ci_low", "ci_high"]]
-    return statistics.set_axis([name, f"{name}_low", f"{name}_high"], axis=1)
+def named_means(statistics: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The mean of some statistics and its interval, as `name`, `name`_low and `name`_high."""
+    means = statistics[["mean", "ci_low", "ci_high"]]
+    return means.set_axis([name, f"{name}_low", f"{name}_high"], axis=1)
 
 
 # -- clean runs: a part per tree
@@ -17244,13 +17255,20 @@ def inspect_tree(
     sums `pushed` over its `n_pushed` prompts a; by how many logits contributions `miss` their goals
     at most; and `warnings`."""
     contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
-    warnings = read_attention(experiment, subjects, tree, contents)
-    read_lens(experiment, tree, contents)
+    clean_run = clean_run_to_read(experiment, subjects, tree)
+    warnings = read_attention(experiment, subjects, clean_run, contents)
+    read_lens(experiment, clean_run, contents)
     content = {"prompts": contents, "pushed": {}, "n_pushed": 0, "miss": 0.0}
     content |= read_contributions(experiment, subjects, tree, contents, warnings)
     content["warnings"] = warnings
     bar.update()
     return content
+
+
+def clean_run_to_read(experiment: Experiment, subjects: Subjects, tree: Tree) -> CleanRun:
+    """The clean run of a tree that lengths, activations and the lens are read from."""
+    sites = [*streams_to_read(experiment.shape), *(neuron.site for neuron in subjects.neurons)]
+    return run_clean(experiment.traced, tree, experiment.background, [0], sites)
 
 
 def query_places(experiment: Experiment[InspectOptions], tree: Tree) -> list[dict[str, list[int]]]:
@@ -17266,7 +17284,8 @@ def query_places(experiment: Experiment[InspectOptions], tree: Tree) -> list[dic
             partner_place = places.get(partner_side(side))
             if partner_place is None:
                 continue
-            differing = differing_places(tree.prompts[place], tree.prompts[partner_place])
+            partner_ids = tree.prompts[partner_place].ids
+            differing = differing_places(tree.prompts[place].ids, partner_ids)
             if differing:
                 by_prompt[place][QUERY_DIFFERING] = [*differing]
     return by_prompt
@@ -17275,15 +17294,15 @@ def query_places(experiment: Experiment[InspectOptions], tree: Tree) -> list[dic
 def read_attention(
     experiment: Experiment[InspectOptions],
     subjects: Subjects,
-    tree: Tree,
+    clean_run: CleanRun,
     contents: list[dict[str, Any]],
 ) -> list[str]:
     """Add to the contents of each prompt `attention`, by query and head the weights [tok]; `norms`,
     by head the lengths [tok] of `written_by_token`; `activations` [tok] by neuron; and with --given
     `attention_before`, the same without it, and `moved` [layer, head], see `attention_moved`.
     Returns warnings."""
-    traced, background = experiment.traced, experiment.background
-    clean_run = read_activations(experiment, subjects, tree, contents)
+    traced, background, tree = experiment.traced, experiment.background, clean_run.tree
+    read_activations(experiment, subjects, clean_run, contents)
     places = query_places(experiment, tree)
     nodes: list[int] = []
     for path, by_query in zip(tree.paths, places, strict=True):
@@ -17325,31 +17344,32 @@ def attention_moved(weights: Tensor, before: Tensor) -> list[list[float]]:
 
 
 def read_activations(
-    experiment: Experiment, subjects: Subjects, tree: Tree, contents: list[dict[str, Any]]
-) -> CleanRun:
-    """The `norms` and `activations` of `read_attention`, from a clean run, which is returned."""
-    sites = {neuron.site for neuron in subjects.neurons}
-    clean_run = run_clean(experiment.traced, tree, experiment.background, (), sites)
+    experiment: Experiment,
+    subjects: Subjects,
+    clean_run: CleanRun,
+    contents: list[dict[str, Any]],
+) -> None:
+    """The `norms` and `activations` of `read_attention`."""
     norms = {}
     for head in subjects.heads:
         lengths = written_by_token(experiment.traced, clean_run, head)
         if lengths is not None:
             norms[head.label] = lengths
-    for content, path in zip(contents, tree.paths, strict=True):
+    for content, path in zip(contents, clean_run.tree.paths, strict=True):
         content["norms"] = {label: lengths[path].tolist() for label, lengths in norms.items()}
         content["activations"] = {}
         for neuron in subjects.neurons:
             activation = clean_run.activations[neuron.site][path, neuron.index]
             content["activations"][neuron.label] = activation.float().tolist()
-    return clean_run
 
 
-def read_lens(experiment: Experiment, tree: Tree, contents: list[dict[str, Any]]) -> None:
+def read_lens(experiment: Experiment, clean_run: CleanRun, contents: list[dict[str, Any]]) -> None:
     """Add to the contents of each prompt `lens`: by layer log P of the targets and of the foils, as
     the task takes several together, and the score; last those of the model itself."""
+    tree = clean_run.tree
     for content in contents:
         content["lens"] = []
-    for log_probs in lens_log_probs(experiment.traced, tree, experiment.background):
+    for log_probs in lens_log_probs(experiment.traced, clean_run):
         scores = tree.scores(log_probs, experiment.task)[0].tolist()
         words = tree.word_log_probs(log_probs)
         for place, prompt in enumerate(tree.prompts):
@@ -17439,9 +17459,8 @@ def goals_of_prompts(
 def first_token_logits(run: DirectRun) -> Tensor:
     """Logits [prompt, vocab] of the token after each prompt, before a cap."""
     unembedding = run.traced.unembedding
-    weight = unembedding.weight
     states = run.final_states[run.last_nodes].detach()
-    logits = torch.cat([*unembed(states.to(weight.device, weight.dtype), weight)], -1)
+    logits = unembed_whole(states, unembedding.weight)
     bias = getattr(unembedding, "bias", None)
     return (logits if bias is None else logits + bias).detach().cpu()
 
@@ -17860,12 +17879,9 @@ def report_lens(experiment: Experiment, table: pd.DataFrame) -> None:
     if first == len(is_alike):
         experiment.findings.say(f"logit lens: {name} is not clear, at the end neither")
         return
-    layer = int(scores["layer"].iloc[first])
-    where = (
-        "only behind the last layer"
-        if first == len(scores) - 1
-        else (f"from what enters layer {layer} on")
-    )
+    where = f"from what enters layer {scores['layer'].iloc[first]} on"
+    if first == len(scores) - 1:
+        where = "only behind the last layer"
     experiment.findings.say(
         f"logit lens: {name} has its final sign, {final['mean']:+.3f}, clearly {where}"
     )
@@ -18048,7 +18064,7 @@ def draw_inspected(
     drawn = [entry for entry in inspected.prompts if entry.prompt.sample is sample]
     lines: list[tuple[str, list[DrawnToken]]] = []
     for head in heads:
-        bound = darkest_weight(experiment, head, drawn)
+        bound = darkest_weight(head, drawn)
         lines.append((f"{head.label}   darkest: {bound:.2f} of its attention or more", []))
         for entry in drawn:
             name = entry.prompt.side
@@ -18062,9 +18078,7 @@ def draw_inspected(
     draw_token_lines(lines, title, experiment.folder.claim_path("circuit_inspect.png"))
 
 
-def darkest_weight(
-    experiment: Experiment, head: Component, drawn: Sequence[InspectedPrompt]
-) -> float:
+def darkest_weight(head: Component, drawn: Sequence[InspectedPrompt]) -> float:
     """The largest weight of a head on any token but the first, which often gets what no other
     does."""
     weights = []

@@ -142,7 +142,8 @@ def test_a_model_that_returns_no_weights_is_told_and_not_read(
     monkeypatch.setattr(type(tiny.traced.model), "set_attn_implementation", lambda *_: None)
     assert tracing.attention_from(tiny.traced, tree, (), all_queries(tree)) is None
     contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
-    (warning,) = tracing.read_attention(experiment, subjects, tree, contents)
+    clean_run = tracing.clean_run_to_read(experiment, subjects, tree)
+    (warning,) = tracing.read_attention(experiment, subjects, clean_run, contents)
     assert "its attention returns no weights" in warning
 
 
@@ -566,8 +567,9 @@ def test_what_a_component_promotes_is_what_its_output_adds_to_the_logits(any_ben
 
 def test_the_lens_is_the_models_own_head_on_the_stream(any_bench: Bench) -> None:
     loaded, traced = any_bench.loaded[0], any_bench.traced
-    _, _, tree = inspecting(any_bench, "L0H0")
-    by_layer = tracing.lens_log_probs(traced, tree, ())
+    experiment, subjects, tree = inspecting(any_bench, "L0H0")
+    clean_run = tracing.clean_run_to_read(experiment, subjects, tree)
+    by_layer = tracing.lens_log_probs(traced, clean_run)
     final_norm = naive.first_of(
         loaded, ["model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm"]
     )
@@ -803,11 +805,12 @@ def test_given_tells_how_the_patterns_of_later_heads_change(
 def test_attention_from_the_words_that_differ(tiny: Bench) -> None:
     experiment, subjects, tree = inspecting(tiny, "L1H3 --query differing")
     contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
-    tracing.read_attention(experiment, subjects, tree, contents)
+    clean_run = tracing.clean_run_to_read(experiment, subjects, tree)
+    tracing.read_attention(experiment, subjects, clean_run, contents)
     for sample_prompts in experiment.prompts:
         for prompt, partner in (sample_prompts, sample_prompts[::-1]):
             place = tree.prompts.index(prompt)
-            differing = [*tracing.differing_places(prompt, partner)]
+            differing = [*tracing.differing_places(prompt.ids, partner.ids)]
             found = contents[place]["attention"]
             if not differing:
                 assert list(found) == ["last"]
@@ -1012,7 +1015,8 @@ def attention_rows_of(
     prompts = []
     for tree in tracing.trees_to_inspect(experiment):
         contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
-        tracing.read_attention(experiment, subjects, tree, contents)
+        clean_run = tracing.clean_run_to_read(experiment, subjects, tree)
+        tracing.read_attention(experiment, subjects, clean_run, contents)
         for prompt, content in zip(tree.prompts, contents, strict=True):
             prompts.append(tracing.InspectedPrompt(prompt, None, content))
     return tracing.attention_rows(experiment, tracing.Inspected([], prompts, {}, 0.0))
@@ -1073,14 +1077,15 @@ def test_sentences_of_a_component() -> None:
 def test_the_figure_shades_the_tokens_of_each_prompt_by_its_own_weights(tiny: Bench) -> None:
     experiment, subjects, tree = inspecting(tiny, "L0H6", [UNEQUAL])
     contents: list[dict[str, Any]] = [{} for _ in tree.prompts]
-    tracing.read_attention(experiment, subjects, tree, contents)
+    clean_run = tracing.clean_run_to_read(experiment, subjects, tree)
+    tracing.read_attention(experiment, subjects, clean_run, contents)
     head = Component(0, "head", 6)
     entries = [
         tracing.InspectedPrompt(prompt, None, content)
         for prompt, content in zip(tree.prompts, contents, strict=True)
     ]
     weights = [eager_attentions(tiny, ids_of(prompt))[0][6, -1] for prompt in tree.prompts]
-    bound = tracing.darkest_weight(experiment, head, entries)
+    bound = tracing.darkest_weight(head, entries)
     assert bound == pytest.approx(
         max(float(of_tokens[1:].max()) for of_tokens in weights), abs=1e-5
     )
