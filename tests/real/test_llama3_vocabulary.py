@@ -199,7 +199,9 @@ def test_the_command_leaves_every_file_and_replies_to_every_prompt(run: Path) ->
     names = {path.name for path in run.iterdir()} - {".parts"}
     others = {"circuit_heatmap.png", "circuit_screen.csv", "circuit_screen.png"}
     others.add("circuit_templates.csv")  # of several wordings
-    expected = set(tracing.COMMAND_FILES["trace"]) - others
+    others |= {"circuit_overview.csv", "circuit_overview.png"}  # of --overview
+    of_groups = {name for name in tracing.COMMAND_FILES["trace"] if "group" in name}
+    expected = set(tracing.COMMAND_FILES["trace"]) - others - of_groups  # its samples have none
     assert names == expected | {"run.json", "run.log", tracing.REPORT_FILE}
     replied = [(r["sample_id"], r["prompt"]) for r in generations(run) if not r["n_ablated"]]
     assert replied == [(i, side) for i in by_hand.texts(run) for side in "ab"]

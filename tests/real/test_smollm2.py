@@ -304,7 +304,7 @@ def test_a_name_mover_reads_the_indirect_object_and_writes_it(plain: Plain, tmp_
         x, z = recorded["x"][0, -1], recorded["z"][0, -1, :64]
         part = o_proj.weight[:, :64] @ z * model.model.norm.weight
         part = part * (x.pow(2).mean() + model.config.rms_norm_eps).rsqrt()
-        logits = model.lm_head.weight.detach() @ part
+        logits = (model.lm_head.weight @ part).detach()
         weights.append(float(attention[place]))
         added.append(float(logits[token] - logits.mean()))
     model.set_attn_implementation("sdpa")
