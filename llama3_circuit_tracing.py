@@ -1386,8 +1386,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_confirm_groups.csv": "",
         "circuit_reply_groups.csv": "",
         "circuit_rates.csv": "",
-        "circuit_rates.png": "Held-out sentences: the rate of the behaviour in replies, and the mean"
-        " score, by the number of components edited.",
+        "circuit_rates.png": "Held-out sentences: the rate of the behaviour in replies, and the"
+        " mean score, by the number of components edited.",
         "circuit_reply_layers.csv": "",
         "circuit_reply_layers.png": "The rate of the behaviour in replies with one layer edited,"
         " and its effect on the score.",
@@ -12679,8 +12679,9 @@ def replies_table(
     requests: Sequence[ReplyRequest],
     records: Sequence[list[dict[str, Any]]],
 ) -> pd.DataFrame:
-    """The replies of some requests, one a row, the unedited ones once per set of samples: with `samples`, the `text` of the prompt, the sample's `unit` and `group`, and
-    `mentions_before`, whether the unedited reply shows the behaviour."""
+    """The replies of some requests, one a row, the unedited ones once per set of samples: with
+    `samples`, the `text` of the prompt, the sample's `unit` and `group`, and `mentions_before`,
+    whether the unedited reply shows the behaviour."""
     tables = []
     for request, replies in zip(requests, records, strict=True):
         tables.append(pd.DataFrame(replies).assign(samples=request.samples))
@@ -12902,35 +12903,39 @@ def describe_drop(task: Task, table: pd.DataFrame) -> Iterator[str]:
         )
 
 
+def plot_rate(axes: Any, places: Any, rows: pd.DataFrame, side: str) -> None:
+    """The rate of the behaviour after one prompt (`shown`) with its intervals, at some places; the
+    lines of both prompts may lie upon each other."""
+    color = SIDE_COLORS[side]
+    line = "-" if side == "a" else "--"
+    axes.vlines(places, rows["shown_low"], rows["shown_high"], color=color, alpha=0.5)
+    axes.plot(places, rows["shown"], "o", linestyle=line, color=color, label=f"after prompt {side}")
+
+
 def draw_rates(table: pd.DataFrame, task: Task, options: MeasuringOptions, path: Path) -> None:
     """The rate of the behaviour and the mean score against the number of edited components."""
-    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     rate_axes, score_axes = figure.subplots(1, 2)
-    for side, rows in table.groupby("side"):
+    table = table.sort_values("n_ablated").assign(place=table["n_ablated"].map(str))
+    is_random = table["set"] == "random"
+    for side, rows in table[~is_random].groupby("side"):
+        plot_rate(rate_axes, rows["place"], rows, str(side))
+    for side, rows in table[is_random].groupby("side"):
+        label = f"random sets, after prompt {side}"
         color = SIDE_COLORS[str(side)]
-        curve = rows[rows["set"].isin(["", "chosen"])].sort_values("n_ablated")
-        places = [str(n) for n in curve["n_ablated"]]
-        rate_axes.vlines(places, curve["shown_low"], curve["shown_high"], color=color, alpha=0.5)
-        rate_axes.plot(places, curve["shown"], "o-", color=color, label=f"after prompt {side}")
-        randoms = rows[rows["set"] == "random"]
-        if len(randoms):
-            label = f"random sets, after prompt {side}"
-            places = [str(n) for n in randoms["n_ablated"]]
-            rate_axes.plot(places, randoms["shown"], "x", color=color, alpha=0.6, label=label)
-    scores = table[table["side"] == table["side"].iloc[0]]
-    curve = scores[scores["set"] != "random"].sort_values("n_ablated")
-    places = [str(n) for n in curve["n_ablated"]]
+        rate_axes.plot(rows["place"], rows["shown"], "x", color=color, alpha=0.6, label=label)
+    of_one_side = table["side"] == table["side"].iloc[0]
+    curve = table[of_one_side & ~is_random]
     score_axes.axhline(0, color="gray", linewidth=0.8)
-    score_axes.vlines(places, curve["ci_low"], curve["ci_high"], color="black", alpha=0.5)
-    score_axes.plot(places, curve["mean_delta"], "o-", color="black", label="chosen")
-    randoms = scores[scores["set"] == "random"]
-    places = [str(n) for n in randoms["n_ablated"]]
-    score_axes.plot(places, randoms["mean_delta"], "x", color="gray", label="random sets")
+    score_axes.vlines(curve["place"], curve["ci_low"], curve["ci_high"], color="black", alpha=0.5)
+    score_axes.plot(curve["place"], curve["mean_delta"], "o-", color="black")
+    randoms = table[of_one_side & is_random]
+    score_axes.plot(randoms["place"], randoms["mean_delta"], "x", color="gray")
     rate_axes.set(ylabel=f"% of replies: {task.shown}", ylim=(-5, 105))
     score_axes.set(ylabel=f"mean score {table['measure'].iloc[0]} (nats)")
     for axes in (rate_axes, score_axes):
         axes.set_xlabel("components edited jointly")
-        axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     figure.suptitle(f"Held-out {task.name}: joint op {options.op_text}", fontsize=10)
     save_figure(figure, path)
 
@@ -12939,7 +12944,11 @@ def draw_rates(table: pd.DataFrame, task: Task, options: MeasuringOptions, path:
 
 
 # values of --steer_at in words
-STEERED_TOKENS = {"all": "all tokens", "prompt": "the prompt's tokens", "reply": "the reply's"}
+STEERED_TOKENS = {
+    "all": "all tokens",
+    "prompt": "the prompt's tokens",
+    "reply": "the reply's tokens",
+}
 
 
 class Steering(NamedTuple):
@@ -12974,7 +12983,8 @@ def run_steering(
     report_steering(experiment, table)
     if experiment.folder.leads:
         experiment.folder.write_table(f"{name}.csv", table)
-        draw_steering(table, experiment, experiment.folder.claim_path(f"{name}.png"))
+        path = experiment.folder.claim_path(f"{name}.png")
+        draw_steering(table, experiment.task, path)
 
 
 def steering_table(
@@ -13032,6 +13042,10 @@ def shares_of_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]
 def report_steering(experiment: Experiment, table: pd.DataFrame) -> None:
     """A sentence per multiplier and side, with the reach of random sets beside the circuit."""
     is_random = table["set"] == "random"
+    first = table.iloc[0]
+    experiment.findings.say(
+        f"{shorten(first['components'], 200)} times a factor at {STEERED_TOKENS[first['tokens']]}:"
+    )
     key = ["factor", "side"]
     randoms = dict(list(table[is_random].groupby(key)))
     for row in table[~is_random].itertuples():
@@ -13039,7 +13053,7 @@ def report_steering(experiment: Experiment, table: pd.DataFrame) -> None:
         if (row.factor, row.side) in randoms:
             beside = describe_random_steering(randoms[row.factor, row.side])
         experiment.findings.say(
-            f"x {row.factor:g} at {STEERED_TOKENS[row.tokens]}, prompt {row.side}:"
+            f"x {row.factor:g}, prompt {row.side}:"
             f" {row.shown:.0%}{format_interval(row, 'shown', '.0%')} of {row.n}"
             f" {experiment.task.shown},"
             f" {row.answers:.0%}{format_interval(row, 'answers', '.0%')} are answers,"
@@ -13059,37 +13073,34 @@ def describe_random_steering(rows: pd.DataFrame) -> str:
     )
 
 
-def draw_steering(table: pd.DataFrame, experiment: Experiment, path: Path) -> None:
+def draw_steering(table: pd.DataFrame, task: Task, path: Path) -> None:
     """Rate of the behaviour and mean score by multiplier, of the circuit and random sets."""
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     rate_axes, score_axes = figure.subplots(1, 2)
-    for (name, draw, side), rows in table.groupby(["set", "draw", "side"]):
-        rows = rows.sort_values("factor")
-        color = SIDE_COLORS[str(side)]
-        if name == "random":
-            is_first = draw == table.loc[table["set"] == "random", "draw"].min()
-            label = f"random, after prompt {side}" if is_first else None
-            style = {"linestyle": ":", "alpha": 0.5, "color": color, "label": label}
-            rate_axes.plot(rows["factor"], rows["shown"], **style)
-            continue
-        label = f"after prompt {side}"
-        rate_axes.vlines(rows["factor"], rows["shown_low"], rows["shown_high"], color=color)
-        rate_axes.plot(rows["factor"], rows["shown"], "o-", color=color, label=label)
+    table = table.sort_values("factor")
+    is_random = table["set"] == "random"
+    for side, rows in table[~is_random].groupby("side"):
+        plot_rate(rate_axes, rows["factor"], rows, str(side))
+    for side, of_side in table[is_random].groupby("side"):
+        label = f"random, after prompt {side}"
+        for _, rows in of_side.groupby("draw"):
+            color = SIDE_COLORS[str(side)]
+            rate_axes.plot(rows["factor"], rows["shown"], ":", color=color, alpha=0.5, label=label)
+            label = "_nolegend_"
     draw_steered_scores(score_axes, table[table["side"] == "a"])
-    rate_axes.set(ylabel=f"share of replies: {experiment.task.shown}", ylim=(-0.05, 1.05))
+    rate_axes.set(ylabel=f"share of replies: {task.shown}", ylim=(-0.05, 1.05))
     for axes in (rate_axes, score_axes):
         axes.set_xlabel("factor")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     what = shorten(table["components"].iloc[0], TITLE_LETTERS)
     where = STEERED_TOKENS[table["tokens"].iloc[0]]
-    figure.suptitle(f"{experiment.task.name}: {what}\ntimes a factor, at {where}", fontsize=10)
+    figure.suptitle(f"{task.name}: {what}\ntimes a factor, at {where}", fontsize=10)
     save_figure(figure, path)
 
 
 def draw_steered_scores(axes: Any, rows: pd.DataFrame) -> None:
     """Mean score by multiplier with its interval, and of random sets as dotted lines."""
     for (name, _), of_set in rows.groupby(["set", "draw"]):
-        of_set = of_set.sort_values("factor")
         factor, mean = of_set["factor"], of_set["mean_delta"]
         if name == "random":
             axes.plot(factor, mean, ":", color="gray", alpha=0.5)
@@ -14063,18 +14074,17 @@ def draw_layers(table: pd.DataFrame, task: Task, options: TraceOptions, path: Pa
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     rate_axes, effect_axes = figure.subplots(1, 2)
     for side, rows in table.groupby("side"):
-        color = SIDE_COLORS[str(side)]
-        rate_axes.vlines(rows["layer"], rows["shown_low"], rows["shown_high"], color=color)
-        rate_axes.plot(rows["layer"], rows["shown"], "o-", color=color, label=f"prompt {side}")
-        label = f"prompt {side}, unedited"
-        rate_axes.axhline(rows["shown_before"].iloc[0], color=color, linestyle=":", label=label)
+        plot_rate(rate_axes, rows["layer"], rows, str(side))
+        before, color = rows["shown_before"].iloc[0], SIDE_COLORS[str(side)]
+        label = f"unedited, after prompt {side}"
+        rate_axes.axhline(before, color=color, linestyle=":", label=label)
     effects = table.drop_duplicates("layer")
     effect_axes.axhline(0, color="gray", linewidth=0.8)
     effect_axes.vlines(effects["layer"], effects["ci_low"], effects["ci_high"], color="black")
     effect_axes.plot(effects["layer"], effects["mean"], "o-", color="black")
     rate_axes.set(ylabel=f"% of replies: {task.shown}", ylim=(-5, 105))
-    rate_axes.legend(frameon=False, fontsize=8)
     effect_axes.set(ylabel="mean effect on the score (nats)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     for axes in (rate_axes, effect_axes):
         axes.set_xlabel(f"layer whose {options.kind} is edited")
         step = math.ceil(len(effects) / MAX_NAMED_BARS)
@@ -16008,8 +16018,8 @@ def choose_scaled_directions(data: DirectionData, joint_sets: Sequence[JointSet]
             unscaled.append(replace(circuit, name="random", draw=1 + draw))
     elif options.random_replies:
         data.experiment.findings.warn(
-            "no random direction is scaled everywhere: how far it is to move is known only of tokens"
-            " that were read without it"
+            "no random direction is scaled everywhere: how far it is to move is known only of"
+            " tokens that were read without it"
         )
     return times_multipliers(unscaled, options)
 
@@ -19005,6 +19015,7 @@ REPLY_RULES = {  # of a line of generations.jsonl
     "ablated": TEXT,
     "n_ablated": FieldRule(is_count, "a whole number from 0 on"),
     "multiplier": FieldRule(is_number_or_null, "a number or null", required=False),
+    "set": FieldRule(is_string, "a text", required=False),
     "reply": TEXT,
 }
 
@@ -19109,24 +19120,41 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def replies_by_edit(command: str, records: list[dict[str, Any]]) -> Replies:
-    """The unedited replies of a command, and those with its whole circuit edited.
-
-    The circuit is the first of the largest sets: smaller ones are its best, and a random set of
-    its size comes after it.
-    """
+    """The unedited replies of a command, and those with one set edited: its whole circuit, or of
+    single layers the one that changes most of what is shown."""
     replies: Replies = defaultdict(dict)
-    largest = max(records, key=lambda record: record["n_ablated"], default={"ablated": ""})
+    told = most_telling_set(records)
     for record in records:
-        if record["ablated"] in ("", largest["ablated"]):
+        if record["ablated"] in ("", told) and record.get("set") != "random":
             title = f"{command}: {describe_edit(command, record)}"
             replies[title][record["sample_id"], record["prompt"]] = record["reply"]
     return replies
 
 
+def most_telling_set(records: Sequence[Mapping[str, Any]]) -> str:
+    """The label of the largest set whose replies some records are, and of several as large the one
+    with most replies that show something else than the unedited ones do; random sets aside."""
+    unedited = {}
+    for record in records:
+        if not record["n_ablated"]:
+            unedited[record["sample_id"], record["prompt"]] = bool(record.get("mentions"))
+    rank: dict[str, tuple[int, int]] = {"": (0, 0)}
+    for record in records:
+        if record.get("set") == "random":
+            continue
+        is_shown = bool(record.get("mentions"))
+        before = unedited.get((record["sample_id"], record["prompt"]), is_shown)
+        _, n_changed = rank.get(record["ablated"], (0, 0))
+        rank[record["ablated"]] = record["n_ablated"], n_changed + (is_shown != before)
+    return max(rank, key=lambda label: rank[label])
+
+
 def describe_edit(command: str, record: Mapping[str, Any]) -> str:
-    """The edit of a reply: unedited, 2 components edited, 2 components x 0.5"""
+    """The edit of a reply: unedited, L1resid edited, 2 components edited, 2 components x 0.5"""
     if record["n_ablated"] == 0:
         return "unedited"
+    if record.get("set") == "layer":
+        return f"{record['ablated']} edited"
     noun = "direction" if command == "directions" else "component"
     factor = record.get("multiplier")
     edit = "edited" if factor is None else f"x {factor:g}"
