@@ -915,7 +915,11 @@ ALL = "--kind resid --confirm all"
 MEANINGLESS = {
     "--kind neuron": "each of which has one only",
     "--method atp": "--method is an option of the command trace, not of directions",
-    "--multipliers 0,1": "--multipliers is an option of the command joint, not of directions",
+    "--multipliers 0,1": "--multipliers scale components in replies: give --max_new_tokens",
+    "--multipliers 0,1 --max_new_tokens 2 --op mean": "not with --op mean",
+    "--multipliers 0,1 --max_new_tokens 2 --positions last": "not at --positions last",
+    "--multipliers 0,1 --max_new_tokens 2": "for one direction, and 12 are found",
+    "--steer_at reply": "--steer_at reply is where --multipliers apply: give these",
     "--confirm all": ALL_IS_FOR,
     f"{ALL} --positions last": ALL_IS_FOR,
     f"{ALL} --op patch": ALL_IS_FOR,
