@@ -344,6 +344,28 @@ def test_scores_and_divergences_of_a_scaled_set_edit_forms_and_replies_as_a_repl
         assert rows.loc[side, "kl_reply"] == pytest.approx(expected, rel=1e-3, abs=2e-5)
 
 
+@pytest.mark.parametrize("positions", ["last", "differing"])
+def test_the_divergence_along_replies_is_of_edits_of_the_prompt_alone(
+    positions: str, llama: str, tmp_path: Path
+) -> None:
+    words = f"joint L1attn --op zero --positions {positions} --num_samples 2 --num_random 1"
+    folder = finish(llama, tmp_path, *words.split(), "--max_new_tokens", "4")
+    (model, tokenizer), component = loaded(llama), tracing.Component(1, "attn")
+    change = SimpleNamespace(op="zero", positions=positions)
+    divergences = []
+    for users in by_hand.texts(folder).values():
+        ids, other = (naive.prompt_ids(tokenizer, users[side]) for side in "ba")
+        edited = editing_prompt(llama, component, change, ids, other)
+        ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
+        tokens = naive.greedy(model, ids, 4)
+        is_end = [*(token in ends for token in tokens), True]
+        reply = tokens[: is_end.index(True) + 1]
+        divergences.append(by_hand.divergence_along(model, ids, reply, edited))
+    rows = read(folder, "circuit_joint.csv").set_index("set")
+    expected = statistics.fmean(divergences)
+    assert rows.loc["named", "kl_reply"] == pytest.approx(expected, rel=1e-3, abs=2e-5)
+
+
 def test_replies_leave_no_hook_behind_even_where_generation_fails(
     llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
