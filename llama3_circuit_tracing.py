@@ -2909,11 +2909,14 @@ MAX_WORDS_OF_LOOP = 100  # of a longer text, more than half of the words may be 
 
 
 def repeats_itself(reply: str) -> bool:
-    """At least three words, more than half of them repeated, or three times one character; of a
-    long reply its end, since that is where it is caught in a loop."""
+    """At least three words, more than half of them repeated, or three times the same letters from
+    beginning to end, as in SureSureSure; of a long reply its end, since that is where it is caught
+    in a loop."""
     words = plain(reply).split()[-MAX_WORDS_OF_LOOP:]
     has_repeated_words = len(words) > 2 and 2 * len(set(words)) < len(words)
-    return has_repeated_words or bool(re.fullmatch(r"(.)\1\1+", "".join(words)))
+    letters = "".join(words)
+    periods = range(1, len(letters) // 3 + 1)
+    return has_repeated_words or any(letters[n:] == letters[:-n] for n in periods)
 
 
 def complies(sample: Sample, reply: str, more: Sequence[str] = ()) -> bool:

@@ -527,6 +527,7 @@ ALIKE: dict[tuple[str, ...], float] = {
     ("red", "red", "red", "blue", "blue"): 3 / 5,  # the commonest alone
     ("no no no no", "yes"): 1 / 2,
     ("no no no", "!!!!", "yes"): 2 / 3,
+    ("SureSureSureSu", "hahaha", "banana", "haha"): 1 / 2,  # three times over, or not
     ("no no", "!!", "mississippi", "yes"): 0,  # too short to repeat themselves
     ("a b a b a", "a b c a b c", "yes"): 1 / 3,  # more than half is said before, or half
     ("no no no no", "no no no no", "yes"): 2 / 3,  # counted once
