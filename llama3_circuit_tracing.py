@@ -12729,8 +12729,8 @@ def behaviour_rates(replies: pd.DataFrame, key: Sequence[str] = RATE_KEY) -> lis
     """Percentages by the columns of `key`: by set of samples and edited set, and by group.
 
     Those of `mentions` and `answers` have their 95 % intervals over sentences; `change` is that of
-    `mentions` from the unedited replies, in points (0 of these); `alike` is over different prompts,
-    whose `text` tells them apart.
+    `mentions` from the unedited replies, in points, which these lack; `alike` is over different
+    prompts, whose `text` tells them apart.
     """
     rates = []
     for _, group in replies.groupby([*key]):
@@ -12744,7 +12744,8 @@ def behaviour_rates(replies: pd.DataFrame, key: Sequence[str] = RATE_KEY) -> lis
         for side, of_side in group.groupby("prompt"):
             for name in ("mentions", "answers"):
                 rate |= percentage(f"{name}_{side}", of_side[name].mean(), n_sentences)
-            rate |= change_of_rate(f"change_{side}", of_side, n_sentences)
+            if rate["n_ablated"]:
+                rate |= change_of_rate(f"change_{side}", of_side, n_sentences)
             once_per_prompt = of_side.drop_duplicates("text")
             rate[f"alike_{side}"] = 100 * share_alike(once_per_prompt["reply"])
         rates.append(rate)
@@ -12850,7 +12851,7 @@ def rates_by_side(rates: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             names = {"shown": "mentions", "change": "change", "answers": "answers"}
             for column, name in names.items():
                 for end in ("", "_low", "_high"):
-                    row[f"{column}{end}"] = rate[f"{name}_{side}{end}"]
+                    row[f"{column}{end}"] = rate.get(f"{name}_{side}{end}", math.nan)
             row["alike"] = rate[f"alike_{side}"]
             rows.append(row)
     return pd.DataFrame(rows)
