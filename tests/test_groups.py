@@ -459,7 +459,8 @@ def test_reply_rates_by_group_are_those_of_its_replies(run: Path) -> None:
         names = ("samples", "set", "group")
         assert [row.pop(name) for name in names] == [rate[name] for name in names]
         numbers = {name: value for name, value in rate.items() if name not in names}
-        assert row == pytest.approx(numbers)
+        told = {name: value for name, value in row.items() if not pd.isna(value)}
+        assert told == pytest.approx(numbers)
     for rate in rates:
         if rate["samples"] != "all":
             continue
