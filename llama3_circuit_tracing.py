@@ -14087,7 +14087,7 @@ def draw_layers(table: pd.DataFrame, task: Task, options: TraceOptions, path: Pa
     effect_axes.vlines(effects["layer"], effects["ci_low"], effects["ci_high"], color="black")
     effect_axes.plot(effects["layer"], effects["mean"], "o-", color="black")
     rate_axes.set(ylabel=f"% of replies: {task.shown}", ylim=(-5, 105))
-    effect_axes.set(ylabel="mean effect on the score (nats)")
+    effect_axes.set(ylabel=f"mean effect{options.estimated} (nats)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     for axes in (rate_axes, effect_axes):
         axes.set_xlabel(f"layer whose {options.kind} is edited")
