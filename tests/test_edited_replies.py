@@ -348,7 +348,7 @@ def test_scores_and_divergences_of_a_scaled_set_edit_forms_and_replies_as_a_repl
 def test_the_divergence_along_replies_is_of_edits_of_the_prompt_alone(
     positions: str, llama: str, tmp_path: Path
 ) -> None:
-    words = f"joint L1attn --op zero --positions {positions} --num_samples 2 --num_random 1"
+    words = f"joint L1attn --positions {positions} --task refusal --num_samples 2 --num_random 1"
     folder = finish(llama, tmp_path, *words.split(), "--max_new_tokens", "4")
     (model, tokenizer), component = loaded(llama), tracing.Component(1, "attn")
     change = SimpleNamespace(op="zero", positions=positions)
@@ -363,6 +363,7 @@ def test_the_divergence_along_replies_is_of_edits_of_the_prompt_alone(
         divergences.append(by_hand.divergence_along(model, ids, reply, edited))
     rows = read(folder, "circuit_joint.csv").set_index("set")
     expected = statistics.fmean(divergences)
+    assert expected > 1e-3
     assert rows.loc["named", "kl_reply"] == pytest.approx(expected, rel=1e-3, abs=2e-5)
 
 
