@@ -11270,17 +11270,24 @@ def measure_sets(
     `group`, `template`, `score_a`, `score_b`, `score_other` where there are controls, `kl_a`,
     `kl_b` (nats).
     """
-    reading = reading_of_sets(experiment, joint_sets, prompts, SCORES_AND_KL)
+    trees = trees_of_sets(experiment, prompts)
+    reading = Reading(trees, sites_of_sets(experiment, joint_sets), quantity=SCORES_AND_KL)
     variants = [set_variant(joint_set, place) for place, joint_set in enumerate(joint_sets)]
     make_edits = make_edits or functools.partial(set_edits, experiment)
     rows = measure(experiment, variants, make_edits, reading, "joint sets")
     return with_sample_labels(rows, prompts)
 
 
-def reading_of_sets(
-    experiment: Experiment, joint_sets: Sequence[JointSet], prompts: Prompts, quantity: str
-) -> Reading:
-    """What is read of all prompts of some samples but the affirmative controls."""
+def trees_of_sets(experiment: Experiment, prompts: Prompts) -> list[Tree]:
+    """All prompts of some samples but affirmative controls."""
+    scored = []
+    for sample_prompts in prompts:
+        scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
+    return experiment.plant_trees(scored)
+
+
+def sites_of_sets(experiment: Experiment, joint_sets: Iterable[JointSet]) -> frozenset[Site]:
+    """`patched_sites` of all that some sets may edit."""
     components: set[Component] = set()
     kinds: set[str] = set()
     for joint_set in joint_sets:
@@ -11288,11 +11295,7 @@ def reading_of_sets(
         kinds.update(joint_set.others_of)
     for kind in kinds:
         components.update(experiment.shape.components(kind))
-    scored = []
-    for sample_prompts in prompts:
-        scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
-    sites = experiment.patched_sites(components)
-    return Reading(experiment.plant_trees(scored), sites, quantity=quantity)
+    return experiment.patched_sites(components)
 
 
 def with_sample_labels(rows: pd.DataFrame, prompts: Prompts) -> pd.DataFrame:
@@ -12282,19 +12285,22 @@ def single_sets(heads: pd.DataFrame) -> list[JointSet]:
 
 
 def measure_words(
-    experiment: Experiment, joint_sets: Sequence[JointSet], prompts: Prompts
+    experiment: Experiment, joint_sets: Sequence[JointSet], trees: Sequence[Tree]
 ) -> pd.DataFrame:
     """What each set changes in log P of each scored word, after prompts a, b and of the control
-    `other`. A score may move by its foils alone, which the score does not tell.
+    `other`: a score may move by its foils alone, and does not tell. Negative controls are left out.
 
     Returns `WORD_CHANGES` (log P in nats), a row per set, sample, prompt and word, with `unit`,
-    `group` and `template`. `label` is the set's name.
+    `group` and `template`. `label` is the set's name. In the trees of other tables the words add up
+    to the scores there; in other trees they round otherwise.
     """
     with_unedited = [JointSet("none"), *joint_sets]
-    reading = reading_of_sets(experiment, with_unedited, prompts, WORDS)
+    reading = Reading(trees, sites_of_sets(experiment, joint_sets), quantity=WORDS)
     variants = [set_variant(joint_set, place) for place, joint_set in enumerate(with_unedited)]
     make_edits = functools.partial(set_edits, experiment)
     rows = measure(experiment, variants, make_edits, reading, "words")
+    rows = with_sample_labels(rows, experiment.prompts)
+    rows = drop_negative_controls(rows[rows["side"] != "affirm"])
     is_unedited = rows["place"] == 0
     key = ["sample_id", "side", "word"]
     before = rows[is_unedited].set_index(key)["log_p"].rename("log_p_before")
@@ -12303,7 +12309,6 @@ def measure_words(
     edited["change"] = edited["log_p_after"] - edited["log_p_before"]
     edited["label"] = edited["place"].map(lambda place: with_unedited[place].name)
     edited["components"] = edited["place"].map(lambda place: with_unedited[place].text)
-    edited = with_sample_labels(edited, prompts)
     return edited[[*WORD_CHANGES, "unit", "group", "template"]]
 
 
@@ -13564,11 +13569,12 @@ def write_trace_words(
             experiment.findings.say("the changes by word are all measured, none is an estimate")
         tables = []
         if len(strongest):
-            prompts = without_negative_controls(experiment.prompts)
-            tables.append(measure_words(experiment, single_sets(strongest), prompts))
+            singles = single_sets(strongest)
+            tables.append(measure_words(experiment, singles, experiment.trees))
         if chosen:
             held_out = experiment.prompts_of(split_units(table, experiment.options.seed)[1])
-            tables.append(measure_words(experiment, chosen[-1:], held_out))
+            trees = trees_of_sets(experiment, held_out)
+            tables.append(measure_words(experiment, chosen[-1:], trees))
         words = pd.concat(tables, ignore_index=True)
         report_words(experiment.findings, words, experiment.task)
         if experiment.folder.leads:
@@ -13651,7 +13657,7 @@ def choose_sentences(findings: Findings, units: set[str], circuit: ComponentList
 
 def write_joint_words(experiment: Experiment, named: JointSet, prompts: Prompts) -> None:
     """circuit_joint_words.csv: log P of every scored word with and without the named set edited."""
-    words = measure_words(experiment, [named], prompts)
+    words = measure_words(experiment, [named], trees_of_sets(experiment, prompts))
     report_words(experiment.findings, words, experiment.task)
     if experiment.folder.leads:
         experiment.folder.write_table("circuit_joint_words.csv", words[WORD_CHANGES])
