@@ -132,7 +132,7 @@ def test_the_words_of_a_component_add_up_to_its_scores(traced: tuple[str, str, P
     for label in labels:
         scores = scores_by_hand(task, words, label)
         rows = results[results["label"] == label].set_index("sample_id")
-        real = rows[rows["group"] != tracing.NO_ODD_ONE] if "group" in rows else rows
+        real = rows[rows["group"] != tracing.NO_ODD_ONE]
         if task == "odd_one_out":
             assert len(real) < len(rows)
         assert {sample_id for sample_id, _, _ in scores} == set(real.index)
@@ -153,12 +153,10 @@ def read_labels(results: pd.DataFrame) -> list[str]:
 def test_the_words_of_a_set_add_up_to_its_mean(command: str, traced: tuple[str, str, Path]) -> None:
     """Of the largest chosen set on the held-out sentences, and of the named one on all."""
     name, task, folder = traced
-    file, table, label = (JOINT, "circuit_joint.csv", "named")
-    if command == "trace":
-        file, table, label = (TRACE, "circuit_confirm.csv", "chosen")
-    words = read(folder, file)
+    label = "chosen" if command == "trace" else "named"
+    words = read(folder, TRACE if command == "trace" else JOINT)
     scores = scores_by_hand(task, words, label)
-    rows = read(folder, table)
+    rows = read(folder, "circuit_confirm.csv" if command == "trace" else "circuit_joint.csv")
     rows = rows[(rows["set"] == label) & rows["measure"].isin(["a - b", "a"])]
     whole = rows[rows["n_ablated"] == rows["n_ablated"].max()].iloc[0]
     of_label = words[words["label"] == label]
@@ -230,11 +228,11 @@ def test_log_p_of_each_word_is_that_of_a_plain_forward(llama: str, tmp_path: Pat
     assert len(table) == 2 * n_words
 
 
-def test_overflow_is_no_number() -> None:
-    tracing.check_finite(torch.zeros(2), "log P of a word")
-    for bad in (math.nan, -math.inf):
-        with pytest.raises(tracing.RunError, match="log P of a word is not finite"):
-            tracing.check_finite(torch.tensor([0.0, bad]), "log P of a word")
+def test_overflow_is_no_number(llama: str, tmp_path: Path) -> None:
+    experiment = with_parts(prepared(llama, *"--op scale --factor 1e38".split()), tmp_path)
+    joint_sets = [JointSet("L0mlp", (Component.parse("L0mlp"),))]
+    with pytest.raises(tracing.RunError, match="log P of a word is not finite: activations over"):
+        tracing.measure_words(experiment, joint_sets, experiment.trees)
 
 
 # ----- which components, and what is computed
