@@ -111,6 +111,8 @@ def traced(
         patch.setattr(tracing, "clear_components", strongest)
         finish(llama, folder, *words)
     named = read(folder, "circuit_heads.csv")["label"].iloc[-1]
+    if name == "suppression":  # of the sentences that did not choose them
+        named = folder / "circuit.json"
     assert tracing.main(["joint", str(named), "--output_dir", str(folder)]) == 0
     task = record_of(folder)["experiment"]["options"]["task"]
     return name, str(task), folder
@@ -229,7 +231,7 @@ def test_log_p_of_each_word_is_that_of_a_plain_forward(llama: str, tmp_path: Pat
 
 
 def test_overflow_is_no_number(llama: str, tmp_path: Path) -> None:
-    experiment = with_parts(prepared(llama, *"--op scale --factor 1e38".split()), tmp_path)
+    experiment = with_parts(prepared(llama, "--op", "scale", "--factor", "1e38"), tmp_path)
     joint_sets = [JointSet("L0mlp", (Component.parse("L0mlp"),))]
     with pytest.raises(tracing.RunError, match="log P of a word is not finite: activations over"):
         tracing.measure_words(experiment, joint_sets, experiment.trees)
