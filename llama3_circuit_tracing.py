@@ -1210,7 +1210,9 @@ class DirectionsOptions(SteeringOptions, ComponentOptions, MeasuringOptions):
     title: ClassVar = "directions"
     refused: ClassVar = NO_NEURONS
     op: str = option("zero", "what becomes of the activation along it", choices=OPS)
-    fit: str = option("difference", "difference, logistic, or a file of directions")
+    fit: str = option(
+        "difference", "difference, logistic, or a file of directions, or of one (.pt, .safetensors)"
+    )
     confirm: SelectionRule = option(
         SelectionRule(),
         "edit the best directions jointly on held-out sentences; all: one layer's everywhere",
@@ -1385,6 +1387,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_wordings.csv": "",
         "circuit_confirm_groups.csv": "",
         "circuit_reply_groups.csv": "",
+        "circuit_words.csv": "",
         "circuit_rates.csv": "",
         "circuit_rates.png": "Held-out sentences: the rate of the behaviour in replies, and the"
         " mean score, by the number of components edited.",
@@ -1398,6 +1401,7 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_joint.csv": "",
         "circuit_joint.png": "What is left with the named components edited jointly.",
         "circuit_joint_groups.csv": "",
+        "circuit_joint_words.csv": "",
         "joint_reply_groups.csv": "",
         "circuit_curve.csv": "",
         "circuit_curve.png": "Faithfulness of the first components of an order, kept alone.",
@@ -1465,7 +1469,7 @@ REPORT_FILE = "circuit_report.html"
 GRAPH_LIST = "graphs/graph-metadata.json"  # lists the graphs of a folder for the viewer
 GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
 PART_KINDS = (
-    "activation|base|estimate|floor|foil|graph|inspect|kl|klreply|probe|replies|scores|tested"
+    "activation|base|estimate|floor|foil|graph|inspect|kl|klreply|probe|replies|scores|tested|words"
 )
 PART_FILE = rf"({PART_KINDS})-[a-z0-9-]+\.json"
 # files that only some command lines write, by the option that asks for them
@@ -4692,9 +4696,14 @@ class Tree:
             targets, foils = words.tensor_split([len(prompt.sample.targets)], -1)
             by_prompt.append(task.reduce(targets, foils))
         scores = torch.stack(by_prompt, 1)
-        if not scores.isfinite().all():
-            raise RunError("a score is not finite: activations overflow; try a smaller --factor")
+        check_finite(scores, "a score")
         return scores
+
+
+def check_finite(numbers: Tensor, name: str) -> None:
+    """`RunError` where one of some numbers, as a sentence names it, is infinite or NaN."""
+    if not numbers.isfinite().all():
+        raise RunError(f"{name} is not finite: activations overflow; try a smaller --factor")
 
 
 def differing_places(ids: Sequence[int], partner_ids: Sequence[int]) -> range:
@@ -8355,22 +8364,29 @@ class Variant(NamedTuple):
 MakeEdits = Callable[[Any, Sequence[Any]], list[Edits]]  # of a clean run, and subjects
 
 
+# what is read of edited runs; the names of parts begin with it
+SCORES = "scores"
+SCORES_AND_KL = "kl"
+KL_ALONG_REPLIES = "klreply"  # see `read_reply_divergence`
+WORDS = "words"  # log P of each scored word
+
+
 @dataclass(frozen=True)
 class Reading:
-    """Which prompts are measured, what edits need of their clean run, and what is read: scores,
-    with KL or without, or KL along replies alone."""
+    """Which prompts are measured, what edits need of their clean run, and what is read."""
 
     trees: Sequence[Tree]
     sites: frozenset[Site] = frozenset()
     layers: frozenset[int] = frozenset()  # where runs start besides those of the variants
-    with_kl: bool = False
-    along_replies: bool = False  # see `read_reply_divergence`
+    quantity: str = SCORES
 
     @property
     def readers(self) -> list[StateReader]:
-        if self.along_replies:
+        if self.quantity == KL_ALONG_REPLIES:
             return [read_reply_divergence]
-        return [read_log_probs, read_divergence] if self.with_kl else [read_log_probs]
+        if self.quantity == SCORES_AND_KL:
+            return [read_log_probs, read_divergence]
+        return [read_log_probs]
 
 
 def measure(
@@ -8385,7 +8401,7 @@ def measure(
 
     Returns a row per variant and sample: the variant's labels, `sample_id`, and by side
     `score_a`, `score_b`, ... (nats; NaN where a sample lacks the side), with KL also `kl_a`, ...;
-    along replies `kl_reply_b` in place of all these.
+    along replies `kl_reply_b` in place of all these. Of words, the rows of `word_log_probs_table`.
     What was measured before, by whichever command, is read from the folder's parts.
     """
     # of all variants, also of those whose parts are there: a command that goes on starts alike
@@ -8407,8 +8423,11 @@ def measure(
         values |= values_of_part(part, job.tree)
     frames = []
     for number, tree in enumerate(reading.trees):
-        scores = [values[number, variant.key] for variant in variants]
-        frames.append(scores_table(tree, variants, scores, reading))
+        tree_values = [values[number, variant.key] for variant in variants]
+        if reading.quantity == WORDS:
+            frames.append(word_log_probs_table(tree, variants, tree_values))
+        else:
+            frames.append(scores_table(tree, variants, tree_values, reading))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -8419,14 +8438,15 @@ def tree_digest(tree: Tree) -> str:
 
 def scores_prefix(experiment: Experiment, tree: Tree, reading: Reading) -> str:
     """How the names of parts begin that hold what is read of a tree."""
-    if reading.along_replies:
+    prefix = f"{reading.quantity}-{experiment.part_key}-{tree_digest(tree)}"
+    if reading.quantity == KL_ALONG_REPLIES:
         replies = digest([prompt.forms for prompt in tree.prompts])[:10]
-        return f"klreply-{experiment.part_key}-{tree_digest(tree)}-{replies}"
-    name = "kl" if reading.with_kl else "scores"
-    return f"{name}-{experiment.part_key}-{tree_digest(tree)}"
+        prefix += f"-{replies}"
+    return prefix
 
 
-Scores = dict[tuple[int, str], list[float]]  # of each prompt, then its KL; by tree and variant
+# of each prompt, then its KL, or of each word of each prompt; by tree and variant
+Scores = dict[tuple[int, str], list[float]]
 
 
 def read_scores(experiment: Experiment, variants: Sequence[Variant], reading: Reading) -> Scores:
@@ -8503,13 +8523,15 @@ def run_variants(
     clean_run = experiment.clean_run(tree, reading.layers, reading.sites)
     rows = make_edits(clean_run, [variant.subject for variant in variants])
     outputs = experiment.run_rows(clean_run, rows, bar, reading.readers)
-    n_prompts = len(tree.prompts)
     values = outputs
-    if reading.with_kl:
-        log_probs, divergences = outputs.tensor_split([-n_prompts], dim=1)
-        values = torch.cat([tree.scores(log_probs, experiment.task), divergences], dim=1)
-    elif not reading.along_replies:
+    if reading.quantity == SCORES:
         values = tree.scores(outputs, experiment.task)
+    elif reading.quantity == SCORES_AND_KL:
+        log_probs, divergences = outputs.tensor_split([-len(tree.prompts)], dim=1)
+        values = torch.cat([tree.scores(log_probs, experiment.task), divergences], dim=1)
+    elif reading.quantity == WORDS:
+        values = torch.cat(tree.word_log_probs(outputs), dim=1)
+        check_finite(values, "log P of a word")
     return {"keys": [variant.key for variant in variants], "values": values.tolist()}
 
 
@@ -8518,8 +8540,10 @@ def scores_table(
 ) -> pd.DataFrame:
     """A row per variant and sample: labels, `sample_id`, and what was read by side."""
     n_prompts = len(tree.prompts)
-    names = ["score", "kl"] if reading.with_kl else ["score"]
-    if reading.along_replies:
+    names = ["score"]
+    if reading.quantity == SCORES_AND_KL:
+        names = ["score", "kl"]
+    elif reading.quantity == KL_ALONG_REPLIES:
         names = ["kl_reply"]
     rows = []
     for sample, places in tree.samples:
@@ -8530,6 +8554,25 @@ def scores_table(
                 for side, place in places.items():
                     row[f"{name}_{side}"] = row_values[number * n_prompts + place]
             rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def word_log_probs_table(
+    tree: Tree, variants: Sequence[Variant], values: Sequence[Sequence[float]]
+) -> pd.DataFrame:
+    """A row per variant, prompt and scored word: labels, `sample_id`, `side`, `word`, `role`
+    (target or foil) and `log_p` (nats)."""
+    rows = []
+    for variant, log_probs in zip(variants, values, strict=True):
+        remaining = iter(log_probs)
+        for prompt in tree.prompts:
+            sample = prompt.sample
+            for word in sample.words:
+                row = {**variant.labels, "sample_id": sample.sample_id, "side": prompt.side}
+                row["word"] = word
+                row["role"] = "target" if word in sample.targets else "foil"
+                row["log_p"] = next(remaining)
+                rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -11343,28 +11386,41 @@ def measure_sets(
     `group`, `template`, `score_a`, `score_b`, `score_other` where there are controls, `kl_a`,
     `kl_b` (nats).
     """
-    variants = []
+    (steer_at,) = {joint_set.steer_at for joint_set in joint_sets}
+    trees = trees_of_sets(experiment, prompts, steer_at)
+    reading = Reading(trees, sites_of_sets(experiment, joint_sets), quantity=SCORES_AND_KL)
+    variants = [set_variant(joint_set, place) for place, joint_set in enumerate(joint_sets)]
+    make_edits = make_edits or functools.partial(set_edits, experiment)
+    rows = measure(experiment, variants, make_edits, reading, "joint sets")
+    return with_sample_labels(rows, prompts)
+
+
+def trees_of_sets(experiment: Experiment, prompts: Prompts, steer_at: str = "") -> list[Tree]:
+    """All prompts of some samples but affirmative controls, see `plant_edited`."""
+    scored = []
+    for sample_prompts in prompts:
+        scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
+    return plant_edited(experiment, scored, steer_at)
+
+
+def sites_of_sets(experiment: Experiment, joint_sets: Iterable[JointSet]) -> frozenset[Site]:
+    """`patched_sites` of all that some sets may edit."""
     components: set[Component] = set()
     kinds: set[str] = set()
-    for place, joint_set in enumerate(joint_sets):
-        variants.append(set_variant(joint_set, place))
+    for joint_set in joint_sets:
         components.update(joint_set.components)
         kinds.update(joint_set.others_of)
     for kind in kinds:
         components.update(experiment.shape.components(kind))
-    scored = []
+    return experiment.patched_sites(components)
+
+
+def with_sample_labels(rows: pd.DataFrame, prompts: Prompts) -> pd.DataFrame:
+    """Rows of `measure` with the `unit`, `group` and `template` of their samples."""
     labels: dict[str, dict[str, str]] = {"unit": {}, "group": {}, "template": {}}
-    for sample_prompts in prompts:
-        sample = sample_prompts[0].sample
+    for sample in samples_of(prompts):
         for name, by_sample in labels.items():
             by_sample[sample.sample_id] = getattr(sample, name)
-        scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
-    sites = experiment.patched_sites(components)
-    (steer_at,) = {joint_set.steer_at for joint_set in joint_sets}
-    trees = plant_edited(experiment, scored, steer_at)
-    reading = Reading(trees, sites, with_kl=True)
-    make_edits = make_edits or functools.partial(set_edits, experiment)
-    rows = measure(experiment, variants, make_edits, reading, "joint sets")
     for name, by_sample in labels.items():
         rows[name] = rows["sample_id"].map(by_sample)
     return rows
@@ -11403,7 +11459,8 @@ def measure_along_replies(
                 tokens = replies[prompt.sample.sample_id, prompt.side]
                 with_replies.append(with_reply(prompt, tokens, experiment.shape))
         answered.append(with_replies)
-    reading = Reading(plant_edited(experiment, answered, steer_at), along_replies=True)
+    trees = plant_edited(experiment, answered, steer_at)
+    reading = Reading(trees, quantity=KL_ALONG_REPLIES)
     make_edits = make_edits or functools.partial(set_edits, experiment)
     return measure(experiment, variants, make_edits, reading, "along replies")
 
@@ -12340,6 +12397,131 @@ def write_sets(
         draw_sets(table[table["quoted"]], title, path, random_label, stability)
 
 
+# -- by word
+
+WORD_COMPONENTS = 10  # of the largest roles, whose changes of words are written
+WORD_CHANGES = ["label", "components", "sample_id", "side", "word", "role"]
+WORD_CHANGES += ["log_p_before", "log_p_after", "change"]
+
+
+def single_sets(heads: pd.DataFrame) -> list[JointSet]:
+    """The components in rows of circuit_heads.csv, each as a set of its own with its label as its
+    name."""
+    joint_sets = []
+    for layer, kind, index in heads[COMPONENT_KEY].itertuples(index=False):
+        component = Component(layer, kind, index)
+        joint_sets.append(JointSet(component.label, (component,)))
+    return joint_sets
+
+
+def measure_words(
+    experiment: Experiment, joint_sets: Sequence[JointSet], trees: Sequence[Tree]
+) -> pd.DataFrame:
+    """What each set changes in log P of each scored word, after prompts a, b and of the control
+    `other`: a score may move by its foils alone, and does not tell. Negative controls are left out.
+
+    Returns `WORD_CHANGES` (log P in nats), a row per set, sample, prompt and word, with `unit`,
+    `group` and `template`. `label` is the set's name. In the trees of other tables the words add up
+    to the scores there; in other trees they round otherwise.
+    """
+    with_unedited = [JointSet("none"), *joint_sets]
+    reading = Reading(trees, sites_of_sets(experiment, joint_sets), quantity=WORDS)
+    variants = [set_variant(joint_set, place) for place, joint_set in enumerate(with_unedited)]
+    make_edits = functools.partial(set_edits, experiment)
+    rows = measure(experiment, variants, make_edits, reading, "words")
+    rows = with_sample_labels(rows, experiment.prompts)
+    rows = drop_negative_controls(rows[rows["side"] != "affirm"])
+    is_unedited = rows["place"] == 0
+    key = ["sample_id", "side", "word"]
+    before = rows[is_unedited].set_index(key)["log_p"].rename("log_p_before")
+    edited = rows[~is_unedited].rename(columns={"log_p": "log_p_after"}).join(before, on=key)
+    edited = edited.sort_values("place", kind="stable", ignore_index=True)
+    edited["change"] = edited["log_p_after"] - edited["log_p_before"]
+    edited["label"] = edited["place"].map(lambda place: with_unedited[place].name)
+    edited["components"] = edited["place"].map(lambda place: with_unedited[place].text)
+    return edited[[*WORD_CHANGES, "unit", "group", "template"]]
+
+
+def word_statistics(words: pd.DataFrame, task: Task) -> pd.DataFrame:
+    """Mean change of log P of targets and of foils (nats), with its interval over sentences: a row
+    per label, side and role. `words` are rows of `measure_words`.
+
+    Where the task scores a margin, the words of a role count as one event, that the reply begins
+    with any of them, so that unlikely words do not decide; else as their mean.
+    """
+    of_words = log_p_of_any if task.margin else "mean"
+    key = ["label", "side", "role"]
+    of_sample = ["sample_id", "unit", "group", "template"]
+    grouped = words.groupby([*key, *of_sample], sort=False)
+    log_p = grouped[["log_p_before", "log_p_after"]].agg(of_words).reset_index()
+    changes = log_p.assign(change=log_p["log_p_after"] - log_p["log_p_before"])
+    statistics = column_statistics(changes, "change", key)
+    return statistics[["mean", "ci_low", "ci_high"]].reset_index()
+
+
+def log_p_of_any(log_p: pd.Series) -> float:
+    """Log P that a reply begins with any of some words, from that of each."""
+    return float(torch.tensor(log_p.to_numpy()).logsumexp(0))
+
+
+RoleChanges = Mapping[tuple[str, str], Any]  # by side and role: mean, ci_low, ci_high
+
+
+def describe_words(name: str, changes: RoleChanges, task: Task) -> str:
+    """How far an edit moves log P of targets and of foils after prompts a and b, and where it is
+    the foils that move."""
+    phrases = []
+    for role in ("target", "foil"):
+        texts = []
+        for side in ("a", "b"):
+            if (side, role) in changes:
+                row = changes[side, role]
+                interval = format_interval(row, number_format="+.2f")
+                texts.append(f"after {side} {row.mean:+.2f}{interval}")
+        if texts:
+            words = f"any {role}" if task.margin else f"{role}s"
+            phrases.append(f"of {words} {', '.join(texts)}")
+    sentence = f"{name}: log P {'; '.join(phrases)}"
+    for side in ("a", "b"):
+        if (side, "foil") in changes:
+            sentence += describe_mover(side, changes[side, "target"], changes[side, "foil"])
+    return sentence
+
+
+def describe_mover(side: str, targets: Any, foils: Any) -> str:
+    """Whether the foils move further than the targets after a prompt; "" where they do not, or not
+    clearly."""
+    if abs(foils.mean) <= abs(targets.mean) or covers_zero(foils):
+        return ""
+    if covers_zero(targets):
+        return f"; after {side} the foils move, the targets not clearly"
+    return f"; after {side} the foils move more than the targets"
+
+
+def covers_zero(row: Any) -> bool:
+    """Whether the interval of a mean covers 0; not where there is no interval."""
+    return bool(row.ci_low <= 0 <= row.ci_high)
+
+
+def report_words(findings: Findings, words: pd.DataFrame, task: Task) -> None:
+    """A sentence per set, and per component for the first few; `words` are rows of
+    `measure_words`."""
+    changes: dict[str, dict[tuple[str, str], Any]] = defaultdict(dict)
+    for row in word_statistics(words, task).itertuples():
+        changes[str(row.label)][str(row.side), str(row.role)] = row
+    n_components = 0
+    for label, rows in words.groupby("label", sort=False):
+        name = str(label)
+        if name in SET_LABELS:
+            components = rows["components"].iloc[0].split()
+            n_sentences = count_noun(rows["unit"].nunique(), "sentence")
+            name = f"{count_noun(len(components), 'component')} jointly, {n_sentences}"
+        else:
+            n_components += 1
+        if n_components <= REPORTED_COMPONENTS or label in SET_LABELS:
+            findings.say(describe_words(name, changes[str(label)], task))
+
+
 # ----- Replies ------------------------------------------------------------------------------------
 
 
@@ -12505,7 +12687,7 @@ def edit_prompts(
     """The prompts of a request, by sample and side, with the edits of its set: one after the other,
     since the values of patches take memory."""
     joint_set = request.joint_set
-    sites = experiment.patched_sites(joint_set.components)
+    sites = sites_of_sets(experiment, [joint_set])
     pairs = []
     for sample_prompts in request.prompts:
         pairs.append([prompt for prompt in sample_prompts if prompt.side in ("a", "b")])
@@ -13488,9 +13670,9 @@ def draw_screen(table: pd.DataFrame, method: str, title: str, path: Path) -> Non
 
 def run_trace(experiment: Experiment) -> None:
     """Measure (or estimate) each component alone, test it over sentences, and confirm a circuit on
-    held-out sentences: circuit_results.csv, circuit_heads.csv and figures; circuit_screen.*,
-    circuit_overview.*, circuit_confirm.*, circuit.json and generations.jsonl where they are asked
-    for."""
+    held-out sentences: circuit_results.csv, circuit_heads.csv, circuit_words.csv and figures;
+    circuit_screen.*, circuit_overview.*, circuit_confirm.*, circuit.json and generations.jsonl
+    where they are asked for."""
     options = experiment.options
     components = choose_components(options, experiment.shape)
     estimates: Estimates | None = None
@@ -13515,6 +13697,7 @@ def run_trace(experiment: Experiment) -> None:
     if options.confirm:
         with experiment.stage("joint ablation"):
             confirmation = confirm_circuit(experiment, table)
+    write_trace_words(experiment, table, heads, confirmation.chosen)
     if options.max_new_tokens:
         with experiment.stage("replies"):
             run_trace_replies(experiment, table, heads, confirmation)
@@ -13848,6 +14031,11 @@ class Confirmation(NamedTuple):
     joint_sets: Sequence[JointSet] = ()
     table: pd.DataFrame = pd.DataFrame()
 
+    @property
+    def chosen(self) -> list[JointSet]:
+        """The chosen sets by size."""
+        return [joint_set for joint_set in self.joint_sets if joint_set.name == "chosen"]
+
 
 def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> Confirmation:
     """circuit_confirm.csv and .png, and circuit.json: components chosen on half of the sentences,
@@ -13969,6 +14157,35 @@ def write_circuit(
         "ranking": [component.label for component in ranking],
     }
     experiment.folder.write_json("circuit.json", circuit)
+
+
+# -- by word
+
+
+def write_trace_words(
+    experiment: Experiment, table: pd.DataFrame, heads: pd.DataFrame, chosen: Sequence[JointSet]
+) -> None:
+    """circuit_words.csv: log P of every scored word with and without the strongest clear components
+    edited, each alone, and on the held-out sentences with the largest of the chosen sets. Nothing
+    where there is neither."""
+    strongest = clear_components(heads, WORD_COMPONENTS)
+    if strongest.empty and not chosen:
+        return
+    with experiment.stage("words", ", mean change of log P with 95 % intervals over sentences"):
+        if experiment.options.estimated:
+            experiment.findings.say("the changes by word are all measured, none is an estimate")
+        tables = []
+        if len(strongest):
+            singles = single_sets(strongest)
+            tables.append(measure_words(experiment, singles, experiment.trees))
+        if chosen:
+            held_out = experiment.prompts_of(split_units(table, experiment.options.seed)[1])
+            trees = trees_of_sets(experiment, held_out)
+            tables.append(measure_words(experiment, chosen[-1:], trees))
+        words = pd.concat(tables, ignore_index=True)
+        report_words(experiment.findings, words, experiment.task)
+        if experiment.folder.leads:
+            experiment.folder.write_table("circuit_words.csv", words[WORD_CHANGES])
 
 
 def run_trace_replies(
@@ -14102,8 +14319,8 @@ def draw_layers(table: pd.DataFrame, task: Task, options: TraceOptions, path: Pa
 
 def run_joint(experiment: Experiment) -> None:
     """Edit named components together, keep them alone, and set both beside random sets:
-    circuit_joint.csv and .png; with --curve circuit_curve.csv and .png; replies, and with
-    --multipliers circuit_steer.csv and .png."""
+    circuit_joint.csv and .png, circuit_joint_words.csv; with --curve circuit_curve.csv and .png;
+    replies, and with --multipliers circuit_steer.csv and .png."""
     names = experiment.options.names
     units = choose_sentences(experiment.findings, experiment.units, names)
     samples = "all" if units == experiment.units else "held-out"
@@ -14124,6 +14341,7 @@ def run_joint(experiment: Experiment) -> None:
         named = JointSet("named", names.components)
         name = "circuit_joint_groups.csv"
         compare_set_by_group(experiment, joint_sets, named, prompts, side, name)
+        write_joint_words(experiment, named, prompts)
         if experiment.folder.leads:
             write_joint(experiment, table)
     if experiment.options.curve:
@@ -14160,6 +14378,14 @@ def choose_sentences(findings: Findings, units: set[str], circuit: ComponentList
         "all sentences here have chosen these components: their effect is too large on them"
     )
     return units
+
+
+def write_joint_words(experiment: Experiment, named: JointSet, prompts: Prompts) -> None:
+    """circuit_joint_words.csv: log P of every scored word with and without the named set edited."""
+    words = measure_words(experiment, [named], trees_of_sets(experiment, prompts))
+    report_words(experiment.findings, words, experiment.task)
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_joint_words.csv", words[WORD_CHANGES])
 
 
 def write_joint(experiment: Experiment, table: pd.DataFrame) -> None:
@@ -15256,9 +15482,17 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
     metadata: dict[str, Any] = {}
     if not options.finds_directions:
         path = Path(options.fit)
-        vectors, metadata = read_directions(path)
-        is_joint = options.confirm and not options.everywhere  # all others are edited too
-        for component in shape.components(options.kind) if is_joint else components:
+        vectors, metadata, lone_direction = read_directions(path)
+        needed = components
+        if lone_direction is not None:
+            vectors = {layer_of_lone_direction(options, components, path): lone_direction}
+            experiment.findings.warn(
+                f"--fit {shorten(path)} does not tell its model nor the texts that it was fitted"
+                " on: neither can be checked, and no sample is left out"
+            )
+        elif options.confirm and not options.everywhere:  # all others are edited too
+            needed = shape.components(options.kind)
+        for component in needed:
             check_direction(vectors, component, shape, path)
         check_model_of_directions(experiment, path, metadata.get("model", ""))
         sha = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -15267,29 +15501,114 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
     return DirectionData(experiment, components, name, vectors, fitting, measured)
 
 
-def read_directions(
-    path: Path, option: str = "--fit"
-) -> tuple[dict[Component, Tensor], dict[str, Any]]:
-    """The tensors of a file of directions by component, and what the file tells of itself;
-    `UsageError` says what is wrong with the file that an option names."""
+class DirectionFile(NamedTuple):
+    """What a file of directions holds."""
+
+    vectors: dict[Component, Tensor]
+    metadata: dict[str, Any]  # what it tells of itself
+    # [width], the only tensor of a file that others have written, which does not tell its layer
+    lone_direction: Tensor | None = None
+
+
+TORCH_FILES = (".pt", ".pth")  # as torch.save writes them
+
+
+def read_directions(path: Path, option: str = "--fit") -> DirectionFile:
+    """`UsageError` says what is wrong with the file that an option names. A file of others is one
+    whose name is of `TORCH_FILES`, or of whose tensors none is named as a component."""
     try:
         path.stat()  # an OSError says in the system's own words why nothing can be read
         if not path.is_file():
             raise ValueError("it is a folder or a device")
+        if path.suffix in TORCH_FILES:
+            return DirectionFile({}, {}, find_lone_direction(load_torch_file(path)))
         with safe_open(path, "pt") as file:
-            metadata = parse_json((file.metadata() or {}).get("told", "{}"))
-            check_direction_metadata(metadata)
             labels = list(file.keys())
-            components = [Component.parse(label) for label in labels]
-            check_once_each([component.label for component in components], "component")
-            tensors = [file.get_tensor(label) for label in labels]
-        return dict(zip(components, tensors, strict=True)), metadata
+            text = (file.metadata() or {}).get("told")
+            if text is not None or any(map(names_component, labels)):
+                return own_directions(file, labels, "{}" if text is None else text)
+            check_one_tensor(len(labels))  # before any is read: it may be a model
+            return DirectionFile({}, {}, find_lone_direction(file.get_tensor(labels[0])))
     except (SafetensorError, TypeError, AttributeError) as error:  # the last two of a dtype
         line = first_line(error).removeprefix("Error while deserializing header: ")
         reason = f"it is no whole safetensors file ({line})"
     except (OSError, ValueError) as error:
         reason = reason_of(error)
     raise UsageError(f"{option} {shorten(path)} is no file of directions: {reason}")
+
+
+def own_directions(file: Any, labels: Sequence[str], text: str) -> DirectionFile:
+    """The directions of an open file as `write_directions` writes it, by label, and what it tells
+    of itself, as JSON; `ValueError` where either is something else."""
+    metadata = parse_json(text)
+    check_direction_metadata(metadata)
+    components = [Component.parse(label) for label in labels]
+    check_once_each([component.label for component in components], "component")
+    tensors = [file.get_tensor(label) for label in labels]
+    return DirectionFile(dict(zip(components, tensors, strict=True)), metadata)
+
+
+def names_component(label: str) -> bool:
+    with contextlib.suppress(ValueError):
+        Component.parse(label)
+        return True
+    return False
+
+
+def load_torch_file(path: Path) -> Any:
+    """What torch.save has written; no code of the file is run. `ValueError` where it holds any, or
+    is no such file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols and archives that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a broken pickle can raise anything
+        raise ValueError(
+            "torch.load reads no plain tensors from it (with weights_only=True, since a file's code"
+            " is not run)"
+        ) from error
+
+
+def find_lone_direction(content: Any) -> Tensor:
+    """The one tensor in what a file holds, without a first axis of length 1; `ValueError` where
+    there is none or there are several, or where it is a stack of directions."""
+    values = list(content.values()) if isinstance(content, Mapping) else [content]
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    check_one_tensor(len(tensors))
+    tensor = tensors[0].detach()
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise ValueError("its tensor is sparse, or has no numbers")
+    if tensor.ndim == 2 and len(tensor) == 1:
+        return tensor[0]
+    if tensor.ndim > 1:
+        raise ValueError(
+            f"it holds a stack of directions, {list(tensor.shape)}: pick one, such as that of a"
+            " position and a layer, and save it alone"
+        )
+    return tensor
+
+
+def check_one_tensor(n_tensors: int) -> None:
+    """`ValueError` where a file holds none or several."""
+    if n_tensors == 0:
+        raise ValueError("it holds no tensor")
+    if n_tensors > 1:
+        raise ValueError(f"it holds {n_tensors} tensors: pick one direction, and save it alone")
+
+
+def layer_of_lone_direction(
+    options: DirectionsOptions, components: Sequence[Component], path: Path
+) -> Component:
+    """The residual stream that a direction is of whose file does not tell its layer; `UsageError`
+    where the options do not tell it."""
+    if options.kind != "resid" or len(components) != 1:
+        raise UsageError(
+            f"--fit {shorten(path)} holds one direction and does not tell its layer: give --kind"
+            " resid and --layers N, where it is of the residual stream that enters layer N"
+        )
+    return components[0]
 
 
 def check_direction_metadata(metadata: Any) -> None:
@@ -15916,17 +16235,22 @@ def confirming_prompts(data: DirectionData) -> Prompts:
 
 def sets_of_directions(data: DirectionData, chosen: tuple[Component, ...]) -> list[DirectionSet]:
     """The empty set; the top 1, 2, 4, ... of the chosen, with random directions for each; all of
-    the kind; all but the chosen."""
+    the kind, and all but the chosen, unless a file has a direction of one layer alone."""
     if not chosen:
         return []
     kind = data.options.kind
-    key = data.key_of(data.experiment.shape.components(kind))
+    of_kind = data.experiment.shape.components(kind)
+    known = [component for component in of_kind if component in data.vectors]
+    key = data.key_of(known)
     every = DirectionSet("all", others_of=(kind,), directions=key)
-    joint_sets = [DirectionSet("none"), every]
+    has_all = len(known) == len(of_kind)
+    joint_sets = [DirectionSet("none"), every] if has_all else [DirectionSet("none")]
     for size in sizes_up_to(len(chosen)):
         chosen_set = DirectionSet("chosen", chosen[:size], directions=key)
         joint_sets += with_random_directions(data, chosen_set)
-    return [*joint_sets, replace(every, name="complement", components=chosen)]
+    if has_all:
+        joint_sets.append(replace(every, name="complement", components=chosen))
+    return joint_sets
 
 
 def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
@@ -17764,7 +18088,12 @@ def directions_to_read(experiment: Experiment[InspectOptions]) -> dict[Component
     if not experiment.options.directions:
         return {}
     option, path = "--directions", Path(experiment.options.directions)
-    directions, metadata = read_directions(path, option)
+    directions, metadata, lone_direction = read_directions(path, option)
+    if lone_direction is not None:
+        raise UsageError(
+            f"{option} {shorten(path)} holds one direction and does not tell its layer: inspect"
+            " takes a directions.safetensors"
+        )
     for component in directions:
         check_component(component, f"{option} {component.label}", experiment.shape)
         if component.kind not in (*INSPECTED_KINDS, "resid"):

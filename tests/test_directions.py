@@ -1160,3 +1160,237 @@ def test_where_no_layer_has_a_direction_none_is_chosen(tiny_llama: str, tmp_path
     folder = finish(tiny_llama, tmp_path, *words)
     assert "--confirm all chooses no direction" in (folder / "run.log").read_text()
     assert not (folder / CONFIRM).exists()
+
+
+# ----- one direction that others have written, in a file that does not tell its layer
+
+ONE = "--num_samples 6 --no-bf16 --kind resid --layers 1"
+
+
+def stack_of_differences(model: str) -> Tensor:
+    """[position, layer, width] as the code of Arditi et al. has it: the mean of the stream that
+    enters each block after prompts a, less that after prompts b."""
+    prompts = data_of(model, *ONE.split()).experiment.prompts
+    n_layers = len(naive.layers_of(naive.load(model)[0]))
+    layers = [by_plain_forwards(model, prompts, layer).mean(0) for layer in range(n_layers)]
+    differences = torch.tensor(np.array([a - b for a, b in layers]))
+    return torch.stack([torch.zeros_like(differences), differences])
+
+
+def write_torch(content: Any, **options: Any) -> Callable[[Path], None]:
+    return lambda path: torch.save(content, path, **options)
+
+
+def written_by_others(stack: Tensor) -> dict[str, Callable[[Path], Any]]:
+    """By file name ways to write the direction of layer 1 alone."""
+    own = stack[1, 1].clone()
+    return {
+        "direction.pt": write_torch(stack[1, 1]),  # of a larger storage, as theirs
+        "row.pt": write_torch(own[None]),
+        "dict.pth": write_torch({"direction": own, "layer": 1, "position": -1}),
+        "old.pt": write_torch(own, _use_new_zipfile_serialization=False),
+        "parameter.pt": write_torch(torch.nn.Parameter(own)),
+        "strided.pt": write_torch(torch.stack([own, own], 1)[:, 0]),
+        "one.safetensors": lambda path: save_file({"refusal": own}, path),
+        "row.safetensors": lambda path: save_file({"d": own[None]}, path, metadata={"a": "b"}),
+    }
+
+
+@pytest.fixture(scope="module")
+def of_others(llama: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of their files, and of one of ours that tells nothing and has the same direction."""
+    folder = tmp_path_factory.mktemp("others")
+    stack = stack_of_differences(llama)
+    for name, write in written_by_others(stack).items():
+        write(folder / name)
+    save_file({f"L{i}resid": stack[1, i].clone() for i in range(3)}, folder / "own.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def with_own_file(llama: str, of_others: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = ["directions", *ONE.split(), "--fit", str(of_others / "own.safetensors")]
+    return finish(llama, tmp_path_factory.mktemp("own"), *words)
+
+
+@pytest.mark.parametrize("name", written_by_others(torch.zeros(2, 3, 48)))
+def test_a_direction_of_others_gives_the_effects_of_a_file_of_ours(
+    name: str, of_others: Path, with_own_file: Path, llama: str, tmp_path: Path
+) -> None:
+    path = of_others / name
+    folder = finish(llama, tmp_path, "directions", *ONE.split(), "--fit", str(path))
+    table, own_table = read(folder, TABLE), read(with_own_file, TABLE)
+    (method,) = set(table["method"])
+    assert re.fullmatch(re.escape(name) + " [0-9a-f]{8}", method)
+    columns = ["method", "op"]
+    assert table.drop(columns=columns).equals(own_table.drop(columns=columns))
+    assert read(folder, EFFECTS).equals(read(with_own_file, EFFECTS))
+    assert not (folder / FILE).exists()
+    sentence = f"--fit {path} does not tell its model nor the texts that it was fitted on"
+    assert sentence in (folder / "run.log").read_text()
+    assert "left out:" not in (folder / "run.log").read_text()
+    assert sentence.split("/")[0] not in (with_own_file / "run.log").read_text()
+
+
+def test_zeroed_it_is_taken_from_the_stream_that_enters_the_block(
+    of_others: Path, llama: str, tmp_path: Path
+) -> None:
+    """By a plain hook before the block, in full forwards."""
+    path = of_others / "direction.pt"
+    words = ["directions", *ONE.split(), "--op", "zero", "--fit", str(path)]
+    folder = finish(llama, tmp_path, *words)
+    model, tokenizer = naive.load(llama)
+    unit = torch.load(path, weights_only=True).float()
+    unit = unit / unit.norm()
+
+    def taken_out(x: Tensor) -> Tensor:
+        return x - (x @ unit)[..., None] * unit
+
+    def edit(ids: list[int], tail: list[int]) -> AbstractContextManager[None]:
+        return naive.hooked(naive.module_of(model, 1, "resid"), taken_out)
+
+    effects = []
+    for pair in data_of(llama, *ONE.split()).experiment.prompts:
+        sample, deltas = pair[0].sample, []
+        for edited in (None, edit):
+            a, b = (
+                naive.suppression_score(model, tokenizer, text, sample.targets, edited)
+                for text in (sample.prompt_a, sample.prompt_b)
+            )
+            deltas.append(a - b)
+        effects.append(deltas[1] - deltas[0])
+    (row,) = read(folder, EFFECTS).to_dict("records")
+    assert row["label"] == "L1resid"
+    assert row["n_samples"] == 6
+    assert row["mean"] == pytest.approx(sum(effects) / len(effects), abs=CLOSE)
+    assert abs(row["mean"]) > 100 * CLOSE
+
+
+def test_it_is_confirmed_beside_random_directions(
+    of_others: Path, llama: str, tmp_path: Path
+) -> None:
+    """All of the kind cannot be edited, where one direction is known; the effect on the held-out
+    sentences is that of the direction alone."""
+    path = of_others / "direction.pt"
+    words = [*ONE.split(), "--fit", str(path), "--op", "add", "--positions", "last"]
+    words += ["--confirm", "1", "--num_random", "3"]
+    folder = finish(llama, tmp_path, "directions", *words)
+    rows = read(folder, CONFIRM)
+    rows = rows[rows["measure"] == "a - b"]
+    assert rows["set"].tolist() == ["none", "chosen", "random", "random", "random"]
+    assert rows["faithfulness"].isna().all()
+    assert rows.iloc[1]["components"] == "L1resid"
+    assert rows["mean_delta"].nunique() == 5
+    own = ["--fit", str(of_others / "own.safetensors")]
+    again = finish(llama, tmp_path / "own", "directions", *words, *own)
+    own_rows = read(again, CONFIRM)
+    own_rows = own_rows[own_rows["set"] == "chosen"]
+    assert own_rows["mean_delta"].tolist() == [rows.iloc[1]["mean_delta"]]
+
+
+def test_it_is_zeroed_everywhere(of_others: Path, llama: str, tmp_path: Path) -> None:
+    path = str(of_others / "direction.pt")
+    words = [*ONE.split(), "--op", "zero", "--confirm", "all", "--num_random", "2", "--fit"]
+    folder = finish(llama, tmp_path / "a", "directions", *words, path)
+    own = finish(llama, tmp_path / "b", "directions", *words, str(of_others / "own.safetensors"))
+    logs = [(run / "run.log").read_text() for run in (folder, own)]
+    lines = [line for line in logs[0].splitlines() if line.startswith("L1resid everywhere")]
+    assert len(lines) == 1 and lines[0] in logs[1]
+    assert (folder / CONFIRM).exists() == (own / CONFIRM).exists()
+
+
+class Code:
+    """What a pickle would run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def write_code(path: Path) -> None:
+    torch.save({"direction": torch.ones(48), "code": Code(path.parent / "ran")}, path)
+
+
+def cut_torch(path: Path) -> None:
+    torch.save(torch.ones(48), path)
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+UNREAD = "torch.load reads no plain tensors from it (with weights_only=True, since a file's code is"
+STACK = "it holds a stack of directions, {}: pick one, such as that of a position and a layer"
+BAD_LONE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing.pt": (lambda path: None, "is no file of directions: No such file or directory"),
+    "folder.pt": (Path.mkdir, "it is a folder or a device"),
+    "empty.pt": (Path.touch, UNREAD),
+    "text.pt": (lambda path: path.write_text("L0resid"), UNREAD),
+    "cut.pt": (cut_torch, UNREAD),
+    "code.pt": (write_code, UNREAD),
+    "numpy.pt": (write_torch(np.ones(48)), UNREAD),
+    "model.pt": (write_torch(torch.nn.Linear(2, 2)), UNREAD),
+    "safetensors.pt": (lambda path: save_file({"d": torch.ones(48)}, path), UNREAD),
+    "mean_diffs.pt": (write_torch(torch.ones(5, 3, 48)), STACK.format("[5, 3, 48]")),
+    "layers.pt": (write_torch(torch.ones(3, 48)), STACK.format("[3, 48]")),
+    "column.pt": (write_torch(torch.ones(48, 1)), STACK.format("[48, 1]")),
+    "two.pt": (write_torch({"a": torch.ones(48), "b": torch.ones(48)}), "it holds 2 tensors: pick"),
+    "number.pt": (write_torch(3.5), "it holds no tensor"),
+    "list.pt": (write_torch([torch.ones(48)]), "it holds no tensor"),
+    "nothing.pt": (write_torch({}), "it holds no tensor"),
+    "sparse.pt": (write_torch(torch.ones(48).to_sparse()), "its tensor is sparse"),
+    "meta.pt": (write_torch(torch.ones(48, device="meta")), "or has no numbers"),
+    "wide.pt": (write_torch(torch.ones(49)), f"L1resid {NO_NUMBERS}[49] of float32"),
+    "wide_row.pt": (write_torch(torch.ones(1, 49)), f"L1resid {NO_NUMBERS}[49] of float32"),
+    "scalar.pt": (write_torch(torch.tensor(1.0)), f"L1resid {NO_NUMBERS}[] of float32"),
+    "whole.pt": (write_torch(torch.ones(48).long()), f"L1resid {NO_NUMBERS}[48] of int64"),
+    "complex.pt": (write_torch(torch.ones(48) * 1j), f"L1resid {NO_NUMBERS}[48] of complex64"),
+    "nan.pt": (write_torch(torch.full((48,), math.nan)), f"{NO_NUMBERS}[48] of float32, norm nan"),
+    "two.safetensors": (
+        lambda path: save_file({"a": torch.ones(48), "b": torch.ones(48)}, path),
+        "it holds 2 tensors: pick",
+    ),
+    "none.safetensors": (lambda path: save_file({}, path), "it holds no tensor"),
+    "stack.safetensors": (
+        lambda path: save_file({"a": torch.ones(5, 3, 48)}, path),
+        STACK.format("[5, 3, 48]"),
+    ),
+    "wide.safetensors": (
+        lambda path: save_file({"a": torch.ones(49)}, path),
+        f"L1resid {NO_NUMBERS}[49] of float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LONE)
+@pytest.mark.usefixtures("no_weights")
+def test_other_files_of_one_direction_are_refused(
+    name: str, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    """With a sentence that names the file, and no code of it is run."""
+    write, sentence = BAD_LONE[name]
+    write(tmp_path / name)
+    argv = command_line(llama, tmp_path / "x", "directions", *ONE.split())
+    argv += ["--fit", str(tmp_path / name)]
+    refuses(answer, *argv, says=["--fit", name, sentence])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("words", ["--kind mlp --layers 1", "--kind resid", "--kind head"])
+@pytest.mark.usefixtures("no_weights")
+def test_a_direction_without_a_layer_needs_one(
+    words: str, of_others: Path, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    for name in ("direction.pt", "one.safetensors"):
+        argv = command_line(llama, tmp_path / "x", "directions", *words.split(), "--op", "patch")
+        says = [f"{name} holds one direction and does not tell its layer: give --kind resid and"]
+        refuses(answer, *argv, "--fit", str(of_others / name), says=says)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_inspect_takes_no_direction_without_a_layer(
+    of_others: Path, llama: str, tmp_path: Path, answer: Answer
+) -> None:
+    path = of_others / "direction.pt"
+    argv = command_line(llama, tmp_path / "x", "inspect", "L1H0", "--directions", str(path))
+    says = [f"--directions {path} holds one direction and does not tell its layer: inspect takes"]
+    refuses(answer, *argv, says=says)

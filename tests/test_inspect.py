@@ -851,7 +851,7 @@ def test_directions_are_read_through_the_unembedding(
     finish(tiny_llama, folder, "inspect", "L0H6", "--directions", str(path), "--num_samples", "6")
     table = read(folder, "circuit_vocabulary.csv")
     of_direction = table[(table["label"] == "direction L2resid") & (table["list"] == "promoted")]
-    directions, _ = tracing.read_directions(path)
+    directions = tracing.read_directions(path).vectors
     loaded = tiny.loaded[0]
     total = torch.zeros(loaded.config.hidden_size)
     prompts = [sample["prompts"]["a"]["text"] for sample in record_of(folder)["samples"]]

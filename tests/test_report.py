@@ -311,7 +311,8 @@ def test_a_command_has_its_question_edit_and_findings(main_run: Path) -> None:
     assert findings[: len(expected)] == expected and len(expected) > 10
     log = (main_run / "run.log").read_text().splitlines()
     assert {text.removeprefix("Warning: ") for text in expected} <= {*log}
-    assert page.of("h3") == ["statistics", "joint ablation", "replies"]
+    words = "words, mean change of log P with 95 % intervals over sentences"
+    assert page.of("h3") == ["statistics", "joint ablation", words, "replies"]
 
 
 def test_every_command_of_a_folder_has_a_section_and_a_link(llama: str, tmp_path: Path) -> None:

@@ -283,6 +283,7 @@ def test_outputs_of_options_no_longer_given_do_not_stay(
     names = {path.name for path in full.iterdir()}
     gone = {"circuit_heatmap.png", "circuit_confirm.csv", "circuit_confirm.png"}
     gone |= {"circuit_overview.csv", "circuit_overview.png", "generations.jsonl"}
+    gone.add("circuit_words.csv")  # of a circuit, and of clear components, of which there are none
     assert names == {path.name for path in all_commands.iterdir()} - gone
     assert (full / "circuit_summary.png").read_bytes() != b"of before"
     page = (full / "circuit_report.html").read_text()
