@@ -11522,10 +11522,8 @@ class Stability:
         for half in choosing_halves.values():
             choices.append(list(choose_circuit(sums, half, rule, choose_alone).index))
         components = list(chosen.index)
-        shares = []
-        for component in components:
-            is_chosen = [component in choice for choice in choices]
-            shares.append(sum(is_chosen) / len(choices))
+        n_choosing = Counter(itertools.chain(*choices))
+        shares = [n_choosing[component] / len(choices) for component in components]
         n_again = {}
         for size in sizes_up_to(len(components)):
             counts = [count_again(components, choice, size) for choice in choices]
@@ -13423,7 +13421,8 @@ def write_activations(experiment: Experiment, heads: pd.DataFrame) -> None:
     than --given; `last_difference`, of prompt a less b, has its interval over sentences. What is of
     prompt b is empty where samples are one prompt.
     """
-    neurons = sorted(map(Component.parse, heads["label"]))
+    keys = heads[COMPONENT_KEY].itertuples(index=False, name=None)
+    neurons = sorted(Component(*key) for key in keys)
     compute = functools.partial(find_activations, experiment, neurons)
     name = f"sides-{experiment.part_key}-{digest(join_labels(neurons))[:10]}"
     job = PartJob(name, 0, 1, len(experiment.trees), compute)
