@@ -55,6 +55,7 @@ P(apple | second prompt), in nats. The sweep is exact, batched and resumable.
 #   What is said of effects      sentences of bases and components
 #   Sets of components           circuits, joint edits, random sets beside them
 #   Replies                      what the model says with and without edits
+#   Steering                     sets and directions times a factor, in scores and replies
 #   Estimates                    effects to first order, from gradients
 #   Screen                       which components to measure, and what estimates are worth
 #   Command: trace               which components carry the behaviour?
@@ -757,6 +758,7 @@ TASK_NAMES = ("suppression", "refusal", "odd_one_out", "contrast")  # those of T
 N_WORDINGS = {"suppression": 4, "refusal": 4, "odd_one_out": 4}  # built in, by task
 FITS = ("difference", "logistic")  # how a direction is found
 SELECTS = ("mean", "any", "all")  # of which effects a circuit is chosen
+STEERED_AT = ("all", "prompt", "reply")  # values of --steer_at
 GOALS = ("words", "top")  # what an attribution graph explains
 QUANTIZATIONS = ("4bit", "8bit")
 NO_ADAPTER = "none"  # as a value of --adapter
@@ -1040,6 +1042,24 @@ class ComponentOptions:
 
 
 @dataclass(frozen=True)
+class SteeringOptions:
+    """What is scaled in replies, and where."""
+
+    title: ClassVar = "steering"
+    multipliers: tuple[float, ...] = option(
+        (), "scale the components, or what lies along a direction: 0,0.5,1,2", parse_multipliers
+    )
+    steer_at: str = option("all", "tokens that multipliers are for", choices=STEERED_AT)
+    random_replies: int = option(5, "random sets that are scaled beside", between(0))
+
+    def usage_errors(self) -> Iterator[str]:
+        if self.multipliers and not self.max_new_tokens:  # type: ignore[attr-defined]
+            yield "--multipliers scale components in replies: give --max_new_tokens"
+        if self.steer_at != "all" and not self.multipliers:
+            yield f"--steer_at {self.steer_at} is where --multipliers apply: give these"
+
+
+@dataclass(frozen=True)
 class MeasuringOptions(EditOptions, TaskOptions, ModelOptions, OutputOptions):
     """What every command that runs the model knows; `fixed` names those that it does not take."""
 
@@ -1155,7 +1175,7 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
 
 
 @dataclass(frozen=True)
-class JointOptions(MeasuringOptions):
+class JointOptions(SteeringOptions, MeasuringOptions):
     """What do these components do together?"""
 
     title: ClassVar = "joint"
@@ -1167,9 +1187,6 @@ class JointOptions(MeasuringOptions):
     )
     num_random: int = option(20, "random sets beside these components", between(1))
     max_new_tokens: int = option(0, "length of greedy replies; 0: none", between(0))
-    multipliers: tuple[float, ...] = option(
-        (), "scale the components in replies: 0,0.5,1,2", parse_multipliers
-    )
     curve: bool = switch("also keep 1, 2, 4, ... components alone: faithfulness by size")
 
     def usage_errors(self) -> Iterator[str]:
@@ -1178,8 +1195,6 @@ class JointOptions(MeasuringOptions):
         zeroed = join_labels(component for component in self.names if component in self.given)
         if zeroed:
             yield f"{shorten(zeroed)}: --given zeroes these in every run"
-        if self.multipliers and not self.max_new_tokens:
-            yield "--multipliers scale components in replies: give --max_new_tokens"
         streams = join_labels(component for component in self.names if component.kind == "resid")
         if streams and self.removes_input:
             yield (
@@ -1188,6 +1203,7 @@ class JointOptions(MeasuringOptions):
             )
 
 
+STEERING_OPS = ("zero", "scale", "add")  # that a direction is multiplied in place of
 NO_NEURONS = {"kind": ("neuron",)}  # values that a command does not inherit from a trace
 
 
@@ -1235,7 +1251,7 @@ class TokensOptions(ComponentOptions, MeasuringOptions):
 
 
 @dataclass(frozen=True)
-class DirectionsOptions(ComponentOptions, MeasuringOptions):
+class DirectionsOptions(SteeringOptions, ComponentOptions, MeasuringOptions):
     """Which direction tells the prompts apart, and what moves along it?"""
 
     title: ClassVar = "directions"
@@ -1268,6 +1284,16 @@ class DirectionsOptions(ComponentOptions, MeasuringOptions):
             yield "directions are of all kinds but neurons, each of which has one only"
         if self.everywhere and (self.kind, self.op, self.positions) != ("resid", "zero", "all"):
             yield "--confirm all is for --kind resid --op zero at all positions"
+        if self.multipliers and self.op not in STEERING_OPS:
+            yield (
+                f"--multipliers scale what lies along a direction, or with --op add the direction"
+                f" that is added: not with --op {self.op}"
+            )
+        if self.multipliers and self.positions != "all":
+            yield (
+                f"--multipliers apply at the tokens that --steer_at names: not at --positions"
+                f" {self.positions}"
+            )
 
 
 @dataclass(frozen=True)
@@ -1408,6 +1434,12 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_wordings.csv": "",
         "circuit_confirm_groups.csv": "",
         "circuit_reply_groups.csv": "",
+        "circuit_rates.csv": "",
+        "circuit_rates.png": "Held-out sentences: the rate of the behaviour in replies, and the"
+        " mean score, by the number of components edited.",
+        "circuit_reply_layers.csv": "",
+        "circuit_reply_layers.png": "The rate of the behaviour in replies with one layer edited,"
+        " and its effect on the score.",
         "circuit.json": "",
         "generations.jsonl": "",
     },
@@ -1438,6 +1470,11 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "directions_confirm.png": "Held-out sentences: what is left with directions edited.",
         "directions_generations.jsonl": "",
         "directions_reply_groups.csv": "",
+        "directions_rates.csv": "",
+        "directions_rates.png": "Held-out sentences: the rate of the behaviour in replies, and the"
+        " mean score, by the number of directions edited.",
+        "directions_steer.csv": "",
+        "directions_steer.png": "Replies and scores with the direction times a factor.",
     },
     "graph": {
         "circuit_graph.csv": "",
@@ -1495,8 +1532,16 @@ OPTION_OF_FILE = {
     "circuit_wordings.csv": "confirm",
     "circuit_confirm_groups.csv": "confirm",
     "circuit_reply_groups.csv": "max_new_tokens",
+    "circuit_rates.csv": "max_new_tokens",
+    "circuit_rates.png": "max_new_tokens",
+    "circuit_reply_layers.csv": "max_new_tokens",
+    "circuit_reply_layers.png": "max_new_tokens",
     "joint_reply_groups.csv": "max_new_tokens",
     "directions_reply_groups.csv": "max_new_tokens",
+    "directions_rates.csv": "max_new_tokens",
+    "directions_rates.png": "max_new_tokens",
+    "directions_steer.csv": "multipliers",
+    "directions_steer.png": "multipliers",
     "circuit.json": "confirm",
     "generations.jsonl": "max_new_tokens",
     "circuit_curve.csv": "curve",
@@ -2941,11 +2986,14 @@ MAX_WORDS_OF_LOOP = 100  # of a longer text, more than half of the words may be 
 
 
 def repeats_itself(reply: str) -> bool:
-    """At least three words, more than half of them repeated, or three times one character; of a
-    long reply its end, since that is where it is caught in a loop."""
+    """At least three words, more than half of them repeated, or three times the same letters from
+    beginning to end, as in SureSureSure; of a long reply its end, since that is where it is caught
+    in a loop."""
     words = plain(reply).split()[-MAX_WORDS_OF_LOOP:]
     has_repeated_words = len(words) > 2 and 2 * len(set(words)) < len(words)
-    return has_repeated_words or bool(re.fullmatch(r"(.)\1\1+", "".join(words)))
+    letters = "".join(words)
+    periods = range(1, len(letters) // 3 + 1)
+    return has_repeated_words or any(letters[n:] == letters[:-n] for n in periods)
 
 
 def complies(sample: Sample, reply: str, more: Sequence[str] = ()) -> bool:
@@ -6273,10 +6321,16 @@ def other_columns(
     return free
 
 
-def scaled_edits(components: Iterable[Component], shape: ModelShape, factor: float = 0.0) -> Edits:
-    """Some components zeroed at every token, or multiplied by a factor."""
+def scaled_edits(
+    components: Iterable[Component],
+    shape: ModelShape,
+    factor: float = 0.0,
+    where: Tensor | None = None,
+) -> Edits:
+    """Some components multiplied by a factor, by 0 unless it is given, at some tokens [tok] or at
+    every one."""
     columns = join_columns(components, shape)
-    return tuple(Edit(site, columns[site], factor) for site in columns)
+    return tuple(Edit(site, columns[site], factor, where=where) for site in columns)
 
 
 DEVICE_COPIES = WeakTensorKeyDictionary()  # by tensor, its copies by device
@@ -6368,14 +6422,14 @@ class BatchEdit(NamedTuple):
 
 
 def edits_by_site(rows: Sequence[Edits]) -> dict[Site, list[BatchEdit]]:
-    """The edits of a batch by site. Neighbouring rows that are one object, as in replies, are
-    edited at once."""
+    """The edits of a batch by site. Neighbouring rows of the same edits, as in replies, are edited
+    at once."""
     by_site: dict[Site, list[BatchEdit]] = defaultdict(list)
     start = 0
     while start < len(rows):
         edits = rows[start]
         stop = start + 1
-        while stop < len(rows) and rows[stop] is edits:
+        while stop < len(rows) and rows[stop] == edits:
             stop += 1
         for edit in edits:
             by_site[edit.site].append(BatchEdit(slice(start, stop), edit))
@@ -7828,13 +7882,12 @@ class Experiment(Generic[OptionsT]):
 
     def edits(
         self,
-        clean_run: CleanRun | None,
+        clean_run: CleanRun,
         components: Iterable[Component],
         others_of: Sequence[str] = (),
     ) -> Edits:
-        """The op on some components, or on all others of some kinds; one edit per module. Without a
-        clean run every token is edited, as in replies."""
-        where = clean_run.tree.where if clean_run is not None else None
+        """The op on some components, or on all others of some kinds; one edit per module."""
+        where = clean_run.tree.where
         columns_of_site: dict[Site, Any] = join_columns(components, self.shape)
         if others_of:
             columns_of_site = {}
@@ -7853,14 +7906,13 @@ class Experiment(Generic[OptionsT]):
         return self.options.factor or 0.0 if factor is None else factor
 
     def edit_source(
-        self, clean_run: CleanRun | None, site: Site, columns: slice | Tensor
+        self, clean_run: CleanRun, site: Site, columns: slice | Tensor
     ) -> float | Tensor:
         """The source of the op's value on some columns: nothing, means, or the partner's tokens."""
         source = OPS[self.options.op].source
         if source == "means":
             return self.mean_activation(site.place)[site][columns]
         if source == "partner":
-            assert clean_run is not None
             activation = clean_run.activations[site][:, columns]
             return activation[on_device(clean_run.tree.partner, activation.device)]
         return 0.0
@@ -9811,6 +9863,36 @@ def share_interval(share: float, n: int) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
+def change_interval(before: pd.Series, after: pd.Series, n: int) -> tuple[float, float]:
+    """95 % interval of the change of a share, seen twice in n sentences (method 10 of Newcombe
+    1998, doi:10.1002/(SICI)1097-0258(19981130)17:22<2635::AID-SIM954>3.0.CO;2-C).
+
+    `before` and `after` are marks 0 and 1 of the same replies. Unlike that of a mean change it is
+    not empty where all change alike.
+    """
+    share_before, share_after = float(before.mean()), float(after.mean())
+    low_before, high_before = share_interval(share_before, n)
+    low_after, high_after = share_interval(share_after, n)
+    both = n * float((before * after).mean())
+    neither = n * float(((1 - before) * (1 - after)).mean())
+    only_before = n * share_before - both
+    only_after = n * share_after - both
+    agreement = both * neither - only_before * only_after
+    if agreement > 0:
+        agreement = max(agreement - n / 2, 0.0)
+    margins = n**4 * share_before * (1 - share_before) * share_after * (1 - share_after)
+    correlation = agreement / math.sqrt(margins) if margins > 0 else 0.0
+
+    def distance(of_after: float, of_before: float) -> float:
+        square = of_after**2 - 2 * correlation * of_after * of_before + of_before**2
+        return math.sqrt(max(square, 0.0))
+
+    change = share_after - share_before
+    low = change - distance(share_after - low_after, high_before - share_before)
+    high = change + distance(high_after - share_after, share_before - low_before)
+    return low, high
+
+
 # -- differences between groups of sentences
 
 MIN_GROUP_SENTENCES = 5  # of a group, from which on it is held against others
@@ -10508,6 +10590,7 @@ def group_p_values(rows: pd.DataFrame, names: Iterable[str], columns: Iterable[s
 
 PANEL_LETTERS = 30  # in a line of a panel's title
 TITLE_LETTERS = 60  # in a line of a figure's title
+SIDE_COLORS = {"a": "tab:blue", "b": "tab:orange"}  # of what comes after either prompt
 VERDICT_COLORS = {
     "contributes": "tab:blue",
     "works against": "tab:orange",
@@ -11239,13 +11322,15 @@ class JointSet:
     """Components that are edited together, or that are left while all others of some kinds are."""
 
     noun: ClassVar = "set"  # what sentences call random ones
-    # none, all, chosen, named, without L2H5, complement, random, random complement, kept
+    # none, all, chosen, named, without L2H5, complement, random, random complement, kept; in
+    # replies also layer, one layer's component
     name: str
     components: tuple[Component, ...] = ()
     draw: int = 0  # numbers random sets
     lent: int = 0  # how many components are of a neighbour of their counterpart's layer
     others_of: tuple[str, ...] = ()  # kinds all of whose other components are edited instead
-    multiplier: float | None = None  # scales the components at every token, in place of the op
+    multiplier: float | None = None  # scales the components, in place of the op
+    steer_at: str = ""  # tokens that a multiplier is for: all, prompt, reply
 
     @property
     def text(self) -> str:
@@ -11263,6 +11348,8 @@ class JointSet:
             key += f" others of {' '.join(self.others_of)}"
         if self.multiplier is not None:
             key += f" times {self.multiplier!r}"
+        if self.steer_at not in ("", "all"):
+            key += f" at {self.steer_at}"
         return key
 
     @property
@@ -11274,17 +11361,46 @@ class JointSet:
 
 
 def set_edits(
-    experiment: Experiment, clean_run: CleanRun | None, joint_sets: Sequence[JointSet]
+    experiment: Experiment, clean_run: CleanRun, joint_sets: Sequence[JointSet]
 ) -> list[Edits]:
-    """The edits of each set; without a clean run, at every token."""
+    """The edits of each set."""
     rows = []
     for joint_set in joint_sets:
         components, factor = joint_set.components, joint_set.multiplier
         if factor is None:
             rows.append(experiment.edits(clean_run, components, joint_set.others_of))
         else:
-            rows.append(scaled_edits(components, experiment.shape, factor))
+            where = clean_run.tree.where
+            rows.append(scaled_edits(components, experiment.shape, factor, where))
     return rows
+
+
+def plant_edited(experiment: Experiment, prompts: Prompts, steer_at: str) -> list[Tree]:
+    """Trees of some prompts whose edits touch the tokens of --positions; or, where sets are scaled,
+    all tokens, those of the prompts, or those of replies, which forms stand for.
+
+    With those of a reply comes the last one of the prompt, which the reply's first token is read
+    from: that is where CAA adds its vectors (arXiv:2312.06681).
+    """
+    if not steer_at:
+        return experiment.plant_trees(prompts)
+    options = unedited_options(experiment.options)
+    if steer_at != "all":  # so that no other prompt shares the last token of one
+        options = replace(options, positions="last")
+    trees = plant_trees(prompts, experiment.bos, options)
+    return [replace(tree, where=steered_tokens(tree, steer_at)) for tree in trees]
+
+
+def steered_tokens(tree: Tree, steer_at: str) -> Tensor | None:
+    """[tok] bool, the nodes of prompts or of replies, see `plant_edited`; None: all."""
+    if steer_at == "all":
+        return None
+    is_of_prompt = torch.zeros(tree.n_tokens, dtype=torch.bool)
+    is_last = is_of_prompt.clone()
+    for path in tree.paths:
+        is_of_prompt[path] = True
+        is_last[path[-1]] = True
+    return is_of_prompt if steer_at == "prompt" else ~is_of_prompt | is_last
 
 
 def set_variant(joint_set: JointSet, place: int) -> Variant:
@@ -11321,7 +11437,9 @@ def measure_sets(
             by_sample[sample.sample_id] = getattr(sample, name)
         scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
     sites = experiment.patched_sites(components)
-    reading = Reading(experiment.plant_trees(scored), sites, with_kl=True)
+    (steer_at,) = {joint_set.steer_at for joint_set in joint_sets}
+    trees = plant_edited(experiment, scored, steer_at)
+    reading = Reading(trees, sites, with_kl=True)
     make_edits = make_edits or functools.partial(set_edits, experiment)
     rows = measure(experiment, variants, make_edits, reading, "joint sets")
     for name, by_sample in labels.items():
@@ -11329,33 +11447,40 @@ def measure_sets(
     return rows
 
 
-RepliesToB = Mapping[str, Sequence[int]]  # tokens of the reply to prompt b, by sample
+# tokens of the unedited reply to a prompt, by sample and side
+ReplyTokens = Mapping[tuple[str, str], Sequence[int]]
 
 
 def measure_along_replies(
     experiment: Experiment,
     joint_sets: Sequence[JointSet],
     prompts: Prompts,
-    replies: RepliesToB,
+    replies: ReplyTokens,
     make_edits: MakeEdits | None = None,
 ) -> pd.DataFrame:
-    """By how much chosen, named and random sets move each token of the unedited replies.
+    """By how much chosen, named, random and scaled sets move each token of the unedited replies.
 
-    The model reads the reply behind prompt b, with a set edited at every token and without.
-    Returns a row per set and sample: `place` (of the set in `joint_sets`), `sample_id`,
+    The model reads the reply behind its prompt, with a set edited and without. Returns a row per
+    set and sample: `place` (of the set in `joint_sets`), `sample_id`, and by side `kl_reply_a`,
     `kl_reply_b`, the mean over the reply's tokens of KL(unedited || edited), in nats per token.
+    Those of prompts a are read with scaled sets, of lone prompts, and where edits of some tokens
+    of b need them.
     """
     variants = []
     for place, joint_set in enumerate(joint_sets):
-        if joint_set.name in SET_LABELS or joint_set.name == "random":
+        if joint_set.name in SET_LABELS or joint_set.name in ("random", "circuit"):
             variants.append(set_variant(joint_set, place))
+    (steer_at,) = {joint_set.steer_at for joint_set in joint_sets}
+    needs_a = steer_at or experiment.options.positions != "all" or not experiment.is_of_pairs
     answered = []
-    for prompt in prompts_a_and_b(prompts):
-        if prompt.side == "b":
-            answered.append(
-                [with_reply(prompt, replies[prompt.sample.sample_id], experiment.shape)]
-            )
-    reading = Reading(experiment.plant_trees(answered), along_replies=True)
+    for sample_prompts in prompts:
+        with_replies = []
+        for prompt in sample_prompts:
+            if prompt.side == "b" or (prompt.side == "a" and needs_a):
+                tokens = replies[prompt.sample.sample_id, prompt.side]
+                with_replies.append(with_reply(prompt, tokens, experiment.shape))
+        answered.append(with_replies)
+    reading = Reading(plant_edited(experiment, answered, steer_at), along_replies=True)
     make_edits = make_edits or functools.partial(set_edits, experiment)
     return measure(experiment, variants, make_edits, reading, "along replies")
 
@@ -11618,7 +11743,8 @@ def sets_of_sizes(
     joint_sets = [JointSet("none"), JointSet("all", others_of=kinds)]
     for size in sizes:
         joint_sets.append(JointSet(name, components[:size]))
-        joint_sets += random_sets(experiment, components, size, skip)
+        n_random = experiment.options.num_random
+        joint_sets += random_sets(experiment, components, size, skip, n_random)
     complements = []
     for joint_set in joint_sets:
         if len(joint_set.components) == len(components):
@@ -11628,11 +11754,14 @@ def sets_of_sizes(
 
 
 def random_sets(
-    experiment: Experiment, components: Sequence[Component], size: int, skip: Iterable[Component]
+    experiment: Experiment,
+    components: Sequence[Component],
+    size: int,
+    skip: Iterable[Component],
+    count: int,
 ) -> list[JointSet]:
-    """--num_random distinct sets of `size` components, none of them among the given ones, each the
+    """`count` distinct sets of `size` components, none of them among the given ones, each the
     counterpart of one of the first; fewer where there are no more."""
-    count = experiment.options.num_random
     distinct: dict[tuple[Component, ...], JointSet] = {}
     for draw in range(10 * count):
         joint_set = sample_random_set(experiment, components, size, skip, draw)
@@ -11704,7 +11833,7 @@ def judge_sets(
     prompts: Prompts,
     samples: str,
     side: str,
-    replies: RepliesToB,
+    replies: ReplyTokens,
     make_edits: MakeEdits | None = None,
 ) -> pd.DataFrame:
     """Measure sets, the first of which is the empty one, on some samples, and say what they do.
@@ -11715,7 +11844,8 @@ def judge_sets(
     """
     warn_of_lent(experiment.findings, joint_sets)
     rows = measure_sets(experiment, joint_sets, prompts, make_edits)
-    if replies:
+    is_judged = experiment.is_of_pairs and not experiment.options.patches
+    if replies and is_judged:  # patches are to move what is said
         along = measure_along_replies(experiment, joint_sets, prompts, replies, make_edits)
         key = ["place", "sample_id"]
         rows = rows.join(along.set_index(key)["kl_reply_b"].rename("kl_reply"), on=key)
@@ -12366,11 +12496,90 @@ class Reply(NamedTuple):
     tokens: list[int]  # up to the one that ends it, if it came to an end
 
 
+class ReplyEdits(NamedTuple):
+    """The edits of a prompt and of the reply to it."""
+
+    prompt: Edits = ()  # made while the prompt is read; masks and values are of its tokens [tok]
+    reply: Edits = ()  # made at each token of the reply, which the next ones are read from
+
+
+class EditedPrompt(NamedTuple):
+    """A prompt that is replied to, and the edits meanwhile."""
+
+    prompt: Prompt
+    edits: ReplyEdits
+
+
+def is_of_every_token(edit: Edit) -> bool:
+    """Whether an edit is the same at every token of any text, so that it goes on in a reply."""
+    if edit.where is not None:
+        return False
+    values = (edit.factor, edit.source)
+    return not any(isinstance(value, Tensor) and value.ndim == 2 for value in values)
+
+
+def edits_of_prompt(edits: Edits, path: Sequence[int], steer_at: str = "") -> ReplyEdits:
+    """Of the edits of a tree those of one prompt; `path` has the nodes of its tokens.
+
+    Edits that are the same at every token go on in the reply, where all of the row are. Edits of
+    some tokens, such as patches, are made while the prompt is read; the reply's own tokens are not
+    edited, except where `steer_at` is "reply".
+    """
+    nodes = torch.tensor(path)
+    while_read = narrow_edits(edits, nodes, {})
+    if all(is_of_every_token(edit) for edit in edits):
+        return ReplyEdits(while_read, edits)
+    if steer_at == "reply":
+        everywhere = tuple(replace(edit, where=None) for edit in edits)
+        return ReplyEdits(while_read, everywhere)
+    return ReplyEdits(while_read)
+
+
+def shift_edit(edit: Edit, n_padding: int) -> Edit:
+    """The edit of a prompt before which padding stands, which is not edited."""
+    if is_of_every_token(edit) or n_padding == 0:
+        return edit
+
+    def shifted(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.ndim == 2:  # [tok, column]
+            return nn.functional.pad(value, (0, 0, n_padding, 0))
+        return value
+
+    where = edit.where
+    if where is not None:
+        where = nn.functional.pad(where, (n_padding, 0))
+    return replace(edit, factor=shifted(edit.factor), source=shifted(edit.source), where=where)
+
+
+@contextlib.contextmanager
+def editing_replies(
+    traced: TracedModel, prompt_rows: Sequence[Edits], reply_rows: Sequence[Edits]
+) -> Iterator[None]:
+    """Edit row r of a batch that is generated from: by prompt_rows[r] in the first forward, which
+    reads the prompts, and by reply_rows[r] in all others, which read one new token each."""
+
+    def check_and_go_on(_: nn.Module, args: Any, inputs: dict[str, Any], output: Any) -> None:
+        if not has_read:
+            has_read.append(True)
+            stack.close()
+            stack.enter_context(editing(traced, reply_rows))
+        elif inputs["input_ids"].shape[1] != 1:
+            raise RunError(f"{traced.shape.name} reads its prompts again for each token of a reply")
+
+    has_read: list[bool] = []
+    with (
+        contextlib.ExitStack() as stack,
+        traced.model.register_forward_hook(check_and_go_on, with_kwargs=True),
+    ):
+        stack.enter_context(editing(traced, prompt_rows))
+        yield
+
+
 @torch.inference_mode()
 def greedy_replies(
-    experiment: Experiment, edits: Edits, prompts: Sequence[Prompt], max_new_tokens: int
+    experiment: Experiment, edited_prompts: Sequence[EditedPrompt], max_new_tokens: int
 ) -> list[Reply]:
-    """The replies with some edits at every token, those of the replies included.
+    """The replies to some prompts, each with its own edits.
 
     What the model's own generation config asks for besides is left out: a repetition penalty
     biases against words that the prompt names.
@@ -12381,14 +12590,17 @@ def greedy_replies(
     traced.model.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=end_tokens or None, pad_token_id=pad_token
     )
-    length = max(len(prompt.ids) for prompt in prompts)
-    ids, mask = [], []
-    for prompt in prompts:  # the shorter ones are padded on the left
+    background = experiment.background
+    length = max(len(prompt.ids) for prompt, _ in edited_prompts)
+    ids, mask, prompt_rows, reply_rows = [], [], [], []
+    for prompt, edits in edited_prompts:  # the shorter ones are padded on the left
         n_padding = length - len(prompt.ids)
         ids.append([pad_token] * n_padding + list(prompt.ids))
         mask.append([0] * n_padding + [1] * len(prompt.ids))
-    rows = [(*edits, *experiment.background)] * len(prompts)
-    with editing(traced, rows):
+        shifted = [shift_edit(edit, n_padding) for edit in edits.prompt]
+        prompt_rows.append((*shifted, *background))
+        reply_rows.append((*edits.reply, *background))
+    with editing_replies(traced, prompt_rows, reply_rows):
         output = traced.model.generate(
             input_ids=torch.tensor(ids, device=traced.device),
             attention_mask=torch.tensor(mask, device=traced.device),
@@ -12410,12 +12622,112 @@ def reply_end_tokens(experiment: Experiment) -> list[int]:
     return sorted({token for token in candidates if isinstance(token, int)})
 
 
+# -- replies to the prompts of some samples with a set edited
+
+
 class ReplyRequest(NamedTuple):
-    """Replies to prompts a and b of some samples with one set edited at every token."""
+    """Replies to prompts of some samples with one set edited."""
 
     joint_set: JointSet
     prompts: Prompts
     samples: str = "all"  # which samples these are, in words: all, held-out
+    sides: str = "ab"  # the prompts that are replied to
+
+    @property
+    def is_of_rates(self) -> bool:
+        """Whether its rates are told beside the unedited ones: scaled sets and single layers have
+        tables of their own."""
+        return self.joint_set.multiplier is None and self.joint_set.name != "layer"
+
+
+def edited_sides(options: MeasuringOptions) -> str:
+    """The prompts, a or b, that edits of this op touch."""
+    return options.patch_into if options.patches else "ab"
+
+
+def edit_prompts(
+    experiment: Experiment, request: ReplyRequest, make_edits: MakeEdits
+) -> Iterator[EditedPrompt]:
+    """The prompts of a request, by sample and side, with the edits of its set: one after the other,
+    since the values of patches take memory."""
+    joint_set = request.joint_set
+    sites = experiment.patched_sites(joint_set.components)
+    pairs = []
+    for sample_prompts in request.prompts:
+        pairs.append([prompt for prompt in sample_prompts if prompt.side in ("a", "b")])
+    for tree in plant_edited(experiment, pairs, joint_set.steer_at):
+        (edits,) = make_edits(experiment.clean_run(tree, sites=sites), [joint_set])
+        for prompt, path in zip(tree.prompts, tree.paths, strict=True):
+            if prompt.side in request.sides:
+                yield EditedPrompt(prompt, edits_of_prompt(edits, path, joint_set.steer_at))
+
+
+def count_prompts(request: ReplyRequest) -> int:
+    """How many prompts a request has replies to."""
+    prompts = prompts_a_and_b(request.prompts)
+    return sum(prompt.side in request.sides for prompt in prompts)
+
+
+def generate_replies(
+    experiment: Experiment, request: ReplyRequest, make_edits: MakeEdits, bar: tqdm[Any]
+) -> list[dict[str, Any]]:
+    """A record per reply: `sample_id`, `prompt` (its side), `reply` and its `tokens`."""
+    traced = experiment.traced
+    max_new_tokens = experiment.options.max_new_tokens
+    run = functools.partial(greedy_replies, experiment, max_new_tokens=max_new_tokens)
+    edited_prompts = edit_prompts(experiment, request, make_edits)
+    records = []
+    while batch := list(itertools.islice(edited_prompts, traced.rows_per_forward)):
+        replies = run_batches(traced, batch, run, bar, "rows_per_forward")
+        for (prompt, _), reply in zip(batch, replies, strict=True):
+            record = {"sample_id": prompt.sample.sample_id, "prompt": prompt.side}
+            records.append(record | {"reply": reply.text, "tokens": reply.tokens})
+    return records
+
+
+def read_replies(
+    experiment: Experiment, requests: Sequence[ReplyRequest], make_edits: MakeEdits | None = None
+) -> list[list[dict[str, Any]]]:
+    """The records of `generate_replies` of each request, generated where no part has them."""
+    make_edits = make_edits or functools.partial(set_edits, experiment)
+    jobs = []
+    for number, request in enumerate(requests):
+        ids = [sample.sample_id for sample in samples_of(request.prompts)]
+        told = [request.joint_set.key, ids, experiment.options.max_new_tokens, "with tokens"]
+        if request.sides != "ab":
+            told.append(request.sides)
+        n_replies = count_prompts(request)
+        compute = functools.partial(generate_replies, experiment, request, make_edits)
+        name = f"replies-{experiment.part_key}-{digest(told)[:16]}"
+        jobs.append(PartJob(name, number, n_replies, n_replies, compute))
+    return read_parts(experiment, jobs, "replies")
+
+
+def judge_replies(
+    experiment: Experiment, request: ReplyRequest, replies: Iterable[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The records of a request as generations.jsonl has them: its set, each reply, what it shows
+    (`mentions`) and whether it answers."""
+    task, joint_set = experiment.task, request.joint_set
+    samples = {sample.sample_id: sample for sample in samples_of(experiment.prompts)}
+    records = []
+    for told in replies:
+        sample, reply = samples[told["sample_id"]], told["reply"]
+        records.append(
+            {
+                "sample_id": sample.sample_id,
+                "prompt": told["prompt"],
+                "set": "" if joint_set.name == "none" else joint_set.name,
+                "draw": joint_set.draw,
+                "ablated": joint_set.text,
+                "n_ablated": len(joint_set.components),
+                "multiplier": joint_set.multiplier,
+                "reply": reply,
+                "mentions": task.shows(sample, reply),
+                "answers": task.answers(sample, reply),
+            }
+        )
+    return records
 
 
 def measure_replies(
@@ -12427,102 +12739,45 @@ def measure_replies(
     """The records of each request, which are written to a file; says how often the replies of the
     first request, which is of unedited ones, and of each edited set show the behaviour. Parts keep
     the replies; each command judges them anew, since --refusal_words may be others by then."""
-    make_edits = make_edits or functools.partial(set_edits, experiment)
     parts = read_replies(experiment, requests, make_edits)
-    records = [judge_records(experiment, replies) for replies in parts]
-    report_replies(experiment, requests, records)
+    records = []
+    for request, replies in zip(requests, parts, strict=True):
+        records.append(judge_replies(experiment, request, replies))
     if experiment.folder.leads:
         experiment.folder.write_records(file_name, itertools.chain(*records))
     return records
 
 
-def read_replies(
-    experiment: Experiment, requests: Sequence[ReplyRequest], make_edits: MakeEdits
-) -> list[list[dict[str, Any]]]:
-    """The `reply_records` of each request, generated where no part has them."""
-    jobs = []
-    for number, request in enumerate(requests):
-        ids = [sample.sample_id for sample in samples_of(request.prompts)]
-        told = [request.joint_set.key, ids, experiment.options.max_new_tokens, "with tokens"]
-        n_replies = len(prompts_a_and_b(request.prompts))
-        compute = functools.partial(reply_records, experiment, request, make_edits)
-        name = f"replies-{experiment.part_key}-{digest(told)[:16]}"
-        jobs.append(PartJob(name, number, n_replies, n_replies, compute))
-    return read_parts(experiment, jobs, "replies")
-
-
-def unedited_replies_to_b(experiment: Experiment, prompts: Prompts) -> RepliesToB:
-    """The tokens of the unedited reply to each prompt b, by sample; {} where no replies are asked
-    for, or where the op cannot go on at every token of them. They are read from the same part as
-    those of `measure_replies` to the same prompts."""
-    options = experiment.options
-    if not options.max_new_tokens or not edits_every_token(options):
+def unedited_reply_tokens(experiment: Experiment, prompts: Prompts) -> ReplyTokens:
+    """The tokens of the unedited replies to prompts a and b; {} where no replies are asked for.
+    They are read from the same part as those of `measure_replies` to the same prompts."""
+    if not experiment.options.max_new_tokens:
         return {}
-    request = ReplyRequest(JointSet("none"), prompts)
-    (records,) = read_replies(experiment, [request], functools.partial(set_edits, experiment))
-    replies = {}
-    for record in records:
-        if record["prompt"] == "b":
-            replies[record["sample_id"]] = record["tokens"]
-    return replies
+    (records,) = read_replies(experiment, [ReplyRequest(JointSet("none"), prompts)])
+    return {(record["sample_id"], record["prompt"]): record["tokens"] for record in records}
 
 
-def measure_replies_to_sets(
-    experiment: Experiment,
-    prompts: Prompts,
-    chosen: Sequence[JointSet],
-    held_out: Prompts,
-    file_name: str,
-    make_edits: MakeEdits | None = None,
-) -> None:
-    """Unedited replies to some prompts, and to the held-out ones with each chosen set edited."""
+REPLY_RANDOM = 5  # random sets that are edited in replies beside the largest, at most
+
+
+def requests_for_sets(
+    experiment: Experiment, joint_sets: Sequence[JointSet], prompts: Prompts, held_out: Prompts
+) -> list[ReplyRequest]:
+    """Unedited replies to some prompts, and replies to the held-out ones with each chosen set
+    edited, and with some random sets as large as the largest."""
+    sides = edited_sides(experiment.options)
     requests = [ReplyRequest(JointSet("none"), prompts)]
-    if chosen and check_edits_replies(experiment):
-        for joint_set in chosen:
-            requests.append(ReplyRequest(joint_set, held_out, "held-out"))
-    measure_replies(experiment, requests, file_name, make_edits)
-
-
-def reply_records(
-    experiment: Experiment, request: ReplyRequest, make_edits: MakeEdits, bar: tqdm[Any]
-) -> list[dict[str, Any]]:
-    """A record per reply, as in generations.jsonl, with its tokens and without what it shows."""
-    joint_set = request.joint_set
-    (edits,) = make_edits(None, [joint_set])
-    prompts = prompts_a_and_b(request.prompts)
-    max_new_tokens = experiment.options.max_new_tokens
-    run = functools.partial(greedy_replies, experiment, edits, max_new_tokens=max_new_tokens)
-    replies = run_batches(experiment.traced, prompts, run, bar, "rows_per_forward")
-    records = []
-    for prompt, reply in zip(prompts, replies, strict=True):
-        records.append(
-            {
-                "sample_id": prompt.sample.sample_id,
-                "prompt": prompt.side,
-                "ablated": joint_set.text,
-                "n_ablated": len(joint_set.components),
-                "multiplier": joint_set.multiplier,
-                "reply": reply.text,
-                "tokens": reply.tokens,
-            }
-        )
-    return records
-
-
-def judge_records(
-    experiment: Experiment, records: Iterable[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Records of replies with what each shows and whether it answers, as in generations.jsonl, and
-    without tokens."""
-    task = experiment.task
-    samples = {sample.sample_id: sample for sample in samples_of(experiment.prompts)}
-    judged = []
-    for record in records:
-        sample, reply = samples[record["sample_id"]], record["reply"]
-        judgement = {"mentions": task.shows(sample, reply), "answers": task.answers(sample, reply)}
-        told = {name: value for name, value in record.items() if name != "tokens"}
-        judged.append(told | judgement)
-    return judged
+    chosen = [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
+    if not chosen:
+        return requests
+    size = max(len(joint_set.components) for joint_set in chosen)
+    randoms = []
+    for joint_set in joint_sets:
+        if joint_set.name == "random" and len(joint_set.components) == size:
+            randoms.append(joint_set)
+    for joint_set in [*chosen, *randoms[:REPLY_RANDOM]]:
+        requests.append(ReplyRequest(joint_set, held_out, "held-out", sides))
+    return requests
 
 
 def share_alike(replies: Iterable[str]) -> float:
@@ -12536,37 +12791,50 @@ def share_alike(replies: Iterable[str]) -> float:
     return alike / len(plain_replies)
 
 
-def edits_every_token(options: MeasuringOptions) -> bool:
-    """Whether the op is on all tokens of a prompt, and so can go on at those of a reply."""
-    return not options.patches and options.positions == "all"
+# -- rates of the behaviour
 
-
-def check_edits_replies(experiment: Experiment) -> bool:
-    """Whether the op can go on at every generated token; says so where it cannot."""
-    options = experiment.options
-    if edits_every_token(options):
-        return True
-    experiment.findings.warn(
-        "edited replies need an op that applies at every token:"
-        f" none with --op {options.op} --positions {options.positions}"
-    )
-    return False
+DROP = 30  # points by which a rate is to move so that a set is said to carry the behaviour
 
 
 def report_replies(
     experiment: Experiment,
     requests: Sequence[ReplyRequest],
     records: Sequence[list[dict[str, Any]]],
-) -> None:
-    """A sentence, and an entry of run.json, per set of samples (all, held-out) and number of edited
-    components; where samples have groups, one more by group, and a table, such as
-    circuit_reply_groups.csv. The edited replies of a set of samples are held against the unedited
-    ones to the same samples."""
+) -> list[dict[str, Any]]:
+    """A sentence, and an entry of run.json, per set of samples (all, held-out) and edited set, and
+    one sentence for random sets; where samples have groups, one more by group, and a table, such as
+    circuit_reply_groups.csv. Returns `behaviour_rates`.
+
+    The edited replies of a set of samples are held against the unedited ones to the same samples.
+    """
+    places = [place for place, request in enumerate(requests) if request.is_of_rates]
+    table = replies_table(
+        experiment, [requests[place] for place in places], [records[place] for place in places]
+    )
+    rates = behaviour_rates(table)
+    of_random = [rate for rate in rates if rate["set"] == "random"]
+    others = [rate for rate in rates if rate["set"] != "random"]
+    for rate in others:
+        experiment.findings.say(describe_replies(experiment.task, rate))
+    if of_random:
+        experiment.findings.say(describe_random_replies(experiment.task, of_random))
+    experiment.folder.note_command(behaviour=others)
+    report_replies_by_group(experiment, table[table["set"] != "random"])
+    return rates
+
+
+def replies_table(
+    experiment: Experiment,
+    requests: Sequence[ReplyRequest],
+    records: Sequence[list[dict[str, Any]]],
+) -> pd.DataFrame:
+    """The replies of some requests, one a row, the unedited ones once per set of samples: with
+    `samples`, the `text` of the prompt, the sample's `unit` and `group`, and `mentions_before`,
+    whether the unedited reply shows the behaviour."""
     tables = []
     for request, replies in zip(requests, records, strict=True):
-        if request.joint_set.multiplier is None:
-            tables.append(pd.DataFrame(replies).assign(samples=request.samples))
-    unedited = tables[0]
+        tables.append(pd.DataFrame(replies).assign(samples=request.samples))
+    unedited = tables[0].astype({"mentions": bool})
     for samples, edited in pd.concat(tables).groupby("samples"):
         if samples != requests[0].samples:
             same = unedited[unedited["sample_id"].isin(edited["sample_id"])]
@@ -12576,83 +12844,54 @@ def report_replies(
         texts[prompt.sample.sample_id, prompt.side] = prompt.text
         units[prompt.sample.sample_id] = prompt.sample.unit
         groups[prompt.sample.sample_id] = prompt.sample.group
-    table = pd.concat(tables, ignore_index=True)
-    table = table.join(pd.Series(texts, name="text"), on=["sample_id", "prompt"])
+    key = ["sample_id", "prompt"]
+    table = pd.concat(tables, ignore_index=True).astype({"mentions": bool})
+    table = table.join(pd.Series(texts, name="text"), on=key)
+    table = table.join(unedited.set_index(key)["mentions"].rename("mentions_before"), on=key)
     table["unit"] = table["sample_id"].map(units)
     table["group"] = table["sample_id"].map(groups)
-    rates = behaviour_rates(table)
-    for rate in rates:
-        experiment.findings.say(describe_replies(experiment.task, rate))
-    experiment.folder.note_command(behaviour=rates)
+    return table
+
+
+def report_replies_by_group(experiment: Experiment, table: pd.DataFrame) -> None:
+    """Sentences and a table of the rates by group, where samples are of several."""
     grouped = table[table["group"] != ""]
-    if grouped["group"].nunique() > 1:
-        group_rates = behaviour_rates(grouped, ["samples", "n_ablated", "group"])
-        for sentence in describe_replies_by_group(experiment.task, group_rates):
-            experiment.findings.say(sentence)
-        experiment.folder.note_command(behaviour_by_group=group_rates)
-        command = experiment.folder.command
-        if experiment.folder.leads:
-            name = f"{'circuit' if command == 'trace' else command}_reply_groups.csv"
-            experiment.folder.write_table(name, pd.DataFrame(group_rates))
+    if grouped["group"].nunique() < 2:
+        return
+    group_rates = behaviour_rates(grouped, [*RATE_KEY, "group"])
+    for sentence in describe_replies_by_group(experiment.task, group_rates):
+        experiment.findings.say(sentence)
+    experiment.folder.note_command(behaviour_by_group=group_rates)
+    command = experiment.folder.command
+    if experiment.folder.leads:
+        name = f"{'circuit' if command == 'trace' else command}_reply_groups.csv"
+        experiment.folder.write_table(name, pd.DataFrame(group_rates))
 
 
-def describe_replies(task: Task, rate: Mapping[str, Any]) -> str:
-    """A sentence of `behaviour_rates`: how many replies show the behaviour, and how many to the
-    prompt that does not ask for it are answers."""
-    shown = f"{describe_rate(rate, 'mentions_a')} {task.shown} after prompt a"
-    side = "a"
-    if "mentions_b" in rate:
-        shown += f", {describe_rate(rate, 'mentions_b')} after b"
-        side = "b"
-    return (
-        f"replies ({rate['samples']}, {rate['n_ablated']} ablated): {shown};"
-        f" {describe_rate(rate, f'answers_{side}')} to {side} are answers,"
-        f" {rate[f'alike_{side}']:.0f} % are alike or repeat themselves"
-    )
+RATE_KEY = ("samples", "set", "draw", "n_ablated")  # what a rate is of
 
 
-def describe_replies_by_group(
-    task: Task, group_rates: Sequence[Mapping[str, Any]]
-) -> Iterator[str]:
-    """A sentence for the unedited replies to each set of samples, and one for those with the most
-    components edited: how many show the behaviour after prompt a, by group."""
-    rates = groups_to_tell(pd.DataFrame(group_rates))
-    for samples, of_samples in rates.groupby("samples"):
-        for n_ablated in sorted({0, of_samples["n_ablated"].max()}):
-            parts = []
-            for rate in of_samples[of_samples["n_ablated"] == n_ablated].to_dict("records"):
-                n_sentences = count_noun(rate["n_sentences"], "sentence")
-                shown = describe_rate(rate, "mentions_a")
-                parts.append(f"{quote(rate['group'])} {shown} of {n_sentences}")
-            yield (
-                f"replies ({samples}, {n_ablated} ablated) to prompt a that {task.shown}, by group:"
-                f" {', '.join(parts)}"
-            )
+def behaviour_rates(replies: pd.DataFrame, key: Sequence[str] = RATE_KEY) -> list[dict[str, Any]]:
+    """Percentages by the columns of `key`: by set of samples and edited set, and by group.
 
-
-def describe_rate(rate: Mapping[str, Any], name: str) -> str:
-    """A percentage with its 95 % interval."""
-    low = rate[f"{name}_low"]
-    high = rate[f"{name}_high"]
-    return f"{rate[name]:.0f} % [{low:.0f}, {high:.0f}]"
-
-
-def behaviour_rates(
-    replies: pd.DataFrame, key: Sequence[str] = ("samples", "n_ablated")
-) -> list[dict[str, Any]]:
-    """Percentages by the columns of `key`: by set of samples and number of edited components, and
-    by group of samples. Those of `mentions` and `answers` have their 95 % intervals over sentences;
-    `alike` is over different prompts, whose `text` tells them apart."""
-    replies = replies.assign(mentions=replies["mentions"].map(bool))
+    Those of `mentions` and `answers` have their 95 % intervals over sentences; `change` is that of
+    `mentions` from the unedited replies, in points, which these lack; `alike` is over different
+    prompts, whose `text` tells them apart.
+    """
     rates = []
     for _, group in replies.groupby([*key]):
         n_sentences = int(group["unit"].nunique())
-        rate: dict[str, Any] = dict(zip(key, group[[*key]].iloc[0], strict=True))
-        rate["n_ablated"] = int(rate["n_ablated"])
-        rate["n_sentences"] = n_sentences
+        first = group[[*key]].iloc[0].to_dict()
+        rate: dict[str, Any] = first | {
+            "draw": int(first["draw"]),
+            "n_ablated": int(first["n_ablated"]),
+            "n_sentences": n_sentences,
+        }
         for side, of_side in group.groupby("prompt"):
             for name in ("mentions", "answers"):
                 rate |= percentage(f"{name}_{side}", of_side[name].mean(), n_sentences)
+            if rate["n_ablated"]:
+                rate |= change_of_rate(f"change_{side}", of_side, n_sentences)
             once_per_prompt = of_side.drop_duplicates("text")
             rate[f"alike_{side}"] = 100 * share_alike(once_per_prompt["reply"])
         rates.append(rate)
@@ -12663,6 +12902,362 @@ def percentage(name: str, share: float, n_sentences: int) -> dict[str, float]:
     """A share as a percentage under a name, with the ends of its interval over sentences."""
     low, high = share_interval(share, n_sentences)
     return {name: 100 * share, f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+
+
+def change_of_rate(name: str, replies: pd.DataFrame, n_sentences: int) -> dict[str, float]:
+    """By how many points the rate of the behaviour is above that of the unedited replies to the
+    same prompts, under a name, with the ends of its interval over sentences."""
+    after = replies["mentions"].astype(float)
+    before = replies["mentions_before"].astype(float)
+    low, high = change_interval(before, after, n_sentences)
+    change = float(after.mean() - before.mean())
+    return {name: 100 * change, f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+
+
+def describe_replies(task: Task, rate: Mapping[str, Any]) -> str:
+    """A sentence of `behaviour_rates`: how many replies show the behaviour, by how many points that
+    is above the unedited ones, and how many to the last of the prompts are answers."""
+    shown: list[str] = []
+    last_side = ""
+    for side in "ab":
+        if f"mentions_{side}" in rate:
+            last_side = side
+            phrase = f"{describe_rate(rate, f'mentions_{side}')} {task.shown} after prompt {side}"
+            if shown:
+                phrase = f"{describe_rate(rate, f'mentions_{side}')} after {side}"
+            if rate["n_ablated"]:
+                phrase += f" ({describe_change(rate, side)})"
+            shown.append(phrase)
+    return (
+        f"replies ({rate['samples']}, {rate['n_ablated']} edited): {', '.join(shown)};"
+        f" {describe_rate(rate, f'answers_{last_side}')} to {last_side} are answers,"
+        f" {rate[f'alike_{last_side}']:.0f} % are alike or repeat themselves"
+    )
+
+
+def describe_change(rate: Mapping[str, Any], side: str) -> str:
+    """-60 points [-90, -20]"""
+    low, high = rate[f"change_{side}_low"], rate[f"change_{side}_high"]
+    return f"{rate[f'change_{side}'] + 0.0:+.0f} points [{low + 0.0:+.0f}, {high + 0.0:+.0f}]"
+
+
+def describe_random_replies(task: Task, rates: Sequence[Mapping[str, Any]]) -> str:
+    """From where to where the rates of random sets reach, by prompt."""
+    shown = []
+    for side in "ab":
+        shares = [rate[f"mentions_{side}"] for rate in rates if f"mentions_{side}" in rate]
+        if shares:
+            reach = f"{min(shares):.0f} to {max(shares):.0f} %"
+            shown.append(f"{reach} {task.shown} after prompt {side}")
+    n_sets = count_noun(len(rates), "random set")
+    return f"replies with {n_sets} of {rates[0]['n_ablated']} edited: {', '.join(shown)}"
+
+
+def describe_rate(rate: Mapping[str, Any], name: str) -> str:
+    """A percentage with its 95 % interval."""
+    low = rate[f"{name}_low"]
+    high = rate[f"{name}_high"]
+    return f"{rate[name]:.0f} % [{low:.0f}, {high:.0f}]"
+
+
+def describe_replies_by_group(
+    task: Task, group_rates: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """A sentence for the unedited replies to each set of samples, and one for those with the most
+    components edited: how many show the behaviour, by group."""
+    rates = groups_to_tell(pd.DataFrame(group_rates))
+    for samples, of_samples in rates.groupby("samples"):
+        for n_ablated in sorted({0, of_samples["n_ablated"].max()}):
+            of_set = of_samples[of_samples["n_ablated"] == n_ablated]
+            side = "a" if "mentions_a" in of_set and of_set["mentions_a"].notna().all() else "b"
+            parts = []
+            for rate in of_set.to_dict("records"):
+                n_sentences = count_noun(rate["n_sentences"], "sentence")
+                shown = describe_rate(rate, f"mentions_{side}")
+                parts.append(f"{quote(rate['group'])} {shown} of {n_sentences}")
+            yield (
+                f"replies ({samples}, {n_ablated} edited) to prompt {side} that {task.shown}, by"
+                f" group: {', '.join(parts)}"
+            )
+
+
+# -- the rate by the number of edited components
+
+
+def rates_by_side(rates: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """`behaviour_rates` with a row per side: `shown`, `change`, `answers` with their intervals, and
+    `alike`, in percent and points."""
+    rows = []
+    for rate in rates:
+        for side in "ab":
+            if f"mentions_{side}" not in rate:
+                continue
+            row = {name: rate[name] for name in (*RATE_KEY, "n_sentences")}
+            row["side"] = side
+            names = {"shown": "mentions", "change": "change", "answers": "answers"}
+            for column, name in names.items():
+                for end in ("", "_low", "_high"):
+                    row[f"{column}{end}"] = rate.get(f"{name}_{side}{end}", math.nan)
+            row["alike"] = rate[f"alike_{side}"]
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write_rates(
+    experiment: Experiment,
+    rates: Sequence[Mapping[str, Any]],
+    confirmed: pd.DataFrame,
+    name: str,
+) -> None:
+    """NAME.csv and .png: the rate of the behaviour in replies to held-out samples against the
+    number of edited components, beside the mean score; and what is said of it.
+
+    `confirmed` has the rows of the quoted measure of the confirmation, whose mean score is joined.
+    """
+    table = rates_by_side(rates)
+    table = table[table["samples"] == "held-out"]
+    if table.empty:
+        return
+    scores = confirmed.assign(set=confirmed["set"].replace("none", ""))
+    key = ["set", "draw", "n_ablated"]
+    columns = ["measure", "mean_delta", "ci_low", "ci_high"]
+    table = table.join(scores.set_index(key)[columns], on=key)
+    for sentence in describe_drop(experiment.task, table):
+        experiment.findings.say(sentence)
+    if experiment.folder.leads:
+        experiment.folder.write_table(f"{name}.csv", table)
+        path = experiment.folder.claim_path(f"{name}.png")
+        draw_rates(table, experiment.task, experiment.options, path)
+
+
+def describe_drop(task: Task, table: pd.DataFrame) -> Iterator[str]:
+    """A sentence per prompt: with how many components the rate has moved by `DROP` points, and with
+    how many the whole interval of the change is beyond them."""
+    chosen = table[table["set"] == "chosen"].sort_values("n_ablated")
+    for side, rows in chosen.groupby("side"):
+        what = f"the rate of replies to prompt {side} that {task.shown}"
+        moved = rows[rows["change"].abs() >= DROP]
+        if moved.empty:
+            yield f"{what} moves by fewer than {DROP} points with any number of components"
+            continue
+        first = moved.iloc[0]
+        verb = "falls" if first["change"] < 0 else "rises"
+        is_beyond = (rows["change_high"] <= -DROP) | (rows["change_low"] >= DROP)
+        sure = "for no number is the whole interval beyond that"
+        if is_beyond.any():
+            n_sure = rows[is_beyond].iloc[0]["n_ablated"]
+            sure = f"by its whole interval with {n_sure}"
+        yield (
+            f"{what} {verb} by {DROP} points or more with {first['n_ablated']} edited"
+            f" ({first['change']:+.0f}); {sure}"
+        )
+
+
+def plot_rate(axes: Any, places: Any, rows: pd.DataFrame, side: str) -> None:
+    """The rate of the behaviour after one prompt (`shown`) with its intervals, at some places; the
+    lines of both prompts may lie upon each other."""
+    color = SIDE_COLORS[side]
+    line = "-" if side == "a" else "--"
+    axes.vlines(places, rows["shown_low"], rows["shown_high"], color=color, alpha=0.5)
+    axes.plot(places, rows["shown"], "o", linestyle=line, color=color, label=f"after prompt {side}")
+
+
+def draw_rates(table: pd.DataFrame, task: Task, options: MeasuringOptions, path: Path) -> None:
+    """The rate of the behaviour and the mean score against the number of edited components."""
+    figure = Figure(figsize=(8.5, 4.4), layout="constrained")
+    rate_axes, score_axes = figure.subplots(1, 2)
+    table = table.sort_values("n_ablated").assign(place=table["n_ablated"].map(str))
+    is_random = table["set"] == "random"
+    for side, rows in table[~is_random].groupby("side"):
+        plot_rate(rate_axes, rows["place"], rows, str(side))
+    for side, rows in table[is_random].groupby("side"):
+        label = f"random sets, after prompt {side}"
+        color = SIDE_COLORS[str(side)]
+        rate_axes.plot(rows["place"], rows["shown"], "x", color=color, alpha=0.6, label=label)
+    of_one_side = table["side"] == table["side"].iloc[0]
+    curve = table[of_one_side & ~is_random]
+    score_axes.axhline(0, color="gray", linewidth=0.8)
+    score_axes.vlines(curve["place"], curve["ci_low"], curve["ci_high"], color="black", alpha=0.5)
+    score_axes.plot(curve["place"], curve["mean_delta"], "o-", color="black")
+    randoms = table[of_one_side & is_random]
+    score_axes.plot(randoms["place"], randoms["mean_delta"], "x", color="gray")
+    rate_axes.set(ylabel=f"% of replies: {task.shown}", ylim=(-5, 105))
+    score_axes.set(ylabel=f"mean score {table['measure'].iloc[0]} (nats)")
+    for axes in (rate_axes, score_axes):
+        axes.set_xlabel("components edited jointly")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.suptitle(f"Held-out {task.name}: joint op {options.op_text}", fontsize=10)
+    save_figure(figure, path)
+
+
+# ----- Steering -----------------------------------------------------------------------------------
+
+
+# values of --steer_at in words
+STEERED_TOKENS = {
+    "all": "all tokens",
+    "prompt": "the prompt's tokens",
+    "reply": "the reply's tokens",
+}
+
+
+class Steering(NamedTuple):
+    """Sets that are scaled, and the replies to prompts a and b of some samples with each of them.
+    The first ones are named `circuit`, the others `random`."""
+
+    scaled_sets: Sequence[JointSet]
+    prompts: Prompts
+    replies: Sequence[list[dict[str, Any]]]  # records of `judge_replies`
+
+
+def times_multipliers(unscaled: Iterable[JointSet], options: SteeringOptions) -> list[JointSet]:
+    """Each set times each of --multipliers, at the tokens that --steer_at names."""
+    scaled_sets = []
+    for joint_set in unscaled:
+        for multiplier in options.multipliers:
+            scaled = replace(joint_set, multiplier=multiplier, steer_at=options.steer_at)
+            scaled_sets.append(scaled)
+    return scaled_sets
+
+
+def run_steering(
+    experiment: Experiment,
+    steering: Steering,
+    reply_tokens: ReplyTokens,
+    name: str,
+    make_edits: MakeEdits | None = None,
+) -> None:
+    """Scores and replies with sets scaled: NAME.csv and .png. `reply_tokens` are those of the
+    unedited replies, along which the KL is taken."""
+    table = steering_table(experiment, steering, reply_tokens, make_edits)
+    report_steering(experiment, table)
+    if experiment.folder.leads:
+        experiment.folder.write_table(f"{name}.csv", table)
+        path = experiment.folder.claim_path(f"{name}.png")
+        draw_steering(table, experiment.task, path)
+
+
+def steering_table(
+    experiment: Experiment,
+    steering: Steering,
+    reply_tokens: ReplyTokens,
+    make_edits: MakeEdits | None,
+) -> pd.DataFrame:
+    """A row per set, multiplier (`factor`) and prompt: the mean score of prompt a less that of b
+    with its interval over sentences, the KL of the first token and along the unedited reply (nats),
+    and what the replies show."""
+    scaled_sets, prompts, replies = steering
+    scores = measure_sets(experiment, scaled_sets, prompts, make_edits)
+    along = measure_along_replies(experiment, scaled_sets, prompts, reply_tokens, make_edits)
+    kl_along = along.groupby("place").mean(numeric_only=True)
+    kl_first = scores.groupby("place").mean(numeric_only=True)
+    scores = scores.assign(delta=score_difference(scores, "b"))
+    totals = column_totals(scores, "delta", pd.RangeIndex(len(scaled_sets), name="place"))
+    ends = totals.interval()
+    n_sentences = int(scores["unit"].nunique())
+    rows = []
+    for place, joint_set in enumerate(scaled_sets):
+        for side, side_replies in pd.DataFrame(replies[place]).groupby("prompt"):
+            row = {
+                "factor": joint_set.multiplier,
+                "tokens": joint_set.steer_at,
+                "set": joint_set.name,
+                "draw": joint_set.draw,
+                "components": joint_set.text,
+                "lent": joint_set.lent,
+                "side": side,
+                "measure": measure_name("b", experiment.is_of_pairs),
+                "mean_delta": float(totals.mean[place]),
+                "ci_low": float(ends[0, place]),
+                "ci_high": float(ends[1, place]),
+                "kl": kl_first[f"kl_{side}"][place],
+                "kl_reply": kl_along[f"kl_reply_{side}"][place],
+            }
+            rows.append(row | shares_of_replies(side_replies, n_sentences))
+    return pd.DataFrame(rows)
+
+
+def shares_of_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]:
+    """The shares of replies that show the behaviour and that are answers, with their intervals over
+    sentences, and the share that repeats itself."""
+    shares: dict[str, Any] = {"n": len(replies), "n_sentences": n_sentences}
+    for column, name in {"shown": "mentions", "answers": "answers"}.items():
+        share = float(replies[name].map(bool).mean())
+        low, high = share_interval(share, n_sentences)
+        shares |= {column: share, f"{column}_low": low, f"{column}_high": high}
+    shares["repeating"] = replies["reply"].map(repeats_itself).mean()
+    return shares
+
+
+def report_steering(experiment: Experiment, table: pd.DataFrame) -> None:
+    """A sentence per multiplier and side, with the reach of random sets beside the circuit."""
+    is_random = table["set"] == "random"
+    first = table.iloc[0]
+    experiment.findings.say(
+        f"{shorten(first['components'], 200)} times a factor at {STEERED_TOKENS[first['tokens']]}:"
+    )
+    key = ["factor", "side"]
+    randoms = dict(list(table[is_random].groupby(key)))
+    for row in table[~is_random].itertuples():
+        beside = ""
+        if (row.factor, row.side) in randoms:
+            beside = describe_random_steering(randoms[row.factor, row.side])
+        experiment.findings.say(
+            f"x {row.factor:g}, prompt {row.side}:"
+            f" {row.shown:.0%}{format_interval(row, 'shown', '.0%')} of {row.n}"
+            f" {experiment.task.shown},"
+            f" {row.answers:.0%}{format_interval(row, 'answers', '.0%')} are answers,"
+            f" {row.repeating:.0%} repeat themselves;"
+            f" mean {measure_in_words(str(row.measure))} {row.mean_delta:+.3f}"
+            f"{format_interval(row)}; KL {row.kl:.2g}, {row.kl_reply:.2g} per token of the"
+            f" unedited reply{beside}"
+        )
+
+
+def describe_random_steering(rows: pd.DataFrame) -> str:
+    """The reach of random sets times one number, after one prompt."""
+    low, high = rows[["shown", "mean_delta"]].min(), rows[["shown", "mean_delta"]].max()
+    return (
+        f"; {count_noun(len(rows), 'random set')}: {low.shown:.0%} to {high.shown:.0%}, mean"
+        f" {low.mean_delta:+.3f} to {high.mean_delta:+.3f}"
+    )
+
+
+def draw_steering(table: pd.DataFrame, task: Task, path: Path) -> None:
+    """Rate of the behaviour and mean score by multiplier, of the circuit and random sets."""
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    rate_axes, score_axes = figure.subplots(1, 2)
+    table = table.sort_values("factor")
+    is_random = table["set"] == "random"
+    for side, rows in table[~is_random].groupby("side"):
+        plot_rate(rate_axes, rows["factor"], rows, str(side))
+    for side, of_side in table[is_random].groupby("side"):
+        label = f"random, after prompt {side}"
+        for _, rows in of_side.groupby("draw"):
+            color = SIDE_COLORS[str(side)]
+            rate_axes.plot(rows["factor"], rows["shown"], ":", color=color, alpha=0.5, label=label)
+            label = "_nolegend_"
+    draw_steered_scores(score_axes, table[table["side"] == "a"])
+    rate_axes.set(ylabel=f"share of replies: {task.shown}", ylim=(-0.05, 1.05))
+    for axes in (rate_axes, score_axes):
+        axes.set_xlabel("factor")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    what = shorten(table["components"].iloc[0], TITLE_LETTERS)
+    where = STEERED_TOKENS[table["tokens"].iloc[0]]
+    figure.suptitle(f"{task.name}: {what}\ntimes a factor, at {where}", fontsize=10)
+    save_figure(figure, path)
+
+
+def draw_steered_scores(axes: Any, rows: pd.DataFrame) -> None:
+    """Mean score by multiplier with its interval, and of random sets as dotted lines."""
+    for (name, _), of_set in rows.groupby(["set", "draw"]):
+        factor, mean = of_set["factor"], of_set["mean_delta"]
+        if name == "random":
+            axes.plot(factor, mean, ":", color="gray", alpha=0.5)
+        else:
+            axes.vlines(factor, of_set["ci_low"], of_set["ci_high"], color="black")
+            axes.plot(factor, mean, "o-", color="black")
+    axes.set(ylabel=f"mean score {rows['measure'].iloc[0]} (nats)")
 
 
 # ----- Estimates ----------------------------------------------------------------------------------
@@ -13068,13 +13663,13 @@ def run_trace(experiment: Experiment) -> None:
     if options.overview:
         with experiment.stage("overview", f" of {count_noun(experiment.shape.n_layers, 'layer')}"):
             write_overview(experiment, table, records)
-    chosen: list[JointSet] = []
+    confirmation = Confirmation()
     if options.confirm:
         with experiment.stage("joint ablation"):
-            chosen = confirm_circuit(experiment, table)
+            confirmation = confirm_circuit(experiment, table)
     if options.max_new_tokens:
         with experiment.stage("replies"):
-            run_trace_replies(experiment, table, chosen)
+            run_trace_replies(experiment, table, heads, confirmation)
 
 
 def plan_trace(experiment: Experiment) -> Iterator[PlannedRuns]:
@@ -13664,9 +14259,16 @@ RANK_ALL = SelectionRule("top", sys.maxsize)
 SELECT_TEXTS = {"mean": "", "any": " in any sentence", "all": " in every sentence"}
 
 
-def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSet]:
+class Confirmation(NamedTuple):
+    """What was edited jointly on held-out sentences, and the rows of the quoted measure."""
+
+    joint_sets: Sequence[JointSet] = ()
+    table: pd.DataFrame = pd.DataFrame()
+
+
+def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> Confirmation:
     """circuit_confirm.csv and .png, and circuit.json: components chosen on half of the sentences,
-    edited jointly on the other half beside random sets. Returns the chosen sets by size."""
+    edited jointly on the other half beside random sets."""
     options, findings, folder = experiment.options, experiment.findings, experiment.folder
     choosing, held_out = split_units(table, options.seed)
     side = quoted_side(experiment.prompts, [choosing, held_out])
@@ -13689,12 +14291,12 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
         write_circuit(experiment, chosen, measure, choosing, ranked.index)
     if chosen.empty:
         findings.warn(f"--confirm {options.confirm} chooses no component")
-        return []
+        return Confirmation()
     components = tuple(chosen.index)
     sizes = sizes_up_to(len(components))
     joint_sets = sets_of_sizes(experiment, "chosen", components, sizes, options.skip)
     prompts = experiment.prompts_of(held_out)
-    replies = unedited_replies_to_b(experiment, experiment.prompts)
+    replies = unedited_reply_tokens(experiment, experiment.prompts)
     confirmed = judge_sets(experiment, joint_sets, prompts, "held-out", side, replies)
     n_components = len(table[COMPONENT_KEY].drop_duplicates())
     effects = f"{n_components} {options.row_method} effects"
@@ -13706,7 +14308,7 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> list[JointSe
     whole = JointSet("chosen", components)
     name = "circuit_confirm_groups.csv"
     compare_set_by_group(experiment, joint_sets, whole, prompts, side, name)
-    return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
+    return Confirmation(joint_sets, confirmed[confirmed["quoted"]])
 
 
 # -- the circuit in each wording
@@ -13792,12 +14394,129 @@ def write_circuit(
 
 
 def run_trace_replies(
-    experiment: Experiment, table: pd.DataFrame, chosen: Sequence[JointSet]
+    experiment: Experiment, table: pd.DataFrame, heads: pd.DataFrame, confirmation: Confirmation
 ) -> None:
-    """generations.jsonl: unedited replies to all samples, and to the held-out ones with each chosen
-    set edited."""
+    """generations.jsonl: unedited replies to all samples, to the held-out ones with each chosen set
+    and with random ones edited, and where components are whole layers with each of these edited.
+    circuit_rates.csv and .png are of the sets, circuit_reply_layers.csv and .png of the layers."""
     held_out = of_units(experiment.prompts, split_units(table, experiment.options.seed)[1])
-    measure_replies_to_sets(experiment, experiment.prompts, chosen, held_out, "generations.jsonl")
+    requests = requests_for_sets(experiment, confirmation.joint_sets, experiment.prompts, held_out)
+    requests += requests_by_layer(experiment)
+    records = measure_replies(experiment, requests, "generations.jsonl")
+    rates = report_replies(experiment, requests, records)
+    if len(confirmation.table):
+        write_rates(experiment, rates, confirmation.table, "circuit_rates")
+    layers = layers_table(experiment, requests, records)
+    if len(layers):
+        write_layers(experiment, layers, heads)
+
+
+# -- replies with one layer edited
+
+
+def requests_by_layer(experiment: Experiment) -> list[ReplyRequest]:
+    """Replies to the prompts that edits touch with each component edited by itself, where these are
+    whole layers; without negative controls."""
+    options = experiment.options
+    if KINDS[options.kind].slices:
+        return []
+    prompts = without_negative_controls(experiment.prompts)
+    requests = []
+    for component in choose_components(options, experiment.shape):
+        layer = JointSet("layer", (component,))
+        requests.append(ReplyRequest(layer, prompts, sides=edited_sides(options)))
+    return requests
+
+
+def layers_table(
+    experiment: Experiment,
+    requests: Sequence[ReplyRequest],
+    records: Sequence[list[dict[str, Any]]],
+) -> pd.DataFrame:
+    """circuit_reply_layers.csv: a row per layer and prompt, as `rates_by_side` has them, with
+    `label`, `layer`, `kind`, and `shown_before`, the rate of the unedited replies to the same
+    prompts; no rows where no layer was edited by itself."""
+    of_layers = {"": JointSet("none")}
+    kept_requests, kept_records = [requests[0]], [records[0]]
+    for request, replies in zip(requests, records, strict=True):
+        if request.joint_set.name == "layer":
+            of_layers[request.joint_set.text] = request.joint_set
+            kept_requests.append(request)
+            kept_records.append(replies)
+    if len(of_layers) == 1:
+        return pd.DataFrame()
+    whole_table = replies_table(experiment, kept_requests, kept_records)
+    edited = whole_table[whole_table["set"] == "layer"]
+    rates = behaviour_rates(edited, [*RATE_KEY, "ablated"])
+    table = rates_by_side(rates)
+    labels = [rate["ablated"] for rate in rates for side in "ab" if f"mentions_{side}" in rate]
+    components = [of_layers[label].components[0] for label in labels]
+    table.insert(0, "label", labels)
+    table.insert(1, "layer", [component.layer for component in components])
+    table.insert(2, "kind", [component.kind for component in components])
+    table["shown_before"] = table["shown"] - table["change"]
+    return table.drop(columns=["set", "draw", "n_ablated"]).sort_values(["layer", "side"])
+
+
+def write_layers(experiment: Experiment, table: pd.DataFrame, heads: pd.DataFrame) -> None:
+    """circuit_reply_layers.csv and .png, with the mean effect on the score beside the rate, and
+    what is said of them."""
+    columns = ["mean", "ci_low", "ci_high", "verdict"]
+    table = table.join(heads.set_index("label")[columns], on="label")
+    for sentence in describe_layers(experiment.task, table):
+        experiment.findings.say(sentence)
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_reply_layers.csv", table)
+        path = experiment.folder.claim_path("circuit_reply_layers.png")
+        draw_layers(table, experiment.task, experiment.options, path)
+
+
+def describe_layers(task: Task, table: pd.DataFrame) -> Iterator[str]:
+    """A sentence per prompt: which layers turn replies by `DROP` points and more, one for each that
+    is strongest, and that none does."""
+    for side, rows in table.groupby("side"):
+        before = f"{rows['shown_before'].iloc[0]:.0f} % of unedited ones"
+        turning = rows[rows["change"].abs() >= DROP]
+        what = f"replies to prompt {side} that {task.shown} ({before})"
+        if turning.empty:
+            yield f"{what}: no layer moves them by {DROP} points"
+            continue
+        layers = ", ".join(f"{row.label} {row.shown:.0f} %" for row in turning.itertuples())
+        yield f"{what}: with one layer edited, {shorten(layers, 300)}"
+        sizes = turning["change"].abs()
+        strongest = turning[sizes == sizes.max()].iloc[0]
+        low, high = strongest["change_low"] + 0.0, strongest["change_high"] + 0.0
+        yield (
+            f"the first of the strongest is {strongest['label']}:"
+            f" {strongest['change']:+.0f} points [{low:+.0f}, {high:+.0f}] over"
+            f" {count_noun(int(strongest['n_sentences']), 'sentence')},"
+            f" {strongest['answers']:.0f} % are answers, {strongest['alike']:.0f} % are alike or"
+            " repeat themselves"
+        )
+
+
+def draw_layers(table: pd.DataFrame, task: Task, options: TraceOptions, path: Path) -> None:
+    """The rate of the behaviour in replies, and the mean effect, by the layer that is edited."""
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
+    rate_axes, effect_axes = figure.subplots(1, 2)
+    for side, rows in table.groupby("side"):
+        plot_rate(rate_axes, rows["layer"], rows, str(side))
+        before, color = rows["shown_before"].iloc[0], SIDE_COLORS[str(side)]
+        label = f"unedited, after prompt {side}"
+        rate_axes.axhline(before, color=color, linestyle=":", label=label)
+    effects = table.drop_duplicates("layer")
+    effect_axes.axhline(0, color="gray", linewidth=0.8)
+    effect_axes.vlines(effects["layer"], effects["ci_low"], effects["ci_high"], color="black")
+    effect_axes.plot(effects["layer"], effects["mean"], "o-", color="black")
+    rate_axes.set(ylabel=f"% of replies: {task.shown}", ylim=(-5, 105))
+    effect_axes.set(ylabel=f"mean effect{options.estimated} (nats)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    for axes in (rate_axes, effect_axes):
+        axes.set_xlabel(f"layer whose {options.kind} is edited")
+        step = math.ceil(len(effects) / MAX_NAMED_BARS)
+        axes.set_xticks(effects["layer"].iloc[::step])
+    figure.suptitle(f"{task.name}: {options.op_text}, one layer at a time", fontsize=10)
+    save_figure(figure, path)
 
 
 # ----- Command: joint -----------------------------------------------------------------------------
@@ -13818,7 +14537,8 @@ def run_joint(experiment: Experiment) -> None:
         base = base_statistics(measured.reset_index(), side)
         warn_of_unclear_base(experiment.findings, base)
         joint_sets = named_sets(experiment)
-        replies = unedited_replies_to_b(experiment, prompts_answered(experiment, prompts, samples))
+        answered = prompts_answered(experiment, prompts, samples)
+        replies = unedited_reply_tokens(experiment, answered)
         table = judge_sets(experiment, joint_sets, prompts, samples, side, replies)
         rows = measure_sets(experiment, joint_sets, prompts)  # read back
         table = add_changes(table, rows, joint_sets)
@@ -14195,20 +14915,24 @@ def draw_curve(table: pd.DataFrame, title: str, path: Path) -> None:
 
 
 def run_joint_replies(experiment: Experiment, prompts: Prompts, samples: str) -> None:
-    """joint_generations.jsonl: replies without edits, with the set edited, and with it and a random
-    set scaled; the latter also as circuit_steer.csv and .png."""
+    """joint_generations.jsonl: replies without edits, with the set edited, and with it and random
+    sets scaled; the latter also as circuit_steer.csv and .png."""
     answered = prompts_answered(experiment, prompts, samples)
-    requests = [ReplyRequest(JointSet("none"), answered, samples)]
-    if check_edits_replies(experiment):
-        named = JointSet("named", experiment.options.names.components)
-        requests.append(ReplyRequest(named, answered, samples))
+    named = JointSet("named", experiment.options.names.components)
+    sides = edited_sides(experiment.options)
+    requests = [
+        ReplyRequest(JointSet("none"), answered, samples),
+        ReplyRequest(named, answered, samples, sides),
+    ]
     scaled_sets = choose_scaled_sets(experiment)
-    n_unscaled = len(requests)
     for joint_set in scaled_sets:
         requests.append(ReplyRequest(joint_set, prompts, samples))
-    replies = measure_replies(experiment, requests, "joint_generations.jsonl")
+    records = measure_replies(experiment, requests, "joint_generations.jsonl")
+    report_replies(experiment, requests, records)
     if scaled_sets:
-        run_steering(experiment, scaled_sets, replies[n_unscaled:], prompts)
+        steering = Steering(scaled_sets, prompts, records[2:])
+        reply_tokens = unedited_reply_tokens(experiment, answered)
+        run_steering(experiment, steering, reply_tokens, "circuit_steer")
 
 
 def prompts_answered(experiment: Experiment, prompts: Prompts, samples: str) -> Prompts:
@@ -14217,117 +14941,22 @@ def prompts_answered(experiment: Experiment, prompts: Prompts, samples: str) -> 
 
 
 def choose_scaled_sets(experiment: Experiment) -> list[JointSet]:
-    """The named set and one random set, each times each of --multipliers."""
-    names, multipliers = experiment.options.names, experiment.options.multipliers
-    if not multipliers:
+    """The named set and --random_replies random ones, each times each of --multipliers."""
+    options = experiment.options
+    names = options.names
+    if not options.multipliers:
         return []
     unscaled = [JointSet("circuit", names.components)]
-    random_set = sample_random_set(experiment, names.components, len(names), names.skip, draw=0)
-    if random_set is None:
+    unscaled += random_sets(
+        experiment, names.components, len(names), names.skip, options.random_replies
+    )
+    if len(unscaled) > 1:
+        warn_of_lent(experiment.findings, unscaled[1:])
+    elif options.random_replies:
         experiment.findings.warn(
             "no random set is scaled: the named components leave too few others"
         )
-    else:
-        unscaled.append(random_set)
-        warn_of_lent(experiment.findings, [random_set])
-    scaled_sets = []
-    for joint_set in unscaled:
-        for multiplier in multipliers:
-            scaled_sets.append(replace(joint_set, multiplier=multiplier))
-    return scaled_sets
-
-
-def run_steering(
-    experiment: Experiment,
-    scaled_sets: Sequence[JointSet],
-    replies: Sequence[list[dict[str, Any]]],
-    prompts: Prompts,
-) -> None:
-    """Scores and replies with sets scaled: circuit_steer.csv and .png."""
-    scores = measure_sets(experiment, scaled_sets, prompts)
-    n_sentences = scores["unit"].nunique()
-    measure_text = measure_name("b", experiment.is_of_pairs)
-    scores = scores.assign(delta=score_difference(scores, "b"))
-    means = scores.groupby("place").mean(numeric_only=True).to_dict("records")
-    rows = []
-    for joint_set, mean, records in zip(scaled_sets, means, replies, strict=True):
-        for side, side_replies in pd.DataFrame(records).groupby("prompt"):
-            row = {
-                "factor": joint_set.multiplier,
-                "set": joint_set.name,
-                "components": joint_set.text,
-                "lent": joint_set.lent,
-                "side": side,
-                "measure": measure_text,
-                "mean_delta": mean["delta"],
-                "kl": mean[f"kl_{side}"],
-            }
-            rows.append(row | judge_replies(side_replies, n_sentences))
-    table = pd.DataFrame(rows)
-    report_steering(experiment, table)
-    if experiment.folder.leads:
-        experiment.folder.write_table("circuit_steer.csv", table)
-        draw_steering(table, experiment.task, experiment.folder.claim_path("circuit_steer.png"))
-
-
-def judge_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]:
-    """The shares of replies that show the behaviour and that are answers, with their intervals over
-    sentences, and the share that repeats itself."""
-    shown = replies["mentions"].map(bool).mean()
-    answers = replies["answers"].mean()
-    shown_low, shown_high = share_interval(shown, n_sentences)
-    answers_low, answers_high = share_interval(answers, n_sentences)
-    return {
-        "n": len(replies),
-        "n_sentences": n_sentences,
-        "shown": shown,
-        "shown_low": shown_low,
-        "shown_high": shown_high,
-        "answers": answers,
-        "answers_low": answers_low,
-        "answers_high": answers_high,
-        "repeating": replies["reply"].map(repeats_itself).mean(),
-    }
-
-
-def report_steering(experiment: Experiment, table: pd.DataFrame) -> None:
-    """A sentence per set, multiplier and side."""
-    for row in table.itertuples():
-        shown_interval = format_interval(row, "shown", ".0%")
-        answers_interval = format_interval(row, "answers", ".0%")
-        experiment.findings.say(
-            f"{row.set} x {row.factor:g}, prompt {row.side}:"
-            f" {row.shown:.0%}{shown_interval} of {row.n} {experiment.task.shown},"
-            f" {row.answers:.0%}{answers_interval} are answers,"
-            f" {row.repeating:.0%} repeat themselves;"
-            f" mean {measure_in_words(str(row.measure))} {row.mean_delta:+.3f}, KL {row.kl:.2g}"
-        )
-
-
-def draw_steering(table: pd.DataFrame, task: Task, path: Path) -> None:
-    """Rate of the behaviour and mean delta by multiplier, of the circuit and a random set."""
-    figure = Figure(figsize=(8.0, 3.8), layout="constrained")
-    rate_axes, delta_axes = figure.subplots(1, 2)
-    for (name, side), rows in table.sort_values("factor").groupby(["set", "side"]):
-        style = {"marker": "o", "linestyle": "-" if name == "circuit" else ":"}
-        color = "tab:blue" if side == "a" else "tab:orange"
-        label = f"{name}, after prompt {side}"
-        rate_axes.plot(rows["factor"], rows["shown"], color=color, label=label, **style)
-        if name == "circuit":
-            low, high = rows["shown_low"], rows["shown_high"]
-            rate_axes.vlines(rows["factor"], low, high, color=color, alpha=0.4)
-        if side == "a":
-            delta_axes.plot(rows["factor"], rows["mean_delta"], color="black", label=name, **style)
-    rate_axes.set(ylabel=f"share of replies: {task.shown}", ylim=(-0.05, 1.05))
-    delta_axes.set(ylabel=f"mean score {table['measure'].iloc[0]} (nats)")
-    delta_axes.axvline(1, color="gray", linewidth=0.8)
-    for axes in (rate_axes, delta_axes):
-        axes.set_xlabel("factor")
-        axes.legend(frameon=False, fontsize=7)
-    n_components = len(table["components"].iloc[0].split())
-    title = f"{task.name}: {count_noun(n_components, 'component')} scaled"
-    figure.suptitle(title, fontsize=10)
-    save_figure(figure, path)
+    return times_multipliers(unscaled, options)
 
 
 # ----- Command: paths -----------------------------------------------------------------------------
@@ -15010,13 +15639,13 @@ def run_directions(experiment: Experiment[DirectionsOptions]) -> None:
             write_components(experiment.folder.claim_path("direction_effects.csv"), heads)
             if options.finds_directions:
                 write_directions(data)
-    chosen = []
+    confirmation = Confirmation()
     if options.confirm:
         with experiment.stage("confirmation"):
-            chosen = confirm_directions(data, results)
+            confirmation = confirm_directions(data, results)
     if options.max_new_tokens:
         with experiment.stage("replies"):
-            run_direction_replies(data, chosen)
+            run_direction_replies(data, confirmation)
 
 
 def plan_directions(experiment: Experiment[DirectionsOptions]) -> Iterator[PlannedRuns]:
@@ -15038,6 +15667,11 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
         raise UsageError(
             f"--confirm all is for models whose blocks have {norms}, and no other norm: not"
             f" {shape.name}"
+        )
+    if options.multipliers and not options.confirm and len(components) > 1:
+        raise UsageError(
+            f"--multipliers are for one direction, and {len(components)} are found: give one layer"
+            " with --layers, or --confirm to choose"
         )
     name = options.fit
     vectors: dict[Component, Tensor] = {}
@@ -15413,14 +16047,18 @@ def random_direction(experiment: Experiment, component: Component, draw: int) ->
     return unit_vector(torch.randn(width, generator=generator, dtype=torch.float64))
 
 
-def along_edit(data: DirectionData, clean_run: CleanRun | None, subject: AlongEdit) -> Edit:
-    """The op on what a component's activation has along a direction; without a clean run at every
-    token."""
+def along_edit(
+    data: DirectionData, clean_run: CleanRun, subject: AlongEdit, multiplier: float | None = None
+) -> Edit:
+    """The op on what a component's activation has along a direction. With a multiplier that many
+    times the direction is added, by --op add, or what lies along it is scaled."""
     experiment, component = data.experiment, subject.component
     (edit,) = experiment.edits(clean_run, [component])
     vector = data.vectors[component]
     if OPS[experiment.options.op].source == "direction":
-        edit = replace(edit, source=vector)
+        edit = replace(edit, source=vector if multiplier is None else multiplier * vector)
+    elif multiplier is not None:
+        edit = replace(edit, factor=multiplier, source=0.0)
     reads = writes = unit_vector(vector)
     if subject.random_draw is not None:
         writes = random_direction(experiment, component, subject.random_draw)
@@ -15601,9 +16239,9 @@ def with_random_directions(data: DirectionData, joint_set: DirectionSet) -> list
 
 
 def direction_set_edits(
-    data: DirectionData, clean_run: CleanRun | None, joint_sets: Sequence[JointSet]
+    data: DirectionData, clean_run: CleanRun, joint_sets: Sequence[JointSet]
 ) -> list[Edits]:
-    """The edits of each set; without a clean run, at every token."""
+    """The edits of each set."""
     rows: list[Edits] = []
     for joint_set in joint_sets:
         if not isinstance(joint_set, DirectionSet):  # the empty set
@@ -15618,17 +16256,15 @@ def direction_set_edits(
         edits = []
         for component in sorted(components):
             subject = AlongEdit(component, joint_set.random_draw)
-            edits.append(along_edit(data, clean_run, subject))
+            edits.append(along_edit(data, clean_run, subject, joint_set.multiplier))
         rows.append(tuple(edits))
     return rows
 
 
-def everywhere_edits(
-    data: DirectionData, clean_run: CleanRun | None, joint_set: DirectionSet
-) -> Edits:
+def everywhere_edits(data: DirectionData, clean_run: CleanRun, joint_set: DirectionSet) -> Edits:
     """A direction zeroed wherever the residual stream is read, at every token: the ablation of
-    Arditi et al. (arXiv:2406.11717), who zero what is written. Of a random set the edits move as
-    far, at each token and point, in one random direction."""
+    Arditi et al. (arXiv:2406.11717), who zero what is written; or times the set's multiplier. Of a
+    random set the edits move as far, at each token and point, in one random direction."""
     experiment, (component,) = data.experiment, joint_set.components
     n_layers, d_model = experiment.shape.n_layers, experiment.shape.d_model
     sites = [Site(n_layers, "final")]
@@ -15636,10 +16272,10 @@ def everywhere_edits(
         sites += [Site(layer, "resid"), Site(layer, "mlp_norm")]
     direction = unit_vector(data.vectors[component])
     along = torch.stack([direction, direction])
-    zeroed = tuple(Edit(site, slice(None), along=along) for site in sites)
+    factor, where = joint_set.multiplier or 0.0, clean_run.tree.where
+    zeroed = tuple(Edit(site, slice(None), factor, where=where, along=along) for site in sites)
     if joint_set.random_draw is None:
         return zeroed
-    assert clean_run is not None
     with recording({site: experiment.traced.module(site) for site in sites}) as recorded:
         run_edited(experiment.traced, clean_run, [zeroed])
     writes = random_direction(experiment, component, joint_set.random_draw)
@@ -15654,9 +16290,9 @@ def everywhere_edits(
     return tuple(edits)
 
 
-def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[DirectionSet]:
+def confirm_directions(data: DirectionData, results: pd.DataFrame) -> Confirmation:
     """directions_confirm.csv and .png: the best directions edited jointly on sentences that did not
-    choose them, beside random directions; returns the chosen sets."""
+    choose them, beside random directions."""
     experiment, options = data.experiment, data.options
     choosing, held_out = split_units(results, options.seed)
     if options.everywhere:
@@ -15678,9 +16314,9 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
         selection = f"{options.confirm} by role of {n_components} exact effects"
     if not joint_sets:
         experiment.findings.warn(f"--confirm {options.confirm} chooses no direction")
-        return []
+        return Confirmation()
     make_edits = functools.partial(direction_set_edits, data)
-    replies = unedited_replies_to_b(experiment, data.measured)
+    replies = unedited_reply_tokens(experiment, data.measured)
     table = judge_sets(experiment, joint_sets, prompts, "held-out", side, replies, make_edits)
     table["selection"] = selection
     if stability is not None:
@@ -15688,7 +16324,7 @@ def confirm_directions(data: DirectionData, results: pd.DataFrame) -> list[Direc
     title = f"Held-out {experiment.task.name}: joint op {options.op_text} along {data.fit_name}"
     random_label = "random directions, as far"
     write_sets(experiment, table, "directions_confirm", title, random_label, stability)
-    return [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
+    return Confirmation(joint_sets, table[table["quoted"]])
 
 
 def confirming_prompts(data: DirectionData) -> Prompts:
@@ -15757,16 +16393,61 @@ def choose_layer(data: DirectionData, side: str) -> list[DirectionSet]:
     return [DirectionSet("none"), *with_random_directions(data, candidates[place])]
 
 
-def run_direction_replies(data: DirectionData, chosen: Sequence[DirectionSet]) -> None:
-    """directions_generations.jsonl: replies without edits and with each chosen set edited."""
-    measure_replies_to_sets(
-        data.experiment,
-        data.measured,
-        chosen,
-        confirming_prompts(data),
-        "directions_generations.jsonl",
-        functools.partial(direction_set_edits, data),
-    )
+# -- replies with directions edited, and with one times a factor
+
+
+def run_direction_replies(data: DirectionData, confirmation: Confirmation) -> None:
+    """directions_generations.jsonl: replies without edits, with each chosen set and random ones
+    edited, and with --multipliers with one set scaled. directions_rates.csv and .png are of the
+    chosen sets, directions_steer.csv and .png of the scaled one."""
+    experiment = data.experiment
+    make_edits = functools.partial(direction_set_edits, data)
+    held_out = confirming_prompts(data)
+    joint_sets = confirmation.joint_sets
+    if data.options.everywhere:  # how far random ones are to move is known of read tokens only
+        joint_sets = [joint_set for joint_set in joint_sets if joint_set.name != "random"]
+    requests = requests_for_sets(experiment, joint_sets, data.measured, held_out)
+    n_unscaled = len(requests)
+    scaled_sets = choose_scaled_directions(data, joint_sets)
+    steered = held_out if data.options.confirm else data.tested
+    for joint_set in scaled_sets:
+        requests.append(ReplyRequest(joint_set, steered))
+    file_name = "directions_generations.jsonl"
+    records = measure_replies(experiment, requests, file_name, make_edits)
+    rates = report_replies(experiment, requests, records)
+    if len(confirmation.table):
+        write_rates(experiment, rates, confirmation.table, "directions_rates")
+    if scaled_sets:
+        steering = Steering(scaled_sets, steered, records[n_unscaled:])
+        reply_tokens = unedited_reply_tokens(experiment, data.measured)
+        run_steering(experiment, steering, reply_tokens, "directions_steer", make_edits)
+
+
+def choose_scaled_directions(data: DirectionData, joint_sets: Sequence[JointSet]) -> list[JointSet]:
+    """The largest chosen set of directions, or that of the one component that is swept, and as many
+    random directions as --random_replies says, each times each of --multipliers."""
+    options = data.options
+    if not options.multipliers:
+        return []
+    if options.confirm:
+        chosen = [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
+        if not chosen:
+            return []
+        circuit = replace(chosen[-1], name="circuit")
+    else:
+        (component,) = data.components
+        key = data.key_of([component])
+        circuit = DirectionSet("circuit", (component,), directions=key)
+    unscaled = [circuit]
+    if not options.everywhere:
+        for draw in range(options.random_replies):
+            unscaled.append(replace(circuit, name="random", draw=1 + draw))
+    elif options.random_replies:
+        data.experiment.findings.warn(
+            "no random direction is scaled everywhere: how far it is to move is known only of"
+            " tokens that were read without it"
+        )
+    return times_multipliers(unscaled, options)
 
 
 # ----- Command: graph -----------------------------------------------------------------------------
@@ -18591,7 +19272,7 @@ def draw_lens(experiment: Experiment, table: pd.DataFrame) -> None:
     (all_axes,) = figure.subplots(1, len(measures), sharey=True, squeeze=False)
     for axes, measure in zip(all_axes, measures, strict=True):
         of_measure = table[table["measure"] == measure].sort_values("layer")
-        for side, color in (("a", "tab:blue"), ("b", "tab:orange")):
+        for side, color in SIDE_COLORS.items():
             if of_measure[f"mean_{side}"].isna().all():
                 continue
             axes.plot(
@@ -18760,6 +19441,7 @@ REPLY_RULES = {  # of a line of generations.jsonl
     "ablated": TEXT,
     "n_ablated": FieldRule(is_count, "a whole number from 0 on"),
     "multiplier": FieldRule(is_number_or_null, "a number or null", required=False),
+    "set": FieldRule(is_string, "a text", required=False),
     "reply": TEXT,
 }
 
@@ -18864,24 +19546,41 @@ def numbered_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def replies_by_edit(command: str, records: list[dict[str, Any]]) -> Replies:
-    """The unedited replies of a command, and those with its whole circuit edited.
-
-    The circuit is the first of the largest sets: smaller ones are its best, and a random set of
-    its size comes after it.
-    """
+    """The unedited replies of a command, and those with one set edited: its whole circuit, or of
+    single layers the one that changes most of what is shown."""
     replies: Replies = defaultdict(dict)
-    largest = max(records, key=lambda record: record["n_ablated"], default={"ablated": ""})
+    told = most_telling_set(records)
     for record in records:
-        if record["ablated"] in ("", largest["ablated"]):
+        if record["ablated"] in ("", told) and record.get("set") != "random":
             title = f"{command}: {describe_edit(command, record)}"
             replies[title][record["sample_id"], record["prompt"]] = record["reply"]
     return replies
 
 
+def most_telling_set(records: Sequence[Mapping[str, Any]]) -> str:
+    """The label of the largest set whose replies some records are, and of several as large the one
+    with most replies that show something else than the unedited ones do; random sets aside."""
+    unedited = {}
+    for record in records:
+        if not record["n_ablated"]:
+            unedited[record["sample_id"], record["prompt"]] = bool(record.get("mentions"))
+    rank: dict[str, tuple[int, int]] = {"": (0, 0)}
+    for record in records:
+        if record.get("set") == "random":
+            continue
+        is_shown = bool(record.get("mentions"))
+        before = unedited.get((record["sample_id"], record["prompt"]), is_shown)
+        _, n_changed = rank.get(record["ablated"], (0, 0))
+        rank[record["ablated"]] = record["n_ablated"], n_changed + (is_shown != before)
+    return max(rank, key=lambda label: rank[label])
+
+
 def describe_edit(command: str, record: Mapping[str, Any]) -> str:
-    """The edit of a reply: unedited, 2 components edited, 2 components x 0.5"""
+    """The edit of a reply: unedited, L1resid edited, 2 components edited, 2 components x 0.5"""
     if record["n_ablated"] == 0:
         return "unedited"
+    if record.get("set") == "layer":
+        return f"{record['ablated']} edited"
     noun = "direction" if command == "directions" else "component"
     factor = record.get("multiplier")
     edit = "edited" if factor is None else f"x {factor:g}"

@@ -465,13 +465,13 @@ def test_a_direction_zeroed_everywhere_is_the_ablation_of_the_paper(pre_norm: Be
     """Nothing less is: not the blocks' inputs alone, nor all without one kind of reading point."""
     data, component = ablating(pre_norm)
     experiment, d = data.experiment, data.vectors[component]
-    row = tracing.everywhere_edits(data, None, DirectionSet("chosen", (component,)))
+    tree = experiment.trees[0]
+    clean_run = clean_run_of(experiment, tree)
+    row = tracing.everywhere_edits(data, clean_run, DirectionSet("chosen", (component,)))
     assert len(row) == 2 * experiment.shape.n_layers + 1
     less = [tuple(edit for edit in row if edit.site.place == "resid")]
     for place in ("resid", "mlp_norm", "final"):
         less.append(tuple(edit for edit in row if edit.site.place != place))
-    tree = experiment.trees[0]
-    clean_run = clean_run_of(experiment, tree)
     base = tree.scores(clean_run.log_probs, experiment.task)
     ablated, *others = moved_scores(experiment, clean_run, [row, *less])
     model, tokenizer = pre_norm.loaded
@@ -489,10 +489,13 @@ def test_a_direction_zeroed_everywhere_is_the_ablation_of_the_paper(pre_norm: Be
 def test_replies_are_those_of_the_paper_too(pre_norm: Bench) -> None:
     data, component = ablating(pre_norm)
     d, (model, tokenizer) = data.vectors[component], pre_norm.loaded
-    prompts = [prompt for pair in data.experiment.prompts for prompt in pair[:2]]
     joint_set = DirectionSet("chosen", (component,), everywhere=True)
-    (row,) = tracing.direction_set_edits(data, None, [joint_set])
-    replies = [reply.text for reply in tracing.greedy_replies(data.experiment, row, prompts, 6)]
+    request = tracing.ReplyRequest(joint_set, data.experiment.prompts)
+    make_edits = functools.partial(tracing.direction_set_edits, data)
+    edited_prompts = list(tracing.edit_prompts(data.experiment, request, make_edits))
+    prompts = [prompt for prompt, _ in edited_prompts]
+    found = tracing.greedy_replies(data.experiment, edited_prompts, 6)
+    replies = [reply.text for reply in found]
     ends = {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|eot_id|>")}
     configured = data.experiment.traced.model.generation_config.eos_token_id
     ends |= set(configured if isinstance(configured, list) else [configured])
@@ -516,7 +519,7 @@ def test_the_divergence_along_replies_is_that_of_the_paper_too(
     sets = [DirectionSet("none"), *tracing.with_random_directions(data, chosen)]
     replies = {}
     for number, prompts in enumerate(experiment.prompts):
-        replies[prompts[0].sample.sample_id] = [5, 9, 31, 4][: 1 + number % 4]
+        replies[prompts[0].sample.sample_id, "b"] = [5, 9, 31, 4][: 1 + number % 4]
     make_edits = functools.partial(tracing.direction_set_edits, data)
     table = tracing.measure_along_replies(experiment, sets, experiment.prompts, replies, make_edits)
     is_chosen = table["place"] == 1
@@ -525,7 +528,7 @@ def test_the_divergence_along_replies_is_that_of_the_paper_too(
             pair[1].ids for pair in experiment.prompts if pair[0].sample.sample_id == row.sample_id
         )
         edited = functools.partial(ablated_as_in_the_paper, model, data.vectors[component])
-        expected = divergence_along(model, ids, replies[row.sample_id], edited)
+        expected = divergence_along(model, ids, replies[row.sample_id, "b"], edited)
         assert row.kl_reply_b == pytest.approx(expected, rel=1e-4, abs=CLOSE)
     assert set(table["place"]) == {1, 2, 3, 4}
     assert table[~is_chosen].groupby("sample_id")["kl_reply_b"].nunique().eq(3).all()
@@ -912,7 +915,11 @@ ALL = "--kind resid --confirm all"
 MEANINGLESS = {
     "--kind neuron": "each of which has one only",
     "--method atp": "--method is an option of the command trace, not of directions",
-    "--multipliers 0,1": "--multipliers is an option of the command joint, not of directions",
+    "--multipliers 0,1": "--multipliers scale components in replies: give --max_new_tokens",
+    "--multipliers 0,1 --max_new_tokens 2 --op mean": "not with --op mean",
+    "--multipliers 0,1 --max_new_tokens 2 --positions last": "not at --positions last",
+    "--multipliers 0,1 --max_new_tokens 2": "for one direction, and 12 are found",
+    "--steer_at reply": "--steer_at reply is where --multipliers apply: give these",
     "--confirm all": ALL_IS_FOR,
     f"{ALL} --positions last": ALL_IS_FOR,
     f"{ALL} --op patch": ALL_IS_FOR,

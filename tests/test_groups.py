@@ -455,8 +455,12 @@ def test_reply_rates_by_group_are_those_of_its_replies(run: Path) -> None:
     replies = generations(run)
     rates = record["commands"]["trace"]["behaviour_by_group"]
     table = read(run, "circuit_reply_groups.csv")
-    for row, rate in zip(table.to_dict("records"), rates, strict=True):
-        assert row == pytest.approx(rate)
+    for row, rate in zip(table.fillna({"set": ""}).to_dict("records"), rates, strict=True):
+        names = ("samples", "set", "group")
+        assert [row.pop(name) for name in names] == [rate[name] for name in names]
+        numbers = {name: value for name, value in rate.items() if name not in names}
+        told = {name: value for name, value in row.items() if not pd.isna(value)}
+        assert told == pytest.approx(numbers)
     for rate in rates:
         if rate["samples"] != "all":
             continue
@@ -474,7 +478,7 @@ def test_reply_rates_by_group_are_those_of_its_replies(run: Path) -> None:
         assert [rate["mentions_a_low"], rate["mentions_a_high"]] == pytest.approx(
             [100 * low, 100 * high]
         )
-    (sentence,) = [t for t in said(run) if t.startswith("replies (all, 0 ablated) to prompt a")]
+    (sentence,) = [t for t in said(run) if t.startswith("replies (all, 0 edited) to prompt a")]
     assert "by group: 'food' " in sentence
 
 

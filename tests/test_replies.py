@@ -76,8 +76,19 @@ def naive_reply(plain: Plain, user: str, n_tokens: int, labels: Iterable[str] = 
 
 def said_by(experiment: Any, edits: Any, prompts: Any, n_tokens: int) -> list[str]:
     """The texts of greedy replies."""
-    replies = tracing.greedy_replies(experiment, edits, prompts, n_tokens)
-    return [reply.text for reply in replies]
+    return [reply.text for reply in replies_to(experiment, edits, prompts, n_tokens)]
+
+
+def replies_to(experiment: Any, edits: Any, prompts: Any, n_tokens: int) -> list[tracing.Reply]:
+    """Greedy replies with the same edits at every token of each prompt and of the reply to it."""
+    everywhere = tracing.ReplyEdits(edits, edits)
+    edited_prompts = [tracing.EditedPrompt(prompt, everywhere) for prompt in prompts]
+    return tracing.greedy_replies(experiment, edited_prompts, n_tokens)
+
+
+def clean_run_of(experiment: Any) -> tracing.CleanRun:
+    run: tracing.CleanRun = experiment.clean_run(experiment.trees[0])
+    return run
 
 
 # ----- replies of a confirmed circuit
@@ -91,7 +102,10 @@ def test_all_samples_are_answered_unedited_and_held_out_ones_with_the_chosen_abl
     held_out, records = halves(folder)[1], generations(folder)
     assert 0 < len(held_out) < len(ids)
     expected = [(i, side, "") for i in ids for side in "ab"]
-    for labels in chosen_in(folder):
+    table = read(folder, "circuit_confirm.csv")
+    randoms = table[(table["set"] == "random") & (table["n_ablated"] == len(chosen_in(folder)))]
+    assert 0 < len(randoms) <= tracing.REPLY_RANDOM
+    for labels in [*chosen_in(folder), *randoms["components"]]:
         expected += [(i, side, labels) for i in held_out for side in "ab"]
     assert sorted((r["sample_id"], r["prompt"], r["ablated"]) for r in records) == sorted(expected)
     assert all(record["n_ablated"] == len(record["ablated"].split()) for record in records)
@@ -166,7 +180,7 @@ def test_replies_are_edited_by_any_op_at_all_tokens(
     block = naive.layers_of(plain[0])[component.layer]
     with naive.hooked(block.get_submodule(tracing.LLAMA_LAYOUT.module(site.place)), edit):
         expected = [naive_reply(plain, user, 4) for user in users]
-    edits = experiment.edits(None, [component])
+    edits = experiment.edits(clean_run_of(experiment), [component])
     assert said_by(experiment, edits, prompts, 4) == expected
     assert expected[0] != naive_reply(plain, users[0], 4)
 
@@ -189,7 +203,7 @@ def test_replies_stop_at_every_kind_of_terminator(
     assert stop not in others, "the other reply goes on"
     expected = [text_of(tokenizer, t) for t in (tokens[: tokens.index(stop)], others)]
     assert said_by(experiment, (), prompts, 8) == expected
-    first, second = tracing.greedy_replies(experiment, (), prompts, 8)
+    first, second = replies_to(experiment, (), prompts, 8)
     assert first.tokens == tokens[: tokens.index(stop) + 1]
     assert second.tokens == others
 
@@ -200,7 +214,7 @@ def test_the_reply_of_a_model_that_ends_at_once_is_empty(llama: str, plain: Plai
     (likeliest,) = naive_tokens(plain, user_text(prompt.text), 1)
     with torch.no_grad():
         weight[experiment.encoder.tokenizer.eos_token_id] = 2 * weight[likeliest]
-    (reply,) = tracing.greedy_replies(experiment, (), [prompt], 3)
+    (reply,) = replies_to(experiment, (), [prompt], 3)
     assert reply == ("", [experiment.encoder.tokenizer.eos_token_id])
 
 
@@ -224,23 +238,33 @@ def test_a_model_without_any_end_speaks_to_the_last_token(llama: str, tmp_path: 
 def test_replies_leave_no_hook_behind(llama: str) -> None:
     experiment = prepared(llama, "--given", "L2mlp")
     before = tracing.count_hooks(experiment.traced)
-    edits = experiment.edits(None, experiment.shape.components("head")[:3])
-    tracing.greedy_replies(experiment, edits, experiment.prompts[0], 2)
+    heads = experiment.shape.components("head")[:3]
+    edits = experiment.edits(clean_run_of(experiment), heads)
+    replies_to(experiment, edits, experiment.prompts[0], 2)
     assert tracing.count_hooks(experiment.traced) == before
 
 
-@pytest.mark.parametrize(
-    "flags", ["--layers 0", "--confirm 1 --op patch", "--confirm 1 --positions last"]
-)
-def test_without_a_confirmed_set_that_applies_at_every_token_replies_are_unedited(
-    flags: str, llama: str, tmp_path: Path
-) -> None:
-    finish(llama, tmp_path, "--num_samples", "2", "--max_new_tokens", "2", *flags.split())
+def test_without_a_confirmed_set_replies_are_unedited(llama: str, tmp_path: Path) -> None:
+    flags = "--num_samples 2 --max_new_tokens 2 --layers 0"
+    finish(llama, tmp_path, *flags.split())
     replies = [(r["sample_id"], r["prompt"], r["ablated"]) for r in generations(tmp_path)]
     assert replies == [(i, side, "") for i in by_hand.texts(tmp_path) for side in "ab"]
     assert [rate["samples"] for rate in rates_of(tmp_path)] == ["all"]
-    assert (tmp_path / "circuit_confirm.csv").exists() == ("--confirm" in flags)
-    assert ("edited replies need" in (tmp_path / "run.log").read_text()) == ("--confirm" in flags)
+    assert not list(tmp_path.glob("circuit_r[ae]*.png")), "no rates by number or by layer"
+
+
+@pytest.mark.parametrize(("flags", "sides"), [("--op patch", "a"), ("--positions last", "ab")])
+def test_held_out_prompts_that_an_edit_touches_are_answered_with_a_confirmed_set(
+    flags: str, sides: str, llama: str, tmp_path: Path
+) -> None:
+    words = f"--num_samples 2 --max_new_tokens 2 --confirm 1 --num_random 1 {flags}"
+    finish(llama, tmp_path, *words.split())
+    records = pd.DataFrame(generations(tmp_path))
+    held_out = halves(tmp_path)[1]
+    for name in ("chosen", "random"):
+        edited = records[records["set"] == name]
+        expected = [(i, side) for i in held_out for side in sides]
+        assert list(zip(edited["sample_id"], edited["prompt"], strict=True)) == expected
 
 
 # ----- replies of a named set
@@ -292,12 +316,12 @@ def test_the_rates_of_a_named_set_are_those_of_its_replies_to_all_samples(
     for rate in rates:
         for side in "ab":
             same = (replies["n_ablated"] == rate["n_ablated"]) & (replies["prompt"] == side)
-            same &= replies["multiplier"].isna()
+            same &= replies["multiplier"].isna() & (replies["set"] != "random")
             for name in ("mentions", "answers"):
                 expected = 100 * replies[same][name].map(bool).mean()
                 assert rate[f"{name}_{side}"] == pytest.approx(expected)
                 check_interval(rate, f"{name}_{side}")
-        assert f"(all, {rate['n_ablated']} ablated): {rate['mentions_a']:.0f} % " in log
+        assert f"(all, {rate['n_ablated']} edited): {rate['mentions_a']:.0f} % " in log
     assert rates[0]["answers_b"] != rates[1]["answers_b"]
 
 
@@ -316,7 +340,7 @@ def test_the_circuit_of_a_folder_answers_the_held_out_samples_alone(
     expected = []
     for rate in rates_of(folder):
         if rate["samples"] == "held-out" and rate["n_ablated"] in (0, 3):
-            expected.append(rate)
+            expected.append(rate | {"set": "named" if rate["n_ablated"] else ""})
     assert rates_of(folder, "joint") == expected
     assert len(expected) == 2
 
@@ -331,14 +355,16 @@ def test_a_named_set_without_replies_has_no_rates_of_the_set_before(
     assert "behaviour" not in record_of(tmp_path)["commands"]["joint"]
 
 
-@pytest.mark.parametrize("flags", ["--op patch", "--positions last"])
-def test_a_named_set_that_applies_at_some_tokens_is_warned_of(
-    flags: str, llama: str, tmp_path: Path
+@pytest.mark.parametrize(("flags", "sides"), [("--op patch", "a"), ("--positions last", "ab")])
+def test_a_named_set_is_edited_at_the_tokens_of_its_op(
+    flags: str, sides: str, llama: str, tmp_path: Path
 ) -> None:
+    """The replies themselves are held against a plain loop in test_edited_replies."""
     folder = finish(llama, tmp_path, *NAMED, *flags.split())
-    assert {record["ablated"] for record in joint_replies(folder)} == {""}
-    assert "edited replies need" in (folder / "run.log").read_text()
-    assert (folder / "circuit_joint.csv").exists()
+    expected = [(sample, side) for sample in by_hand.texts(folder) for side in sides]
+    assert rows_of(joint_replies(folder), "L2mlp L0H1") == expected
+    edited = next(rate for rate in rates_of(folder, "joint") if rate["n_ablated"])
+    assert [side for side in "ab" if f"mentions_{side}" in edited] == list(sides)
 
 
 # ----- what it shows
@@ -409,6 +435,8 @@ def test_the_rates_are_in_run_json_and_in_the_log(name: str, runs: dict[str, Pat
     samples = {sample["sample_id"]: sample for sample in record_of(folder)["samples"]}
     steps = [("held-out", n) for n in range(len(chosen_in(folder)) + 1)]
     assert [(rate["samples"], rate["n_ablated"]) for rate in rates] == [("all", 0), *steps]
+    randoms = records[records["set"] == "random"]
+    records = records[records["set"] != "random"]
     held_out = records[records["sample_id"].isin(halves(folder)[1])]
     for rate in rates:
         group = records if rate["samples"] == "all" else held_out
@@ -420,13 +448,26 @@ def test_the_rates_are_in_run_json_and_in_the_log(name: str, runs: dict[str, Pat
                 check_interval(rate, f"{name}_{side}")
             alike = 100 * tracing.share_alike(group[same]["reply"])
             assert rate[f"alike_{side}"] == pytest.approx(alike)
+            before = (group["n_ablated"] == 0) & (group["prompt"] == side)
+            if not rate["n_ablated"]:
+                assert f"change_{side}" not in rate
+                continue
+            change = rate[f"mentions_{side}"] - 100 * group[before]["mentions"].map(bool).mean()
+            assert rate[f"change_{side}"] == pytest.approx(change)
         units = {samples[sample_id]["unit"] for sample_id in group["sample_id"]}
         assert rate["n_sentences"] == len(units)
-        start = f"({rate['samples']}, {rate['n_ablated']} ablated)"
+        start = f"({rate['samples']}, {rate['n_ablated']} edited)"
         assert f"{start}: {with_interval(rate, 'mentions_a')} " in log
         end = f"{with_interval(rate, 'answers_b')} to b are answers, "
         end += f"{rate['alike_b']:.0f} % are alike"
         assert f"{end} or repeat themselves\n" in log[log.index(start) :]
+    shown = randoms[randoms["prompt"] == "a"].groupby("draw")["mentions"]
+    shares = shown.apply(lambda mentions: 100 * mentions.map(bool).mean())
+    assert f": {shares.min():.0f} to {shares.max():.0f} % " in log
+
+
+UNEDITED: dict[str, Any] = {"samples": "all", "set": "", "draw": 0, "n_ablated": 0}
+UNEDITED |= {"answers": True, "mentions_before": False}
 
 
 def test_the_rates_by_hand() -> None:
@@ -441,6 +482,8 @@ def test_the_rates_by_hand() -> None:
     columns = ["sample_id", "prompt", "n_ablated", "mentions", "answers", "reply"]
     table = pd.DataFrame(replies, columns=columns)
     table["text"] = table["unit"] = table["sample_id"]
+    table = table.assign(set="", draw=0, mentions_before=[False, True, True, True, True, True])
+    table["mentions"] = table["mentions"].map(bool)
     unedited, t_alone = table[table["n_ablated"] == 0], table[table["sample_id"] == "t"]
     groups = [unedited.assign(samples="all"), t_alone.assign(samples="held-out")]
     rates = tracing.behaviour_rates(pd.concat(groups))
@@ -451,6 +494,7 @@ def test_the_rates_by_hand() -> None:
         ["held-out", 2, 100, 0, 0, 0, 0, 0],
     ]
     assert [rate["n_sentences"] for rate in rates] == [2, 1, 1]
+    assert [rate.get("change_b") for rate in rates] == [None, None, -100]
     # Wilson 1927 for 1 of 2 and for 1 of 1: 1 / (1 + z^2 / n), with z = 1.96
     low, high = rates[0]["mentions_a_low"], rates[0]["mentions_a_high"]
     assert (low, high) == pytest.approx((9.45, 90.55), abs=0.01)
@@ -461,8 +505,8 @@ def test_the_rates_by_hand() -> None:
 def test_samples_of_one_sentence_count_once_in_the_interval_of_a_rate() -> None:
     replies = [(f"s{i}", f"u{i // 4}", "a", f"x{i}", "one") for i in range(8)]
     table = pd.DataFrame(replies, columns=["sample_id", "unit", "prompt", "text", "reply"])
-    table["mentions"] = [["x"]] * 4 + [[]] * 4
-    (rate,) = tracing.behaviour_rates(table.assign(samples="all", n_ablated=0, answers=True))
+    table["mentions"] = [True] * 4 + [False] * 4
+    (rate,) = tracing.behaviour_rates(table.assign(**UNEDITED))
     assert (rate["mentions_a"], rate["n_sentences"]) == (50, 2)
     assert rate["mentions_a_low"] == pytest.approx(9.45, abs=0.01)
 
@@ -472,9 +516,9 @@ def test_equal_replies_to_the_same_prompt_are_not_alike() -> None:
     replies = [("s", "a", "x", "one"), ("t", "a", "y", "one"), ("s", "b", "z", "two")]
     replies += [("t", "b", "z", "two"), ("u", "b", "w", "three")]
     table = pd.DataFrame(replies, columns=["sample_id", "prompt", "text", "reply"])
-    table["mentions"] = [[]] * len(table)
+    table["mentions"] = False
     table["unit"] = table["sample_id"]
-    (rate,) = tracing.behaviour_rates(table.assign(samples="all", n_ablated=0, answers=True))
+    (rate,) = tracing.behaviour_rates(table.assign(**UNEDITED))
     assert (rate["alike_a"], rate["alike_b"]) == (100, 0)
 
 
@@ -485,6 +529,7 @@ ALIKE: dict[tuple[str, ...], float] = {
     ("red", "red", "red", "blue", "blue"): 3 / 5,  # the commonest alone
     ("no no no no", "yes"): 1 / 2,
     ("no no no", "!!!!", "yes"): 2 / 3,
+    ("SureSureSureSu", "hahaha", "banana", "haha"): 1 / 2,  # three times over, or not
     ("no no", "!!", "mississippi", "yes"): 0,  # too short to repeat themselves
     ("a b a b a", "a b c a b c", "yes"): 1 / 3,  # more than half is said before, or half
     ("no no no no", "no no no no", "yes"): 2 / 3,  # counted once

@@ -351,17 +351,10 @@ def test_a_command_that_failed_is_called_unfinished(
     assert unfinished not in Page(section(source_of(folder), "trace")).of("p")
 
 
-def test_warnings_are_marked(llama: str, tmp_path: Path) -> None:
-    page = page_of(finish(llama, tmp_path, *CONFIRMED, "--op", "patch", "--positions", "last"))
-    told = "edited replies need an op that applies at every token: none with --op patch --positions"
-    (found,) = [text for text in page.of("p") if told in text]
-    assert found.startswith("Warning: ")
-    assert any("warning" in attrs.get("class", "") for attrs in page.all("p"))
-
-
-def test_estimates_are_called_so(llama: str, tmp_path: Path) -> None:
+def test_warnings_are_marked_and_estimates_are_called_so(llama: str, tmp_path: Path) -> None:
     page = page_of(finish(llama, tmp_path, *FEW, "--method", "atp"))
     assert "Warning: all effects here are by atp estimates, none is measured" in page.of("p")
+    assert any("warning" in attrs.get("class", "") for attrs in page.all("p"))
     check_cells(tmp_path)
 
 
@@ -385,7 +378,7 @@ def test_every_figure_of_the_run_stands_in_the_page(tiny_llama: str, tmp_path: P
     joint = "joint L0H1,L0H2 --num_random 2 --max_new_tokens 2 --multipliers 0,1"
     page = page_of(finish(tiny_llama, tmp_path, *joint.split()))
     figures = {path.read_bytes() for path in tmp_path.glob("*.png")}
-    assert len(figures) == 7 and {*images(page)} == figures
+    assert len(figures) == 8 and {*images(page)} == figures
     assert all(told["alt"].endswith(".") for told in page.all("img"))
     titles = {text for text, _ in page.tables[-1][0]}
     assert {"trace: 2 components edited", "joint: 2 components x 0", "joint: unedited"} <= titles
@@ -400,7 +393,7 @@ def test_every_figure_has_a_caption() -> None:
 def test_what_a_command_before_left_is_gone(confirmed: Path, llama: str, tmp_path: Path) -> None:
     folder = shutil.copytree(confirmed, tmp_path / "run")
     before, page = page_of(folder), page_of(finish(llama, folder, *FEW))
-    assert (len(images(before)), len(images(page))) == (3, 2)
+    assert (len(images(before)), len(images(page))) == (4, 2)  # with rates, and the circuit
     assert [len(shown.tables[-1][0]) for shown in (before, page)] == [6, 4]
 
 
@@ -805,8 +798,8 @@ def test_a_file_that_is_broken_is_left_out_with_a_warning(
 def test_odd_line_ends_stay_in_a_reply(llama: str, tmp_path: Path, monkeypatch: Patch) -> None:
     reply = "one\u2028two\x85three\nfour\r"
 
-    def reply_to(experiment: Any, edits: Any, prompts: Any, max_new_tokens: int) -> list[Any]:
-        return [tracing.Reply(reply, [5, 6])] * len(prompts)
+    def reply_to(experiment: Any, edited_prompts: Any, max_new_tokens: int) -> list[Any]:
+        return [tracing.Reply(reply, [5, 6])] * len(edited_prompts)
 
     monkeypatch.setattr(tracing, "greedy_replies", reply_to)
     flags = "joint L0H1 --num_samples 4 --num_random 2 --multipliers 0,1 --max_new_tokens 2"
@@ -991,7 +984,7 @@ def test_it_opens_in_a_browser_and_sorts(width: int, main_run: Path, tmp_path: P
         found = said[f"{name}_aria"]
         assert found[column] == way and found.count(None) == len(found) - 1
         assert said[f"{name}_focus"]
-    assert len(said["images"]) == 3 and all(said["images"])
+    assert len(said["images"]) == 4 and all(said["images"])
     assert said["too_wide"] == 0
 
 

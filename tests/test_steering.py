@@ -21,9 +21,12 @@ import naive
 from by_hand import halves
 from conftest import Answer, finish, read, refuses, write_samples
 
-COLUMNS = "factor set components lent side measure mean_delta kl n n_sentences shown shown_low shown_high "
-COLUMNS += "answers answers_low answers_high repeating"
+COLUMNS = (
+    "factor tokens set draw components lent side measure mean_delta ci_low ci_high kl kl_reply "
+)
+COLUMNS += "n n_sentences shown shown_low shown_high answers answers_low answers_high repeating"
 REPLYING = "--num_samples 4 --max_new_tokens 4 --num_random 2"
+RANDOM = ["--random_replies", "1"]  # how many random sets are scaled beside
 RUNS = {  # the words of joint; "confirmed" follows a trace in its folder
     "confirmed": ["--max_new_tokens", "4", "--num_random", "2", "--multipliers", "0,1,-6"],
     "named": f"L1N5,L2H3,L1N40 {REPLYING} --multipliers 1,-9".split(),
@@ -37,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("coarse_figures")
 def runs(llama: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {name: tmp_path_factory.mktemp(name) for name in RUNS}
     finish(llama, folders["confirmed"], *CONFIRM)
-    return {name: finish(llama, folders[name], "joint", *RUNS[name]) for name in RUNS}
+    return {name: finish(llama, folders[name], "joint", *RUNS[name], *RANDOM) for name in RUNS}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,7 @@ def test_the_table_has_a_row_per_factor_set_and_side(name: str, runs: dict[str, 
         assert row.repeating == sum(tracing.repeats_itself(r["reply"]) for r in same) / len(ids)
     if name != "patched":
         assert (rows[rows["factor"] == 1]["kl"] == 0).all()
+        assert (rows[rows["factor"] == 1]["kl_reply"] == 0).all()
     assert (rows[rows["factor"] < 0]["kl"] > 1e-4).all()
 
 
@@ -148,6 +152,8 @@ def test_mean_delta_is_that_of_a_run_that_scales_the_same_components(
         joint = read(finish(llama, tmp_path / row.set, *words), "circuit_joint.csv")
         (same,) = joint[joint["set"] == "named"].itertuples()
         assert row.mean_delta == pytest.approx(same.mean_delta, abs=1e-5)
+        ends = [same.ci_low, same.ci_high]
+        assert [row.ci_low, row.ci_high] == pytest.approx(ends, abs=1e-5)
         both = steered(runs[name]).query("set == @row.set and factor == @row.factor")
         assert both["kl"].tolist() == pytest.approx([same.kl_a, same.kl_b], rel=1e-4)
         assert both["mean_delta"].nunique() == 1
@@ -199,7 +205,7 @@ def wilson_interval(share: float, n: int) -> list[float]:
 def test_the_interval_of_replies_is_over_sentences(n_shown: int, n: int, n_sentences: int) -> None:
     mentions = [["apple"]] * n_shown + [[]] * (n - n_shown)
     replies = pd.DataFrame({"mentions": mentions, "answers": True, "reply": "Well."})
-    judged = tracing.judge_replies(replies, n_sentences)
+    judged = tracing.shares_of_replies(replies, n_sentences)
     assert (judged["n"], judged["n_sentences"]) == (n, n_sentences)
     assert judged["shown"] == pytest.approx(n_shown / n)
     ends = [judged["shown_low"], judged["shown_high"]]
@@ -246,7 +252,7 @@ def test_without_multipliers_none_is_left(
     runs: dict[str, Path], llama: str, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(runs["confirmed"], tmp_path / "run"))
-    finish(llama, folder, "joint", *RUNS["confirmed"][:-2])
+    finish(llama, folder, "joint", *RUNS["confirmed"][:-2], *RANDOM)
     assert not list(folder.glob("circuit_steer*"))
     assert all(record["multiplier"] is None for record in joint_replies(folder))
 
@@ -268,9 +274,18 @@ def test_a_set_of_more_than_half_of_all_is_scaled_alone(llama: str, tmp_path: Pa
 
 def test_the_log_tells_each_row(runs: dict[str, Path]) -> None:
     log = (runs["confirmed"] / "run.log").read_text()
-    for row in steered(runs["confirmed"]).itertuples():
-        line = f"{row.set} x {row.factor:g}, prompt {row.side}: {row.shown:.0%} "
+    rows = steered(runs["confirmed"])
+    for row in rows[rows["set"] == "circuit"].itertuples():
+        line = f"x {row.factor:g}, prompt {row.side}: {row.shown:.0%} "
         line += f"[{row.shown_low:.0%}, {row.shown_high:.0%}] of 2 mention a forbidden word, "
         line += f"{row.answers:.0%} [{row.answers_low:.0%}, {row.answers_high:.0%}] are answers, "
         assert line in log
-        assert f"mean a - b {row.mean_delta:+.3f}, KL {row.kl:.2g}" in log[log.index(line) :]
+        rest = log[log.index(line) :]
+        rest = rest[: rest.index("\n")]
+        assert f"mean a - b {row.mean_delta:+.3f} [{row.ci_low:+.3f}, " in rest
+        assert f"KL {row.kl:.2g}, {row.kl_reply:.2g} per token of the unedited reply" in rest
+        same = (rows["set"] == "random") & (rows["factor"] == row.factor)
+        (beside,) = rows[same & (rows["side"] == row.side)].itertuples()
+        mean = f"{beside.mean_delta:+.3f}"
+        shown = f"{beside.shown:.0%} to {beside.shown:.0%}, mean {mean} to {mean}"
+        assert rest.endswith(f"; 1 random set: {shown}")

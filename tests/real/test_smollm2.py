@@ -259,11 +259,50 @@ def test_batched_replies_are_those_of_one_prompt_at_a_time(plain: Plain) -> None
     for labels in ([], FOUR):
         with by_hand.ablated(plain[0], labels):
             alone = [reply(plain, user) for user in users]
-        edits = experiment.edits(None, map(tracing.Component.parse, labels))
-        batched = tracing.greedy_replies(experiment, edits, prompts, max_new_tokens=12)
+        components = tuple(map(tracing.Component.parse, labels))
+        edits = tracing.scaled_edits(components, experiment.shape)
+        everywhere = tracing.ReplyEdits(edits, edits)
+        edited_prompts = [tracing.EditedPrompt(prompt, everywhere) for prompt in prompts]
+        batched = tracing.greedy_replies(experiment, edited_prompts, max_new_tokens=12)
         assert [answer.text for answer in batched] == alone
         replies.append(alone)
     assert sum(one != other for one, other in zip(*replies, strict=True)) > 8
+
+
+@pytest.mark.usefixtures("untested")
+def test_replies_with_a_patched_layer_are_those_of_a_plain_loop(
+    plain: Plain, tmp_path: Path
+) -> None:
+    """The harmful request's stream in the last token of the harmless one; full forwards, without a
+    cache."""
+    model, tokenizer = plain
+    words = "--task refusal --num_samples 2 --kind resid --op patch --patch_into b"
+    words += " --positions last --layers 12,24 --max_new_tokens 6"
+    folder = finish(MODEL, tmp_path / "run", *words.split())
+    texts = {}
+    for sample in record_of(folder)["samples"]:
+        texts[sample["sample_id"]] = {
+            side: tokenizer(prompt["text"], add_special_tokens=False)["input_ids"]
+            for side, prompt in sample["prompts"].items()
+        }
+    records = [json.loads(line) for line in (folder / "generations.jsonl").open()]
+    edited = [record for record in records if record["set"] == "layer"]
+    assert len(edited) == 4
+    for record in edited:
+        layer = tracing.Component.parse(record["ablated"]).layer
+        ids = texts[record["sample_id"]]["b"]
+        value = naive.input_of(model, texts[record["sample_id"]]["a"], layer, "resid")[-1]
+
+        def patch(x: Any, place: int = len(ids) - 1, value: Any = value) -> Any:
+            y = x.clone()
+            y[0, place] = value
+            return y
+
+        with naive.hooked(naive.module_of(model, layer, "resid"), patch):
+            tokens = naive.greedy(model, ids, 6, {tokenizer.eos_token_id})
+        assert record["reply"] == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    rows = read(folder, "circuit_reply_layers.csv")
+    assert rows["label"].tolist() == ["L12resid", "L24resid"]
 
 
 # ----- what heads read and write
