@@ -613,6 +613,8 @@ class ComponentList:
     skip: tuple[Component, ...] = ()  # that it may not have, nor random sets beside it
     ranking: tuple[Component, ...] = ()  # all that a circuit was chosen from, by falling role
     warning: str = ""
+    universal: bool = False  # whether universal neurons belong to it; the weights tell which
+    found: tuple[Component, ...] = ()  # those of `components` that were found so, and not named
 
     @classmethod
     def parse(cls, text: str) -> ComponentList:
@@ -678,8 +680,31 @@ class ComponentList:
     def __len__(self) -> int:
         return len(self.components)
 
+    def __bool__(self) -> bool:
+        return self.universal or len(self.components) > 0
+
     def __str__(self) -> str:
-        return ",".join(component.label for component in self.components)
+        """As the command line takes it: without what was found."""
+        found = set(self.found)
+        names = ["universal"] if self.universal else []
+        names += [component.label for component in self.components if component not in found]
+        return ",".join(names)
+
+    def with_found(self, neurons: Iterable[Component]) -> ComponentList:
+        """The list with the universal neurons behind what is named."""
+        named = set(self.components)
+        found = tuple(neuron for neuron in neurons if neuron not in named)
+        return replace(self, components=(*self.components, *found), found=found)
+
+
+def parse_skipped(text: str) -> ComponentList:
+    """What `ComponentList.parse` takes, `universal`, or both: universal,L2N7."""
+    names = text.split(",")
+    named = [name for name in names if name != "universal"]
+    if len(named) == len(names):
+        return ComponentList.parse(text)
+    components = ComponentList.parse(",".join(named)) if named else ComponentList()
+    return replace(components, universal=True)
 
 
 @dataclass(frozen=True)
@@ -732,6 +757,7 @@ OVERVIEW_KINDS = ("attn", "mlp", "resid")  # the whole activations of a layer
 TASK_NAMES = ("suppression", "refusal", "odd_one_out", "contrast")  # those of TASKS
 N_WORDINGS = {"suppression": 4, "refusal": 4, "odd_one_out": 4}  # built in, by task
 FITS = ("difference", "logistic")  # how a direction is found
+SELECTS = ("mean", "any", "all")  # of which effects a circuit is chosen
 STEERED_AT = ("all", "prompt", "reply")  # values of --steer_at
 GOALS = ("words", "top")  # what an attribution graph explains
 QUANTIZATIONS = ("4bit", "8bit")
@@ -1060,13 +1086,20 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
         0, "estimate all, measure the best K and 32 others", between(0), value_name="K"
     )
     skip: ComponentList = option(
-        ComponentList(), "components that no circuit has: names or a file", ComponentList.parse
+        ComponentList(),
+        "components that no circuit has: names or a file; universal: neurons that fire on any text",
+        parse_skipped,
     )
     confirm: SelectionRule = option(
         SelectionRule(),
         "edit a circuit jointly on held-out sentences: 8, mass:0.05, share:0.005, layer:10",
         SelectionRule.parse,
         value_name="K",
+    )
+    select: str = option(
+        "mean",
+        "--confirm chooses by mean effects, or what any or all sentences choose by their own",
+        choices=SELECTS,
     )
     num_random: int = option(20, "random sets beside the circuit", between(1))
     max_new_tokens: int = option(0, "length of greedy replies; 0: none", between(0))
@@ -1101,6 +1134,16 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
         return "exact" if self.screen else self.method
 
     @property
+    def finds_universal(self) -> bool:
+        """Whether universal neurons are looked for."""
+        return self.skip.universal
+
+    @property
+    def reads_activations(self) -> bool:
+        """Whether the activations of components are told: each neuron has one."""
+        return self.kind == "neuron"
+
+    @property
     def estimated(self) -> str:
         """What a title adds where its effects are estimates."""
         return "" if self.row_method == "exact" else f" by {self.row_method} estimates"
@@ -1125,6 +1168,10 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
             yield "--confirm all chooses one direction: it belongs to the command directions"
         if self.skip and not self.confirm and not self.screen:
             yield "--skip leaves components out of circuits and screens: give --confirm or --screen"
+        if self.skip.universal and self.kind != "neuron":
+            yield f"--skip universal finds neurons: it is for --kind neuron, not {self.kind}"
+        if self.select != "mean" and not self.confirm:
+            yield f"--select {self.select} says how --confirm chooses: give --confirm"
 
 
 @dataclass(frozen=True)
@@ -1382,6 +1429,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         " hollow: too few sentences to compare.",
         "circuit_screen.csv": "",
         "circuit_screen.png": "Estimates against measurements of the same components.",
+        "circuit_universal.csv": "",
+        "circuit_activations.csv": "",
         "circuit_confirm.csv": "",
         "circuit_confirm.png": "Held-out sentences: what is left with components edited jointly.",
         "circuit_wordings.csv": "",
@@ -1469,7 +1518,8 @@ REPORT_FILE = "circuit_report.html"
 GRAPH_LIST = "graphs/graph-metadata.json"  # lists the graphs of a folder for the viewer
 GRAPH_FILE = r"graphs/[A-Za-z0-9_-]+\.json"
 PART_KINDS = (
-    "activation|base|estimate|floor|foil|graph|inspect|kl|klreply|probe|replies|scores|tested|words"
+    "activation|base|estimate|floor|foil|graph|inspect|kl|klreply|probe|replies|scores|sides|tested"
+    "|universal|words"
 )
 PART_FILE = rf"({PART_KINDS})-[a-z0-9-]+\.json"
 # files that only some command lines write, by the option that asks for them
@@ -1479,6 +1529,8 @@ OPTION_OF_FILE = {
     "circuit_overview.png": "overview",
     "circuit_screen.csv": "screen",
     "circuit_screen.png": "screen",
+    "circuit_universal.csv": "finds_universal",
+    "circuit_activations.csv": "reads_activations",
     "circuit_confirm.csv": "confirm",
     "circuit_confirm.png": "confirm",
     "circuit_wordings.csv": "confirm",
@@ -2499,6 +2551,31 @@ leader | president | Nelson Mandela, Richard Nixon, Jimmy Carter, Vladimir Putin
 leader | prime minister | Winston Churchill, Margaret Thatcher, Tony Blair, Indira Gandhi
 leader | general | Douglas MacArthur, Erwin Rommel, Robert Lee, Bernard Montgomery
 """)
+
+# beginnings of texts and questions that have nothing to do with the tasks: what a neuron does after
+# most of them it does whatever the text
+EVERYDAY_TEXTS = """
+The train to the coast leaves at
+My grandmother keeps her old photographs in
+How long should I boil an egg?
+After the rain stopped, the children
+Bread is made from flour, water and
+Why do leaves change their color in the fall?
+The library closes early on
+Dear customer, thank you for
+What does a plumber do all day?
+Most birds build their nests
+She opened the window because
+A week has seven days, and a year has
+How far is the moon from the earth?
+The recipe calls for two cups of
+In the middle of the night the phone
+Who wrote the first dictionary?
+To get to the station, turn left at
+The price of coffee went up because
+Our neighbors have just bought a new
+When should I water tomato plants?
+""".strip().splitlines()
 
 
 # ----- Samples ------------------------------------------------------------------------------------
@@ -11488,9 +11565,18 @@ class SentenceSums(NamedTuple):
     counts: pd.DataFrame  # [component, sentence]
     bases: pd.DataFrame  # columns sum and count, by sentence
 
+    def known_units(self, units: Iterable[str]) -> list[str]:
+        """Those of some sentences that have effects."""
+        return sorted(set(units) & set(self.effects.columns))
+
+    def of_components(self, components: Iterable[Component]) -> SentenceSums:
+        """The sums of some components, in the model's order."""
+        index = pd.Index(sorted(components), dtype=object, tupleize_cols=False)
+        return self._replace(effects=self.effects.loc[index], counts=self.counts.loc[index])
+
     def means(self, units: Iterable[str]) -> pd.Series:
         """The mean effect of each component over some sentences."""
-        names = sorted(set(units) & set(self.effects.columns))
+        names = self.known_units(units)
         return self.effects[names].sum(axis=1) / self.counts[names].sum(axis=1)
 
     def base(self, units: Iterable[str]) -> float:
@@ -11519,21 +11605,63 @@ class ChoiceRule(NamedTuple):
     selection: SelectionRule
     factor: float | None = None  # of the op, see `role_sign`
     skip: Iterable[Component] = ()
+    select: str = "mean"  # of SELECTS
 
 
-def choose_circuit(sums: SentenceSums, units: Iterable[str], rule: ChoiceRule) -> pd.DataFrame:
-    """Components by falling mean role over some sentences, as a rule selects them.
+# what a rule takes from the effects of one sentence, under a sign of roles
+ChooseAlone = Callable[[str, float], list[Component]]
 
-    All rules but `top` take only components that carry the task. Returns the columns mean and role,
-    indexed by component.
+
+def choose_circuit(
+    sums: SentenceSums,
+    units: Iterable[str],
+    rule: ChoiceRule,
+    choose_alone: ChooseAlone | None = None,
+) -> pd.DataFrame:
+    """Components by falling mean role over some sentences, as a rule selects them: from their mean
+    effects, or those that it takes in any or in all of the sentences alone.
+
+    Roles in one sentence have the sign that roles have in the mean base. All rules but `top` take
+    only components that carry the task. `choose_alone` may remember `choose_in_sentence`. Returns
+    the columns mean and role, indexed by component.
     """
     base = sums.base(units)
+    sign = role_sign(base, rule.factor)
+    if rule.select == "mean":
+        return take_ranked(rank_by_role(sums, units, sign, rule.skip), rule.selection, base)
+    choose_alone = choose_alone or functools.partial(choose_in_sentence, sums, rule)
+    n_sentences = 0
+    n_choosing: Counter[Component] = Counter()
+    for unit in sums.known_units(units):
+        n_sentences += 1
+        n_choosing.update(choose_alone(unit, sign))
+    n_needed = n_sentences if rule.select == "all" else 1
+    chosen = [component for component, number in n_choosing.items() if number >= n_needed]
+    return rank_by_role(sums.of_components(chosen), units, sign, rule.skip)
+
+
+def choose_in_sentence(
+    sums: SentenceSums, rule: ChoiceRule, unit: str, sign: float
+) -> list[Component]:
+    """What a rule takes from the effects of one sentence alone; a `share` is one of its own base."""
+    ranked = rank_by_role(sums, [unit], sign, rule.skip)
+    return list(take_ranked(ranked, rule.selection, sums.base([unit])).index)
+
+
+def rank_by_role(
+    sums: SentenceSums, units: Iterable[str], sign: float, skip: Iterable[Component]
+) -> pd.DataFrame:
+    """Components by falling mean role over some sentences: the columns mean and role."""
     circuit = sums.means(units).dropna().rename("mean").to_frame()
-    circuit = circuit.drop(index=list(rule.skip), errors="ignore")
-    circuit["role"] = role_sign(base, rule.factor) * circuit["mean"]
-    ranked = circuit.sort_values("role", ascending=False, kind="stable")
+    circuit = circuit.drop(index=list(skip), errors="ignore")
+    circuit["role"] = sign * circuit["mean"]
+    return circuit.sort_values("role", ascending=False, kind="stable")
+
+
+def take_ranked(ranked: pd.DataFrame, selection: SelectionRule, base: float) -> pd.DataFrame:
+    """The rows of `rank_by_role` that a selection takes."""
     carriers = ranked[ranked["role"] > 0]
-    name, amount = rule.selection.rule, rule.selection.amount
+    name, amount = selection.rule, selection.amount
     if name == "top":
         return ranked.head(int(amount))
     if name == "mass":
@@ -11571,14 +11699,13 @@ class Stability:
             half, _ = halves(units, f"{seed} split {split}")
             if half != own_half:
                 choosing_halves[" ".join(sorted(half))] = half
-        choices = [
-            list(choose_circuit(sums, half, rule).index) for half in choosing_halves.values()
-        ]
+        choose_alone = functools.cache(functools.partial(choose_in_sentence, sums, rule))
+        choices = []
+        for half in choosing_halves.values():
+            choices.append(list(choose_circuit(sums, half, rule, choose_alone).index))
         components = list(chosen.index)
-        shares = []
-        for component in components:
-            is_chosen = [component in choice for choice in choices]
-            shares.append(sum(is_chosen) / len(choices))
+        n_choosing = Counter(itertools.chain(*choices))
+        shares = [n_choosing[component] / len(choices) for component in components]
         n_again = {}
         for size in sizes_up_to(len(components)):
             counts = [count_again(components, choice, size) for choice in choices]
@@ -11598,6 +11725,25 @@ def count_again(chosen: Sequence[Component], choice: Sequence[Component], size: 
     all that were chosen, in the whole of it."""
     others = choice if size == len(chosen) else choice[:size]
     return len({*chosen[:size]} & {*others})
+
+
+def report_choices(
+    findings: Findings, sums: SentenceSums, units: Iterable[str], rule: ChoiceRule
+) -> None:
+    """How many components each sentence chooses alone, and how many any and all of them choose."""
+    sign = role_sign(sums.base(units), rule.factor)
+    choices = []
+    for unit in sums.known_units(units):
+        choices.append(set(choose_in_sentence(sums, rule, unit, sign)))
+    sizes = sorted(len(choice) for choice in choices)
+    size = str(sizes[0])
+    if sizes[0] < sizes[-1]:
+        size = f"{sizes[0]} to {sizes[-1]}"
+    findings.say(
+        f"--select {rule.select} over {count_noun(len(choices), 'sentence')}: the effects of each"
+        f" choose {size}, those of at least one {len(set.union(*choices))}, those of all"
+        f" {len(set.intersection(*choices))}; roles have the sign that the mean base gives them"
+    )
 
 
 def report_stability(findings: Findings, stability: Stability) -> None:
@@ -13671,8 +13817,12 @@ def draw_screen(table: pd.DataFrame, method: str, title: str, path: Path) -> Non
 def run_trace(experiment: Experiment) -> None:
     """Measure (or estimate) each component alone, test it over sentences, and confirm a circuit on
     held-out sentences: circuit_results.csv, circuit_heads.csv, circuit_words.csv and figures;
-    circuit_screen.*, circuit_overview.*, circuit_confirm.*, circuit.json and generations.jsonl
-    where they are asked for."""
+    where they are asked for circuit_screen.*, circuit_overview.*, circuit_confirm.*, circuit.json,
+    generations.jsonl, circuit_rates.* and circuit_reply_layers.*; of neurons
+    circuit_activations.csv, and circuit_universal.csv of those that --skip finds."""
+    if experiment.options.finds_universal:
+        with experiment.stage("universal neurons"):
+            skip_universal(experiment)
     options = experiment.options
     components = choose_components(options, experiment.shape)
     estimates: Estimates | None = None
@@ -13690,6 +13840,9 @@ def run_trace(experiment: Experiment) -> None:
         heads = write_heads(experiment, table, floor)
         if estimates is not None and screened:
             write_screen(experiment, estimates, screened, heads)
+    if options.reads_activations:
+        with experiment.stage("activations", f" of {count_noun(len(heads), 'neuron')}"):
+            write_activations(experiment, heads)
     if options.overview:
         with experiment.stage("overview", f" of {count_noun(experiment.shape.n_layers, 'layer')}"):
             write_overview(experiment, table, records)
@@ -13734,6 +13887,8 @@ def check_trace(experiment: Experiment) -> None:
         raise UsageError(f"--overview has nothing to measure: {reasons}")
     if options.estimator == "relp" and shape.relp_obstacles:
         raise UsageError(f"--method relp has no rule for {shape.relp_obstacles} of {shape.name}")
+    if options.finds_universal:
+        everyday_prompts(experiment)
     if options.screen and set(components) <= set(options.skip):
         raise UsageError(f"nothing is left to screen beside --skip {shorten(options.skip)}")
     if not options.confirm:
@@ -13917,6 +14072,268 @@ def draw_effects(
         draw_heatmap(heads, qualifier, folder.claim_path("circuit_heatmap.png"))
 
 
+# -- universal neurons
+
+N_STRONGEST = 50  # largest |activations| of a layer, but at most a tenth of its neurons
+UNIVERSAL_SHARE = 0.8  # of the everyday texts, after which a universal neuron is among them
+UNIVERSAL_COLUMNS = ["label", "layer", "index", "n_prompts", "mean_activation"]
+N_UNIVERSAL_TOLD = 2
+
+
+def skip_universal(experiment: Experiment) -> None:
+    """Have --skip hold the universal neurons, as if they were named: circuit_universal.csv.
+    `UsageError` where too few others are left."""
+    findings, options = experiment.findings, experiment.options
+    table = universal_table(experiment)
+    report_universal(findings, table, experiment.shape.d_mlp)
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_universal.csv", table)
+    neurons = [Component.parse(label) for label in table["label"]]
+    experiment.options = replace(options, skip=options.skip.with_found(neurons))
+    check_trace(experiment)
+
+
+def everyday_prompts(experiment: Experiment) -> list[Prompt]:
+    """The built-in everyday texts as they are, behind a BOS where the tokenizer puts one;
+    `UsageError` where the model does not take one."""
+    encoder = replace(experiment.encoder, is_chat=False)
+    prompts = []
+    for number, text in enumerate(EVERYDAY_TEXTS):
+        sample = Sample(f"everyday {number}", text, "", targets=())
+        ids = encoder.encode_prompt(text)
+        form = ids[-1:]  # some token has to be scored: nobody reads this one's score
+        prompt = Prompt(sample, "a", text, ids, ((form,),))
+        check_lengths(prompt, f"everyday text {quote(text)}", experiment.shape)
+        prompts.append(prompt)
+    return prompts
+
+
+def universal_table(experiment: Experiment) -> pd.DataFrame:
+    """circuit_universal.csv: the neurons that are among the strongest of their layer at the last
+    token of most everyday texts, of so many `n_prompts`, with their mean activation there."""
+    prompts = everyday_prompts(experiment)
+    rule = [N_STRONGEST, UNIVERSAL_SHARE, [prompt.ids for prompt in prompts]]
+    name = f"universal-{experiment.part_key}-{digest(rule)[:10]}"
+    compute = functools.partial(find_universal, experiment, prompts)
+    job = PartJob(name, 0, 1, len(prompts), compute)
+    (rows,) = read_parts(experiment, [job], "everyday texts")
+    return pd.DataFrame(rows, columns=UNIVERSAL_COLUMNS)
+
+
+@torch.inference_mode()
+def find_universal(
+    experiment: Experiment, prompts: Sequence[Prompt], bar: tqdm[Any]
+) -> list[list[Any]]:
+    """Rows of circuit_universal.csv, in the model's order. A neuron whose activation is 0 is not
+    among the strongest."""
+    shape = experiment.shape
+    sites = [Site(layer, "mlp") for layer in range(shape.n_layers)]
+    n_prompts = torch.zeros(shape.n_layers, shape.d_mlp, dtype=torch.int64)
+    sums = torch.zeros(shape.n_layers, shape.d_mlp, dtype=torch.float64)
+    options = unedited_options(experiment.options)
+    for tree in plant_trees([[prompt] for prompt in prompts], experiment.bos, options):
+        clean_run = run_clean(experiment.traced, tree, experiment.background, (), sites)
+        last_tokens = [path[-1] for path in tree.paths]
+        for site, activation in clean_run.activations.items():
+            activation = widen(activation[last_tokens]).cpu()  # [prompt, neuron]
+            n_prompts[site.layer] += are_strongest(activation).sum(0)
+            sums[site.layer] += activation.sum(0)
+        bar.update(len(last_tokens))
+    rows = []
+    for layer, index in (n_prompts >= int(UNIVERSAL_SHARE * len(prompts))).nonzero().tolist():
+        label = Component(layer, "neuron", index).label
+        mean = float(sums[layer, index]) / len(prompts)
+        rows.append([label, layer, index, int(n_prompts[layer, index]), mean])
+    return rows
+
+
+def count_strongest(n_neurons: int) -> int:
+    """How many neurons of a layer count as its strongest."""
+    return max(1, min(N_STRONGEST, n_neurons // 10))
+
+
+def are_strongest(activation: Tensor) -> Tensor:
+    """Which neurons have the largest |activation| of their layer: [prompt, neuron] bool."""
+    size = activation.abs()
+    places = size.topk(count_strongest(size.shape[1]), dim=1).indices
+    marks = torch.zeros_like(size, dtype=torch.bool).scatter(1, places, True)
+    return marks & (size > 0)
+
+
+def report_universal(findings: Findings, table: pd.DataFrame, n_neurons: int) -> None:
+    """How many universal neurons there are, in which layers, and the most universal of them."""
+    n_texts = len(EVERYDAY_TEXTS)
+    meaning = (
+        f"among the {count_strongest(n_neurons)} largest |activations| of their layer at the last"
+        f" token of {int(UNIVERSAL_SHARE * n_texts)} or more of {n_texts} everyday texts"
+    )
+    if table.empty:
+        findings.say(f"no neuron is universal: {meaning}")
+        return
+    table = table.assign(size=table["mean_activation"].abs())
+    by_size = table.sort_values(["n_prompts", "size"], ascending=False, kind="stable")
+    examples = []
+    for row in by_size.head(N_UNIVERSAL_TOLD).itertuples():
+        examples.append(f"{row.label} ({row.n_prompts} texts, mean {row.mean_activation:+.3g})")
+    first, last = table["layer"].min(), table["layer"].max()
+    layers = f"layer {first}" if first == last else f"layers {first} to {last}"
+    findings.say(
+        f"{count_noun(len(table), 'universal neuron')} in {layers}, such as"
+        f" {' and '.join(examples)}: {meaning}; no circuit has them, and no random set"
+    )
+
+
+# -- activations of neurons after prompts a and b
+
+N_ACTIVATIONS_TOLD = 5
+ACTIVATION_COLUMNS = [
+    *("last_a", "last_b", "last_difference", "last_difference_low", "last_difference_high"),
+    *("mean_a", "mean_b"),
+]
+
+
+def write_activations(experiment: Experiment, heads: pd.DataFrame) -> None:
+    """circuit_activations.csv: a row per neuron of circuit_heads.csv, and what is said of it.
+
+    It has the activation at the last token and the mean over the tokens of a prompt (BOS left out)
+    by side, each as a mean over samples without negative controls, in the run without edits other
+    than --given; `last_difference`, of prompt a less b, has its interval over sentences. What is of
+    prompt b is empty where samples are one prompt.
+    """
+    keys = heads[COMPONENT_KEY].itertuples(index=False, name=None)
+    neurons = sorted(Component(*key) for key in keys)
+    compute = functools.partial(find_activations, experiment, neurons)
+    name = f"sides-{experiment.part_key}-{digest(join_labels(neurons))[:10]}"
+    job = PartJob(name, 0, 1, len(experiment.trees), compute)
+    (columns,) = read_parts(experiment, [job], "activations")
+    rows = [[neuron.label, neuron.layer, neuron.index] for neuron in neurons]
+    table = pd.DataFrame(rows, columns=["label", "layer", "index"]).assign(**columns)
+    report_activations(experiment.findings, table, clear_components(heads, N_ACTIVATIONS_TOLD))
+    if experiment.folder.leads:
+        experiment.folder.write_table("circuit_activations.csv", table)
+
+
+class ReadPrompts(NamedTuple):
+    """The prompts a and b of a tree that activations are read of, without negative controls."""
+
+    last_tokens: Tensor  # [prompt]
+    weight: Tensor  # [prompt, tok], which sums to 1: the tokens that its mean is over
+    sides: Tensor  # [prompt], 0 is a and 1 is b
+    sentences: Tensor  # [prompt], numbers
+    wordings: Tensor  # [prompt], the same
+
+    @classmethod
+    def of(cls, tree: Tree, units: list[str], wordings: list[str], bos: int | None) -> ReadPrompts:
+        numbers, rows = [], []
+        for prompt, path in zip(tree.prompts, tree.paths, strict=True):
+            sample = prompt.sample
+            if prompt.side not in ("a", "b") or not sample.is_evidence:
+                continue
+            counted = path[1:] if prompt.ids[0] == bos else path
+            row = torch.zeros(tree.n_tokens, dtype=torch.float64)
+            row[counted] = 1.0
+            rows.append(row / row.sum())
+            sentence, wording = units.index(sample.unit), wordings.index(sample.template)
+            numbers.append([path[-1], "ab".index(prompt.side), sentence, wording])
+        columns = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 4).T
+        weight = torch.stack(rows) if rows else torch.zeros(0, tree.n_tokens)
+        return cls(columns[0], weight, *columns[1:])
+
+
+class ActivationSums:
+    """Sums over samples of the activations of some neurons of one layer, as `ReadPrompts` has
+    them."""
+
+    def __init__(self, indices: Sequence[int], n_sentences: int, n_wordings: int) -> None:
+        self.indices = torch.tensor(indices)  # [neuron], in their layer
+        n_neurons = len(indices)
+        self.last = torch.zeros(2, n_neurons, dtype=torch.float64)  # [side, neuron]
+        self.mean = torch.zeros_like(self.last)  # [side, neuron]
+        # last of prompt a less last of b
+        self.by_sentence = torch.zeros(n_sentences, n_neurons, dtype=torch.float64)
+        self.by_wording = torch.zeros(n_wordings, n_neurons, dtype=torch.float64)
+
+    def add(self, activation: Tensor, prompts: ReadPrompts) -> None:
+        """Those of a tree: the layer's [tok, neuron]."""
+        activation = widen(activation[:, self.indices.to(activation.device)])
+        last = activation[prompts.last_tokens.to(activation.device)].cpu().double()
+        mean = (prompts.weight.to(activation) @ activation).cpu().double()
+        signed = torch.where(prompts.sides[:, None] == 0, last, -last)
+        self.last.index_add_(0, prompts.sides, last)
+        self.mean.index_add_(0, prompts.sides, mean)
+        self.by_sentence.index_add_(0, prompts.sentences, signed)
+        self.by_wording.index_add_(0, prompts.wordings, signed)
+
+    def columns(self, samples: Sequence[Sample]) -> dict[str, list[float]]:
+        """`ACTIVATION_COLUMNS` [neuron], from the sums over these samples."""
+        last_a, last_b = self.last / len(samples)
+        mean_a, mean_b = self.mean / len(samples)
+        by_sentence = Totals(self.by_sentence, self.counts("unit", samples))
+        by_wording = None
+        if len(self.by_wording) > 1:
+            by_wording = Totals(self.by_wording, self.counts("template", samples))
+        low, high = ColumnTotals(by_sentence, by_wording).interval()
+        values = torch.stack([last_a, last_b, last_a - last_b, low, high, mean_a, mean_b])
+        if not samples[0].is_pair:
+            for place, name in enumerate(ACTIVATION_COLUMNS):
+                if name not in ("last_a", "mean_a"):
+                    values[place] = math.nan
+        return dict(zip(ACTIVATION_COLUMNS, values.tolist(), strict=True))
+
+    def counts(self, factor: str, samples: Sequence[Sample]) -> Tensor:
+        """How many samples each sentence, or wording, has: [level, neuron]."""
+        by_level = Counter(getattr(sample, factor) for sample in samples)
+        counts = [by_level[level] for level in sorted(by_level)]
+        n_neurons = len(self.indices)
+        return torch.tensor(counts, dtype=torch.float64)[:, None].repeat(1, n_neurons)
+
+
+@torch.inference_mode()
+def find_activations(
+    experiment: Experiment, neurons: Sequence[Component], bar: tqdm[Any]
+) -> dict[str, list[float]]:
+    """The columns of circuit_activations.csv with a value per neuron, which are in the model's
+    order."""
+    samples = samples_of(without_negative_controls(experiment.prompts))
+    units = sorted({sample.unit for sample in samples})
+    wordings = sorted({sample.template for sample in samples})
+    indices: dict[int, list[int]] = defaultdict(list)
+    for neuron in neurons:
+        indices[neuron.layer].append(neuron.index)
+    sums = {}
+    for layer, of_layer in indices.items():
+        sums[layer] = ActivationSums(of_layer, len(units), len(wordings))
+    sites = [Site(layer, "mlp") for layer in sums]
+    for tree in experiment.trees:
+        clean_run = run_clean(experiment.traced, tree, experiment.background, (), sites)
+        prompts = ReadPrompts.of(tree, units, wordings, experiment.bos)
+        for site, activation in clean_run.activations.items():
+            sums[site.layer].add(activation, prompts)
+        bar.update()
+    columns: dict[str, list[float]] = {name: [] for name in ACTIVATION_COLUMNS}
+    for layer_sums in sums.values():
+        for name, values in layer_sums.columns(samples).items():
+            columns[name] += values
+    return columns
+
+
+def report_activations(findings: Findings, table: pd.DataFrame, clear: pd.DataFrame) -> None:
+    """One sentence of the activations of the strongest neurons with a clear verdict, which are rows
+    of circuit_heads.csv."""
+    by_label = table.set_index("label")
+    parts = []
+    for label in clear["label"]:
+        row = by_label.loc[label]
+        text = f"{label} is {row['last_a']:.3g} at the last token of prompt a"
+        if not math.isnan(row["last_b"]):
+            interval = format_interval(row, "last_difference", "+.3g")
+            difference = f"difference {row['last_difference']:+.3g}{interval}"
+            text += f", {row['last_b']:.3g} of b ({difference})"
+        parts.append(text)
+    if parts:
+        findings.say(f"mean activations: {'; '.join(parts)}")
+
+
 # -- all layers at a glance
 
 
@@ -14023,6 +14440,7 @@ def report_overview(
 # -- confirmation on held-out sentences
 
 RANK_ALL = SelectionRule("top", sys.maxsize)
+SELECT_TEXTS = {"mean": "", "any": " in any sentence", "all": " in every sentence"}
 
 
 class Confirmation(NamedTuple):
@@ -14046,8 +14464,10 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> Confirmation
     warn_of_unclear_base(findings, base_statistics(table, side))
     sums = sum_by_sentence(table, side)
     n_max = count_free(experiment) // 2
-    rule = ChoiceRule(options.confirm, options.factor, options.skip)
+    rule = ChoiceRule(options.confirm, options.factor, options.skip, options.select)
     chosen = choose_circuit(sums, choosing, rule)
+    if options.select != "mean":
+        report_choices(findings, sums, choosing, rule)
     if len(chosen) > n_max:
         findings.warn(f"the best {n_max} of {len(chosen)} are taken, to leave as many at random")
         chosen = chosen.head(n_max)
@@ -14055,7 +14475,8 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> Confirmation
     chosen = chosen.assign(chosen_in=stability.chosen_in)
     if folder.leads:
         measure = measure_name(side, experiment.is_of_pairs)
-        ranked = choose_circuit(sums, choosing, rule._replace(selection=RANK_ALL))
+        rank_all = rule._replace(selection=RANK_ALL, select="mean")
+        ranked = choose_circuit(sums, choosing, rank_all)
         write_circuit(experiment, chosen, measure, choosing, ranked.index)
     if chosen.empty:
         findings.warn(f"--confirm {options.confirm} chooses no component")
@@ -14068,7 +14489,7 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> Confirmation
     confirmed = judge_sets(experiment, joint_sets, prompts, "held-out", side, replies)
     n_components = len(table[COMPONENT_KEY].drop_duplicates())
     effects = f"{n_components} {options.row_method} effects"
-    confirmed["selection"] = f"{options.confirm} by role of {effects}"
+    confirmed["selection"] = f"{options.confirm} by role of {effects}{SELECT_TEXTS[options.select]}"
     report_stability(findings, stability)
     title = f"Held-out {experiment.task.name}: joint op {options.op_text}"
     write_sets(experiment, confirmed, "circuit_confirm", title, RANDOM_SETS, stability)
@@ -14156,6 +14577,8 @@ def write_circuit(
         "components": components,
         "ranking": [component.label for component in ranking],
     }
+    if options.select != "mean":
+        circuit["select"] = options.select
     experiment.folder.write_json("circuit.json", circuit)
 
 

@@ -27,6 +27,8 @@ LINES = {
     "scale": "--op scale --factor 2 --kind attn --positions last",
     "patch": "--op patch --kind resid",
     "neurons": "--kind neuron --neurons 0-3 --op patch --layers 1",
+    "universal neurons": "--kind neuron --neurons 0-9 --layers 1 --confirm 1 --num_random 2"
+    " --skip universal --select any",
     "value heads": "--kind value --op mean",
     "joint": "--layers 0 --confirm 2 --num_random 2 --max_new_tokens 2",
     "components given": "--given L0H1,L1mlp --layers 1",
@@ -45,7 +47,7 @@ def words_of(line: str, samples: str) -> list[str]:
 
 
 # on two devices those in which something goes from one to the other in a way of its own
-ON_TWO = ["zero", "patch", "joint", "paths", "directions", "everywhere"]
+ON_TWO = ["zero", "patch", "universal neurons", "joint", "paths", "directions", "everywhere"]
 CASES = [pytest.param(name, None, id=f"{name}, one device") for name in LINES]
 CASES += [pytest.param(name, 2, id=f"{name}, two devices") for name in ON_TWO]
 
@@ -89,7 +91,7 @@ def test_an_accelerator_gives_the_tables_of_the_cpu(
     assert tables == sorted(path.name for path in found.glob("*.csv")) != []
     for table in tables:
         columns = read(expected, table).select_dtypes("number")
-        columns = columns.loc[:, columns.columns.str.contains("score|effect|mean|kl_")]
+        columns = columns.loc[:, columns.columns.str.contains("score|effect|mean|last_|kl_")]
         differences = np.abs((read(found, table)[list(columns)] - columns).to_numpy(float))
         bound = 0.1 if "--bf16" in words else CLOSE
         assert np.nanmax(differences, initial=0.0) < bound, table

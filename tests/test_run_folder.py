@@ -385,8 +385,9 @@ def test_a_finished_command_computes_nothing_again(
     outputs = [path for path in full.iterdir() if path.suffix in (".csv", ".png", ".jsonl")]
     planned = {name for command in COMMANDS for name in tracing.COMMAND_FILES[command]}
     kept = {"circuit.json", "directions.safetensors"}
-    of_more_sentences = {"circuit_curve.csv", "circuit_curve.png"}
-    assert {path.name for path in outputs} == planned - kept - of_more_sentences - OF_LABELS
+    absent = {"circuit_curve.csv", "circuit_curve.png"}  # of more sentences
+    absent |= {"circuit_universal.csv", "circuit_activations.csv"}  # of neurons
+    assert {path.name for path in outputs} == planned - kept - absent - OF_LABELS
     for path in outputs:
         path.unlink()
     finish_all(llama, samples, full)
@@ -973,6 +974,8 @@ TAKEN = {  # a user's file, and a command line that would write it
     "circuit_heatmap.png": "--heatmap",
     "circuit_overview.csv": "--overview",
     "circuit_screen.csv": "--screen 2",
+    "circuit_universal.csv": "--kind neuron --screen 2 --skip universal",
+    "circuit_activations.csv": "--kind neuron --screen 2",
     "circuit_confirm.png": "--confirm 1",
     "circuit.json": "--confirm 1",
     "generations.jsonl": "--max_new_tokens 1",
