@@ -11643,7 +11643,7 @@ def choose_circuit(
 def choose_in_sentence(
     sums: SentenceSums, rule: ChoiceRule, unit: str, sign: float
 ) -> list[Component]:
-    """What a rule takes from the effects of one sentence alone; a `share` is one of its own base."""
+    """What a rule takes from the effects of one sentence alone; a `share` is of its own base."""
     ranked = rank_by_role(sums, [unit], sign, rule.skip)
     return list(take_ranked(ranked, rule.selection, sums.base([unit])).index)
 
