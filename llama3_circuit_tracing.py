@@ -1049,14 +1049,16 @@ class SteeringOptions:
     multipliers: tuple[float, ...] = option(
         (), "scale the components, or what lies along a direction: 0,0.5,1,2", parse_multipliers
     )
-    steer_at: str = option("all", "tokens that multipliers are for", choices=STEERED_AT)
-    random_replies: int = option(5, "random sets that are scaled beside", between(0))
+    steer_at: str = option("all", "tokens at which --multipliers apply", choices=STEERED_AT)
+    random_replies: int = option(5, "random sets scaled for comparison", between(0))
 
     def usage_errors(self) -> Iterator[str]:
         if self.multipliers and not self.max_new_tokens:  # type: ignore[attr-defined]
             yield "--multipliers scale components in replies: give --max_new_tokens"
         if self.steer_at != "all" and not self.multipliers:
             yield f"--steer_at {self.steer_at} is where --multipliers apply: give these"
+        if self.random_replies != 5 and not self.multipliers:
+            yield f"--random_replies {self.random_replies} are scaled by --multipliers: give these"
 
 
 @dataclass(frozen=True)
@@ -1087,7 +1089,7 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
     )
     skip: ComponentList = option(
         ComponentList(),
-        "components that no circuit has: names or a file; universal: neurons that fire on any text",
+        "components that no circuit has: names or a file; universal: neurons active on most texts",
         parse_skipped,
     )
     confirm: SelectionRule = option(
@@ -1098,7 +1100,7 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
     )
     select: str = option(
         "mean",
-        "--confirm chooses by mean effects, or what any or all sentences choose by their own",
+        "--confirm chooses by mean effects, or by each sentence's: what any or all of them choose",
         choices=SELECTS,
     )
     num_random: int = option(20, "random sets beside the circuit", between(1))
@@ -6342,6 +6344,21 @@ def scaled_edits(
     return tuple(Edit(site, columns[site], factor, where=where) for site in columns)
 
 
+def is_by_token(value: float | Tensor) -> bool:
+    """Whether the factor or the source of an edit is one of each token: [tok, column]."""
+    return isinstance(value, Tensor) and value.ndim == 2
+
+
+def change_tokens(edit: Edit, change: Callable[[Tensor], Tensor]) -> Edit:
+    """An edit of other tokens: `change` takes and gives the tensors [tok, column] of its value."""
+    factor, source = edit.factor, edit.source
+    if isinstance(factor, Tensor) and is_by_token(factor):
+        factor = change(factor)
+    if isinstance(source, Tensor) and is_by_token(source):
+        source = change(source)
+    return replace(edit, factor=factor, source=source)
+
+
 DEVICE_COPIES = WeakTensorKeyDictionary()  # by tensor, its copies by device
 
 
@@ -6959,17 +6976,15 @@ def narrow_edits(edits: Edits, nodes: Tensor, masks: dict[int, Tensor]) -> Edits
 
 
 def narrow_edit(edit: Edit, nodes: Tensor, masks: dict[int, Tensor]) -> Edit:
-    def at_nodes(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim == 2:  # [tok, column]
-            return value[on_device(nodes, value.device)]
-        return value
+    def at_nodes(tensor: Tensor) -> Tensor:
+        return tensor[on_device(nodes, tensor.device)]
 
     where = edit.where
     if where is not None:
         if id(where) not in masks:
-            masks[id(where)] = where[on_device(nodes, where.device)]
+            masks[id(where)] = at_nodes(where)
         where = masks[id(where)]
-    return replace(edit, factor=at_nodes(edit.factor), source=at_nodes(edit.source), where=where)
+    return replace(change_tokens(edit, at_nodes), where=where)
 
 
 def narrow_tree(tree: Tree, nodes: Tensor, scored_places: Tensor, entry_places: Tensor) -> Tree:
@@ -11418,7 +11433,7 @@ def set_edits(
     return rows
 
 
-def plant_edited(experiment: Experiment, prompts: Prompts, steer_at: str) -> list[Tree]:
+def trees_of_edits(experiment: Experiment, prompts: Prompts, steer_at: str) -> list[Tree]:
     """Trees of some prompts whose edits touch the tokens of --positions; or, where sets are scaled,
     all tokens, those of the prompts, or those of replies, which forms stand for.
 
@@ -11435,7 +11450,7 @@ def plant_edited(experiment: Experiment, prompts: Prompts, steer_at: str) -> lis
 
 
 def steered_tokens(tree: Tree, steer_at: str) -> Tensor | None:
-    """[tok] bool, the nodes of prompts or of replies, see `plant_edited`; None: all."""
+    """[tok] bool, the nodes of prompts or of replies, see `trees_of_edits`; None: all."""
     if steer_at == "all":
         return None
     is_of_prompt = torch.zeros(tree.n_tokens, dtype=torch.bool)
@@ -11473,11 +11488,11 @@ def measure_sets(
 
 
 def trees_of_sets(experiment: Experiment, prompts: Prompts, steer_at: str = "") -> list[Tree]:
-    """All prompts of some samples but affirmative controls, see `plant_edited`."""
+    """All prompts of some samples but affirmative controls, see `trees_of_edits`."""
     scored = []
     for sample_prompts in prompts:
         scored.append([prompt for prompt in sample_prompts if prompt.side != "affirm"])
-    return plant_edited(experiment, scored, steer_at)
+    return trees_of_edits(experiment, scored, steer_at)
 
 
 def sites_of_sets(experiment: Experiment, joint_sets: Iterable[JointSet]) -> frozenset[Site]:
@@ -11503,6 +11518,18 @@ def with_sample_labels(rows: pd.DataFrame, prompts: Prompts) -> pd.DataFrame:
     return rows
 
 
+class Confirmation(NamedTuple):
+    """What was edited jointly on held-out sentences."""
+
+    joint_sets: Sequence[JointSet] = ()
+    quoted_rows: pd.DataFrame = pd.DataFrame()  # of the table, those of the measure that is told
+
+    @property
+    def chosen(self) -> list[JointSet]:
+        """The chosen sets by size."""
+        return [joint_set for joint_set in self.joint_sets if joint_set.name == "chosen"]
+
+
 # tokens of the unedited reply to a prompt, by sample and side
 ReplyTokens = Mapping[tuple[str, str], Sequence[int]]
 
@@ -11519,15 +11546,16 @@ def measure_along_replies(
     The model reads the reply behind its prompt, with a set edited and without. Returns a row per
     set and sample: `place` (of the set in `joint_sets`), `sample_id`, and by side `kl_reply_a`,
     `kl_reply_b`, the mean over the reply's tokens of KL(unedited || edited), in nats per token.
-    Those of prompts a are read with scaled sets, of lone prompts, and where edits of some tokens
-    of b need them.
+    Those of prompts a are read with scaled sets, of lone prompts, and where the edited tokens of b
+    are those that differ from a.
     """
     variants = []
     for place, joint_set in enumerate(joint_sets):
         if joint_set.name in SET_LABELS or joint_set.name in ("random", "circuit"):
             variants.append(set_variant(joint_set, place))
     (steer_at,) = {joint_set.steer_at for joint_set in joint_sets}
-    needs_a = steer_at or experiment.options.positions != "all" or not experiment.is_of_pairs
+    is_partner_read = experiment.options.positions == "differing"
+    needs_a = bool(steer_at) or is_partner_read or not experiment.is_of_pairs
     answered = []
     for sample_prompts in prompts:
         with_replies = []
@@ -11536,7 +11564,7 @@ def measure_along_replies(
                 tokens = replies[prompt.sample.sample_id, prompt.side]
                 with_replies.append(with_reply(prompt, tokens, experiment.shape))
         answered.append(with_replies)
-    trees = plant_edited(experiment, answered, steer_at)
+    trees = trees_of_edits(experiment, answered, steer_at)
     reading = Reading(trees, quantity=KL_ALONG_REPLIES)
     make_edits = make_edits or functools.partial(set_edits, experiment)
     return measure(experiment, variants, make_edits, reading, "along replies")
@@ -11622,8 +11650,8 @@ def choose_circuit(
     effects, or those that it takes in any or in all of the sentences alone.
 
     Roles in one sentence have the sign that roles have in the mean base. All rules but `top` take
-    only components that carry the task. `choose_alone` may remember `choose_in_sentence`. Returns
-    the columns mean and role, indexed by component.
+    only components that carry the task in the sentences that they are taken from. `choose_alone`
+    may remember `choose_in_sentence`. Returns the columns mean and role, indexed by component.
     """
     base = sums.base(units)
     sign = role_sign(base, rule.factor)
@@ -11901,8 +11929,9 @@ def judge_sets(
     """
     warn_of_lent(experiment.findings, joint_sets)
     rows = measure_sets(experiment, joint_sets, prompts, make_edits)
+    # a patch is meant to change the reply: KL along it is no damage
     is_judged = experiment.is_of_pairs and not experiment.options.patches
-    if replies and is_judged:  # patches are to move what is said
+    if replies and is_judged:
         along = measure_along_replies(experiment, joint_sets, prompts, replies, make_edits)
         key = ["place", "sample_id"]
         rows = rows.join(along.set_index(key)["kl_reply_b"].rename("kl_reply"), on=key)
@@ -12645,8 +12674,8 @@ def describe_mover(side: str, targets: Any, foils: Any) -> str:
 
 
 def covers_zero(row: Any) -> bool:
-    """Whether the interval of a mean covers 0; not where there is no interval."""
-    return bool(row.ci_low <= 0 <= row.ci_high)
+    """Whether the interval of a mean covers 0, or there is none."""
+    return not (row.ci_low > 0 or row.ci_high < 0)
 
 
 def report_words(findings: Findings, words: pd.DataFrame, task: Task) -> None:
@@ -12694,27 +12723,28 @@ class EditedPrompt(NamedTuple):
 
 def is_of_every_token(edit: Edit) -> bool:
     """Whether an edit is the same at every token of any text, so that it goes on in a reply."""
-    if edit.where is not None:
-        return False
-    values = (edit.factor, edit.source)
-    return not any(isinstance(value, Tensor) and value.ndim == 2 for value in values)
+    return edit.where is None and not is_by_token(edit.factor) and not is_by_token(edit.source)
 
 
-def edits_of_prompt(edits: Edits, path: Sequence[int], steer_at: str = "") -> ReplyEdits:
-    """Of the edits of a tree those of one prompt; `path` has the nodes of its tokens.
+def edits_of_reply(edits: Edits, steer_at: str = "") -> Edits:
+    """Of the edits of a tree those of the tokens of a reply.
 
-    Edits that are the same at every token go on in the reply, where all of the row are. Edits of
-    some tokens, such as patches, are made while the prompt is read; the reply's own tokens are not
-    edited, except where `steer_at` is "reply".
+    If all edits of the row are the same at every token, they go on in the reply. Otherwise, as of
+    patches, none does, and only the prompt is edited, while it is read; except where `steer_at` is
+    "reply".
     """
-    nodes = torch.tensor(path)
-    while_read = narrow_edits(edits, nodes, {})
     if all(is_of_every_token(edit) for edit in edits):
-        return ReplyEdits(while_read, edits)
+        return edits
     if steer_at == "reply":
-        everywhere = tuple(replace(edit, where=None) for edit in edits)
-        return ReplyEdits(while_read, everywhere)
-    return ReplyEdits(while_read)
+        return tuple(replace(edit, where=None) for edit in edits)
+    return ()
+
+
+def edits_of_prompt(edits: Edits, path: Sequence[int]) -> Edits:
+    """Of the edits of a tree those of one prompt; `path` has the nodes of its tokens."""
+    if all(is_of_every_token(edit) for edit in edits):
+        return edits
+    return narrow_edits(edits, torch.tensor(path), {})
 
 
 def shift_edit(edit: Edit, n_padding: int) -> Edit:
@@ -12722,15 +12752,13 @@ def shift_edit(edit: Edit, n_padding: int) -> Edit:
     if is_of_every_token(edit) or n_padding == 0:
         return edit
 
-    def shifted(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.ndim == 2:  # [tok, column]
-            return nn.functional.pad(value, (0, 0, n_padding, 0))
-        return value
+    def pad_tokens(tensor: Tensor) -> Tensor:
+        return nn.functional.pad(tensor, (0, 0, n_padding, 0))
 
     where = edit.where
     if where is not None:
         where = nn.functional.pad(where, (n_padding, 0))
-    return replace(edit, factor=shifted(edit.factor), source=shifted(edit.source), where=where)
+    return replace(change_tokens(edit, pad_tokens), where=where)
 
 
 @contextlib.contextmanager
@@ -12739,16 +12767,17 @@ def editing_replies(
 ) -> Iterator[None]:
     """Edit row r of a batch that is generated from: by prompt_rows[r] in the first forward, which
     reads the prompts, and by reply_rows[r] in all others, which read one new token each."""
+    n_forwards = itertools.count()
 
     def check_and_go_on(_: nn.Module, args: Any, inputs: dict[str, Any], output: Any) -> None:
-        if not has_read:
-            has_read.append(True)
+        if prompt_rows == reply_rows:
+            return
+        if next(n_forwards) == 0:
             stack.close()
             stack.enter_context(editing(traced, reply_rows))
         elif inputs["input_ids"].shape[1] != 1:
             raise RunError(f"{traced.shape.name} reads its prompts again for each token of a reply")
 
-    has_read: list[bool] = []
     with (
         contextlib.ExitStack() as stack,
         traced.model.register_forward_hook(check_and_go_on, with_kwargs=True),
@@ -12816,7 +12845,7 @@ class ReplyRequest(NamedTuple):
     sides: str = "ab"  # the prompts that are replied to
 
     @property
-    def is_of_rates(self) -> bool:
+    def has_rates(self) -> bool:
         """Whether its rates are told beside the unedited ones: scaled sets and single layers have
         tables of their own."""
         return self.joint_set.multiplier is None and self.joint_set.name != "layer"
@@ -12837,11 +12866,15 @@ def edit_prompts(
     pairs = []
     for sample_prompts in request.prompts:
         pairs.append([prompt for prompt in sample_prompts if prompt.side in ("a", "b")])
-    for tree in plant_edited(experiment, pairs, joint_set.steer_at):
-        (edits,) = make_edits(experiment.clean_run(tree, sites=sites), [joint_set])
+    for tree in trees_of_edits(experiment, pairs, joint_set.steer_at):
+        edits: Edits = ()
+        if joint_set.components:
+            (edits,) = make_edits(experiment.clean_run(tree, sites=sites), [joint_set])
+        reply_edits = edits_of_reply(edits, joint_set.steer_at)
         for prompt, path in zip(tree.prompts, tree.paths, strict=True):
             if prompt.side in request.sides:
-                yield EditedPrompt(prompt, edits_of_prompt(edits, path, joint_set.steer_at))
+                prompt_edits = edits_of_prompt(edits, path)
+                yield EditedPrompt(prompt, ReplyEdits(prompt_edits, reply_edits))
 
 
 def count_prompts(request: ReplyRequest) -> int:
@@ -12875,12 +12908,12 @@ def read_replies(
     jobs = []
     for number, request in enumerate(requests):
         ids = [sample.sample_id for sample in samples_of(request.prompts)]
-        told = [request.joint_set.key, ids, experiment.options.max_new_tokens, "with tokens"]
+        identity = [request.joint_set.key, ids, experiment.options.max_new_tokens, "with tokens"]
         if request.sides != "ab":
-            told.append(request.sides)
+            identity.append(request.sides)
         n_replies = count_prompts(request)
         compute = functools.partial(generate_replies, experiment, request, make_edits)
-        name = f"replies-{experiment.part_key}-{digest(told)[:16]}"
+        name = f"replies-{experiment.part_key}-{digest(identity)[:16]}"
         jobs.append(PartJob(name, number, n_replies, n_replies, compute))
     return read_parts(experiment, jobs, "replies")
 
@@ -12893,12 +12926,12 @@ def judge_replies(
     task, joint_set = experiment.task, request.joint_set
     samples = {sample.sample_id: sample for sample in samples_of(experiment.prompts)}
     records = []
-    for told in replies:
-        sample, reply = samples[told["sample_id"]], told["reply"]
+    for record in replies:
+        sample, reply = samples[record["sample_id"]], record["reply"]
         records.append(
             {
                 "sample_id": sample.sample_id,
-                "prompt": told["prompt"],
+                "prompt": record["prompt"],
                 "set": "" if joint_set.name == "none" else joint_set.name,
                 "draw": joint_set.draw,
                 "ablated": joint_set.text,
@@ -12943,18 +12976,18 @@ REPLY_RANDOM = 5  # random sets that are edited in replies beside the largest, a
 
 
 def requests_for_sets(
-    experiment: Experiment, joint_sets: Sequence[JointSet], prompts: Prompts, held_out: Prompts
+    experiment: Experiment, confirmation: Confirmation, prompts: Prompts, held_out: Prompts
 ) -> list[ReplyRequest]:
     """Unedited replies to some prompts, and replies to the held-out ones with each chosen set
     edited, and with some random sets as large as the largest."""
     sides = edited_sides(experiment.options)
     requests = [ReplyRequest(JointSet("none"), prompts)]
-    chosen = [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
+    chosen = confirmation.chosen
     if not chosen:
         return requests
-    size = max(len(joint_set.components) for joint_set in chosen)
+    size = len(chosen[-1].components)
     randoms = []
-    for joint_set in joint_sets:
+    for joint_set in confirmation.joint_sets:
         if joint_set.name == "random" and len(joint_set.components) == size:
             randoms.append(joint_set)
     for joint_set in [*chosen, *randoms[:REPLY_RANDOM]]:
@@ -12975,7 +13008,7 @@ def share_alike(replies: Iterable[str]) -> float:
 
 # -- rates of the behaviour
 
-DROP = 30  # points by which a rate is to move so that a set is said to carry the behaviour
+TOLD_CHANGE = 0.3  # of a rate, from which on a number of components or a layer is told
 
 
 def report_replies(
@@ -12983,13 +13016,13 @@ def report_replies(
     requests: Sequence[ReplyRequest],
     records: Sequence[list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:
-    """A sentence, and an entry of run.json, per set of samples (all, held-out) and edited set, and
-    one sentence for random sets; where samples have groups, one more by group, and a table, such as
+    """A sentence, and an entry of run.json, per set of samples (all, held-out) and edited set; of
+    random sets one sentence; where samples have groups, one more by group, and a table, such as
     circuit_reply_groups.csv. Returns `behaviour_rates`.
 
     The edited replies of a set of samples are held against the unedited ones to the same samples.
     """
-    places = [place for place, request in enumerate(requests) if request.is_of_rates]
+    places = [place for place, request in enumerate(requests) if request.has_rates]
     table = replies_table(
         experiment, [requests[place] for place in places], [records[place] for place in places]
     )
@@ -13130,9 +13163,12 @@ def describe_random_replies(task: Task, rates: Sequence[Mapping[str, Any]]) -> s
         shares = [rate[f"mentions_{side}"] for rate in rates if f"mentions_{side}" in rate]
         if shares:
             reach = f"{min(shares):.0f} to {max(shares):.0f} %"
-            shown.append(f"{reach} {task.shown} after prompt {side}")
+            if max(shares) - min(shares) < 0.5:
+                reach = f"{max(shares):.0f} %"
+            shown.append(f"{reach} after {side}")
     n_sets = count_noun(len(rates), "random set")
-    return f"replies with {n_sets} of {rates[0]['n_ablated']} edited: {', '.join(shown)}"
+    n_edited = rates[0]["n_ablated"]
+    return f"replies with {n_sets} of {n_edited} edited that {task.shown}: {', '.join(shown)}"
 
 
 def describe_rate(rate: Mapping[str, Any], name: str) -> str:
@@ -13149,9 +13185,10 @@ def describe_replies_by_group(
     components edited: how many show the behaviour, by group."""
     rates = groups_to_tell(pd.DataFrame(group_rates))
     for samples, of_samples in rates.groupby("samples"):
+        largest = of_samples[of_samples["n_ablated"] == of_samples["n_ablated"].max()]
+        side = "a" if largest["mentions_a"].notna().all() else "b"  # that is edited
         for n_ablated in sorted({0, of_samples["n_ablated"].max()}):
             of_set = of_samples[of_samples["n_ablated"] == n_ablated]
-            side = "a" if "mentions_a" in of_set and of_set["mentions_a"].notna().all() else "b"
             parts = []
             for rate in of_set.to_dict("records"):
                 n_sentences = count_noun(rate["n_sentences"], "sentence")
@@ -13166,21 +13203,23 @@ def describe_replies_by_group(
 # -- the rate by the number of edited components
 
 
-def rates_by_side(rates: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """`behaviour_rates` with a row per side: `shown`, `change`, `answers` with their intervals, and
-    `alike`, in percent and points."""
+def rates_by_side(
+    rates: Iterable[Mapping[str, Any]], key: Sequence[str] = RATE_KEY
+) -> pd.DataFrame:
+    """`behaviour_rates` of a key with a row per side, as shares from 0 to 1: `shown`, `change`,
+    `answers` with their intervals, and `alike`."""
     rows = []
     for rate in rates:
         for side in "ab":
             if f"mentions_{side}" not in rate:
                 continue
-            row = {name: rate[name] for name in (*RATE_KEY, "n_sentences")}
+            row = {name: rate[name] for name in (*key, "n_sentences")}
             row["side"] = side
             names = {"shown": "mentions", "change": "change", "answers": "answers"}
             for column, name in names.items():
                 for end in ("", "_low", "_high"):
-                    row[f"{column}{end}"] = rate.get(f"{name}_{side}{end}", math.nan)
-            row["alike"] = rate[f"alike_{side}"]
+                    row[f"{column}{end}"] = rate.get(f"{name}_{side}{end}", math.nan) / 100
+            row["alike"] = rate[f"alike_{side}"] / 100
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -13204,7 +13243,7 @@ def write_rates(
     key = ["set", "draw", "n_ablated"]
     columns = ["measure", "mean_delta", "ci_low", "ci_high"]
     table = table.join(scores.set_index(key)[columns], on=key)
-    for sentence in describe_drop(experiment.task, table):
+    for sentence in describe_change_by_number(experiment.task, table):
         experiment.findings.say(sentence)
     if experiment.folder.leads:
         experiment.folder.write_table(f"{name}.csv", table)
@@ -13212,26 +13251,28 @@ def write_rates(
         draw_rates(table, experiment.task, experiment.options, path)
 
 
-def describe_drop(task: Task, table: pd.DataFrame) -> Iterator[str]:
-    """A sentence per prompt: with how many components the rate has moved by `DROP` points, and with
-    how many the whole interval of the change is beyond them."""
+def describe_change_by_number(task: Task, table: pd.DataFrame) -> Iterator[str]:
+    """A sentence per prompt: with how many components the rate has first moved by `TOLD_CHANGE`,
+    and with how many the whole interval of the change is first beyond it."""
     chosen = table[table["set"] == "chosen"].sort_values("n_ablated")
+    points = f"{100 * TOLD_CHANGE:.0f} points"
     for side, rows in chosen.groupby("side"):
         what = f"the rate of replies to prompt {side} that {task.shown}"
-        moved = rows[rows["change"].abs() >= DROP]
+        moved = rows[rows["change"].abs() >= TOLD_CHANGE]
         if moved.empty:
-            yield f"{what} moves by fewer than {DROP} points with any number of components"
+            n_sentences = count_noun(int(rows["n_sentences"].max()), "held-out sentence")
+            yield f"{what} moves by fewer than {points} with any number, over {n_sentences}"
             continue
         first = moved.iloc[0]
         verb = "falls" if first["change"] < 0 else "rises"
-        is_beyond = (rows["change_high"] <= -DROP) | (rows["change_low"] >= DROP)
-        sure = "for no number is the whole interval beyond that"
+        is_beyond = (rows["change_high"] <= -TOLD_CHANGE) | (rows["change_low"] >= TOLD_CHANGE)
+        sure = "with no number is the whole interval beyond that"
         if is_beyond.any():
             n_sure = rows[is_beyond].iloc[0]["n_ablated"]
-            sure = f"by its whole interval with {n_sure}"
+            sure = f"the whole interval is beyond that first with {n_sure}"
         yield (
-            f"{what} {verb} by {DROP} points or more with {first['n_ablated']} edited"
-            f" ({first['change']:+.0f}); {sure}"
+            f"{what} {verb} by {points} or more first with {first['n_ablated']} edited"
+            f" ({100 * first['change']:+.0f}); {sure}"
         )
 
 
@@ -13248,7 +13289,8 @@ def draw_rates(table: pd.DataFrame, task: Task, options: MeasuringOptions, path:
     """The rate of the behaviour and the mean score against the number of edited components."""
     figure = Figure(figsize=(8.5, 4.4), layout="constrained")
     rate_axes, score_axes = figure.subplots(1, 2)
-    table = table.sort_values("n_ablated").assign(place=table["n_ablated"].map(str))
+    table = table.sort_values("n_ablated", kind="stable")
+    table = table.assign(place=table["n_ablated"].map(str))
     is_random = table["set"] == "random"
     for side, rows in table[~is_random].groupby("side"):
         plot_rate(rate_axes, rows["place"], rows, str(side))
@@ -13256,14 +13298,15 @@ def draw_rates(table: pd.DataFrame, task: Task, options: MeasuringOptions, path:
         label = f"random sets, after prompt {side}"
         color = SIDE_COLORS[str(side)]
         rate_axes.plot(rows["place"], rows["shown"], "x", color=color, alpha=0.6, label=label)
-    of_one_side = table["side"] == table["side"].iloc[0]
+    edited_side = table.loc[table["set"] == "chosen", "side"].iloc[0]
+    of_one_side = table["side"] == edited_side  # each has the score
     curve = table[of_one_side & ~is_random]
     score_axes.axhline(0, color="gray", linewidth=0.8)
     score_axes.vlines(curve["place"], curve["ci_low"], curve["ci_high"], color="black", alpha=0.5)
     score_axes.plot(curve["place"], curve["mean_delta"], "o-", color="black")
     randoms = table[of_one_side & is_random]
     score_axes.plot(randoms["place"], randoms["mean_delta"], "x", color="gray")
-    rate_axes.set(ylabel=f"% of replies: {task.shown}", ylim=(-5, 105))
+    rate_axes.set(ylabel=f"share of replies: {task.shown}", ylim=(-0.05, 1.05))
     score_axes.set(ylabel=f"mean score {table['measure'].iloc[0]} (nats)")
     for axes in (rate_axes, score_axes):
         axes.set_xlabel("components edited jointly")
@@ -13287,6 +13330,7 @@ class Steering(NamedTuple):
     """Sets that are scaled, and the replies to prompts a and b of some samples with each of them.
     The first ones are named `circuit`, the others `random`."""
 
+    subject: str  # what is multiplied, in words
     scaled_sets: Sequence[JointSet]
     prompts: Prompts
     replies: Sequence[list[dict[str, Any]]]  # records of `judge_replies`
@@ -13312,11 +13356,11 @@ def run_steering(
     """Scores and replies with sets scaled: NAME.csv and .png. `reply_tokens` are those of the
     unedited replies, along which the KL is taken."""
     table = steering_table(experiment, steering, reply_tokens, make_edits)
-    report_steering(experiment, table)
+    report_steering(experiment, steering.subject, table)
     if experiment.folder.leads:
         experiment.folder.write_table(f"{name}.csv", table)
         path = experiment.folder.claim_path(f"{name}.png")
-        draw_steering(table, experiment.task, path)
+        draw_steering(table, steering.subject, experiment.task, path)
 
 
 def steering_table(
@@ -13328,7 +13372,7 @@ def steering_table(
     """A row per set, multiplier (`factor`) and prompt: the mean score of prompt a less that of b
     with its interval over sentences, the KL of the first token and along the unedited reply (nats),
     and what the replies show."""
-    scaled_sets, prompts, replies = steering
+    scaled_sets, prompts = steering.scaled_sets, steering.prompts
     scores = measure_sets(experiment, scaled_sets, prompts, make_edits)
     along = measure_along_replies(experiment, scaled_sets, prompts, reply_tokens, make_edits)
     kl_along = along.groupby("place").mean(numeric_only=True)
@@ -13339,7 +13383,7 @@ def steering_table(
     n_sentences = int(scores["unit"].nunique())
     rows = []
     for place, joint_set in enumerate(scaled_sets):
-        for side, side_replies in pd.DataFrame(replies[place]).groupby("prompt"):
+        for side, side_replies in pd.DataFrame(steering.replies[place]).groupby("prompt"):
             row = {
                 "factor": joint_set.multiplier,
                 "tokens": joint_set.steer_at,
@@ -13371,41 +13415,51 @@ def shares_of_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]
     return shares
 
 
-def report_steering(experiment: Experiment, table: pd.DataFrame) -> None:
-    """A sentence per multiplier and side, with the reach of random sets beside the circuit."""
-    is_random = table["set"] == "random"
+def report_steering(experiment: Experiment, subject: str, table: pd.DataFrame) -> None:
+    """A sentence of the score per multiplier, and one of the replies per multiplier and prompt,
+    with the reach of random sets."""
     first = table.iloc[0]
-    experiment.findings.say(
-        f"{shorten(first['components'], 200)} times a factor at {STEERED_TOKENS[first['tokens']]}:"
-    )
-    key = ["factor", "side"]
-    randoms = dict(list(table[is_random].groupby(key)))
-    for row in table[~is_random].itertuples():
-        beside = ""
-        if (row.factor, row.side) in randoms:
-            beside = describe_random_steering(randoms[row.factor, row.side])
-        experiment.findings.say(
-            f"x {row.factor:g}, prompt {row.side}:"
-            f" {row.shown:.0%}{format_interval(row, 'shown', '.0%')} of {row.n}"
-            f" {experiment.task.shown},"
-            f" {row.answers:.0%}{format_interval(row, 'answers', '.0%')} are answers,"
-            f" {row.repeating:.0%} repeat themselves;"
-            f" mean {measure_in_words(str(row.measure))} {row.mean_delta:+.3f}"
-            f"{format_interval(row)}; KL {row.kl:.2g}, {row.kl_reply:.2g} per token of the"
-            f" unedited reply{beside}"
-        )
+    where = STEERED_TOKENS[first["tokens"]]
+    experiment.findings.say(f"{shorten(subject, 200)}, times a factor, at {where}:")
+    is_random = table["set"] == "random"
+    for factor, rows in table.groupby("factor", sort=False):
+        of_random = rows[is_random[rows.index]]
+        alike = ""
+        if len(of_random):
+            reach = reach_of(of_random["mean_delta"], "+.3f")
+            n_sets = of_random["draw"].nunique()
+            alike = f"; with {count_noun(n_sets, 'random set')} scaled alike {reach}"
+        circuit = rows[~is_random[rows.index]]
+        for row in circuit.head(1).itertuples():
+            measure = measure_in_words(str(row.measure))
+            mean = f"{row.mean_delta:+.3f}{format_interval(row)}"
+            experiment.findings.say(f"x {factor:g}: mean {measure} {mean}{alike}")
+        for row in circuit.itertuples():
+            shown = of_random.loc[of_random["side"] == row.side, "shown"]
+            experiment.findings.say(describe_steered_replies(row, experiment.task, shown))
 
 
-def describe_random_steering(rows: pd.DataFrame) -> str:
-    """The reach of random sets times one number, after one prompt."""
-    low, high = rows[["shown", "mean_delta"]].min(), rows[["shown", "mean_delta"]].max()
+def describe_steered_replies(row: Any, task: Task, random_shares: pd.Series) -> str:
+    """What the replies to one prompt show with the circuit scaled, and how far their first token
+    and those of the unedited reply move."""
+    alike = ""
+    if len(random_shares):
+        alike = f" (random sets {reach_of(random_shares, '.0%')})"
     return (
-        f"; {count_noun(len(rows), 'random set')}: {low.shown:.0%} to {high.shown:.0%}, mean"
-        f" {low.mean_delta:+.3f} to {high.mean_delta:+.3f}"
+        f"x {row.factor:g}, prompt {row.side}:"
+        f" {row.shown:.0%}{format_interval(row, 'shown', '.0%')} of {row.n} {task.shown}{alike},"
+        f" {row.answers:.0%}{format_interval(row, 'answers', '.0%')} are answers,"
+        f" {row.repeating:.0%} repeat themselves; KL {row.kl:.2g}, {row.kl_reply:.2g} per token of"
+        " the unedited reply"
     )
 
 
-def draw_steering(table: pd.DataFrame, task: Task, path: Path) -> None:
+def reach_of(values: pd.Series, number_format: str) -> str:
+    """From the least to the largest of some values."""
+    return f"{values.min():{number_format}} to {values.max():{number_format}}"
+
+
+def draw_steering(table: pd.DataFrame, subject: str, task: Task, path: Path) -> None:
     """Rate of the behaviour and mean score by multiplier, of the circuit and random sets."""
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     rate_axes, score_axes = figure.subplots(1, 2)
@@ -13424,9 +13478,9 @@ def draw_steering(table: pd.DataFrame, task: Task, path: Path) -> None:
     for axes in (rate_axes, score_axes):
         axes.set_xlabel("factor")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    what = shorten(table["components"].iloc[0], TITLE_LETTERS)
     where = STEERED_TOKENS[table["tokens"].iloc[0]]
-    figure.suptitle(f"{task.name}: {what}\ntimes a factor, at {where}", fontsize=10)
+    what = shorten(subject, TITLE_LETTERS)
+    figure.suptitle(f"{task.name}: {what},\ntimes a factor, at {where}", fontsize=10)
     save_figure(figure, path)
 
 
@@ -14090,7 +14144,11 @@ def skip_universal(experiment: Experiment) -> None:
         experiment.folder.write_table("circuit_universal.csv", table)
     neurons = [Component.parse(label) for label in table["label"]]
     experiment.options = replace(options, skip=options.skip.with_found(neurons))
-    check_trace(experiment)
+    try:
+        check_trace(experiment)
+    except UsageError as error:
+        n_skipped = count_noun(len(neurons), "universal neuron")
+        raise UsageError(f"{error}, without {n_skipped}") from None
 
 
 def everyday_prompts(experiment: Experiment) -> list[Prompt]:
@@ -14443,18 +14501,6 @@ RANK_ALL = SelectionRule("top", sys.maxsize)
 SELECT_TEXTS = {"mean": "", "any": " in any sentence", "all": " in every sentence"}
 
 
-class Confirmation(NamedTuple):
-    """What was edited jointly on held-out sentences, and the rows of the quoted measure."""
-
-    joint_sets: Sequence[JointSet] = ()
-    table: pd.DataFrame = pd.DataFrame()
-
-    @property
-    def chosen(self) -> list[JointSet]:
-        """The chosen sets by size."""
-        return [joint_set for joint_set in self.joint_sets if joint_set.name == "chosen"]
-
-
 def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> Confirmation:
     """circuit_confirm.csv and .png, and circuit.json: components chosen on half of the sentences,
     edited jointly on the other half beside random sets."""
@@ -14618,12 +14664,12 @@ def run_trace_replies(
     and with random ones edited, and where components are whole layers with each of these edited.
     circuit_rates.csv and .png are of the sets, circuit_reply_layers.csv and .png of the layers."""
     held_out = of_units(experiment.prompts, split_units(table, experiment.options.seed)[1])
-    requests = requests_for_sets(experiment, confirmation.joint_sets, experiment.prompts, held_out)
+    requests = requests_for_sets(experiment, confirmation, experiment.prompts, held_out)
     requests += requests_by_layer(experiment)
     records = measure_replies(experiment, requests, "generations.jsonl")
     rates = report_replies(experiment, requests, records)
-    if len(confirmation.table):
-        write_rates(experiment, rates, confirmation.table, "circuit_rates")
+    if len(confirmation.quoted_rows):
+        write_rates(experiment, rates, confirmation.quoted_rows, "circuit_rates")
     layers = layers_table(experiment, requests, records)
     if len(layers):
         write_layers(experiment, layers, heads)
@@ -14665,15 +14711,14 @@ def layers_table(
         return pd.DataFrame()
     whole_table = replies_table(experiment, kept_requests, kept_records)
     edited = whole_table[whole_table["set"] == "layer"]
-    rates = behaviour_rates(edited, [*RATE_KEY, "ablated"])
-    table = rates_by_side(rates)
-    labels = [rate["ablated"] for rate in rates for side in "ab" if f"mentions_{side}" in rate]
-    components = [of_layers[label].components[0] for label in labels]
-    table.insert(0, "label", labels)
+    key = ["ablated", *RATE_KEY]
+    table = rates_by_side(behaviour_rates(edited, key), key)
+    table = table.drop(columns=["set", "draw", "n_ablated"]).rename(columns={"ablated": "label"})
+    components = [of_layers[label].components[0] for label in table["label"]]
     table.insert(1, "layer", [component.layer for component in components])
     table.insert(2, "kind", [component.kind for component in components])
     table["shown_before"] = table["shown"] - table["change"]
-    return table.drop(columns=["set", "draw", "n_ablated"]).sort_values(["layer", "side"])
+    return table.sort_values(["layer", "side"])
 
 
 def write_layers(experiment: Experiment, table: pd.DataFrame, heads: pd.DataFrame) -> None:
@@ -14690,26 +14735,26 @@ def write_layers(experiment: Experiment, table: pd.DataFrame, heads: pd.DataFram
 
 
 def describe_layers(task: Task, table: pd.DataFrame) -> Iterator[str]:
-    """A sentence per prompt: which layers turn replies by `DROP` points and more, one for each that
-    is strongest, and that none does."""
+    """A sentence per prompt: which layers move the rate by `TOLD_CHANGE` and more, and one of the
+    strongest; or that none does."""
     for side, rows in table.groupby("side"):
-        before = f"{rows['shown_before'].iloc[0]:.0f} % of unedited ones"
-        turning = rows[rows["change"].abs() >= DROP]
-        what = f"replies to prompt {side} that {task.shown} ({before})"
+        n_sentences = count_noun(int(rows["n_sentences"].max()), "sentence")
+        what = f"replies to prompt {side} that {task.shown}"
+        what += f" ({rows['shown_before'].iloc[0]:.0%} of unedited ones, {n_sentences})"
+        turning = rows[rows["change"].abs() >= TOLD_CHANGE]
         if turning.empty:
-            yield f"{what}: no layer moves them by {DROP} points"
+            yield f"{what}: no layer moves their rate by {100 * TOLD_CHANGE:.0f} points"
             continue
-        layers = ", ".join(f"{row.label} {row.shown:.0f} %" for row in turning.itertuples())
-        yield f"{what}: with one layer edited, {shorten(layers, 300)}"
+        layers = ", ".join(f"{row.label} {row.shown:.0%}" for row in turning.itertuples())
+        yield f"{what}, by the layer that is edited: {shorten(layers, 300)}"
         sizes = turning["change"].abs()
         strongest = turning[sizes == sizes.max()].iloc[0]
-        low, high = strongest["change_low"] + 0.0, strongest["change_high"] + 0.0
+        change = [100 * strongest[name] + 0.0 for name in ("change", "change_low", "change_high")]
         yield (
-            f"the first of the strongest is {strongest['label']}:"
-            f" {strongest['change']:+.0f} points [{low:+.0f}, {high:+.0f}] over"
-            f" {count_noun(int(strongest['n_sentences']), 'sentence')},"
-            f" {strongest['answers']:.0f} % are answers, {strongest['alike']:.0f} % are alike or"
-            " repeat themselves"
+            f"the first of the strongest of {len(rows)} layers is {strongest['label']}:"
+            f" {change[0]:+.0f} points [{change[1]:+.0f}, {change[2]:+.0f}], not corrected for"
+            f" their number; {strongest['answers']:.0%} are answers, {strongest['alike']:.0%} are"
+            " alike or repeat themselves"
         )
 
 
@@ -14726,7 +14771,7 @@ def draw_layers(table: pd.DataFrame, task: Task, options: TraceOptions, path: Pa
     effect_axes.axhline(0, color="gray", linewidth=0.8)
     effect_axes.vlines(effects["layer"], effects["ci_low"], effects["ci_high"], color="black")
     effect_axes.plot(effects["layer"], effects["mean"], "o-", color="black")
-    rate_axes.set(ylabel=f"% of replies: {task.shown}", ylim=(-5, 105))
+    rate_axes.set(ylabel=f"share of replies: {task.shown}", ylim=(-0.05, 1.05))
     effect_axes.set(ylabel=f"mean effect{options.estimated} (nats)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     for axes in (rate_axes, effect_axes):
@@ -15157,7 +15202,8 @@ def run_joint_replies(experiment: Experiment, prompts: Prompts, samples: str) ->
     records = measure_replies(experiment, requests, "joint_generations.jsonl")
     report_replies(experiment, requests, records)
     if scaled_sets:
-        steering = Steering(scaled_sets, prompts, records[2:])
+        replies = records[len(requests) - len(scaled_sets) :]
+        steering = Steering(named.text, scaled_sets, prompts, replies)
         reply_tokens = unedited_reply_tokens(experiment, answered)
         run_steering(experiment, steering, reply_tokens, "circuit_steer")
 
@@ -15911,7 +15957,8 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
             vectors = {layer_of_lone_direction(options, components, path): lone_direction}
             experiment.findings.warn(
                 f"--fit {shorten(path)} does not tell its model nor the texts that it was fitted"
-                " on: neither can be checked, and no sample is left out"
+                " on: an overlap with these samples cannot be excluded; it is taken to point toward"
+                " prompt a"
             )
         elif options.confirm and not options.everywhere:  # all others are edited too
             needed = shape.components(options.kind)
@@ -16583,13 +16630,18 @@ def direction_set_edits(
 
 def everywhere_edits(data: DirectionData, clean_run: CleanRun, joint_set: DirectionSet) -> Edits:
     """A direction zeroed wherever the residual stream is read, at every token: the ablation of
-    Arditi et al. (arXiv:2406.11717), who zero what is written; or times the set's multiplier. Of a
-    random set the edits move as far, at each token and point, in one random direction."""
+    Arditi et al. (arXiv:2406.11717), who zero what is written. Of a random set the edits move as
+    far, at each token and point, in one random direction.
+
+    With a multiplier what lies along the direction is scaled where norms read it. The stream itself
+    is left alone: else each block would scale again what those before it have scaled.
+    """
     experiment, (component,) = data.experiment, joint_set.components
     n_layers, d_model = experiment.shape.n_layers, experiment.shape.d_model
+    is_scaled = joint_set.multiplier is not None
     sites = [Site(n_layers, "final")]
     for layer in range(n_layers):
-        sites += [Site(layer, "resid"), Site(layer, "mlp_norm")]
+        sites += [Site(layer, "attn_norm" if is_scaled else "resid"), Site(layer, "mlp_norm")]
     direction = unit_vector(data.vectors[component])
     along = torch.stack([direction, direction])
     factor, where = joint_set.multiplier or 0.0, clean_run.tree.where
@@ -16728,37 +16780,39 @@ def run_direction_replies(data: DirectionData, confirmation: Confirmation) -> No
     experiment = data.experiment
     make_edits = functools.partial(direction_set_edits, data)
     held_out = confirming_prompts(data)
-    joint_sets = confirmation.joint_sets
+    answered = confirmation
     if data.options.everywhere:  # how far random ones are to move is known of read tokens only
-        joint_sets = [joint_set for joint_set in joint_sets if joint_set.name != "random"]
-    requests = requests_for_sets(experiment, joint_sets, data.measured, held_out)
+        answered = answered._replace(joint_sets=confirmation.chosen)
+    requests = requests_for_sets(experiment, answered, data.measured, held_out)
     n_unscaled = len(requests)
-    scaled_sets = choose_scaled_directions(data, joint_sets)
+    scaled_sets = choose_scaled_directions(data, confirmation)
     steered = held_out if data.options.confirm else data.tested
     for joint_set in scaled_sets:
         requests.append(ReplyRequest(joint_set, steered))
     file_name = "directions_generations.jsonl"
     records = measure_replies(experiment, requests, file_name, make_edits)
     rates = report_replies(experiment, requests, records)
-    if len(confirmation.table):
-        write_rates(experiment, rates, confirmation.table, "directions_rates")
+    if len(confirmation.quoted_rows):
+        write_rates(experiment, rates, confirmation.quoted_rows, "directions_rates")
     if scaled_sets:
-        steering = Steering(scaled_sets, steered, records[n_unscaled:])
+        subject = f"what lies along the direction of {scaled_sets[0].text}"
+        if OPS[data.options.op].source == "direction":
+            subject = f"the direction of {scaled_sets[0].text} added"
+        steering = Steering(subject, scaled_sets, steered, records[n_unscaled:])
         reply_tokens = unedited_reply_tokens(experiment, data.measured)
         run_steering(experiment, steering, reply_tokens, "directions_steer", make_edits)
 
 
-def choose_scaled_directions(data: DirectionData, joint_sets: Sequence[JointSet]) -> list[JointSet]:
+def choose_scaled_directions(data: DirectionData, confirmation: Confirmation) -> list[JointSet]:
     """The largest chosen set of directions, or that of the one component that is swept, and as many
     random directions as --random_replies says, each times each of --multipliers."""
     options = data.options
     if not options.multipliers:
         return []
     if options.confirm:
-        chosen = [joint_set for joint_set in joint_sets if joint_set.name == "chosen"]
-        if not chosen:
+        if not confirmation.chosen:
             return []
-        circuit = replace(chosen[-1], name="circuit")
+        circuit = replace(confirmation.chosen[-1], name="circuit")
     else:
         (component,) = data.components
         key = data.key_of([component])
@@ -19879,30 +19933,43 @@ def replies_by_edit(command: str, records: list[dict[str, Any]]) -> Replies:
     """The unedited replies of a command, and those with one set edited: its whole circuit, or of
     single layers the one that changes most of what is shown."""
     replies: Replies = defaultdict(dict)
-    told = most_telling_set(records)
+    shown_set = most_telling_set(records)
     for record in records:
-        if record["ablated"] in ("", told) and record.get("set") != "random":
+        if not record["n_ablated"] or set_of_record(record) == shown_set:
             title = f"{command}: {describe_edit(command, record)}"
             replies[title][record["sample_id"], record["prompt"]] = record["reply"]
     return replies
 
 
-def most_telling_set(records: Sequence[Mapping[str, Any]]) -> str:
-    """The label of the largest set whose replies some records are, and of several as large the one
-    with most replies that show something else than the unedited ones do; random sets aside."""
+def set_of_record(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The name and the components of the set that was edited; a circuit that is named or chosen is
+    one set with what is scaled of it."""
+    name = record.get("set", "")
+    if name in ("chosen", "named", "circuit"):
+        name = ""
+    return name, record["ablated"]
+
+
+def most_telling_set(records: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """The first of the largest sets that are neither random nor single layers; where there is none,
+    the layer with most replies that show something else than the unedited ones do."""
     unedited = {}
     for record in records:
         if not record["n_ablated"]:
             unedited[record["sample_id"], record["prompt"]] = bool(record.get("mentions"))
-    rank: dict[str, tuple[int, int]] = {"": (0, 0)}
+    rank: dict[tuple[str, str], tuple[bool, int, int]] = {("", ""): (False, 0, 0)}
     for record in records:
-        if record.get("set") == "random":
+        joint_set = set_of_record(record)
+        if joint_set[0] == "random" or not record["n_ablated"]:
             continue
+        is_layer = joint_set[0] == "layer"
+        n_changed = rank[joint_set][2] if joint_set in rank else 0
         is_shown = bool(record.get("mentions"))
         before = unedited.get((record["sample_id"], record["prompt"]), is_shown)
-        _, n_changed = rank.get(record["ablated"], (0, 0))
-        rank[record["ablated"]] = record["n_ablated"], n_changed + (is_shown != before)
-    return max(rank, key=lambda label: rank[label])
+        if is_layer and is_shown != before:
+            n_changed += 1
+        rank[joint_set] = not is_layer, record["n_ablated"], n_changed
+    return max(rank, key=lambda joint_set: rank[joint_set])
 
 
 def describe_edit(command: str, record: Mapping[str, Any]) -> str:

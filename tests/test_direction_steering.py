@@ -165,9 +165,9 @@ def test_random_directions_move_as_far_as_the_direction_does(llama: str) -> None
     data = tracing.prepare_directions(experiment)
     component = data.components[0]
     data.vectors[component] = torch.randn(48, dtype=torch.float64)
-    scaled = tracing.choose_scaled_directions(data, [])
+    scaled = tracing.choose_scaled_directions(data, tracing.Confirmation())
     assert [joint_set.name for joint_set in scaled] == ["circuit"] + ["random"] * 5
-    (tree,) = tracing.plant_edited(experiment, experiment.prompts, "all")
+    (tree,) = tracing.trees_of_edits(experiment, experiment.prompts, "all")
     clean_run = experiment.clean_run(tree, sites=[component.site])
     rows = tracing.direction_set_edits(data, clean_run, scaled)
     x = clean_run.activations[component.site]
@@ -197,12 +197,12 @@ def test_the_chosen_directions_are_steered_on_the_held_out_sentences(
     assert {*rates["n_ablated"]} == {0, 1, 2}
     at_zero = rows.query("set == 'circuit' and factor == 0").set_index("side")["shown"]
     same = rates[(rates["set"] == "chosen") & (rates["n_ablated"] == 2)].set_index("side")["shown"]
-    assert (100 * at_zero).to_dict() == pytest.approx(same.to_dict())
+    assert at_zero.to_dict() == pytest.approx(same.to_dict())
 
 
 def test_a_direction_is_scaled_wherever_the_stream_is_read(tiny_llama: str, tmp_path: Path) -> None:
     words = "directions --task refusal --num_samples 6 --kind resid --confirm all --num_random 1"
-    words += " --max_new_tokens 4 --multipliers 0,1,-1"
+    words += " --max_new_tokens 4 --multipliers 0,1,-1,3"
     folder = finish(tiny_llama, tmp_path, *words.split())
     rows = steered(folder)
     assert {*rows["set"]} == {"circuit"}
@@ -222,29 +222,30 @@ def test_a_direction_is_scaled_wherever_the_stream_is_read(tiny_llama: str, tmp_
     texts, (model, _) = by_hand.texts(folder), loaded(tiny_llama)
 
     @contextmanager
-    def reflected(_: int) -> Iterator[None]:
-        """x - 2 (x . u) u at all reading points."""
+    def scaled(_: int, factor: float) -> Iterator[None]:
+        """x + (factor - 1) (x . u) u as the norms read it; the stream itself stays as it is."""
 
         def edit(x: Tensor) -> Tensor:
-            return x - 2 * (x @ unit)[..., None] * unit
+            return x + (factor - 1) * (x @ unit)[..., None] * unit
 
         modules = [model.model.norm]
         for block in naive.layers_of(model):
-            modules += [block, block.post_attention_layernorm]
+            modules += [block.input_layernorm, block.post_attention_layernorm]
         with naive.all_hooked((module, edit) for module in modules):
             yield
 
     for record in records:
-        if record["multiplier"] == -1:
+        if record["multiplier"] is not None:
             user = texts[record["sample_id"]][record["prompt"]]
-            assert record["reply"] == reply(tiny_llama, user, reflected)
+            edited = functools.partial(scaled, factor=record["multiplier"])
+            assert record["reply"] == reply(tiny_llama, user, edited)
 
 
 def test_the_log_and_the_record_name_what_is_steered(llama: str, tmp_path: Path) -> None:
     words = f"{WORDS} --kind resid --layers 1 --op add --multipliers 2 --steer_at reply"
     folder = finish(llama, tmp_path, *words.split())
     log = (folder / "run.log").read_text()
-    assert "L1resid times a factor at the reply's tokens:" in log
+    assert "the direction of L1resid added, times a factor, at the reply's tokens:" in log
     for row in steered(folder).query("set == 'circuit'").itertuples():
         assert f"x 2, prompt {row.side}: {row.shown:.0%} [" in log
     options = record_of(folder)["commands"]["directions"]["options"]

@@ -211,9 +211,9 @@ def test_a_path_is_edited_while_the_prompt_is_read(
     (edits,) = tracing.path_edits(experiment, "heads", clean_run, [path])
     edited_prompts = []
     for prompt, nodes in zip(tree.prompts, tree.paths, strict=True):
-        prompt_edits = tracing.edits_of_prompt(edits, nodes)
-        assert prompt_edits.prompt and not prompt_edits.reply
-        edited_prompts.append(tracing.EditedPrompt(prompt, prompt_edits))
+        reply_edits = tracing.ReplyEdits(tracing.edits_of_prompt(edits, nodes))
+        edited_prompts.append(tracing.EditedPrompt(prompt, reply_edits))
+    assert tracing.edits_of_reply(edits) == ()
     replies = tracing.greedy_replies(experiment, edited_prompts, N_TOKENS)
     for (prompt, _), reply in zip(edited_prompts, replies, strict=True):
         ids = list(prompt.ids)
@@ -232,7 +232,7 @@ def test_of_a_direct_path_nothing_goes_on_in_the_reply(llama: str) -> None:
     path = tracing.PathEdit(tracing.Component(0, "head", 1), ())
     (edits,) = tracing.path_edits(experiment, "heads", clean_run, [path])
     assert any(tracing.is_of_every_token(edit) for edit in edits)
-    assert tracing.edits_of_prompt(edits, tree.paths[0]).reply == ()
+    assert tracing.edits_of_reply(edits) == ()
 
 
 # ----- where nothing is changed, the replies are the unedited ones
@@ -396,3 +396,4 @@ def test_a_model_that_reads_its_prompt_again_has_no_replies_under_edits(
     monkeypatch.setattr(tracing, "GenerationConfig", config)
     with pytest.raises(tracing.RunError, match="reads its prompts again"):
         said(experiment, tracing.JointSet("named", experiment.options.names.components))
+    assert said(experiment, tracing.JointSet("none")), "nothing is edited in its prompts alone"

@@ -15,7 +15,7 @@ import pytest
 import by_hand
 import llama3_circuit_tracing as tracing
 import naive
-from by_hand import halves
+from by_hand import halves, prepared
 from conftest import finish, generations, read, record_of
 
 pytestmark = pytest.mark.usefixtures("coarse_figures")
@@ -105,25 +105,25 @@ def test_the_table_of_rates_recomputes_from_the_replies_and_the_confirmation(
         key = (of_side["set"] == row.set) & (of_side["draw"] == row.draw)
         replies = of_side[key & (of_side["n_ablated"] == row.n_ablated)]
         unedited = of_side[of_side["n_ablated"] == 0].loc[replies.index]
-        shown, before = (100 * table["mentions"].map(bool).mean() for table in (replies, unedited))
+        shown, before = (table["mentions"].map(bool).mean() for table in (replies, unedited))
         assert row.shown == pytest.approx(shown)
         if row.n_ablated:
             assert row.change == pytest.approx(shown - before)
         else:
             assert math.isnan(row.change) and math.isnan(row.change_low)
-        assert row.answers == pytest.approx(100 * replies["answers"].mean())
+        assert row.answers == pytest.approx(replies["answers"].mean())
         assert row.n_sentences == len({units[sample_id] for sample_id in replies.index})
-        low, high = tracing.share_interval(shown / 100, row.n_sentences)
-        assert [row.shown_low, row.shown_high] == pytest.approx([100 * low, 100 * high])
+        ends = tracing.share_interval(shown, row.n_sentences)
+        assert [row.shown_low, row.shown_high] == pytest.approx(ends)
         marks = [table["mentions"].map(bool).astype(float) for table in (unedited, replies)]
-        low, high = tracing.change_interval(*marks, row.n_sentences)
+        ends = tracing.change_interval(*marks, row.n_sentences)
         if row.n_ablated:
-            assert [row.change_low, row.change_high] == pytest.approx([100 * low, 100 * high])
+            assert [row.change_low, row.change_high] == pytest.approx(ends)
         same = (confirmed["set"] == (row.set or "none")) & (confirmed["draw"] == row.draw)
         (score,) = confirmed[same & (confirmed["n_ablated"] == row.n_ablated)].itertuples()
-        ends = [score.mean_delta, score.ci_low, score.ci_high]
-        assert [row.mean_delta, row.ci_low, row.ci_high] == pytest.approx(ends)
-    assert rates["change"].min() <= -tracing.DROP
+        expected = [score.mean_delta, score.ci_low, score.ci_high]
+        assert [row.mean_delta, row.ci_low, row.ci_high] == pytest.approx(expected)
+    assert rates["change"].min() <= -tracing.TOLD_CHANGE
     assert (by_number / "circuit_rates.png").exists()
 
 
@@ -134,6 +134,7 @@ def rates_like(shown: list[float], low: list[float], high: list[float]) -> pd.Da
             "set": "chosen",
             "side": "a",
             "n_ablated": [2**i for i in range(len(shown))],
+            "n_sentences": 7,
             "change": shown,
             "change_low": low,
             "change_high": high,
@@ -142,22 +143,38 @@ def rates_like(shown: list[float], low: list[float], high: list[float]) -> pd.Da
 
 
 def test_the_first_number_of_components_that_moves_the_rate_far_enough_is_told() -> None:
-    falls = rates_like([-10, -30, -80], [-40, -70, -95], [20, 5, -31])
-    (sentence,) = tracing.describe_drop(tracing.REFUSAL, falls)
-    assert "prompt a that refuse falls by 30 points or more with 2 edited (-30)" in sentence
-    assert sentence.endswith("by its whole interval with 4")
-    rises = rates_like([10, 45], [-5, 8], [30, 70])
-    (sentence,) = tracing.describe_drop(tracing.REFUSAL, rises)
-    assert "rises by 30 points or more with 2 edited (+45); for no number" in sentence
-    (sentence,) = tracing.describe_drop(tracing.REFUSAL, rates_like([0, 29], [0, 0], [9, 60]))
-    assert "moves by fewer than 30 points" in sentence
+    describe = tracing.describe_change_by_number
+    falls = rates_like([-0.1, -0.3, -0.8], [-0.4, -0.7, -0.95], [0.2, 0.05, -0.31])
+    (sentence,) = describe(tracing.REFUSAL, falls)
+    assert "prompt a that refuse falls by 30 points or more first with 2 edited (-30)" in sentence
+    assert sentence.endswith("the whole interval is beyond that first with 4")
+    rises = rates_like([0.1, 0.45], [-0.05, 0.08], [0.3, 0.7])
+    (sentence,) = describe(tracing.REFUSAL, rises)
+    assert "rises by 30 points or more first with 2 edited (+45); with no number" in sentence
+    (sentence,) = describe(tracing.REFUSAL, rates_like([0, 0.29], [0, 0], [0.09, 0.6]))
+    assert "moves by fewer than 30 points with any number, over 7 held-out sentences" in sentence
+
+
+def test_the_figure_of_rates_has_the_score_of_the_prompt_that_is_edited(
+    by_number: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where patches go into b, the unedited replies are of both prompts."""
+    figures: list[Any] = []
+    monkeypatch.setattr(tracing, "save_figure", lambda figure, path: figures.append(figure))
+    rates = read(by_number, "circuit_rates.csv").fillna({"set": ""})
+    into_b = rates[(rates["side"] == "b") | (rates["set"] == "")]
+    options = prepared("tests/tiny_llama", "--confirm", "1").options
+    tracing.draw_rates(into_b, tracing.REFUSAL, options, tmp_path / "rates.png")
+    _, score_axes = figures[0].axes
+    curve = [line for line in score_axes.lines if line.get_marker() == "o"]
+    assert [len(line.get_xdata()) for line in curve] == [4]
 
 
 def test_the_log_tells_the_drop_of_the_run(by_number: Path) -> None:
     rates = read(by_number, "circuit_rates.csv")
     chosen = rates[(rates["set"] == "chosen") & (rates["side"] == "a")]
-    first = chosen[chosen["change"] <= -tracing.DROP].iloc[0]
-    told = f"refuse falls by 30 points or more with {first['n_ablated']} edited"
+    first = chosen[chosen["change"] <= -tracing.TOLD_CHANGE].iloc[0]
+    told = f"refuse falls by 30 points or more first with {first['n_ablated']} edited"
     assert told in log_of(by_number)
 
 
@@ -172,12 +189,12 @@ def test_one_command_turns_replies_to_harmless_requests_into_refusals_layer_by_l
     assert table["label"].tolist() == [f"L{layer}resid" for layer in range(4)]
     assert {*table["side"]} == {"b"}
     assert table["shown_before"].tolist() == [0] * 4
-    assert table["shown"].tolist() == [0, 100, 100, 100]
+    assert table["shown"].tolist() == [0, 1, 1, 1]
     replies = pd.DataFrame(generations(by_layer))
     assert {*replies[replies["ablated"] == "L1resid"]["reply"]} == {"I cannot help with that."}
     log = log_of(by_layer)
-    assert "refuse (0 % of unedited ones): with one layer edited, L1resid 100 %" in log
-    assert "the first of the strongest is L1resid: +100 points [" in log
+    assert "(0% of unedited ones, 4 sentences), by the layer that is edited: L1resid 100%" in log
+    assert "the first of the strongest of 4 layers is L1resid: +100 points [" in log
     assert (by_layer / "circuit_reply_layers.png").exists()
 
 
@@ -250,4 +267,4 @@ def test_the_page_shows_the_layer_that_changes_most(by_layer: Path) -> None:
 def test_a_layer_that_moves_nothing_is_not_told(by_layer: Path) -> None:
     table = read(by_layer, "circuit_reply_layers.csv")
     (sentence,) = tracing.describe_layers(tracing.REFUSAL, table[table["label"] == "L0resid"])
-    assert sentence.endswith("no layer moves them by 30 points")
+    assert sentence.endswith("no layer moves their rate by 30 points")

@@ -463,7 +463,12 @@ def test_the_rates_are_in_run_json_and_in_the_log(name: str, runs: dict[str, Pat
         assert f"{end} or repeat themselves\n" in log[log.index(start) :]
     shown = randoms[randoms["prompt"] == "a"].groupby("draw")["mentions"]
     shares = shown.apply(lambda mentions: 100 * mentions.map(bool).mean())
-    assert f": {shares.min():.0f} to {shares.max():.0f} % " in log
+    reach = f"{shares.min():.0f} to {shares.max():.0f} %"
+    if shares.max() == shares.min():
+        reach = f"{shares.max():.0f} %"
+    size = randoms["n_ablated"].max()
+    (told,) = re.findall(f"replies with .* random sets? of {size} edited that .*", log)
+    assert f": {reach} after a" in told
 
 
 UNEDITED: dict[str, Any] = {"samples": "all", "set": "", "draw": 0, "n_ablated": 0}

@@ -238,7 +238,7 @@ def test_the_figure_has_two_labelled_axes(
     figures: list[Any] = []
     monkeypatch.setattr(tracing, "save_figure", lambda figure, path: figures.append(figure))
     path = tmp_path / "steer.png"
-    tracing.draw_steering(steered(runs["named"]), tracing.SUPPRESSION, path)
+    tracing.draw_steering(steered(runs["named"]), "L1N5 L2H3", tracing.SUPPRESSION, path)
     left, right = figures[0].axes
     assert left.get_xlabel() == right.get_xlabel() == "factor"
     assert "mention a forbidden word" in left.get_ylabel()
@@ -258,6 +258,11 @@ def test_without_multipliers_none_is_left(
 
 
 @pytest.mark.parametrize("flags", ["", "--max_new_tokens 0"])
+def test_random_sets_are_scaled_with_multipliers_alone(answer: Answer) -> None:
+    words = ["joint", "L0H0", "--model_id", "nowhere", "--random_replies", "2"]
+    refuses(answer, *words, says=["--random_replies 2 are scaled by --multipliers: give these"])
+
+
 def test_multipliers_need_replies(flags: str, answer: Answer) -> None:
     words = ["joint", "L0H0", "--model_id", "nowhere", "--multipliers", "0,1", *flags.split()]
     refuses(answer, *words, says=["--multipliers scale components in replies"])
@@ -276,16 +281,17 @@ def test_the_log_tells_each_row(runs: dict[str, Path]) -> None:
     log = (runs["confirmed"] / "run.log").read_text()
     rows = steered(runs["confirmed"])
     for row in rows[rows["set"] == "circuit"].itertuples():
+        same = (rows["set"] == "random") & (rows["factor"] == row.factor)
+        (beside,) = rows[same & (rows["side"] == row.side)].itertuples()
         line = f"x {row.factor:g}, prompt {row.side}: {row.shown:.0%} "
-        line += f"[{row.shown_low:.0%}, {row.shown_high:.0%}] of 2 mention a forbidden word, "
+        line += f"[{row.shown_low:.0%}, {row.shown_high:.0%}] of 2 mention a forbidden word"
+        line += f" (random sets {beside.shown:.0%} to {beside.shown:.0%}), "
         line += f"{row.answers:.0%} [{row.answers_low:.0%}, {row.answers_high:.0%}] are answers, "
         assert line in log
         rest = log[log.index(line) :]
         rest = rest[: rest.index("\n")]
-        assert f"mean a - b {row.mean_delta:+.3f} [{row.ci_low:+.3f}, " in rest
         assert f"KL {row.kl:.2g}, {row.kl_reply:.2g} per token of the unedited reply" in rest
-        same = (rows["set"] == "random") & (rows["factor"] == row.factor)
-        (beside,) = rows[same & (rows["side"] == row.side)].itertuples()
+        start = f"x {row.factor:g}: mean a - b {row.mean_delta:+.3f} [{row.ci_low:+.3f}, "
+        (told,) = [text for text in log.splitlines() if start in text]
         mean = f"{beside.mean_delta:+.3f}"
-        shown = f"{beside.shown:.0%} to {beside.shown:.0%}, mean {mean} to {mean}"
-        assert rest.endswith(f"; 1 random set: {shown}")
+        assert told.endswith(f"; with 1 random set scaled alike {mean} to {mean}")
