@@ -1146,6 +1146,17 @@ class TraceOptions(ComponentOptions, MeasuringOptions):
         return self.kind == "neuron"
 
     @property
+    def tells_rates(self) -> bool:
+        """Whether the rate of the behaviour is told by number of components."""
+        return bool(self.confirm) and self.max_new_tokens > 0
+
+    @property
+    def replies_by_layer(self) -> bool:
+        """Whether the model replies with each layer edited by itself: where components are layers'
+        whole activations."""
+        return self.max_new_tokens > 0 and not KINDS[self.kind].slices
+
+    @property
     def estimated(self) -> str:
         """What a title adds where its effects are estimates."""
         return "" if self.row_method == "exact" else f" by {self.row_method} estimates"
@@ -1272,6 +1283,11 @@ class DirectionsOptions(SteeringOptions, ComponentOptions, MeasuringOptions):
     max_new_tokens: int = option(0, "length of greedy replies; 0: none", between(0))
 
     row_method: ClassVar = "exact"  # how effects are found: they are measured
+
+    @property
+    def tells_rates(self) -> bool:
+        """Whether the rate of the behaviour is told by number of directions."""
+        return bool(self.confirm) and self.max_new_tokens > 0
 
     @property
     def finds_directions(self) -> bool:
@@ -1538,14 +1554,14 @@ OPTION_OF_FILE = {
     "circuit_wordings.csv": "confirm",
     "circuit_confirm_groups.csv": "confirm",
     "circuit_reply_groups.csv": "max_new_tokens",
-    "circuit_rates.csv": "max_new_tokens",
-    "circuit_rates.png": "max_new_tokens",
-    "circuit_reply_layers.csv": "max_new_tokens",
-    "circuit_reply_layers.png": "max_new_tokens",
+    "circuit_rates.csv": "tells_rates",
+    "circuit_rates.png": "tells_rates",
+    "circuit_reply_layers.csv": "replies_by_layer",
+    "circuit_reply_layers.png": "replies_by_layer",
     "joint_reply_groups.csv": "max_new_tokens",
     "directions_reply_groups.csv": "max_new_tokens",
-    "directions_rates.csv": "max_new_tokens",
-    "directions_rates.png": "max_new_tokens",
+    "directions_rates.csv": "tells_rates",
+    "directions_rates.png": "tells_rates",
     "directions_steer.csv": "multipliers",
     "directions_steer.png": "multipliers",
     "circuit.json": "confirm",
@@ -14682,7 +14698,7 @@ def requests_by_layer(experiment: Experiment) -> list[ReplyRequest]:
     """Replies to the prompts that edits touch with each component edited by itself, where these are
     whole layers; without negative controls."""
     options = experiment.options
-    if KINDS[options.kind].slices:
+    if not options.replies_by_layer:
         return []
     prompts = without_negative_controls(experiment.prompts)
     requests = []

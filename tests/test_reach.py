@@ -67,7 +67,7 @@ def numbers(folder: Path) -> dict[str, pd.DataFrame]:
     tables = {}
     for path in sorted(folder.glob("*.csv")):
         table = read(folder, path.name).select_dtypes("number")
-        is_scored = table.columns.str.contains("score|effect|mean|estimate|delta|kl_")
+        is_scored = table.columns.str.contains("score|effect|mean|estimate|delta|kl_|log_p")
         tables[path.name] = table.loc[:, is_scored]
     return tables
 

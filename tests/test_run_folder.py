@@ -46,7 +46,8 @@ COMMANDS = {
     "joint": "joint --num_random 3 --max_new_tokens 2 --multipliers 0",
     "paths": "paths --layers 0",
     "tokens": "tokens --kind attn --layers 0",
-    "directions": "directions --layers 0-1 --confirm 1 --num_random 2 --max_new_tokens 1",
+    "directions": "directions --layers 0-1 --confirm 1 --num_random 2 --max_new_tokens 1"
+    " --multipliers 0",
     "graph": "graph --nodes 50",
 }
 
@@ -283,6 +284,7 @@ def test_outputs_of_options_no_longer_given_do_not_stay(
     names = {path.name for path in full.iterdir()}
     gone = {"circuit_heatmap.png", "circuit_confirm.csv", "circuit_confirm.png"}
     gone |= {"circuit_overview.csv", "circuit_overview.png", "generations.jsonl"}
+    gone |= {"circuit_rates.csv", "circuit_rates.png"}
     gone.add("circuit_words.csv")  # of a circuit, and of clear components, of which there are none
     assert names == {path.name for path in all_commands.iterdir()} - gone
     assert (full / "circuit_summary.png").read_bytes() != b"of before"
@@ -387,6 +389,7 @@ def test_a_finished_command_computes_nothing_again(
     kept = {"circuit.json", "directions.safetensors"}
     absent = {"circuit_curve.csv", "circuit_curve.png"}  # of more sentences
     absent |= {"circuit_universal.csv", "circuit_activations.csv"}  # of neurons
+    absent |= {"circuit_reply_layers.csv", "circuit_reply_layers.png"}  # of whole layers
     assert {path.name for path in outputs} == planned - kept - absent - OF_LABELS
     for path in outputs:
         path.unlink()

@@ -407,7 +407,7 @@ MOVERS = {
     "as much": (change(1.2, -0.3, 1.9), change(-1.2, -1.5, -1.0), ""),
     "unclear": (change(0.1, -0.1, 0.3), change(-1.2, -3, 0.1), ""),
     "up to 0": (change(0.1, -0.1, 0.3), change(-1.2, -3, 0.0), ""),
-    "one sentence": (change(0.1), change(-1.2), f"; after a {MOVE}"),
+    "one sentence": (change(0.1), change(-1.2), ""),
 }
 
 
