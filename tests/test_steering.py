@@ -258,14 +258,14 @@ def test_without_multipliers_none_is_left(
 
 
 @pytest.mark.parametrize("flags", ["", "--max_new_tokens 0"])
-def test_random_sets_are_scaled_with_multipliers_alone(answer: Answer) -> None:
-    words = ["joint", "L0H0", "--model_id", "nowhere", "--random_replies", "2"]
-    refuses(answer, *words, says=["--random_replies 2 are scaled by --multipliers: give these"])
-
-
 def test_multipliers_need_replies(flags: str, answer: Answer) -> None:
     words = ["joint", "L0H0", "--model_id", "nowhere", "--multipliers", "0,1", *flags.split()]
     refuses(answer, *words, says=["--multipliers scale components in replies"])
+
+
+def test_random_sets_are_scaled_with_multipliers_alone(answer: Answer) -> None:
+    words = ["joint", "L0H0", "--model_id", "nowhere", "--random_replies", "2"]
+    refuses(answer, *words, says=["--random_replies 2 are scaled by --multipliers: give these"])
 
 
 def test_a_set_of_more_than_half_of_all_is_scaled_alone(llama: str, tmp_path: Path) -> None:
