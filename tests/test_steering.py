@@ -252,7 +252,7 @@ def test_without_multipliers_none_is_left(
     runs: dict[str, Path], llama: str, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(runs["confirmed"], tmp_path / "run"))
-    finish(llama, folder, "joint", *RUNS["confirmed"][:-2], *RANDOM)
+    finish(llama, folder, "joint", *RUNS["confirmed"][:-2])
     assert not list(folder.glob("circuit_steer*"))
     assert all(record["multiplier"] is None for record in joint_replies(folder))
 
