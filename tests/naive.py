@@ -140,6 +140,22 @@ def greedy(model: Any, ids: Sequence[int], n_tokens: int, ends: Container[int] =
     return reply
 
 
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    return {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
+
+
+def reply_text(model: Any, tokenizer: Any, ids: Sequence[int], n_tokens: int) -> str:
+    tokens = greedy(model, ids, n_tokens, end_tokens(model, tokenizer))
+    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def whole_reply(model: Any, tokenizer: Any, ids: Sequence[int], n_tokens: int) -> list[int]:
+    """The tokens of a reply, up to the one that ends it."""
+    tokens, ends = greedy(model, ids, n_tokens), end_tokens(model, tokenizer)
+    is_end = [*(token in ends for token in tokens), True]
+    return tokens[: is_end.index(True) + 1]
+
+
 # ----- scores
 
 

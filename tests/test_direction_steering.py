@@ -45,10 +45,8 @@ def reply(folder: str, user: str, edited: Callable[[int], Any]) -> str:
     """A loop of full forwards; `edited` makes the hook of a prompt of so many tokens."""
     model, tokenizer = loaded(folder)
     ids = naive.prompt_ids(tokenizer, user)
-    ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
     with edited(len(ids)):
-        tokens = naive.greedy(model, ids, N_TOKENS, ends)
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return naive.reply_text(model, tokenizer, ids, N_TOKENS)
 
 
 @contextmanager
@@ -129,10 +127,7 @@ def test_replies_scores_and_divergences_are_those_of_plain_hooks(
             model, tokenizer, user, targets[record["sample_id"]], lambda *_, here=here: here()
         )
         scores.setdefault((factor, side), []).append(score)
-        ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
-        unedited = naive.greedy(model, ids, N_TOKENS)
-        is_end = [*(token in ends for token in unedited), True]
-        read_again = unedited[: is_end.index(True) + 1]
+        read_again = naive.whole_reply(model, tokenizer, ids, N_TOKENS)
         divergence = by_hand.divergence_along(model, ids, read_again, here)
         divergences.setdefault((factor, side), []).append(divergence)
     for key, row in rows.iterrows():

@@ -46,11 +46,8 @@ def loaded(folder: str) -> tuple[Any, Any]:
 
 def plain_reply(folder: str, ids: list[int], edited: Callable[[], Any]) -> str:
     """A loop of full forwards, the prompt's tokens edited in each."""
-    model, tokenizer = loaded(folder)
-    ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
     with edited():
-        tokens = naive.greedy(model, ids, N_TOKENS, ends)
-    return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return naive.reply_text(*loaded(folder), ids, N_TOKENS)
 
 
 def editing_prompt(
@@ -332,10 +329,7 @@ def test_scores_and_divergences_of_a_scaled_set_edit_forms_and_replies_as_a_repl
                 model, tokenizer, user, targets, lambda _, __, edit=edit: edit()
             )
             scores[side].append(score)
-            ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
-            tokens = naive.greedy(model, ids, 4)
-            is_end = [*(token in ends for token in tokens), True]
-            reply = tokens[: is_end.index(True) + 1]
+            reply = naive.whole_reply(model, tokenizer, ids, 4)
             divergences[side].append(by_hand.divergence_along(model, ids, reply, edit))
     mean_delta = statistics.fmean(scores["a"]) - statistics.fmean(scores["b"])
     for side in "ab":
@@ -356,10 +350,7 @@ def test_the_divergence_along_replies_is_of_edits_of_the_prompt_alone(
     for users in by_hand.texts(folder).values():
         ids, other = (naive.prompt_ids(tokenizer, users[side]) for side in "ba")
         edited = editing_prompt(llama, component, change, ids, other)
-        ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
-        tokens = naive.greedy(model, ids, 4)
-        is_end = [*(token in ends for token in tokens), True]
-        reply = tokens[: is_end.index(True) + 1]
+        reply = naive.whole_reply(model, tokenizer, ids, 4)
         divergences.append(by_hand.divergence_along(model, ids, reply, edited))
     rows = read(folder, "circuit_joint.csv").set_index("set")
     expected = statistics.fmean(divergences)

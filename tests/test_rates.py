@@ -200,7 +200,6 @@ def test_one_command_turns_replies_to_harmless_requests_into_refusals_layer_by_l
 
 def test_replies_by_layer_are_those_of_a_plain_loop(by_layer: Path, tiny_llama: str) -> None:
     model, tokenizer = naive.load(tiny_llama)
-    ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
     texts = by_hand.texts(by_layer)
     records = [record for record in generations(by_layer) if record["set"] == "layer"]
     expected = itertools.product(range(4), texts)
@@ -221,8 +220,7 @@ def test_replies_by_layer_are_those_of_a_plain_loop(by_layer: Path, tiny_llama: 
 
         edit = functools.partial(patch, place=len(ids) - 1, value=partner)
         with naive.hooked(naive.module_of(model, layer, "resid"), edit):
-            tokens = naive.greedy(model, ids, 6, ends)
-        assert record["reply"] == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            assert record["reply"] == naive.reply_text(model, tokenizer, ids, 6)
 
 
 def test_the_effect_on_the_score_stands_beside_the_rate(by_layer: Path) -> None:

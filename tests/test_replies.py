@@ -125,15 +125,6 @@ def test_replies_are_those_of_a_plain_token_loop_with_the_components_and_the_giv
     assert with_given > 0
 
 
-def whole_reply(plain: Plain, ids: Sequence[int], n_tokens: int) -> list[int]:
-    """The tokens of a reply without edits, up to the one that ends it."""
-    model, tokenizer = plain
-    ends = {tokenizer.eos_token_id, *model.generation_config.eos_token_id}
-    tokens = naive.greedy(model, ids, n_tokens)
-    is_end = [token in ends for token in tokens]
-    return tokens[: [*is_end, True].index(True) + 1]
-
-
 def test_the_table_has_the_divergence_along_the_unedited_replies_to_held_out_prompts_b(
     runs: dict[str, Path], plain: Plain
 ) -> None:
@@ -149,7 +140,7 @@ def test_the_table_has_the_divergence_along_the_unedited_replies_to_held_out_pro
         with by_hand.ablated(model, ["L0H0"]):
             for sample_id in halves(folder)[1]:
                 ids = naive.prompt_ids(tokenizer, texts[sample_id]["b"])
-                reply = whole_reply(plain, ids, 5)
+                reply = naive.whole_reply(*plain, ids, 5)
                 by_sample.append(by_hand.divergence_along(model, ids, reply, edited))
         assert row.kl_reply == pytest.approx(statistics.fmean(by_sample), rel=1e-4, abs=2e-5)
     assert table[~table["set"].isin(["chosen", "random"])]["kl_reply"].isna().all()
