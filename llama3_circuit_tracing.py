@@ -1054,7 +1054,7 @@ class SteeringOptions:
 
     def usage_errors(self) -> Iterator[str]:
         if self.multipliers and not self.max_new_tokens:  # type: ignore[attr-defined]
-            yield "--multipliers scale components in replies: give --max_new_tokens"
+            yield "--multipliers scale components or directions in replies: give --max_new_tokens"
         if self.steer_at != "all" and not self.multipliers:
             yield f"--steer_at {self.steer_at} is where --multipliers apply: give these"
         if self.random_replies != 5 and not self.multipliers:
@@ -1473,7 +1473,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "circuit_curve.csv": "",
         "circuit_curve.png": "Faithfulness of the first components of an order, kept alone.",
         "circuit_steer.csv": "",
-        "circuit_steer.png": "Replies and scores with the components scaled.",
+        "circuit_steer.png": "Replies and scores with the components scaled; hollow: half of the"
+        " replies or more repeat themselves.",
         "joint_generations.jsonl": "",
     },
     "paths": {
@@ -1496,7 +1497,8 @@ COMMAND_FILES: dict[str, dict[str, str]] = {
         "directions_rates.png": "Held-out sentences: the rate of the behaviour in replies, and the"
         " mean score, by the number of directions edited.",
         "directions_steer.csv": "",
-        "directions_steer.png": "Replies and scores with the direction times a factor.",
+        "directions_steer.png": "Replies and scores with the direction times a factor; hollow: half"
+        " of the replies or more repeat themselves.",
     },
     "graph": {
         "circuit_graph.csv": "",
@@ -4798,7 +4800,7 @@ class Tree:
 def check_finite(numbers: Tensor, name: str) -> None:
     """`RunError` where one of some numbers, as a sentence names it, is infinite or NaN."""
     if not numbers.isfinite().all():
-        raise RunError(f"{name} is not finite: activations overflow; try a smaller --factor")
+        raise RunError(f"{name} is not finite: activations overflow; try a smaller factor")
 
 
 def differing_places(ids: Sequence[int], partner_ids: Sequence[int]) -> range:
@@ -9051,9 +9053,12 @@ def check_prompts(prompts: Prompts, shape: ModelShape, options: MeasuringOptions
             check_pair(sample_prompts[0], sample_prompts[1], options)
         positions = list(align_prompts(sample_prompts, options))
         if all(aligned is not None and not aligned for aligned in positions):
+            hint = ""
+            if options.patches:
+                hint = ": a patch takes aligned tokens, by the ends of prompts of unequal length"
             raise UsageError(
                 f"{name}: --op {options.op} at --positions {options.positions} touches no token"
-                " of its prompts"
+                f" of its prompts{hint}"
             )
         for prompt in sample_prompts:
             check_forms(prompt, TASKS[options.task].margin)
@@ -11809,7 +11814,7 @@ def report_stability(findings: Findings, stability: Stability) -> None:
     verdict = "stable" if stability.is_stable else "not stable"
     findings.say(
         f"the choice is {verdict}: on {stability.n_halves} other random halves of the sentences the"
-        f" median one chooses {', '.join(parts)} again (by chance {by_chance:.1g} of {size})"
+        f" median one chooses {', '.join(parts)} again (by chance {by_chance:.2g} of {size})"
     )
 
 
@@ -12475,7 +12480,7 @@ def describe_damage(row: Any, noun: str) -> str:
     if row.kl_b > MAX_KL or row.kl_reply > MAX_KL:  # a NaN is not
         not_judged = f"{size}, {not_judged}"
     phrases = {
-        "no": f"no damage, their means are {MAX_KL:g} nats at most",
+        "no": f"no damage, those of b are {MAX_KL:g} nats at most",
         "yes": f"damaged, {size} and than with 95 % of the random {noun}s",
         "as random sets": f"{size}, and within what random {noun}s do",
         "not judged": not_judged,
@@ -13048,7 +13053,8 @@ def report_replies(
     for rate in others:
         experiment.findings.say(describe_replies(experiment.task, rate))
     if of_random:
-        experiment.findings.say(describe_random_replies(experiment.task, of_random))
+        noun = requests[-1].joint_set.noun
+        experiment.findings.say(describe_random_replies(experiment.task, of_random, noun))
     experiment.folder.note_command(behaviour=others)
     report_replies_by_group(experiment, table[table["set"] != "random"])
     return rates
@@ -13172,8 +13178,8 @@ def describe_change(rate: Mapping[str, Any], side: str) -> str:
     return f"{rate[f'change_{side}'] + 0.0:+.0f} points [{low + 0.0:+.0f}, {high + 0.0:+.0f}]"
 
 
-def describe_random_replies(task: Task, rates: Sequence[Mapping[str, Any]]) -> str:
-    """From where to where the rates of random sets reach, by prompt."""
+def describe_random_replies(task: Task, rates: Sequence[Mapping[str, Any]], noun: str) -> str:
+    """From where to where the rates of random sets, as `noun` calls them, reach by prompt."""
     shown = []
     for side in "ab":
         shares = [rate[f"mentions_{side}"] for rate in rates if f"mentions_{side}" in rate]
@@ -13182,7 +13188,7 @@ def describe_random_replies(task: Task, rates: Sequence[Mapping[str, Any]]) -> s
             if max(shares) - min(shares) < 0.5:
                 reach = f"{max(shares):.0f} %"
             shown.append(f"{reach} after {side}")
-    n_sets = count_noun(len(rates), "random set")
+    n_sets = count_noun(len(rates), f"random {noun}")
     n_edited = rates[0]["n_ablated"]
     return f"replies with {n_sets} of {n_edited} edited that {task.shown}: {', '.join(shown)}"
 
@@ -13338,7 +13344,7 @@ def draw_rates(table: pd.DataFrame, task: Task, options: MeasuringOptions, path:
 STEERED_TOKENS = {
     "all": "all tokens",
     "prompt": "the prompt's tokens",
-    "reply": "the reply's tokens",
+    "reply": "the prompt's last token and the reply's",
 }
 
 
@@ -13372,7 +13378,7 @@ def run_steering(
     """Scores and replies with sets scaled: NAME.csv and .png. `reply_tokens` are those of the
     unedited replies, along which the KL is taken."""
     table = steering_table(experiment, steering, reply_tokens, make_edits)
-    report_steering(experiment, steering.subject, table)
+    report_steering(experiment, steering, table)
     if experiment.folder.leads:
         experiment.folder.write_table(f"{name}.csv", table)
         path = experiment.folder.claim_path(f"{name}.png")
@@ -13431,12 +13437,12 @@ def shares_of_replies(replies: pd.DataFrame, n_sentences: int) -> dict[str, Any]
     return shares
 
 
-def report_steering(experiment: Experiment, subject: str, table: pd.DataFrame) -> None:
+def report_steering(experiment: Experiment, steering: Steering, table: pd.DataFrame) -> None:
     """A sentence of the score per multiplier, and one of the replies per multiplier and prompt,
     with the reach of random sets."""
-    first = table.iloc[0]
-    where = STEERED_TOKENS[first["tokens"]]
-    experiment.findings.say(f"{shorten(subject, 200)}, times a factor, at {where}:")
+    noun = steering.scaled_sets[0].noun
+    where = STEERED_TOKENS[table["tokens"].iloc[0]]
+    experiment.findings.say(f"{shorten(steering.subject, 200)}, times a factor, at {where}:")
     is_random = table["set"] == "random"
     for factor, rows in table.groupby("factor", sort=False):
         of_random = rows[is_random[rows.index]]
@@ -13444,7 +13450,7 @@ def report_steering(experiment: Experiment, subject: str, table: pd.DataFrame) -
         if len(of_random):
             reach = reach_of(of_random["mean_delta"], "+.3f")
             n_sets = of_random["draw"].nunique()
-            alike = f"; with {count_noun(n_sets, 'random set')} scaled alike {reach}"
+            alike = f"; with {count_noun(n_sets, f'random {noun}')} scaled alike {reach}"
         circuit = rows[~is_random[rows.index]]
         for row in circuit.head(1).itertuples():
             measure = measure_in_words(str(row.measure))
@@ -13452,15 +13458,15 @@ def report_steering(experiment: Experiment, subject: str, table: pd.DataFrame) -
             experiment.findings.say(f"x {factor:g}: mean {measure} {mean}{alike}")
         for row in circuit.itertuples():
             shown = of_random.loc[of_random["side"] == row.side, "shown"]
-            experiment.findings.say(describe_steered_replies(row, experiment.task, shown))
+            experiment.findings.say(describe_steered_replies(row, experiment.task, shown, noun))
 
 
-def describe_steered_replies(row: Any, task: Task, random_shares: pd.Series) -> str:
+def describe_steered_replies(row: Any, task: Task, random_shares: pd.Series, noun: str) -> str:
     """What the replies to one prompt show with the circuit scaled, and how far their first token
-    and those of the unedited reply move."""
+    and those of the unedited reply move. `noun` is what a random set is called."""
     alike = ""
     if len(random_shares):
-        alike = f" (random sets {reach_of(random_shares, '.0%')})"
+        alike = f" (random {noun}s {reach_of(random_shares, '.0%')})"
     return (
         f"x {row.factor:g}, prompt {row.side}:"
         f" {row.shown:.0%}{format_interval(row, 'shown', '.0%')} of {row.n} {task.shown}{alike},"
@@ -13471,18 +13477,24 @@ def describe_steered_replies(row: Any, task: Task, random_shares: pd.Series) -> 
 
 
 def reach_of(values: pd.Series, number_format: str) -> str:
-    """From the least to the largest of some values."""
-    return f"{values.min():{number_format}} to {values.max():{number_format}}"
+    """From the least to the largest of some values; one number where they are written alike."""
+    least, largest = f"{values.min():{number_format}}", f"{values.max():{number_format}}"
+    return least if least == largest else f"{least} to {largest}"
 
 
 def draw_steering(table: pd.DataFrame, subject: str, task: Task, path: Path) -> None:
-    """Rate of the behaviour and mean score by multiplier, of the circuit and random sets."""
+    """Rate of the behaviour and mean score by multiplier, of the circuit and random sets; hollow
+    where half of the replies and more repeat themselves."""
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     rate_axes, score_axes = figure.subplots(1, 2)
     table = table.sort_values("factor")
     is_random = table["set"] == "random"
     for side, rows in table[~is_random].groupby("side"):
         plot_rate(rate_axes, rows["factor"], rows, str(side))
+        looping = rows[rows["repeating"] >= 0.5]
+        if len(looping):
+            hollow = {"color": SIDE_COLORS[str(side)], "markerfacecolor": "white"}
+            rate_axes.plot(looping["factor"], looping["shown"], "o", **hollow)
     for side, of_side in table[is_random].groupby("side"):
         label = f"random, after prompt {side}"
         for _, rows in of_side.groupby("draw"):
@@ -14762,7 +14774,11 @@ def describe_layers(task: Task, table: pd.DataFrame) -> Iterator[str]:
             yield f"{what}: no layer moves their rate by {100 * TOLD_CHANGE:.0f} points"
             continue
         layers = ", ".join(f"{row.label} {row.shown:.0%}" for row in turning.itertuples())
-        yield f"{what}, by the layer that is edited: {shorten(layers, 300)}"
+        others = ""
+        if len(turning) < len(rows):
+            n_others = count_noun(len(rows) - len(turning), "other")
+            others = f"; {n_others} by fewer than {100 * TOLD_CHANGE:.0f} points"
+        yield f"{what}, by the layer that is edited: {shorten(layers, 300)}{others}"
         sizes = turning["change"].abs()
         strongest = turning[sizes == sizes.max()].iloc[0]
         change = [100 * strongest[name] + 0.0 for name in ("change", "change_low", "change_high")]
@@ -15219,7 +15235,10 @@ def run_joint_replies(experiment: Experiment, prompts: Prompts, samples: str) ->
     report_replies(experiment, requests, records)
     if scaled_sets:
         replies = records[len(requests) - len(scaled_sets) :]
-        steering = Steering(named.text, scaled_sets, prompts, replies)
+        subject = named.text
+        if experiment.options.op not in STEERING_OPS:
+            subject += f", without --op {experiment.options.op}"
+        steering = Steering(subject, scaled_sets, prompts, replies)
         reply_tokens = unedited_reply_tokens(experiment, answered)
         run_steering(experiment, steering, reply_tokens, "circuit_steer")
 
@@ -15970,6 +15989,7 @@ def prepare_directions(experiment: Experiment[DirectionsOptions]) -> DirectionDa
         vectors, metadata, lone_direction = read_directions(path)
         needed = components
         if lone_direction is not None:
+            check_lone_direction(lone_direction, shape, path)
             vectors = {layer_of_lone_direction(options, components, path): lone_direction}
             experiment.findings.warn(
                 f"--fit {shorten(path)} does not tell its model nor the texts that it was fitted"
@@ -16082,6 +16102,18 @@ def check_one_tensor(n_tensors: int) -> None:
         raise ValueError("it holds no tensor")
     if n_tensors > 1:
         raise ValueError(f"it holds {n_tensors} tensors: pick one direction, and save it alone")
+
+
+def check_lone_direction(direction: Tensor, shape: ModelShape, path: Path) -> None:
+    """`UsageError` where a direction is not of this model's stream, or is zero."""
+    n_numbers = direction.numel()
+    if n_numbers != shape.d_model:
+        raise UsageError(
+            f"--fit {shorten(path)} holds {n_numbers} numbers, and the residual stream of this"
+            f" model is {shape.d_model} wide: it is of another model"
+        )
+    if not bool(direction.any()):
+        raise UsageError(f"--fit {shorten(path)} holds a direction that is all zeros")
 
 
 def layer_of_lone_direction(
@@ -16558,6 +16590,8 @@ def describe_direction(row: Any) -> str:
         f"direction of {row.label}: AUC {row.auc:.2f}"
         f" over {count_noun(row.n_sentences, 'held-out sentence')}"
     )
+    if row.auc < 0.5:
+        sentence += ", so that it points toward prompt b"
     if not math.isnan(row.accuracy):
         interval = format_interval(row, "accuracy", ".0%")
         beaten = "no higher than by shuffled labels"

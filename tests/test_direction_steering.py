@@ -240,7 +240,10 @@ def test_the_log_and_the_record_name_what_is_steered(llama: str, tmp_path: Path)
     words = f"{WORDS} --kind resid --layers 1 --op add --multipliers 2 --steer_at reply"
     folder = finish(llama, tmp_path, *words.split())
     log = (folder / "run.log").read_text()
-    assert "the direction of L1resid added, times a factor, at the reply's tokens:" in log
+    assert (
+        "the direction of L1resid added, times a factor, at the prompt's last token and the reply's:"
+        in log
+    )
     for row in steered(folder).query("set == 'circuit'").itertuples():
         assert f"x 2, prompt {row.side}: {row.shown:.0%} [" in log
     options = record_of(folder)["commands"]["directions"]["options"]

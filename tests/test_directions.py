@@ -915,7 +915,7 @@ ALL = "--kind resid --confirm all"
 MEANINGLESS = {
     "--kind neuron": "each of which has one only",
     "--method atp": "--method is an option of the command trace, not of directions",
-    "--multipliers 0,1": "--multipliers scale components in replies: give --max_new_tokens",
+    "--multipliers 0,1": "--multipliers scale components or directions in replies: give",
     "--multipliers 0,1 --max_new_tokens 2 --op mean": "not with --op mean",
     "--multipliers 0,1 --max_new_tokens 2 --positions last": "not at --positions last",
     "--multipliers 0,1 --max_new_tokens 2": "for one direction, and 12 are found",

@@ -321,7 +321,7 @@ def test_a_run_tells_how_many_components_neighbouring_layers_lend(
 
 ROUND = 21  # random sets, of which 95 % are the first 20
 SENTENCES = {
-    "no": "no damage, their means are 0.1 nats at most",
+    "no": "no damage, those of b are 0.1 nats at most",
     "yes": "damaged, more than 0.1 nats and than with 95 % of the random sets",
     "as random sets": "more than 0.1 nats, and within what random sets do",
     "not judged": "damage is not judged",
@@ -405,7 +405,7 @@ def test_damage_is_judged_along_replies_where_there_are_some() -> None:
     table = tracing.judge_damage(table, tracing.TraceOptions())
     assert table["damage"][0] == "no"
     assert reported(table)[0].endswith(
-        "of replies to b: no damage, their means are 0.1 nats at most"
+        "of replies to b: no damage, those of b are 0.1 nats at most"
     )
 
 

@@ -260,7 +260,7 @@ def test_without_multipliers_none_is_left(
 @pytest.mark.parametrize("flags", ["", "--max_new_tokens 0"])
 def test_multipliers_need_replies(flags: str, answer: Answer) -> None:
     words = ["joint", "L0H0", "--model_id", "nowhere", "--multipliers", "0,1", *flags.split()]
-    refuses(answer, *words, says=["--multipliers scale components in replies"])
+    refuses(answer, *words, says=["--multipliers scale components or directions in replies"])
 
 
 def test_random_sets_are_scaled_with_multipliers_alone(answer: Answer) -> None:
@@ -285,7 +285,7 @@ def test_the_log_tells_each_row(runs: dict[str, Path]) -> None:
         (beside,) = rows[same & (rows["side"] == row.side)].itertuples()
         line = f"x {row.factor:g}, prompt {row.side}: {row.shown:.0%} "
         line += f"[{row.shown_low:.0%}, {row.shown_high:.0%}] of 2 mention a forbidden word"
-        line += f" (random sets {beside.shown:.0%} to {beside.shown:.0%}), "
+        line += f" (random sets {beside.shown:.0%}), "
         line += f"{row.answers:.0%} [{row.answers_low:.0%}, {row.answers_high:.0%}] are answers, "
         assert line in log
         rest = log[log.index(line) :]
@@ -294,4 +294,4 @@ def test_the_log_tells_each_row(runs: dict[str, Path]) -> None:
         start = f"x {row.factor:g}: mean a - b {row.mean_delta:+.3f} [{row.ci_low:+.3f}, "
         (told,) = [text for text in log.splitlines() if start in text]
         mean = f"{beside.mean_delta:+.3f}"
-        assert told.endswith(f"; with 1 random set scaled alike {mean} to {mean}")
+        assert told.endswith(f"; with 1 random set scaled alike {mean}")
