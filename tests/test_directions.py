@@ -819,6 +819,7 @@ def typed(dtype: str) -> Callable[[Path], None]:
 GOOD = {f"L{i}resid": torch.ones(48) for i in range(3)}
 NONE, LACKS = "d.safetensors is no file of directions: ", "has no direction of L0resid"
 CUT = f"{NONE}it is no whole safetensors file ("
+OTHER_WIDTH = "holds {} numbers, and the residual stream of this model is 48 wide"
 NO_NUMBERS = "is no 48 finite numbers: "
 UNKNOWN = '{"L0resid":{"dtype":"X9","shape":[1],"data_offsets":[0,4]}}'
 HALF_BYTES = '{"L0resid":{"dtype":"F4","shape":[96],"data_offsets":[0,48]}}'
@@ -1339,11 +1340,12 @@ BAD_LONE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing.pt": (write_torch({}), "it holds no tensor"),
     "sparse.pt": (write_torch(torch.ones(48).to_sparse()), "its tensor is sparse"),
     "meta.pt": (write_torch(torch.ones(48, device="meta")), "or has no numbers"),
-    "wide.pt": (write_torch(torch.ones(49)), f"L1resid {NO_NUMBERS}[49] of float32"),
-    "wide_row.pt": (write_torch(torch.ones(1, 49)), f"L1resid {NO_NUMBERS}[49] of float32"),
-    "scalar.pt": (write_torch(torch.tensor(1.0)), f"L1resid {NO_NUMBERS}[] of float32"),
+    "wide.pt": (write_torch(torch.ones(49)), OTHER_WIDTH.format(49)),
+    "wide_row.pt": (write_torch(torch.ones(1, 49)), OTHER_WIDTH.format(49)),
+    "scalar.pt": (write_torch(torch.tensor(1.0)), OTHER_WIDTH.format(1)),
     "whole.pt": (write_torch(torch.ones(48).long()), f"L1resid {NO_NUMBERS}[48] of int64"),
     "complex.pt": (write_torch(torch.ones(48) * 1j), f"L1resid {NO_NUMBERS}[48] of complex64"),
+    "zeros.pt": (write_torch(torch.zeros(48)), "holds a direction that is all zeros"),
     "nan.pt": (write_torch(torch.full((48,), math.nan)), f"{NO_NUMBERS}[48] of float32, norm nan"),
     "two.safetensors": (
         lambda path: save_file({"a": torch.ones(48), "b": torch.ones(48)}, path),
@@ -1356,7 +1358,7 @@ BAD_LONE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "wide.safetensors": (
         lambda path: save_file({"a": torch.ones(49)}, path),
-        f"L1resid {NO_NUMBERS}[49] of float32",
+        OTHER_WIDTH.format(49),
     ),
 }
 
