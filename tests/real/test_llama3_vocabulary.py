@@ -16,7 +16,17 @@ import by_hand
 import llama3_circuit_tracing as tracing
 import naive
 from by_hand import prepared
-from conftest import Answer, finish, generations, read, record_of, refuses, user_text, write_samples
+from conftest import (
+    Answer,
+    command_line,
+    finish,
+    generations,
+    read,
+    record_of,
+    refuses,
+    user_text,
+    write_samples,
+)
 from real.fetch import CACHE, LLAMA3, SPLIT
 
 pytestmark = [
@@ -197,12 +207,11 @@ def test_the_joint_ablation_is_that_of_plain_forwards(run: Path, plain: tuple[An
 
 def test_the_command_leaves_every_file_and_replies_to_every_prompt(run: Path) -> None:
     names = {path.name for path in run.iterdir()} - {".parts"}
-    others = {"circuit_heatmap.png", "circuit_screen.csv", "circuit_screen.png"}
-    others.add("circuit_templates.csv")  # of several wordings
-    others |= {"circuit_overview.csv", "circuit_overview.png"}  # of --overview
+    options = tracing.parse_command_line(command_line(MODEL, run, *COMMAND.split())).options
     of_groups = {name for name in tracing.COMMAND_FILES["trace"] if "group" in name}
-    expected = set(tracing.COMMAND_FILES["trace"]) - others - of_groups  # its samples have none
-    assert names == expected | {"run.json", "run.log", tracing.REPORT_FILE}
+    # its samples are of one wording, and of no groups
+    expected = set(tracing.planned_files("trace", options)) - of_groups - {"circuit_templates.csv"}
+    assert names == expected | {"run.json", "run.log"}
     replied = [(r["sample_id"], r["prompt"]) for r in generations(run) if not r["n_ablated"]]
     assert replied == [(i, side) for i in by_hand.texts(run) for side in "ab"]
     assert record_of(run)["noise_floor"] < EQUAL
