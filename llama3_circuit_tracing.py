@@ -4800,7 +4800,9 @@ class Tree:
 def check_finite(numbers: Tensor, name: str) -> None:
     """`RunError` where one of some numbers, as a sentence names it, is infinite or NaN."""
     if not numbers.isfinite().all():
-        raise RunError(f"{name} is not finite: activations overflow; try a smaller factor")
+        raise RunError(
+            f"{name} is not finite: activations overflow; try a smaller --factor or multiplier"
+        )
 
 
 def differing_places(ids: Sequence[int], partner_ids: Sequence[int]) -> range:

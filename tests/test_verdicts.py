@@ -369,4 +369,4 @@ def test_a_confirmation_says_how_often_its_components_are_chosen(
     assert all(0 <= share <= 1 for share in shares)
     texts = [finding["text"] for finding in record_of(tmp_path)["commands"]["trace"]["findings"]]
     (line,) = [text for text in texts if text.startswith("the choice is ")]
-    assert line.endswith(" again (by chance 0.3 of 2)")
+    assert line.endswith(" again (by chance 0.33 of 2)")
