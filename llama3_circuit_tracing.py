@@ -758,7 +758,12 @@ TASK_NAMES = ("suppression", "refusal", "odd_one_out", "contrast")  # those of T
 N_WORDINGS = {"suppression": 4, "refusal": 4, "odd_one_out": 4}  # built in, by task
 FITS = ("difference", "logistic")  # how a direction is found
 SELECTS = ("mean", "any", "all")  # of which effects a circuit is chosen
-STEERED_AT = ("all", "prompt", "reply")  # values of --steer_at
+STEERED_TOKENS = {  # values of --steer_at, in words
+    "all": "all tokens",
+    "prompt": "the prompt's tokens",
+    "reply": "the prompt's last token and the reply's",
+}
+REPLY_RANDOM = 5  # random sets that are edited in replies for comparison
 GOALS = ("words", "top")  # what an attribution graph explains
 QUANTIZATIONS = ("4bit", "8bit")
 NO_ADAPTER = "none"  # as a value of --adapter
@@ -1049,15 +1054,15 @@ class SteeringOptions:
     multipliers: tuple[float, ...] = option(
         (), "scale the components, or what lies along a direction: 0,0.5,1,2", parse_multipliers
     )
-    steer_at: str = option("all", "tokens at which --multipliers apply", choices=STEERED_AT)
-    random_replies: int = option(5, "random sets scaled for comparison", between(0))
+    steer_at: str = option("all", "tokens at which --multipliers apply", choices=STEERED_TOKENS)
+    random_replies: int = option(REPLY_RANDOM, "random sets scaled for comparison", between(0))
 
     def usage_errors(self) -> Iterator[str]:
         if self.multipliers and not self.max_new_tokens:  # type: ignore[attr-defined]
             yield "--multipliers scale components or directions in replies: give --max_new_tokens"
         if self.steer_at != "all" and not self.multipliers:
             yield f"--steer_at {self.steer_at} is where --multipliers apply: give these"
-        if self.random_replies != 5 and not self.multipliers:
+        if self.random_replies != REPLY_RANDOM and not self.multipliers:
             yield f"--random_replies {self.random_replies} are scaled by --multipliers: give these"
 
 
@@ -11779,13 +11784,17 @@ def count_again(chosen: Sequence[Component], choice: Sequence[Component], size: 
 
 
 def report_choices(
-    findings: Findings, sums: SentenceSums, units: Iterable[str], rule: ChoiceRule
+    findings: Findings,
+    sums: SentenceSums,
+    units: Iterable[str],
+    rule: ChoiceRule,
+    choose_alone: ChooseAlone,
 ) -> None:
     """How many components each sentence chooses alone, and how many any and all of them choose."""
     sign = role_sign(sums.base(units), rule.factor)
     choices = []
     for unit in sums.known_units(units):
-        choices.append(set(choose_in_sentence(sums, rule, unit, sign)))
+        choices.append(set(choose_alone(unit, sign)))
     sizes = sorted(len(choice) for choice in choices)
     size = str(sizes[0])
     if sizes[0] < sizes[-1]:
@@ -12874,6 +12883,13 @@ class ReplyRequest(NamedTuple):
         return self.joint_set.multiplier is None and self.joint_set.name != "layer"
 
 
+class AnsweredRequest(NamedTuple):
+    """A request and the records of its replies, as generations.jsonl has them."""
+
+    request: ReplyRequest
+    records: list[dict[str, Any]]
+
+
 def edited_sides(options: MeasuringOptions) -> str:
     """The prompts, a or b, that edits of this op touch."""
     return options.patch_into if options.patches else "ab"
@@ -12973,17 +12989,17 @@ def measure_replies(
     requests: Sequence[ReplyRequest],
     file_name: str,
     make_edits: MakeEdits | None = None,
-) -> list[list[dict[str, Any]]]:
-    """The records of each request, which are written to a file; says how often the replies of the
-    first request, which is of unedited ones, and of each edited set show the behaviour. Parts keep
-    the replies; each command judges them anew, since --refusal_words may be others by then."""
+) -> list[AnsweredRequest]:
+    """The replies of each request, which are written to a file. Parts keep them; each command
+    judges them anew, since --refusal_words may be others by then."""
     parts = read_replies(experiment, requests, make_edits)
-    records = []
+    answered = []
     for request, replies in zip(requests, parts, strict=True):
-        records.append(judge_replies(experiment, request, replies))
+        answered.append(AnsweredRequest(request, judge_replies(experiment, request, replies)))
     if experiment.folder.leads:
-        experiment.folder.write_records(file_name, itertools.chain(*records))
-    return records
+        records = itertools.chain.from_iterable(records for _, records in answered)
+        experiment.folder.write_records(file_name, records)
+    return answered
 
 
 def unedited_reply_tokens(experiment: Experiment, prompts: Prompts) -> ReplyTokens:
@@ -12995,14 +13011,11 @@ def unedited_reply_tokens(experiment: Experiment, prompts: Prompts) -> ReplyToke
     return {(record["sample_id"], record["prompt"]): record["tokens"] for record in records}
 
 
-REPLY_RANDOM = 5  # random sets that are edited in replies beside the largest, at most
-
-
 def requests_for_sets(
     experiment: Experiment, confirmation: Confirmation, prompts: Prompts, held_out: Prompts
 ) -> list[ReplyRequest]:
     """Unedited replies to some prompts, and replies to the held-out ones with each chosen set
-    edited, and with some random sets as large as the largest."""
+    edited, and with `REPLY_RANDOM` random sets as large as the largest."""
     sides = edited_sides(experiment.options)
     requests = [ReplyRequest(JointSet("none"), prompts)]
     chosen = confirmation.chosen
@@ -13035,9 +13048,7 @@ TOLD_CHANGE = 0.3  # of a rate, from which on a number of components or a layer 
 
 
 def report_replies(
-    experiment: Experiment,
-    requests: Sequence[ReplyRequest],
-    records: Sequence[list[dict[str, Any]]],
+    experiment: Experiment, answered: Sequence[AnsweredRequest]
 ) -> list[dict[str, Any]]:
     """A sentence, and an entry of run.json, per set of samples (all, held-out) and edited set; of
     random sets one sentence; where samples have groups, one more by group, and a table, such as
@@ -13045,37 +13056,30 @@ def report_replies(
 
     The edited replies of a set of samples are held against the unedited ones to the same samples.
     """
-    places = [place for place, request in enumerate(requests) if request.has_rates]
-    table = replies_table(
-        experiment, [requests[place] for place in places], [records[place] for place in places]
-    )
+    table = replies_table(experiment, [one for one in answered if one.request.has_rates])
     rates = behaviour_rates(table)
     of_random = [rate for rate in rates if rate["set"] == "random"]
     others = [rate for rate in rates if rate["set"] != "random"]
     for rate in others:
         experiment.findings.say(describe_replies(experiment.task, rate))
     if of_random:
-        noun = requests[-1].joint_set.noun
+        noun = answered[-1].request.joint_set.noun
         experiment.findings.say(describe_random_replies(experiment.task, of_random, noun))
     experiment.folder.note_command(behaviour=others)
     report_replies_by_group(experiment, table[table["set"] != "random"])
     return rates
 
 
-def replies_table(
-    experiment: Experiment,
-    requests: Sequence[ReplyRequest],
-    records: Sequence[list[dict[str, Any]]],
-) -> pd.DataFrame:
-    """The replies of some requests, one a row, the unedited ones once per set of samples: with
-    `samples`, the `text` of the prompt, the sample's `unit` and `group`, and `mentions_before`,
-    whether the unedited reply shows the behaviour."""
+def replies_table(experiment: Experiment, answered: Sequence[AnsweredRequest]) -> pd.DataFrame:
+    """The replies of some requests, the first of which is of unedited ones; a row per reply, those
+    of the unedited once per set of samples: with `samples`, the `text` of the prompt, the sample's
+    `unit` and `group`, and `mentions_before`, whether the unedited reply shows the behaviour."""
     tables = []
-    for request, replies in zip(requests, records, strict=True):
-        tables.append(pd.DataFrame(replies).assign(samples=request.samples))
+    for request, records in answered:
+        tables.append(pd.DataFrame(records).assign(samples=request.samples))
     unedited = tables[0].astype({"mentions": bool})
     for samples, edited in pd.concat(tables).groupby("samples"):
-        if samples != requests[0].samples:
+        if samples != answered[0].request.samples:
             same = unedited[unedited["sample_id"].isin(edited["sample_id"])]
             tables.append(same.assign(samples=samples))
     texts, units, groups = {}, {}, {}
@@ -13342,22 +13346,22 @@ def draw_rates(table: pd.DataFrame, task: Task, options: MeasuringOptions, path:
 # ----- Steering -----------------------------------------------------------------------------------
 
 
-# values of --steer_at in words
-STEERED_TOKENS = {
-    "all": "all tokens",
-    "prompt": "the prompt's tokens",
-    "reply": "the prompt's last token and the reply's",
-}
-
-
 class Steering(NamedTuple):
-    """Sets that are scaled, and the replies to prompts a and b of some samples with each of them.
-    The first ones are named `circuit`, the others `random`."""
+    """The replies to prompts a and b of some samples with each of some scaled sets; the first ones
+    are named `circuit`, the others `random`."""
 
     subject: str  # what is multiplied, in words
-    scaled_sets: Sequence[JointSet]
     prompts: Prompts
-    replies: Sequence[list[dict[str, Any]]]  # records of `judge_replies`
+    answered: Sequence[AnsweredRequest]
+
+    @property
+    def scaled_sets(self) -> list[JointSet]:
+        return [request.joint_set for request, _ in self.answered]
+
+
+def scaled_requests(answered: Iterable[AnsweredRequest]) -> list[AnsweredRequest]:
+    """Those of sets that are scaled."""
+    return [one for one in answered if one.request.joint_set.multiplier is not None]
 
 
 def times_multipliers(unscaled: Iterable[JointSet], options: SteeringOptions) -> list[JointSet]:
@@ -13406,8 +13410,9 @@ def steering_table(
     ends = totals.interval()
     n_sentences = int(scores["unit"].nunique())
     rows = []
-    for place, joint_set in enumerate(scaled_sets):
-        for side, side_replies in pd.DataFrame(steering.replies[place]).groupby("prompt"):
+    for place, (request, records) in enumerate(steering.answered):
+        joint_set = request.joint_set
+        for side, side_replies in pd.DataFrame(records).groupby("prompt"):
             row = {
                 "factor": joint_set.multiplier,
                 "tokens": joint_set.steer_at,
@@ -14541,9 +14546,10 @@ def confirm_circuit(experiment: Experiment, table: pd.DataFrame) -> Confirmation
     sums = sum_by_sentence(table, side)
     n_max = count_free(experiment) // 2
     rule = ChoiceRule(options.confirm, options.factor, options.skip, options.select)
-    chosen = choose_circuit(sums, choosing, rule)
+    choose_alone = functools.cache(functools.partial(choose_in_sentence, sums, rule))
+    chosen = choose_circuit(sums, choosing, rule, choose_alone)
     if options.select != "mean":
-        report_choices(findings, sums, choosing, rule)
+        report_choices(findings, sums, choosing, rule, choose_alone)
     if len(chosen) > n_max:
         findings.warn(f"the best {n_max} of {len(chosen)} are taken, to leave as many at random")
         chosen = chosen.head(n_max)
@@ -14696,13 +14702,12 @@ def run_trace_replies(
     held_out = of_units(experiment.prompts, split_units(table, experiment.options.seed)[1])
     requests = requests_for_sets(experiment, confirmation, experiment.prompts, held_out)
     requests += requests_by_layer(experiment)
-    records = measure_replies(experiment, requests, "generations.jsonl")
-    rates = report_replies(experiment, requests, records)
+    answered = measure_replies(experiment, requests, "generations.jsonl")
+    rates = report_replies(experiment, answered)
     if len(confirmation.quoted_rows):
         write_rates(experiment, rates, confirmation.quoted_rows, "circuit_rates")
-    layers = layers_table(experiment, requests, records)
-    if len(layers):
-        write_layers(experiment, layers, heads)
+    if experiment.options.replies_by_layer:
+        write_layers(experiment, layers_table(experiment, answered), heads)
 
 
 # -- replies with one layer edited
@@ -14722,29 +14727,17 @@ def requests_by_layer(experiment: Experiment) -> list[ReplyRequest]:
     return requests
 
 
-def layers_table(
-    experiment: Experiment,
-    requests: Sequence[ReplyRequest],
-    records: Sequence[list[dict[str, Any]]],
-) -> pd.DataFrame:
+def layers_table(experiment: Experiment, answered: Sequence[AnsweredRequest]) -> pd.DataFrame:
     """circuit_reply_layers.csv: a row per layer and prompt, as `rates_by_side` has them, with
     `label`, `layer`, `kind`, and `shown_before`, the rate of the unedited replies to the same
-    prompts; no rows where no layer was edited by itself."""
-    of_layers = {"": JointSet("none")}
-    kept_requests, kept_records = [requests[0]], [records[0]]
-    for request, replies in zip(requests, records, strict=True):
-        if request.joint_set.name == "layer":
-            of_layers[request.joint_set.text] = request.joint_set
-            kept_requests.append(request)
-            kept_records.append(replies)
-    if len(of_layers) == 1:
-        return pd.DataFrame()
-    whole_table = replies_table(experiment, kept_requests, kept_records)
-    edited = whole_table[whole_table["set"] == "layer"]
+    prompts."""
+    of_layers = [one for one in answered if one.request.joint_set.name == "layer"]
+    replies = replies_table(experiment, [answered[0], *of_layers])
+    edited = replies[replies["set"] == "layer"]
     key = ["ablated", *RATE_KEY]
     table = rates_by_side(behaviour_rates(edited, key), key)
     table = table.drop(columns=["set", "draw", "n_ablated"]).rename(columns={"ablated": "label"})
-    components = [of_layers[label].components[0] for label in table["label"]]
+    components = [Component.parse(label) for label in table["label"]]
     table.insert(1, "layer", [component.layer for component in components])
     table.insert(2, "kind", [component.kind for component in components])
     table["shown_before"] = table["shown"] - table["change"]
@@ -15233,14 +15226,13 @@ def run_joint_replies(experiment: Experiment, prompts: Prompts, samples: str) ->
     scaled_sets = choose_scaled_sets(experiment)
     for joint_set in scaled_sets:
         requests.append(ReplyRequest(joint_set, prompts, samples))
-    records = measure_replies(experiment, requests, "joint_generations.jsonl")
-    report_replies(experiment, requests, records)
+    replies = measure_replies(experiment, requests, "joint_generations.jsonl")
+    report_replies(experiment, replies)
     if scaled_sets:
-        replies = records[len(requests) - len(scaled_sets) :]
         subject = named.text
         if experiment.options.op not in STEERING_OPS:
             subject += f", without --op {experiment.options.op}"
-        steering = Steering(subject, scaled_sets, prompts, replies)
+        steering = Steering(subject, prompts, scaled_requests(replies))
         reply_tokens = unedited_reply_tokens(experiment, answered)
         run_steering(experiment, steering, reply_tokens, "circuit_steer")
 
@@ -16836,21 +16828,20 @@ def run_direction_replies(data: DirectionData, confirmation: Confirmation) -> No
     if data.options.everywhere:  # how far random ones are to move is known of read tokens only
         answered = answered._replace(joint_sets=confirmation.chosen)
     requests = requests_for_sets(experiment, answered, data.measured, held_out)
-    n_unscaled = len(requests)
     scaled_sets = choose_scaled_directions(data, confirmation)
     steered = held_out if data.options.confirm else data.tested
     for joint_set in scaled_sets:
         requests.append(ReplyRequest(joint_set, steered))
     file_name = "directions_generations.jsonl"
-    records = measure_replies(experiment, requests, file_name, make_edits)
-    rates = report_replies(experiment, requests, records)
+    replies = measure_replies(experiment, requests, file_name, make_edits)
+    rates = report_replies(experiment, replies)
     if len(confirmation.quoted_rows):
         write_rates(experiment, rates, confirmation.quoted_rows, "directions_rates")
     if scaled_sets:
         subject = f"what lies along the direction of {scaled_sets[0].text}"
         if OPS[data.options.op].source == "direction":
             subject = f"the direction of {scaled_sets[0].text} added"
-        steering = Steering(subject, scaled_sets, steered, records[n_unscaled:])
+        steering = Steering(subject, steered, scaled_requests(replies))
         reply_tokens = unedited_reply_tokens(experiment, data.measured)
         run_steering(experiment, steering, reply_tokens, "directions_steer", make_edits)
 

@@ -262,7 +262,7 @@ def test_an_edit_that_changes_nothing_gives_the_unedited_strings(
     assert said(experiment, tracing.JointSet("named"), patch_from_itself) == unedited
     assert said(experiment, tracing.JointSet("named"), times_one) == unedited
     components = experiment.options.names.components
-    for steer_at in tracing.STEERED_AT:
+    for steer_at in tracing.STEERED_TOKENS:
         scaled = tracing.JointSet("circuit", components, multiplier=1.0, steer_at=steer_at)
         assert said(experiment, scaled) == unedited
 
@@ -292,7 +292,7 @@ def scaled_at(
         yield
 
 
-@pytest.mark.parametrize("steer_at", tracing.STEERED_AT)
+@pytest.mark.parametrize("steer_at", tracing.STEERED_TOKENS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_set_is_scaled_at_the_tokens_that_are_asked_for(
     architecture: str, steer_at: str, random_model: Callable[..., str]
@@ -308,7 +308,7 @@ def test_a_set_is_scaled_at_the_tokens_that_are_asked_for(
     assert replies != unedited
 
 
-@pytest.mark.parametrize("steer_at", tracing.STEERED_AT)
+@pytest.mark.parametrize("steer_at", tracing.STEERED_TOKENS)
 def test_scores_and_divergences_of_a_scaled_set_edit_forms_and_replies_as_a_reply_is_edited(
     steer_at: str, llama: str, tmp_path: Path
 ) -> None:

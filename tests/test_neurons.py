@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -522,7 +523,9 @@ def test_where_no_component_is_chosen_by_all_that_is_said(llama: str, tmp_path: 
 def test_a_choice_differs_in_number_by_sentence() -> None:
     findings, table = tracing.Findings(), effects_table(1)
     rule = tracing.ChoiceRule(tracing.SelectionRule.parse("share:0.4"), None, (), "any")
-    tracing.report_choices(findings, tracing.sum_by_sentence(table, "b"), table["unit"], rule)
+    sums = tracing.sum_by_sentence(table, "b")
+    choose_alone = functools.partial(tracing.choose_in_sentence, sums, rule)
+    tracing.report_choices(findings, sums, table["unit"], rule, choose_alone)
     sizes = [len(choose_by_hand(table, "share:0.4", "any", [unit])) for unit in {*table["unit"]}]
     base_turns = choose_by_hand(table, "share:0.4", "any", table["unit"])
     (text,) = [entry["text"] for entry in findings.entries]
